@@ -1,0 +1,51 @@
+"""What every test shares: quiet and offline libraries, hypothesis profiles, markers that skip with a reason, golden files."""
+
+from __future__ import annotations
+
+import importlib.util
+import os
+from collections.abc import Callable
+from pathlib import Path
+
+THREADS = "1" if "PYTEST_XDIST_WORKER" in os.environ else "2"
+# Set before torch is imported, so that processes started by tests have them too.
+os.environ.setdefault("OMP_NUM_THREADS", THREADS)
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+os.environ.setdefault("WANDB_MODE", "offline")
+os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+
+import hypothesis
+import pytest
+import torch
+
+GOLDEN = Path(__file__).parent / "golden"
+
+torch.set_num_threads(int(THREADS))
+# A test that asks for more than the default multiplies it: `settings(max_examples=20 * settings.default.max_examples)`.
+hypothesis.settings.register_profile("ordinary", max_examples=100, deadline=None, print_blob=True)
+hypothesis.settings.register_profile("nightly", max_examples=1000, deadline=None, print_blob=True)
+hypothesis.settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "ordinary"))
+
+
+def pytest_runtest_setup(item: pytest.Item) -> None:
+    """Skip what this machine cannot run."""
+    needed = 2 if item.get_closest_marker("multigpu") else 1 if item.get_closest_marker("gpu") else 0
+    if torch.cuda.device_count() < needed:
+        pytest.skip(f"needs {needed} CUDA device(s), found {torch.cuda.device_count()}")
+    if item.get_closest_marker("vllm") and importlib.util.find_spec("vllm") is None:
+        pytest.skip("needs vLLM, which is not installed")
+
+
+@pytest.fixture
+def golden() -> Callable[[str, str], None]:
+    """`golden(name, text)`: text equals tests/golden/NAME; under `make golden` (SRPO_GOLDEN=write) the file becomes text."""
+
+    def check(name: str, text: str) -> None:
+        path = GOLDEN / name
+        if os.environ.get("SRPO_GOLDEN") == "write":
+            path.write_text(text, encoding="utf-8")
+        assert path.is_file(), f"{path} is missing: `make golden` writes it"
+        expected = path.read_text(encoding="utf-8")
+        assert text == expected, f"{name} changed; if that is meant: `make golden`, and say why in the commit"
+
+    return check

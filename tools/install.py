@@ -1,0 +1,118 @@
+"""Make the virtual environment and install into it: `python3 tools/install.py [EXTRA...]`, which the Makefile runs.
+
+With an NVIDIA GPU the `gpu` extra joins in and torch is the CUDA build that the package index serves. Without one torch is a
+CPU build: the index's own where that needs no CUDA packages, else the one of TORCH_CPU_INDEX. Versions come from constraints.txt;
+pip's own configuration (indexes, proxies, certificates) is obeyed. Standard library only: it runs before anything is installed.
+
+`--megablocks` builds the optional MegaBlocks experts afterwards (needs nvcc; minutes). Their metadata asks for a torch of long
+ago, so no resolver puts them beside ours: they go in with --no-deps.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import shutil
+import subprocess
+import sys
+import tempfile
+import time
+import venv
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parents[1]
+CONSTRAINTS = ROOT / "constraints.txt"
+TORCH_CPU_INDEX = "https://download.pytorch.org/whl/cpu"
+MEGABLOCKS = ("megablocks", "grouped_gemm", "stanford-stk")
+CUDA_PREFIXES = ("nvidia-", "nvidia_", "cuda-", "cuda_")  # of what the CUDA build of torch requires
+
+
+def main() -> None:
+    """Install; the exit code is pip's where pip fails."""
+    parser = argparse.ArgumentParser(description="Make the virtual environment and install into it.")
+    parser.add_argument("extras", nargs="*", help="extras of pyproject.toml: test, dev, bench, wandb, ...")
+    parser.add_argument("--venv", type=Path, default=ROOT / ".venv")
+    parser.add_argument("--accelerator", choices=("auto", "cpu", "gpu"), default=os.environ.get("ACCELERATOR") or "auto")
+    parser.add_argument("--megablocks", action="store_true", help="also build megablocks and grouped_gemm")
+    args = parser.parse_args()
+    if sys.version_info < (3, 11):
+        sys.exit(f"Python 3.11 or newer is needed, this is {sys.version.split()[0]}: run make PYTHON=/path/to/python3.11")
+    gpu = has_gpu() if args.accelerator == "auto" else args.accelerator == "gpu"
+    python = args.venv / "bin" / "python"
+    if not python.exists():
+        say(f"virtual environment {args.venv}")
+        venv.create(args.venv, with_pip=True)
+    pip(python, "pip and setuptools", "pip", "setuptools")
+    if gpu and (installed_torch(python) or "").endswith("+cpu"):
+        subprocess.run([python, "-m", "pip", "uninstall", "--quiet", "--yes", "torch"], check=True)
+    if not gpu:
+        install_cpu_torch(python)
+    extras = ["gpu"] * gpu + args.extras
+    suffix = f"[{','.join(extras)}]" if extras else ""
+    pip(python, f"srpo{suffix}", "--no-build-isolation", "--editable", f"{ROOT}{suffix}")
+    if args.megablocks:
+        pip(python, "megablocks", "--no-deps", "--no-build-isolation", *MEGABLOCKS)
+
+
+def say(what: str) -> None:
+    """One line of progress."""
+    print(f"[install] {what}", flush=True)
+
+
+def has_gpu() -> bool:
+    """Whether an NVIDIA GPU answers."""
+    if shutil.which("nvidia-smi") is None:
+        return False
+    listed = subprocess.run(["nvidia-smi", "-L"], capture_output=True, text=True, check=False)
+    return listed.returncode == 0 and "GPU " in listed.stdout
+
+
+def pip(python: Path, what: str, *arguments: str) -> None:
+    """`pip install` under the constraints; says what it does and how long it took. Exits with pip's code where it fails."""
+    say(f"{what} ...")
+    start = time.monotonic()
+    command = [python, "-m", "pip", "install", "-qq", "--disable-pip-version-check", "--constraint", CONSTRAINTS, *arguments]
+    code = subprocess.run(command, cwd=ROOT, check=False).returncode
+    if code:
+        sys.exit(code)
+    say(f"{what}: {time.monotonic() - start:.0f} s")
+
+
+def installed_torch(python: Path) -> str | None:
+    """Version of the torch in the environment, None without one."""
+    code = "import importlib.metadata as m\nprint(next((d.version for d in m.distributions(name='torch')), ''))"
+    return subprocess.run([python, "-c", code], capture_output=True, text=True, check=True).stdout.strip() or None
+
+
+def pinned(name: str) -> str:
+    """The version that constraints.txt gives a package."""
+    lines = CONSTRAINTS.read_text(encoding="utf-8").splitlines()
+    return next(line.partition("==")[2] for line in lines if line.startswith(f"{name}=="))
+
+
+def install_cpu_torch(python: Path) -> None:
+    """Install the pinned torch without CUDA packages."""
+    version = pinned("torch")
+    if (installed_torch(python) or "").partition("+")[0] == version:
+        return
+    if not brings_cuda(python, f"torch=={version}"):
+        return pip(python, f"torch {version}", f"torch=={version}")
+    index = os.environ.get("TORCH_CPU_INDEX") or TORCH_CPU_INDEX
+    say(f"the package index serves the CUDA build of torch and there is no GPU: CPU build from {index} (TORCH_CPU_INDEX)")
+    pip(python, f"torch {version}+cpu", "--no-deps", "--index-url", index, f"torch=={version}+cpu")
+
+
+def brings_cuda(python: Path, requirement: str) -> bool:
+    """Whether pip would install CUDA packages along with the requirement. Nothing is installed, and where the index serves
+    metadata files nothing is downloaded either."""
+    with tempfile.TemporaryDirectory() as folder:
+        report = Path(folder) / "report.json"
+        command = [str(python), "-m", "pip", "install", "-qq", "--dry-run", "--ignore-installed", "--report", str(report)]
+        subprocess.run([*command, "--constraint", str(CONSTRAINTS), requirement], cwd=ROOT, check=True)
+        chosen = json.loads(report.read_text(encoding="utf-8"))["install"]
+    return any(item["metadata"]["name"].lower().startswith(CUDA_PREFIXES) for item in chosen)
+
+
+if __name__ == "__main__":
+    main()
