@@ -1,0 +1,38 @@
+"""A run folder belongs to one configuration: it is written there once and compared with at every later start."""
+
+from __future__ import annotations
+
+import tomllib
+from pathlib import Path
+from typing import Any
+
+from srpo.settings import dump_toml
+
+
+def claim_run_dir(run_dir: Path, cfg: Any, is_main: bool) -> None:
+    """Make the folder and put the resolved `config.toml` into it.
+
+    Raises ValueError where the folder already holds a run of another configuration, naming the first setting that differs: a resumed
+    run has to be the run that was started. `run_dir` itself may differ, so folders can be moved.
+    """
+    path = run_dir / "config.toml"
+    if path.is_file():
+        ours, theirs = (_leaves(tomllib.loads(text)) for text in (dump_toml(cfg), path.read_text(encoding="utf-8")))
+        for key in sorted(ours.keys() | theirs.keys()):
+            if key != "run_dir" and ours.get(key) != theirs.get(key):
+                raise ValueError(
+                    f"{run_dir} holds a run with {key} = {theirs.get(key)!r}, this one has {ours.get(key)!r}: give another run_dir, "
+                    "or remove the folder"
+                )
+    elif is_main:
+        run_dir.mkdir(parents=True, exist_ok=True)
+        aside = path.with_suffix(".tmp")
+        aside.write_text(dump_toml(cfg), encoding="utf-8")
+        aside.replace(path)
+
+
+def _leaves(table: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+    flat: dict[str, Any] = {}
+    for key, value in table.items():
+        flat |= _leaves(value, f"{prefix}{key}.") if isinstance(value, dict) else {prefix + key: value}
+    return flat

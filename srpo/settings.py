@@ -1,0 +1,321 @@
+"""Settings in and out: sparse TOML files, then command-line flags, onto frozen dataclasses; and the resolved ones back to TOML.
+
+    python -m srpo.train @ configs/base.toml @ mine.toml --loss.kl-coef 0
+
+Files come first, later ones win; flags win over files. Every field needs a default, so a TOML file says only what it changes.
+A field that holds a tuple of dataclasses (`steps`) is an array of tables: a file replaces it as a whole, and it has no flag.
+"""
+
+from __future__ import annotations
+
+import difflib
+import json
+import os
+import sys
+import tomllib
+import types
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import MISSING, fields, is_dataclass, replace
+from pathlib import Path
+from typing import Annotated, Any, Literal, NoReturn, TypeVar, Union, get_args, get_origin, get_type_hints
+
+import tyro
+from tyro.constructors import ConstructorRegistry, StructConstructorSpec, StructTypeInfo
+
+T = TypeVar("T")
+
+DEBUG = "SRPO_DEBUG"  # environment variable: 1 shows the traceback of a user error
+_KINDS = {str: "a string", bool: "true or false", int: "an integer", float: "a number", dict: "a table", list: "a list"}
+_POSITIONAL = get_args(tyro.conf.Positional[int])[1]
+_USER_ERRORS = (ValueError, FileNotFoundError, FileExistsError, NotADirectoryError, IsADirectoryError, PermissionError)
+
+
+def load(cls: type[T], argv: Sequence[str] | None = None, prog: str | None = None) -> T:
+    """An instance of the dataclass `cls` from `[@ file.toml]... [--flag value]...` (`sys.argv[1:]` when None).
+
+    Raises ValueError in one line for a missing or malformed file, an unknown key or flag (with the nearest known one) and a value
+    of the wrong type (with file and key). A malformed flag value exits with code 2 and `-h` with code 0, as tyro prints them.
+    """
+    argv = list(sys.argv[1:] if argv is None else argv)
+    config = cls()
+    while argv and argv[0].startswith("@"):
+        path = argv.pop(0)[1:]
+        if not path and not argv:
+            raise ValueError("`@` stands alone: write `@ file.toml`")
+        config = apply_toml(config, Path(path or argv.pop(0)))
+    if "@" in argv:
+        raise ValueError("`@ file.toml` stands after a flag: put files first, flags after them")
+    registry = ConstructorRegistry()
+    registry.struct_rule(_no_flags_for_tables)
+    with registry:
+        named = (tyro.conf.PositionalMetavarFromFieldName,)
+        config, unknown = tyro.cli(cls, args=argv, default=config, prog=prog, config=named, return_unknown_args=True)
+    if unknown:
+        raise ValueError(_unknown_argument(unknown[0], [flag for flag, _, _ in flags(cls)]))
+    return config
+
+
+def apply_toml(config: T, path: Path) -> T:
+    """`config` with the values of a TOML file put over it. Raises ValueError that names the file and the key."""
+    try:
+        table = tomllib.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        near = difflib.get_close_matches(path.name, [p.name for p in path.parent.glob("*.toml")], n=1)
+        hint = f"; the nearest is {path.parent / near[0]}" if near else ""
+        raise ValueError(f"{path}: no such file{hint}") from None
+    except ValueError as error:  # not TOML, or not UTF-8
+        raise ValueError(f"{path}: {error}") from error
+    return _replace(config, table, str(path), "", _keys(type(config)))
+
+
+def flags(cls: type) -> list[tuple[str, str, Any]]:
+    """(name, type in words, default) of what `load` takes for `cls` on the command line, in order.
+
+    A name is `--loss.kl-coef`, or `RUN-DIR` for a positional argument. A switch also has a form `--loss.no-x`.
+    """
+    return [(_flag(key, hint), _describe(hint), default) for key, hint, default in _leaves(cls()) if not _tables(hint)]
+
+
+def dump_toml(config: Any) -> str:
+    """The resolved settings as TOML that `load` reads back to an equal instance (a field that is None is left out)."""
+    return "\n".join(_dump(config, "")).strip() + "\n"
+
+
+def run_program(main: Callable[[T], int | None], cls: type[T], argv: Sequence[str] | None = None) -> NoReturn:
+    """Load `cls`, run `main` on it and exit with what it returns (None: 0).
+
+    What a user can get wrong (ValueError, a path that is not there) becomes `error: ...` and exit code 2; SRPO_DEBUG=1 shows
+    where it was raised. Any other exception is our bug and passes through with its traceback.
+    """
+    spec = getattr(sys.modules.get("__main__"), "__spec__", None)
+    prog = f"python -m {spec.name}" if spec else None
+    try:
+        sys.exit(main(load(cls, argv, prog)) or 0)
+    except _USER_ERRORS as error:
+        if os.environ.get(DEBUG, "0") not in ("", "0"):
+            raise
+        print(f"error: {error}", file=sys.stderr, flush=True)
+        sys.exit(2)
+    except KeyboardInterrupt:
+        print("interrupted", file=sys.stderr, flush=True)
+        sys.exit(130)
+
+
+# ---- names ---------------------------------------------------------------------------------------------------------------------
+
+
+def _hints(cls: type) -> dict[str, Any]:
+    """Resolved type of each field."""
+    hints = get_type_hints(cls, include_extras=True)
+    return {f.name: hints[f.name] for f in fields(cls) if f.init}
+
+
+def _tables(hint: Any) -> bool:
+    """Whether a field of this type is an array of tables."""
+    return get_origin(hint) in (tuple, list) and any(is_dataclass(arg) for arg in get_args(hint))
+
+
+def _leaves(config: Any, prefix: str = "") -> Iterator[tuple[str, Any, Any]]:
+    """(dotted key, type, value) of every field that is not itself a dataclass."""
+    for name, hint in _hints(type(config)).items():
+        value = getattr(config, name)
+        if is_dataclass(value):
+            yield from _leaves(value, f"{prefix}{name}.")
+        else:
+            yield prefix + name, hint, value
+
+
+def _flag(key: str, hint: Any) -> str:
+    """The command-line name of a key."""
+    name = key.replace("_", "-")
+    return name.upper() if get_origin(hint) is Annotated and _POSITIONAL in get_args(hint)[1:] else "--" + name
+
+
+def _keys(cls: type) -> list[str]:
+    """Every dotted key of `cls`, and its sections."""
+    keys = [key for key, _, _ in _leaves(cls())]
+    return list(dict.fromkeys([key.rpartition(".")[0] for key in keys if "." in key] + keys))
+
+
+def _nearest(key: str, known: Sequence[str]) -> str | None:
+    """The known dotted key that `key` was probably meant to be: alike as a whole, or in its last part in another section."""
+    whole = difflib.get_close_matches(key, known, n=1, cutoff=0.75)
+    if whole:
+        return whole[0]
+    lasts = {name.rpartition(".")[2]: name for name in reversed(known)}
+    near = difflib.get_close_matches(key.rpartition(".")[2], list(lasts), n=1, cutoff=0.75)
+    return lasts[near[0]] if near else next(iter(difflib.get_close_matches(key, known, n=1, cutoff=0.3)), None)
+
+
+def _unknown_argument(token: str, known: Sequence[str]) -> str:
+    if not token.startswith("-"):
+        return f"unexpected argument {token!r}: flags begin with -- (-h lists all)"
+    near = _nearest("--" + token.lstrip("-").partition("=")[0].replace("_", "-"), known)
+    return f"unknown flag {token!r}" + (f"; the nearest is {near}" if near else "") + " (-h lists all)"
+
+
+def _no_flags_for_tables(info: StructTypeInfo) -> StructConstructorSpec | None:
+    """tyro rule: an array of tables keeps its value and gets no flags."""
+    return StructConstructorSpec(instantiate=lambda: info.default, fields=()) if _tables(info.type) else None
+
+
+# ---- TOML in -------------------------------------------------------------------------------------------------------------------
+
+
+def _replace(config: Any, table: Mapping[str, Any], where: str, prefix: str, known: Sequence[str]) -> Any:
+    """`config` with the values of a table put over it; sections go down into nested dataclasses."""
+    hints = _hints(type(config))
+    changes = {}
+    for name, value in table.items():
+        key = prefix + name
+        if name not in hints:
+            near = _nearest(key, known)
+            raise ValueError(f"{where}: unknown key {key!r}" + (f"; the nearest is {near!r}" if near else ""))
+        old = getattr(config, name)
+        if is_dataclass(old) and isinstance(value, dict):
+            changes[name] = _replace(old, value, where, key + ".", known)
+        else:
+            changes[name] = _convert(value, hints[name], where, key)
+    return _build(lambda: replace(config, **changes), where, prefix.rstrip("."))
+
+
+def _build(make: Callable[[], Any], where: str, key: str) -> Any:
+    """`make()`, with file and key put before the message of a dataclass's own check."""
+    try:
+        return make()
+    except ValueError as error:
+        raise ValueError(f"{where}: {key}: {error}" if key else f"{where}: {error}") from error
+
+
+def _convert(value: Any, hint: Any, where: str, key: str) -> Any:
+    """A TOML value as the Python type `hint`. Raises ValueError that names file, key and what is expected."""
+    origin, args = get_origin(hint), get_args(hint)
+    if origin is Annotated:
+        return _convert(value, args[0], where, key)
+    if origin is Literal:
+        if not any(value == arg and type(value) is type(arg) for arg in args):
+            near = difflib.get_close_matches(value, [str(arg) for arg in args], n=1) if isinstance(value, str) else []
+            hinted = f"; the nearest is {near[0]!r}" if near else ""
+            raise ValueError(f"{where}: {key} must be {_describe(hint)}, not {_show(value)}{hinted}")
+        return value
+    if origin in (Union, types.UnionType):
+        fits = [arg for arg in args if _fits(value, arg, where, key)]
+        return _convert(value, fits[0], where, key) if fits else _wrong(value, hint, where, key)
+    if origin in (tuple, list):
+        if not isinstance(value, list):
+            return _wrong(value, hint, where, key)
+        variable = origin is list or args[1:] == (Ellipsis,)
+        if not variable and len(value) != len(args):
+            raise ValueError(f"{where}: {key} must be {_describe(hint)}, not {len(value)} values")
+        kinds = [args[0]] * len(value) if variable else args
+        return origin(_convert(v, kind, where, f"{key}[{i}]") for i, (v, kind) in enumerate(zip(value, kinds, strict=True)))
+    if origin is dict:
+        if not isinstance(value, dict):
+            return _wrong(value, hint, where, key)
+        return {k: _convert(v, args[1], where, f"{key}.{k}") for k, v in value.items()}
+    if is_dataclass(hint) and isinstance(hint, type):
+        return _convert_table(value, hint, where, key)
+    if hint is float and type(value) is int:
+        return float(value)
+    if hint is Path and isinstance(value, str):
+        return Path(value)
+    if type(value) is not hint:
+        return _wrong(value, hint, where, key)
+    return value
+
+
+def _convert_table(value: Any, cls: type, where: str, key: str) -> Any:
+    """One table of an array of tables as an instance of `cls`; fields without a default must be there."""
+    if not isinstance(value, dict):
+        return _wrong(value, cls, where, key)
+    hints = _hints(cls)
+    for name in value:
+        if name not in hints:
+            near = _nearest(name, list(hints))
+            raise ValueError(f"{where}: unknown key '{key}.{name}'" + (f"; the nearest is '{key}.{near}'" if near else ""))
+    given = {name: _convert(v, hints[name], where, f"{key}.{name}") for name, v in value.items()}
+    missing = [name for name in hints if name not in given and _required(cls, name)]
+    if missing:
+        raise ValueError(f"{where}: {key} lacks {' and '.join(missing)}")
+    return _build(lambda: cls(**given), where, key)
+
+
+def _required(cls: type, name: str) -> bool:
+    field = next(f for f in fields(cls) if f.name == name)
+    return field.default is MISSING and field.default_factory is MISSING
+
+
+def _fits(value: Any, hint: Any, where: str, key: str) -> bool:
+    if hint is type(None):
+        return False  # TOML has no null
+    try:
+        _convert(value, hint, where, key)
+    except ValueError:
+        return False
+    return True
+
+
+def _wrong(value: Any, hint: Any, where: str, key: str) -> NoReturn:
+    raise ValueError(f"{where}: {key} must be {_describe(hint)}, not {_show(value)}")
+
+
+def _describe(hint: Any) -> str:
+    """A type in words: "a number", "one of 'a', 'b'", "a list of 2 values (a number, a number)"."""
+    origin, args = get_origin(hint), get_args(hint)
+    if origin is Annotated:
+        return _describe(args[0])
+    if origin is Literal:
+        return "one of " + ", ".join(repr(arg) for arg in args)
+    if origin in (Union, types.UnionType):
+        return " or ".join(_describe(arg) for arg in args if arg is not type(None))
+    if origin is list or (origin is tuple and args[1:] == (Ellipsis,)):
+        return f"a list (each {_describe(args[0])})"
+    if origin is tuple:
+        return f"a list of {len(args)} values ({', '.join(map(_describe, args))})"
+    if is_dataclass(hint):
+        return "a table"
+    return _KINDS.get(hint if isinstance(hint, type) else origin, "a string")
+
+
+def _show(value: Any) -> str:
+    """A TOML value in words: "the string 'x'"."""
+    kind = _KINDS.get(type(value), f"a {type(value).__name__}")
+    if isinstance(value, (dict, list)):
+        return kind
+    return str(value).lower() if isinstance(value, bool) else f"the {kind.partition(' ')[2]} {value!r}"
+
+
+# ---- TOML out ------------------------------------------------------------------------------------------------------------------
+
+
+def _dump(config: Any, prefix: str) -> Iterator[str]:
+    """Lines of `config`: plain values first, as TOML's scoping asks for, then sections, then arrays of tables."""
+    values = {name: getattr(config, name) for name in _hints(type(config))}
+    tables = {k: v for k, v in values.items() if isinstance(v, (tuple, list)) and v and all(map(is_dataclass, v))}
+    sections = {k: v for k, v in values.items() if is_dataclass(v)}
+    for name, value in values.items():
+        if name not in tables and name not in sections and value is not None:
+            yield f"{name} = {_literal(value)}"
+    for name, section in sections.items():
+        yield from ("", f"[{prefix}{name}]")
+        yield from _dump(section, f"{prefix}{name}.")
+    for name, rows in tables.items():
+        for row in rows:
+            yield from ("", f"[[{prefix}{name}]]")
+            yield from _dump(row, f"{prefix}{name}.")
+
+
+def _literal(value: Any) -> str:
+    """A value as a TOML literal."""
+    if isinstance(value, bool):
+        return str(value).lower()
+    if isinstance(value, (int, float)):
+        return repr(value)
+    if isinstance(value, (str, Path)):
+        if "\\" in str(value) and "'" not in str(value) and str(value).isprintable():
+            return f"'{value}'"  # regular expressions stay readable
+        return json.dumps(str(value), ensure_ascii=False).replace("\x7f", "\\u007f")
+    if isinstance(value, (tuple, list)):
+        return "[" + ", ".join(map(_literal, value)) + "]"
+    assert isinstance(value, dict), type(value)
+    return "{" + ", ".join(f"{json.dumps(k, ensure_ascii=False)} = {_literal(v)}" for k, v in value.items()) + "}"

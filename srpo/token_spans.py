@@ -1,0 +1,81 @@
+"""Where each token of a response ends in its text, for any tokenizer."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from itertools import takewhile
+from typing import Any, Protocol
+
+REPLACEMENT = "\ufffd"  # what decoders put where bytes are no character (yet)
+MAX_PENDING = 3  # bytes of an unfinished UTF-8 character; decoders mark them all with one REPLACEMENT, or each with its own
+LONG_WINDOW = 8  # tokens without a finished character
+
+
+class Decoder(Protocol):
+    """Any tokenizer that turns ids back into text."""
+
+    def decode(self, ids: Any, /) -> Any: ...
+
+
+def token_char_ends(tokenizer: Decoder, ids: Sequence[int]) -> list[int]:
+    """Exclusive end of each token in decode(ids), in characters: nondecreasing, the last one is the length of the text.
+
+    A token ends where the text of the tokens up to it stops being a prefix of the whole text. So one that ends inside a
+    character ends where that character starts: the token with its last byte takes it.
+    """
+    return decode_with_ends(tokenizer, ids)[1]
+
+
+def decode_with_ends(tokenizer: Decoder, ids: Sequence[int]) -> tuple[str, list[int]]:
+    """(decode(ids), `token_char_ends`)."""
+    ids = list(ids)
+    if not ids:
+        return "", []
+    decode = tokenizer.decode
+    text = decode(ids)
+    for overlap in (False, True):  # byte-level tokenizers decode token by token; others need to see the token before
+        ends = _windowed_ends(decode, ids, text, overlap)
+        if ends is not None:
+            return text, ends
+    # A decoder that goes back on what it said: count what the text of each prefix shares with the text. Quadratic, and rare.
+    ends, end = [], 0
+    for i in range(1, len(ids)):
+        shared = takewhile(lambda pair: pair[0] == pair[1], zip(decode(ids[:i]), text, strict=False))
+        end = max(end, sum(1 for _ in shared))
+        ends.append(end)
+    return text, [*ends, len(text)]
+
+
+def _windowed_ends(decode: Callable[[list[int]], str], ids: list[int], text: str, overlap: bool) -> list[int] | None:
+    """Token ends by decoding a few tokens at a time, None where the pieces do not add up to the text.
+
+    ids[first:] are the tokens since the last character known to be finished. With `overlap`, the tokens ids[context:first]
+    of the window before are decoded along, since some decoders treat the first token of a text differently (leading spaces).
+    """
+    ends: list[int] = []
+    context, first, total, settled, piece = 0, 0, 0, "", ""
+    for i in range(len(ids)):
+        window = decode(ids[context : i + 1])
+        piece = window[len(settled) :]
+        pending = min(len(piece) - len(piece.rstrip(REPLACEMENT)), MAX_PENDING)
+        lengths = range(len(piece), len(piece) - pending - 1, -1)  # marks count where the text has them too
+        finished = next((n for n in lengths if text.startswith(piece[:n], total)), None)
+        if finished is None or not window.startswith(settled):
+            return None
+        end = total + finished
+        ends.append(max(end, ends[-1] if ends else 0))
+        if i + 1 == len(ids):
+            break
+        if piece and not pending:
+            context, first, total = (first if overlap else i + 1), i + 1, end
+            settled = decode(ids[context:first]) if overlap else ""
+        elif not overlap and i - first >= LONG_WINDOW:  # bytes that are no text: cut between characters, to stay linear
+            for cut in range(i, i - MAX_PENDING - 1, -1):
+                head = decode(ids[first:cut])
+                if head + decode(ids[cut : i + 1]) == piece:
+                    context, first, total = cut, cut, total + len(head)
+                    break
+    if text[total:] != piece:
+        return None
+    ends[-1] = len(text)
+    return ends
