@@ -1,0 +1,182 @@
+"""Ops of the SRPO loss: one signature each, several implementations, of which `impl="auto"` takes the best that exists here.
+
+Shapes: T packed rows, V vocabulary, N sequences, J reasoning steps, K ids of a top-k filter. Row t predicts `labels[t]`; nothing
+is shifted here. Rows with label -100 are never read: NaN in them harms nothing, and they get zero gradient.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from types import ModuleType
+from typing import Any, Literal
+
+import torch
+
+from srpo_kernels import reference
+from srpo_kernels.segments import IGNORE, PolicyLoss, StepStats, step_of_row
+
+__all__ = [
+    "IGNORE",
+    "KL_ESTIMATORS",
+    "PolicyLoss",
+    "StepStats",
+    "implementations",
+    "policy_loss",
+    "step_of_row",
+    "token_logprobs",
+    "topk_support",
+]
+
+KL_ESTIMATORS = ("k1", "k2", "k3", "full")
+
+# Best first. An implementation is a module with functions of the ops' names; `reference` has all of them.
+_IMPLEMENTATIONS: dict[str, ModuleType] = {"reference": reference}
+
+
+def implementations() -> tuple[str, ...]:
+    """Names that `impl` may take on this machine besides "auto", best first."""
+    return tuple(_IMPLEMENTATIONS)
+
+
+def policy_loss(
+    logits: torch.Tensor,
+    labels: torch.Tensor,
+    step_advantages: torch.Tensor,
+    step_ends: torch.Tensor,
+    cu_seqlens: torch.Tensor,
+    weights: torch.Tensor,
+    old_logprobs: torch.Tensor | None = None,
+    ref_logprobs: torch.Tensor | None = None,
+    *,
+    clip_eps_low: float,
+    clip_eps_high: float,
+    kl_coef: float,
+    kl_estimator: Literal["k1", "k2", "k3", "full"],
+    temperature: float,
+    top_k: int | None = None,
+    kept_ids: torch.Tensor | None = None,
+    ref_logits: torch.Tensor | None = None,
+    dual_clip: float | None = None,
+    impl: str = "auto",
+) -> PolicyLoss:
+    """Loss of Eq. 6, log-probabilities of the labels, and sums per reasoning step; GRPO (Eq. 2) is the same with equal columns.
+
+    loss = sum over t of weights[t] * (-min(ratio A, clip(ratio, 1 - clip_eps_low, 1 + clip_eps_high) A) + kl_coef * KL)
+
+    `weights` holds every denominator, so the losses of micro-batches add up to that of the batch. A is step_advantages[i, j] of
+    the sequence i and the step j that row t lies in. ratio = exp(logprobs - old_logprobs).
+
+    logits [T, V] fp32, bf16, fp16 or fp64; labels [T] int64 in [0, V) or -100; step_advantages [N, J]; step_ends [N, J] exclusive
+    ends counted from the first row of the sequence, nondecreasing, rows past the last end belong to the last step; cu_seqlens
+    [N+1] from 0 to T; weights, old_logprobs, ref_logprobs [T]. Gradient flows to `logits` alone.
+
+    old_logprobs: None means on-policy: the ratio is 1 and its gradient that of log pi.
+    temperature: probabilities are those of softmax(logits / temperature); old and ref must be taken likewise.
+    top_k, kept_ids: take ratio, KL and entropy on the sampler's filtered distribution, renormalised over its support. `kept_ids`
+        [T, K] int (negative: padding; no duplicates) is exact; with `top_k` alone (None or 0: no filter) the support is
+        `topk_support(logits, top_k)`, which moves with the policy. A label outside its support is added to it, so that nothing
+        is -inf, and counted in `stats.num_outside_support`.
+    dual_clip: c > 1 bounds the ratio by c where A < 0, i.e. max(surrogate, c A) there; None: off.
+    kl_estimator, with d = logprobs - ref_logprobs: k1 = d, k2 = d^2 / 2, k3 = exp(-d) - 1 + d; "full" is the exact KL over all
+        candidates and needs `ref_logits` [T, V] in place of `ref_logprobs`. The gradient of k1 is the score function, whose
+        expectation on-policy is zero: as a loss term it measures, but does not hold the policy back.
+        Paper: writes D_KL[pi || pi_ref] and names no estimator; k3.
+
+    A clipped row has zero gradient; exactly on the edge a row is not clipped. Inside an exponential, log ratios above 20 count as
+    20 and have no gradient: it cannot overflow. The stats hold the KL whenever a reference is given, also with kl_coef 0.
+
+    Raises ValueError for shapes that do not fit, options out of range, a kl_coef without the reference that its estimator needs,
+    or an `impl` that does not exist here.
+    """
+    _check_logits(logits, labels, temperature, kept_ids)
+    _check_segments(labels.shape[0], step_advantages, step_ends, cu_seqlens)
+    for name, rows in {"weights": weights, "old_logprobs": old_logprobs, "ref_logprobs": ref_logprobs}.items():
+        if rows is not None and rows.shape != labels.shape:
+            raise ValueError(f"{name} has shape {tuple(rows.shape)}: give one value per row, {tuple(labels.shape)}")
+    if ref_logits is not None and ref_logits.shape != logits.shape:
+        raise ValueError(f"ref_logits has shape {tuple(ref_logits.shape)}: give that of logits, {tuple(logits.shape)}")
+    if clip_eps_low < 0 or clip_eps_high < 0:
+        raise ValueError(f"clip_eps_low {clip_eps_low} and clip_eps_high {clip_eps_high} must not be negative")
+    if dual_clip is not None and dual_clip <= 1:
+        raise ValueError(f"dual_clip is {dual_clip}: give a bound above 1, or None to switch it off")
+    if kl_estimator not in KL_ESTIMATORS:
+        raise ValueError(f"kl_estimator {kl_estimator!r} is unknown: give one of {', '.join(KL_ESTIMATORS)}")
+    reference_name = "ref_logits" if kl_estimator == "full" else "ref_logprobs"
+    if kl_coef and (ref_logits if kl_estimator == "full" else ref_logprobs) is None:
+        raise ValueError(f"kl_coef is {kl_coef} but there is no reference: give {reference_name}, or set kl_coef to 0")
+    return _implementation("policy_loss", impl)(
+        logits,
+        labels,
+        step_advantages,
+        step_ends,
+        cu_seqlens,
+        weights,
+        old_logprobs,
+        ref_logprobs,
+        clip_eps_low=clip_eps_low,
+        clip_eps_high=clip_eps_high,
+        dual_clip=dual_clip,
+        kl_coef=kl_coef,
+        kl_estimator=kl_estimator,
+        temperature=temperature,
+        top_k=top_k,
+        kept_ids=kept_ids,
+        ref_logits=ref_logits,
+    )
+
+
+def token_logprobs(
+    logits: torch.Tensor,
+    labels: torch.Tensor,
+    *,
+    temperature: float,
+    top_k: int | None = None,
+    kept_ids: torch.Tensor | None = None,
+    impl: str = "auto",
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """(log-probabilities of the labels [T], log-sum-exp of logits / temperature [T]), 0 where ignored.
+
+    Both fp32 (fp64 for fp64 logits) and differentiable in `logits`. Arguments as in `policy_loss`; with a filter both are those
+    of the filtered distribution.
+    """
+    _check_logits(logits, labels, temperature, kept_ids)
+    return _implementation("token_logprobs", impl)(logits, labels, temperature=temperature, top_k=top_k, kept_ids=kept_ids)
+
+
+def topk_support(logits: torch.Tensor, top_k: int) -> torch.Tensor:
+    """Ids of the top-k filter's support, [T, min(top_k, V)] int64, largest logit first; ties fall as in torch.topk.
+
+    A sampler that filters by these ids and a loss that recomputes them agree exactly. Raises ValueError where top_k is below 1.
+    """
+    if top_k < 1:
+        raise ValueError(f"top_k is {top_k}: a support needs at least one id")
+    return reference.topk_support(logits, top_k)
+
+
+def _implementation(op: str, impl: str) -> Callable[..., Any]:
+    """The function that computes `op`: the best one for "auto", else the named one."""
+    having = {name: module for name, module in _IMPLEMENTATIONS.items() if hasattr(module, op)}
+    name = next(iter(having)) if impl == "auto" else impl
+    if name not in having:
+        raise ValueError(f"{op} has no implementation {impl!r} here: give auto or one of {', '.join(having)}")
+    return getattr(having[name], op)
+
+
+def _check_logits(logits: torch.Tensor, labels: torch.Tensor, temperature: float, kept_ids: torch.Tensor | None) -> None:
+    if logits.ndim != 2 or labels.shape != logits.shape[:1]:
+        raise ValueError(f"logits {tuple(logits.shape)} and labels {tuple(labels.shape)} do not fit: give [T, V] and [T]")
+    if kept_ids is not None and (kept_ids.ndim != 2 or kept_ids.shape[0] != labels.shape[0]):
+        raise ValueError(f"kept_ids has shape {tuple(kept_ids.shape)}: give [T, K] with T = {labels.shape[0]}")
+    if not temperature > 0:
+        raise ValueError(f"temperature is {temperature}: it must be above 0")
+
+
+def _check_segments(num_rows: int, step_advantages: torch.Tensor, step_ends: torch.Tensor, cu_seqlens: torch.Tensor) -> None:
+    num_sequences = cu_seqlens.numel() - 1
+    if step_ends.ndim != 2 or step_ends.shape != step_advantages.shape or step_ends.shape[1] == 0:
+        shapes = f"step_ends {tuple(step_ends.shape)} and step_advantages {tuple(step_advantages.shape)}"
+        raise ValueError(f"{shapes} do not fit: give both as [N, J] with J at least 1")
+    if cu_seqlens.ndim != 1 or num_sequences != step_ends.shape[0]:
+        raise ValueError(f"cu_seqlens has shape {tuple(cu_seqlens.shape)}: give [N+1] with N = {step_ends.shape[0]}")
+    if cu_seqlens.device.type == "cpu" and int(cu_seqlens[-1]) != num_rows:  # elsewhere the check would wait for the device
+        raise ValueError(f"cu_seqlens ends at {int(cu_seqlens[-1])} but there are {num_rows} rows: its last entry is T")

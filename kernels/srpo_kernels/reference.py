@@ -1,0 +1,171 @@
+"""Every op in plain torch autograd: the specification that other implementations are tested against, and the fallback.
+
+Math is fp32 (fp64 for fp64 logits) whatever the dtype of the logits. Rows are selected before anything is computed, so what an
+ignored row holds (NaN included) reaches neither a result nor a gradient. Nothing is written in place.
+
+Shapes: T rows, R labelled rows, V vocabulary, K kept ids, C candidates of the softmax, N sequences, J reasoning steps.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+
+from srpo_kernels.segments import IGNORE, PolicyLoss, StepStats, step_of_row
+
+# exp(20) = 4.9e8: neither a ratio nor a k3 term can overflow, nor the square of its gradient in a global norm. Log ratios up to
+# the bound are untouched; above it the exponential is a constant and exerts no force. Underflow is harmless: no bound from below.
+MAX_LOG_RATIO = 20.0
+
+
+def policy_loss(
+    logits: torch.Tensor,
+    labels: torch.Tensor,
+    step_advantages: torch.Tensor,
+    step_ends: torch.Tensor,
+    cu_seqlens: torch.Tensor,
+    weights: torch.Tensor,
+    old_logprobs: torch.Tensor | None,
+    ref_logprobs: torch.Tensor | None,
+    *,
+    clip_eps_low: float,
+    clip_eps_high: float,
+    dual_clip: float | None,
+    kl_coef: float,
+    kl_estimator: str,
+    temperature: float,
+    top_k: int | None,
+    kept_ids: torch.Tensor | None,
+    ref_logits: torch.Tensor | None,
+) -> PolicyLoss:
+    """See `srpo_kernels.policy_loss`."""
+    num_rows = labels.shape[0]
+    rows = (labels != IGNORE).nonzero()[:, 0]
+    logits, labels = _select(logits, rows), _select(labels, rows)
+    support = _support(logits, labels, rows, top_k, kept_ids)
+    log_p = _candidates(logits, temperature, support).log_softmax(1)  # [R, C]
+    logprobs = _of_label(log_p, labels, support)  # [R]
+
+    sequence, step = step_of_row(cu_seqlens, step_ends, rows)
+    advantages = step_advantages.detach().to(log_p.dtype)[sequence, step]
+    old = logprobs.detach() if old_logprobs is None else _constant(old_logprobs, rows, log_p.dtype)
+    ratio = (logprobs - old).clamp(max=MAX_LOG_RATIO).exp()
+    # min(ratio A, clip(ratio) A) bounds the ratio above where A > 0 and below where A < 0; dual clip bounds it above there, too
+    low, high = 1 - clip_eps_low, 1 + clip_eps_high
+    bounded = torch.where(advantages > 0, ratio.clamp(max=high), ratio.clamp(min=low, max=dual_clip))
+    terms = -bounded * advantages
+
+    if kl_estimator == "full" and ref_logits is not None:
+        kl = _full_kl(log_p, _candidates(_select(ref_logits.detach(), rows), temperature, support).log_softmax(1))
+    elif kl_estimator != "full" and ref_logprobs is not None:
+        kl = _sampled_kl(logprobs - _constant(ref_logprobs, rows, log_p.dtype), kl_estimator)
+    else:
+        kl = torch.zeros_like(logprobs)
+    if kl_coef:
+        terms = terms + kl_coef * kl
+
+    stats = StepStats.sum_rows(
+        step,
+        step_ends.shape[1],
+        num_clipped=(bounded != ratio) & (advantages != 0),
+        num_outside_support=torch.zeros_like(labels) if support is None else support.outside,
+        sum_ratio=ratio,
+        sum_kl=kl,
+        sum_entropy=_entropy(log_p.detach()),
+    )
+    loss = (_constant(weights, rows, log_p.dtype) * terms).sum()
+    return PolicyLoss(loss, _spread(logprobs.detach(), rows, num_rows), stats)
+
+
+def token_logprobs(
+    logits: torch.Tensor,
+    labels: torch.Tensor,
+    *,
+    temperature: float,
+    top_k: int | None,
+    kept_ids: torch.Tensor | None,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """See `srpo_kernels.token_logprobs`."""
+    num_rows = labels.shape[0]
+    rows = (labels != IGNORE).nonzero()[:, 0]
+    logits, labels = _select(logits, rows), _select(labels, rows)
+    support = _support(logits, labels, rows, top_k, kept_ids)
+    candidates = _candidates(logits, temperature, support)
+    logprobs = _of_label(candidates.log_softmax(1), labels, support)
+    return _spread(logprobs, rows, num_rows), _spread(candidates.logsumexp(1), rows, num_rows)
+
+
+class _Support(NamedTuple):
+    """Candidates of a filtered softmax: the label first, then the kept ids. So the label is always in its own support."""
+
+    ids: torch.Tensor  # [R, C] with C = 1 + K
+    blank: torch.Tensor  # [R, C] bool: the label's second copy, or padding
+    outside: torch.Tensor  # [R] bool: the filter alone would have dropped the label
+
+
+def _support(
+    logits: torch.Tensor, labels: torch.Tensor, rows: torch.Tensor, top_k: int | None, kept_ids: torch.Tensor | None
+) -> _Support | None:
+    """Candidates of the selected rows; None where nothing is filtered. `kept_ids` is that of all rows."""
+    if kept_ids is not None:
+        kept = _select(kept_ids, rows).to(torch.int64)
+    elif top_k:
+        kept = topk_support(logits, top_k)
+    else:
+        return None
+    label = labels[:, None]
+    blank = torch.nn.functional.pad((kept == label) | (kept < 0), (1, 0))
+    return _Support(torch.cat([label, kept.clamp(min=0)], 1), blank, (kept != label).all(1))
+
+
+def topk_support(logits: torch.Tensor, top_k: int) -> torch.Tensor:
+    """See `srpo_kernels.topk_support`."""
+    return logits.detach().topk(min(top_k, logits.shape[1]), 1).indices
+
+
+def _candidates(logits: torch.Tensor, temperature: float, support: _Support | None) -> torch.Tensor:
+    """Logits over temperature of the candidates, [R, C] in the dtype of the math; -inf where blank."""
+    if support is not None:
+        logits = logits.gather(1, support.ids)
+    scaled = logits.to(torch.float64 if logits.dtype == torch.float64 else torch.float32) / temperature
+    return scaled if support is None else scaled.masked_fill(support.blank, -torch.inf)
+
+
+def _of_label(log_p: torch.Tensor, labels: torch.Tensor, support: _Support | None) -> torch.Tensor:
+    """The label's entry of each row, [R]."""
+    return log_p.gather(1, labels[:, None])[:, 0] if support is None else log_p[:, 0]
+
+
+def _sampled_kl(log_ratio: torch.Tensor, estimator: str) -> torch.Tensor:
+    """KL(pi || pi_ref) estimated from log(pi / pi_ref) of the sampled token, [R]."""
+    if estimator == "k1":
+        return log_ratio
+    if estimator == "k2":
+        return log_ratio.square() / 2
+    inverse = (-log_ratio).clamp(max=MAX_LOG_RATIO)
+    return torch.expm1(inverse) - inverse
+
+
+def _full_kl(log_p: torch.Tensor, log_q: torch.Tensor) -> torch.Tensor:
+    """Exact KL(p || q) of each row, [R]. Candidates that p excludes count nothing, with no gradient."""
+    return (log_p.exp() * (log_p - log_q).masked_fill(log_p == -torch.inf, 0)).sum(1)
+
+
+def _entropy(log_p: torch.Tensor) -> torch.Tensor:
+    return -(log_p.exp() * log_p.clamp(min=torch.finfo(log_p.dtype).min)).sum(1)  # clamp: 0 * -inf is 0 here
+
+
+def _select(tensor: torch.Tensor, rows: torch.Tensor) -> torch.Tensor:
+    """The labelled rows of a tensor; the tensor itself, uncopied, where that is all of them."""
+    return tensor if rows.shape[0] == tensor.shape[0] else tensor.index_select(0, rows)
+
+
+def _constant(tensor: torch.Tensor, rows: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+    """The labelled rows of something that has no gradient."""
+    return _select(tensor.detach(), rows).to(dtype)
+
+
+def _spread(values: torch.Tensor, rows: torch.Tensor, num_rows: int) -> torch.Tensor:
+    """Values of the labelled rows put back among all, [T]; 0 where ignored."""
+    return values if rows.shape[0] == num_rows else values.new_zeros(num_rows).index_copy(0, rows, values)

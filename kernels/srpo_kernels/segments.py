@@ -1,0 +1,73 @@
+"""What every implementation of the ops shares: which reasoning step a row belongs to, and the result types.
+
+Shapes: T packed rows, R labelled rows, N sequences, J reasoning steps.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, fields
+from typing import NamedTuple
+
+import torch
+
+IGNORE = -100  # label of a row that is never read
+
+
+def step_of_row(cu_seqlens: torch.Tensor, step_ends: torch.Tensor, rows: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """(sequence [R], step [R]) of the given packed rows, both int64: Algorithm 1 line 11.
+
+    cu_seqlens [N+1]; step_ends [N, J] exclusive ends counted from the first row of the sequence, nondecreasing (an empty step has
+    the end of the step before it); rows [R] int64 indices below cu_seqlens[-1]. Rows past the last end belong to the last step.
+    """
+    starts = cu_seqlens.to(torch.int64)
+    sequence = torch.searchsorted(starts, rows, right=True) - 1  # right: an empty sequence owns no row
+    position = rows - starts[sequence]
+    step = (position[:, None] >= step_ends[sequence]).sum(1)
+    return sequence, step.clamp(max=step_ends.shape[1] - 1)
+
+
+@dataclass(frozen=True)
+class StepStats:
+    """Sums over the labelled rows of each reasoning step, each [J] float64: add them over micro-batches and ranks, then divide.
+
+    Plain sums over tokens, without `weights`; none carries a gradient.
+    """
+
+    num_tokens: torch.Tensor  # labelled rows
+    num_clipped: torch.Tensor  # of them: rows whose surrogate is cut by the clip or the dual clip, and so has no gradient
+    num_outside_support: torch.Tensor  # of them: rows whose label the top-k filter alone would have dropped
+    sum_ratio: torch.Tensor  # pi / pi_old
+    sum_kl: torch.Tensor  # the chosen estimator of KL(pi || pi_ref), nats; 0 without a reference
+    sum_entropy: torch.Tensor  # nats, of the (filtered) distribution that ratios are taken on
+
+    def __add__(self, other: StepStats) -> StepStats:
+        return StepStats.unstack(self.stack() + other.stack())
+
+    def stack(self) -> torch.Tensor:
+        """All sums as one tensor [6, J], fields in order: a single all-reduce adds them over ranks."""
+        return torch.stack([getattr(self, field.name) for field in fields(self)])
+
+    @staticmethod
+    def unstack(sums: torch.Tensor) -> StepStats:
+        """The inverse of `stack`."""
+        return StepStats(*sums)
+
+    @staticmethod
+    def zeros(num_steps: int, device: torch.device | str = "cpu") -> StepStats:
+        """Where a sum over micro-batches starts."""
+        return StepStats.unstack(torch.zeros(len(fields(StepStats)), num_steps, dtype=torch.float64, device=device))
+
+    @staticmethod
+    def sum_rows(step: torch.Tensor, num_steps: int, **rows: torch.Tensor) -> StepStats:
+        """Sums by step of per-row values: step [R], and one [R] tensor for each field but `num_tokens`."""
+        rows["num_tokens"] = torch.ones_like(step)
+        values = torch.stack([rows[field.name].detach().double() for field in fields(StepStats)])  # [6, R]
+        return StepStats.unstack(values.new_zeros(len(values), num_steps).index_add(1, step, values))
+
+
+class PolicyLoss(NamedTuple):
+    """What `policy_loss` returns."""
+
+    loss: torch.Tensor  # [] fp32 (fp64 for fp64 logits), differentiable
+    logprobs: torch.Tensor  # [T] of the labels, same dtype, detached; 0 where ignored
+    stats: StepStats

@@ -1,0 +1,150 @@
+"""Advantages of each reasoning step: SRPO (Algorithm 1 lines 10-13) and GRPO (Eq. 4).
+
+All functions take the rollouts of one optimizer step *of all ranks* as anything that `torch.as_tensor` takes, compute in float64
+and return float32. Shapes: N rollouts, J reasoning steps.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Literal
+
+import numpy as np
+import torch
+
+ArrayLike = torch.Tensor | np.ndarray | Sequence
+
+_MIN_STD = 1e-8  # float64 rounding of equal rewards stays far below, a real difference far above
+
+
+def step_returns(step_rewards: ArrayLike, gamma: float) -> torch.Tensor:
+    """Discounted sum of the rewards from each step on, [N, J] float32: sum over k >= j of gamma^(k-j) r_k (Algorithm 1 line 12).
+
+    step_rewards [N, J]; gamma in [0, 1]. Raises ValueError for another gamma, another shape, or a reward that is not finite.
+    """
+    return _returns(step_rewards, gamma).float()
+
+
+def srpo_advantages(
+    step_rewards: ArrayLike,
+    groups: ArrayLike,
+    step_lengths: ArrayLike,
+    *,
+    gamma: float,
+    normalize: Literal["batch", "group", "group_step", "none"],
+    clip: float,
+) -> torch.Tensor:
+    """Step-level advantages [N, J] float32: returns (Algorithm 1 line 12), normalised, then clipped to +-clip (0: not clipped).
+
+    step_rewards [N, J]; groups [N] ints, equal for rollouts of one prompt, in any order; step_lengths [N, J] tokens of each step.
+
+    normalize:
+      batch: (return - mean) / (std + 1e-8), mean and Bessel-corrected std over every response *token* of the batch, a token
+        having the return of its step. Before the clip, advantages sum to zero over tokens.
+      group: mean and std + 1e-6 (Eq. 4) over all returns of a group, rollouts x steps, each counting once whatever its length.
+      group_step: the same for each step by itself. Returns fall with j, so batch and group favour early steps; this one does not.
+      none: the returns themselves, as Algorithm 1 is printed; with rewards >= 0 no advantage is negative.
+    Where nothing varies the advantages are exactly 0.
+
+    Paper: 5.1.5 has "batch normalization is applied" and "clipped at a magnitude of 2", Algorithm 1 has no baseline; batch and 2.
+    Raises ValueError as `step_returns` does, for shapes that do not fit, or for a group of one rollout under a group baseline.
+    """
+    returns = _returns(step_rewards, gamma)
+    group_index = _group_index(groups, len(returns))
+    if normalize == "batch":
+        lengths = torch.as_tensor(step_lengths, dtype=torch.float64)
+        if lengths.shape != returns.shape:
+            raise ValueError(f"step_lengths has shape {tuple(lengths.shape)}: give that of step_rewards, {tuple(returns.shape)}")
+        advantages = _whiten_tokens(returns, lengths)
+    elif normalize == "group":
+        _check_group_sizes(group_index, normalize)
+        flat = _standardize_groups(returns.reshape(-1, 1), group_index.repeat_interleave(returns.shape[1]))
+        advantages = flat.reshape(returns.shape)
+    elif normalize == "group_step":
+        _check_group_sizes(group_index, normalize)
+        advantages = _standardize_groups(returns, group_index)
+    elif normalize == "none":
+        advantages = returns
+    else:
+        raise ValueError(f"normalize {normalize!r} is unknown: give one of batch, group, group_step, none")
+    return _clip(advantages, clip).float()
+
+
+def grpo_advantages(rewards: ArrayLike, groups: ArrayLike, num_steps: int, *, clip: float = 0.0) -> torch.Tensor:
+    """Eq. 4 as [N, num_steps] float32 with equal columns: (R_i - mean of its group) / (std of its group + 1e-6).
+
+    rewards [N]; groups [N] ints; clip as in `srpo_advantages`. A group whose rewards are equal gets exactly 0.
+    Paper: gives no delta and does not say which std; 1e-6, and the sample std (Bessel-corrected), as is common practice.
+    Raises ValueError for shapes that do not fit, a reward that is not finite, or a group of one rollout.
+    """
+    values = torch.as_tensor(rewards, dtype=torch.float64)
+    if values.ndim != 1:
+        raise ValueError(f"rewards has shape {tuple(values.shape)}: give one reward per rollout, [N]")
+    _check_finite(values)
+    group_index = _group_index(groups, len(values))
+    _check_group_sizes(group_index, "grpo")
+    advantages = _clip(_standardize_groups(values[:, None], group_index), clip)
+    return advantages.expand(-1, num_steps).float().contiguous()
+
+
+def _returns(step_rewards: ArrayLike, gamma: float) -> torch.Tensor:
+    """`step_returns` in float64."""
+    rewards = torch.as_tensor(step_rewards, dtype=torch.float64)
+    if rewards.ndim != 2:
+        raise ValueError(f"step_rewards has shape {tuple(rewards.shape)}: give one reward per rollout and step, [N, J]")
+    if not 0 <= gamma <= 1:
+        raise ValueError(f"gamma is {gamma}: a discount lies between 0 and 1")
+    _check_finite(rewards)
+    step = torch.arange(rewards.shape[1])
+    ahead = step[:, None] - step  # [k, j] = k - j
+    return rewards @ (gamma ** ahead.clamp(min=0).double()).tril()
+
+
+def _whiten_tokens(values: torch.Tensor, lengths: torch.Tensor) -> torch.Tensor:
+    """Whitened over tokens: each value counts `lengths` times."""
+    total = lengths.sum()
+    mean = (lengths * values).sum() / total.clamp(min=1)
+    variance = (lengths * (values - mean).square()).sum() / (total - 1).clamp(min=1)
+    return _standardize(values - mean, variance.sqrt(), 1e-8)
+
+
+def _standardize_groups(values: torch.Tensor, group_index: torch.Tensor) -> torch.Tensor:
+    """Each column [N] of `values` [N, C] standardised within its group, by the sample std."""
+    counts = group_index.bincount()[:, None]
+    zeros = values.new_zeros(len(counts), values.shape[1])
+    mean = zeros.index_add(0, group_index, values) / counts
+    centered = values - mean[group_index]
+    variance = zeros.index_add(0, group_index, centered.square()) / (counts - 1).clamp(min=1)
+    return _standardize(centered, variance.sqrt()[group_index], 1e-6)
+
+
+def _standardize(centered: torch.Tensor, std: torch.Tensor, delta: float) -> torch.Tensor:
+    return torch.where(std > _MIN_STD, centered / (std + delta), 0.0)
+
+
+def _group_index(groups: ArrayLike, num_rollouts: int) -> torch.Tensor:
+    """Groups numbered from 0, [N] int64."""
+    ids = torch.as_tensor(groups, dtype=torch.int64)
+    if ids.shape != (num_rollouts,):
+        raise ValueError(f"groups has shape {tuple(ids.shape)}: give one group per rollout, ({num_rollouts},)")
+    return ids.unique(return_inverse=True)[1]
+
+
+def _clip(advantages: torch.Tensor, clip: float) -> torch.Tensor:
+    if clip < 0:
+        raise ValueError(f"clip is {clip}: give a magnitude, or 0 for no clip")
+    return advantages.clamp(-clip, clip) if clip else advantages
+
+
+def _check_group_sizes(group_index: torch.Tensor, method: str) -> None:
+    if bool((group_index.bincount() == 1).any()):
+        raise ValueError(
+            f"a group of one rollout has no {method} baseline: raise rollout.group_size to 2 or more, "
+            'or set advantage.method to "srpo" with advantage.normalize "batch"'
+        )
+
+
+def _check_finite(rewards: torch.Tensor) -> None:
+    bad = (~rewards.isfinite()).nonzero()
+    if len(bad):
+        raise ValueError(f"reward {bad[0].tolist()} is {rewards[tuple(bad[0])].item()}: a judge must return finite rewards")

@@ -1,0 +1,107 @@
+"""Denominators as weights, and DPO, by hand and by loops."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+
+from srpo.algorithm.losses import dpo_loss, sequence_weights, sft_weights
+
+
+def test_sequence_mean_by_hand() -> None:
+    # two groups: of three (one response empty) and of one
+    out = sequence_weights([2, 4, 5, 0], [9, 9, 1, 9], denominator="sequence_mean")
+    assert out.dtype == torch.float32
+    torch.testing.assert_close(
+        out, torch.tensor([1 / 12, 1 / 24, 1 / 10, 0.0])
+    )  # 1/2 * 1/3 * 1/2, 1/2 * 1/3 * 1/4, 1/2 * 1 * 1/5
+
+
+def test_token_mean_by_hand() -> None:
+    out = sequence_weights([2, 4, 0, 2], [0, 0, 1, 1], denominator="token_mean")
+    torch.testing.assert_close(out, torch.tensor([1 / 8, 1 / 8, 0.0, 1 / 8]))
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_weights_times_terms_are_eq6_averaged_over_groups(seed: int) -> None:
+    gen = torch.Generator().manual_seed(seed)
+    lengths = torch.randint(1, 9, (11,), generator=gen).tolist()
+    groups = [0, 1, 2, 0, 1, 0, 0, 2, 1, 1, 0]
+    terms = [torch.randn(n, generator=gen, dtype=torch.float64).tolist() for n in lengths]
+    total = 0.0
+    for group in range(3):
+        members = [i for i in range(11) if groups[i] == group]
+        total += sum(sum(terms[i]) / lengths[i] for i in members) / len(members) / 3
+    weights = sequence_weights(torch.tensor(lengths), groups, denominator="sequence_mean").tolist()
+    assert sum(w * sum(t) for w, t in zip(weights, terms, strict=True)) == pytest.approx(total, rel=1e-5, abs=1e-7)
+
+
+@pytest.mark.parametrize("denominator", ["sequence_mean", "token_mean"])
+def test_weights_sum_to_one_over_tokens(denominator: Any) -> None:
+    lengths = torch.tensor([3, 7, 1, 30, 2])
+    for weights in (
+        sequence_weights(lengths, [0, 0, 1, 2, 2], denominator=denominator),
+        sft_weights(lengths, denominator=denominator),
+    ):
+        assert float((weights * lengths).sum()) == pytest.approx(1, rel=1e-6)
+
+
+@pytest.mark.parametrize("denominator", ["sequence_mean", "token_mean"])
+def test_only_empty_responses_weigh_nothing(denominator: Any) -> None:
+    assert sequence_weights([0, 0], [0, 0], denominator=denominator).tolist() == [0, 0]
+    assert sequence_weights([], [], denominator=denominator).shape == (0,)
+
+
+def test_sft_weights_by_hand() -> None:
+    torch.testing.assert_close(sft_weights([1, 3]), torch.tensor([0.25, 0.25]))
+    torch.testing.assert_close(sft_weights([1, 3], denominator="sequence_mean"), torch.tensor([1 / 2, 1 / 6]))
+
+
+def test_dpo_by_hand() -> None:
+    # rewards .1 * 2 and .1 * -1, margin .3; then the same pair turned around
+    out = dpo_loss(
+        torch.tensor([-3.0, -6.0]), torch.tensor([-6.0, -3.0]), -torch.tensor([5.0, 5.0]), -torch.tensor([5.0, 5.0]), 0.1
+    )
+    assert out.loss.item() == pytest.approx((math.log(1 + math.exp(-0.3)) + math.log(1 + math.exp(0.3))) / 2, rel=1e-6)
+    metrics = {name: value.item() for name, value in out.metrics.items()}
+    assert metrics == pytest.approx({"chosen_reward": 0.05, "rejected_reward": 0.05, "margin": 0.0, "accuracy": 0.5}, abs=1e-6)
+
+
+def test_dpo_gradcheck_and_start() -> None:
+    gen = torch.Generator().manual_seed(0)
+    chosen, rejected, ref_chosen, ref_rejected = -9 * torch.rand(4, 5, generator=gen, dtype=torch.float64)
+    inputs = (chosen.requires_grad_(), rejected.requires_grad_())
+    assert torch.autograd.gradcheck(lambda c, r: dpo_loss(c, r, ref_chosen, ref_rejected, 0.3).loss, inputs)
+    start = dpo_loss(chosen, rejected, chosen.detach(), rejected.detach(), 0.3)
+    assert start.loss.item() == pytest.approx(math.log(2)) and start.metrics["accuracy"] == 0
+    assert not any(value.requires_grad for value in start.metrics.values())
+
+
+def test_dpo_micro_batches_add_up_and_nothing_overflows() -> None:
+    gen = torch.Generator().manual_seed(1)
+    logprobs = -1e4 * torch.rand(4, 6, generator=gen)
+    whole = dpo_loss(*logprobs, beta=0.5)
+    parts = [dpo_loss(*logprobs[:, rows], beta=0.5, num_pairs=6) for rows in (slice(0, 1), slice(1, 6))]
+    assert whole.loss.isfinite()
+    torch.testing.assert_close(parts[0].loss + parts[1].loss, whole.loss)
+    for name, value in whole.metrics.items():
+        torch.testing.assert_close(parts[0].metrics[name] + parts[1].metrics[name], value)
+
+
+@pytest.mark.parametrize(
+    ("call", "message"),
+    [
+        (lambda: sequence_weights([1, 2], [0], denominator="token_mean"), "one group per sequence"),
+        (lambda: sequence_weights([1, -2], [0, 0], denominator="token_mean"), "negative"),
+        (lambda: sequence_weights([1], [0], denominator="mean"), "sequence_mean or token_mean"),  # type: ignore[arg-type]
+        (lambda: dpo_loss(*torch.zeros(4, 2), beta=0.0), "beta is 0.0"),
+        (lambda: dpo_loss(torch.zeros(2), torch.zeros(2), torch.zeros(2), torch.zeros(3), beta=0.1), "four tensors"),
+    ],
+)
+def test_bad_input_says_what_to_do(call: Callable[[], object], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        call()

@@ -1,0 +1,67 @@
+"""The public front of `srpo_kernels`: which implementation runs, and what bad input gets."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import srpo_kernels
+import torch
+from srpo_kernels import policy_loss, token_logprobs, topk_support
+
+
+def good_input() -> dict[str, Any]:
+    """Two sequences of 3 and 4 rows, two steps, a vocabulary of 5."""
+    return {
+        "logits": torch.randn(7, 5),
+        "labels": torch.randint(5, (7,)),
+        "step_advantages": torch.randn(2, 2),
+        "step_ends": torch.tensor([[1, 3], [2, 4]]),
+        "cu_seqlens": torch.tensor([0, 3, 7]),
+        "weights": torch.ones(7),
+        "ref_logprobs": -torch.ones(7),
+        "clip_eps_low": 0.2,
+        "clip_eps_high": 0.2,
+        "kl_coef": 0.0,
+        "kl_estimator": "k3",
+        "temperature": 1.0,
+    }
+
+
+def test_a_missing_implementation_is_named() -> None:
+    x = good_input()
+    assert torch.equal(policy_loss(**x, impl="reference").loss, policy_loss(**x, impl="auto").loss)
+    assert "reference" in srpo_kernels.implementations()
+    with pytest.raises(ValueError, match=r"policy_loss has no implementation 'abacus' here: .*reference"):
+        policy_loss(**x, impl="abacus")
+    with pytest.raises(ValueError, match=r"token_logprobs has no implementation 'abacus'"):
+        token_logprobs(x["logits"], x["labels"], temperature=1.0, impl="abacus")
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"kl_estimator": "k4"}, "k1, k2, k3, full"),
+        ({"kl_coef": 0.1, "ref_logprobs": None}, "give ref_logprobs, or set kl_coef to 0"),
+        ({"kl_coef": 0.1, "kl_estimator": "full"}, "give ref_logits, or set kl_coef to 0"),
+        ({"temperature": 0.0}, "temperature is 0.0"),
+        ({"clip_eps_low": -0.1}, "must not be negative"),
+        ({"dual_clip": 1.0}, "above 1"),
+        ({"weights": torch.ones(3)}, "weights has shape"),
+        ({"labels": torch.ones(3, dtype=torch.long)}, r"labels \(3,\) do not fit"),
+        ({"ref_logits": torch.ones(3, 5)}, "ref_logits has shape"),
+        ({"step_ends": torch.ones(2, 3)}, r"step_ends \(2, 3\)"),
+        ({"cu_seqlens": torch.tensor([0, 7])}, "cu_seqlens has shape"),
+        ({"cu_seqlens": torch.tensor([0, 3, 6])}, "its last entry is T"),
+        ({"kept_ids": torch.ones(3, 2)}, "kept_ids has shape"),
+    ],
+)
+def test_bad_input_says_what_to_do(change: dict[str, Any], message: str) -> None:
+    policy_loss(**good_input())
+    with pytest.raises(ValueError, match=message):
+        policy_loss(**{**good_input(), **change})
+
+
+def test_a_support_needs_an_id() -> None:
+    with pytest.raises(ValueError, match="at least one id"):
+        topk_support(torch.ones(2, 2), 0)
