@@ -1,0 +1,187 @@
+"""The Shopping Queries Dataset (ESCI, Reddy et al. 2022) as rows of the schema in docs/data.md: official Parquet or joined dump.
+
+Both come out as dicts that `srpo.data.rows` checks and turns into examples, so real data passes the same gate as any other.
+"""
+
+from __future__ import annotations
+
+import html
+import re
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+GOLD_OF_LABEL = {"E": "L4", "S": "L3", "C": "L2", "I": "L1"}  # exact, substitute, complement, irrelevant
+TEXT_CHARS = 300  # of bullets or description that are kept
+
+_EXAMPLES, _PRODUCTS = "shopping_queries_dataset_examples", "shopping_queries_dataset_products"
+_SOURCES = "shopping_queries_dataset_sources"
+_EXAMPLE_COLUMNS = ["example_id", "query", "query_id", "product_id", "product_locale", "esci_label"]
+_FILTER_COLUMNS = ["small_version", "large_version", "split"]
+_PRODUCT_COLUMNS = ["product_id", "product_locale", "product_title", "product_brand", "product_color"]
+_TEXT_COLUMNS = ["product_bullet_point", "product_description"]  # the first that has something is the text
+_DUMP_REQUIRED = ("query_id", "query", "product_id", "title", "label")
+_DUMP_FIELDS = ("brand", "color", "category", "text")
+
+
+@dataclass(frozen=True)
+class EsciOptions:
+    """Which rows of the official release are read; written behind the path, `folder?locale=us&version=small&split=train`."""
+
+    locale: str = "us"  # us | es | jp; all: every one
+    version: str = "large"  # large, or small: the part that the ranking task uses
+    split: str = "all"  # train | test | all
+
+    def __post_init__(self):
+        for name, allowed in (
+            ("locale", ("us", "es", "jp", "all")),
+            ("version", ("large", "small")),
+            ("split", ("train", "test", "all")),
+        ):
+            if getattr(self, name) not in allowed:
+                raise ValueError(f"ESCI has no {name}={getattr(self, name)!r}: use one of {', '.join(allowed)}")
+
+
+def is_official(path: Path) -> bool:
+    """Whether `path` is an examples file of the official release, or a folder with one."""
+    if path.is_dir():
+        return any(path.glob(f"{_EXAMPLES}*.parquet"))
+    return path.name.startswith(_EXAMPLES) and path.suffix == ".parquet"
+
+
+def official_rows(path: Path, options: EsciOptions) -> Iterator[tuple[str, dict[str, Any]]]:
+    """(where it stands, row) of every judged pair of the official release, joined with its product by id and locale.
+
+    Examples are streamed. The products they name are held in memory, about 1.4 kB each, with text cut to `TEXT_CHARS`.
+    Raises ValueError for a missing file or column and for a pair whose product is in no products file.
+    """
+    folder = path if path.is_dir() else path.parent
+    examples = sorted(folder.glob(f"{_EXAMPLES}*.parquet")) if path.is_dir() else [path]
+    products = sorted(folder.glob(f"{_PRODUCTS}*.parquet"))
+    if not products:
+        raise ValueError(
+            f"{folder} has {examples[0].name} and no {_PRODUCTS}*.parquet: put the products file of the release beside it"
+        )
+    keys = (_key(row) for file in examples for _, row in _selected(file, ["product_id", "product_locale"], options))
+    catalogue = _read_products(products, set(keys))
+    sources = _read_sources(folder)
+    for file in examples:
+        for number, row in _selected(file, _EXAMPLE_COLUMNS, options):
+            where = f"{file}, row {number}"
+            product = catalogue.get(_key(row))
+            if product is None:
+                raise ValueError(
+                    f"{where}: product {row['product_id']} ({row['product_locale']}) is not in "
+                    f"{', '.join(p.name for p in products)}: use examples and products of the same release"
+                )
+            title, brand, color, text = product
+            tags = {"locale": row["product_locale"], "split": row["split"], "query_source": sources.get(str(row["query_id"]))}
+            yield (
+                where,
+                {
+                    "example_id": row["example_id"],
+                    "query_id": row["query_id"],
+                    "query": row["query"],
+                    "title": title or text or f"product {row['product_id']}",  # a few products of the release have no title
+                    "fields": {name: value for name, value in (("brand", brand), ("color", color), ("text", text)) if value},
+                    "label": row["esci_label"],
+                    "tags": {name: value for name, value in tags.items() if value},
+                },
+            )
+
+
+def is_dump_row(row: dict[str, Any]) -> bool:
+    """Whether a row is of the joined dump (`query_id, query, product_id, title, ..., label`) and not of our own schema."""
+    return "product_id" in row and "example_id" not in row
+
+
+def from_dump(row: dict[str, Any], where: str) -> dict[str, Any]:
+    """A row of the dump as a row of our schema. Its own `grade` counts 3..0 and has to agree with `label`."""
+    for name in _DUMP_REQUIRED:
+        if row.get(name) is None:
+            raise ValueError(f"{where}: {name!r} is missing: a row of the ESCI dump has {', '.join(_DUMP_REQUIRED)}")
+    if unknown := row.keys() - {*_DUMP_REQUIRED, *_DUMP_FIELDS, "grade", "query_source"}:
+        raise ValueError(f"{where}: the ESCI dump has no column {min(unknown)!r}: remove it, or use the schema of docs/data.md")
+    grade, label = row.get("grade"), str(row["label"])
+    if grade is not None and label in GOLD_OF_LABEL and grade != "ICSE".index(label):
+        raise ValueError(f"{where}: grade {grade!r} and label {label!r} disagree: E, S, C, I are 3, 2, 1, 0 in the ESCI dump")
+    return {
+        "example_id": f"{row['query_id']}-{row['product_id']}",
+        "query_id": row["query_id"],
+        "query": row["query"],
+        "title": row["title"],
+        "fields": {name: row[name] for name in _DUMP_FIELDS if row.get(name)},
+        "label": row["label"],
+        "tags": {"query_source": row["query_source"]} if row.get("query_source") else {},
+    }
+
+
+def _key(row: dict[str, Any]) -> str:
+    return f"{row['product_locale']}/{row['product_id']}"
+
+
+def _batches(file: Path, columns: list[str]) -> Iterator[pa.RecordBatch]:
+    """Record batches of a Parquet file, with ValueError for what is not one or lacks a column."""
+    try:
+        with pq.ParquetFile(file) as parquet:
+            if missing := [name for name in columns if name not in parquet.schema_arrow.names]:
+                raise ValueError(f"{file} has no column {missing[0]!r}: the official release has {', '.join(columns)}")
+            yield from parquet.iter_batches(batch_size=16384, columns=columns)
+    except (pa.ArrowException, OSError) as error:
+        raise ValueError(f"{file} is not a readable Parquet file ({error}): fetch it again") from error
+
+
+def _selected(file: Path, columns: list[str], options: EsciOptions) -> Iterator[tuple[int, dict[str, Any]]]:
+    """(row number from 1, row) of the rows that the options ask for."""
+    first = 1
+    for batch in _batches(file, [*columns, *_FILTER_COLUMNS]):
+        keep = np.ones(batch.num_rows, dtype=bool)
+        for name, value in ((f"{options.version}_version", 1), ("product_locale", options.locale), ("split", options.split)):
+            if value != "all":
+                keep &= batch.column(name).to_numpy(zero_copy_only=False) == value
+        yield from zip((first + np.flatnonzero(keep)).tolist(), batch.filter(pa.array(keep)).to_pylist(), strict=True)
+        first += batch.num_rows
+
+
+def _read_products(files: list[Path], wanted: set[str]) -> dict[str, tuple[str, str, str, str]]:
+    """(title, brand, color, text) of the wanted products, by "locale/product_id"."""
+    catalogue = {}
+    for file in files:
+        for batch in _batches(file, _PRODUCT_COLUMNS + _TEXT_COLUMNS):
+            for row in batch.to_pylist():
+                if (key := _key(row)) in wanted:
+                    title, brand, color = (_clean(row[f"product_{name}"] or "") for name in ("title", "brand", "color"))
+                    text = next(filter(None, (_clean(row[name] or "", TEXT_CHARS) for name in _TEXT_COLUMNS)), "")
+                    catalogue[key] = (title, brand, color, text)
+    return catalogue
+
+
+def _read_sources(folder: Path) -> dict[str, str]:
+    """query_id -> query_source, where the release's sources file lies beside the others."""
+    sources: dict[str, str] = {}
+    for file in sorted(folder.glob(f"{_SOURCES}*.csv")):
+        for number, line in enumerate(file.read_text(encoding="utf-8").splitlines(), 1):
+            query_id, comma, source = line.strip().partition(",")
+            if not comma:
+                raise ValueError(
+                    f"{file}, line {number}: expected 'query_id,source', got {line[:80]!r}: fetch it again or remove the file"
+                )
+            sources[query_id] = source
+    return sources
+
+
+def _clean(text: str, limit: int = 0) -> str:
+    """One line without markup: bullets joined by " | ", cut at a word where it is longer than `limit` characters (0: never)."""
+    if limit:
+        text = text[: 8 * limit]  # bounds the work on descriptions of many pages
+    text = html.unescape(re.sub(r"<[^<>]*>", " ", text))
+    text = " | ".join(filter(None, (" ".join(line.split()) for line in text.splitlines())))
+    if not limit or len(text) <= limit:
+        return text
+    cut = text[: limit + 1].rpartition(" ")[0]
+    return (cut if len(cut) > limit // 2 else text[:limit]).rstrip(" |")

@@ -1,0 +1,264 @@
+"""Files of judged pairs: read as a stream of `Example`, written, and split by query. The schema is docs/data.md.
+
+Reading is strict. A row that is not exactly right raises ValueError with its file, its line and the fix: a grade that is silently
+dropped or a column that is silently ignored costs more than a run that does not start.
+"""
+
+from __future__ import annotations
+
+import gzip
+import hashlib
+import json
+import os
+import zlib
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import ExitStack
+from itertools import islice
+from pathlib import Path
+from typing import Any
+from urllib.parse import parse_qsl
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from srpo.data import esci
+from srpo.data.examples import Example
+from srpo.data.rows import REQUIRED, example_from_row, row_from_example
+
+SUFFIXES = (".jsonl", ".jsonl.gz", ".parquet")
+_PARQUET_SCHEMA = pa.schema(
+    [
+        *((name, pa.string()) for name in REQUIRED),
+        ("fields", pa.map_(pa.string(), pa.string())),
+        ("gold", pa.list_(pa.string())),
+        ("truth", pa.list_(pa.string())),
+        ("tags", pa.map_(pa.string(), pa.string())),
+    ]
+)
+_ROWS_PER_GROUP = 4096
+
+
+def read_examples(
+    path: str | Path, num_steps: int, *, options: Sequence[Sequence[str]] = (), check_duplicates: bool = True
+) -> Iterator[Example]:
+    """A stream of the examples in a file, a folder of shards (in the order of their names) or an ESCI release, in stored order.
+
+    `num_steps` is J: how many entries `gold` and `truth` get. `options[j]`, where given and not empty, are the answers of step
+    j: a label outside them is an error, and one that differs in case alone is brought to their spelling.
+    Memory does not grow with the data, except for an 8-byte hash of each example_id, which finds duplicates (about 70 MB a
+    million; `check_duplicates=False` does without), and for the products of an official ESCI release.
+    Raises ValueError at once for a path that has nothing to read; while streaming for the first bad row, a duplicate
+    example_id, or when there was no example at all.
+    """
+    if options and len(options) != num_steps:
+        raise ValueError(f"options are given for {len(options)} steps and the schema has {num_steps}: give one entry per step")
+    return _examples(_rows(path), str(path), num_steps, options, check_duplicates)
+
+
+def load_examples(path: str | Path, num_steps: int, limit: int = 0, *, options: Sequence[Sequence[str]] = ()) -> list[Example]:
+    """All examples of a path, or the first `limit`, each checked before any is used. Arguments and errors: `read_examples`."""
+    return list(islice(read_examples(path, num_steps, options=options), limit or None))
+
+
+def write_examples(path: str | Path, examples: Iterable[Example]) -> int:
+    """Stream examples to a .jsonl, .jsonl.gz or .parquet file; returns how many. The file appears when it is complete.
+
+    The same examples give the same bytes. ValueError for another suffix or for no examples.
+    """
+    path = Path(path)
+    suffix = _suffix(path)
+    if not suffix:
+        raise ValueError(f"cannot write {path}: the name has to end in {', '.join(SUFFIXES)}")
+    path.parent.mkdir(parents=True, exist_ok=True)
+    part = path.with_name(f".{path.name}.part")
+    try:
+        num_written = (
+            _write_parquet(part, examples) if suffix == ".parquet" else _write_jsonl(part, examples, suffix.endswith(".gz"))
+        )
+        if not num_written:
+            raise ValueError(f"no examples to write to {path}")
+        os.replace(part, path)
+    finally:
+        part.unlink(missing_ok=True)
+    return num_written
+
+
+def split_by_query(examples: Iterable[Example], eval_frac: float, seed: int) -> tuple[list[Example], list[Example]]:
+    """(train, eval): about `eval_frac` of the queries are held out, and no query of one part occurs in the other.
+
+    A query is held out by a hash of (seed, its text), so the split of old queries stays when data is added. Pairs that share a
+    query_id or the text of a query (up to case and spaces) fall on the same side, in whatever order the examples come. The
+    order is kept. ValueError where a side would be empty.
+    """
+    examples = list(examples)
+    if not 0.0 < eval_frac < 1.0:
+        raise ValueError(f"eval_frac is {eval_frac}: give a fraction between 0 and 1")
+    parent: dict[tuple[str, str], tuple[str, str]] = {}  # union-find over ("1", query text) and ("2", query_id)
+
+    def find(node: tuple[str, str]) -> tuple[str, str]:
+        while (above := parent.setdefault(node, node)) != node:
+            parent[node] = parent[above]
+            node = parent[node]
+        return node
+
+    for example in examples:
+        # the least node becomes the root: a text, and the same one in whatever order the examples come
+        low, high = sorted((find(("1", _normalized(example.query))), find(("2", example.query_id))))
+        parent[high] = low
+    held_out = {
+        root: int.from_bytes(_digest(f"{seed}|{root[1]}"), "big") < eval_frac * 2**64
+        for root in {find(("2", example.query_id)) for example in examples}
+    }
+    train, evaluation = [], []
+    for example in examples:
+        (evaluation if held_out[find(("2", example.query_id))] else train).append(example)
+    if not train or not evaluation:
+        raise ValueError(
+            f"eval_frac {eval_frac} with seed {seed} puts {len(train)} examples in train and {len(evaluation)} in eval "
+            f"({len(held_out)} queries): give more queries, another eval_frac or another seed"
+        )
+    return train, evaluation
+
+
+def _normalized(query: str) -> str:
+    return " ".join(query.casefold().split())
+
+
+def _digest(text: str) -> bytes:
+    return hashlib.blake2b(text.encode(), digest_size=8).digest()
+
+
+def _suffix(path: Path) -> str:
+    return next((suffix for suffix in SUFFIXES if path.name.endswith(suffix)), "")
+
+
+def _examples(
+    rows: Iterator[tuple[str, dict[str, Any]]],
+    path: str,
+    num_steps: int,
+    options: Sequence[Sequence[str]],
+    check_duplicates: bool,
+) -> Iterator[Example]:
+    seen: set[int] = set()
+    example = None
+    for where, row in rows:
+        example = example_from_row(row, where, num_steps, options)
+        if check_duplicates:
+            key = int.from_bytes(_digest(example.example_id), "big")
+            if key in seen:
+                raise ValueError(f"{where}: example_id {example.example_id!r} occurs a second time: give every pair its own")
+            seen.add(key)
+        yield example
+    if example is None:
+        raise ValueError(f"{path} has no examples: it is empty, or the options behind the path leave nothing")
+
+
+def _rows(path: str | Path) -> Iterator[tuple[str, dict[str, Any]]]:
+    """(where it stands, row of the schema) behind a path. ValueError at once where there is nothing to be read."""
+    path, esci_options = _split_options(path)
+    if not path.exists():
+        raise ValueError(f"no such file or folder: {path}: check data.train and data.eval")
+    if esci.is_official(path):
+        return esci.official_rows(path, esci_options or esci.EsciOptions())
+    if esci_options is not None:
+        raise ValueError(f"{path} is not an official ESCI release: only that takes ?locale=, version= and split= behind the path")
+    files = (
+        sorted(p for p in path.iterdir() if _suffix(p) and p.is_file() and not p.name.startswith("."))
+        if path.is_dir()
+        else [path]
+    )
+    if not files or not _suffix(files[0]):
+        raise ValueError(f"nothing to read in {path}: expected {', '.join(SUFFIXES)} or an official ESCI release (docs/data.md)")
+    return (row for file in files for row in _file_rows(file))
+
+
+def _split_options(path: str | Path) -> tuple[Path, esci.EsciOptions | None]:
+    if Path(path).exists() or "?" not in str(path):
+        return Path(path), None
+    bare, _, query = str(path).partition("?")
+    chosen = dict(parse_qsl(query, keep_blank_values=True))
+    if not chosen or chosen.keys() - {"locale", "version", "split"}:
+        raise ValueError(
+            f"cannot read the options {query!r} of {bare}: write ?locale=us&version=small&split=train, or a part of it"
+        )
+    return Path(bare), esci.EsciOptions(**chosen)
+
+
+def _file_rows(file: Path) -> Iterator[tuple[str, dict[str, Any]]]:
+    raw = _parquet_rows(file) if _suffix(file) == ".parquet" else _json_rows(file)
+    for where, row in raw:
+        yield where, esci.from_dump(row, where) if esci.is_dump_row(row) else row
+
+
+def _json_rows(file: Path) -> Iterator[tuple[str, dict[str, Any]]]:
+    with ExitStack() as stack:
+        lines = stack.enter_context(file.open("rb"))
+        if file.name.endswith(".gz"):
+            lines = stack.enter_context(gzip.GzipFile(fileobj=lines))
+        number = 0
+        try:
+            for number, line in enumerate(lines, 1):
+                if line.strip():
+                    where = f"{file}, line {number}"
+                    yield where, _json_object(line, where)
+        except (EOFError, gzip.BadGzipFile, zlib.error) as error:
+            raise ValueError(
+                f"{file}, after line {number}: not a complete gzip file ({error}): write or fetch it again"
+            ) from error
+
+
+def _json_object(line: bytes, where: str) -> dict[str, Any]:
+    try:
+        row = json.loads(line.decode("utf-8"))
+        if b"\\u" in line:
+            json.dumps(row, ensure_ascii=False).encode()  # half of a surrogate pair is JSON and not text
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{where}: not UTF-8 at byte {error.start}: save the file as UTF-8") from error
+    except UnicodeEncodeError as error:
+        raise ValueError(
+            f"{where}: half of a surrogate pair (\\ud800 to \\udfff) stands alone: write the character itself"
+        ) from error
+    except (ValueError, RecursionError) as error:
+        raise ValueError(f"{where}: not JSON ({error}): each line has to be one complete JSON object") from error
+    if not isinstance(row, dict):
+        raise ValueError(
+            f"{where}: a JSON {type(row).__name__}, not an object: each line has to be one JSON object with {', '.join(REQUIRED)}"
+        )
+    return row
+
+
+def _parquet_rows(file: Path) -> Iterator[tuple[str, dict[str, Any]]]:
+    try:
+        with pq.ParquetFile(file) as parquet:
+            number = 0
+            for batch in parquet.iter_batches(batch_size=1024):
+                for row in batch.to_pylist(maps_as_pydicts="strict"):
+                    number += 1
+                    # a column is there in every row: null means that this row has none
+                    yield f"{file}, row {number}", {k: v for k, v in row.items() if v is not None}
+    except (pa.ArrowException, OSError) as error:
+        raise ValueError(f"{file}: not a readable Parquet file ({error}): write or fetch it again") from error
+
+
+def _write_jsonl(path: Path, examples: Iterable[Example], compress: bool) -> int:
+    num_written = 0
+    with ExitStack() as stack:
+        file = stack.enter_context(path.open("wb"))
+        if compress:  # no name and no time in the header: the same examples give the same bytes
+            file = stack.enter_context(gzip.GzipFile(filename="", mode="wb", fileobj=file, mtime=0))
+        for example in examples:
+            file.write(json.dumps(row_from_example(example), ensure_ascii=False).encode() + b"\n")
+            num_written += 1
+    return num_written
+
+
+def _write_parquet(path: Path, examples: Iterable[Example]) -> int:
+    num_written = 0
+    stream = iter(examples)
+    with pq.ParquetWriter(path, _PARQUET_SCHEMA) as writer:
+        while rows := [row_from_example(example) for example in islice(stream, _ROWS_PER_GROUP)]:
+            for row in rows:
+                row["fields"], row["tags"] = list(row["fields"].items()), list(row["tags"].items())
+            writer.write_table(pa.Table.from_pylist(rows, schema=_PARQUET_SCHEMA))
+            num_written += len(rows)
+    return num_written

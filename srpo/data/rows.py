@@ -1,0 +1,130 @@
+"""The gate that every row of data passes: a dict of the schema in docs/data.md becomes an `Example`, or an error with the fix."""
+
+from __future__ import annotations
+
+import difflib
+import json
+import re
+from collections.abc import Sequence
+from typing import Any
+
+from srpo.data.esci import GOLD_OF_LABEL
+from srpo.data.examples import GRADES, Example
+
+REQUIRED = ("example_id", "query_id", "query", "title")
+_KEYS = (*REQUIRED, "fields", "gold", "truth", "tags", "grade", "label")
+_VERDICTS = tuple(f"L{grade}" for grade in GRADES)
+
+
+def example_from_row(row: dict[str, Any], where: str, num_steps: int, options: Sequence[Sequence[str]] = ()) -> Example:
+    """The example that a row of the schema stands for.
+
+    `where` (file and line) opens every error. `gold` and `truth` get `num_steps` entries. `options[j]`, where given and not
+    empty, are the answers of step j: labels are brought to their spelling, others are an error. A row with `grade` or `label`
+    gets the tag "grade". ValueError for a missing or unknown key, a wrong type, a wrong number of steps, and two statements
+    that disagree.
+    """
+    for key in REQUIRED:
+        if key not in row:
+            raise ValueError(f"{where}: {key!r} is missing: a row needs {', '.join(REQUIRED)} (docs/data.md)")
+    for key in row:
+        if key not in _KEYS:
+            near = difflib.get_close_matches(key, _KEYS, n=1)
+            fix = f"did you mean {near[0]!r}?" if near else "product fields go into 'fields', strata into 'tags'"
+            raise ValueError(f"{where}: unknown key {key!r}: {fix}")
+    gold = _answers(row, "gold", where, num_steps, options)
+    tags = _strings(row, "tags", where)
+    verdict = _verdict(row, where)
+    if verdict is not None:
+        if gold[-1] not in (None, verdict):
+            raise ValueError(
+                f"{where}: the last entry of gold is {gold[-1]!r} and grade or label says {verdict}: keep one of them"
+            )
+        gold = (*gold[:-1], verdict)
+        tags.setdefault("grade", verdict)
+    return Example(
+        example_id=_identifier(row, "example_id", where),
+        query_id=_identifier(row, "query_id", where),
+        query=_text(row, "query", where),
+        title=_text(row, "title", where),
+        fields=_strings(row, "fields", where),
+        gold=gold,
+        truth=_answers(row, "truth", where, num_steps, options),
+        tags=tags,
+    )
+
+
+def row_from_example(example: Example) -> dict[str, Any]:
+    """The row that `example_from_row` turns back into the same example."""
+    return {name: list(value) if isinstance(value, tuple) else value for name, value in vars(example).items()}
+
+
+def _shown(value: object) -> str:
+    return json.dumps(value, default=str)[:80]
+
+
+def _identifier(row: dict[str, Any], key: str, where: str) -> str:
+    value = row[key]
+    return str(value) if isinstance(value, int) and not isinstance(value, bool) else _text(row, key, where)
+
+
+def _text(row: dict[str, Any], key: str, where: str) -> str:
+    value = row[key]
+    if not isinstance(value, str) or not value.strip():
+        raise ValueError(f"{where}: {key!r} is {_shown(value)}: it has to be a non-empty string")
+    return value
+
+
+def _strings(row: dict[str, Any], key: str, where: str) -> dict[str, str]:
+    """An object of strings; entries that are null are left out."""
+    value = row.get(key)
+    if value is None:
+        return {}
+    if not isinstance(value, dict):
+        raise ValueError(f'{where}: {key!r} has to be an object of strings like {{"brand": "Acme"}}, not {_shown(value)}')
+    for name, entry in value.items():
+        if entry is not None and not isinstance(entry, str):
+            raise ValueError(f"{where}: {key}.{name} is {_shown(entry)}: write it as a string")
+    return {name: entry for name, entry in value.items() if entry is not None}
+
+
+def _answers(
+    row: dict[str, Any], key: str, where: str, num_steps: int, options: Sequence[Sequence[str]]
+) -> tuple[str | None, ...]:
+    """One label or None per step, in the spelling of the step's options."""
+    value = row.get(key)
+    if value is None:
+        return (None,) * num_steps
+    if not isinstance(value, list) or len(value) != num_steps:
+        got = len(value) if isinstance(value, list) else _shown(value)
+        raise ValueError(
+            f"{where}: {key!r} has to be a list of {num_steps} entries, one per step (null where unknown), not {got}"
+        )
+    answers = list(value)
+    for j, entry in enumerate(value):
+        if entry is None:
+            continue
+        if not isinstance(entry, str) or not entry.strip():
+            raise ValueError(f"{where}: entry {j + 1} of {key!r} is {_shown(entry)}: a non-empty string or null")
+        if options and options[j]:
+            answers[j] = next((option for option in options[j] if option.casefold() == entry.casefold()), None)
+            if answers[j] is None:
+                raise ValueError(f"{where}: entry {j + 1} of {key!r} is {entry!r}: step {j + 1} allows {', '.join(options[j])}")
+    last = answers[-1]
+    if last is not None and re.fullmatch(r"[lL]\s*\d+", last) and last not in _VERDICTS:
+        raise ValueError(f"{where}: the verdict of {key!r} is {last!r}: write {', '.join(_VERDICTS)}")
+    return tuple(answers)
+
+
+def _verdict(row: dict[str, Any], where: str) -> str | None:
+    """The verdict that `grade` (1..4) or `label` (E, S, C, I) stands for; None where the row has neither."""
+    grade, label = row.get("grade"), row.get("label")
+    if grade is not None and (not isinstance(grade, int) or isinstance(grade, bool) or grade not in GRADES):
+        raise ValueError(f"{where}: 'grade' is {_shown(grade)}: 1, 2, 3 or 4 (4 is the best)")
+    if label is not None and (not isinstance(label, str) or label not in GOLD_OF_LABEL):
+        raise ValueError(f"{where}: 'label' is {_shown(label)}: one of {', '.join(GOLD_OF_LABEL)}")
+    of_grade = None if grade is None else f"L{grade}"
+    of_label = None if label is None else GOLD_OF_LABEL[label]
+    if of_grade and of_label and of_grade != of_label:
+        raise ValueError(f"{where}: grade {grade} and label {label} disagree (E, S, C, I are 4, 3, 2, 1): keep one of them")
+    return of_grade or of_label

@@ -1,0 +1,53 @@
+"""Imperfect teachers: five-step responses for the SFT warm start, with the systematic errors that reinforcement has to undo."""
+
+from __future__ import annotations
+
+import random
+from dataclasses import dataclass, replace
+
+from srpo.data.examples import Example
+from srpo.data.world import GRADE_TABLE, Facts, attribute_relation, category_relation, check
+
+
+@dataclass(frozen=True)
+class TeacherBias:
+    """How often the teacher makes each of its mistakes. The later steps follow from what it wrote before."""
+
+    misread_negation: float = 0.65  # S1: "not red" becomes "red"
+    related_as_match: float = 0.60  # S3: a sibling category is called a match
+    overlook_missing: float = 0.60  # S4: an attribute that the listing does not state is called ok
+    verdict_off_by_one: float = 0.10  # S5
+
+
+NO_BIAS = TeacherBias(0.0, 0.0, 0.0, 0.0)
+
+
+def format_response(query: str, item: str, category: str, attributes: str, verdict: str) -> str:
+    """The five steps as text, in the form that `srpo.steps.PAPER_STEPS` parses."""
+    return (
+        f"1. Query intent: {query}\n2. Item: {item}\n3. Category match: {category}\n"
+        f"4. Attribute match: {attributes}\n5. Verdict: {verdict}"
+    )
+
+
+def teach(example: Example, bias: TeacherBias, seed: int = 0) -> str:
+    """The teacher's response to a pair of the catalogue world: a pure function of (example, bias, seed)."""
+    query_text, item_text = (*example.truth, None, None)[:2]
+    if query_text is None or item_text is None:
+        raise ValueError(f"{example.example_id} has no truth for steps 1 and 2: this teacher only knows the catalogue world")
+    rng = random.Random(f"teacher|{seed}|{example.example_id}")
+    query, item = Facts.parse(query_text), Facts.parse(item_text)
+    if rng.random() < bias.misread_negation:
+        query = Facts(query.category, tuple(replace(c, negated=c.negated and c.kind == "brand") for c in query.constraints))
+    category = category_relation(query, item)
+    if category == "related" and rng.random() < bias.related_as_match:
+        category = "match"
+    checks = [check(c, item) for c in query.constraints]
+    if rng.random() < bias.overlook_missing:
+        checks = ["ok" if c == "unknown" else c for c in checks]
+    relation = attribute_relation(checks)
+    details = ", ".join(f"{c.kind} {outcome}" for c, outcome in zip(query.constraints, checks, strict=True))
+    verdict = int(GRADE_TABLE[category, relation][1])
+    if rng.random() < bias.verdict_off_by_one:
+        verdict = rng.choice([g for g in (verdict - 1, verdict + 1) if 1 <= g <= 4])
+    return format_response(str(query), str(item), category, f"{details} -> {relation}", f"L{verdict}")

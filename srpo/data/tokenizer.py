@@ -1,0 +1,49 @@
+"""Tokenizers: train a small byte-level one on a world's own texts, or load the one that belongs to a checkpoint."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from pathlib import Path
+
+from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, trainers
+from transformers import AutoTokenizer, PreTrainedTokenizerBase, PreTrainedTokenizerFast
+
+EOS, PAD = "<|end|>", "<|pad|>"
+
+
+def train_tokenizer(texts: Iterable[str], vocab_size: int, phrases: Iterable[str] = ()) -> PreTrainedTokenizerFast:
+    """A byte-level BPE tokenizer (any text round-trips) trained on `texts`, with an end-of-text and a padding token.
+
+    `phrases` become one token each (step headers, the fixed parts of a prompt): they are most of what a small model would otherwise
+    spend its time on.
+    """
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    phrases = list(phrases)
+    trainer = trainers.BpeTrainer(
+        vocab_size=vocab_size - len(phrases),
+        special_tokens=[EOS, PAD],
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+        show_progress=False,
+    )
+    tokenizer.train_from_iterator(texts, trainer)
+    tokenizer.add_tokens([AddedToken(phrase, normalized=False) for phrase in phrases])
+    return PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer, eos_token=EOS, pad_token=PAD, clean_up_tokenization_spaces=False, model_max_length=1_000_000
+    )
+
+
+def load_tokenizer(path: str | Path) -> PreTrainedTokenizerBase:
+    """The tokenizer saved beside a checkpoint. ValueError where there is none, or it has no end-of-text token."""
+    if not any((Path(path) / name).is_file() for name in ("tokenizer.json", "tokenizer_config.json")):
+        raise ValueError(f"no tokenizer in {str(path)!r}: policy.path must be a folder of a Hugging Face checkpoint with its tokenizer")
+    tokenizer = AutoTokenizer.from_pretrained(str(path), local_files_only=True)
+    if tokenizer.eos_token_id is None:
+        raise ValueError(f"the tokenizer in {path} has no end-of-text token: set eos_token in its tokenizer_config.json")
+    return tokenizer
+
+
+def encode(tokenizer: PreTrainedTokenizerBase, text: str) -> tuple[int, ...]:
+    """Token ids of a text as it stands: no special tokens are added."""
+    return tuple(tokenizer.encode(text, add_special_tokens=False))

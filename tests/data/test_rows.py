@@ -1,0 +1,106 @@
+"""The gate: what a row of the schema becomes, and what every kind of bad row is told."""
+
+from __future__ import annotations
+
+import pytest
+
+from srpo.data.examples import Example
+from srpo.data.rows import example_from_row, row_from_example
+
+ROW = {"example_id": "1", "query_id": "q", "query": "red shoes", "title": "Sneaker"}
+OPTIONS = ((), (), ("match", "related", "mismatch"), ("match", "unclear", "conflict"), ("L1", "L2", "L3", "L4"))
+
+
+def read(**changes) -> Example:
+    return example_from_row({**ROW, **changes}, "data.jsonl, line 7", 5)
+
+
+def test_the_least_row():
+    assert read() == Example("1", "q", "red shoes", "Sneaker", {}, (None,) * 5, (None,) * 5, {})
+
+
+def test_a_full_row_goes_both_ways():
+    row = {
+        **ROW,
+        "fields": {"brand": "Acme", "color": "red"},
+        "gold": [None, None, "match", "unclear", "L3"],
+        "truth": ["shoes; color red", "sneaker", "match", "unclear", "L3"],
+        "tags": {"domain": "shoes"},
+    }
+    example = example_from_row(row, "here", 5)
+    assert list(example.fields) == ["brand", "color"] and example.grade == 3
+    assert row_from_example(example) == row
+    assert example_from_row(row_from_example(example), "here", 5) == example
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [{"grade": 3}, {"label": "S"}, {"grade": 3, "label": "S"}, {"label": "S", "gold": [None] * 5}, {"grade": 3, "label": None}],
+)
+def test_grade_and_label_are_the_verdict(changes):
+    example = read(**changes)
+    assert example.gold == (None, None, None, None, "L3")
+    assert example.tags == {"grade": "L3"}
+
+
+def test_grade_keeps_other_gold_and_a_given_tag():
+    example = read(grade=1, gold=[None, None, "mismatch", None, None], tags={"grade": "bad"})
+    assert example.gold == (None, None, "mismatch", None, "L1") and example.tags == {"grade": "bad"}
+
+
+def test_integer_ids_and_nulls():
+    example = read(example_id=12, query_id=0, fields={"brand": "Acme", "color": None}, tags=None, gold=None)
+    assert (example.example_id, example.query_id, example.fields, example.tags) == ("12", "0", {"brand": "Acme"}, {})
+
+
+def test_labels_take_the_spelling_of_the_options():
+    row = {**ROW, "gold": [None, "Any Text", "Related", "UNCLEAR", "l2"]}
+    assert example_from_row(row, "here", 5, OPTIONS).gold == (None, "Any Text", "related", "unclear", "L2")
+    with pytest.raises(ValueError, match=r"here: entry 3 of 'gold' is 'relatd': step 3 allows match, related, mismatch"):
+        example_from_row({**ROW, "gold": [None, None, "relatd", None, None]}, "here", 5, OPTIONS)
+
+
+def test_other_schemas_have_other_verdicts():
+    assert example_from_row({**ROW, "gold": ["x", "yes"]}, "here", 2).gold == ("x", "yes")
+
+
+@pytest.mark.parametrize("key", ROW)
+def test_a_missing_key_is_named(key):
+    row = {name: value for name, value in ROW.items() if name != key}
+    with pytest.raises(
+        ValueError, match=rf"data.jsonl, line 7: '{key}' is missing: a row needs example_id, query_id, query, title"
+    ):
+        example_from_row(row, "data.jsonl, line 7", 5)
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"feilds": {}}, "unknown key 'feilds': did you mean 'fields'"),
+        ({"price": "3"}, "unknown key 'price': product fields go into 'fields'"),
+        ({"query": ""}, "'query' is \"\": it has to be a non-empty string"),
+        ({"title": None}, "'title' is null"),
+        ({"title": 5}, "'title' is 5"),
+        ({"example_id": True}, "'example_id' is true"),
+        ({"query_id": 1.5}, "'query_id' is 1.5"),
+        ({"fields": ["Acme"]}, "'fields' has to be an object of strings"),
+        ({"fields": {"price": 3}}, "fields.price is 3: write it as a string"),
+        ({"tags": {"domain": ["a"]}}, "tags.domain is"),
+        ({"gold": ["match"]}, "'gold' has to be a list of 5 entries, one per step .* not 1"),
+        ({"gold": "L3"}, "'gold' has to be a list of 5 entries"),
+        ({"truth": [None] * 6}, "'truth' has to be a list of 5 entries"),
+        ({"gold": [None, None, 3, None, None]}, "entry 3 of 'gold' is 3: a non-empty string or null"),
+        ({"gold": [None] * 4 + ["L5"]}, "the verdict of 'gold' is 'L5': write L1, L2, L3, L4"),
+        ({"gold": [None] * 4 + ["l3"]}, "the verdict of 'gold' is 'l3'"),
+        ({"grade": 0}, "'grade' is 0: 1, 2, 3 or 4"),
+        ({"grade": "3"}, "'grade' is \"3\""),
+        ({"grade": True}, "'grade' is true"),
+        ({"label": "X"}, "'label' is \"X\": one of E, S, C, I"),
+        ({"label": ["E"]}, "'label' is"),
+        ({"grade": 4, "label": "S"}, "grade 4 and label S disagree"),
+        ({"grade": 4, "gold": [None] * 4 + ["L1"]}, "last entry of gold is 'L1' and grade or label says L4"),
+    ],
+)
+def test_what_a_bad_row_is_told(changes, message):
+    with pytest.raises(ValueError, match=f"data.jsonl, line 7: .*{message}|data.jsonl, line 7: {message}"):
+        read(**changes)

@@ -1,0 +1,54 @@
+"""The imperfect teacher errs as often as it is told to, and its later steps follow from its earlier ones."""
+
+from __future__ import annotations
+
+import secrets
+
+import pytest
+
+from srpo.data.examples import Example
+from srpo.data.teacher import NO_BIAS, TeacherBias, teach
+from srpo.data.world import World
+from srpo.steps import PAPER_STEPS, StepSchema
+
+SCHEMA = StepSchema(PAPER_STEPS)
+
+
+def examples(num: int) -> list[Example]:
+    return list(World(secrets.randbelow(10_000)).examples("train", num))
+
+
+def test_without_bias_every_step_is_right():
+    for example in examples(300):
+        parsed = SCHEMA.parse_text(teach(example, NO_BIAS))
+        assert parsed.answers == example.truth
+        assert not parsed.problems
+
+
+@pytest.mark.parametrize(("field", "step"), [("misread_negation", 0), ("related_as_match", 2), ("verdict_off_by_one", 4)])
+def test_each_mistake_happens_in_its_step_at_its_rate(field, step):
+    bias = TeacherBias(**{**vars(NO_BIAS), field: 0.5})
+    affected = {
+        "misread_negation": lambda e: " not " in e.truth[0].replace("brand not", ""),
+        "related_as_match": lambda e: e.gold[2] == "related",
+        "verdict_off_by_one": lambda e: True,
+    }[field]
+    chosen = [e for e in examples(3000) if affected(e)]
+    wrong = [SCHEMA.parse_text(teach(e, bias)).answers[step] != e.truth[step] for e in chosen]
+    assert abs(sum(wrong) / len(wrong) - 0.5) < 5 * 0.5 / len(wrong) ** 0.5
+
+
+def test_overlooking_turns_unclear_into_match():
+    chosen = [e for e in examples(400) if e.gold[3] == "unclear"]
+    bias = TeacherBias(0.0, 0.0, 1.0, 0.0)
+    assert {SCHEMA.parse_text(teach(e, bias)).answers[3] for e in chosen} == {"match"}
+
+
+def test_teaching_is_a_pure_function():
+    example = examples(1)[0]
+    assert teach(example, TeacherBias(), 3) == teach(example, TeacherBias(), 3)
+
+
+def test_a_pair_without_truth_is_refused():
+    with pytest.raises(ValueError, match="catalogue world"):
+        teach(Example("a", "q", "query", "title"), NO_BIAS)
