@@ -1,0 +1,80 @@
+from __future__ import annotations
+
+import json
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from srpo.config import Config
+from srpo.evaluation import evaluate_predictions
+from srpo.report import ReportConfig, before_after_table, main, results_table, write_report
+from srpo.settings import dump_toml
+from srpo.steps import PAPER_STEPS, StepSchema, StepSpec
+
+SCHEMA = StepSchema(PAPER_STEPS)
+
+
+def results(pred: list[int | None], steps: list[float | None], **more: Any) -> dict[str, Any]:
+    scores = evaluate_predictions([1, 2, 3, 4], pred)
+    return {**scores, "step_accuracy": steps, "parse_rate": 0.75, "num_examples": 1234, **more}
+
+
+BEFORE = results([1, 1, 1, 4], [None, 0.5, 0.25, 1.0, 0.5])
+AFTER = results([1, 2, 1, 4], [0.125, 0.5, 0.75, 0.9, 0.75])
+
+
+def cells(table: str) -> dict[str, list[str]]:
+    names = sorted(
+        ("Class 1 F1", "Good F1", "Macro F1", "Accuracy", "S1 query intent", "S3 category match", "S4 attribute match")
+    )
+    return {name: line.removeprefix(name).split() for line in table.splitlines() for name in names if line.startswith(name)}
+
+
+def test_before_after_table_shows_percent_and_points():
+    table = cells(before_after_table(BEFORE, AFTER, SCHEMA))
+    assert table["Class 1 F1"] == ["50.0", "66.7", "+16.7"]
+    assert table["Accuracy"] == ["50.0", "75.0", "+25.0"]
+    assert table["Good F1"] == ["66.7", "66.7", "+0.0"]
+    assert table["S1 query intent"] == ["-", "12.5", "-"]
+    assert table["S4 attribute match"] == ["100.0", "90.0", "-10.0"]
+
+
+def test_tables_are_aligned_and_count_pairs():
+    parts = {"by_query_type": {"negation": BEFORE, "plain": AFTER}}
+    for table in (before_after_table(BEFORE, AFTER, SCHEMA), results_table({**AFTER, **parts}, SCHEMA)):
+        lines = table.splitlines()
+        assert len({len(line) for line in lines[:-1]}) == 1, table
+        assert "1,234" in table
+
+
+def test_results_table_has_a_column_for_each_query_type():
+    lines = results_table({**AFTER, "by_query_type": {"negation": BEFORE, "plain": AFTER}}, SCHEMA).splitlines()
+    assert lines[0].split() == ["all", "negation", "plain"]
+    assert cells("\n".join(lines))["Accuracy"] == ["75.0", "50.0", "75.0"]
+    assert results_table(AFTER, SCHEMA).splitlines()[0].split() == ["all"]
+
+
+def test_report_of_a_run_folder_follows_its_own_steps(tmp_path: Path):
+    run_dir = tmp_path / "run"
+    run_dir.mkdir()
+    steps = (StepSpec("colour", "colour:"), StepSpec("verdict", "verdict:", sources=("gold",), reward=1.0))
+    (run_dir / "config.toml").write_text(dump_toml(replace(Config(), steps=steps)))
+    (run_dir / "metrics.jsonl").write_text('{"step": 1, "reward/step/colour": 0.1, "policy/entropy": 0.5}\n{"step": 2, "rew')
+    table, files = write_report(run_dir)
+    assert table == ""
+    assert {file.stem for file in files} == {"overview", "rewards", "macro_f1", "entropy", "mismatch_kl"}
+    both = {"before": results([1, 1, 1, 4], [0.5, None]), "after": results([1, 2, 1, 4], [0.75, 0.75])}
+    (run_dir / "results.json").write_text(json.dumps(both))
+    table, files = write_report(run_dir)
+    assert "S1 colour" in table
+    assert run_dir / "plots" / "confusion.png" in files
+    assert all(file.is_file() for file in files)
+
+
+def test_a_folder_that_is_no_run_is_refused(tmp_path: Path):
+    with pytest.raises(ValueError, match=r"no config\.toml"):
+        main(ReportConfig(str(tmp_path)))
+    with pytest.raises(ValueError, match="name a run folder"):
+        main(ReportConfig())
