@@ -13,7 +13,7 @@ TEST_ARGS ?=
 
 # The commands behind `make demo` and `make demo-esci`.
 DEMO = $(RUN) -m srpo.demo $(DEMO_ARGS)
-DEMO_ESCI = $(RUN) -m srpo.demo --data "$(DATA)" --run-dir runs/demo-esci $(DEMO_ARGS)
+DEMO_ESCI = $(RUN) -m srpo.demo @ configs/demo_esci.toml --data "$(DATA)" $(DEMO_ARGS)
 
 RUN = $(VENV)/bin/python
 PYTEST = $(RUN) -m pytest
@@ -46,7 +46,7 @@ lint: $(VENV)/.ready-test ## ruff: rules and format
 	$(RUN) -m ruff format --check .
 
 types: $(VENV)/.ready-test ## pyright
-	$(RUN) -m pyright
+	$(RUN) -m pyright --pythonpath $(RUN)
 
 unit: $(VENV)/.ready-test ## the tests for any machine
 	$(PYTEST) -q -m "$(ORDINARY)" $(TEST_ARGS)

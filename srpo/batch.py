@@ -1,4 +1,4 @@
-"""The two things that flow: `Rollout` (one sampled response) and `Batch` (packed tensors), and `pack`, where the shift by one happens.
+"""The two things that flow: `Rollout`, one sampled response, and `Batch`, packed tensors; and `pack`, where the shift happens.
 
 Shapes: N sequences, T packed token positions, J reasoning steps, K kept ids of a top-k filter, L tokens of one response.
 """
@@ -9,6 +9,7 @@ import json
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -34,7 +35,7 @@ class Rollout:
     finish: str  # stop | length | abort
     policy_version: int  # number of the weight sync that it was sampled after
     step_rewards: tuple[float, ...] | None = None  # [J] Eq. 5; None until scored
-    reward_sources: tuple[str, ...] | None = None  # [J] gold | judge | rule | skip | missing
+    reward_sources: tuple[str, ...] | None = None  # [J] gold | judge | rule | skip, or why nobody graded: missing | no_verdict
 
     @property
     def step_lengths(self) -> tuple[int, ...]:
@@ -53,9 +54,8 @@ def read_rollouts(path: Path) -> Iterator[tuple[int, Rollout]]:
     """(optimizer step, rollout) of every line of a `rollouts.jsonl`."""
     with path.open(encoding="utf-8") as file:
         for line in file:
-            row = json.loads(line)
-            step = row.pop("step")
-            yield step, Rollout(**{k: tuple(v) if isinstance(v, list) else v for k, v in row.items()})
+            row: dict[str, Any] = {k: tuple(v) if isinstance(v, list) else v for k, v in json.loads(line).items()}
+            yield row.pop("step"), Rollout(**row)
 
 
 @dataclass(frozen=True)

@@ -15,7 +15,9 @@ from srpo.steps import PAPER_STEPS, StepSpec
 class DataConfig:
     train: str = ""  # JSON Lines or Parquet of examples (docs/data.md), or a folder of official ESCI Parquet files
     eval: str = ""  # the same, held out; empty: no evaluation during training
-    prompt: str = "Query: {query}\nItem: {item}\n"  # {query}, {item} (title and fields, one per line) or {title} and any field's name
+    prompt: str = (
+        "Query: {query}\nItem: {item}\n"  # {query}, {item} (title and fields, one per line) or {title} and any field's name
+    )
 
 
 @dataclass(frozen=True)
@@ -43,6 +45,7 @@ class RolloutConfig:
 class RewardConfig:
     judge: Literal["none", "oracle", "generative"] = "none"  # R_phi: who fills the steps whose sources name "judge"
     judge_path: str = ""  # checkpoint of a generative judge
+    judge_max_new_tokens: int = 256  # of a generative judge's verdicts on one response
     judge_error_rate: float = 0.0  # of the oracle (a simulated annotator): how often a verdict is turned around
     missing_verdict: float = 0.0  # reward fraction of a step whose judge gave no verdict
 

@@ -166,7 +166,7 @@ def main(config: EvaluateConfig) -> None:
         schema = VERDICT_ONLY
         results = score_predictions(read_predictions(source), examples)
     elif config.rollouts:
-        results, rollouts = score_rollouts(_load_rollouts(source), examples, schema)
+        results, rollouts = score_rollouts(load_rollouts(source), examples, schema)
     else:
         device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
         model = load_policy(source, experts=run.policy.experts, dtype=getattr(torch, run.policy.dtype))
@@ -184,7 +184,8 @@ def main(config: EvaluateConfig) -> None:
     print(f"written to {write_evaluation(out, results, rollouts, examples)}")
 
 
-def _load_rollouts(path: Path) -> list[Rollout]:
+def load_rollouts(path: Path) -> list[Rollout]:
+    """All rollouts of a file. ValueError where it is no rollouts.jsonl."""
     try:
         return [rollout for _, rollout in read_rollouts(path)]
     except (ValueError, KeyError, TypeError, AttributeError) as error:

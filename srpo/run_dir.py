@@ -12,8 +12,8 @@ from srpo.settings import dump_toml
 def claim_run_dir(run_dir: Path, cfg: Any, is_main: bool) -> None:
     """Make the folder and put the resolved `config.toml` into it.
 
-    Raises ValueError where the folder already holds a run of another configuration, naming the first setting that differs: a resumed
-    run has to be the run that was started. `run_dir` itself may differ, so folders can be moved.
+    Raises ValueError where the folder already holds a run of another configuration, naming the first setting that differs: a
+    resumed run has to be the run that was started. `run_dir` itself may differ, so folders can be moved.
     """
     path = run_dir / "config.toml"
     if path.is_file():
@@ -21,14 +21,19 @@ def claim_run_dir(run_dir: Path, cfg: Any, is_main: bool) -> None:
         for key in sorted(ours.keys() | theirs.keys()):
             if key != "run_dir" and ours.get(key) != theirs.get(key):
                 raise ValueError(
-                    f"{run_dir} holds a run with {key} = {theirs.get(key)!r}, this one has {ours.get(key)!r}: give another run_dir, "
-                    "or remove the folder"
+                    f"{run_dir} holds a run with {key} = {theirs.get(key)!r}, this one has {ours.get(key)!r}: "
+                    "give another run_dir, or remove the folder"
                 )
     elif is_main:
         run_dir.mkdir(parents=True, exist_ok=True)
-        aside = path.with_suffix(".tmp")
-        aside.write_text(dump_toml(cfg), encoding="utf-8")
-        aside.replace(path)
+        write_whole(path, dump_toml(cfg))
+
+
+def write_whole(path: Path, text: str) -> None:
+    """Write a file that is there either whole or not at all, whenever the process is killed."""
+    aside = path.with_name(f".{path.name}.part")
+    aside.write_text(text, encoding="utf-8")
+    aside.replace(path)
 
 
 def _leaves(table: dict[str, Any], prefix: str = "") -> dict[str, Any]:

@@ -33,9 +33,11 @@ def main() -> None:
     parser = argparse.ArgumentParser(description="Make the virtual environment and install into it.")
     parser.add_argument("extras", nargs="*", help="extras of pyproject.toml: test, dev, bench, wandb, ...")
     parser.add_argument("--venv", type=Path, default=ROOT / ".venv")
-    parser.add_argument("--accelerator", choices=("auto", "cpu", "gpu"), default=os.environ.get("ACCELERATOR") or "auto")
+    parser.add_argument("--accelerator", help="auto, cpu or gpu", default=os.environ.get("ACCELERATOR") or "auto")
     parser.add_argument("--megablocks", action="store_true", help="also build megablocks and grouped_gemm")
     args = parser.parse_args()
+    if args.accelerator not in ("auto", "cpu", "gpu"):
+        parser.error(f"accelerator {args.accelerator!r} must be auto, cpu or gpu")
     if sys.version_info < (3, 11):
         sys.exit(f"Python 3.11 or newer is needed, this is {sys.version.split()[0]}: run make PYTHON=/path/to/python3.11")
     gpu = has_gpu() if args.accelerator == "auto" else args.accelerator == "gpu"

@@ -1,7 +1,8 @@
 """The catalogue of the generated world: domains, category tree, typed attributes with synonyms, brands, everyday knowledge.
 
-Written for this project; every name is either a common noun or invented. A *surface* is a way to say something in a query or a title;
-its canonical form is what reasoning steps write. Groups are the inner nodes of the tree: two leaves of one group are *related*.
+Written for this project; every name is either a common noun or invented. A *surface* is a way to say something in a query or a
+title; its canonical form is what reasoning steps write. Groups are the inner nodes of the tree: two leaves of one group are
+*related*.
 """
 
 from __future__ import annotations
@@ -31,16 +32,36 @@ ATTRIBUTES: dict[str, dict[str, tuple[str, ...]]] = {
     },
     "closure": {"zipper": ("zipper", "zip up"), "buttons": ("buttons", "button front"), "laces": ("laces", "lace up")},
     "fabric": {"cotton": ("cotton", "jersey"), "wool": ("wool", "merino"), "polyester": ("polyester", "microfiber")},
-    "neck": {"turtleneck": ("turtleneck", "roll neck"), "crewneck": ("crewneck", "round neck"), "hooded": ("hooded", "with hood")},
+    "neck": {
+        "turtleneck": ("turtleneck", "roll neck"),
+        "crewneck": ("crewneck", "round neck"),
+        "hooded": ("hooded", "with hood"),
+    },
     "metal": {"gold": ("gold", "gilded"), "silver": ("silver", "sterling"), "steel": ("steel", "stainless")},
-    "coating": {"nonstick": ("nonstick", "easy release"), "ceramic": ("ceramic", "enamel"), "uncoated": ("uncoated", "bare iron")},
-    "power": {"cordless": ("cordless", "battery powered"), "corded": ("corded", "plug in"), "manual": ("manual", "hand operated")},
-    "cleaning": {"degreasing": ("degreasing", "grease cutting"), "descaling": ("descaling", "limescale removing"), "bleaching": ("bleaching", "stain whitening")},
+    "coating": {
+        "nonstick": ("nonstick", "easy release"),
+        "ceramic": ("ceramic", "enamel"),
+        "uncoated": ("uncoated", "bare iron"),
+    },
+    "power": {
+        "cordless": ("cordless", "battery powered"),
+        "corded": ("corded", "plug in"),
+        "manual": ("manual", "hand operated"),
+    },
+    "cleaning": {
+        "degreasing": ("degreasing", "grease cutting"),
+        "descaling": ("descaling", "limescale removing"),
+        "bleaching": ("bleaching", "stain whitening"),
+    },
     "scent": {"lemon": ("lemon", "citrus"), "lavender": ("lavender", "floral"), "unscented": ("unscented", "fragrance free")},
     "link": {"bluetooth": ("bluetooth", "wireless"), "wired": ("wired", "cable"), "usb": ("usb", "usb c")},
     "noise": {"silent": ("silent", "quiet"), "loud": ("loud", "high volume"), "cancelling": ("cancelling", "noise blocking")},
     "frame": {"oak": ("oak", "solid wood"), "aluminum": ("aluminum", "alloy"), "bamboo": ("bamboo", "rattan")},
-    "posture": {"ergonomic": ("ergonomic", "lumbar support"), "foldable": ("foldable", "collapsible"), "stackable": ("stackable", "nesting")},
+    "posture": {
+        "ergonomic": ("ergonomic", "lumbar support"),
+        "foldable": ("foldable", "collapsible"),
+        "stackable": ("stackable", "nesting"),
+    },
     "skin": {"oily": ("oily", "shine control"), "dry": ("dry", "deep moisture"), "sensitive": ("sensitive", "hypoallergenic")},
     "size": {"large": ("large", "oversized"), "small": ("small", "compact"), "medium": ("medium", "mid size")},
     "age": {"toddler": ("toddler", "preschool"), "teen": ("teen", "youth"), "adult": ("adult", "grown up")},
@@ -53,7 +74,10 @@ ATTRIBUTES: dict[str, dict[str, tuple[str, ...]]] = {
 # domain -> group -> (attribute types, {leaf: further surfaces}). A leaf's own name is its first surface.
 _TREE: dict[str, dict[str, tuple[tuple[str, ...], dict[str, tuple[str, ...]]]]] = {
     "footwear": {
-        "shoes": (("color", "weather", "upper"), {"sneakers": ("trainers",), "loafers": ("moccasins",), "boots": ("ankle boots",), "sandals": ("slides",)}),
+        "shoes": (
+            ("color", "weather", "upper"),
+            {"sneakers": ("trainers",), "loafers": ("moccasins",), "boots": ("ankle boots",), "sandals": ("slides",)},
+        ),
         "legwear": (("color", "fabric", "size"), {"socks": ("crew socks",), "tights": ("hosiery",), "gaiters": ("leg covers",)}),
     },
     "clothing": {
@@ -65,27 +89,51 @@ _TREE: dict[str, dict[str, tuple[tuple[str, ...], dict[str, tuple[str, ...]]]]] 
         "carry": (("color", "upper", "size"), {"backpack": ("rucksack",), "handbag": ("purse",), "suitcase": ("luggage",)}),
     },
     "kitchen": {
-        "cookware": (("coating", "size", "color"), {"skillet": ("frying pan",), "saucepan": ("milk pot",), "wok": ("stir fry pan",)}),
-        "appliances": (("power", "color", "size"), {"blender": ("smoothie maker",), "kettle": ("water boiler",), "grinder": ("coffee mill",)}),
+        "cookware": (
+            ("coating", "size", "color"),
+            {"skillet": ("frying pan",), "saucepan": ("milk pot",), "wok": ("stir fry pan",)},
+        ),
+        "appliances": (
+            ("power", "color", "size"),
+            {"blender": ("smoothie maker",), "kettle": ("water boiler",), "grinder": ("coffee mill",)},
+        ),
     },
     "household": {
-        "cleaners": (("cleaning", "scent", "size"), {"spray": ("surface cleaner",), "detergent": ("washing powder",), "wipes": ("cleaning cloths",)}),
+        "cleaners": (
+            ("cleaning", "scent", "size"),
+            {"spray": ("surface cleaner",), "detergent": ("washing powder",), "wipes": ("cleaning cloths",)},
+        ),
         "vacuums": (("power", "noise", "color"), {"vacuum": ("hoover",), "mop": ("floor mop",), "sweeper": ("carpet broom",)}),
     },
     "electronics": {
-        "audio": (("link", "noise", "color"), {"headphones": ("headset",), "speaker": ("soundbar",), "earbuds": ("in ear phones",)}),
-        "computing": (("link", "size", "color"), {"keyboard": ("typing board",), "mouse": ("trackball",), "webcam": ("video camera",), "tablet": ("touch pad pc",)}),
+        "audio": (
+            ("link", "noise", "color"),
+            {"headphones": ("headset",), "speaker": ("soundbar",), "earbuds": ("in ear phones",)},
+        ),
+        "computing": (
+            ("link", "size", "color"),
+            {"keyboard": ("typing board",), "mouse": ("trackball",), "webcam": ("video camera",), "tablet": ("touch pad pc",)},
+        ),
     },
     "furniture": {
         "seating": (("posture", "frame", "color"), {"chair": ("desk chair",), "stool": ("bar seat",), "bench": ("settle",)}),
-        "storage": (("frame", "size", "color"), {"bookcase": ("bookshelf",), "dresser": ("chest of drawers",), "cabinet": ("cupboard",)}),
+        "storage": (
+            ("frame", "size", "color"),
+            {"bookcase": ("bookshelf",), "dresser": ("chest of drawers",), "cabinet": ("cupboard",)},
+        ),
     },
     "beauty": {
         "skincare": (("skin", "scent", "size"), {"cleanser": ("face wash",), "lotion": ("moisturizer",), "serum": ("essence",)}),
-        "haircare": (("scent", "age", "size"), {"shampoo": ("hair wash",), "conditioner": ("hair balm",), "pomade": ("hair wax",)}),
+        "haircare": (
+            ("scent", "age", "size"),
+            {"shampoo": ("hair wash",), "conditioner": ("hair balm",), "pomade": ("hair wax",)},
+        ),
     },
     "sports": {
-        "cycling": (("terrain", "frame", "color"), {"bicycle": ("bike",), "scooter": ("kick scooter",), "tricycle": ("three wheeler",)}),
+        "cycling": (
+            ("terrain", "frame", "color"),
+            {"bicycle": ("bike",), "scooter": ("kick scooter",), "tricycle": ("three wheeler",)},
+        ),
         "camping": (("weather", "size", "color"), {"tent": ("shelter",), "hammock": ("hanging bed",), "tarp": ("ground sheet",)}),
     },
     "toys": {
@@ -153,11 +201,12 @@ KNOWLEDGE: tuple[tuple[str, str, str], ...] = (
 # brand -> the leaf it is known for: what "BRAND alternative" asks for.
 BRANDS: dict[str, str] = {
     "velora": "sneakers", "tamsin": "boots", "okari": "socks", "norvik": "jacket", "polvane": "parka", "lumise": "sweater",
-    "ardane": "shirt", "sorelle": "necklace", "kestro": "backpack", "vantor": "suitcase", "brasco": "skillet", "mirova": "blender",
-    "tefaro": "kettle", "glanzo": "spray", "puredo": "detergent", "whirlo": "vacuum", "sonara": "headphones", "audiq": "earbuds",
-    "keyra": "keyboard", "padlin": "tablet", "sedora": "chair", "holtz": "bookcase", "dermia": "cleanser", "florelle": "lotion",
-    "capilo": "shampoo", "rodano": "bicycle", "campara": "tent", "ludeko": "puzzle", "brixo": "blocks", "minouche": "doll",
-    "pawlin": "kibble", "trotto": "leash", "scribo": "pen", "markado": "marker", "fumaro": "grill", "zenvia": "handbag",
+    "ardane": "shirt", "sorelle": "necklace", "kestro": "backpack", "vantor": "suitcase", "brasco": "skillet", "mirova":
+    "blender", "tefaro": "kettle", "glanzo": "spray", "puredo": "detergent", "whirlo": "vacuum", "sonara": "headphones",
+    "audiq": "earbuds", "keyra": "keyboard", "padlin": "tablet", "sedora": "chair", "holtz": "bookcase", "dermia": "cleanser",
+    "florelle": "lotion", "capilo": "shampoo", "rodano": "bicycle", "campara": "tent", "ludeko": "puzzle", "brixo": "blocks",
+    "minouche": "doll", "pawlin": "kibble", "trotto": "leash", "scribo": "pen", "markado": "marker", "fumaro": "grill",
+    "zenvia": "handbag",
 }  # fmt: skip
 
 MARKETING: tuple[str, ...] = (

@@ -1,4 +1,4 @@
-"""`Example`: one query-item pair with whatever is known about it. Everything that is trained on or evaluated is a list of these."""
+"""`Example`: one query-item pair with whatever is known about it."""
 
 from __future__ import annotations
 
@@ -12,9 +12,10 @@ GRADES = (1, 2, 3, 4)
 class Example:
     """One (query, item) pair.
 
-    `gold[j]` is the label of step j that a *reward* may read (the paper's gt_j: S3, S4 and the verdict), in the canonical spelling
-    of the step's options; None where there is none. `truth[j]` is what a human annotator would hold step j against (S1, S2 have one
-    in the catalogue world): only simulated annotators and evaluation read it, never a reward. Both have one entry per step.
+    `gold[j]` is the label of step j that a *reward* may read (the paper's gt_j: S3, S4 and the verdict), in the canonical
+    spelling of the step's options; None where there is none. `truth[j]` is what a human annotator would hold step j against
+    (S1, S2 have one in the catalogue world): only simulated annotators and evaluation read it, never a reward. Both have one
+    entry per step.
     """
 
     example_id: str

@@ -11,11 +11,14 @@ from srpo.data.world import GRADE_TABLE, Facts, attribute_relation, category_rel
 
 @dataclass(frozen=True)
 class TeacherBias:
-    """How often the teacher makes each of its mistakes. The later steps follow from what it wrote before."""
+    """How often the teacher makes each of its mistakes. The later steps follow from what it wrote before.
+
+    It sees what there is to see and draws the wrong conclusion: a policy warmed up on it is capable and biased, not ignorant.
+    """
 
     misread_negation: float = 0.65  # S1: "not red" becomes "red"
     related_as_match: float = 0.60  # S3: a sibling category is called a match
-    overlook_missing: float = 0.60  # S4: an attribute that the listing does not state is called ok
+    overlook_missing: float = 0.60  # S4: attributes that the listing does not state are waved through
     verdict_off_by_one: float = 0.10  # S5
 
 
@@ -40,14 +43,15 @@ def teach(example: Example, bias: TeacherBias, seed: int = 0) -> str:
     if rng.random() < bias.misread_negation:
         query = Facts(query.category, tuple(replace(c, negated=c.negated and c.kind == "brand") for c in query.constraints))
     category = category_relation(query, item)
+    seen = {"match": "same leaf", "related": "same group", "mismatch": "other group"}[category]
     if category == "related" and rng.random() < bias.related_as_match:
         category = "match"
     checks = [check(c, item) for c in query.constraints]
-    if rng.random() < bias.overlook_missing:
-        checks = ["ok" if c == "unknown" else c for c in checks]
-    relation = attribute_relation(checks)
     details = ", ".join(f"{c.kind} {outcome}" for c, outcome in zip(query.constraints, checks, strict=True))
-    verdict = int(GRADE_TABLE[category, relation][1])
+    attributes = attribute_relation(checks)
+    if attributes == "unclear" and rng.random() < bias.overlook_missing:
+        attributes = "match"
+    verdict = int(GRADE_TABLE[category, attributes][1])
     if rng.random() < bias.verdict_off_by_one:
         verdict = rng.choice([g for g in (verdict - 1, verdict + 1) if 1 <= g <= 4])
-    return format_response(str(query), str(item), category, f"{details} -> {relation}", f"L{verdict}")
+    return format_response(str(query), str(item), f"{seen} -> {category}", f"{details} -> {attributes}", f"L{verdict}")

@@ -14,8 +14,8 @@ EOS, PAD = "<|end|>", "<|pad|>"
 def train_tokenizer(texts: Iterable[str], vocab_size: int, phrases: Iterable[str] = ()) -> PreTrainedTokenizerFast:
     """A byte-level BPE tokenizer (any text round-trips) trained on `texts`, with an end-of-text and a padding token.
 
-    `phrases` become one token each (step headers, the fixed parts of a prompt): they are most of what a small model would otherwise
-    spend its time on.
+    `phrases` become one token each (step headers, the fixed parts of a prompt): they are most of what a small model would
+    otherwise spend its time on.
     """
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
@@ -37,7 +37,9 @@ def train_tokenizer(texts: Iterable[str], vocab_size: int, phrases: Iterable[str
 def load_tokenizer(path: str | Path) -> PreTrainedTokenizerBase:
     """The tokenizer saved beside a checkpoint. ValueError where there is none, or it has no end-of-text token."""
     if not any((Path(path) / name).is_file() for name in ("tokenizer.json", "tokenizer_config.json")):
-        raise ValueError(f"no tokenizer in {str(path)!r}: policy.path must be a folder of a Hugging Face checkpoint with its tokenizer")
+        raise ValueError(
+            f"no tokenizer in {str(path)!r}: policy.path must be a folder of a Hugging Face checkpoint with its tokenizer"
+        )
     tokenizer = AutoTokenizer.from_pretrained(str(path), local_files_only=True)
     if tokenizer.eos_token_id is None:
         raise ValueError(f"the tokenizer in {path} has no end-of-text token: set eos_token in its tokenizer_config.json")

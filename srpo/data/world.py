@@ -1,9 +1,9 @@
 """The catalogue world: an endless stream of query-item pairs with exact ground truth for every reasoning step.
 
-A query is a category and one to three constraints (`color not red`); an item is a category and the facts that its listing *shows*. All
-gold follows from those by the published rule table `GRADE_TABLE`. Pair i of a split is a pure function of (seed, split, i): streams
-are reproducible bit for bit, may start anywhere, and are never held in memory. A query text belongs to one split by its hash, so no
-held-out query is ever seen in training.
+A query is a category and one to three constraints (`color not red`); an item is a category and the facts that its listing
+*shows*. All gold follows from those by the published rule table `GRADE_TABLE`. Pair i of a split is a pure function of (seed,
+split, i): streams are reproducible bit for bit, may start anywhere, and are never held in memory. A query text belongs to one
+split by its hash, so no held-out query is ever seen in training.
 """
 
 from __future__ import annotations
@@ -20,8 +20,8 @@ QUERY_TYPES = ("plain", "question", "alternative", "negation", "knowledge")
 NATURAL_MIX = {"plain": 0.30, "question": 0.15, "alternative": 0.15, "negation": 0.20, "knowledge": 0.20}
 SPLITS = ("train", "wild", "balanced")  # wild: the natural mix; balanced: by query type (5.1.1); both held out
 
-# The rule table: (category relation, attribute relation) -> grade. Category: same leaf, same group, anything else. Attributes: every
-# constraint is met; none is contradicted but some are not stated; some constraint is contradicted.
+# The rule table: (category relation, attribute relation) -> grade. Category: same leaf, same group, anything else. Attributes:
+# every constraint is met; none is contradicted but some are not stated; some constraint is contradicted.
 GRADE_TABLE: dict[tuple[str, str], str] = {
     ("match", "match"): "L4",
     ("match", "unclear"): "L3",
@@ -198,7 +198,9 @@ def _knowledge(rng: random.Random) -> tuple[Facts, str]:
 def _question(rng: random.Random) -> tuple[Facts, str]:
     leaf, implied, use = _knowing(rng)
     noun = rng.choice(leaf.surfaces)
-    text = rng.choice((f"what {noun} is best for {use} ?", f"which {noun} should i buy for {use} ?", f"what {noun} helps with {use} ?"))
+    text = rng.choice(
+        (f"what {noun} is best for {use} ?", f"which {noun} should i buy for {use} ?", f"what {noun} helps with {use} ?")
+    )
     return Facts(leaf.path, (implied,)), text
 
 

@@ -14,7 +14,7 @@ TOKENIZER = train_tokenizer(["red boots for rain", "blue boots"] * 20, 320, ["\n
 @settings(max_examples=100, deadline=None)
 @given(st.text(max_size=40))
 def test_any_text_round_trips(text):
-    assert TOKENIZER.decode(encode(TOKENIZER, text)) == text
+    assert TOKENIZER.decode(list(encode(TOKENIZER, text))) == text
 
 
 def test_a_phrase_is_one_token():

@@ -45,7 +45,7 @@ def test_held_out_queries_never_appear_in_training():
 
 def test_gold_follows_from_the_contents_of_the_first_two_steps():
     for example in World(secrets.randbelow(10_000)).examples("train", 500):
-        query, item = (Facts.parse(text) for text in example.truth[:2])
+        query, item = (Facts.parse(text or "") for text in example.truth[:2])
         assert str(query) == example.truth[0]
         assert str(item) == example.truth[1]
         assert reason(query, item) == example.gold[2:]
@@ -73,7 +73,7 @@ def test_the_rule_table_is_complete_and_monotone():
 
 def test_shown_attributes_stand_in_the_title():
     for example in World(secrets.randbelow(10_000)).examples("wild", 300):
-        for fact in Facts.parse(example.truth[1]).constraints:
+        for fact in Facts.parse(example.truth[1] or "").constraints:
             said = [fact.value] if fact.kind == "brand" else ATTRIBUTES[fact.kind][fact.value]
             text = f"{example.title} {example.fields['brand']}"
             assert any(surface in text for surface in said), (example.title, fact)

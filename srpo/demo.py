@@ -1,0 +1,237 @@
+"""The whole method in miniature, in minutes on a laptop: `make demo`, or `python -m srpo.demo`.
+
+On the catalogue world, or on real judged pairs (`--data PATH`): a tokenizer, a tiny mixture-of-experts policy, an SFT warm start
+on imperfect demonstrations, Stepwise Reward Policy Optimization, and the same held-out pairs judged before and after. Each stage
+leaves its result in the run folder and is skipped when it is there: a demo that was stopped continues.
+"""
+
+from __future__ import annotations
+
+import json
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field, replace
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from srpo.config import (
+    AdvantageConfig,
+    Config,
+    DataConfig,
+    LossConfig,
+    OptimizerConfig,
+    PolicyConfig,
+    RewardConfig,
+    RolloutConfig,
+    SamplerConfig,
+    TrainConfig,
+)
+from srpo.data.examples import Example
+from srpo.data.prompts import build_prompt
+from srpo.data.readers import load_examples, read_examples, split_by_query, write_examples
+from srpo.data.silver import Lexicon, silver_response
+from srpo.data.teacher import TeacherBias, teach
+from srpo.data.tokenizer import load_tokenizer, train_tokenizer
+from srpo.data.world import World
+from srpo.evaluate import evaluate_policy
+from srpo.metrics import read_metrics
+from srpo.plots import write_plots
+from srpo.policy.model import TinyConfig, load_policy, make_tiny
+from srpo.policy.parallel import Parallel, init_parallel
+from srpo.progress import Progress
+from srpo.report import before_after_table
+from srpo.rollout.local import LocalEngine
+from srpo.run_dir import claim_run_dir, write_whole
+from srpo.settings import run_program
+from srpo.sft import SftConfig, read_pairs, sft, write_pairs
+from srpo.steps import PAPER_STEPS, StepSchema
+from srpo.train import train
+
+PROMPT = DataConfig().prompt
+# Fixed texts of prompts and responses: one token each.
+PHRASES = (
+    "Query: ", "\nItem: ", "\nbrand: ", "\ncolor: ", "\ncategory: ", "\ntext: ",
+    "1. Query intent: ", "\n2. Item: ", "\n3. Category match: ", "\n4. Attribute match: ", "\n5. Verdict: ",
+)  # fmt: skip
+
+
+@dataclass(frozen=True)
+class DemoConfig:
+    """`python -m srpo.demo --seed 1 --run-dir runs/demo-1`"""
+
+    run_dir: str = "runs/demo"
+    seed: int = 0
+    data: str = ""  # judged pairs (docs/data.md); empty: the catalogue world
+    eval_frac: float = 0.2  # share of the queries of `data` that is held out
+    drop_fields: tuple[str, ...] = ("text",)  # product fields of `data` that are too long for a tiny model's prompt
+    num_demonstrations: int = 60_000  # pairs of the world that the teacher answers
+    num_train: int = 8_000  # further pairs of the world for reinforcement
+    num_eval: int = 1024  # held-out pairs judged before and after
+    vocab_size: int = 1536
+    model: TinyConfig = field(default_factory=TinyConfig)
+    bias: TeacherBias = field(default_factory=TeacherBias)  # what the teacher gets wrong (catalogue world)
+    judge_error_rate: float = 0.05  # of the simulated annotator that stands for R_phi on S1 and S2 (catalogue world)
+    sft_steps: int = 900
+    sft_batch: int = 64
+    sft_lr: float = 2e-3
+    rl_steps: int = 100
+    num_prompts: int = 32
+    group_size: int = 8
+    rl_lr: float = 3e-4
+    kl_coef: float = 0.001
+    max_new_tokens: int = 80
+    eval_every: int = 20
+    advantage: AdvantageConfig = field(default_factory=AdvantageConfig)
+
+
+def demo(cfg: DemoConfig, parallel: Parallel) -> dict[str, Any]:
+    """Run every stage that is not done yet; returns what `results.json` holds."""
+    run_dir = Path(cfg.run_dir)
+    start = time.monotonic()
+    schema = StepSchema(PAPER_STEPS)
+    stage(run_dir / "data", "making the data", lambda out: make_data(cfg, out))
+    stage(run_dir / "base", "making tokenizer and model", lambda out: make_base(cfg, run_dir / "data", out))
+    policy = sft(sft_config(cfg), parallel)
+    train_cfg = train_config(cfg, policy)
+    before = evaluated(cfg, policy, run_dir / "before.json", "judging held-out pairs, before", schema)
+    policy = train(train_cfg, parallel)
+    after = evaluated(cfg, policy, run_dir / "after.json", "judging held-out pairs, after", schema)
+    results = {"before": before, "after": after, "seed": cfg.seed}
+    write_whole(run_dir / "results.json", json.dumps(results, indent=1) + "\n")
+    write_plots(run_dir / "plots", read_metrics(run_dir / "metrics.jsonl"), schema, results, run_dir.name)
+    print(before_after_table(before, after, schema))
+    print(
+        f"{(time.monotonic() - start) / 60:.1f} minutes. Everything is in {run_dir}: policy/, plots/, results.json, metrics.jsonl"
+    )
+    return results
+
+
+def stage(out: Path, title: str, make: Callable[[Path], None]) -> None:
+    """Make the folder `out` unless it is there; it appears under its name only when whole."""
+    if out.is_dir():
+        return
+    print(title, flush=True)
+    aside = out.with_name(out.name + ".tmp")
+    aside.mkdir(parents=True, exist_ok=True)
+    make(aside)
+    aside.rename(out)
+
+
+def make_data(cfg: DemoConfig, out: Path) -> None:
+    """train.jsonl and eval.jsonl of pairs, sft.jsonl of demonstrations."""
+    if cfg.data:
+        read = read_examples(cfg.data, len(PAPER_STEPS), options=[spec.options for spec in PAPER_STEPS])
+        pairs = [replace(e, fields={k: v for k, v in e.fields.items() if k not in cfg.drop_fields}) for e in read]
+        train_pairs, eval_pairs = split_by_query(pairs, cfg.eval_frac, cfg.seed)
+        lexicon = Lexicon.from_examples(train_pairs)
+        write_examples(out / "train.jsonl", train_pairs)
+        write_examples(out / "eval.jsonl", eval_pairs)
+        shown, num_shown, teacher = iter(train_pairs), len(train_pairs), partial(silver_response, lexicon=lexicon)
+    else:
+        world = World(cfg.seed)
+        write_examples(out / "train.jsonl", world.examples("train", cfg.num_train, start=cfg.num_demonstrations))
+        write_examples(out / "eval.jsonl", world.examples("wild", cfg.num_eval))
+        write_examples(out / "eval_balanced.jsonl", world.examples("balanced", cfg.num_eval))
+        shown, num_shown = world.examples("train", cfg.num_demonstrations), cfg.num_demonstrations
+        teacher = partial(teach, bias=cfg.bias, seed=cfg.seed)
+    with Progress("demonstrations", num_shown) as bar:
+
+        def demonstrations() -> Iterator[tuple[str, str]]:
+            for example in shown:
+                yield build_prompt(example, PROMPT), teacher(example)
+                bar.advance()
+
+        write_pairs(out / "sft.jsonl", demonstrations())
+
+
+def make_base(cfg: DemoConfig, data: Path, out: Path) -> None:
+    """A tokenizer trained on the demonstrations and a policy that has learned nothing yet."""
+    texts = [strip(prompt + response) for prompt, response in read_pairs(data / "sft.jsonl")]
+    tokenizer = train_tokenizer(texts[:20_000], cfg.vocab_size, PHRASES)
+    make_tiny(tokenizer, cfg.model, cfg.seed).save_pretrained(out)
+    tokenizer.save_pretrained(out)
+
+
+def strip(text: str) -> str:
+    """The text without the fixed phrases, which are tokens of their own."""
+    for phrase in PHRASES:
+        text = text.replace(phrase, "\n")
+    return text
+
+
+def sft_config(cfg: DemoConfig) -> SftConfig:
+    """The warm start."""
+    run_dir = Path(cfg.run_dir)
+    return SftConfig(
+        run_dir=str(run_dir / "sft"),
+        seed=cfg.seed,
+        data=str(run_dir / "data" / "sft.jsonl"),
+        num_steps=cfg.sft_steps,
+        batch_size=cfg.sft_batch,
+        checkpoint_every=200,
+        policy=PolicyConfig(path=str(run_dir / "base")),
+        optimizer=OptimizerConfig(lr=cfg.sft_lr, warmup_steps=30, schedule="linear", min_lr_frac=0.1),
+    )
+
+
+def train_config(cfg: DemoConfig, policy: Path) -> Config:
+    """Algorithm 1 on hybrid step rewards. Real pairs have neither labels for S1 to S4 nor an annotator: the verdict is
+    rewarded."""
+    run_dir = Path(cfg.run_dir)
+    steps = PAPER_STEPS
+    if cfg.data:
+        steps = tuple(replace(spec, sources=("gold", "skip")) for spec in steps)
+    return Config(
+        run_dir=str(run_dir),
+        seed=cfg.seed,
+        num_steps=cfg.rl_steps,
+        steps=steps,
+        data=DataConfig(train=str(run_dir / "data" / "train.jsonl"), eval=str(run_dir / "data" / "eval.jsonl"), prompt=PROMPT),
+        policy=PolicyConfig(path=str(policy)),
+        rollout=RolloutConfig(num_prompts=cfg.num_prompts, group_size=cfg.group_size, max_new_tokens=cfg.max_new_tokens),
+        reward=RewardConfig(judge="none" if cfg.data else "oracle", judge_error_rate=cfg.judge_error_rate),
+        advantage=cfg.advantage,
+        loss=LossConfig(kl_coef=cfg.kl_coef),
+        optimizer=OptimizerConfig(lr=cfg.rl_lr, warmup_steps=3, schedule="linear", min_lr_frac=0.1),
+        sampler=SamplerConfig(),
+        train=TrainConfig(checkpoint_every=25, eval_every=cfg.eval_every, eval_examples=256),
+    )
+
+
+def evaluated(cfg: DemoConfig, policy: Path, path: Path, title: str, schema: StepSchema) -> dict[str, Any]:
+    """Results of a checkpoint on the held-out pairs, kept in a file."""
+    if not path.is_file():
+        examples: list[Example] = load_examples(Path(cfg.run_dir) / "data" / "eval.jsonl", schema.num_steps, cfg.num_eval)
+        engine = LocalEngine(load_policy(policy))
+        results, _ = evaluate_policy(
+            engine,
+            load_tokenizer(policy),
+            schema,
+            examples,
+            prompt_template=PROMPT,
+            max_new_tokens=cfg.max_new_tokens,
+            batch_size=256,
+            description=title,
+        )
+        write_whole(path, json.dumps(results, indent=1) + "\n")
+    return json.loads(path.read_text(encoding="utf-8"))
+
+
+def main(cfg: DemoConfig) -> None:
+    """The program."""
+    parallel = init_parallel()
+    try:
+        if parallel.world_size > 1:
+            raise ValueError("the demo is one process: start it without torchrun (srpo.train takes several)")
+        claim_run_dir(Path(cfg.run_dir) / "demo", cfg, parallel.is_main)
+        demo(cfg, parallel)
+    finally:
+        parallel.close()
+
+
+if __name__ == "__main__":
+    torch.set_num_threads(min(torch.get_num_threads(), 8))
+    run_program(main, DemoConfig)

@@ -1,0 +1,1 @@
+"""The policy: model, experts, attention, parallelism, checkpoints and the optimizer step."""

@@ -1,0 +1,105 @@
+"""Attention over packed sequences, registered with transformers as `srpo_varlen`: causal, and sequences never see each other.
+
+Letters: T packed rows, N sequences, L rows of the longest one, D head dimension.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+from transformers import AttentionInterface
+
+ATTENTION = "srpo_varlen"
+
+
+@dataclass(frozen=True)
+class PadLayout:
+    """Where each packed row lies in a padded [N * L] grid. Made once per batch and handed to every layer."""
+
+    num_sequences: int  # N
+    max_length: int  # L
+    positions: torch.Tensor | None  # [T] int64; None where all sequences are L long, so that padding is a view
+
+    @classmethod
+    def of(cls, cu_seqlens: torch.Tensor, max_length: int) -> PadLayout:
+        """The layout of sequences that end at cu_seqlens [N+1]."""
+        lengths = (cu_seqlens[1:] - cu_seqlens[:-1]).long()
+        num_sequences, num_rows = lengths.numel(), int(cu_seqlens[-1])
+        if num_sequences * max_length == num_rows:
+            return cls(num_sequences, max_length, None)
+        shift = torch.arange(num_sequences, device=lengths.device) * max_length - cu_seqlens[:-1].long()
+        rows = torch.arange(num_rows, device=lengths.device)
+        return cls(num_sequences, max_length, rows + shift.repeat_interleave(lengths, output_size=num_rows))
+
+    def pad(self, x: torch.Tensor) -> torch.Tensor:
+        """[T, heads, D] -> [N, heads, L, D], zeros after each sequence's end."""
+        heads, dim = x.shape[1:]
+        x = x.reshape(x.shape[0], heads * dim)
+        if self.positions is not None:
+            x = x.new_zeros(self.num_sequences * self.max_length, heads * dim).index_copy(0, self.positions, x)
+        return x.view(self.num_sequences, self.max_length, heads, dim).transpose(1, 2)
+
+    def unpad(self, x: torch.Tensor) -> torch.Tensor:
+        """[N, heads, L, D] -> [T, heads, D]."""
+        heads, dim = x.shape[1], x.shape[3]
+        x = x.transpose(1, 2).reshape(self.num_sequences * self.max_length, heads * dim)
+        return (x if self.positions is None else x.index_select(0, self.positions)).view(-1, heads, dim)
+
+
+def needs_padding(device: torch.device, dtype: torch.dtype) -> bool:
+    """True where no variable-length kernel runs (CPU, and fp32 anywhere), so that sequences are padded inside attention."""
+    return device.type != "cuda" or dtype not in (torch.bfloat16, torch.float16)
+
+
+def varlen_attention(
+    module: nn.Module,
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    attention_mask: torch.Tensor | None,
+    scaling: float | None = None,
+    cu_seq_lens_q: torch.Tensor | None = None,
+    max_length_q: int | None = None,
+    pad_layout: PadLayout | None = None,
+    **kwargs: Any,
+) -> tuple[torch.Tensor, None]:
+    """Causal attention within each packed sequence: ([1, T, heads, D], None).
+
+    query [1, heads, T, D]; key, value [1, kv_heads, T, D]; cu_seq_lens_q [N+1] int32; max_length_q: rows of the longest.
+    Dropout is never applied: log-probabilities must not depend on a draw. Raises ValueError without `cu_seq_lens_q` and
+    `max_length_q`, for more than one row of packed sequences, and for sliding windows.
+    """
+    if cu_seq_lens_q is None or max_length_q is None or query.shape[0] != 1:
+        raise ValueError(
+            f"{ATTENTION} attention takes one packed row with cu_seq_lens_q and max_length_q: call "
+            "srpo.policy.model.hidden_states, or model.set_attn_implementation('sdpa') for padded inputs and generation"
+        )
+    if kwargs.get("sliding_window") is not None and kwargs["sliding_window"] < max_length_q:
+        raise ValueError(f"{ATTENTION} attention has no sliding window: set use_sliding_window to false in config.json")
+    query, key, value = (x[0].transpose(0, 1) for x in (query, key, value))  # [T, heads, D]
+    gqa = query.shape[1] != key.shape[1]
+    if needs_padding(query.device, query.dtype):
+        layout = pad_layout or PadLayout.of(cu_seq_lens_q, max_length_q)
+        query, key, value = (layout.pad(x) for x in (query, key, value))
+        # Padding follows the last row of a sequence, so a causal mask alone keeps it out of every real row.
+        out = F.scaled_dot_product_attention(query, key, value, is_causal=True, scale=scaling, enable_gqa=gqa)
+        return layout.unpad(out)[None], None
+    bounds = (cu_seq_lens_q, cu_seq_lens_q, max_length_q, max_length_q)
+    if importlib.util.find_spec("flash_attn") is not None:
+        from flash_attn import flash_attn_varlen_func  # pyright: ignore[reportMissingImports]
+
+        return flash_attn_varlen_func(query, key, value, *bounds, softmax_scale=scaling, causal=True)[None], None
+    from torch.nn.attention.varlen import varlen_attn
+
+    out = varlen_attn(query, key, value, *bounds, scale=scaling, window_size=(-1, 0), enable_gqa=gqa)
+    assert isinstance(out, torch.Tensor)
+    return out[None], None
+
+
+# No mask function goes with it: transformers builds no mask for an attention that has none registered.
+AttentionInterface.register(ATTENTION, varlen_attention)

@@ -1,0 +1,190 @@
+"""Training state on disk: `step_000123/` with torch.distributed.checkpoint files, written aside and renamed when complete.
+
+A folder counts only under its final name and with its COMPLETE file, which is written last: a run killed while it saves
+resumes from the checkpoint before. Policy and optimizer state are stored under transformers' parameter names, for any number of
+ranks; `extra` (generators, sampler, counters) is stored per rank.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import pickle
+import re
+import shutil
+import warnings
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+import torch.distributed.checkpoint as dcp
+from torch import nn
+from torch.distributed.checkpoint.metadata import TensorStorageMetadata
+from torch.optim import Optimizer
+
+from srpo.policy.parallel import Parallel, unwrap
+
+COMPLETE = "COMPLETE"
+_NAME = re.compile(r"step_(\d{6,})")
+
+
+def save_checkpoint(
+    root: str | Path, step: int, policy: nn.Module, optimizer: Optimizer, extra: dict[str, Any], parallel: Parallel, keep: int = 2
+) -> Path:
+    """Write `root/step_<step>` and remove all but the newest `keep` complete checkpoints; returns the folder. Collective.
+
+    extra: this rank's own state, of plain Python values (numbers, strings, lists, tuples, dicts) and tensors; anything else is a
+    ValueError here rather than at resume. Bit exact with `load_checkpoint`.
+    """
+    if keep < 1:
+        raise ValueError(f"train.keep_checkpoints is {keep}: at least the newest checkpoint must stay")
+    root = Path(root)
+    final = root / f"step_{step:06d}"
+    aside = root / f"{final.name}.tmp-{parallel.broadcast_object(os.getpid())}"
+    if parallel.is_main:
+        for left in root.glob("step_*.tmp-*"):  # of runs that were killed
+            shutil.rmtree(left)
+        aside.mkdir(parents=True)
+    parallel.barrier()
+    with _one_process_is_fine():
+        state = {**_policy_state(policy), **_optimizer_state(policy, optimizer)}
+        dcp.save(state, checkpoint_id=aside, no_dist=not dist.is_initialized())
+    groups = [{k: v for k, v in group.items() if k != "params"} for group in optimizer.param_groups]
+    _save_plain({"extra": extra, "param_groups": groups}, _rank_file(aside, parallel.rank))
+    parallel.barrier()
+    if parallel.is_main:
+        (aside / COMPLETE).write_text(json.dumps({"step": step, "world_size": parallel.world_size}) + "\n")
+        for path in (*aside.rglob("*"), aside):
+            _fsync(path)
+        if final.exists():
+            _remove(final)
+        aside.rename(final)
+        _fsync(root)
+        for _, old in sorted(_complete(root))[:-keep]:
+            _remove(old)
+    parallel.barrier()
+    return final
+
+
+def latest_checkpoint(root: str | Path) -> Path | None:
+    """The complete checkpoint of the highest step in `root`; None if there is none."""
+    return max(_complete(Path(root)), default=(0, None))[1]
+
+
+def load_checkpoint(path: str | Path, policy: nn.Module, optimizer: Optimizer, parallel: Parallel) -> dict[str, Any]:
+    """Load policy and optimizer in place; returns this rank's `extra`. Collective.
+
+    Raises ValueError where the folder is no complete checkpoint, belongs to another model (naming the first parameter that
+    differs), or was written by another number of ranks.
+    """
+    path = Path(path)
+    if not (path / COMPLETE).is_file():
+        raise ValueError(f"{path} is not a complete checkpoint (no {COMPLETE} file): resume from another, or start a new run_dir")
+    world_size = json.loads((path / COMPLETE).read_text())["world_size"]
+    if world_size != parallel.world_size:
+        raise ValueError(f"{path} was written by {world_size} ranks, this run has {parallel.world_size}: start as many processes")
+    stored = dcp.FileSystemReader(path).read_metadata().state_dict_metadata
+    state = _policy_state(policy)
+    _check_same_model(path, state, stored)
+    plain = torch.load(_rank_file(path, parallel.rank), weights_only=True)
+    state |= _empty_optimizer_state(policy, optimizer, stored)
+    with _one_process_is_fine():
+        dcp.load(state, checkpoint_id=path, no_dist=not dist.is_initialized())
+    parameters = dict(unwrap(policy).named_parameters())
+    optimizer.state.clear()
+    for key, value in state.items():
+        kind, name, *field = key.split("/")
+        if kind == "optimizer":
+            optimizer.state[parameters[name]][field[0]] = value
+    for group, values in zip(optimizer.param_groups, plain["param_groups"], strict=True):
+        group.update(values)
+    return plain["extra"]
+
+
+@contextlib.contextmanager
+def _one_process_is_fine() -> Iterator[None]:
+    """Without torch's warning that there is no process group."""
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message="torch.distributed is (disabled|unavailable)")
+        yield
+
+
+def _policy_state(policy: nn.Module) -> dict[str, Any]:
+    """Parameters and persistent buffers under transformers' names; they share memory with the policy's."""
+    return {f"policy/{name}": value for name, value in unwrap(policy).state_dict().items()}
+
+
+def _optimizer_state(policy: nn.Module, optimizer: Optimizer) -> dict[str, Any]:
+    """Every tensor of the optimizer, as `optimizer/<parameter>/<field>`; empty before its first step."""
+    state = {}
+    for name, parameter in unwrap(policy).named_parameters():
+        for field, value in optimizer.state.get(parameter, {}).items():
+            state[f"optimizer/{name}/{field}"] = value
+    return state
+
+
+def _empty_optimizer_state(policy: nn.Module, optimizer: Optimizer, stored: dict[str, Any]) -> dict[str, Any]:
+    """Tensors for the stored optimizer state to be read into, laid out like the parameter that they belong to."""
+    group_of = {parameter: group for group in optimizer.param_groups for parameter in group["params"]}
+    parameters = dict(unwrap(policy).named_parameters())
+    state = {}
+    for key, meta in stored.items():
+        kind, name, *_ = key.split("/")
+        if kind != "optimizer" or not isinstance(meta, TensorStorageMetadata):
+            continue
+        parameter, dtype = parameters[name], meta.properties.dtype
+        if meta.size == parameter.shape and parameter.ndim > 0:
+            state[key] = torch.empty_like(parameter, dtype=dtype, requires_grad=False)
+        else:  # the step count, which torch keeps on the CPU unless the optimizer is fused or capturable
+            on_device = group_of[parameter].get("fused") or group_of[parameter].get("capturable")
+            state[key] = torch.empty(meta.size, dtype=dtype, device=parameter.device if on_device else "cpu")
+    return state
+
+
+def _check_same_model(path: Path, state: dict[str, Any], stored: dict[str, Any]) -> None:
+    theirs = {key: tuple(getattr(meta, "size", ())) for key, meta in stored.items() if key.startswith("policy/")}
+    ours = {key: tuple(value.shape) for key, value in state.items()}
+    for key in (*ours, *theirs):
+        if ours.get(key) != theirs.get(key):
+            have, want = (shapes.get(key, "absent") for shapes in (theirs, ours))
+            raise ValueError(
+                f"{path} is a checkpoint of another model: {key.removeprefix('policy/')} is {have} there and {want} in this run. "
+                "Set policy.path to the model that the run started from, or start a new run_dir"
+            )
+
+
+def _complete(root: Path) -> list[tuple[int, Path]]:
+    if not root.is_dir():
+        return []
+    named = ((_NAME.fullmatch(path.name), path) for path in root.iterdir())
+    return [(int(match[1]), path) for match, path in named if match and (path / COMPLETE).is_file()]
+
+
+def _rank_file(path: Path, rank: int) -> Path:
+    return path / f"rank_{rank}.pt"
+
+
+def _save_plain(value: dict[str, Any], path: Path) -> None:
+    torch.save(value, path)
+    try:
+        torch.load(path, weights_only=True)
+    except pickle.UnpicklingError as error:
+        raise ValueError(f"a checkpoint's extra state must consist of plain Python values and tensors: {error}") from error
+
+
+def _remove(path: Path) -> None:
+    """Delete a checkpoint so that a half-deleted one is never taken for complete."""
+    aside = path.with_name(f"{path.name}.tmp-{os.getpid()}-old")
+    path.rename(aside)
+    shutil.rmtree(aside)
+
+
+def _fsync(path: Path) -> None:
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)

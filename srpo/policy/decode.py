@@ -1,0 +1,160 @@
+"""Token-by-token forward of any transformers causal LM that takes its attention from the `AttentionInterface`.
+
+A prompt is computed once and read by all rows of its group: decoding attends over the shared prompt keys of a *chunk* (rows of
+one prompt) and over the row's own response keys, under one softmax. Prompt keys are neither copied nor read again per row.
+
+Letters: C chunks, G rows of a chunk, S = C * G slots, K kv heads, R query heads per kv head, H = K * R, P prompt tokens,
+T response tokens, D head dimension, V vocabulary.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import nn
+from transformers import AttentionInterface, PreTrainedModel
+
+ATTENTION = "srpo_decode"
+_UNSUPPORTED = ("s_aux", "softcap", "position_bias")  # attention variants that would be ignored without a word
+
+
+class KeyValues:
+    """Keys and values of one wave of prompts: `[C, K, P, D]` per layer for the prompts, `[C, K, G, T, D]` for the responses."""
+
+    def __init__(self, prompt_lengths: torch.Tensor, group_size: int, capacity: int):
+        self.prompt_lengths = prompt_lengths  # [C]
+        self.group_size = group_size
+        self.capacity = capacity  # most response tokens
+        self.num_response = 0  # tokens stored of each response
+        self.prompt: dict[int, tuple[torch.Tensor, torch.Tensor]] = {}  # layer -> keys, values
+        self.response: dict[int, tuple[torch.Tensor, torch.Tensor]] = {}
+        self.prefilling = True
+        self.bias: torch.Tensor | None = None  # [C, 1, P] -inf at padding; None where all prompts are equally long
+
+    def attend_prompt(
+        self, layer: int, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, scale: float
+    ) -> torch.Tensor:
+        """Causal attention of right-padded prompts, [C, H, P, D]; padding comes after the tokens, so no token sees it."""
+        self.prompt[layer] = key.contiguous(), value.contiguous()
+        repeats = query.shape[1] // key.shape[1]
+        if repeats > 1:
+            key, value = key.repeat_interleave(repeats, 1), value.repeat_interleave(repeats, 1)
+        return nn.functional.scaled_dot_product_attention(query, key, value, is_causal=True, scale=scale)
+
+    def attend_response(
+        self, layer: int, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, scale: float
+    ) -> torch.Tensor:
+        """Attention of one new token per slot over its chunk's prompt and its own response: query [S, H, 1, D] -> [S, H, D]."""
+        prompt_keys, prompt_values = self.prompt[layer]  # [C, K, P, D]
+        num_chunks, kv_heads, num_prompt, dim = prompt_keys.shape
+        rows, end = self.group_size, self.num_response + 1
+        repeats = query.shape[1] // kv_heads
+        if layer not in self.response:
+            shape = (num_chunks, kv_heads, rows, self.capacity, dim)
+            self.response[layer] = prompt_keys.new_empty(shape), prompt_keys.new_empty(shape)
+        keys, values = self.response[layer]
+        keys[:, :, :, end - 1] = key.view(num_chunks, rows, kv_heads, dim).transpose(1, 2)
+        values[:, :, :, end - 1] = value.view(num_chunks, rows, kv_heads, dim).transpose(1, 2)
+        own_keys, own_values = keys.view(-1, self.capacity, dim)[:, :end], values.view(-1, self.capacity, dim)[:, :end]
+
+        query = (query * scale).view(num_chunks, rows, kv_heads, repeats * dim).transpose(1, 2).contiguous()  # [C, K, G, R*D]
+        shared = query.view(num_chunks * kv_heads, rows * repeats, dim) @ prompt_keys.flatten(0, 1).transpose(1, 2)
+        own = query.view(num_chunks * kv_heads * rows, repeats, dim) @ own_keys.transpose(1, 2)
+        if self.bias is not None:
+            shared.view(num_chunks, -1, num_prompt).add_(self.bias)
+        scores = torch.cat((shared, own.view(num_chunks * kv_heads, rows * repeats, end)), -1)
+        probs = scores.softmax(-1, dtype=torch.float32).to(value.dtype)  # [C*K, G*R, P+T]
+        out = torch.bmm(probs[..., :num_prompt], prompt_values.flatten(0, 1))
+        own_probs = probs[..., num_prompt:].reshape(num_chunks * kv_heads * rows, repeats, end)
+        out = torch.baddbmm(out.view(-1, repeats, dim), own_probs, own_values)
+        out = out.view(num_chunks, kv_heads, rows, repeats * dim).transpose(1, 2)
+        return out.reshape(num_chunks * rows, kv_heads * repeats, dim)
+
+    def select(self, chunks: torch.Tensor, slots: torch.Tensor) -> None:
+        """Keep only these slots [C', G'] (old slot numbers), where row c of `slots` holds rows of old chunk `chunks[c]`."""
+        chunk, row = slots // self.group_size, slots % self.group_size
+        num_chunks, self.group_size = slots.shape
+        end = self.num_response
+        self.prompt_lengths = self.prompt_lengths[chunks]
+        self.bias = None if self.bias is None else self.bias[chunks]
+        for layer, (keys, values) in self.prompt.items():
+            self.prompt[layer] = keys[chunks], values[chunks]
+        for layer, pair in self.response.items():
+            kept = []
+            for old in pair:
+                new = old.new_empty(num_chunks, old.shape[1], self.group_size, self.capacity, old.shape[-1])
+                new[:, :, :, :end] = old[:, :, :, :end][chunk, :, row].transpose(1, 2)
+                kept.append(new)
+            self.response[layer] = kept[0], kept[1]
+
+
+def _attention(
+    module: nn.Module,
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    attention_mask: torch.Tensor | None,
+    scaling: float,
+    key_values: KeyValues | None = None,
+    sliding_window: int | None = None,
+    **kwargs: object,
+) -> tuple[torch.Tensor, None]:
+    assert key_values is not None and attention_mask is None
+    extra = [name for name in _UNSUPPORTED if kwargs.get(name) is not None]
+    if sliding_window is not None:
+        extra.append("sliding_window")
+    if extra:
+        raise ValueError(f"this model's attention needs {', '.join(extra)}, which the local engine has not: use another engine")
+    layer = int(module.layer_idx)  # pyright: ignore[reportArgumentType]
+    if key_values.prefilling:
+        return key_values.attend_prompt(layer, query, key, value, scaling).transpose(1, 2), None
+    return key_values.attend_response(layer, query, key, value, scaling)[:, None], None
+
+
+AttentionInterface.register(ATTENTION, _attention)
+
+
+class Decoder:
+    """Prefill and single-token forward of a model that this object owns (its attention function is replaced)."""
+
+    def __init__(self, model: PreTrainedModel):
+        self.model = model.eval().requires_grad_(False)
+        model.set_attn_implementation(ATTENTION)
+        self.head: nn.Module = model.lm_head
+        self.device = next(model.parameters()).device
+
+    @property
+    def max_context(self) -> int:
+        """Longest sequence that the model was made for, in tokens."""
+        return int(self.model.config.max_position_embeddings)
+
+    def _forward(self, input_ids: torch.Tensor, position_ids: torch.Tensor, key_values: KeyValues) -> torch.Tensor:
+        out = self.model.base_model(input_ids=input_ids, position_ids=position_ids, use_cache=False, key_values=key_values)
+        return out.last_hidden_state
+
+    def _logits(self, hidden: torch.Tensor) -> torch.Tensor:
+        return self.head(hidden).float()
+
+    def prefill(self, prompts: Sequence[Sequence[int]], group_size: int, capacity: int) -> tuple[torch.Tensor, KeyValues]:
+        """(logits of the first tokens [len(prompts) * group_size, V] fp32, the store, with `capacity` tokens of room)."""
+        lengths = torch.tensor([len(p) for p in prompts])
+        longest = int(lengths.max())
+        ids = torch.tensor([[*p, *[0] * (longest - len(p))] for p in prompts]).to(self.device)
+        key_values = KeyValues(lengths.to(self.device), group_size, capacity)
+        positions = torch.arange(longest, device=self.device)
+        hidden = self._forward(ids, positions[None], key_values)
+        logits = self._logits(hidden[torch.arange(len(prompts), device=self.device), key_values.prompt_lengths - 1])
+        if int(lengths.min()) < longest:
+            padding = positions[None] >= key_values.prompt_lengths[:, None]
+            bias = torch.zeros(padding.shape, dtype=hidden.dtype, device=self.device)
+            key_values.bias = bias.masked_fill_(padding, -torch.inf)[:, None]
+        key_values.prefilling = False
+        return logits.repeat_interleave(group_size, 0), key_values
+
+    def step(self, tokens: torch.Tensor, key_values: KeyValues) -> torch.Tensor:
+        """Logits of the next token [S, V] fp32 after one more token [S] of each response."""
+        positions = (key_values.prompt_lengths + key_values.num_response).repeat_interleave(key_values.group_size)
+        hidden = self._forward(tokens[:, None], positions[:, None], key_values)
+        key_values.num_response += 1
+        return self._logits(hidden[:, 0])

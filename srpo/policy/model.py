@@ -1,0 +1,145 @@
+"""The policy's model: any transformers causal LM, a tiny mixture of experts for laptops, and the forward over a packed `Batch`.
+
+Letters: T packed rows, R rows that have a label, H hidden, V vocabulary.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import nn
+from transformers import AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerBase, Qwen3MoeConfig, Qwen3MoeForCausalLM
+from transformers.utils import logging
+
+from srpo.batch import IGNORE, Batch
+from srpo.policy.attention import ATTENTION, PadLayout, needs_padding
+from srpo.policy.experts import registered_name
+from srpo.policy.parallel import current_rank, iter_full_params, unwrap
+
+logging.disable_progress_bar()  # of reading and writing weights: the programs show their own progress
+
+
+@dataclass(frozen=True)
+class TinyConfig:
+    """A Qwen3-MoE that trains on a laptop: 2.3 M parameters with a vocabulary of 2,048, of which 1.1 M work on each token."""
+
+    hidden_size: int = 128
+    num_layers: int = 4
+    num_heads: int = 4
+    num_kv_heads: int = 2
+    head_dim: int = 32
+    num_experts: int = 8
+    experts_per_token: int = 2
+    expert_size: int = 128  # intermediate size of one expert
+    initializer_range: float = 0.05
+    max_context: int = 1024
+    rope_theta: float = 10000.0
+
+
+def make_tiny(
+    tokenizer: PreTrainedTokenizerBase, config: TinyConfig, seed: int, *, experts: str = "grouped_mm"
+) -> Qwen3MoeForCausalLM:
+    """A new Qwen3-MoE in fp32 for this tokenizer.
+
+    The same seed gives the same parameters; the global generators are left as they were.
+    """
+    hf_config = Qwen3MoeConfig(
+        vocab_size=len(tokenizer),
+        hidden_size=config.hidden_size,
+        intermediate_size=config.expert_size * config.experts_per_token,
+        moe_intermediate_size=config.expert_size,
+        num_hidden_layers=config.num_layers,
+        num_attention_heads=config.num_heads,
+        num_key_value_heads=config.num_kv_heads,
+        head_dim=config.head_dim,  # pyright: ignore[reportCallIssue]
+        num_experts=config.num_experts,
+        num_experts_per_tok=config.experts_per_token,
+        norm_topk_prob=True,
+        output_router_logits=False,
+        router_aux_loss_coef=0.0,
+        initializer_range=config.initializer_range,
+        max_position_embeddings=config.max_context,
+        rope_parameters={"rope_type": "default", "rope_theta": config.rope_theta},
+        sliding_window=None,
+        tie_word_embeddings=False,
+        bos_token_id=tokenizer.bos_token_id,
+        eos_token_id=tokenizer.eos_token_id,
+        pad_token_id=tokenizer.pad_token_id,
+        attn_implementation=ATTENTION,  # pyright: ignore[reportCallIssue]
+        experts_implementation=registered_name(experts),  # pyright: ignore[reportCallIssue]
+    )
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        return Qwen3MoeForCausalLM(hf_config)
+
+
+def load_policy(path: str | Path, *, experts: str = "grouped_mm", dtype: torch.dtype = torch.float32) -> PreTrainedModel:
+    """The causal LM in the Hugging Face folder `path`, on the CPU, with our attention and experts, its parameters in `dtype`.
+
+    Raises ValueError where the folder holds no model.
+    """
+    if not (Path(path) / "config.json").is_file():
+        raise ValueError(f"no model in {str(path)!r}: policy.path must be a folder with config.json and safetensors files")
+    return AutoModelForCausalLM.from_pretrained(
+        path,
+        dtype=dtype,
+        attn_implementation=ATTENTION,
+        experts_implementation=registered_name(experts),
+        local_files_only=True,
+    )
+
+
+def hidden_states(model: PreTrainedModel, batch: Batch) -> torch.Tensor:
+    """Last hidden states [T, H] (after the final norm) of packed sequences that never see each other."""
+    max_length = batch.max_seqlen
+    padded = needs_padding(batch.input_ids.device, next(model.parameters()).dtype)
+    return model.base_model(
+        input_ids=batch.input_ids[None],
+        position_ids=batch.position_ids[None],
+        cu_seq_lens_q=batch.cu_seqlens,
+        cu_seq_lens_k=batch.cu_seqlens,
+        max_length_q=max_length,
+        max_length_k=max_length,
+        pad_layout=PadLayout.of(batch.cu_seqlens, max_length) if padded else None,
+        use_cache=False,
+    ).last_hidden_state[0]
+
+
+def head(model: PreTrainedModel, hidden: torch.Tensor) -> torch.Tensor:
+    """Logits [..., V] in fp32 of hidden states [..., H]."""
+    return model.lm_head(hidden).float()
+
+
+class Policy(nn.Module):
+    """A causal LM whose forward takes a `Batch`: embedding, layers and head run in one forward, under the hooks of FSDP2."""
+
+    def __init__(self, model: PreTrainedModel, *, activation_checkpointing: bool = False) -> None:
+        super().__init__()
+        self.model = model
+        if activation_checkpointing:
+            model.gradient_checkpointing_enable({"use_reentrant": False})
+        self.train()  # layers are recomputed only in training mode; nothing else depends on it, attention never drops
+
+    @property
+    def max_context(self) -> int:
+        """Longest prompt plus response that the model was made for, in tokens."""
+        return int(self.model.config.max_position_embeddings)
+
+    def forward(self, batch: Batch, *, hidden_only: bool = False) -> torch.Tensor:
+        """Logits [R, V] of the rows of `batch.rows()` in the dtype of the forward; with `hidden_only` hidden states [R, H]."""
+        hidden = hidden_states(self.model, batch)[batch.labels != IGNORE]
+        return hidden if hidden_only else self.model.lm_head(hidden)
+
+
+def save_policy(model: nn.Module, tokenizer: PreTrainedTokenizerBase, path: str | Path) -> None:
+    """Write a folder that `AutoModelForCausalLM` and `AutoTokenizer` load; sharded parameters are gathered.
+
+    Collective: every rank must call it; rank 0 writes.
+    """
+    main = current_rank() == 0
+    state = {name: tensor.cpu().clone() for name, tensor in iter_full_params(model) if main}
+    if main:
+        unwrap(model).save_pretrained(path, state_dict=state)
+        tokenizer.save_pretrained(path)

@@ -1,0 +1,166 @@
+"""Processes and sharding: torchrun with gloo on CPUs and nccl on GPUs, FSDP2, and one process without torchrun as the same code.
+
+Gradients are *summed* over ranks. `Batch.weights` already carries the denominators of the whole optimizer step, so FSDP's
+averaging is switched off (`set_gradient_divide_factor(1)` with plain sum reductions, which gloo has too).
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any, TypeVar
+
+import torch
+import torch.distributed as dist
+from torch import nn
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
+from torch.distributed.tensor import DTensor
+from transformers import PreTrainedModel
+
+X = TypeVar("X")
+Module = TypeVar("Module", bound=nn.Module)
+
+
+@dataclass(frozen=True)
+class Parallel:
+    """This process among all of a run. Every collective is a no-op in a run of one process."""
+
+    rank: int
+    world_size: int
+    local_rank: int  # among the processes of this host
+    device: torch.device
+
+    @property
+    def is_main(self) -> bool:
+        return self.rank == 0
+
+    def shard(self, policy: Module, *, dtype: str = "float32") -> Module:
+        """The policy on this process's device, its parameters split over all ranks (FSDP2), each decoder layer one unit.
+
+        Master weights keep their dtype; with `bfloat16` the forward and backward run in it and gradients are reduced in fp32.
+        A run of one process in fp32 is left unwrapped.
+        """
+        if self.world_size == 1 and dtype == "float32":
+            return policy.to(self.device)
+        if not dist.is_initialized():  # mixed precision is FSDP's, also for one process
+            dist.init_process_group(_backend(self.device), store=dist.HashStore(), rank=0, world_size=1)
+        mesh = init_device_mesh(self.device.type, (self.world_size,))
+        precision = MixedPrecisionPolicy()
+        if dtype == "bfloat16":
+            precision = MixedPrecisionPolicy(param_dtype=torch.bfloat16, reduce_dtype=torch.float32)
+        for unit in (*_decoder_layers(policy), policy):
+            # The root, too, is resharded after its forward, so that whatever reads parameters then sees the master weights.
+            fully_shard(unit, mesh=mesh, mp_policy=precision, reshard_after_forward=True)
+            assert isinstance(unit, FSDPModule)
+            unit.set_gradient_divide_factor(1.0)
+            unit.set_force_sum_reduction_for_comms(True)
+        return policy.to(self.device)  # buffers
+
+    def all_reduce_sum(self, tensor: torch.Tensor) -> torch.Tensor:
+        """Sum of a tensor over all ranks, a new tensor on the same device."""
+        return self._all_reduce(tensor, dist.ReduceOp.SUM)
+
+    def all_reduce_max(self, tensor: torch.Tensor) -> torch.Tensor:
+        """Elementwise maximum of a tensor over all ranks, a new tensor on the same device."""
+        return self._all_reduce(tensor, dist.ReduceOp.MAX)
+
+    def _all_reduce(self, tensor: torch.Tensor, op: Any) -> torch.Tensor:
+        tensor = tensor.detach().clone()
+        if self.world_size > 1:
+            dist.all_reduce(tensor, op)
+        return tensor
+
+    def all_gather_object(self, x: X) -> list[X]:
+        """The picklable `x` of every rank, in order of rank."""
+        if self.world_size == 1:
+            return [x]
+        gathered: list[Any] = [None] * self.world_size
+        dist.all_gather_object(gathered, x)
+        return gathered
+
+    def broadcast_object(self, x: X) -> X:
+        """Rank 0's picklable `x`."""
+        box = [x]
+        if self.world_size > 1:
+            dist.broadcast_object_list(box, src=0)
+        return box[0]
+
+    def barrier(self) -> None:
+        """Return when every rank has come here."""
+        if self.world_size > 1:
+            dist.barrier()
+
+    def close(self) -> None:
+        """Leave the process group."""
+        if dist.is_initialized():
+            dist.destroy_process_group()
+
+
+def init_parallel() -> Parallel:
+    """This process as torchrun's environment describes it; without torchrun a run of one process, with no process group."""
+    world_size, rank, local_rank = (int(os.environ.get(k, v)) for k, v in (("WORLD_SIZE", 1), ("RANK", 0), ("LOCAL_RANK", 0)))
+    device = torch.device("cpu")
+    if torch.cuda.is_available():
+        device = torch.device("cuda", local_rank)
+        torch.cuda.set_device(device)
+    if world_size > 1:
+        dist.init_process_group(_backend(device), device_id=device if device.type == "cuda" else None)
+    return Parallel(rank, world_size, local_rank, device)
+
+
+def _backend(device: torch.device) -> str:
+    return "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
+
+
+def unwrap(policy: nn.Module) -> PreTrainedModel:
+    """The transformers model in a `Policy`; the model itself where it is one."""
+    return next(module for module in policy.modules() if isinstance(module, PreTrainedModel))
+
+
+def _decoder_layers(policy: nn.Module) -> list[nn.Module]:
+    """What transformers says must not be split: the decoder layers."""
+    model = unwrap(policy)
+    names = set(model._no_split_modules or ())
+    layers = [module for module in model.modules() if type(module).__name__ in names]
+    if not layers:
+        raise ValueError(f"{type(model).__name__} names no decoder layers (_no_split_modules): it cannot be sharded")
+    return layers
+
+
+def current_rank() -> int:
+    """Rank of this process; 0 without a process group."""
+    return dist.get_rank() if dist.is_initialized() else 0
+
+
+@torch.no_grad()
+def iter_full_params(model: nn.Module) -> Iterator[tuple[str, torch.Tensor]]:
+    """(transformers' parameter name, whole tensor) one at a time, the same on all ranks; tied parameters once.
+
+    Collective for a sharded model: every rank must iterate to the end. What is yielded of an unsharded one is the parameter's own
+    memory: copy what must outlive the next update.
+    """
+    for name, parameter in unwrap(model).named_parameters():
+        yield name, parameter.full_tensor() if isinstance(parameter, DTensor) else parameter.detach()
+
+
+def to_local(tensor: torch.Tensor) -> torch.Tensor:
+    """This rank's part of a sharded tensor; any other tensor as it is."""
+    return tensor.to_local() if isinstance(tensor, DTensor) else tensor
+
+
+@torch.no_grad()
+def clip_grad_norm(policy: nn.Module, max_norm: float, parallel: Parallel) -> float:
+    """L2 norm of the whole gradient before clipping; gradients are scaled down to `max_norm` where it is larger (0: never).
+
+    A norm that is not finite leaves the gradients alone.
+    """
+    grads = [to_local(p.grad) for p in policy.parameters() if p.grad is not None]
+    squares = torch.zeros((), dtype=torch.float64, device=parallel.device)
+    if grads:
+        squares += torch.stack(torch._foreach_norm(grads)).double().square().sum()
+    norm = float(parallel.all_reduce_sum(squares).sqrt())
+    if 0 < max_norm < norm < float("inf"):
+        torch._foreach_mul_(grads, max_norm / norm)
+    return norm

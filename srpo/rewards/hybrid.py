@@ -1,0 +1,110 @@
+"""The stepwise hybrid reward (Eq. 5, Appendix B): each step is graded by the first of its sources that can."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import replace
+
+from srpo.batch import Rollout
+from srpo.data.examples import Example
+from srpo.rewards.judge import Judge, Verdicts
+from srpo.steps import StepSchema, StepSpec, same_answer
+
+# Beside the sources of `StepSpec`, `Rollout.reward_sources` says why nobody graded a step:
+MISSING = "missing"  # the response has no answer for it: 0
+NO_VERDICT = "no_verdict"  # the judge was asked and did not say: missing_verdict * reward
+
+
+def score(
+    rollouts: Sequence[Rollout],
+    examples: Sequence[Example],
+    schema: StepSchema,
+    judge: Judge | None,
+    missing_verdict: float = 0.0,
+) -> list[Rollout]:
+    """The rollouts with `step_rewards` and `reward_sources`, [J] each (Eq. 5); examples[i] is the pair that rollouts[i] answers.
+
+    The sources of a step are asked in order: "gold" where the example has a label (right if the answer states the same facts),
+    "judge" where it gives a verdict, "rule" (right if the answer is one of the options), "skip" (earns 0 and is not counted).
+    A step without an answer earns 0, source "missing"; one whose judge does not say earns `missing_verdict` of its reward, source
+    "no_verdict". The judge is called at most once, for the rollouts that need it.
+
+    Raises ValueError where lengths or ids do not fit together, and where nothing can ever grade a step: no label and no judge.
+    Paper: Eq. 5 has fixed sources (judge for S1, S2; labels for S3, S4) and does not say what an unreadable verdict earns.
+    """
+    if len(rollouts) != len(examples):
+        raise ValueError(f"{len(rollouts)} rollouts and {len(examples)} examples: pass the example of each rollout, in its order")
+    if not 0 <= missing_verdict <= 1:
+        raise ValueError(f"reward.missing_verdict is {missing_verdict}: it is a fraction of a step's reward, from 0 to 1")
+    golds = [_gold(rollout, example, schema) for rollout, example in zip(rollouts, examples, strict=True)]
+    sources = [
+        [_sources(spec, label, judge, rollout.example_id) for spec, label in zip(schema.specs, gold, strict=True)]
+        for rollout, gold in zip(rollouts, golds, strict=True)
+    ]
+    verdicts = _ask(judge, rollouts, examples, sources)
+    scored = []
+    for rollout, gold, able, told in zip(rollouts, golds, sources, verdicts, strict=True):
+        steps = zip(schema.specs, rollout.answers, gold, able, told, strict=True)
+        rewards, graders = zip(*(_grade(*step, missing_verdict) for step in steps), strict=True)
+        scored.append(replace(rollout, step_rewards=rewards, reward_sources=graders))
+    return scored
+
+
+def _gold(rollout: Rollout, example: Example, schema: StepSchema) -> tuple[str | None, ...]:
+    if rollout.example_id != example.example_id:
+        raise ValueError(f"a rollout of {rollout.example_id} stands beside example {example.example_id}: pass each rollout's own")
+    gold = example.gold or (None,) * schema.num_steps
+    if not len(gold) == len(rollout.answers) == schema.num_steps:
+        raise ValueError(
+            f"{example.example_id}: {len(gold)} gold labels and {len(rollout.answers)} answers for {schema.num_steps} steps; "
+            "use data and rollouts made for these steps"
+        )
+    return gold
+
+
+def _sources(spec: StepSpec, label: str | None, judge: Judge | None, example_id: str) -> list[str]:
+    """The sources of a step that can grade this example, in order."""
+    can = {"gold": label is not None, "judge": judge is not None, "rule": True, "skip": True}
+    able = [source for source in spec.sources if can[source]]
+    if not able:
+        raise ValueError(
+            f"nothing can grade step {spec.name!r} of {example_id}: its sources are {list(spec.sources)}, there is "
+            f"{'no' if label is None else 'a'} gold label and {'no' if judge is None else 'a'} judge; "
+            "set reward.judge, or end the step's sources with 'skip'"
+        )
+    return able
+
+
+def _ask(
+    judge: Judge | None, rollouts: Sequence[Rollout], examples: Sequence[Example], sources: Sequence[Sequence[Sequence[str]]]
+) -> list[Verdicts]:
+    """Verdicts [N][J], None for the rollouts that no judge needs to see."""
+    verdicts: list[Verdicts] = [(None,) * len(rollout.answers) for rollout in rollouts]
+    asked = [
+        i
+        for i, (rollout, able) in enumerate(zip(rollouts, sources, strict=True))
+        if any(answer is not None and step[0] == "judge" for answer, step in zip(rollout.answers, able, strict=True))
+    ]
+    if judge is not None and asked:
+        told = judge.judge([rollouts[i] for i in asked], [examples[i] for i in asked])
+        for i, said in zip(asked, told, strict=True):
+            verdicts[i] = said
+    return verdicts
+
+
+def _grade(
+    spec: StepSpec, answer: str | None, label: str | None, able: Sequence[str], verdict: bool | None, missing_verdict: float
+) -> tuple[float, str]:
+    """(reward, source) of one step."""
+    if answer is None and able[0] != "skip":
+        return 0.0, MISSING
+    for source in able:
+        if source == "gold":
+            return spec.reward * same_answer(answer, label), source
+        if source == "judge" and verdict is not None:
+            return spec.reward * verdict, source
+        if source == "rule":
+            return spec.reward * (answer is not None and spec.canonical(answer) is not None), source
+        if source == "skip":
+            return 0.0, source
+    return missing_verdict * spec.reward, NO_VERDICT

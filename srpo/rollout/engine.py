@@ -1,0 +1,90 @@
+"""What every rollout engine promises: `Engine`, and what goes in and out, `SamplingParams` and `Sample`."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Protocol
+
+from torch import nn
+
+
+@dataclass(frozen=True)
+class SamplingParams:
+    """How responses are drawn: from softmax(logits / temperature) cut down to its `top_k` most likely tokens (5.1.5)."""
+
+    max_new_tokens: int = 512
+    temperature: float = 0.99
+    top_k: int = 100  # 0: no filter
+    group_size: int = 16  # G, responses per prompt
+    stop_ids: tuple[int, ...] = ()  # the stop token is part of the response
+    greedy: bool = False  # the most likely token; log-probabilities are still those of the filtered distribution
+    ignore_eos: bool = False  # exactly max_new_tokens tokens, for benchmarks
+
+    def __post_init__(self) -> None:
+        if self.max_new_tokens < 1:
+            raise ValueError(f"rollout.max_new_tokens is {self.max_new_tokens}: set it to 1 or more")
+        if self.temperature <= 0:
+            raise ValueError(f"rollout.temperature is {self.temperature}: set it above 0, or sample with greedy=True")
+        if self.top_k < 0:
+            raise ValueError(f"rollout.top_k is {self.top_k}: set it to 0 (no filter) or more")
+        if self.group_size < 1:
+            raise ValueError(f"rollout.group_size is {self.group_size}: set it to 1 or more")
+
+
+@dataclass(frozen=True)
+class Sample:
+    """One response. `sampling_logprobs` [L] are nats under the distribution that was sampled: after temperature and top-k."""
+
+    prompt_index: int
+    response_ids: tuple[int, ...]  # [L]
+    sampling_logprobs: tuple[float, ...]  # [L]
+    finish: str  # stop | length
+
+
+class Engine(Protocol):
+    """Samples responses from a copy of the policy. `policy_version` is the number stamped on it by the last weight sync."""
+
+    policy_version: int
+
+    def generate(self, prompts: Sequence[tuple[int, ...]], params: SamplingParams, seed: int) -> list[Sample]:
+        """`params.group_size` samples of each prompt, prompt by prompt. The same arguments and weights give the same samples.
+
+        Raises ValueError for an empty prompt or one that does not fit into the context with its response.
+        """
+        ...
+
+    def sync_weights(self, policy: nn.Module, version: int) -> None:
+        """pi_old <- pi_theta (Algorithm 1). Every rank of a sharded policy calls it. ValueError if the models do not match."""
+        ...
+
+    def sleep(self) -> None:
+        """Give the engine's memory back while the trainer works."""
+        ...
+
+    def wake(self) -> None:
+        """Undo `sleep`."""
+        ...
+
+    def stats(self) -> dict[str, float]:
+        """num_tokens, generate_s, tokens_per_s of the last `generate` and sync_s of the last `sync_weights`."""
+        ...
+
+    def close(self) -> None:
+        """Free everything; the engine is not used again."""
+        ...
+
+
+def check_prompts(
+    prompts: Sequence[Sequence[int]], params: SamplingParams, max_context: int, names: Sequence[str] | None = None
+) -> None:
+    """Raise ValueError for an empty prompt and for one that leaves no room for its response, by its example id in `names`."""
+    for i, prompt in enumerate(prompts):
+        name = f"the prompt of example {names[i]}" if names else f"prompt {i}"
+        if not prompt:
+            raise ValueError(f"{name} is empty: a prompt needs at least one token, see data.prompt")
+        if len(prompt) + params.max_new_tokens > max_context:
+            raise ValueError(
+                f"{name} has {len(prompt)} tokens, which with rollout.max_new_tokens = {params.max_new_tokens} is more than the "
+                f"context of {max_context}: lower rollout.max_new_tokens, shorten data.prompt, or raise policy.max_context"
+            )

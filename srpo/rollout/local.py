@@ -1,0 +1,209 @@
+"""The `local` engine: batched decoding in this process, on the CPU or on one GPU, with shared prompts."""
+
+from __future__ import annotations
+
+import copy
+import math
+import time
+from collections.abc import Sequence
+
+import torch
+from torch import nn
+from torch.distributed.tensor import DTensor
+
+from srpo.policy.decode import Decoder, KeyValues
+from srpo.policy.model import unwrap
+from srpo.policy.parallel import iter_full_params
+from srpo.rollout.engine import Sample, SamplingParams, check_prompts
+from srpo.rollout.sampling import choose
+
+_COMPACT_BELOW = 0.75  # rebuild the wave when that fraction of its slots would do
+_CHUNK_COST = 0.5  # what one more chunk costs in attention, in slots
+
+
+class LocalEngine:
+    """Decodes waves of at most `max_rows` responses with its own copy of the model's weights.
+
+    model: a transformers causal LM or a `Policy`, not yet sharded; it is copied, to `device` and parameters in `dtype` if given.
+    max_context: longest prompt plus response; 0: what the model was made for. `policy_version` is -1 until the first sync.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        *,
+        device: torch.device | None = None,
+        dtype: torch.dtype | None = None,
+        max_context: int = 0,
+        max_rows: int = 256,
+    ) -> None:
+        if any(isinstance(param, DTensor) for param in model.parameters()):
+            raise ValueError("the local engine copies a whole model: make it before the policy is sharded, then sync_weights")
+        own = copy.deepcopy(unwrap(model))
+        nn.Module.to(own, device)
+        for param in own.parameters():  # buffers keep their precision: rotary frequencies do not survive bfloat16
+            param.data = param.data.to(dtype)
+        self._decoder = Decoder(own)
+        self.max_context = min(max_context or self._decoder.max_context, self._decoder.max_context)
+        self.max_rows = max_rows
+        self.policy_version = -1
+        self._stats = {"num_tokens": 0.0, "generate_s": 0.0, "tokens_per_s": 0.0, "sync_s": 0.0}
+
+    @property
+    def model(self) -> nn.Module:
+        """The engine's own copy."""
+        return self._decoder.model
+
+    def generate(self, prompts: Sequence[tuple[int, ...]], params: SamplingParams, seed: int) -> list[Sample]:
+        """See `Engine.generate`. Each (prompt, sample, position) has its own random number, whatever runs beside it."""
+        check_prompts(prompts, params, self.max_context)
+        if not prompts:
+            return []
+        start = time.perf_counter()
+        generator = torch.Generator().manual_seed(seed)
+        shape = (len(prompts), params.group_size, params.max_new_tokens)
+        uniforms = torch.rand(shape, generator=generator, dtype=torch.float64)
+        by_length = sorted(range(len(prompts)), key=lambda i: len(prompts[i]))
+        per_wave = max(1, self.max_rows // params.group_size)
+        samples: list[list[Sample]] = [[] for _ in prompts]
+        for first in range(0, len(prompts), per_wave):
+            wave = by_length[first : first + per_wave]
+            with torch.inference_mode():
+                rows = self._wave([prompts[i] for i in wave], params, uniforms[wave].flatten(0, 1).to(self._decoder.device))
+            for row, (ids, logprobs, finish) in enumerate(rows):
+                i = wave[row // params.group_size]
+                samples[i].append(Sample(i, ids, logprobs, finish))
+        flat = [sample for group in samples for sample in group]
+        num_tokens, seconds = sum(len(s.response_ids) for s in flat), time.perf_counter() - start
+        self._stats |= {"num_tokens": float(num_tokens), "generate_s": seconds, "tokens_per_s": num_tokens / seconds}
+        return flat
+
+    def _wave(
+        self, prompts: Sequence[tuple[int, ...]], params: SamplingParams, uniforms: torch.Tensor
+    ) -> list[tuple[tuple[int, ...], tuple[float, ...], str]]:
+        """(response ids, log-probabilities, finish) of each row, prompt-major. uniforms: [rows, max_new_tokens]."""
+        num_rows, capacity = uniforms.shape
+        device = self._decoder.device
+        check_every = 1 if device.type == "cpu" else 8  # asking a GPU whether a row has finished stalls it
+        stop_ids = torch.tensor(() if params.ignore_eos else params.stop_ids, dtype=torch.long, device=device)
+        # One more row than there are responses: slots that only fill up a chunk write there.
+        ids = torch.zeros(num_rows + 1, capacity, dtype=torch.long, device=device)
+        logprobs = torch.zeros(num_rows + 1, capacity, device=device)
+        stopped_at = torch.full((num_rows + 1,), capacity + 1, device=device)
+        uniforms = torch.cat((uniforms, uniforms[:1]))
+        rows = torch.arange(num_rows, device=device)  # row of each slot
+        alive = torch.ones(num_rows, dtype=torch.bool, device=device)  # of each slot
+        num_alive = num_rows
+
+        logits, key_values = self._decoder.prefill(prompts, params.group_size, capacity)
+        for t in range(capacity):
+            tokens, chosen = choose(
+                logits, uniforms[rows, t], temperature=params.temperature, top_k=params.top_k, greedy=params.greedy
+            )
+            ids[rows, t] = tokens
+            logprobs[rows, t] = chosen
+            if stop_ids.numel():
+                hit = alive & (tokens[:, None] == stop_ids).any(-1)
+                stopped_at[rows] = torch.where(hit, t + 1, stopped_at[rows])
+                alive &= ~hit
+                if (t + 1) % check_every == 0 and int(alive.sum()) < num_alive:
+                    num_alive = int(alive.sum())
+                    keep = plan_compaction(alive.view(-1, key_values.group_size).tolist())
+                    if keep is not None:
+                        if not keep[0]:
+                            break
+                        rows, alive, tokens = _compact(key_values, keep, rows, alive, tokens, num_rows)
+            if t + 1 < capacity:
+                logits = self._decoder.step(tokens, key_values)
+
+        lengths = stopped_at.clamp(max=capacity).tolist()
+        out_ids, out_logprobs, stops = ids.tolist(), logprobs.tolist(), (stopped_at <= capacity).tolist()
+        return [
+            (tuple(out_ids[r][:n]), tuple(out_logprobs[r][:n]), "stop" if stops[r] else "length")
+            for r, n in enumerate(lengths[:num_rows])
+        ]
+
+    def sync_weights(self, policy: nn.Module, version: int) -> None:
+        """See `Engine.sync_weights`. Copies parameters by name and proves by checksum that each of them arrived."""
+        start = time.perf_counter()
+        own = dict(self.model.named_parameters())
+        sums: dict[str, int] = {}
+        with torch.no_grad():
+            for name, tensor in iter_full_params(policy):
+                if name not in own or own[name].shape != tensor.shape:
+                    have = tuple(own[name].shape) if name in own else "no such parameter"
+                    raise ValueError(
+                        f"policy parameter {name} {tuple(tensor.shape)} does not fit the engine's model ({have}): "
+                        "start the engine from the policy's own checkpoint"
+                    )
+                own[name].copy_(tensor)
+                sums[name] = _checksum(tensor.to(own[name]))
+            wrong = [name for name, param in own.items() if sums.get(name) != _checksum(param)]
+        if wrong:
+            raise ValueError(
+                f"after the weight sync {len(wrong)} parameters differ from the policy's, first {wrong[0]}: "
+                "start the engine from the policy's own checkpoint"
+            )
+        self.policy_version = version
+        self._stats["sync_s"] = time.perf_counter() - start
+
+    def sleep(self) -> None:
+        """Nothing to give back: the weights are the engine's own, and the key-value store lives only during `generate`."""
+
+    def wake(self) -> None:
+        """Nothing to undo."""
+
+    def stats(self) -> dict[str, float]:
+        return dict(self._stats)
+
+    def close(self) -> None:
+        """Drop the weights."""
+        del self._decoder
+
+
+def plan_compaction(alive: list[list[bool]]) -> tuple[list[int], list[list[int]]] | None:
+    """What to keep of a wave: (chunk of each new chunk, its slots with -1 as filler), empty if nothing lives, None to keep all.
+
+    alive: [chunks][rows]. Rows of one chunk share their prompt, so a new chunk takes its rows from one old chunk. Its size is the
+    divisor of the present size that leaves the least work.
+    """
+    size = len(alive[0])
+    slots = [[c * size + r for r, lives in enumerate(chunk) if lives] for c, chunk in enumerate(alive)]
+    if not any(slots):
+        return [], []
+    divisors = [g for g in range(1, size + 1) if size % g == 0]
+    num_chunks = {g: sum(math.ceil(len(s) / g) for s in slots) for g in divisors}
+    best = min(divisors, key=lambda g: num_chunks[g] * (g + _CHUNK_COST))
+    if num_chunks[best] * (best + _CHUNK_COST) > _COMPACT_BELOW * len(alive) * (size + _CHUNK_COST):
+        return None
+    chunks, kept = [], []
+    for c, chunk in enumerate(slots):
+        for first in range(0, len(chunk), best):
+            rows = chunk[first : first + best]
+            chunks.append(c)
+            kept.append(rows + [-1] * (best - len(rows)))
+    return chunks, kept
+
+
+def _compact(
+    key_values: KeyValues,
+    keep: tuple[list[int], list[list[int]]],
+    rows: torch.Tensor,
+    alive: torch.Tensor,
+    tokens: torch.Tensor,
+    filler_row: int,
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """The wave cut down to `keep`: its key-value store, and row, liveness and last token of each slot."""
+    chunks = torch.tensor(keep[0], device=rows.device)
+    slots = torch.tensor(keep[1], device=rows.device)
+    filler = (slots < 0).flatten()
+    slots = torch.where(slots < 0, slots[:, :1], slots)  # fillers repeat the chunk's first row
+    key_values.select(chunks, slots)
+    slots = slots.flatten()
+    return rows[slots].masked_fill(filler, filler_row), alive[slots] & ~filler, tokens[slots]
+
+
+def _checksum(tensor: torch.Tensor) -> int:
+    """Sum of the bit patterns: exact, whatever the order of summation."""
+    integer = {4: torch.int32, 2: torch.int16}[tensor.element_size()]
+    return int(tensor.detach().contiguous().view(integer).sum(dtype=torch.int64))

@@ -1,0 +1,206 @@
+"""Supervised fine-tuning on (prompt, response) pairs: `python -m srpo.sft @ my.toml`. The warm start of policy and judge."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import random
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass, field
+from functools import lru_cache
+from pathlib import Path
+from typing import Any
+
+import torch
+from srpo_kernels import token_logprobs
+
+from srpo.algorithm.losses import sft_weights
+from srpo.batch import Batch, Rollout, pack
+from srpo.config import OptimizerConfig, PolicyConfig
+from srpo.data.tokenizer import encode, load_tokenizer
+from srpo.metrics import MetricsLogger
+from srpo.optim import learning_rate, make_optimizer, set_learning_rate
+from srpo.policy.checkpoint import latest_checkpoint, load_checkpoint, save_checkpoint
+from srpo.policy.model import Policy, load_policy, save_policy
+from srpo.policy.parallel import Parallel, init_parallel
+from srpo.policy.update import optimizer_step
+from srpo.progress import Progress
+from srpo.run_dir import claim_run_dir
+from srpo.settings import run_program
+
+Pair = tuple[tuple[int, ...], tuple[int, ...]]  # token ids of a prompt and of its response, which ends with the end of text
+
+
+@dataclass(frozen=True)
+class SftConfig:
+    """`python -m srpo.sft --data pairs.jsonl --policy.path base --run-dir runs/sft`"""
+
+    run_dir: str = "runs/sft"
+    seed: int = 0
+    data: str = ""  # JSON Lines of {"prompt": "...", "response": "..."}
+    num_steps: int = 1000
+    batch_size: int = 64  # responses per optimizer step, over all ranks
+    micro_batch_tokens: int = 16384
+    checkpoint_every: int = 500
+    policy: PolicyConfig = field(default_factory=PolicyConfig)
+    optimizer: OptimizerConfig = field(
+        default_factory=lambda: OptimizerConfig(lr=2e-3, warmup_steps=30, schedule="linear", min_lr_frac=0.1)
+    )
+
+
+def write_pairs(path: Path, pairs: Iterable[tuple[str, str]]) -> None:
+    """Write (prompt, response) texts as the JSON Lines that `data` names."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with path.open("w", encoding="utf-8") as file:
+        for prompt, response in pairs:
+            file.write(json.dumps({"prompt": prompt, "response": response}, ensure_ascii=False) + "\n")
+
+
+def read_pairs(path: str | Path) -> Iterator[tuple[str, str]]:
+    """(prompt, response) texts of a file of pairs. ValueError with file and line for what is no pair, or when there is none."""
+    empty = True
+    with Path(path).open("rb") as file:  # json decodes it, so that what is not UTF-8 has a line number too
+        for number, line in enumerate(file, start=1):
+            try:
+                row = json.loads(line)
+                prompt, response = row["prompt"], row["response"]
+            except (ValueError, KeyError, TypeError) as error:
+                raise ValueError(f'{path}, line {number}: want {{"prompt": "...", "response": "..."}} ({error})') from error
+            if not (isinstance(prompt, str) and isinstance(response, str) and prompt and response):
+                raise ValueError(f"{path}, line {number}: prompt and response must be texts that are not empty")
+            empty = False
+            yield prompt, response
+    if empty:
+        raise ValueError(f"{path} has no pairs: write one JSON object per line")
+
+
+def batch_indices(num_pairs: int, batch_size: int, step: int, seed: int) -> list[int]:
+    """The pairs of optimizer step `step`: epochs are shuffled by (seed, epoch), so a step can be had without those before it."""
+    positions = (divmod(position, num_pairs) for position in range(step * batch_size, (step + 1) * batch_size))
+    return [_epoch_order(num_pairs, seed, epoch)[offset] for epoch, offset in positions]
+
+
+@lru_cache(maxsize=4)
+def _epoch_order(num_pairs: int, seed: int, epoch: int) -> list[int]:
+    order = list(range(num_pairs))
+    random.Random(f"sft|{seed}|{epoch}").shuffle(order)
+    return order
+
+
+def pack_pairs(pairs: Sequence[Pair], parallel: Parallel, max_tokens: int) -> list[Batch]:
+    """This rank's share of a step's pairs as micro-batches whose weights add up to one over all ranks: a demonstration is a
+    rollout of one step that somebody else wrote."""
+    weights = sft_weights([len(response) for _, response in pairs])
+    mine = range(parallel.rank, len(pairs), parallel.world_size)
+    rollouts = [
+        Rollout("", i, prompt, response, (0.0,) * len(response), (len(response),), (None,), "", "stop", 0)
+        for i, (prompt, response) in ((i, pairs[i]) for i in mine)
+    ]
+    return pack(rollouts, torch.zeros(len(rollouts), 1), weights[list(mine)], max_tokens)
+
+
+def tokenized_pairs(cfg: SftConfig, tokenizer: Any, max_context: int, show: bool) -> list[Pair]:
+    """All pairs as token ids. ValueError for one that fits neither into the context nor into a micro-batch."""
+    texts = list(read_pairs(cfg.data))
+    context = min(cfg.policy.max_context or max_context, max_context)
+    pairs: list[Pair] = []
+    with Progress("tokenizing", len(texts), enabled=show) as bar:
+        for number, (prompt, response) in enumerate(texts, start=1):
+            pair = encode(tokenizer, prompt), (*encode(tokenizer, response), tokenizer.eos_token_id)
+            length = len(pair[0]) + len(pair[1])
+            if length > context:
+                raise ValueError(f"{cfg.data}, pair {number} has {length} tokens, more than the context of {context}: shorten it")
+            if length - 1 > cfg.micro_batch_tokens:
+                raise ValueError(
+                    f"{cfg.data}, pair {number} has {length} tokens, more than micro_batch_tokens = {cfg.micro_batch_tokens}: "
+                    "raise that or shorten it"
+                )
+            pairs.append(pair)
+            bar.advance()
+    return pairs
+
+
+def _check_settings(cfg: SftConfig) -> None:
+    for key in ("batch_size", "micro_batch_tokens", "checkpoint_every"):
+        if getattr(cfg, key) < 1:
+            raise ValueError(f"{key} is {getattr(cfg, key)}: set it to 1 or more")
+    if not cfg.data:
+        raise ValueError('data is not set: name a JSON Lines file of {"prompt": "...", "response": "..."}')
+
+
+def sft(cfg: SftConfig, parallel: Parallel) -> Path:
+    """Train and return the folder of the resulting checkpoint, `run_dir/policy`. Killed and started again it continues."""
+    run_dir, main = Path(cfg.run_dir), parallel.is_main
+    _check_settings(cfg)
+    tokenizer = load_tokenizer(cfg.policy.path)
+    policy = Policy(
+        load_policy(cfg.policy.path, experts=cfg.policy.experts), activation_checkpointing=cfg.policy.activation_checkpointing
+    )
+    pairs = tokenized_pairs(cfg, tokenizer, policy.max_context, main)
+    policy = parallel.shard(policy, dtype=cfg.policy.dtype)
+    optimizer = make_optimizer(policy.parameters(), cfg.optimizer)
+    claim_run_dir(run_dir, cfg, parallel.is_main)
+    data = hashlib.blake2b(Path(cfg.data).read_bytes(), digest_size=16).hexdigest()
+    done = 0
+    if (checkpoint := latest_checkpoint(run_dir / "checkpoints")) is not None:
+        extra = load_checkpoint(checkpoint, policy, optimizer, parallel)
+        if extra["data"] != data:
+            raise ValueError(f"{cfg.data} is not what {run_dir} has been trained on so far: give another run_dir")
+        done = extra["step"]
+    logger = MetricsLogger(run_dir, resume_step=done or None) if main else None
+
+    hits = torch.zeros(2, dtype=torch.float64, device=parallel.device)  # tokens that were the first choice, tokens
+
+    def loss_of(batch: Batch) -> torch.Tensor:
+        _, rows = batch.rows()
+        logits = policy(batch)
+        hits.add_(
+            torch.stack([(logits.detach().argmax(-1) == rows.labels).sum(), torch.tensor(len(logits), device=logits.device)])
+        )
+        return -(rows.weights * token_logprobs(logits, rows.labels, temperature=1.0)[0]).sum()
+
+    with Progress("SFT", cfg.num_steps, start=done, enabled=main) as bar:
+        for step in range(done, cfg.num_steps):
+            chosen = [pairs[i] for i in batch_indices(len(pairs), cfg.batch_size, step, cfg.seed)]
+            batches = pack_pairs(chosen, parallel, cfg.micro_batch_tokens)
+            lr = learning_rate(cfg.optimizer, step, cfg.num_steps)
+            set_learning_rate(optimizer, lr)
+            hits.zero_()
+            result = optimizer_step(
+                policy,
+                optimizer,
+                batches,
+                loss_of,
+                parallel,
+                grad_clip=cfg.optimizer.grad_clip,
+                dump=run_dir / "non_finite.pt",
+                info={"step": step},
+            )
+            num_hits, num_tokens = parallel.all_reduce_sum(hits).tolist()
+            if logger is not None:
+                metrics = {"train/loss": result.loss, "train/grad_norm": result.grad_norm, "train/lr": lr}
+                logger.log(step + 1, metrics | {"train/token_accuracy": num_hits / num_tokens, "train/num_tokens": num_tokens})
+            bar.advance(1, loss=result.loss, right=num_hits / num_tokens)
+            if (step + 1) % cfg.checkpoint_every == 0 or step + 1 == cfg.num_steps:
+                if logger is not None:
+                    logger.sync()
+                save_checkpoint(
+                    run_dir / "checkpoints", step + 1, policy, optimizer, {"step": step + 1, "data": data}, parallel, keep=1
+                )
+    save_policy(policy, tokenizer, run_dir / "policy")
+    if logger is not None:
+        logger.close()
+    return run_dir / "policy"
+
+
+def main(cfg: SftConfig) -> None:
+    """The program."""
+    parallel = init_parallel()
+    try:
+        sft(cfg, parallel)
+    finally:
+        parallel.close()
+
+
+if __name__ == "__main__":
+    run_program(main, SftConfig)

@@ -1,0 +1,94 @@
+from __future__ import annotations
+
+import importlib.util
+from types import ModuleType, SimpleNamespace
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+from srpo.policy.experts import grouped_mm_experts, loop_experts, permuted_experts, registered_name
+
+EXPERTS, HIDDEN, SIZE = 5, 8, 6
+
+
+def layer(dtype: torch.dtype = torch.float64, device: str = "cpu") -> SimpleNamespace:
+    up = torch.randn(EXPERTS, 2 * SIZE, HIDDEN, dtype=dtype, device=device, requires_grad=True)
+    down = torch.randn(EXPERTS, HIDDEN, SIZE, dtype=dtype, device=device, requires_grad=True)
+    return SimpleNamespace(num_experts=EXPERTS, gate_up_proj=up, down_proj=down, act_fn=F.silu)
+
+
+@pytest.mark.parametrize("num_tokens", [0, 1, 2, 37])
+@pytest.mark.parametrize("top_k", [1, 2, 5])
+def test_grouped_equals_loop_with_gradients(num_tokens: int, top_k: int) -> None:
+    module = layer()
+    hidden = torch.randn(num_tokens, HIDDEN, dtype=torch.float64, requires_grad=True)
+    index = torch.rand(num_tokens, EXPERTS).topk(top_k).indices
+    weights = torch.rand(num_tokens, top_k, dtype=torch.float64, requires_grad=True)
+    inputs = (hidden, weights, module.gate_up_proj, module.down_proj)
+    upstream = torch.randn(num_tokens, HIDDEN, dtype=torch.float64)
+    grouped, loop = (f(module, hidden, index, weights) for f in (grouped_mm_experts, loop_experts))
+    assert torch.allclose(grouped, loop, atol=1e-12)
+    for a, b in zip(torch.autograd.grad(grouped, inputs, upstream), torch.autograd.grad(loop, inputs, upstream), strict=True):
+        assert torch.allclose(a, b, atol=1e-12)
+
+
+def test_grouped_is_right_where_all_tokens_choose_one_expert() -> None:
+    module = layer()
+    hidden, weights = torch.randn(9, HIDDEN, dtype=torch.float64), torch.rand(9, 1, dtype=torch.float64)
+    index = torch.full((9, 1), 3)
+    gate, up = F.linear(hidden, module.gate_up_proj[3]).chunk(2, -1)
+    want = F.linear(F.silu(gate) * up, module.down_proj[3]) * weights
+    assert torch.allclose(grouped_mm_experts(module, hidden, index, weights), want, atol=1e-12)
+
+
+def test_permuted_hands_sorted_rows_and_counts_to_the_product() -> None:
+    """What an adapter of another library may rely on: rows sorted by expert, int64 counts that sum to T * K."""
+    module = layer()
+    index = torch.tensor([[4, 0], [0, 2], [4, 2]])
+    seen = []
+
+    def product(x: torch.Tensor, weight: torch.Tensor, counts: torch.Tensor) -> torch.Tensor:
+        seen.append((x.detach().clone(), counts))
+        return torch.cat([F.linear(rows, w) for rows, w in zip(x.split(counts.tolist()), weight, strict=True)])
+
+    hidden = torch.arange(3, dtype=torch.float64)[:, None].expand(3, HIDDEN)
+    permuted_experts(module, hidden, index, torch.ones(3, 2, dtype=torch.float64), product)
+    x, counts = seen[0]
+    assert counts.dtype == torch.int64 and counts.tolist() == [2, 0, 2, 0, 2]
+    assert x[:, 0].tolist() == [0, 1, 1, 2, 0, 2]
+
+
+def test_all_implementations_give_the_model_the_same_logits(lab: ModuleType) -> None:
+    from srpo.policy.model import Policy
+
+    (batch,) = lab.batches(3)
+    grouped, loop = (Policy(lab.tiny(experts=name))(batch) for name in ("grouped_mm", "loop"))
+    assert torch.allclose(grouped, loop, atol=1e-5)
+
+
+def test_unknown_name_lists_the_known_ones() -> None:
+    with pytest.raises(ValueError, match="grouped_mm, loop, megablocks"):
+        registered_name("dense")
+
+
+@pytest.mark.skipif(importlib.util.find_spec("megablocks") is not None, reason="MegaBlocks is installed")
+def test_megablocks_that_is_not_installed_says_how_to_install_it(lab: ModuleType) -> None:
+    with pytest.raises(ImportError, match="pip install --no-deps megablocks"):
+        lab.tiny(experts="megablocks")
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("name", ["grouped_mm", "megablocks"])
+def test_on_a_gpu_in_bf16(name: str) -> None:
+    from srpo.policy import experts
+
+    if name == "megablocks":
+        pytest.importorskip("megablocks", reason="MegaBlocks is not installed")
+    module = layer(torch.float32, "cuda")
+    hidden = torch.randn(64, HIDDEN, device="cuda")
+    index, weights = torch.rand(64, EXPERTS, device="cuda").topk(2).indices, torch.rand(64, 2, device="cuda")
+    want = loop_experts(module, hidden, index, weights)
+    module.gate_up_proj, module.down_proj = module.gate_up_proj.bfloat16(), module.down_proj.bfloat16()
+    out = getattr(experts, f"{name}_experts")(module, hidden.bfloat16(), index, weights.bfloat16())
+    assert (out.float() - want).norm() <= 0.02 * want.norm()

@@ -1,0 +1,135 @@
+"""srpo.rewards.judge: the simulated annotator and the generative judge."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+
+import pytest
+
+from srpo.batch import Rollout
+from srpo.data.examples import Example
+from srpo.rewards.hybrid import score
+from srpo.rewards.judge import GenerativeJudge, OracleJudge
+from srpo.rewards.verdicts import judge_prompt
+from srpo.rollout.engine import Sample, SamplingParams
+from srpo.steps import PAPER_STEPS, StepSchema
+
+SCHEMA = StepSchema(PAPER_STEPS)
+TRUTH = ("shoes/boots; color not red; size 4", "shoes/boots", "match", "unclear", "L3")
+EXAMPLE = Example("a", "q", "boots", "Red boots", gold=(None, None, "match", "unclear", "L3"), truth=TRUTH)
+
+
+def make_rollout(answers: tuple[str | None, ...] = TRUTH, example_id: str = "a", text: str = "text") -> Rollout:
+    return Rollout(example_id, 0, (1,), (1, 2, 3, 4, 5), (0.0,) * 5, (1, 2, 3, 4, 5), answers, text, "stop", 0)
+
+
+def test_a_perfect_oracle_compares_sets_of_facts_with_the_truth() -> None:
+    oracle = OracleJudge(0.0, 0, SCHEMA)
+    answers = ("Size 4;  shoes/boots; color NOT red", "shoes/boots; color red", None, "unclear", "L2")
+    assert oracle.judge([make_rollout(answers)], [EXAMPLE]) == [(True, False, False, True, False)]
+    assert oracle.judge([make_rollout()], [replace(EXAMPLE, truth=(None, *TRUTH[1:]))]) == [(None, True, True, True, True)]
+    assert oracle.judge([make_rollout()], [replace(EXAMPLE, truth=())]) == [(None,) * 5]
+    assert oracle.judge([], []) == []
+
+
+def test_an_oracle_that_always_errs_says_the_opposite() -> None:
+    answers = (TRUTH[0], "hats", None, "match", "L3")
+    assert OracleJudge(1.0, 0, SCHEMA).judge([make_rollout(answers)], [EXAMPLE]) == [(False, True, False, True, False)]
+
+
+@pytest.mark.parametrize("rate", [0.1, 0.5])
+def test_an_oracle_errs_at_its_rate_in_every_step(rate: float) -> None:
+    seed, num = random.randrange(2**32), 3000
+    rollouts = [make_rollout(text=str(i)) for i in range(num)]
+    verdicts = OracleJudge(rate, seed, SCHEMA).judge(rollouts, [EXAMPLE] * num)
+    for j in range(5):
+        errors = sum(not told[j] for told in verdicts)
+        assert abs(errors - rate * num) < 5 * (num * rate * (1 - rate)) ** 0.5, f"seed {seed} step {j}"
+    both = sum(not told[0] and not told[1] for told in verdicts)  # steps err independently
+    assert abs(both - rate**2 * num) < 5 * (num * rate**2 * (1 - rate**2)) ** 0.5, f"seed {seed}"
+
+
+def test_an_oracle_s_errors_depend_on_the_response_alone() -> None:
+    oracle = OracleJudge(0.5, 7, SCHEMA)
+    rollouts = [make_rollout(text=str(i)) for i in range(50)]
+    verdicts = oracle.judge(rollouts, [EXAMPLE] * 50)
+    order = random.sample(range(50), 50)
+    assert [OracleJudge(0.5, 7, SCHEMA).judge([rollouts[i]], [EXAMPLE])[0] for i in order] == [verdicts[i] for i in order]
+    assert oracle.judge([replace(r, group=3, policy_version=9) for r in rollouts], [EXAMPLE] * 50) == verdicts
+    assert OracleJudge(0.5, 8, SCHEMA).judge(rollouts, [EXAMPLE] * 50) != verdicts
+    others = [replace(r, example_id="b") for r in rollouts]
+    assert oracle.judge(others, [EXAMPLE] * 50) != verdicts
+
+
+def test_what_an_oracle_cannot_judge_is_refused() -> None:
+    with pytest.raises(ValueError, match=r"reward\.judge_error_rate is 1\.5"):
+        OracleJudge(1.5, 0, SCHEMA)
+    with pytest.raises(ValueError, match="2 truths and 5 answers for 5 steps"):
+        OracleJudge(0.0, 0, SCHEMA).judge([make_rollout()], [replace(EXAMPLE, truth=("a", "b"))])
+
+
+class CharTokenizer:
+    def encode(self, text: str, add_special_tokens: bool = True) -> list[int]:
+        return [1] * add_special_tokens + [ord(c) + 2 for c in text]
+
+    def decode(self, ids: Sequence[int], skip_special_tokens: bool = False) -> str:
+        return "".join(chr(i - 2) if i > 1 else "" if skip_special_tokens else "<eos>" for i in ids)
+
+
+@dataclass
+class Writes:
+    """An engine that answers a prompt with what `texts` has for a part of it."""
+
+    texts: dict[str, str]
+    prompts: tuple[str, ...] = ()
+
+    def generate(self, prompts: Sequence[tuple[int, ...]], params: SamplingParams, seed: int) -> list[Sample]:
+        self.prompts = tuple(CharTokenizer().decode(prompt) for prompt in prompts)
+        samples = []
+        for i, prompt in enumerate(self.prompts):
+            text = next(text for part, text in self.texts.items() if part in prompt)
+            ids = (*CharTokenizer().encode(text, add_special_tokens=False), 0)
+            samples.append(Sample(i, ids, (0.0,) * len(ids), "stop"))
+        return samples
+
+
+GREEDY = SamplingParams(max_new_tokens=64, group_size=1, greedy=True)
+TEXTS = {
+    "good one": "Step 1: fine\nStep 1 is [Correct]\nStep 2 is [Incorrect]",
+    "odd one": "Step 1 is [Correct]\nStep 1 is [Incorrect]\n\x00 Step 2",
+}
+
+
+def test_a_generative_judge_reads_what_the_model_writes() -> None:
+    engine = Writes(TEXTS)
+    judge = GenerativeJudge(engine, CharTokenizer(), SCHEMA, GREEDY)
+    rollouts = [make_rollout(text="odd one"), make_rollout(text="good one"), make_rollout(text="odd one")]
+    odd, good = (None,) * 5, (True, False, None, None, None)
+    assert judge.judge(rollouts, [EXAMPLE] * 3) == [odd, good, odd]
+    assert engine.prompts == (judge_prompt(EXAMPLE, "odd one"), judge_prompt(EXAMPLE, "good one"))  # equal prompts once
+    assert judge.last_texts == (TEXTS["odd one"], TEXTS["good one"], TEXTS["odd one"])
+    assert judge.stats() == {"num_verdicts": 12, "num_missing": 10}  # of the four steps whose sources name the judge
+    assert judge.judge([], []) == [] and judge.last_texts == ()
+
+
+def test_a_prompt_that_is_too_long_gets_no_verdict() -> None:
+    engine = Writes(TEXTS)
+    judge = GenerativeJudge(engine, CharTokenizer(), SCHEMA, GREEDY, max_prompt_tokens=len(judge_prompt(EXAMPLE, "good one")))
+    rollouts = [make_rollout(text="good one" + "!" * 9), make_rollout(text="good one")]
+    assert judge.judge(rollouts, [EXAMPLE] * 2) == [(None,) * 5, (True, False, None, None, None)]
+    assert judge.judge(rollouts[:1], [EXAMPLE]) == [(None,) * 5]
+    assert judge.num_missing == 4 + 2 + 4
+
+
+def test_scores_of_a_generative_judge_name_what_it_did_not_say() -> None:
+    judge = GenerativeJudge(Writes({"": "Step 1 is [Correct]"}), CharTokenizer(), SCHEMA, GREEDY)
+    (scored,) = score([make_rollout()], [EXAMPLE], SCHEMA, judge)
+    assert scored.step_rewards == (0.2, 0.0, 0.2, 0.2, 1.0)
+    assert scored.reward_sources == ("judge", "no_verdict", "gold", "gold", "gold")
+
+
+def test_a_judge_that_samples_several_texts_is_refused() -> None:
+    with pytest.raises(ValueError, match="set its group_size to 1"):
+        GenerativeJudge(Writes({}), CharTokenizer(), SCHEMA, replace(GREEDY, group_size=2))
