@@ -76,7 +76,7 @@ def with_made_up_steps(rollout: Rollout, num_steps: int) -> Rollout:
     """An untrained model writes no steps: five equal ones with rewards, so that the rest of the step has its full work."""
     ends = tuple(len(rollout.response_ids) * (j + 1) // num_steps for j in range(num_steps))
     rewards = tuple(made_up_reward(rollout.response_ids[a:b]) for a, b in zip((0, *ends[:-1]), ends, strict=True))
-    return replace(rollout, step_ends=ends, step_rewards=rewards)
+    return replace(rollout, step_ends=ends, step_rewards=rewards, reward_sources=("rule",) * num_steps)
 
 
 def srpo_step(folder: Path, prompts: list[str], micro_batch_tokens: int) -> Callable[[], dict[str, float]]:

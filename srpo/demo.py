@@ -8,6 +8,8 @@ leaves its result in the run folder and is skipped when it is there: a demo that
 from __future__ import annotations
 
 import json
+import shlex
+import sys
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field, replace
@@ -74,7 +76,7 @@ class DemoConfig:
     model: TinyConfig = field(default_factory=TinyConfig)
     bias: TeacherBias = field(default_factory=TeacherBias)  # what the teacher gets wrong (catalogue world)
     judge_error_rate: float = 0.05  # of the simulated annotator that stands for R_phi on S1 and S2 (catalogue world)
-    sft_steps: int = 900
+    sft_steps: int = 1000
     sft_batch: int = 64
     sft_lr: float = 2e-3
     rl_steps: int = 100
@@ -90,7 +92,7 @@ class DemoConfig:
 def demo(cfg: DemoConfig, parallel: Parallel) -> dict[str, Any]:
     """Run every stage that is not done yet; returns what `results.json` holds."""
     run_dir = Path(cfg.run_dir)
-    start = time.monotonic()
+    start, new = time.monotonic(), not (run_dir / "data").is_dir()
     schema = StepSchema(PAPER_STEPS)
     stage(run_dir / "data", "making the data", lambda out: make_data(cfg, out))
     stage(run_dir / "base", "making tokenizer and model", lambda out: make_base(cfg, run_dir / "data", out))
@@ -99,13 +101,18 @@ def demo(cfg: DemoConfig, parallel: Parallel) -> dict[str, Any]:
     before = evaluated(cfg, policy, run_dir / "before.json", "judging held-out pairs, before", schema)
     policy = train(train_cfg, parallel)
     after = evaluated(cfg, policy, run_dir / "after.json", "judging held-out pairs, after", schema)
-    results = {"before": before, "after": after, "seed": cfg.seed}
+    minutes = (time.monotonic() - start) / 60
+    results = {
+        "before": before,
+        "after": after,
+        "seed": cfg.seed,
+        "command": shlex.join(["python", "-m", "srpo.demo", *sys.argv[1:]]),
+        "minutes": round(minutes, 1) if new else None,  # of a demo that was stopped only the last part is known
+    }
     write_whole(run_dir / "results.json", json.dumps(results, indent=1) + "\n")
     write_plots(run_dir / "plots", read_metrics(run_dir / "metrics.jsonl"), schema, results, run_dir.name)
     print(before_after_table(before, after, schema))
-    print(
-        f"{(time.monotonic() - start) / 60:.1f} minutes. Everything is in {run_dir}: policy/, plots/, results.json, metrics.jsonl"
-    )
+    print(f"{minutes:.1f} minutes. Everything is in {run_dir}: policy/, plots/, results.json, metrics.jsonl")
     return results
 
 

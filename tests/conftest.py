@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import importlib.util
 import os
+import sys
 from collections.abc import Callable
 from pathlib import Path
+from types import ModuleType
 
-THREADS = "1" if "PYTEST_XDIST_WORKER" in os.environ else "2"
+THREADS = os.environ.get("OMP_NUM_THREADS", "1" if "PYTEST_XDIST_WORKER" in os.environ else "2")
 # Set before torch is imported, so that processes started by tests have them too.
 os.environ.setdefault("OMP_NUM_THREADS", THREADS)
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
@@ -49,3 +51,26 @@ def golden() -> Callable[[str, str], None]:
         assert text == expected, f"{name} changed; if that is meant: `make golden`, and say why in the commit"
 
     return check
+
+
+def load_helper(path: Path) -> ModuleType:
+    """A module of helpers beside the tests, which cannot be imported by name: the folders of tests are not on sys.path."""
+    name = path.stem
+    if name not in sys.modules:
+        spec = importlib.util.spec_from_file_location(name, path)
+        assert spec is not None and spec.loader is not None
+        sys.modules[name] = importlib.util.module_from_spec(spec)
+        spec.loader.exec_module(sys.modules[name])
+    return sys.modules[name]
+
+
+@pytest.fixture(scope="session")
+def small() -> ModuleType:
+    """The module small_world.py."""
+    return load_helper(Path(__file__).with_name("small_world.py"))
+
+
+@pytest.fixture(scope="session")
+def world(small: ModuleType, tmp_path_factory: pytest.TempPathFactory):
+    """A `SmallWorld`: data and a tiny policy on disk, made once."""
+    return small.SmallWorld.make(tmp_path_factory.mktemp("small_world"))

@@ -227,8 +227,8 @@ class Leaf:
 
     @property
     def path(self) -> str:
-        """group/leaf: how reasoning steps name a category."""
-        return f"{self.group}/{self.name}"
+        """How reasoning steps name a category: a group and the leaf that it has, as an attribute has a value."""
+        return f"{self.group} {self.name}"
 
 
 class Catalogue:

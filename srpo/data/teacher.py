@@ -43,7 +43,7 @@ def teach(example: Example, bias: TeacherBias, seed: int = 0) -> str:
     if rng.random() < bias.misread_negation:
         query = Facts(query.category, tuple(replace(c, negated=c.negated and c.kind == "brand") for c in query.constraints))
     category = category_relation(query, item)
-    seen = {"match": "same leaf", "related": "same group", "mismatch": "other group"}[category]
+    seen = {"match": "ok", "related": "conflict", "mismatch": "unknown"}[category]  # as of an attribute: group and leaf
     if category == "related" and rng.random() < bias.related_as_match:
         category = "match"
     checks = [check(c, item) for c in query.constraints]
@@ -54,4 +54,4 @@ def teach(example: Example, bias: TeacherBias, seed: int = 0) -> str:
     verdict = int(GRADE_TABLE[category, attributes][1])
     if rng.random() < bias.verdict_off_by_one:
         verdict = rng.choice([g for g in (verdict - 1, verdict + 1) if 1 <= g <= 4])
-    return format_response(str(query), str(item), f"{seen} -> {category}", f"{details} -> {attributes}", f"L{verdict}")
+    return format_response(str(query), str(item), f"{query.group} {seen} -> {category}", f"{details} -> {attributes}", f"L{verdict}")

@@ -51,8 +51,16 @@ class Constraint:
 class Facts:
     """A category path and statements about attributes: the content of S1 (constraints) or S2 (what the listing shows)."""
 
-    category: str  # group/leaf
+    category: str  # "group leaf"
     constraints: tuple[Constraint, ...]
+
+    @property
+    def group(self) -> str:
+        return self.category.split(" ")[0]
+
+    @property
+    def leaf(self) -> str:
+        return self.category.split(" ")[1]
 
     def __str__(self) -> str:
         return "; ".join([self.category, *map(str, self.constraints)])
@@ -69,7 +77,7 @@ def category_relation(query: Facts, item: Facts) -> str:
     """S3: match (same leaf), related (same group) or mismatch."""
     if query.category == item.category:
         return "match"
-    return "related" if query.category.split("/")[0] == item.category.split("/")[0] else "mismatch"
+    return "related" if query.group == item.group else "mismatch"
 
 
 def check(constraint: Constraint, item: Facts) -> str:
@@ -114,7 +122,7 @@ class World:
         rng = self._rng(split, query_index, f"item {item_index}")
         item, title, brand, num_decoys = _item(rng, wanted)
         category, attributes, grade = reason(wanted, item)
-        leaf = CATALOGUE.leaf[wanted.category.split("/")[1]]
+        leaf = CATALOGUE.leaf[wanted.leaf]
         hard = (query_type != "plain") + (len(wanted.constraints) > 1) + num_decoys + (category == "related")
         return Example(
             example_id=f"world-{self.seed}-{split}-{index}",
@@ -218,7 +226,7 @@ _QUERIES = {"plain": _plain, "question": _question, "alternative": _alternative,
 
 def _item(rng: random.Random, wanted: Facts) -> tuple[Facts, str, str, int]:
     """(what the listing shows, its title, its brand, number of misleading category mentions) of an item retrieved for a query."""
-    target = CATALOGUE.leaf[wanted.category.split("/")[1]]
+    target = CATALOGUE.leaf[wanted.leaf]
     relation = rng.choices(("match", "related", "mismatch"), (0.52, 0.30, 0.18))[0]
     if relation == "match":
         leaf = target
@@ -264,7 +272,7 @@ def _title(rng: random.Random, leaf: Leaf, facts: Facts, wanted: Facts) -> tuple
         parts.insert(rng.randint(0, len(parts)), rng.choice(MARKETING))
     num_decoys = 0
     if rng.random() < 0.2:  # a category that is only mentioned
-        other = CATALOGUE.leaf[wanted.category.split("/")[1]] if rng.random() < 0.5 else rng.choice(CATALOGUE.leaves)
+        other = CATALOGUE.leaf[wanted.leaf] if rng.random() < 0.5 else rng.choice(CATALOGUE.leaves)
         if other.name != leaf.name:
             parts.append(f"goes with {rng.choice(other.surfaces)}")
             num_decoys = 1

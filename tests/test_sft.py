@@ -1,0 +1,170 @@
+from __future__ import annotations
+
+from collections import Counter
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import pytest
+import torch
+from transformers import AutoModelForCausalLM
+
+import srpo.sft
+from srpo.batch import IGNORE
+from srpo.data.tokenizer import encode, load_tokenizer
+from srpo.metrics import check_key
+from srpo.policy.parallel import Parallel
+from srpo.settings import run_program
+from srpo.sft import SftConfig, batch_indices, pack_pairs, read_pairs, sft, write_pairs
+
+
+def test_pairs_come_back_as_written(tmp_path: Path) -> None:
+    pairs = [("Query: caf\u00e9\n", "1. a\n2. b"), ("\u2028\t\\", '"{')]
+    write_pairs(tmp_path / "new" / "pairs.jsonl", pairs)
+    assert list(read_pairs(tmp_path / "new" / "pairs.jsonl")) == pairs
+
+
+@pytest.mark.parametrize(
+    "line", ["", "{", "[]", '"prompt"', '{"prompt": "p"}', '{"response": "r"}', '{"prompt": "", "response": "r"}']
+)
+@pytest.mark.parametrize("number", [1, 3])
+def test_a_malformed_pair_is_named_by_file_and_line(tmp_path: Path, line: str, number: int) -> None:
+    path = tmp_path / "pairs.jsonl"
+    lines = ['{"prompt": "p", "response": "r"}'] * 3
+    lines[number - 1] = line
+    path.write_text("\n".join(lines) + "\n")
+    with pytest.raises(ValueError, match=rf"pairs\.jsonl, line {number}: .*prompt.*response"):
+        list(read_pairs(path))
+
+
+def test_bytes_that_are_no_text_have_a_line_too(tmp_path: Path) -> None:
+    path = tmp_path / "pairs.jsonl"
+    path.write_bytes(b'{"prompt": "p", "response": "r"}\n{"prompt": "\xff", "response": "r"}\n')
+    with pytest.raises(ValueError, match=r"line 2: .*utf-8"):
+        list(read_pairs(path))
+
+
+def test_no_pairs_is_an_error(tmp_path: Path) -> None:
+    (tmp_path / "pairs.jsonl").touch()
+    with pytest.raises(ValueError, match="has no pairs"):
+        list(read_pairs(tmp_path / "pairs.jsonl"))
+
+
+@pytest.mark.parametrize(("num_pairs", "batch_size"), [(10, 4), (7, 7), (3, 8)])
+def test_every_epoch_shows_every_pair_once(num_pairs: int, batch_size: int) -> None:
+    num_steps = 2 * num_pairs  # batch_size * 2 epochs
+    seen = [i for step in range(num_steps) for i in batch_indices(num_pairs, batch_size, step, seed=3)]
+    epochs = [seen[k : k + num_pairs] for k in range(0, len(seen), num_pairs)]
+    assert all(sorted(epoch) == list(range(num_pairs)) for epoch in epochs)
+    assert len({tuple(epoch) for epoch in epochs}) > 1
+    assert Counter(seen) == dict.fromkeys(range(num_pairs), 2 * batch_size)
+
+
+def test_any_step_can_be_had_alone_and_seeds_differ() -> None:
+    inorder = [batch_indices(100, 9, step, seed=0) for step in range(30)]
+    assert [batch_indices(100, 9, step, seed=0) for step in reversed(range(30))] == inorder[::-1]
+    assert batch_indices(100, 9, 0, seed=1) != inorder[0]
+
+
+@pytest.mark.parametrize("world_size", [1, 2, 3])
+def test_shares_of_the_ranks_add_up_to_one_mean(world_size: int) -> None:
+    pairs = [((1,) * p, (2,) * r) for p, r in ((3, 4), (1, 6), (2, 2), (5, 1), (4, 3))]
+    shares = [pack_pairs(pairs, Parallel(rank, world_size, rank, torch.device("cpu")), 12) for rank in range(world_size)]
+    batches = [batch for share in shares for batch in share]
+    weights = torch.cat([batch.weights[batch.labels != IGNORE] for batch in batches])
+    assert weights.tolist() == pytest.approx([1 / 16] * 16)
+    assert sum(int((batch.labels == IGNORE).sum()) for batch in batches) == sum(p - 1 for p, _ in [(3, 4), (1, 6), (2, 2), (5, 1), (4, 3)])
+
+
+def test_the_loss_is_the_mean_cross_entropy_of_the_responses(small: ModuleType, world: Any, tmp_path: Path) -> None:
+    """Held against transformers' own loss, one pair at a time."""
+    cfg = world.sft_config(tmp_path, num_steps=1, batch_size=8, micro_batch_tokens=200)
+    sft(cfg, small.ONE)
+    tokenizer = load_tokenizer(world.base)
+    model = AutoModelForCausalLM.from_pretrained(world.base, attn_implementation="sdpa")
+    pairs = list(read_pairs(world.pairs))
+    total, hits, count = 0.0, 0, 0
+    for index in batch_indices(len(pairs), 8, 0, cfg.seed):
+        prompt, response = (encode(tokenizer, text) for text in pairs[index])
+        response = (*response, tokenizer.eos_token_id)
+        with torch.no_grad():
+            out = model(torch.tensor([[*prompt, *response]]), labels=torch.tensor([[*[-100] * len(prompt), *response]]))
+        total += float(out.loss) * len(response)
+        hits += int((out.logits[0, len(prompt) - 1 : -1].argmax(-1) == torch.tensor(response)).sum())
+        count += len(response)
+    (line,) = small.metrics_of(tmp_path)
+    assert line["train/loss"] == pytest.approx(total / count, rel=1e-5)
+    assert line["train/num_tokens"] == count and line["train/token_accuracy"] == pytest.approx(hits / count)
+
+
+def test_the_small_world_learns_the_format(small: ModuleType, world: Any) -> None:
+    lines = small.metrics_of(world.folder / "sft")
+    assert [line["step"] for line in lines] == list(range(1, 121))
+    assert lines[-1]["train/loss"] < 0.3 * lines[0]["train/loss"]
+    assert lines[-1]["train/token_accuracy"] > 0.6
+    for key in lines[0]:
+        assert key == "step" or check_key(key) is None
+
+
+@pytest.mark.parametrize("where", ["learning_rate", "save_checkpoint", "save_policy"])
+def test_stopped_anywhere_it_ends_the_same(
+    small: ModuleType, world: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, where: str
+) -> None:
+    changes = {"num_steps": 6, "checkpoint_every": 2, "batch_size": 8}
+    whole, stopped = (world.sft_config(tmp_path / name, **changes) for name in ("whole", "stopped"))
+    sft(whole, small.ONE)
+    original, calls = getattr(srpo.sft, where), []
+
+    def killed(*args: Any, **kwargs: Any) -> Any:
+        calls.append(1)
+        if len(calls) == {"learning_rate": 4, "save_checkpoint": 2, "save_policy": 1}[where]:
+            raise KeyboardInterrupt
+        return original(*args, **kwargs)
+
+    monkeypatch.setattr(srpo.sft, where, killed)
+    with pytest.raises(KeyboardInterrupt):
+        sft(stopped, small.ONE)
+    sft(stopped, small.ONE)
+    assert len(calls) > 1
+    assert (tmp_path / "whole/metrics.jsonl").read_bytes() == (tmp_path / "stopped/metrics.jsonl").read_bytes()
+    assert small.same_bits(*(small.parameters_of(tmp_path / name / "policy") for name in ("whole", "stopped")))
+    before = (tmp_path / "stopped/metrics.jsonl").read_bytes()
+    sft(stopped, small.ONE)  # once more, with nothing left to do
+    assert (tmp_path / "stopped/metrics.jsonl").read_bytes() == before
+
+
+def test_other_pairs_cannot_continue_a_run(small: ModuleType, world: Any, tmp_path: Path) -> None:
+    data = small.rewrite_line(world.pairs, tmp_path / "pairs.jsonl", 1, lambda row: None)
+    cfg = world.sft_config(tmp_path / "run", data=str(data), num_steps=1, batch_size=4)
+    sft(cfg, small.ONE)
+    small.rewrite_line(world.pairs, data, 5, lambda row: {**row, "response": "1. Query intent: no"})
+    with pytest.raises(ValueError, match="is not what .* has been trained on so far: give another run_dir"):
+        sft(cfg, small.ONE)
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"data": ""}, "data is not set"),
+        ({"batch_size": 0}, "batch_size is 0: set it to 1 or more"),
+        ({"checkpoint_every": 0}, "checkpoint_every is 0"),
+        ({"policy": {"max_context": 40}}, r"pair \d+ has \d+ tokens, more than the context of 40: shorten it"),
+        ({"micro_batch_tokens": 40}, r"pair \d+ has \d+ tokens, more than micro_batch_tokens = 40: raise"),
+        ({"policy": {"path": "nowhere"}}, "no tokenizer in 'nowhere': policy.path"),
+        ({"data": "nowhere.jsonl"}, "nowhere.jsonl"),
+    ],
+)
+def test_what_cannot_work_is_one_line_and_leaves_no_run(
+    world: Any, tmp_path: Path, capsys: pytest.CaptureFixture[str], changes: dict[str, Any], message: str
+) -> None:
+    from srpo.settings import dump_toml
+
+    path = tmp_path / "sft.toml"
+    path.write_text(dump_toml(world.sft_config(tmp_path / "run", **changes)), encoding="utf-8")
+    with pytest.raises(SystemExit) as stopped:
+        run_program(srpo.sft.main, SftConfig, ["@", str(path)])
+    assert stopped.value.code == 2
+    errors = [line for line in capsys.readouterr().err.splitlines() if line]
+    assert len(errors) == 1 and errors[0].startswith("error: ")
+    assert __import__("re").search(message, errors[0]), errors[0]
+    assert not (tmp_path / "run").exists()
