@@ -51,11 +51,11 @@ NUM_COMPLETIONS = NUM_PROMPTS * GROUP_SIZE
 
 
 def make_prompts(seed: int, num: int) -> list[str]:
-    """Random words, as many as a short query and a product title have."""
+    """Random words; in tokens about as long as the query-item pairs of the demo."""
     rng = random.Random(seed)
     syllables = [c + v for c in "bcdfghklmnprstvw" for v in "aeiou"]
     words = ["".join(rng.choices(syllables, k=rng.randint(1, 3))) for _ in range(3000)]
-    return [" ".join(rng.choices(words, k=rng.randint(20, 40))) for _ in range(num)]
+    return [" ".join(rng.choices(words, k=rng.randint(7, 15))) for _ in range(num)]
 
 
 def make_checkpoint(folder: Path) -> int:

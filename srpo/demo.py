@@ -79,13 +79,13 @@ class DemoConfig:
     sft_steps: int = 1000
     sft_batch: int = 64
     sft_lr: float = 2e-3
-    rl_steps: int = 100
-    num_prompts: int = 32
+    rl_steps: int = 90
+    num_prompts: int = 48
     group_size: int = 8
-    rl_lr: float = 3e-4
+    rl_lr: float = 1e-4
     kl_coef: float = 0.001
     max_new_tokens: int = 80
-    eval_every: int = 20
+    eval_every: int = 15
     advantage: AdvantageConfig = field(default_factory=AdvantageConfig)
 
 

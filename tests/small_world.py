@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import json
 import os
 import signal
 import subprocess
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import pytest
 import torch
 
 from srpo.config import Config, DataConfig, OptimizerConfig, PolicyConfig, RewardConfig, RolloutConfig, TrainConfig
@@ -25,7 +27,7 @@ from srpo.demo import PHRASES, PROMPT, strip
 from srpo.metrics import read_metrics
 from srpo.policy.model import TinyConfig, load_policy, make_tiny
 from srpo.policy.parallel import Parallel
-from srpo.settings import dump_toml
+from srpo.settings import dump_toml, run_program
 from srpo.sft import SftConfig, sft, write_pairs
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -121,10 +123,22 @@ def rewrite_line(path: Path, out: Path, number: int, change: Callable[[dict[str,
     return out
 
 
+def complaint(main: Callable[[Any], None], settings: Any, folder: Path, capsys: pytest.CaptureFixture[str]) -> str:
+    """The one line that a program prints when it refuses settings; asserts that it is one line and that the exit code is 2."""
+    path = folder / "refused.toml"
+    path.write_text(dump_toml(settings), encoding="utf-8")
+    capsys.readouterr()
+    with pytest.raises(SystemExit) as stopped:
+        run_program(main, type(settings), ["@", str(path)])
+    lines = [line for line in capsys.readouterr().err.splitlines() if line]
+    assert stopped.value.code == 2 and len(lines) == 1 and lines[0].startswith("error: "), lines
+    return lines[0]
+
+
 class Program:
     """A real process `python -m MODULE @ settings.toml`, or the same under torchrun with `num_ranks` processes."""
 
-    def __init__(self, module: str, settings: Any, folder: Path, num_ranks: int = 1, flags: Sequence[str] = ()) -> None:
+    def __init__(self, module: str, settings: Any, folder: Path, num_ranks: int = 1) -> None:
         folder.mkdir(parents=True, exist_ok=True)
         path = folder / f"{module}.toml"
         path.write_text(dump_toml(settings), encoding="utf-8")
@@ -136,22 +150,17 @@ class Program:
         env = {**env, "CUDA_VISIBLE_DEVICES": "", "PYTHONHASHSEED": "random"}
         self.log = folder / "output.txt"
         with self.log.open("a", encoding="utf-8") as log:
-            self.process = subprocess.Popen(
-                [*launcher, "-m", module, "@", str(path), *flags],
-                cwd=folder,
-                env=env,
-                stdout=log,
-                stderr=subprocess.STDOUT,
-                start_new_session=True,  # so that all its ranks can be killed at once
-            )
+            command = [*launcher, "-m", module, "@", str(path)]
+            self.process = subprocess.Popen(command, cwd=folder, env=env, stdout=log, stderr=subprocess.STDOUT)
 
     def running(self) -> bool:
         return self.process.poll() is None
 
     def kill(self) -> None:
-        """kill -9 of the process and its children."""
-        if self.running():
-            os.killpg(self.process.pid, signal.SIGKILL)
+        """kill -9 of the process and of its ranks."""
+        for pid in [self.process.pid, *_descendants(self.process.pid)] if self.running() else ():
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(pid, signal.SIGKILL)
         self.process.wait(timeout=60)
 
     def finish(self, timeout: float = 200) -> None:
@@ -161,3 +170,12 @@ class Program:
         finally:
             self.kill()
         assert code == 0, self.log.read_text(encoding="utf-8")[-4000:]
+
+
+def _descendants(pid: int) -> list[int]:
+    """Children of a process and theirs (Linux): torchrun gives each rank a session of its own."""
+    children: list[int] = []
+    for path in Path(f"/proc/{pid}/task").glob("*/children"):
+        with contextlib.suppress(OSError):
+            children += map(int, path.read_text().split())
+    return children + [deeper for child in children for deeper in _descendants(child)]

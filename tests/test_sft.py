@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import re
 from collections import Counter
 from pathlib import Path
 from types import ModuleType
@@ -14,8 +15,7 @@ from srpo.batch import IGNORE
 from srpo.data.tokenizer import encode, load_tokenizer
 from srpo.metrics import check_key
 from srpo.policy.parallel import Parallel
-from srpo.settings import run_program
-from srpo.sft import SftConfig, batch_indices, pack_pairs, read_pairs, sft, write_pairs
+from srpo.sft import batch_indices, pack_pairs, read_pairs, sft, write_pairs
 
 
 def test_pairs_come_back_as_written(tmp_path: Path) -> None:
@@ -73,7 +73,7 @@ def test_shares_of_the_ranks_add_up_to_one_mean(world_size: int) -> None:
     batches = [batch for share in shares for batch in share]
     weights = torch.cat([batch.weights[batch.labels != IGNORE] for batch in batches])
     assert weights.tolist() == pytest.approx([1 / 16] * 16)
-    assert sum(int((batch.labels == IGNORE).sum()) for batch in batches) == sum(p - 1 for p, _ in [(3, 4), (1, 6), (2, 2), (5, 1), (4, 3)])
+    assert sum(int((batch.labels == IGNORE).sum()) for batch in batches) == sum(len(prompt) - 1 for prompt, _ in pairs)
 
 
 def test_the_loss_is_the_mean_cross_entropy_of_the_responses(small: ModuleType, world: Any, tmp_path: Path) -> None:
@@ -155,16 +155,8 @@ def test_other_pairs_cannot_continue_a_run(small: ModuleType, world: Any, tmp_pa
     ],
 )
 def test_what_cannot_work_is_one_line_and_leaves_no_run(
-    world: Any, tmp_path: Path, capsys: pytest.CaptureFixture[str], changes: dict[str, Any], message: str
+    small: ModuleType, world: Any, tmp_path: Path, capsys: pytest.CaptureFixture[str], changes: dict[str, Any], message: str
 ) -> None:
-    from srpo.settings import dump_toml
-
-    path = tmp_path / "sft.toml"
-    path.write_text(dump_toml(world.sft_config(tmp_path / "run", **changes)), encoding="utf-8")
-    with pytest.raises(SystemExit) as stopped:
-        run_program(srpo.sft.main, SftConfig, ["@", str(path)])
-    assert stopped.value.code == 2
-    errors = [line for line in capsys.readouterr().err.splitlines() if line]
-    assert len(errors) == 1 and errors[0].startswith("error: ")
-    assert __import__("re").search(message, errors[0]), errors[0]
+    line = small.complaint(srpo.sft.main, world.sft_config(tmp_path / "run", **changes), tmp_path, capsys)
+    assert re.search(message, line), line
     assert not (tmp_path / "run").exists()

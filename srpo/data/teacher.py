@@ -54,4 +54,6 @@ def teach(example: Example, bias: TeacherBias, seed: int = 0) -> str:
     verdict = int(GRADE_TABLE[category, attributes][1])
     if rng.random() < bias.verdict_off_by_one:
         verdict = rng.choice([g for g in (verdict - 1, verdict + 1) if 1 <= g <= 4])
-    return format_response(str(query), str(item), f"{query.group} {seen} -> {category}", f"{details} -> {attributes}", f"L{verdict}")
+    return format_response(
+        str(query), str(item), f"{query.group} {seen} -> {category}", f"{details} -> {attributes}", f"L{verdict}"
+    )

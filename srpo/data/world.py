@@ -233,7 +233,8 @@ def _item(rng: random.Random, wanted: Facts) -> tuple[Facts, str, str, int]:
     elif relation == "related":
         leaf = rng.choice(CATALOGUE.siblings[target.name])
     else:  # half of the strangers come from the same domain, where words overlap
-        strangers = [x for x in CATALOGUE.leaves if x.group != target.group and (x.domain == target.domain or rng.random() < 0.1)]
+        others = [x for x in CATALOGUE.leaves if x.group != target.group]
+        strangers = [x for x in others if x.domain == target.domain or rng.random() < 0.1] or others
         leaf = rng.choice(strangers)
     brand = _brand(rng, leaf, wanted)
     shown = [_shown(rng, kind, wanted) for kind in leaf.attributes]

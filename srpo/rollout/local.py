@@ -55,7 +55,10 @@ class LocalEngine:
         return self._decoder.model
 
     def generate(self, prompts: Sequence[tuple[int, ...]], params: SamplingParams, seed: int) -> list[Sample]:
-        """See `Engine.generate`. Each (prompt, sample, position) has its own random number, whatever runs beside it."""
+        """See `Engine.generate`. Each (prompt, sample, position) has its own random number, whatever runs beside it.
+
+        Raises ValueError also where the policy's logits are not finite.
+        """
         check_prompts(prompts, params, self.max_context)
         if not prompts:
             return []
@@ -116,6 +119,11 @@ class LocalEngine:
             if t + 1 < capacity:
                 logits = self._decoder.step(tokens, key_values)
 
+        if not bool(logprobs[:num_rows].isfinite().all()):
+            raise ValueError(
+                "the policy computes logits that are not finite: check the checkpoint in policy.path, or resume from an earlier "
+                "one with a lower optimizer.lr"
+            )
         lengths = stopped_at.clamp(max=capacity).tolist()
         out_ids, out_logprobs, stops = ids.tolist(), logprobs.tolist(), (stopped_at <= capacity).tolist()
         return [

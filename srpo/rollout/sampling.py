@@ -43,6 +43,6 @@ def _invert(weights: torch.Tensor, uniforms: torch.Tensor) -> tuple[torch.Tensor
     """(index of the slice of the distribution that each uniform falls into, its place in that slice, in [0, 1)), [S]."""
     cdf = weights.cumsum(-1, dtype=torch.float64)
     target = uniforms[:, None] * cdf[:, -1:]
-    index = torch.searchsorted(cdf, target, right=True)
+    index = torch.searchsorted(cdf, target, right=True).clamp(max=weights.shape[-1] - 1)  # NaN lies beyond the end
     behind = (cdf.gather(-1, index) - target) / weights.gather(-1, index)
     return index[:, 0], (1 - behind[:, 0]).clamp(0.0, _BELOW_ONE)

@@ -10,7 +10,7 @@ import tracemalloc
 import pytest
 
 from srpo.data.catalogue import ATTRIBUTES, BRANDS, CATALOGUE, KNOWLEDGE
-from srpo.data.world import GRADE_TABLE, QUERY_TYPES, SPLITS, Constraint, Facts, World, attribute_relation, check, reason
+from srpo.data.world import GRADE_TABLE, QUERY_TYPES, SPLITS, Constraint, Facts, World, _item, attribute_relation, check, reason
 
 
 def test_catalogue_is_as_large_as_promised_and_consistent():
@@ -102,3 +102,18 @@ def test_streaming_holds_no_pairs():
 def test_unknown_split_says_which_exist():
     with pytest.raises(ValueError, match="train, wild, balanced"):
         next(World().examples("test", 1))
+
+
+def test_a_domain_of_one_group_still_gets_strangers():
+    garden = tuple(leaf for leaf in CATALOGUE.leaves if leaf.domain == "garden")
+    assert len({leaf.group for leaf in garden}) == 1
+
+    class NeverFar(random.Random):
+        def random(self) -> float:
+            return 0.99
+
+        def choices(self, population, weights=None, **kwargs):  # always a mismatch, and never a title's decoy
+            return [population[-1]]
+
+    item, *_ = _item(NeverFar(0), Facts(garden[0].path, (Constraint("fuel", "gas"),)))
+    assert item.group != garden[0].group

@@ -1,0 +1,189 @@
+"""kill -9 at random moments, then the same command: the run ends with the same bits as one that was never killed."""
+
+from __future__ import annotations
+
+import random
+import time
+from collections.abc import Callable
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import pytest
+import torch
+from torch.distributed.checkpoint.format_utils import dcp_to_torch_save
+
+import srpo.train
+from srpo.config import Config
+from srpo.policy.checkpoint import COMPLETE, latest_checkpoint
+from srpo.train import train
+
+NUM_STEPS = 10
+CHANGES = {
+    "num_steps": NUM_STEPS,
+    "loss": {"num_updates": 2, "kl_coef": 0.05},
+    "sampler": {"balance": "query_type"},
+    "train": {"checkpoint_every": 3, "eval_every": 4},
+}
+
+
+def settings(world: Any, run_dir: Path) -> Config:
+    return world.config(run_dir, data={"eval": str(world.eval)}, **CHANGES)
+
+
+def outcome(run_dir: Path, scratch: Path) -> dict[str, Any]:
+    """Everything of a finished run that must not depend on its having been killed, and not on the clock."""
+    result: dict[str, Any] = {name: (run_dir / name).read_bytes() for name in ("metrics.jsonl", "rollouts.jsonl")}
+    result |= {path.name: path.read_bytes() for path in (run_dir / "policy").iterdir()}
+    checkpoint = latest_checkpoint(run_dir / "checkpoints")
+    assert checkpoint is not None
+    for rank_file in sorted(checkpoint.glob("rank_*.pt")):
+        result[rank_file.name] = repr(torch.load(rank_file, weights_only=True))
+    dcp_to_torch_save(checkpoint, scratch)
+    flat = torch.load(scratch, weights_only=True)
+    assert any(name.endswith("exp_avg") for name in flat)
+    return result | {name: tensor.numpy().tobytes() for name, tensor in flat.items()}
+
+
+def differences(run_dir: Path, whole: dict[str, Any], tmp_path: Path) -> list[str]:
+    got = outcome(run_dir, tmp_path / "flat.pt")
+    return sorted(name for name in got.keys() | whole.keys() if got.get(name) != whole.get(name))
+
+
+@pytest.fixture(scope="module")
+def whole(small: ModuleType, world: Any, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
+    """The outcome of a run that was never stopped."""
+    folder = tmp_path_factory.mktemp("whole")
+    train(settings(world, folder / "run"), small.ONE)
+    return outcome(folder / "run", folder / "flat.pt")
+
+
+def num_lines(run_dir: Path) -> int:
+    path = run_dir / "metrics.jsonl"
+    return path.read_bytes().count(b"\n") if path.exists() else 0
+
+
+def has_lines(run_dir: Path, rng: random.Random) -> Callable[[], bool]:
+    """metrics.jsonl has come to a random number of lines."""
+    wanted = rng.randint(num_lines(run_dir) // 3 * 3 + 1, NUM_STEPS - 1)
+    return lambda: num_lines(run_dir) >= wanted
+
+
+def is_saving(run_dir: Path, rng: random.Random) -> Callable[[], bool]:
+    """A checkpoint is being written, and some of its files may be there."""
+    until: list[float] = []
+
+    def reached() -> bool:
+        if not until and any((run_dir / "checkpoints").glob("step_*.tmp-*")):
+            until.append(time.monotonic() + rng.uniform(0, 0.03))
+        return bool(until) and time.monotonic() >= until[0]
+
+    return reached
+
+
+def is_under_way(run_dir: Path, rng: random.Random) -> Callable[[], bool]:
+    """A random time after this process has begun to work on the run."""
+    before = (run_dir / "timing.jsonl").stat().st_mtime_ns if (run_dir / "timing.jsonl").exists() else 0
+    until: list[float] = []
+
+    def reached() -> bool:
+        path = run_dir / "timing.jsonl"
+        if not until and path.exists() and path.stat().st_mtime_ns > before:
+            until.append(time.monotonic() + rng.uniform(0, 0.5))
+        return bool(until) and time.monotonic() >= until[0]
+
+    return reached
+
+
+def kill_and_finish(small: ModuleType, cfg: Config, folder: Path, seed: int, num_ranks: int, extra_kills: int) -> int:
+    """Start the run, kill it, start it again, and so on, and let the last one end. Returns how often it was killed."""
+    rng, run_dir = random.Random(seed), Path(cfg.run_dir)
+    moments = [is_under_way, is_saving, has_lines, *rng.choices([is_under_way, is_saving, has_lines], k=extra_kills)]
+    rng.shuffle(moments)
+    num_kills = 0
+    for moment in moments:
+        program, reached = small.Program("srpo.train", cfg, folder, num_ranks), moment(run_dir, rng)
+        try:
+            while program.running() and not reached():
+                time.sleep(0.001)
+            num_kills += program.running()
+        finally:
+            program.kill()
+        checkpoint = latest_checkpoint(run_dir / "checkpoints")
+        print(f"{moment.__name__}: {num_lines(run_dir)} lines, last checkpoint {checkpoint}")
+        assert checkpoint is None or (checkpoint / COMPLETE).is_file()
+    small.Program("srpo.train", cfg, folder, num_ranks).finish()
+    return num_kills
+
+
+def test_killed_and_started_again_it_ends_the_same(small: ModuleType, world: Any, tmp_path: Path, whole: dict[str, Any]) -> None:
+    killed = settings(world, tmp_path / "killed")
+    seed = random.SystemRandom().randrange(10**6)
+    print("seed", seed)
+    assert kill_and_finish(small, killed, tmp_path / "log", seed, num_ranks=1, extra_kills=0) >= 2
+    assert differences(tmp_path / "killed", whole, tmp_path) == []
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(900)
+@pytest.mark.parametrize("num_ranks", [1, 2])
+def test_killed_often(small: ModuleType, world: Any, tmp_path: Path, num_ranks: int) -> None:
+    whole, killed = settings(world, tmp_path / "whole"), settings(world, tmp_path / "killed")
+    small.Program("srpo.train", whole, tmp_path / "log", num_ranks).finish()
+    seed = random.SystemRandom().randrange(10**6)
+    print("seed", seed)
+    assert kill_and_finish(small, killed, tmp_path / "log", seed, num_ranks, extra_kills=4) >= 3
+    assert differences(tmp_path / "killed", outcome(tmp_path / "whole", tmp_path / "flat.pt"), tmp_path) == []
+
+
+PHASES = ["generate", "score_rollouts", "assign_credit", "pack_mine", "policy_update", "evaluate_now", "write_rollouts"]
+AT_THE_END = ["save_checkpoint", "save_policy"]
+
+
+def test_stopped_before_every_phase_it_ends_the_same(
+    small: ModuleType, world: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, whole: dict[str, Any]
+) -> None:
+    """The same in one process: one run that breaks off before each phase of the loop in turn, in a random order and step."""
+    seed = random.SystemRandom().randrange(10**6)
+    print("seed", seed)
+    rng, cfg = random.Random(seed), settings(world, tmp_path / "stopped")
+    for phase in [*rng.sample(PHASES, len(PHASES)), *AT_THE_END]:
+        original, calls_left = getattr(srpo.train, phase), 1 if phase in ("evaluate_now", *AT_THE_END) else rng.randint(1, 2)
+
+        def stopping(*args: Any, original: Callable[..., Any] = original, **kwargs: Any) -> Any:
+            nonlocal calls_left
+            calls_left -= 1
+            if not calls_left:
+                raise KeyboardInterrupt
+            return original(*args, **kwargs)
+
+        with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+            patch.setattr(srpo.train, phase, stopping)
+            train(cfg, small.ONE)
+    train(cfg, small.ONE)
+    assert differences(tmp_path / "stopped", whole, tmp_path) == []
+
+
+def test_a_half_written_checkpoint_is_never_chosen(
+    small: ModuleType, world: Any, tmp_path: Path, whole: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    cfg = settings(world, tmp_path / "run")
+
+    def stopping(*args: Any, **kwargs: Any) -> None:
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(srpo.train, "save_policy", stopping)
+        train(cfg, small.ONE)
+    root = tmp_path / "run" / "checkpoints"
+    newest = latest_checkpoint(root)
+    assert newest == root / f"step_{NUM_STEPS:06d}"
+    newest.rename(root / f"step_{NUM_STEPS:06d}.tmp-77")  # as if it had died before the rename
+    half = root / "step_000099"  # as if something had copied half of one
+    half.mkdir()
+    (half / "rank_0.pt").write_bytes(b"")
+    assert latest_checkpoint(root) == root / "step_000009"
+    train(cfg, small.ONE)
+    half.joinpath("rank_0.pt").unlink()
+    assert differences(tmp_path / "run", whole, tmp_path) == []
+    assert not list(root.glob("*.tmp-*"))
