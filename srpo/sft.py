@@ -188,6 +188,7 @@ def sft(cfg: SftConfig, parallel: Parallel) -> Path:
                     run_dir / "checkpoints", step + 1, policy, optimizer, {"step": step + 1, "data": data}, parallel, keep=1
                 )
     save_policy(policy, tokenizer, run_dir / "policy")
+    parallel.barrier()  # no rank returns, or ends, while another still gathers or writes
     if logger is not None:
         logger.close()
     return run_dir / "policy"

@@ -94,6 +94,7 @@ def train(cfg: Config, parallel: Parallel) -> Path:
                 )
             bar.advance(1, reward=metrics["reward/total"])
     save_policy(policy, parts.tokenizer, run_dir / "policy")
+    parallel.barrier()  # no rank returns, or ends, while another still gathers or writes
     if logger is not None:
         logger.close()
     engine.close()
@@ -132,7 +133,8 @@ def build(cfg: Config, parallel: Parallel) -> Parts:
     eval_examples = load_examples(cfg.data.eval, schema.num_steps, limit, options=options) if cfg.data.eval else []
     tokenizer = load_tokenizer(cfg.policy.path)
     loaded = load_policy(cfg.policy.path, experts=cfg.policy.experts)
-    engine = LocalEngine(nn.Module.to(loaded, parallel.device), max_context=cfg.policy.max_context)
+    dtype = getattr(torch, cfg.policy.dtype)
+    engine = LocalEngine(loaded, device=parallel.device, dtype=dtype, max_context=cfg.policy.max_context)
     for some in (examples, eval_examples):
         prompts = [encode(tokenizer, build_prompt(example, cfg.data.prompt)) for example in some]
         check_prompt_lengths(prompts, some, sampling_params(cfg, tokenizer), engine.max_context, cfg.train.micro_batch_tokens)

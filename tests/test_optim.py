@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import math
+from itertools import pairwise
 
 import pytest
 import torch
@@ -30,7 +31,7 @@ def test_decays_end_at_their_least_fraction(schedule: str, least: float) -> None
     got = rates(schedule=schedule, min_lr_frac=least)
     assert got[0] == 2.0
     assert got[-1] == pytest.approx(2.0 * least, abs=1e-12)
-    assert all(a > b for a, b in zip(got, got[1:], strict=False))
+    assert all(a > b for a, b in pairwise(got))
     assert got[NUM_STEPS // 2] == pytest.approx(1.0 * (1 + least))  # both are half-way down in the middle
 
 

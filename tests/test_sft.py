@@ -138,7 +138,7 @@ def test_other_pairs_cannot_continue_a_run(small: ModuleType, world: Any, tmp_pa
     cfg = world.sft_config(tmp_path / "run", data=str(data), num_steps=1, batch_size=4)
     sft(cfg, small.ONE)
     small.rewrite_line(world.pairs, data, 5, lambda row: {**row, "response": "1. Query intent: no"})
-    with pytest.raises(ValueError, match="is not what .* has been trained on so far: give another run_dir"):
+    with pytest.raises(ValueError, match=r"is not what .* has been trained on so far: give another run_dir"):
         sft(cfg, small.ONE)
 
 

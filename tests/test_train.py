@@ -203,7 +203,7 @@ def test_reward_rises(small: ModuleType, world: Any, tmp_path: Path) -> None:
     assert mismatch[len(mismatch) // 2] < 1e-9 and mismatch[-1] < 1e-5, mismatch
 
 
-# ---- what bad input gets ----------------------------------------------------------------------------------------------------------
+# ---- what bad input gets ------------------------------------------------------------------------------------------------------
 
 
 def refused(small: ModuleType, world: Any, folder: Path, capsys: pytest.CaptureFixture[str], **changes: Any) -> str:

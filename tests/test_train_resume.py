@@ -65,7 +65,8 @@ def num_lines(run_dir: Path) -> int:
 
 def has_lines(run_dir: Path, rng: random.Random) -> Callable[[], bool]:
     """metrics.jsonl has come to a random number of lines."""
-    wanted = rng.randint(num_lines(run_dir) // 3 * 3 + 1, NUM_STEPS - 1)
+    least = num_lines(run_dir) // 3 * 3 + 1
+    wanted = rng.randint(least, max(least, NUM_STEPS - 4))
     return lambda: num_lines(run_dir) >= wanted
 
 
@@ -89,7 +90,7 @@ def is_under_way(run_dir: Path, rng: random.Random) -> Callable[[], bool]:
     def reached() -> bool:
         path = run_dir / "timing.jsonl"
         if not until and path.exists() and path.stat().st_mtime_ns > before:
-            until.append(time.monotonic() + rng.uniform(0, 0.5))
+            until.append(time.monotonic() + rng.uniform(0, 0.3))
         return bool(until) and time.monotonic() >= until[0]
 
     return reached
@@ -148,7 +149,7 @@ def test_stopped_before_every_phase_it_ends_the_same(
     print("seed", seed)
     rng, cfg = random.Random(seed), settings(world, tmp_path / "stopped")
     for phase in [*rng.sample(PHASES, len(PHASES)), *AT_THE_END]:
-        original, calls_left = getattr(srpo.train, phase), 1 if phase in ("evaluate_now", *AT_THE_END) else rng.randint(1, 2)
+        original, calls_left = getattr(srpo.train, phase), 1 if phase in ("evaluate_now", *AT_THE_END) else rng.randint(1, 4)
 
         def stopping(*args: Any, original: Callable[..., Any] = original, **kwargs: Any) -> Any:
             nonlocal calls_left

@@ -17,6 +17,7 @@ from srpo_kernels.segments import IGNORE, PolicyLoss, StepStats, step_of_row
 # exp(20) = 4.9e8: neither a ratio nor a k3 term can overflow, nor the square of its gradient in a global norm. Log ratios up to
 # the bound are untouched; above it the exponential is a constant and exerts no force. Underflow is harmless: no bound from below.
 MAX_LOG_RATIO = 20.0
+_CACHED = 2**18  # elements of a temporary that fits into a CPU's cache
 
 
 def policy_loss(
@@ -128,7 +129,9 @@ def _candidates(logits: torch.Tensor, temperature: float, support: _Support | No
     """Logits over temperature of the candidates, [R, C] in the dtype of the math; -inf where blank."""
     if support is not None:
         logits = logits.gather(1, support.ids)
-    scaled = logits.to(torch.float64 if logits.dtype == torch.float64 else torch.float32) / temperature
+    scaled = logits.to(torch.float64 if logits.dtype == torch.float64 else torch.float32)
+    if temperature != 1:
+        scaled = scaled / temperature
     return scaled if support is None else scaled.masked_fill(support.blank, -torch.inf)
 
 
@@ -153,7 +156,10 @@ def _full_kl(log_p: torch.Tensor, log_q: torch.Tensor) -> torch.Tensor:
 
 
 def _entropy(log_p: torch.Tensor) -> torch.Tensor:
-    return -(log_p.exp() * log_p.clamp(min=torch.finfo(log_p.dtype).min)).sum(1)  # clamp: 0 * -inf is 0 here
+    """Entropy of each row, [R]; without gradient. Some rows at a time, so that on a CPU what is in between stays in the cache."""
+    num_rows = max(1, (_CACHED if log_p.device.type == "cpu" else 64 * _CACHED) // max(log_p.shape[1], 1))
+    lowest = torch.finfo(log_p.dtype).min  # instead of -inf: 0 * -inf is 0 here
+    return -torch.cat([torch.linalg.vecdot(part.exp(), part.clamp(min=lowest)) for part in log_p.split(num_rows)])
 
 
 def _select(tensor: torch.Tensor, rows: torch.Tensor) -> torch.Tensor:

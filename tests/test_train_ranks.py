@@ -1,0 +1,94 @@
+"""`torchrun --nproc-per-node 2 -m srpo.train` on a CPU: it runs, and its first step is the step that one process makes of the
+same rollouts, to rounding."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import replace
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import pytest
+import torch
+from torch.distributed.checkpoint.format_utils import dcp_to_torch_save
+from transformers import AutoModelForCausalLM
+
+from srpo.batch import Rollout, read_rollouts
+from srpo.config import Config
+from srpo.credit import assign_credit, rollout_metrics
+from srpo.train import build, pack_mine, policy_update, train
+
+CHANGES = {
+    "num_steps": 2,
+    "rollout": {"num_prompts": 6},
+    "loss": {"kl_coef": 0.1},
+    "advantage": {"normalize": "group_step"},
+    "optimizer": {"grad_clip": 0.0},
+    "train": {"checkpoint_every": 1, "eval_every": 2},
+}
+
+
+@pytest.fixture(scope="module")
+def two_ranks(small: ModuleType, world: Any, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The run folder of two steps under torchrun with two processes."""
+    folder = tmp_path_factory.mktemp("two_ranks")
+    cfg = world.config(folder / "run", data={"eval": str(world.eval)}, **CHANGES)
+    small.Program("srpo.train", cfg, folder, num_ranks=2).finish()
+    return folder / "run"
+
+
+def test_two_ranks_leave_one_run(small: ModuleType, world: Any, two_ranks: Path) -> None:
+    files = {path.name for path in two_ranks.iterdir()}
+    assert files == {"config.toml", "metrics.jsonl", "timing.jsonl", "rollouts.jsonl", "policy", "checkpoints"}
+    lines = small.metrics_of(two_ranks)
+    assert [line["step"] for line in lines] == [1, 2]
+    for line in lines:
+        assert all(value is not None and math.isfinite(value) for value in line.values())
+        assert line["rollout/num_groups"] == 6 and line["rollout/num_responses"] == 24
+        assert 0 < line["reward/total"] < 1.8 and line["train/grad_norm"] > 0
+        assert abs(line["rollout/mismatch_kl"]) < 1e-6 and line["policy/ratio"] == pytest.approx(1.0)
+    assert "eval/macro_f1" in lines[1] and lines[1]["eval/num_examples"] == 12
+    groups = [rollout.group for step, rollout in read_rollouts(two_ranks / "rollouts.jsonl") if step == 2]
+    assert groups == [g for g in range(6) for _ in range(4)]
+    policy = AutoModelForCausalLM.from_pretrained(two_ranks / "policy", attn_implementation="sdpa")
+    before = small.parameters_of(world.policy)
+    assert {name for name, p in policy.named_parameters() if not torch.equal(p, before[name])} == before.keys()
+
+
+def first_step(cfg: Config, rollouts: list[Rollout], small: ModuleType) -> tuple[dict[str, float], dict[str, torch.Tensor], int]:
+    """(metrics, gradients by parameter, number of micro-batches) of one process on given rollouts."""
+    parts = build(cfg, small.ONE)
+    credit = assign_credit(rollouts, parts.schema, cfg.advantage, cfg.loss, cfg.sampler)
+    batches = pack_mine(rollouts, credit, cfg, small.ONE)
+    metrics = rollout_metrics(rollouts, parts.schema, credit, cfg.advantage.clip)
+    metrics |= policy_update(parts, batches, cfg, 0, small.ONE)
+    momenta = {name: parts.optimizer.state[p]["exp_avg"] for name, p in parts.policy.model.named_parameters()}
+    return metrics, {name: m / (1 - cfg.optimizer.betas[0]) for name, m in momenta.items()}, len(batches)
+
+
+@pytest.mark.parametrize("rows", [100_000, 600])
+def test_the_step_of_two_ranks_is_the_step_of_one(
+    small: ModuleType, world: Any, two_ranks: Path, tmp_path: Path, rows: int
+) -> None:
+    """The gradients are read from the optimizer: after one step the first moment is (1 - beta_1) times the gradient."""
+    rollouts = [r for step, r in read_rollouts(two_ranks / "rollouts.jsonl") if step == 1]
+    cfg = world.config(tmp_path / "run", **CHANGES)
+    cfg = replace(cfg, train=replace(cfg.train, micro_batch_tokens=rows))
+    metrics, gradients, num_batches = first_step(cfg, rollouts, small)
+    assert num_batches == 1 if rows == 100_000 else num_batches >= 4
+    line = small.metrics_of(two_ranks)[0]
+    assert {key: line[key] for key in metrics} == pytest.approx(metrics, rel=1e-5, abs=1e-9)
+    assert line["train/loss"] == pytest.approx(metrics["train/loss"], rel=1e-5)
+
+    dcp_to_torch_save(two_ranks / "checkpoints" / "step_000001", tmp_path / "flat.pt")
+    flat = torch.load(tmp_path / "flat.pt", weights_only=True)
+    for name, want in gradients.items():
+        got = flat[f"optimizer/{name}/exp_avg"] / (1 - cfg.optimizer.betas[0])
+        assert (got - want).norm() <= 1e-5 * want.norm(), name
+
+
+def test_one_process_cannot_go_on_with_a_run_of_two(small: ModuleType, world: Any, two_ranks: Path) -> None:
+    cfg = world.config(two_ranks, data={"eval": str(world.eval)}, **CHANGES)
+    with pytest.raises(ValueError, match="was written by 2 ranks, this run has 1: start as many processes"):
+        train(cfg, small.ONE)
