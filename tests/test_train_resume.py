@@ -178,7 +178,7 @@ def test_a_half_written_checkpoint_is_never_chosen(
         train(cfg, small.ONE)
     root = tmp_path / "run" / "checkpoints"
     newest = latest_checkpoint(root)
-    assert newest == root / f"step_{NUM_STEPS:06d}"
+    assert newest is not None and newest == root / f"step_{NUM_STEPS:06d}"
     newest.rename(root / f"step_{NUM_STEPS:06d}.tmp-77")  # as if it had died before the rename
     half = root / "step_000099"  # as if something had copied half of one
     half.mkdir()
