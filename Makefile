@@ -25,6 +25,8 @@ export ACCELERATOR
 export TORCH_CPU_INDEX
 export PYRIGHT_PYTHON_IGNORE_WARNINGS = 1
 export TOKENIZERS_PARALLELISM = false
+# Waiting threads sleep instead of spinning: beside any other busy process, spinning makes a step ten times as long.
+export OMP_WAIT_POLICY = passive
 
 .PHONY: help demo demo-esci test lint types unit nightly golden bench format megablocks clean
 .DEFAULT_GOAL := help
