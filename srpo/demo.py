@@ -39,6 +39,7 @@ from srpo.data.teacher import TeacherBias, teach
 from srpo.data.tokenizer import load_tokenizer, train_tokenizer
 from srpo.data.world import World
 from srpo.evaluate import evaluate_policy
+from srpo.evaluation import true_grades
 from srpo.metrics import read_metrics
 from srpo.plots import write_plots
 from srpo.policy.model import TinyConfig, load_policy, make_tiny
@@ -93,8 +94,12 @@ def demo(cfg: DemoConfig, parallel: Parallel) -> dict[str, Any]:
     """Run every stage that is not done yet; returns what `results.json` holds."""
     run_dir = Path(cfg.run_dir)
     start, new = time.monotonic(), not (run_dir / "data").is_dir()
+    claim = run_dir / "demo"
+    if not new:  # data that could not be read leave the folder free for other settings
+        claim_run_dir(claim, cfg, parallel.is_main)
     schema = StepSchema(PAPER_STEPS)
     stage(run_dir / "data", "making the data", lambda out: make_data(cfg, out))
+    claim_run_dir(claim, cfg, parallel.is_main)
     stage(run_dir / "base", "making tokenizer and model", lambda out: make_base(cfg, run_dir / "data", out))
     policy = sft(sft_config(cfg), parallel)
     train_cfg = train_config(cfg, policy)
@@ -133,6 +138,7 @@ def make_data(cfg: DemoConfig, out: Path) -> None:
         read = read_examples(cfg.data, len(PAPER_STEPS), options=[spec.options for spec in PAPER_STEPS])
         pairs = [replace(e, fields={k: v for k, v in e.fields.items() if k not in cfg.drop_fields}) for e in read]
         train_pairs, eval_pairs = split_by_query(pairs, cfg.eval_frac, cfg.seed)
+        true_grades(eval_pairs)  # an ungraded one stops the demo here and not after the warm start
         lexicon = Lexicon.from_examples(train_pairs)
         write_examples(out / "train.jsonl", train_pairs)
         write_examples(out / "eval.jsonl", eval_pairs)
@@ -233,7 +239,6 @@ def main(cfg: DemoConfig) -> None:
     try:
         if parallel.world_size > 1:
             raise ValueError("the demo is one process: start it without torchrun (srpo.train takes several)")
-        claim_run_dir(Path(cfg.run_dir) / "demo", cfg, parallel.is_main)
         demo(cfg, parallel)
     finally:
         parallel.close()

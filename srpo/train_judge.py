@@ -13,6 +13,8 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
+from torch import nn
+
 from srpo.batch import Rollout
 from srpo.data.examples import Example
 from srpo.data.readers import load_examples
@@ -23,6 +25,7 @@ from srpo.policy.parallel import Parallel, init_parallel
 from srpo.rewards.judge import GenerativeJudge, OracleJudge
 from srpo.rewards.verdicts import judge_prompt, render_verdicts
 from srpo.rollout.judging import open_judge
+from srpo.run_dir import write_whole
 from srpo.settings import run_program
 from srpo.sft import SftConfig, sft, write_pairs
 from srpo.steps import PAPER_STEPS, StepSchema, StepSpec
@@ -134,10 +137,12 @@ def train_judge(cfg: JudgeConfig, parallel: Parallel) -> dict[str, Any]:
     parallel.barrier()
     path = sft(replace(cfg.sft, run_dir=str(run_dir), data=str(run_dir / "judge_sft.jsonl")), parallel)
     report: dict[str, Any] = {"num_judgments": len(shown), "num_held_out": len(held_out), "steps": [s.name for s in cfg.steps]}
-    if held_out and parallel.is_main:
-        judge = open_judge(load_policy(path), load_tokenizer(path), schema, cfg.max_new_tokens)
-        report |= {"agreement": step_agreement(judge, held_out, examples), **judge.stats()}
-        (run_dir / "judge.json").write_text(json.dumps(report, indent=1) + "\n", encoding="utf-8")
+    if parallel.is_main:
+        if held_out:
+            model = nn.Module.to(load_policy(path), parallel.device)
+            judge = open_judge(model, load_tokenizer(path), schema, cfg.max_new_tokens)
+            report |= {"agreement": step_agreement(judge, held_out, examples), **judge.stats()}
+        write_whole(run_dir / "judge.json", json.dumps(report, indent=1) + "\n")
     return report
 
 

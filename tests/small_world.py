@@ -32,7 +32,7 @@ from srpo.sft import SftConfig, sft, write_pairs
 
 ROOT = Path(__file__).resolve().parents[1]
 TINY = TinyConfig(
-    hidden_size=32, num_layers=2, num_heads=2, num_kv_heads=1, head_dim=16, num_experts=4, expert_size=32, max_context=192
+    hidden_size=32, num_layers=2, num_heads=2, num_kv_heads=1, head_dim=16, num_experts=4, expert_size=32, max_context=320
 )
 ONE = Parallel(0, 1, 0, torch.device("cpu"))
 NUM_PAIRS = 800
@@ -146,8 +146,9 @@ class Program:
         if num_ranks > 1:  # c10d finds a free port of this host
             launcher += ["-m", "torch.distributed.run", f"--nproc-per-node={num_ranks}"]
             launcher += ["--rdzv-backend=c10d", "--rdzv-endpoint=127.0.0.1:0", "--local-addr=127.0.0.1"]
-        env = {**os.environ, "PYTHONPATH": f"{ROOT}{os.pathsep}{ROOT / 'kernels'}", "OMP_NUM_THREADS": "1"}
-        env = {**env, "CUDA_VISIBLE_DEVICES": "", "PYTHONHASHSEED": "random"}
+        env = {**os.environ, "PYTHONPATH": f"{ROOT}{os.pathsep}{ROOT / 'kernels'}", "CUDA_VISIBLE_DEVICES": ""}
+        # As many threads as here: their number is part of what makes the same bits.
+        env |= {"PYTHONHASHSEED": "random", "OMP_NUM_THREADS": str(max(1, torch.get_num_threads() // num_ranks))}
         self.log = folder / "output.txt"
         with self.log.open("a", encoding="utf-8") as log:
             command = [*launcher, "-m", module, "@", str(path)]

@@ -224,7 +224,7 @@ def refused(small: ModuleType, world: Any, folder: Path, capsys: pytest.CaptureF
         ),
         ({"policy": {"path": "nowhere"}}, "no tokenizer in 'nowhere': policy.path must be a folder"),
         ({"policy": {"max_context": 70}}, r"example world-0-train-\d+ has \d+ tokens, .* context of 70: lower rollout.max_new"),
-        ({"rollout": {"max_new_tokens": 400}}, r"more than the context of 192: lower rollout.max_new_tokens"),
+        ({"rollout": {"max_new_tokens": 400}}, r"more than the context of 320: lower rollout.max_new_tokens"),
         ({"train": {"micro_batch_tokens": 70}}, "more than train.micro_batch_tokens = 70: raise that"),
         ({"rollout": {"num_prompts": 65}}, "64 examples, fewer than rollout.num_prompts = 65"),
         ({"rollout": {"group_size": 1}, "advantage": {"method": "grpo"}}, "group_size is 1, but advantage.method 'grpo'"),

@@ -90,7 +90,7 @@ def is_under_way(run_dir: Path, rng: random.Random) -> Callable[[], bool]:
     def reached() -> bool:
         path = run_dir / "timing.jsonl"
         if not until and path.exists() and path.stat().st_mtime_ns > before:
-            until.append(time.monotonic() + rng.uniform(0, 0.3))
+            until.append(time.monotonic() + rng.uniform(0, 0.5))
         return bool(until) and time.monotonic() >= until[0]
 
     return reached

@@ -20,7 +20,8 @@ def open_judge(model: nn.Module, tokenizer: Any, schema: StepSchema, max_new_tok
     engine = LocalEngine(model)
     if max_new_tokens >= engine.max_context:
         raise ValueError(
-            f"{max_new_tokens} new tokens leave no prompt in the judge's context of {engine.max_context}: lower them"
+            f"{max_new_tokens} new tokens leave no room for a prompt in the judge's context of {engine.max_context}: "
+            "lower reward.judge_max_new_tokens (srpo.train_judge: max_new_tokens)"
         )
     params = SamplingParams(
         max_new_tokens, temperature=1.0, top_k=0, group_size=1, stop_ids=(tokenizer.eos_token_id,), greedy=True
