@@ -169,6 +169,8 @@ def test_one_micro_batch_or_four(small: ModuleType, world: Any, tmp_path: Path) 
         results.append(gradients(cfg, small))
     (want, metrics, one), (got, metrics_of_four, several) = results
     assert one == 1 and several >= 4
+    for key in ("rollout/mismatch_kl", "rollout/mismatch_max"):  # these *are* rounding: they stay small, they need not be equal
+        assert max(metrics.pop(key), metrics_of_four.pop(key)) < 1e-5
     assert metrics_of_four == pytest.approx(metrics, rel=1e-5, abs=1e-9)
     for a, b in zip(got, want, strict=True):
         assert (a - b).norm() <= 1e-5 * b.norm()
