@@ -63,37 +63,42 @@ def num_lines(run_dir: Path) -> int:
     return path.read_bytes().count(b"\n") if path.exists() else 0
 
 
+def has_begun(run_dir: Path) -> Callable[[], bool]:
+    """The process that is started next has opened the files of the run."""
+    path = run_dir / "timing.jsonl"
+    before = path.stat().st_mtime_ns if path.exists() else 0
+    return lambda: path.exists() and path.stat().st_mtime_ns > before
+
+
+def later(reached: Callable[[], bool], seconds: float) -> Callable[[], bool]:
+    """So many seconds after something was reached."""
+    until: list[float] = []
+
+    def reached_and_waited() -> bool:
+        if not until and reached():
+            until.append(time.monotonic() + seconds)
+        return bool(until) and time.monotonic() >= until[0]
+
+    return reached_and_waited
+
+
+def is_under_way(run_dir: Path, rng: random.Random) -> Callable[[], bool]:
+    """A random time after the process has begun to work on the run."""
+    return later(has_begun(run_dir), rng.uniform(0, 0.5))
+
+
 def has_lines(run_dir: Path, rng: random.Random) -> Callable[[], bool]:
-    """metrics.jsonl has come to a random number of lines."""
-    least = num_lines(run_dir) // 3 * 3 + 1
+    """The process has brought metrics.jsonl to a random number of lines."""
+    begun, least = has_begun(run_dir), num_lines(run_dir) // 3 * 3 + 1
     wanted = rng.randint(least, max(least, NUM_STEPS - 4))
-    return lambda: num_lines(run_dir) >= wanted
+    return lambda: begun() and num_lines(run_dir) >= wanted
 
 
 def is_saving(run_dir: Path, rng: random.Random) -> Callable[[], bool]:
     """A checkpoint is being written, and some of its files may be there."""
-    until: list[float] = []
-
-    def reached() -> bool:
-        if not until and any((run_dir / "checkpoints").glob("step_*.tmp-*")):
-            until.append(time.monotonic() + rng.uniform(0, 0.03))
-        return bool(until) and time.monotonic() >= until[0]
-
-    return reached
-
-
-def is_under_way(run_dir: Path, rng: random.Random) -> Callable[[], bool]:
-    """A random time after this process has begun to work on the run."""
-    before = (run_dir / "timing.jsonl").stat().st_mtime_ns if (run_dir / "timing.jsonl").exists() else 0
-    until: list[float] = []
-
-    def reached() -> bool:
-        path = run_dir / "timing.jsonl"
-        if not until and path.exists() and path.stat().st_mtime_ns > before:
-            until.append(time.monotonic() + rng.uniform(0, 0.5))
-        return bool(until) and time.monotonic() >= until[0]
-
-    return reached
+    root = run_dir / "checkpoints"
+    before = set(root.glob("step_*.tmp-*"))  # of a process that was killed
+    return later(lambda: not before.issuperset(root.glob("step_*.tmp-*")), rng.uniform(0, 0.03))
 
 
 def kill_and_finish(small: ModuleType, cfg: Config, folder: Path, seed: int, num_ranks: int, extra_kills: int) -> int:
