@@ -105,7 +105,7 @@ def rollouts(small: ModuleType, world: Any, tmp_path_factory: pytest.TempPathFac
 
 
 def settings(world: Any, run_dir: Path, sampled: Path, **changes: Any) -> JudgeConfig:
-    sft = world.sft_config(run_dir, num_steps=80, batch_size=16)
+    sft = world.sft_config(run_dir, num_steps=60, batch_size=12)
     cfg = JudgeConfig(
         run_dir=str(run_dir), data=str(world.train), rollouts=str(sampled), held_out=20, max_new_tokens=100, sft=sft
     )
