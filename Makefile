@@ -25,8 +25,9 @@ export ACCELERATOR
 export TORCH_CPU_INDEX
 export PYRIGHT_PYTHON_IGNORE_WARNINGS = 1
 export TOKENIZERS_PARALLELISM = false
-# Waiting threads sleep instead of spinning: beside any other busy process, spinning makes a step ten times as long.
-export OMP_WAIT_POLICY = passive
+# Waiting threads spin for some microseconds, then sleep (figures in bench/LOG.md). The default, milliseconds, makes a step thirty
+# times as long beside another busy process; not spinning at all costs a quarter of an idle machine.
+export GOMP_SPINCOUNT = 1000
 
 .PHONY: help demo demo-esci test lint types unit nightly golden bench format megablocks clean
 .DEFAULT_GOAL := help

@@ -6,14 +6,13 @@ is shifted here. Rows with label -100 are never read: NaN in them harms nothing,
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from types import ModuleType
-from typing import Any, Literal
+import math
+from typing import Literal
 
 import torch
 
-from srpo_kernels import reference
-from srpo_kernels.segments import IGNORE, PolicyLoss, StepStats, step_of_row
+from srpo_kernels import cpu, operators, reference
+from srpo_kernels.segments import IGNORE, PolicyLoss, StepStats, segment_means, step_of_row
 
 __all__ = [
     "IGNORE",
@@ -29,13 +28,13 @@ __all__ = [
 
 KL_ESTIMATORS = ("k1", "k2", "k3", "full")
 
-# Best first. An implementation is a module with functions of the ops' names; `reference` has all of them.
-_IMPLEMENTATIONS: dict[str, ModuleType] = {"reference": reference}
+# Best first. The reference comes last: it takes everything.
+operators.BACKENDS["cpu"] = cpu
 
 
-def implementations() -> tuple[str, ...]:
-    """Names that `impl` may take on this machine besides "auto", best first."""
-    return tuple(_IMPLEMENTATIONS)
+def implementations(logits: torch.Tensor) -> tuple[str, ...]:
+    """Names that `impl` may take for these logits besides "auto", best first."""
+    return *(name for name, backend in operators.BACKENDS.items() if backend.why_not(logits) is None), "reference"
 
 
 def policy_loss(
@@ -57,6 +56,8 @@ def policy_loss(
     kept_ids: torch.Tensor | None = None,
     ref_logits: torch.Tensor | None = None,
     dual_clip: float | None = None,
+    ratio_over: Literal["token", "step", "sequence"] = "token",
+    in_place: bool | None = None,
     impl: str = "auto",
 ) -> PolicyLoss:
     """Loss of Eq. 6, log-probabilities of the labels, and sums per reasoning step; GRPO (Eq. 2) is the same with equal columns.
@@ -76,11 +77,17 @@ def policy_loss(
         [T, K] int (negative: padding; no duplicates) is exact; with `top_k` alone (None or 0: no filter) the support is
         `topk_support(logits, top_k)`, which moves with the policy. A label outside its support is added to it, so that nothing
         is -inf, and counted in `stats.num_outside_support`.
+    ratio_over: "sequence" takes one ratio for all tokens of a sequence, the geometric mean of theirs (GSPO; in its token form, so
+        that advantages may differ by step), "step" one for each reasoning step. One more read of the logits. The KL stays a
+        token's own.
     dual_clip: c > 1 bounds the ratio by c where A < 0, i.e. max(surrogate, c A) there; None: off.
     kl_estimator, with d = logprobs - ref_logprobs: k1 = d, k2 = d^2 / 2, k3 = exp(-d) - 1 + d; "full" is the exact KL over all
         candidates and needs `ref_logits` [T, V] in place of `ref_logprobs`. The gradient of k1 is the score function, whose
         expectation on-policy is zero: as a loss term it measures, but does not hold the policy back.
         Paper: writes D_KL[pi || pi_ref] and names no estimator; k3.
+
+    in_place: write the gradient over the logits, which are then lost: no memory beyond them. None: where they are the result of
+        another op, so that nobody else is likely to need them (autograd raises if someone does). The reference never does.
 
     A clipped row has zero gradient; exactly on the edge a row is not clipped. Inside an exponential, log ratios above 20 count as
     20 and have no gradient: it cannot overflow. The stats hold the KL whenever a reference is given, also with kl_coef 0.
@@ -104,25 +111,44 @@ def policy_loss(
     reference_name = "ref_logits" if kl_estimator == "full" else "ref_logprobs"
     if kl_coef and (ref_logits if kl_estimator == "full" else ref_logprobs) is None:
         raise ValueError(f"kl_coef is {kl_coef} but there is no reference: give {reference_name}, or set kl_coef to 0")
-    return _implementation("policy_loss", impl)(
-        logits,
-        labels,
-        step_advantages,
-        step_ends,
-        cu_seqlens,
-        weights,
-        old_logprobs,
-        ref_logprobs,
-        clip_eps_low=clip_eps_low,
-        clip_eps_high=clip_eps_high,
-        dual_clip=dual_clip,
-        kl_coef=kl_coef,
-        kl_estimator=kl_estimator,
-        temperature=temperature,
-        top_k=top_k,
-        kept_ids=kept_ids,
-        ref_logits=ref_logits,
-    )
+    name = _choose("policy_loss", impl, logits)
+    if ratio_over != "token" and old_logprobs is not None:
+        with torch.no_grad():
+            logprobs = token_logprobs(logits, labels, temperature=temperature, top_k=top_k, kept_ids=kept_ids, impl=impl)[0]
+        drift = segment_means(logprobs - old_logprobs, labels != IGNORE, cu_seqlens, step_ends if ratio_over == "step" else None)
+        old_logprobs = logprobs - drift  # then logprobs - old_logprobs is the segment's mean, and moves with the token
+    if name == "reference":
+        return reference.policy_loss(
+            logits,
+            labels,
+            step_advantages,
+            step_ends,
+            cu_seqlens,
+            weights,
+            old_logprobs,
+            ref_logprobs,
+            clip_eps_low=clip_eps_low,
+            clip_eps_high=clip_eps_high,
+            dual_clip=dual_clip,
+            kl_coef=kl_coef,
+            kl_estimator=kl_estimator,
+            temperature=temperature,
+            top_k=top_k,
+            kept_ids=kept_ids,
+            ref_logits=ref_logits,
+        )
+    if kept_ids is None and top_k:
+        kept_ids = topk_support(logits, top_k)
+    with_grad = logits.requires_grad and torch.is_grad_enabled()
+    if in_place is None:
+        in_place = with_grad and not logits.is_leaf and not torch.compiler.is_compiling()
+    tables = (labels, step_advantages, step_ends, cu_seqlens, weights, old_logprobs, ref_logprobs, kept_ids, ref_logits)
+    options = (clip_eps_low, clip_eps_high, dual_clip or math.inf, kl_coef, kl_estimator, temperature)
+    if with_grad and in_place:
+        loss, logprobs, sums = operators.PolicyLossInPlace.apply(logits, *tables, *options, name)
+    else:
+        loss, logprobs, sums, _ = operators.policy_loss(logits, *tables, *options, with_grad, name)
+    return PolicyLoss(loss, logprobs, StepStats.unstack(sums))
 
 
 def token_logprobs(
@@ -140,7 +166,12 @@ def token_logprobs(
     of the filtered distribution.
     """
     _check_logits(logits, labels, temperature, kept_ids)
-    return _implementation("token_logprobs", impl)(logits, labels, temperature=temperature, top_k=top_k, kept_ids=kept_ids)
+    name = _choose("token_logprobs", impl, logits)
+    if name == "reference":
+        return reference.token_logprobs(logits, labels, temperature=temperature, top_k=top_k, kept_ids=kept_ids)
+    if kept_ids is None and top_k:
+        kept_ids = topk_support(logits, top_k)
+    return operators.token_logprobs(logits, labels, kept_ids, temperature, name)
 
 
 def topk_support(logits: torch.Tensor, top_k: int) -> torch.Tensor:
@@ -153,13 +184,20 @@ def topk_support(logits: torch.Tensor, top_k: int) -> torch.Tensor:
     return reference.topk_support(logits, top_k)
 
 
-def _implementation(op: str, impl: str) -> Callable[..., Any]:
-    """The function that computes `op`: the best one for "auto", else the named one."""
-    having = {name: module for name, module in _IMPLEMENTATIONS.items() if hasattr(module, op)}
-    name = next(iter(having)) if impl == "auto" else impl
-    if name not in having:
-        raise ValueError(f"{op} has no implementation {impl!r} here: give auto or one of {', '.join(having)}")
-    return getattr(having[name], op)
+def _choose(op: str, impl: str, logits: torch.Tensor) -> str:
+    """The best implementation for these logits, or the named one."""
+    if impl == "auto":
+        return implementations(logits)[0]
+    if impl == "reference":
+        return impl
+    if impl not in operators.BACKENDS:
+        names = ", ".join(("auto", *operators.BACKENDS, "reference"))
+        raise ValueError(f"{op} has no implementation {impl!r}: give one of {names}")
+    reason = operators.BACKENDS[impl].why_not(logits)
+    if reason is not None:
+        here = ", ".join(("auto", *implementations(logits)))
+        raise ValueError(f"{op}: implementation {impl!r} cannot be used, since {reason}: give one of {here}")
+    return impl
 
 
 def _check_logits(logits: torch.Tensor, labels: torch.Tensor, temperature: float, kept_ids: torch.Tensor | None) -> None:

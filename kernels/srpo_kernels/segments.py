@@ -26,6 +26,22 @@ def step_of_row(cu_seqlens: torch.Tensor, step_ends: torch.Tensor, rows: torch.T
     return sequence, step.clamp(max=step_ends.shape[1] - 1)
 
 
+def segment_means(
+    values: torch.Tensor, counted: torch.Tensor, cu_seqlens: torch.Tensor, step_ends: torch.Tensor | None
+) -> torch.Tensor:
+    """At each row [T] the mean of `values` [T] over the `counted` rows [T] of its sequence, or of its step in it; 0 where there are none.
+
+    step_ends [N, J] as in `step_of_row`; None: whole sequences.
+    """
+    num_steps = 1 if step_ends is None else step_ends.shape[1]
+    ends = cu_seqlens.new_zeros(cu_seqlens.numel() - 1, 1) if step_ends is None else step_ends
+    sequence, step = step_of_row(cu_seqlens, ends, torch.arange(values.shape[0], device=values.device))
+    segment = sequence * num_steps + step
+    sums = values.new_zeros(2, ends.shape[0] * num_steps, dtype=torch.float64)
+    sums = sums.index_add(1, segment, torch.stack([values.where(counted, 0), counted.to(values.dtype)]).double())
+    return (sums[0] / sums[1].clamp(min=1))[segment].to(values.dtype)
+
+
 @dataclass(frozen=True)
 class StepStats:
     """Sums over the labelled rows of each reasoning step, each [J] float64: add them over micro-batches and ranks, then divide.

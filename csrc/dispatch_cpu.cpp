@@ -1,0 +1,36 @@
+// The entry point of the CPU library: picks the widest instruction set that this machine has.
+#include "rows.h"
+
+namespace srpo {
+void rows_portable(const RowArgs&);
+#ifdef SRPO_X86
+void rows_avx2(const RowArgs&);
+void rows_avx512(const RowArgs&);
+#endif
+}  // namespace srpo
+
+// 2 AVX-512, 1 AVX2, 0 neither.
+extern "C" int srpo_cpu_level() {
+#ifdef SRPO_X86
+  __builtin_cpu_init();
+  if (__builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512vl")) return 2;
+  if (__builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && __builtin_cpu_supports("f16c")) return 1;
+#endif
+  return 0;
+}
+
+// Runs `args` with instruction set `level`, or the best one where it is negative. Returns 0, or 1 where the level is not there.
+extern "C" int srpo_cpu_rows(const srpo::RowArgs* args, int level) {
+  const int best = srpo_cpu_level();
+  if (level > best) return 1;
+  switch (level < 0 ? best : level) {
+#ifdef SRPO_X86
+    case 2: srpo::rows_avx512(*args); break;
+    case 1: srpo::rows_avx2(*args); break;
+#endif
+    default: srpo::rows_portable(*args);
+  }
+  return 0;
+}
+
+extern "C" int64_t srpo_cpu_args_bytes() { return sizeof(srpo::RowArgs); }

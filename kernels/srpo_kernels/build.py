@@ -1,0 +1,113 @@
+"""Compiles csrc/ with the machine's own compiler, once per source and flags, into a cache: seconds, no torch headers.
+
+`python -m srpo_kernels.build` compiles ahead of the first use. The cache is $SRPO_CACHE_DIR, else $XDG_CACHE_HOME/srpo, else
+~/.cache/srpo; a file in it is named by a hash of everything that it was made from, so nothing in it is ever stale.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import hashlib
+import os
+import platform
+import shutil
+import subprocess
+import sys
+import tempfile
+from collections.abc import Sequence
+from functools import cache
+from pathlib import Path
+
+CSRC = Path(__file__).resolve().parent / "csrc"  # in a checkout a link to the top-level csrc/
+
+_CXX_FLAGS = ("-std=c++17", "-O3", "-fPIC", "-fopenmp", "-fvisibility=hidden", "-w")
+_ISA_FLAGS = {
+    "portable": (),
+    "avx2": ("-mavx2", "-mfma", "-mf16c"),
+    "avx512": ("-mavx512f", "-mavx512bw", "-mavx512vl", "-mfma", "-mf16c"),
+}
+
+
+class BuildError(RuntimeError):
+    """There is no compiler, or it failed; the text says what it printed."""
+
+
+def cache_dir() -> Path:
+    """Where compiled libraries are kept."""
+    default = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "srpo"
+    return Path(os.environ.get("SRPO_CACHE_DIR") or default)
+
+
+def compile_once(name: str, sources: Sequence[str], commands: Sequence[Sequence[str]]) -> Path:
+    """The shared library `name` made by `commands`, from the cache if it is there.
+
+    `sources` are files of csrc/ that the result depends on. In the commands "{src}" is csrc/, "{tmp}" an empty folder and "{out}"
+    the library. Processes that build the same at once do not disturb each other. Raises BuildError.
+    """
+    compiler = commands[0][0]
+    text = "".join((CSRC / source).read_text(encoding="utf-8") for source in sources)
+    key = hashlib.sha256(repr((text, commands, _version(compiler), platform.machine())).encode()).hexdigest()[:16]
+    library = cache_dir() / f"{name}-{key}.so"
+    if library.is_file():
+        return library
+    library.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=library.parent) as folder:
+        made = Path(folder) / library.name
+        for command in commands:
+            filled = [part.format(src=CSRC, tmp=folder, out=made) for part in command]
+            done = subprocess.run(filled, capture_output=True, text=True, check=False)
+            if done.returncode:
+                raise BuildError(f"{' '.join(filled)} failed:\n{done.stderr[-4000:]}")
+        made.replace(library)  # atomic: whoever comes second replaces it by the same
+    return library
+
+
+@cache
+def _version(compiler: str) -> str:
+    """First line of `compiler --version`. Raises BuildError where it is not there."""
+    if shutil.which(compiler) is None:
+        raise BuildError(f"{compiler} is not on the PATH: install a C++ compiler, or name one in CXX")
+    done = subprocess.run([compiler, "--version"], capture_output=True, text=True, check=False)
+    return done.stdout.partition("\n")[0]
+
+
+def cpu_commands() -> list[list[str]]:
+    """One object per instruction set, then the library. It takes OpenMP from whoever has loaded it, which is torch."""
+    compiler = os.environ.get("CXX") or "g++"
+    x86 = platform.machine().lower() in ("x86_64", "amd64")
+    names = list(_ISA_FLAGS) if x86 else ["portable"]
+    objects = {
+        name: [compiler, *_CXX_FLAGS, f"-DSRPO_ISA={name}", *_ISA_FLAGS[name], "-c", "{src}/rows_cpu.cpp", "-o", f"{{tmp}}/{name}.o"]
+        for name in names
+    }
+    link = [compiler, *_CXX_FLAGS[:3], "-shared", *(["-DSRPO_X86"] if x86 else []), "{src}/dispatch_cpu.cpp"]
+    return [*objects.values(), [*link, *(f"{{tmp}}/{name}.o" for name in names), "-o", "{out}"]]
+
+
+def build_cpu() -> Path:
+    """The CPU library. Raises BuildError."""
+    return compile_once("srpo_cpu", ["rows.h", "simd.h", "rows_cpu.cpp", "dispatch_cpu.cpp"], cpu_commands())
+
+
+def load_with_openmp(library: Path) -> ctypes.CDLL:
+    """Load a library whose OpenMP calls are to meet the runtime that torch has already loaded: a second one in the process would
+    keep threads of its own, which fight with torch's for the cores. Falls back to the system's where torch has none."""
+    try:
+        return ctypes.CDLL(str(library))
+    except OSError as error:
+        if "GOMP" not in str(error):
+            raise
+    ctypes.CDLL("libgomp.so.1", mode=ctypes.RTLD_GLOBAL)
+    return ctypes.CDLL(str(library))
+
+
+def main() -> None:
+    """Build what this machine can use; exit code 1 where the compiler fails."""
+    try:
+        print(f"CPU kernels: {build_cpu()}")
+    except BuildError as error:
+        sys.exit(f"error: {error}")
+
+
+if __name__ == "__main__":
+    main()

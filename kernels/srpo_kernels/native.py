@@ -1,0 +1,93 @@
+"""`RowArgs` of csrc/rows.h for ctypes, filled from tensors: what the C++ and the CUDA library are called with."""
+
+from __future__ import annotations
+
+import ctypes
+import math
+from typing import Any
+
+import torch
+
+ROW_FIELDS = ("loss", "logprob", "lse", "ratio", "kl", "entropy", "clipped", "outside", "step")
+MODES = {"policy_loss": 0, "logprobs": 1, "logprobs_backward": 2}
+DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
+KL_ESTIMATORS = {None: 0, "k1": 1, "k2": 2, "k3": 3, "full": 4}
+
+_POINTERS = {  # name: dtype, None for that of the logits
+    "logits": None,
+    "ref_logits": None,
+    "dlogits": None,
+    "labels": torch.int64,
+    "kept_ids": torch.int64,
+    "step_advantages": torch.float32,
+    "step_ends": torch.int32,
+    "cu_seqlens": torch.int32,
+    "weights": torch.float32,
+    "old_logprobs": torch.float32,
+    "ref_logprobs": torch.float32,
+    "grad_logprobs": torch.float32,
+    "grad_lse": torch.float32,
+    "rows": torch.float32,
+}
+_STRIDES = {"logits": "logits_stride", "ref_logits": "ref_stride", "dlogits": "dlogits_stride"}
+_SIZES = (*_STRIDES.values(), "T", "V", "N", "J", "K", "first_row")
+_NUMBERS = ("temperature", "clip_eps_low", "clip_eps_high", "dual_clip", "kl_coef")
+_CODES = ("dtype", "mode", "kl_estimator", "num_threads")
+
+
+class RowArgs(ctypes.Structure):
+    """Field by field as in csrc/rows.h."""
+
+    _fields_ = [
+        *((name, ctypes.c_void_p) for name in _POINTERS),
+        *((name, ctypes.c_int64) for name in _SIZES),
+        *((name, ctypes.c_double) for name in _NUMBERS),
+        *((name, ctypes.c_int32) for name in _CODES),
+    ]
+
+
+def row_args(
+    mode: str,
+    tensors: dict[str, torch.Tensor | None],
+    *,
+    temperature: float,
+    clip_eps_low: float = 0.0,
+    clip_eps_high: float = 0.0,
+    dual_clip: float = math.inf,
+    kl_coef: float = 0.0,
+    kl_estimator: str | None = None,
+    first_row: int = 0,
+) -> tuple[RowArgs, list[Any]]:
+    """The block, and the tensors that its pointers look into: keep them until the call has ended.
+
+    Tensors come by the field names of csrc/rows.h. Those that are only read are brought into the dtype and the layout that the
+    kernels expect, by a copy where need be; `dlogits` and `rows` are written and must have them.
+    """
+    logits = tensors["logits"]
+    assert logits is not None
+    held: list[Any] = []
+    args = RowArgs(mode=MODES[mode], dtype=DTYPES[logits.dtype], kl_estimator=KL_ESTIMATORS[kl_estimator], num_threads=1)
+    args.T, args.V = logits.shape
+    for name, tensor in tensors.items():
+        if tensor is None:
+            continue
+        dtype = _POINTERS[name] or logits.dtype
+        if name in ("dlogits", "rows"):
+            assert tensor.dtype == dtype and (tensor.shape[1] <= 1 or tensor.stride(1) == 1), name
+        elif name in ("logits", "ref_logits"):
+            tensor = tensor.detach().to(dtype)
+            if tensor.shape[1] > 1 and tensor.stride(1) != 1:
+                tensor = tensor.contiguous()
+        else:
+            tensor = tensor.detach().to(dtype).contiguous()
+        held.append(tensor)
+        setattr(args, name, tensor.data_ptr())
+        if name in _STRIDES:
+            setattr(args, _STRIDES[name], tensor.stride(0))
+        elif name == "step_ends":
+            args.N, args.J = tensor.shape
+        elif name == "kept_ids":
+            args.K = tensor.shape[1]
+    args.temperature, args.clip_eps_low, args.clip_eps_high = temperature, clip_eps_low, clip_eps_high
+    args.dual_clip, args.kl_coef, args.first_row = dual_clip, kl_coef, first_row
+    return args, held

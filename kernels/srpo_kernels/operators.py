@@ -1,0 +1,285 @@
+"""The ops as torch operators: `torch.ops.srpo.*` with fake implementations and autograd, so that torch.compile, activation
+checkpointing and FSDP2 see opaque, well-behaved functions. A backend computes rows; everything around them is here, once.
+
+The gradient of `policy_loss` is formed by its forward: one token's gradient is a number times (onehot - softmax), and the number
+follows from the log-probability that the forward has just computed. Backward only hands it out.
+"""
+
+from __future__ import annotations
+
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor
+
+from srpo_kernels.native import ROW_FIELDS
+from srpo_kernels.segments import StepStats
+
+
+class Backend(Protocol):
+    """What a module that computes rows offers. T rows, V vocabulary.
+
+    `tables` has the tensors labels, kept_ids, ref_logits, step_advantages, step_ends, cu_seqlens, weights, old_logprobs and
+    ref_logprobs of `srpo_kernels.policy_loss`, None where there is none; `options` has clip_eps_low, clip_eps_high, dual_clip
+    (inf: off), kl_coef, kl_estimator (None where there is no reference), temperature, and first_row: the packed index of row 0,
+    where labels, weights and log-probabilities are a slice of a batch while step_advantages, step_ends and cu_seqlens are whole.
+    """
+
+    def why_not(self, logits: Tensor) -> str | None:
+        """Why these logits cannot be taken (device, dtype, a compiler that is missing); None if they can."""
+        ...
+
+    def new_gradient(self, logits: Tensor) -> Tensor:
+        """An empty tensor of the logits' shape, dtype and device, contiguous."""
+        ...
+
+    def policy_rows(
+        self, logits: Tensor, dlogits: Tensor | None, tables: dict[str, Tensor | None], options: dict[str, Any]
+    ) -> Tensor:
+        """Values per row, [len(ROW_FIELDS), T] fp32: `loss` with its weight; `step` is -1 and all else 0 where ignored.
+
+        `dlogits` [T, V] is filled with the gradient of the sum of the losses; it may be `logits`. None: not wanted.
+        """
+        ...
+
+    def logprob_rows(self, logits: Tensor, labels: Tensor, kept_ids: Tensor | None, temperature: float) -> tuple[Tensor, Tensor]:
+        """(log-probabilities, log-sum-exp), each [T] fp32, 0 where ignored."""
+        ...
+
+    def logprob_rows_backward(
+        self,
+        logits: Tensor,
+        labels: Tensor,
+        kept_ids: Tensor | None,
+        temperature: float,
+        grad_logprobs: Tensor,
+        grad_lse: Tensor,
+    ) -> Tensor:
+        """The gradient [T, V] of what `logprob_rows` returns."""
+        ...
+
+
+BACKENDS: dict[str, Backend] = {}
+
+
+@torch.library.custom_op("srpo::policy_loss", mutates_args=())
+def policy_loss(
+    logits: Tensor,
+    labels: Tensor,
+    step_advantages: Tensor,
+    step_ends: Tensor,
+    cu_seqlens: Tensor,
+    weights: Tensor,
+    old_logprobs: Tensor | None,
+    ref_logprobs: Tensor | None,
+    kept_ids: Tensor | None,
+    ref_logits: Tensor | None,
+    clip_eps_low: float,
+    clip_eps_high: float,
+    dual_clip: float,
+    kl_coef: float,
+    kl_estimator: str,
+    temperature: float,
+    with_grad: bool,
+    impl: str,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """(loss [], logprobs [T], sums [6, J] fp64 as `StepStats.stack`, gradient [T, V]; [0, V] without `with_grad`)."""
+    tables = _tables(
+        labels, step_advantages, step_ends, cu_seqlens, weights, old_logprobs, ref_logprobs, kept_ids, ref_logits, kl_estimator
+    )
+    options = _options(tables, clip_eps_low, clip_eps_high, dual_clip, kl_coef, kl_estimator, temperature)
+    dlogits = BACKENDS[impl].new_gradient(logits) if with_grad else None
+    rows = BACKENDS[impl].policy_rows(logits, dlogits, tables, options)
+    return *_reduce(rows, step_ends.shape[1]), logits.new_empty(0, logits.shape[1]) if dlogits is None else dlogits
+
+
+@torch.library.custom_op("srpo::policy_loss_", mutates_args=("logits",))
+def policy_loss_(
+    logits: Tensor,
+    labels: Tensor,
+    step_advantages: Tensor,
+    step_ends: Tensor,
+    cu_seqlens: Tensor,
+    weights: Tensor,
+    old_logprobs: Tensor | None,
+    ref_logprobs: Tensor | None,
+    kept_ids: Tensor | None,
+    ref_logits: Tensor | None,
+    clip_eps_low: float,
+    clip_eps_high: float,
+    dual_clip: float,
+    kl_coef: float,
+    kl_estimator: str,
+    temperature: float,
+    impl: str,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """The same with the gradient written over the logits."""
+    tables = _tables(
+        labels, step_advantages, step_ends, cu_seqlens, weights, old_logprobs, ref_logprobs, kept_ids, ref_logits, kl_estimator
+    )
+    options = _options(tables, clip_eps_low, clip_eps_high, dual_clip, kl_coef, kl_estimator, temperature)
+    return _reduce(BACKENDS[impl].policy_rows(logits, logits, tables, options), step_ends.shape[1])
+
+
+def _tables(
+    labels: Tensor,
+    step_advantages: Tensor,
+    step_ends: Tensor,
+    cu_seqlens: Tensor,
+    weights: Tensor,
+    old_logprobs: Tensor | None,
+    ref_logprobs: Tensor | None,
+    kept_ids: Tensor | None,
+    ref_logits: Tensor | None,
+    kl_estimator: str,
+) -> dict[str, Tensor | None]:
+    """The backend's `tables`; of the two references only the one that the estimator uses."""
+    return {
+        "labels": labels,
+        "step_advantages": step_advantages,
+        "step_ends": step_ends,
+        "cu_seqlens": cu_seqlens,
+        "weights": weights,
+        "old_logprobs": old_logprobs,
+        "ref_logprobs": None if kl_estimator == "full" else ref_logprobs,
+        "kept_ids": kept_ids,
+        "ref_logits": ref_logits if kl_estimator == "full" else None,
+    }
+
+
+def _options(
+    tables: dict[str, Tensor | None],
+    clip_eps_low: float,
+    clip_eps_high: float,
+    dual_clip: float,
+    kl_coef: float,
+    kl_estimator: str,
+    temperature: float,
+) -> dict[str, Any]:
+    """The backend's `options`."""
+    has_reference = tables["ref_logprobs"] is not None or tables["ref_logits"] is not None
+    return {
+        "clip_eps_low": clip_eps_low,
+        "clip_eps_high": clip_eps_high,
+        "dual_clip": dual_clip,
+        "kl_coef": kl_coef,
+        "kl_estimator": kl_estimator if has_reference else None,
+        "temperature": temperature,
+        "first_row": 0,
+    }
+
+
+def _reduce(rows: Tensor, num_steps: int) -> tuple[Tensor, Tensor, Tensor]:
+    """(loss, logprobs, sums by step) of the values per row; in the same order on every run, on a GPU too."""
+    row = dict(zip(ROW_FIELDS, rows, strict=True))
+    row["num_tokens"] = torch.ones_like(row["step"])
+    fields = ("num_tokens", "clipped", "outside", "ratio", "kl", "entropy")  # the order of `StepStats`
+    values = torch.stack([row[name] for name in fields])[:, None]  # [6, 1, T]
+    own = row["step"] == torch.arange(num_steps, device=rows.device)[:, None]  # [J, T]
+    sums = torch.where(own, values, 0).sum(2, dtype=torch.float64)
+    return row["loss"].sum(dtype=torch.float64).float(), row["logprob"].clone(), sums
+
+
+def _fake_results(logits: Tensor, step_ends: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    fp32 = logits.new_empty((), dtype=torch.float32)
+    sums = fp32.new_empty(len(StepStats.zeros(1).stack()), step_ends.shape[1], dtype=torch.float64)
+    return fp32, fp32.new_empty(logits.shape[0]), sums
+
+
+@policy_loss.register_fake
+def _(logits: Tensor, labels: Tensor, step_advantages: Tensor, step_ends: Tensor, *args: Any) -> tuple[Tensor, ...]:
+    with_grad = args[-2]
+    gradient = torch.empty_like(logits, memory_format=torch.contiguous_format) if with_grad else logits.new_empty(0, logits.shape[1])
+    return *_fake_results(logits, step_ends), gradient
+
+
+@policy_loss_.register_fake
+def _(logits: Tensor, labels: Tensor, step_advantages: Tensor, step_ends: Tensor, *args: Any) -> tuple[Tensor, ...]:
+    return _fake_results(logits, step_ends)
+
+
+def _save_gradient(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+    ctx.num_inputs = len(inputs)
+    ctx.set_materialize_grads(False)  # zeros [T, V] for the gradient's own gradient, otherwise
+    ctx.save_for_backward(output[3])
+    ctx.mark_non_differentiable(*output[1:])
+
+
+def _hand_out(ctx: Any, grad_loss: Tensor, *_: Tensor) -> tuple[Tensor | None, ...]:
+    (dlogits,) = ctx.saved_tensors
+    return _times(dlogits, grad_loss), *[None] * (ctx.num_inputs - 1)
+
+
+def _times(dlogits: Tensor, grad_loss: Tensor) -> Tensor:
+    """The gradient times that of the loss, which is nearly always 1 and then costs nothing where it can be looked at."""
+    if type(grad_loss) is Tensor and grad_loss.device.type == "cpu" and grad_loss.item() == 1:
+        return dlogits
+    return dlogits * grad_loss
+
+
+torch.library.register_autograd("srpo::policy_loss", _hand_out, setup_context=_save_gradient)
+
+
+class PolicyLossInPlace(torch.autograd.Function):
+    """`policy_loss_` with autograd, which torch's registration refuses to ops that write to their inputs."""
+
+    @staticmethod
+    def forward(ctx: Any, logits: Tensor, *args: Any) -> tuple[Tensor, ...]:
+        """Arguments and results of `policy_loss_`."""
+        results = policy_loss_(logits, *args)
+        ctx.num_inputs = 1 + len(args)
+        ctx.save_for_backward(logits.detach())  # after the write: it holds the gradient now
+        ctx.mark_non_differentiable(*results[1:])
+        return results
+
+    @staticmethod
+    def backward(ctx: Any, grad_loss: Tensor, *_: Tensor) -> tuple[Tensor | None, ...]:
+        """The gradient for the logits, None for all else."""
+        return _hand_out(ctx, grad_loss)
+
+
+@torch.library.custom_op("srpo::token_logprobs", mutates_args=())
+def token_logprobs(
+    logits: Tensor, labels: Tensor, kept_ids: Tensor | None, temperature: float, impl: str
+) -> tuple[Tensor, Tensor]:
+    """(log-probabilities, log-sum-exp), each [T] fp32."""
+    return BACKENDS[impl].logprob_rows(logits, labels, kept_ids, temperature)
+
+
+@token_logprobs.register_fake
+def _(logits: Tensor, labels: Tensor, kept_ids: Tensor | None, temperature: float, impl: str) -> tuple[Tensor, Tensor]:
+    rows = logits.new_empty(logits.shape[0], dtype=torch.float32)
+    return rows, torch.empty_like(rows)
+
+
+@torch.library.custom_op("srpo::token_logprobs_backward", mutates_args=())
+def token_logprobs_backward(
+    logits: Tensor,
+    labels: Tensor,
+    kept_ids: Tensor | None,
+    temperature: float,
+    grad_logprobs: Tensor,
+    grad_lse: Tensor,
+    impl: str,
+) -> Tensor:
+    """The gradient [T, V] of `token_logprobs`."""
+    return BACKENDS[impl].logprob_rows_backward(logits, labels, kept_ids, temperature, grad_logprobs, grad_lse)
+
+
+@token_logprobs_backward.register_fake
+def _(logits: Tensor, *args: Any) -> Tensor:
+    return torch.empty_like(logits, memory_format=torch.contiguous_format)
+
+
+def _save_logits(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+    logits, labels, kept_ids, ctx.temperature, ctx.impl = inputs
+    ctx.save_for_backward(logits, labels, kept_ids)
+
+
+def _recompute(ctx: Any, grad_logprobs: Tensor, grad_lse: Tensor) -> tuple[Tensor | None, ...]:
+    logits, labels, kept_ids = ctx.saved_tensors
+    dlogits = token_logprobs_backward(logits, labels, kept_ids, ctx.temperature, grad_logprobs, grad_lse, ctx.impl)
+    return dlogits, None, None, None, None
+
+
+torch.library.register_autograd("srpo::token_logprobs", _recompute, setup_context=_save_logits)
