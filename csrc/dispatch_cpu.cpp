@@ -2,10 +2,10 @@
 #include "rows.h"
 
 namespace srpo {
-void rows_portable(const RowArgs&);
+bool rows_portable(const RowArgs&);
 #ifdef SRPO_X86
-void rows_avx2(const RowArgs&);
-void rows_avx512(const RowArgs&);
+bool rows_avx2(const RowArgs&);
+bool rows_avx512(const RowArgs&);
 #endif
 }  // namespace srpo
 
@@ -19,18 +19,20 @@ extern "C" int srpo_cpu_level() {
   return 0;
 }
 
-// Runs `args` with instruction set `level`, or the best one where it is negative. Returns 0, or 1 where the level is not there.
+// Runs `args` with instruction set `level`, or the best one where it is negative. Returns 0; 1 where the level is not there;
+// 2 where a label or a kept id was no column of the logits: its row was left out.
 extern "C" int srpo_cpu_rows(const srpo::RowArgs* args, int level) {
   const int best = srpo_cpu_level();
   if (level > best) return 1;
+  bool good;
   switch (level < 0 ? best : level) {
 #ifdef SRPO_X86
-    case 2: srpo::rows_avx512(*args); break;
-    case 1: srpo::rows_avx2(*args); break;
+    case 2: good = srpo::rows_avx512(*args); break;
+    case 1: good = srpo::rows_avx2(*args); break;
 #endif
-    default: srpo::rows_portable(*args);
+    default: good = srpo::rows_portable(*args);
   }
-  return 0;
+  return good ? 0 : 2;
 }
 
 extern "C" int64_t srpo_cpu_args_bytes() { return sizeof(srpo::RowArgs); }

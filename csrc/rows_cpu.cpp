@@ -17,12 +17,13 @@ namespace {
 
 constexpr int64_t kTile = 2048;
 constexpr int64_t kUnroll = 4 * kLanes;  // a tile's tail is padded to a multiple of it
+constexpr int64_t kBlock = 8 * kUnroll;
 constexpr int64_t kStreamBytes = int64_t(24) << 20;  // gradients above this size go past the caches
 constexpr double kLn2 = 0.693147180559945309417232121458, kLog2e = 1.44269504088896340735992468100;
 
 struct Tile {
-  float k;         // exponents are relative to it
-  float sum, dot;  // of E, and of E * (x c - k)
+  float k;          // exponents are relative to it
+  double sum, dot;  // of E, and of E * (x c - k)
 };
 
 struct Scratch {  // one per thread, kept
@@ -30,27 +31,57 @@ struct Scratch {  // one per thread, kept
   std::vector<float> e, candidates, ref_candidates, gradient;
 };
 
+// How exact the exponentials of a dtype are: the polynomial's degree, and whether c = log2(e) / temperature counts to double
+// precision (its rounding to fp32 moves a log-probability of -20 by up to 6e-7). 16-bit logits are far coarser than either.
+template <class T> constexpr bool kFine = sizeof(T) == 4;
+
+struct Factor {
+  float high, low;
+  double exact;  // high + low
+};
+
+template <bool fine>
+Factor factor_of(double c) {
+  const float high = float(c), low = fine ? float(c - high) : 0.0f;
+  return {high, low, double(high) + low};
+}
+
+// 2^(v c - k), as shift = round(v c) - k and a fraction that is rounded once, whatever the size of v.
+template <bool fine>
+inline Vec power(Vec v, Vec c_high, Vec c_low, Vec k, Vec* exponent) {
+  const Vec whole = round(v * c_high), shift = whole - k;
+  Vec f = fraction(v, c_high, whole);
+  if (fine) f = fma(v, c_low, f);
+  *exponent = shift + f;
+  return scale(exp2_fraction<fine ? 6 : 5>(f), shift);
+}
+
 // E and sums of one tile; n is a multiple of kUnroll. Without kKeep, E is not stored.
-template <int kDegree, bool kKeep, class T>
-Tile exp_tile(const T* x, int64_t n, float c, float* e) {
+template <bool kKeep, class T>
+Tile exp_tile(const T* x, int64_t n, const Factor& c, float* e) {
   Vec most[4] = {load(x), load(x + kLanes), load(x + 2 * kLanes), load(x + 3 * kLanes)};
   for (int64_t i = kUnroll; i < n; i += kUnroll)
     for (int j = 0; j < 4; ++j) most[j] = larger(most[j], load(x + i + j * kLanes));
-  const float top = largest_lane(larger(larger(most[0], most[1]), larger(most[2], most[3]))) * c;
+  const float top = largest_lane(larger(larger(most[0], most[1]), larger(most[2], most[3]))) * c.high;
   const float k = top > -std::numeric_limits<float>::max() ? std::nearbyint(top) : 0.0f;  // all -inf, or NaN: 0
 
-  const Vec vc = fill(c), vk = fill(k), lowest = fill((k - 150.0f) / c);
-  Vec sum[4] = {fill(0), fill(0), fill(0), fill(0)}, dot[4] = {fill(0), fill(0), fill(0), fill(0)};
-  for (int64_t i = 0; i < n; i += kUnroll)
-    for (int j = 0; j < 4; ++j) {
-      const Vec v = larger(lowest, load(x + i + j * kLanes));  // keeps NaN; -inf becomes 2^-150, which is 0
-      const Vec whole = round(v * vc), f = fma(v, vc, -whole), shift = whole - vk;
-      const Vec power = scale(exp2_fraction<kDegree>(f), shift);
-      if (kKeep) store(e + i + j * kLanes, power);
-      sum[j] = sum[j] + power;
-      dot[j] = fma(power, shift + f, dot[j]);
-    }
-  return {k, add_lanes((sum[0] + sum[1]) + (sum[2] + sum[3])), add_lanes((dot[0] + dot[1]) + (dot[2] + dot[3]))};
+  const Vec high = fill(c.high), low = fill(c.low), vk = fill(k), lowest = fill((k - 160.0f) / c.high);
+  double sum = 0, dot = 0;
+  for (int64_t begin = 0; begin < n; begin += kBlock) {  // a block's sums are short enough for fp32
+    Vec sums[4] = {fill(0), fill(0), fill(0), fill(0)}, dots[4] = {fill(0), fill(0), fill(0), fill(0)};
+    for (int64_t i = begin; i < std::min(begin + kBlock, n); i += kUnroll)
+      for (int j = 0; j < 4; ++j) {
+        const Vec v = larger(lowest, load(x + i + j * kLanes));  // keeps NaN; -inf becomes 2^-160, which is 0
+        Vec exponent;
+        const Vec part = power<kFine<T>>(v, high, low, vk, &exponent);
+        if (kKeep) store(e + i + j * kLanes, part);
+        sums[j] = sums[j] + part;
+        dots[j] = fma(part, exponent, dots[j]);
+      }
+    sum += add_lanes((sums[0] + sums[1]) + (sums[2] + sums[3]));
+    dot += add_lanes((dots[0] + dots[1]) + (dots[2] + dots[3]));
+  }
+  return {k, sum, dot};
 }
 
 // The same for a whole row, and its sums in double.
@@ -60,18 +91,17 @@ struct RowSum {
 };
 
 template <bool kKeep, class T>
-RowSum exp_row(const T* x, int64_t n, float c, std::vector<Tile>& tiles, float* e) {
-  constexpr int kDegree = sizeof(T) == 4 ? 6 : 5;
+RowSum exp_row(const T* x, int64_t n, const Factor& c, std::vector<Tile>& tiles, float* e) {
   tiles.clear();
   for (int64_t i = 0; i < n; i += kTile) {
     const int64_t count = std::min(kTile, n - i), padded = (count + kUnroll - 1) / kUnroll * kUnroll;
     if (padded == count) {
-      tiles.push_back(exp_tile<kDegree, kKeep>(x + i, count, c, e + i));
+      tiles.push_back(exp_tile<kKeep>(x + i, count, c, e + i));
     } else {
       T tail[kTile];
       std::copy(x + i, x + i + count, tail);
       std::fill(tail + count, tail + padded, negative_infinity<T>());
-      tiles.push_back(exp_tile<kDegree, kKeep>(tail, padded, c, e + i));
+      tiles.push_back(exp_tile<kKeep>(tail, padded, c, e + i));
     }
   }
   float top = -std::numeric_limits<float>::max();
@@ -116,24 +146,25 @@ template <class T>
 class Worker {
  public:
   Worker(const RowArgs& args, Scratch& scratch)
-      : a_(args), s_(scratch), c_(float(kLog2e / args.temperature)),
-        stream_(args.T * args.V * int64_t(sizeof(T)) > kStreamBytes) {}
+      : a_(args), s_(scratch), stream_(args.T * args.V * int64_t(sizeof(T)) > kStreamBytes) {}
 
-  void run(int64_t r) {
+  // Does row r; false where its label or a kept id is no column.
+  bool run(int64_t r) {
     T* d = a_.dlogits ? static_cast<T*>(a_.dlogits) + r * a_.dlogits_stride : nullptr;
     const int64_t label = a_.labels[r];
     if (label == kIgnore) {
       for (int f = 0; f < kNumFields; ++f) a_.rows[f * a_.T + r] = f == kStep ? -1.0f : 0.0f;
       if (d) zero(d);
-      return;
+      return true;
     }
+    if (!is_column(label)) return false;
     const T* x = static_cast<const T*>(a_.logits) + r * a_.logits_stride;
     const T* ref = a_.ref_logits ? static_cast<const T*>(a_.ref_logits) + r * a_.ref_stride : nullptr;
     if (!a_.kept_ids) {
       const T* next = r + 1 < a_.T && a_.labels[r + 1] != kIgnore ? x + a_.logits_stride : nullptr;
       work(r, x, ref, a_.V, label, d, next);
       a_.rows[kOutside * a_.T + r] = 0;
-      return;
+      return true;
     }
     // A filtered row: the label first, then the rest of the support, gathered; and the gradient is scattered.
     const int64_t* kept = a_.kept_ids + r * a_.K;
@@ -144,20 +175,24 @@ class Worker {
     for (int64_t i = 0; i < a_.K; ++i) {
       if (kept[i] == label) outside = false;
       if (kept[i] == label || kept[i] < 0) continue;
+      if (!is_column(kept[i])) return false;
       v.push_back(to_float(x[kept[i]]));
       if (ref) q.push_back(to_float(ref[kept[i]]));
     }
     s_.gradient.resize(v.size());
     work<float>(r, v.data(), ref ? q.data() : nullptr, v.size(), 0, d ? s_.gradient.data() : nullptr, nullptr);
     a_.rows[kOutside * a_.T + r] = outside;
-    if (!d) return;
+    if (!d) return true;
     zero(d);
     from_float(s_.gradient[0], d + label);
     for (int64_t i = 0, j = 1; i < a_.K; ++i)
       if (kept[i] != label && kept[i] >= 0) from_float(s_.gradient[j++], d + kept[i]);
+    return true;
   }
 
  private:
+  bool is_column(int64_t id) const { return id >= 0 && id < a_.V; }
+
   void zero(T* d) {
     s_.e.resize(std::max<int64_t>(s_.e.size(), kTile));
     std::fill(s_.e.begin(), s_.e.begin() + kTile, 0.0f);
@@ -175,12 +210,13 @@ class Worker {
   void work(int64_t r, const X* x, const X* ref, int64_t n, int64_t label, X* d, const X* next) {
     s_.e.resize(std::max<int64_t>(s_.e.size(), n + kTile));
     float* e = s_.e.data();
+    const Factor c = factor_of<kFine<X>>(kLog2e / a_.temperature);
     Row row{};
-    if (ref) row.ref_lse2 = exp_row<false>(ref, n, c_, s_.ref_tiles, e).lse2;
+    if (ref) row.ref_lse2 = exp_row<false>(ref, n, c, s_.ref_tiles, e).lse2;
     const bool keep = d || ref;
-    const RowSum sums = keep ? exp_row<true>(x, n, c_, s_.tiles, e) : exp_row<false>(x, n, c_, s_.tiles, e);
+    const RowSum sums = keep ? exp_row<true>(x, n, c, s_.tiles, e) : exp_row<false>(x, n, c, s_.tiles, e);
     row.lse2 = sums.lse2;
-    row.logprob = (double(to_float(x[label])) * c_ - sums.lse2) * kLn2;
+    row.logprob = label_logprob<kFine<X>>(to_float(x[label]), s_.tiles[label / kTile].k, sums.lse2);
     row.entropy = (sums.lse2 - sums.mean_xc) * kLn2;
     if (ref) row.full_kl = exact_kl(x, ref, n, row);
     const double x_label = to_float(x[label]), ref_label = ref ? to_float(ref[label]) : 0.0;
@@ -203,6 +239,18 @@ class Worker {
       if (stream_) stream_fence();
     }
     from_float(float(at_label * inverse_t), d + label);
+  }
+
+  // A likely label's own power is taken with the rounding that it has in the sum, so that a certain one gets exactly 0.
+  template <bool fine>
+  double label_logprob(float x, float k, double lse2) {
+    const Factor c = factor_of<fine>(kLog2e / a_.temperature);
+    const double log2_p = double(x) * c.exact - lse2;
+    if (!(log2_p > -1)) return log2_p * kLn2;
+    Vec exponent;
+    float lanes[kLanes];
+    store(lanes, power<fine>(fill(x), fill(c.high), fill(c.low), fill(k), &exponent));
+    return std::min(0.0, (std::log2(double(lanes[0])) + k - lse2) * kLn2);
   }
 
   template <class X>
@@ -277,30 +325,31 @@ class Worker {
 
   const RowArgs& a_;
   Scratch& s_;
-  const float c_;
   const bool stream_;
 };
 
 template <class T>
-void run_all(const RowArgs& args) {
-#pragma omp parallel num_threads(args.num_threads)
+bool run_all(const RowArgs& args) {
+  bool good = true;
+#pragma omp parallel num_threads(args.num_threads) reduction(&& : good)
   {
     static thread_local Scratch scratch;
     Worker<T> worker(args, scratch);
 #pragma omp for schedule(dynamic, 8)
-    for (int64_t r = 0; r < args.T; ++r) worker.run(r);
+    for (int64_t r = 0; r < args.T; ++r) good = worker.run(r) && good;
   }
+  return good;
 }
 
 }  // namespace
 
 #define SRPO_JOIN_(a, b) a##b
 #define SRPO_JOIN(a, b) SRPO_JOIN_(a, b)
-void SRPO_JOIN(rows_, SRPO_ISA)(const RowArgs& args) {
+bool SRPO_JOIN(rows_, SRPO_ISA)(const RowArgs& args) {
   switch (args.dtype) {
     case kFloat32: return run_all<float>(args);
     case kBFloat16: return run_all<BFloat16>(args);
-    case kFloat16: return run_all<Float16>(args);
+    default: return run_all<Float16>(args);
   }
 }
 

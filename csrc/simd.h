@@ -67,6 +67,7 @@ template <class T> inline void store(T* p, Vec v) { _mm256_storeu_si256(reinterp
 template <class T> inline void stream(T* p, Vec v) { _mm256_stream_si256(reinterpret_cast<__m256i*>(p), narrow(v, p)); }
 inline Vec larger(Vec a, Vec b) { return _mm512_max_ps(a, b); }  // b where one is NaN
 inline Vec fma(Vec a, Vec b, Vec c) { return _mm512_fmadd_ps(a, b, c); }
+inline Vec fraction(Vec x, Vec c, Vec whole) { return _mm512_fmsub_ps(x, c, whole); }  // x c - whole, rounded once
 inline Vec round(Vec a) { return _mm512_roundscale_ps(a, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC); }
 inline Vec scale(Vec a, Vec n) { return _mm512_scalef_ps(a, n); }
 
@@ -96,8 +97,9 @@ template <class T> inline void store(T* p, Vec v) { _mm_storeu_si128(reinterpret
 template <class T> inline void stream(T* p, Vec v) { _mm_stream_si128(reinterpret_cast<__m128i*>(p), narrow(v, p)); }
 inline Vec larger(Vec a, Vec b) { return _mm256_max_ps(a, b); }
 inline Vec fma(Vec a, Vec b, Vec c) { return _mm256_fmadd_ps(a, b, c); }
+inline Vec fraction(Vec x, Vec c, Vec whole) { return _mm256_fmsub_ps(x, c, whole); }
 inline Vec round(Vec a) { return _mm256_round_ps(a, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC); }
-inline Vec scale(Vec a, Vec n) {  // a * 2^n for integer n in [-160, 1]: in two halves, since 2^-160 is no float
+inline Vec scale(Vec a, Vec n) {  // a * 2^n for integer n in [-161, 1]: in two halves, since 2^-161 is no float
   const __m256i whole = _mm256_cvtps_epi32(n), half = _mm256_srai_epi32(whole, 1), rest = _mm256_sub_epi32(whole, half);
   const __m256i bias = _mm256_set1_epi32(127);
   const Vec first = _mm256_castsi256_ps(_mm256_slli_epi32(_mm256_add_epi32(half, bias), 23));
@@ -115,6 +117,11 @@ template <class T> inline void store(T* p, Vec v) { for (int i = 0; i < kLanes; 
 template <class T> inline void stream(T* p, Vec v) { store(p, v); }
 inline Vec larger(Vec a, Vec b) { return a > b ? a : b; }
 inline Vec fma(Vec a, Vec b, Vec c) { return a * b + c; }
+inline Vec fraction(Vec x, Vec c, Vec whole) {  // rounded once also where there is no fused multiply-add
+  typedef double Wide __attribute__((vector_size(32)));
+  return __builtin_convertvector(
+      __builtin_convertvector(x, Wide) * __builtin_convertvector(c, Wide) - __builtin_convertvector(whole, Wide), Vec);
+}
 inline Vec round(Vec a) {  // to an integer while |a| < 2^22; above, a float is close to one anyway
   const Vec magic = fill(0x1.8p23f), limit = fill(0x1p22f);
   const Vec near = (a + magic) - magic;
@@ -132,8 +139,9 @@ inline void stream_fence() {
   _mm_sfence();
 #endif
 }
-inline float add_lanes(Vec v) {
-  float lanes[kLanes], sum = 0;
+inline double add_lanes(Vec v) {
+  float lanes[kLanes];
+  double sum = 0;
   store(lanes, v);
   for (int i = 0; i < kLanes; ++i) sum += lanes[i];
   return sum;

@@ -66,7 +66,7 @@ class LossConfig:
     kl_estimator: Literal["k1", "k2", "k3", "full"] = "k3"
     denominator: Literal["sequence_mean", "token_mean"] = "sequence_mean"  # Eq. 6's 1/|o_i|, or one mean over all tokens
     num_updates: int = 1  # optimizer steps per rollout batch
-    impl: Literal["auto", "reference"] = "auto"
+    impl: Literal["auto", "reference", "cpu", "triton", "cuda"] = "auto"
 
 
 @dataclass(frozen=True)

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from srpo_kernels import token_logprobs
+from srpo_kernels import policy_loss
 
 from srpo.algorithm.losses import sft_weights
 from srpo.batch import Batch, Rollout, pack
@@ -128,6 +128,28 @@ def _check_settings(cfg: SftConfig) -> None:
         raise ValueError('data is not set: name a JSON Lines file of {"prompt": "...", "response": "..."}')
 
 
+def sft_loss(logits: torch.Tensor, rows: Batch) -> torch.Tensor:
+    """-sum of weight * logprob over the rows of `Batch.rows()`, differentiable in `logits` [R, V].
+
+    The gradient is the policy gradient of the teacher's own tokens with advantage 1, so the loss kernel forms it in its one pass
+    over the logits (and may overwrite them).
+    """
+    out = policy_loss(
+        logits,
+        rows.labels,
+        torch.ones_like(rows.step_advantages),
+        rows.step_ends,
+        rows.cu_seqlens,
+        rows.weights,
+        clip_eps_low=0.0,
+        clip_eps_high=0.0,
+        kl_coef=0.0,
+        kl_estimator="k3",
+        temperature=1.0,
+    )
+    return out.loss + (-(rows.weights * out.logprobs).sum() - out.loss).detach()
+
+
 def sft(cfg: SftConfig, parallel: Parallel) -> Path:
     """Train and return the folder of the resulting checkpoint, `run_dir/policy`. Killed and started again it continues."""
     run_dir, main = Path(cfg.run_dir), parallel.is_main
@@ -157,7 +179,7 @@ def sft(cfg: SftConfig, parallel: Parallel) -> Path:
         hits.add_(
             torch.stack([(logits.detach().argmax(-1) == rows.labels).sum(), torch.tensor(len(logits), device=logits.device)])
         )
-        return -(rows.weights * token_logprobs(logits, rows.labels, temperature=1.0)[0]).sum()
+        return sft_loss(logits, rows)
 
     with Progress("SFT", cfg.num_steps, start=done, enabled=main) as bar:
         for step in range(done, cfg.num_steps):

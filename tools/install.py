@@ -53,6 +53,7 @@ def main() -> None:
     extras = ["gpu"] * gpu + args.extras
     suffix = f"[{','.join(extras)}]" if extras else ""
     pip(python, f"srpo{suffix}", "--no-build-isolation", "--editable", f"{ROOT}{suffix}")
+    compile_kernels(python)
     if args.megablocks:
         pip(python, "megablocks", "--no-deps", "--no-build-isolation", *MEGABLOCKS)
 
@@ -79,6 +80,13 @@ def pip(python: Path, what: str, *arguments: str) -> None:
     if code:
         sys.exit(code)
     say(f"{what}: {time.monotonic() - start:.0f} s")
+
+
+def compile_kernels(python: Path) -> None:
+    """Build the C++ kernels now rather than at their first use. Not fatal: without a compiler the reference runs, and says so."""
+    start = time.monotonic()
+    done = subprocess.run([python, "-m", "srpo_kernels.build"], cwd=ROOT, capture_output=True, text=True, check=False)
+    say(f"{done.stdout.strip() or done.stderr.strip()}: {time.monotonic() - start:.0f} s")
 
 
 def installed_torch(python: Path) -> str | None:

@@ -93,7 +93,8 @@ def policy_loss(
     20 and have no gradient: it cannot overflow. The stats hold the KL whenever a reference is given, also with kl_coef 0.
 
     Raises ValueError for shapes that do not fit, options out of range, a kl_coef without the reference that its estimator needs,
-    or an `impl` that does not exist here.
+    an `impl` that does not exist here, and, in the CPU kernels, labels and ids that are no columns (the reference raises torch's
+    own error for them; on a GPU nobody looks).
     """
     _check_logits(logits, labels, temperature, kept_ids)
     _check_segments(labels.shape[0], step_advantages, step_ends, cu_seqlens)
@@ -111,7 +112,7 @@ def policy_loss(
     reference_name = "ref_logits" if kl_estimator == "full" else "ref_logprobs"
     if kl_coef and (ref_logits if kl_estimator == "full" else ref_logprobs) is None:
         raise ValueError(f"kl_coef is {kl_coef} but there is no reference: give {reference_name}, or set kl_coef to 0")
-    name = _choose("policy_loss", impl, logits)
+    name = _choose("policy_loss", impl, logits.device, logits.dtype)
     if ratio_over != "token" and old_logprobs is not None:
         with torch.no_grad():
             logprobs = token_logprobs(logits, labels, temperature=temperature, top_k=top_k, kept_ids=kept_ids, impl=impl)[0]
@@ -166,7 +167,7 @@ def token_logprobs(
     of the filtered distribution.
     """
     _check_logits(logits, labels, temperature, kept_ids)
-    name = _choose("token_logprobs", impl, logits)
+    name = _choose("token_logprobs", impl, logits.device, logits.dtype)
     if name == "reference":
         return reference.token_logprobs(logits, labels, temperature=temperature, top_k=top_k, kept_ids=kept_ids)
     if kept_ids is None and top_k:
@@ -184,8 +185,10 @@ def topk_support(logits: torch.Tensor, top_k: int) -> torch.Tensor:
     return reference.topk_support(logits, top_k)
 
 
-def _choose(op: str, impl: str, logits: torch.Tensor) -> str:
-    """The best implementation for these logits, or the named one."""
+@torch.compiler.assume_constant_result
+def _choose(op: str, impl: str, device: torch.device, dtype: torch.dtype) -> str:
+    """The best implementation for logits of this kind, or the named one."""
+    logits = torch.empty(0, 1, device=device, dtype=dtype)
     if impl == "auto":
         return implementations(logits)[0]
     if impl == "reference":
@@ -216,5 +219,6 @@ def _check_segments(num_rows: int, step_advantages: torch.Tensor, step_ends: tor
         raise ValueError(f"{shapes} do not fit: give both as [N, J] with J at least 1")
     if cu_seqlens.ndim != 1 or num_sequences != step_ends.shape[0]:
         raise ValueError(f"cu_seqlens has shape {tuple(cu_seqlens.shape)}: give [N+1] with N = {step_ends.shape[0]}")
-    if cu_seqlens.device.type == "cpu" and int(cu_seqlens[-1]) != num_rows:  # elsewhere the check would wait for the device
+    looked_at = cu_seqlens.device.type == "cpu" and not torch.compiler.is_compiling()  # elsewhere it would wait for the device
+    if looked_at and int(cu_seqlens[-1]) != num_rows:
         raise ValueError(f"cu_seqlens ends at {int(cu_seqlens[-1])} but there are {num_rows} rows: its last entry is T")

@@ -17,6 +17,8 @@ HUGE_PAGE = 2**21
 MADV_HUGEPAGE = 14  # of <linux/mman.h>
 LEVELS = ("portable", "avx2", "avx512")
 
+forced_level: str | None = None  # tests run every instruction set that the machine has
+
 
 @cache
 def library() -> ctypes.CDLL | BuildError:
@@ -89,8 +91,8 @@ def logprob_rows_backward(
     return dlogits
 
 
-def _call(mode: str, tensors: dict[str, torch.Tensor | None], options: dict[str, Any], level: str | None = None) -> torch.Tensor:
-    """The rows [len(ROW_FIELDS), T]; `level` names an instruction set, for tests."""
+def _call(mode: str, tensors: dict[str, torch.Tensor | None], options: dict[str, Any]) -> torch.Tensor:
+    """The rows [len(ROW_FIELDS), T]."""
     lib = library()
     assert isinstance(lib, ctypes.CDLL)
     logits = tensors["logits"]
@@ -98,6 +100,11 @@ def _call(mode: str, tensors: dict[str, torch.Tensor | None], options: dict[str,
     rows = logits.new_empty(len(ROW_FIELDS), logits.shape[0], dtype=torch.float32)
     args, held = row_args(mode, {**tensors, "rows": rows}, **options)
     args.num_threads = torch.get_num_threads()
-    code = lib.srpo_cpu_rows(args, -1 if level is None else LEVELS.index(level))
-    assert code == 0 and held, f"this machine has no {level}"
+    code = lib.srpo_cpu_rows(args, -1 if forced_level is None else LEVELS.index(forced_level))
+    if code == 2:
+        columns = f"[0, {logits.shape[1]})"
+        raise ValueError(
+            f"a label or a kept id is not a column of the logits: labels lie in {columns} or are -100, ids below 0 are padding"
+        )
+    assert code == 0 and held, f"this machine has no {forced_level}"
     return rows

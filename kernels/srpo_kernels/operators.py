@@ -189,7 +189,9 @@ def _fake_results(logits: Tensor, step_ends: Tensor) -> tuple[Tensor, Tensor, Te
 @policy_loss.register_fake
 def _(logits: Tensor, labels: Tensor, step_advantages: Tensor, step_ends: Tensor, *args: Any) -> tuple[Tensor, ...]:
     with_grad = args[-2]
-    gradient = torch.empty_like(logits, memory_format=torch.contiguous_format) if with_grad else logits.new_empty(0, logits.shape[1])
+    gradient = (
+        torch.empty_like(logits, memory_format=torch.contiguous_format) if with_grad else logits.new_empty(0, logits.shape[1])
+    )
     return *_fake_results(logits, step_ends), gradient
 
 

@@ -26,12 +26,24 @@ def step_of_row(cu_seqlens: torch.Tensor, step_ends: torch.Tensor, rows: torch.T
     return sequence, step.clamp(max=step_ends.shape[1] - 1)
 
 
+def compact(keep: torch.Tensor, cu_seqlens: torch.Tensor, step_ends: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """(cu_seqlens [N+1], step_ends [N, J]), both int32, counted anew over the rows that `keep` [T] bool marks, as if the others
+    had never been packed.
+
+    Arguments as in `step_of_row`. A kept row stays in its sequence and its step; ends past the end of a sequence become that end.
+    """
+    kept_before = torch.nn.functional.pad(keep.to(torch.int64).cumsum(0), (1, 0))  # [T+1] kept rows before each row
+    edges = cu_seqlens.to(torch.int64)
+    ends = (edges[:-1, None] + step_ends.to(torch.int64)).minimum(edges[1:, None])
+    return kept_before[edges].int(), (kept_before[ends] - kept_before[edges[:-1]][:, None]).int()
+
+
 def segment_means(
     values: torch.Tensor, counted: torch.Tensor, cu_seqlens: torch.Tensor, step_ends: torch.Tensor | None
 ) -> torch.Tensor:
-    """At each row [T] the mean of `values` [T] over the `counted` rows [T] of its sequence, or of its step in it; 0 where there are none.
+    """At each row [T] the mean of `values` [T] over the `counted` rows of its sequence, or of its step in it; 0 without any.
 
-    step_ends [N, J] as in `step_of_row`; None: whole sequences.
+    counted [T] bool; step_ends [N, J] as in `step_of_row`; None: whole sequences.
     """
     num_steps = 1 if step_ends is None else step_ends.shape[1]
     ends = cu_seqlens.new_zeros(cu_seqlens.numel() - 1, 1) if step_ends is None else step_ends

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import warnings
+from pathlib import Path
 from typing import Any
 
 import pytest
 import srpo_kernels
 import torch
-from srpo_kernels import policy_loss, token_logprobs, topk_support
+from srpo_kernels import cpu, policy_loss, token_logprobs, topk_support
 
 
 def good_input() -> dict[str, Any]:
@@ -30,12 +32,38 @@ def good_input() -> dict[str, Any]:
 
 def test_a_missing_implementation_is_named() -> None:
     x = good_input()
-    assert torch.equal(policy_loss(**x, impl="reference").loss, policy_loss(**x, impl="auto").loss)
-    assert "reference" in srpo_kernels.implementations()
-    with pytest.raises(ValueError, match=r"policy_loss has no implementation 'abacus' here: .*reference"):
+    best, *_, last = srpo_kernels.implementations(x["logits"])
+    assert last == "reference"
+    assert torch.equal(policy_loss(**x, impl=best).loss, policy_loss(**x, impl="auto").loss)
+    with pytest.raises(ValueError, match=r"policy_loss has no implementation 'abacus': .*cpu, reference"):
         policy_loss(**x, impl="abacus")
     with pytest.raises(ValueError, match=r"token_logprobs has no implementation 'abacus'"):
         token_logprobs(x["logits"], x["labels"], temperature=1.0, impl="abacus")
+
+
+def test_an_implementation_that_cannot_take_the_input_says_why() -> None:
+    x = good_input() | {"logits": torch.randn(7, 5, dtype=torch.float64)}
+    assert srpo_kernels.implementations(x["logits"]) == ("reference",)
+    assert policy_loss(**x).loss.dtype == torch.float64
+    with pytest.raises(ValueError, match=r"'cpu' cannot be used, since logits are torch.float64: give one of auto, reference"):
+        policy_loss(**x, impl="cpu")
+
+
+def test_without_a_compiler_the_reference_runs_and_one_line_says_so(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setenv("SRPO_CACHE_DIR", str(tmp_path))
+    monkeypatch.setenv("CXX", "no-such-compiler")
+    cpu.library.cache_clear()
+    try:
+        x = good_input()
+        with pytest.warns(UserWarning, match="reference implementation is used instead: no-such-compiler is not on the PATH"):
+            assert srpo_kernels.implementations(x["logits"]) == ("reference",)
+        with warnings.catch_warnings():
+            warnings.simplefilter("error")
+            policy_loss(**x)
+        with pytest.raises(ValueError, match="install a C\\+\\+ compiler"):
+            policy_loss(**x, impl="cpu")
+    finally:
+        cpu.library.cache_clear()
 
 
 @pytest.mark.parametrize(

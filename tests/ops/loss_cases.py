@@ -1,0 +1,117 @@
+"""Random inputs of the loss kernels with everything awkward in them, and the fp64 reference that implementations are held to."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from srpo_kernels import IGNORE, PolicyLoss, policy_loss, token_logprobs
+
+OPTIONS: dict[str, dict[str, Any]] = {
+    "plain": {"kl_coef": 0.0},
+    "k1": {"kl_estimator": "k1", "kl_coef": 0.1, "temperature": 0.7},
+    "k2": {"kl_estimator": "k2", "kl_coef": 0.3, "dual_clip": 1.5, "clip_eps_low": 0.05, "clip_eps_high": 0.02},
+    "k3": {"kl_estimator": "k3", "kl_coef": 0.1, "temperature": 0.99},
+    "full": {"kl_estimator": "full", "kl_coef": 0.2, "temperature": 1.3},
+    "kept": {"kl_estimator": "k3", "kl_coef": 0.1, "kept": 9},
+    "kept_full": {"kl_estimator": "full", "kl_coef": 0.2, "kept": 5, "temperature": 0.8},
+    "on_policy": {"kl_coef": 0.0, "old": False},
+    "on_policy_kl": {"kl_estimator": "k3", "kl_coef": 0.05, "old": False},
+}
+
+
+@dataclass
+class Case:
+    """Arguments of `policy_loss` but for the logits, and the options."""
+
+    logits: torch.Tensor
+    tables: dict[str, torch.Tensor | None]
+    options: dict[str, Any]
+
+    def run(self, logits: torch.Tensor, impl: str, **more: Any) -> PolicyLoss:
+        """The loss at other logits; the reference's logits follow their dtype."""
+        tables = dict(self.tables)
+        if tables["ref_logits"] is not None:
+            tables["ref_logits"] = tables["ref_logits"].to(logits.dtype)
+        return policy_loss(logits, **tables, **self.options, **more, impl=impl)  # pyright: ignore[reportArgumentType]
+
+    def exact(self) -> tuple[PolicyLoss, torch.Tensor]:
+        """(result, gradient) in fp64 by plain autograd."""
+        logits = self.logits.double().requires_grad_()
+        out = self.run(logits, "reference")
+        return out, torch.autograd.grad(out.loss, logits)[0]
+
+    def measured(self, impl: str, *, in_place: bool = False) -> tuple[PolicyLoss, torch.Tensor]:
+        """(result, gradient) of an implementation. In place the logits are a copy, padded to a larger row stride."""
+        if not in_place:
+            logits = self.logits.clone().requires_grad_()
+            out = self.run(logits, impl, in_place=False)
+            return out, torch.autograd.grad(out.loss, logits)[0]
+        num_rows, vocab = self.logits.shape
+        padded = torch.full((num_rows, vocab + 3), 7.0, dtype=self.logits.dtype, device=self.logits.device)
+        view = padded[:, :vocab].copy_(self.logits).requires_grad_()
+        out = self.run(view, impl, in_place=True)
+        out.loss.backward()
+        assert bool((padded[:, vocab:] == 7).all()), "wrote beside the rows"
+        assert view.grad is not None
+        return out, view.grad
+
+
+def draw(seed: int, num_rows: int, vocab: int, dtype: torch.dtype, name: str, *, scale: float = 3.0, nan: bool = True) -> Case:
+    """Sequences of random lengths (some empty), steps with random ends (some empty, some beyond the end), ignored rows full of
+    NaN, advantages of which some are 0, and labels that are likely as often as not."""
+    gen = torch.Generator().manual_seed(seed)
+    options: dict[str, Any] = {"clip_eps_low": 0.2, "clip_eps_high": 0.25, "kl_estimator": "k3", "temperature": 1.0}
+    options |= OPTIONS[name]
+    kept, old = options.pop("kept", 0), options.pop("old", True)
+    num_sequences, num_steps = 5, 4
+    cuts = torch.randint(num_rows + 1, (num_sequences - 1,), generator=gen).sort().values
+    cu_seqlens = torch.cat([torch.tensor([0]), cuts, torch.tensor([num_rows])]).int()
+    step_ends = torch.randint(max(num_rows, 1), (num_sequences, num_steps), generator=gen).sort(1).values.int()
+    step_ends[:, 0] *= torch.randint(2, (num_sequences,), generator=gen).int()  # half of the first steps are empty
+    logits = (scale * torch.randn(num_rows, vocab, generator=gen)).to(dtype)
+    best = logits.float().argmax(1) if num_rows else torch.zeros(0, dtype=torch.long)
+    labels = torch.where(torch.rand(num_rows, generator=gen) < 0.5, best, torch.randint(vocab, (num_rows,), generator=gen))
+    labels[torch.rand(num_rows, generator=gen) < 0.2] = IGNORE
+    kept_ids = None
+    if kept:
+        kept_ids = torch.rand(num_rows, vocab, generator=gen).topk(min(kept, vocab), 1).indices
+        kept_ids[torch.rand(kept_ids.shape, generator=gen) < 0.2] = -1
+    exact = token_logprobs(logits.double(), labels, temperature=options["temperature"], kept_ids=kept_ids, impl="reference")[0]
+    if nan:
+        logits[labels == IGNORE] = torch.nan
+    full = options["kl_estimator"] == "full"
+    tables = {
+        "labels": labels,
+        "step_advantages": torch.randn(num_sequences, num_steps, generator=gen) * (torch.rand(5, 4, generator=gen) < 0.8),
+        "step_ends": step_ends,
+        "cu_seqlens": cu_seqlens,
+        "weights": torch.rand(num_rows, generator=gen),
+        "old_logprobs": (exact + 0.3 * torch.randn(num_rows, generator=gen)).float() if old else None,
+        "ref_logprobs": None if full else (exact + 0.5 * torch.randn(num_rows, generator=gen)).float(),
+        "kept_ids": kept_ids,
+        "ref_logits": (logits.float() + torch.randn(num_rows, vocab, generator=gen)).to(dtype) if full else None,
+    }
+    return Case(logits, tables, options)
+
+
+def relative(got: torch.Tensor, exact: torch.Tensor, floor: float = 1e-12) -> float:
+    """Relative error in the L2 norm; a gradient below `floor` is measured against that."""
+    return float((got.double() - exact).norm()) / max(float(exact.norm()), floor)
+
+
+def check(case: Case, impl: str, *, in_place: bool) -> None:
+    """Asserts that an implementation is as accurate as promised, and that ignored rows get zero gradient."""
+    exact, exact_grad = case.exact()
+    out, grad = case.measured(impl, in_place=in_place)
+    torch.testing.assert_close(out.logprobs.double(), exact.logprobs, rtol=6e-8, atol=2e-6)  # 6e-8: half a unit of the result
+    torch.testing.assert_close(out.loss.double(), exact.loss, rtol=0, atol=2e-7 * (1 + float(case.tables["weights"].sum())))
+    torch.testing.assert_close(out.stats.stack(), exact.stats.stack(), rtol=2e-6, atol=2e-5)
+    assert not bool(grad[case.tables["labels"] == IGNORE].any())
+    fp32 = case.logits.dtype == torch.float32
+    # Rows with a nearly certain label, or whose clip and KL terms cancel, have next to no gradient; their error is still that of
+    # the terms. So what is smaller than one term of size `weights` for every row is measured against that.
+    floor = float(case.tables["weights"].norm()) + 1e-12
+    limit = 3e-7 if fp32 else max(1.05 * relative(exact_grad.to(case.logits.dtype), exact_grad, floor), 1e-7)
+    assert relative(grad, exact_grad, floor) <= limit, (relative(grad, exact_grad, floor), limit)

@@ -1,0 +1,185 @@
+"""The C++ kernels against the fp64 reference, on every instruction set of this machine."""
+
+from __future__ import annotations
+
+import random
+from itertools import product
+from types import ModuleType
+from typing import Any
+
+import pytest
+import torch
+from srpo_kernels import IGNORE, build, cpu, policy_loss, token_logprobs
+
+OPTIONS = ("plain", "k1", "k2", "k3", "full", "kept", "kept_full", "on_policy", "on_policy_kl")
+SMALL = [(0, 7), (1, 1), (3, 7), (257, 1000), (33, 2048)]
+LARGE = [(31, 32000), (9, 50257), (3, 151643), (3, 151936), (2, 262144)]
+DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+
+
+@pytest.fixture(params=cpu.LEVELS, autouse=True)
+def level(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
+    if request.param not in cpu.levels():
+        pytest.skip(f"this machine has no {request.param}, or no compiler")
+    monkeypatch.setattr(cpu, "forced_level", request.param)
+    return request.param
+
+
+def a_seed() -> int:
+    seed = random.SystemRandom().randrange(2**31)
+    print("seed", seed)
+    return seed
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize(
+    ("shape", "name"), [*product(SMALL, OPTIONS), *product(LARGE, ("k3", "full"))], ids=lambda x: str(x).replace(", ", "x")
+)
+def test_equals_fp64(cases: ModuleType, shape: tuple[int, int], name: str, dtype: torch.dtype) -> None:
+    case = cases.draw(a_seed(), *shape, dtype, name)
+    cases.check(case, "cpu", in_place=False)
+    cases.check(case, "cpu", in_place=True)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_the_same_bits_in_place_and_again_and_with_more_threads(cases: ModuleType, dtype: torch.dtype) -> None:
+    case = cases.draw(a_seed(), 61, 3001, dtype, "k3")
+    out, grad = case.measured("cpu")
+    again, same = case.measured("cpu", in_place=True)
+    assert torch.equal(grad, same) and torch.equal(out.logprobs, again.logprobs) and out.loss == again.loss
+    before = torch.get_num_threads()
+    torch.set_num_threads(3)
+    try:
+        threaded, same = case.measured("cpu")
+    finally:
+        torch.set_num_threads(before)
+    assert torch.equal(grad, same) and torch.equal(out.stats.stack(), threaded.stats.stack())
+
+
+@pytest.mark.parametrize("num_rows", [60, 4500])
+def test_a_gradient_that_bypasses_the_caches_is_the_same(cases: ModuleType, num_rows: int) -> None:
+    """Large gradients are written past the caches (4,500 x 1,500 in fp32 is 27 MB); each row is what it is alone."""
+    case = cases.draw(a_seed(), num_rows, 1500, torch.float32, "plain")
+    _, grad = case.measured("cpu", in_place=True)
+    exact = case.exact()[1]
+    assert cases.relative(grad, exact) <= 3e-7
+    assert bool((grad[case.tables["labels"] == IGNORE] == 0).all())
+
+
+@pytest.mark.parametrize("scale", [1e4, 1e-4, 0.0])
+@pytest.mark.parametrize("name", ["k3", "full", "kept"])
+def test_huge_tiny_and_equal_logits(cases: ModuleType, name: str, scale: float) -> None:
+    case = cases.draw(a_seed(), 40, 3000, torch.float32, name, scale=scale)
+    case.tables["old_logprobs"] = None  # one of -20,000 is stored to 1e-3, and a ratio is no better than that
+    if name != "full":
+        case.options["kl_coef"] = 0.0
+    exact, exact_grad = case.exact()
+    out, grad = case.measured("cpu")
+    torch.testing.assert_close(out.logprobs.double(), exact.logprobs, rtol=6e-8, atol=2e-6)
+    assert cases.relative(grad, exact_grad) <= 3e-7
+
+
+def test_columns_of_minus_infinity(cases: ModuleType) -> None:
+    case = cases.draw(a_seed(), 30, 5000, torch.float32, "k3", nan=False)
+    labels = case.tables["labels"]
+    blocked = torch.rand(30, 5000) < 0.5
+    blocked[:, 2048:4096] = True  # a tile with nothing in it
+    blocked[labels != IGNORE, labels[labels != IGNORE]] = False
+    case.logits[blocked] = -torch.inf
+    cases.check(case, "cpu", in_place=False)
+    assert not bool(case.measured("cpu")[1][blocked].any())
+
+
+def test_a_single_finite_entry(cases: ModuleType) -> None:
+    case = cases.draw(a_seed(), 12, 2500, torch.float32, "on_policy", nan=False)
+    labels = case.tables["labels"]
+    case.logits.fill_(-torch.inf)[torch.arange(12), labels.clamp(min=0)] = 3.0
+    out, grad = case.measured("cpu")
+    assert not bool(out.logprobs.any()) and not bool(grad.any()) and float(out.stats.sum_entropy.abs().max()) < 2e-6
+
+
+def test_a_label_that_is_impossible_or_not_a_number(cases: ModuleType) -> None:
+    logits = torch.randn(3, 100)
+    logits[0, 5], logits[1, 7] = -torch.inf, torch.nan
+    labels = torch.tensor([5, 8, 9])
+    logprobs, lse = token_logprobs(logits, labels, temperature=1.0, impl="cpu")
+    assert logprobs[0] == -torch.inf and logprobs[1].isnan() and lse[1].isnan() and logprobs[2].isfinite()
+
+
+@pytest.mark.parametrize("label", [5, -1, -101, 2**40])
+def test_labels_and_ids_that_are_no_columns(label: int) -> None:
+    logits = torch.randn(2, 5)
+    with pytest.raises(ValueError, match=r"labels lie in \[0, 5\) or are -100"):
+        token_logprobs(logits, torch.tensor([1, label]), temperature=1.0, impl="cpu")
+    if label > 0:
+        with pytest.raises(ValueError, match="kept id is not a column"):
+            kept_ids = torch.tensor([[0], [label]])
+            token_logprobs(logits, torch.tensor([1, 1]), temperature=1.0, kept_ids=kept_ids, impl="cpu")
+
+
+def test_labels_on_the_edges_of_tiles_and_vectors() -> None:
+    labels = torch.tensor([0, 1, 15, 16, 63, 64, 2047, 2048, 2049, 4095, 4096, 4099])
+    logits = torch.randn(len(labels), 4100)
+    x = logits.clone().requires_grad_()
+    logprobs, lse = token_logprobs(x, labels, temperature=0.9, impl="cpu")
+    upstream, upstream_lse = torch.randn(len(labels)), torch.randn(len(labels))
+    (grad,) = torch.autograd.grad((logprobs * upstream + lse * upstream_lse).sum(), x)
+    y = logits.double().requires_grad_()
+    exact, exact_lse = token_logprobs(y, labels, temperature=0.9, impl="reference")
+    (exact_grad,) = torch.autograd.grad((exact * upstream + exact_lse * upstream_lse).sum(), y)
+    torch.testing.assert_close(logprobs.double(), exact, rtol=0, atol=2e-6)
+    torch.testing.assert_close(lse.double(), exact_lse, rtol=0, atol=2e-6)
+    assert float((grad - exact_grad).norm() / exact_grad.norm()) <= 3e-7
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("kept", [False, True])
+def test_logprobs_and_their_gradient(cases: ModuleType, dtype: torch.dtype, kept: bool) -> None:
+    case = cases.draw(a_seed(), 50, 3000, dtype, "kept" if kept else "plain")
+    options: dict[str, Any] = {"temperature": 0.8, "kept_ids": case.tables["kept_ids"]}
+    upstream, upstream_lse = torch.randn(50), torch.randn(50)
+
+    def gradient(logits: torch.Tensor, impl: str) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        logits = logits.clone().requires_grad_()
+        logprobs, lse = token_logprobs(logits, case.tables["labels"], **options, impl=impl)
+        loss = (logprobs * upstream + lse * upstream_lse).sum()
+        return logprobs, lse, torch.autograd.grad(loss, logits)[0]
+
+    logprobs, lse, grad = gradient(case.logits, "cpu")
+    exact_logprobs, exact_lse, exact = gradient(case.logits.double(), "reference")
+    torch.testing.assert_close(logprobs.double(), exact_logprobs, rtol=6e-8, atol=2e-6)
+    torch.testing.assert_close(lse.double(), exact_lse, rtol=6e-8, atol=2e-6)
+    assert cases.relative(grad, exact) <= (3e-7 if dtype == torch.float32 else 1.05 * cases.relative(exact.to(dtype), exact))
+
+
+def test_a_token_that_has_not_moved_has_ratio_one(cases: ModuleType) -> None:
+    case = cases.draw(a_seed(), 100, 3000, torch.bfloat16, "plain")
+    options = {"temperature": case.options["temperature"], "impl": "cpu"}
+    case.tables["old_logprobs"] = token_logprobs(case.logits, case.tables["labels"], **options)[0]
+    case.options |= {"clip_eps_low": 0.0, "clip_eps_high": 0.0}  # any other ratio would be clipped
+    stats = case.measured("cpu")[0].stats
+    assert torch.equal(stats.sum_ratio, stats.num_tokens) and not bool(stats.num_clipped.any())
+    exact = token_logprobs(case.logits.double(), case.tables["labels"], temperature=1.0, impl="reference")[0]
+    case.tables["old_logprobs"] = exact.float()
+    case.options |= {"clip_eps_low": 0.2, "clip_eps_high": 0.2}
+    stats = case.measured("cpu")[0].stats
+    assert float((stats.sum_ratio / stats.num_tokens.clamp(min=1) - (stats.num_tokens > 0).double()).abs().max()) <= 1e-5
+
+
+def test_rounding_to_16_bits_is_to_nearest_even() -> None:
+    """Gradients of every size down to the subnormals: with one row each, log-probabilities 0, and a weight that is the scale."""
+    weights = torch.cat([10.0 ** torch.linspace(-12, 4, 4000), torch.tensor([65519.9, 65520.1, 6e4])])
+    logits = torch.zeros(len(weights), 2)
+    for dtype in (torch.bfloat16, torch.float16):
+        x = logits.to(dtype).requires_grad_()
+        tables = (torch.full((1, 1), -1.0), torch.ones(1, 1), torch.tensor([0, len(weights)]), 2 * weights)
+        options: dict[str, Any] = {"clip_eps_low": 0.2, "clip_eps_high": 0.2, "kl_coef": 0.0, "kl_estimator": "k3"}
+        out = policy_loss(x, torch.zeros(len(weights), dtype=torch.long), *tables, **options, temperature=1.0, impl="cpu")
+        out.loss.backward()
+        assert x.grad is not None and torch.equal(x.grad[:, 0], weights.to(dtype)) and torch.equal(x.grad[:, 1], -x.grad[:, 0])
+
+
+def test_nothing_is_compiled_twice(level: str) -> None:
+    library = build.build_cpu()
+    stamp = library.stat().st_mtime_ns
+    assert build.build_cpu() == library and library.stat().st_mtime_ns == stamp

@@ -1,0 +1,141 @@
+"""The ops as torch operators: autograd, in place, torch.compile, activation checkpointing, and the ratio over segments."""
+
+from __future__ import annotations
+
+import math
+from types import ModuleType
+from typing import Any
+
+import pytest
+import torch
+from srpo_kernels import cpu, operators, policy_loss, token_logprobs
+from torch.utils.checkpoint import checkpoint
+
+LOGITS = torch.zeros(1, 2)
+pytestmark = pytest.mark.skipif(cpu.why_not(LOGITS) is not None, reason="no C++ kernels on this machine")
+
+
+def flat(case: Any, *, with_grad: bool = True) -> tuple[Any, ...]:
+    """Arguments of `torch.ops.srpo.policy_loss` after the logits."""
+    tables = ("labels", "step_advantages", "step_ends", "cu_seqlens", "weights", "old_logprobs", "ref_logprobs", "kept_ids")
+    o = case.options
+    options = (o["clip_eps_low"], o["clip_eps_high"], math.inf, o["kl_coef"], o["kl_estimator"], o["temperature"])
+    return (*(case.tables[name] for name in (*tables, "ref_logits")), *options, with_grad, "cpu")
+
+
+@pytest.mark.parametrize("name", ["k3", "full", "kept"])
+def test_registered_as_torch_wants_it(cases: ModuleType, name: str) -> None:
+    case = cases.draw(0, 20, 50, torch.float32, name, nan=False)
+    for logits in (case.logits, case.logits.clone().requires_grad_()):
+        torch.library.opcheck(operators.policy_loss, (logits, *flat(case, with_grad=logits.requires_grad)))
+        args = (case.tables["labels"], case.tables["kept_ids"], 0.7, "cpu")
+        torch.library.opcheck(operators.token_logprobs, (logits, *args))
+    in_place = (*flat(case)[:-2], "cpu")
+    torch.library.opcheck(operators.policy_loss_, (case.logits.clone(), *in_place))
+
+
+def test_compiled_as_one_graph(cases: ModuleType) -> None:
+    case = cases.draw(1, 20, 50, torch.float32, "k3", nan=False)
+    weight = torch.randn(50, 16)
+
+    def loss(hidden: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
+        logits = hidden @ weight.T
+        nll = -token_logprobs(logits, case.tables["labels"], temperature=0.8, impl="cpu")[0].mean()
+        return policy_loss(logits, **case.tables, **case.options, impl="cpu").loss + nll
+
+    def gradients(function: Any) -> tuple[torch.Tensor, ...]:
+        hidden = torch.linspace(-1, 1, 20 * 16).view(20, 16).requires_grad_()
+        head = weight.clone().requires_grad_()
+        out = function(hidden, head)
+        return out.detach(), *torch.autograd.grad(out, (hidden, head))
+
+    def eager(hidden: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
+        logits = hidden @ weight.T
+        nll = -token_logprobs(logits, case.tables["labels"], temperature=0.8, impl="reference")[0].mean()
+        return policy_loss(logits, **case.tables, **case.options, impl="reference").loss + nll
+
+    compiled = gradients(torch.compile(loss, fullgraph=True, backend="aot_eager"))
+    for got, expected in zip(compiled, gradients(eager), strict=True):
+        torch.testing.assert_close(got, expected, rtol=1e-5, atol=1e-6)
+
+
+def test_under_activation_checkpointing(cases: ModuleType) -> None:
+    case = cases.draw(2, 20, 50, torch.float32, "k3", nan=False)
+    hidden = torch.randn(20, 16)
+    weight = torch.randn(50, 16)
+
+    def loss(hidden: torch.Tensor) -> torch.Tensor:
+        return case.run(hidden @ weight.T, "cpu").loss
+
+    plain, recomputed = hidden.clone().requires_grad_(), hidden.clone().requires_grad_()
+    loss(plain).backward()
+    checkpoint(loss, recomputed, use_reentrant=False).backward()  # pyright: ignore[reportOptionalMemberAccess]
+    assert plain.grad is not None and recomputed.grad is not None and torch.equal(plain.grad, recomputed.grad)
+
+
+def test_an_intermediate_result_is_overwritten_and_a_leaf_is_not(cases: ModuleType) -> None:
+    case = cases.draw(3, 20, 50, torch.float32, "k3", nan=False)
+    leaf = case.logits.clone().requires_grad_()
+    case.run(leaf, "cpu").loss.backward()
+    assert torch.equal(leaf.detach(), case.logits)
+    source = case.logits.clone().requires_grad_()
+    logits = source * 1
+    case.run(logits, "cpu").loss.backward()
+    assert source.grad is not None and leaf.grad is not None and torch.equal(source.grad, leaf.grad)
+    assert torch.equal(logits.detach(), leaf.grad)
+    kept = source * 1
+    case.run(kept, "cpu", in_place=False).loss.backward()
+    assert torch.equal(kept.detach(), case.logits)
+    with torch.no_grad():
+        case.run(kept, "cpu")
+    assert torch.equal(kept.detach(), case.logits), "nobody asked for a gradient"
+
+
+def test_overwriting_what_somebody_needs_is_an_error(cases: ModuleType) -> None:
+    case = cases.draw(4, 20, 50, torch.float32, "k3", nan=False)
+    logits = case.logits.clone().requires_grad_().tanh()  # tanh needs its result for its backward
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        case.run(logits, "cpu").loss.backward()
+
+
+@pytest.mark.parametrize("in_place", [False, True])
+@pytest.mark.parametrize("factor", [1.0, -2.5, 0.0])
+def test_the_gradient_of_what_comes_after(cases: ModuleType, in_place: bool, factor: float) -> None:
+    case = cases.draw(5, 20, 50, torch.float32, "k3", nan=False)
+    x = case.logits.clone().requires_grad_()
+    (factor * case.run(x * 1, "cpu", in_place=in_place).loss).backward()
+    y = case.logits.clone().requires_grad_()
+    (factor * case.run(y, "reference").loss).backward()
+    torch.testing.assert_close(x.grad, y.grad, rtol=1e-5, atol=1e-7)
+
+
+@pytest.mark.parametrize("impl", ["reference", "cpu"])
+@pytest.mark.parametrize("over", ["step", "sequence"])
+def test_one_ratio_for_a_segment(cases: ModuleType, over: str, impl: str) -> None:
+    """Against the geometric mean over each segment's labelled rows, by a loop and autograd in fp64."""
+    case = cases.draw(6, 60, 30, torch.float32 if impl == "cpu" else torch.float64, "plain", nan=False)
+    labels, old, weights = case.tables["labels"], case.tables["old_logprobs"].double(), case.tables["weights"].double()
+    logits = case.logits.double().clone().requires_grad_()
+    logprobs = logits.log_softmax(1).gather(1, labels.clamp(min=0)[:, None])[:, 0]
+    starts, ends = case.tables["cu_seqlens"].tolist(), case.tables["step_ends"].tolist()
+    loss = torch.zeros((), dtype=torch.float64)
+    for i in range(len(ends)):
+        segments: dict[int, list[int]] = {}
+        for t in range(starts[i], starts[i + 1]):
+            j = min(sum(t - starts[i] >= end for end in ends[i]), len(ends[i]) - 1)
+            if labels[t] >= 0:
+                segments.setdefault(j if over == "step" else 0, []).append(t)
+        for rows in segments.values():
+            log_ratio = (logprobs[rows] - old[rows]).mean()
+            for t in rows:
+                j = min(sum(t - starts[i] >= end for end in ends[i]), len(ends[i]) - 1)
+                advantage = case.tables["step_advantages"][i, j].double()
+                token = (log_ratio.detach() + logprobs[t] - logprobs[t].detach()).exp()
+                loss = loss - weights[t] * torch.minimum(token * advantage, token.clamp(0.8, 1.25) * advantage)
+    (expected,) = torch.autograd.grad(loss, logits)
+    x = case.logits.clone().requires_grad_()
+    out = case.run(x, impl, ratio_over=over)
+    out.loss.backward()
+    assert x.grad is not None
+    torch.testing.assert_close(out.loss.double(), loss, rtol=1e-5, atol=1e-6)
+    torch.testing.assert_close(x.grad.double(), expected, rtol=1e-4, atol=1e-6)
