@@ -13,8 +13,7 @@ from typing import Any
 
 import numpy as np
 import torch
-
-IGNORE = -100  # label of a position whose next token is not trained on
+from srpo_kernels.segments import IGNORE, compact  # IGNORE: label of a position whose next token is not trained on
 
 
 @dataclass(frozen=True)
@@ -103,16 +102,13 @@ class Batch:
         """
         keep = self.labels != IGNORE
         index = keep.nonzero()[:, 0]
-        kept_before = torch.nn.functional.pad(keep.long().cumsum(0), (1, 0))  # [T+1] labelled rows before each row
-        starts = self.cu_seqlens[:-1].long()
-        ends = (starts[:, None] + self.step_ends.long()).clamp(max=self.cu_seqlens[1:, None].long())
+        cu_seqlens, step_ends = compact(keep, self.cu_seqlens, self.step_ends)
         cut = {
             k: v[index]
             for k, v in vars(self).items()
             if isinstance(v, torch.Tensor) and k not in ("cu_seqlens", "step_ends", "step_advantages")
         }
-        step_ends = (kept_before[ends] - kept_before[starts][:, None]).int()
-        return index, replace(self, cu_seqlens=kept_before[self.cu_seqlens.long()].int(), step_ends=step_ends, **cut)
+        return index, replace(self, cu_seqlens=cu_seqlens, step_ends=step_ends, **cut)
 
 
 def pack(

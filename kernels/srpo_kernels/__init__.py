@@ -11,7 +11,10 @@ from typing import Literal
 
 import torch
 
-from srpo_kernels import cpu, operators, reference
+from srpo_kernels import operators, reference
+from srpo_kernels.checks import KL_ESTIMATORS, check_logits, check_options, check_rows, check_segments
+from srpo_kernels.dispatch import choose, implementations
+from srpo_kernels.linear import linear_policy_loss, linear_token_logprobs
 from srpo_kernels.segments import IGNORE, PolicyLoss, StepStats, segment_means, step_of_row
 
 __all__ = [
@@ -20,21 +23,13 @@ __all__ = [
     "PolicyLoss",
     "StepStats",
     "implementations",
+    "linear_policy_loss",
+    "linear_token_logprobs",
     "policy_loss",
     "step_of_row",
     "token_logprobs",
     "topk_support",
 ]
-
-KL_ESTIMATORS = ("k1", "k2", "k3", "full")
-
-# Best first. The reference comes last: it takes everything.
-operators.BACKENDS["cpu"] = cpu
-
-
-def implementations(logits: torch.Tensor) -> tuple[str, ...]:
-    """Names that `impl` may take for these logits besides "auto", best first."""
-    return *(name for name, backend in operators.BACKENDS.items() if backend.why_not(logits) is None), "reference"
 
 
 def policy_loss(
@@ -96,23 +91,16 @@ def policy_loss(
     an `impl` that does not exist here, and, in the CPU kernels, labels and ids that are no columns (the reference raises torch's
     own error for them; on a GPU nobody looks).
     """
-    _check_logits(logits, labels, temperature, kept_ids)
-    _check_segments(labels.shape[0], step_advantages, step_ends, cu_seqlens)
-    for name, rows in {"weights": weights, "old_logprobs": old_logprobs, "ref_logprobs": ref_logprobs}.items():
-        if rows is not None and rows.shape != labels.shape:
-            raise ValueError(f"{name} has shape {tuple(rows.shape)}: give one value per row, {tuple(labels.shape)}")
+    check_logits(logits, labels, temperature, kept_ids)
+    check_segments(labels.shape[0], step_advantages, step_ends, cu_seqlens)
+    check_rows(labels, weights=weights, old_logprobs=old_logprobs, ref_logprobs=ref_logprobs)
     if ref_logits is not None and ref_logits.shape != logits.shape:
         raise ValueError(f"ref_logits has shape {tuple(ref_logits.shape)}: give that of logits, {tuple(logits.shape)}")
-    if clip_eps_low < 0 or clip_eps_high < 0:
-        raise ValueError(f"clip_eps_low {clip_eps_low} and clip_eps_high {clip_eps_high} must not be negative")
-    if dual_clip is not None and dual_clip <= 1:
-        raise ValueError(f"dual_clip is {dual_clip}: give a bound above 1, or None to switch it off")
-    if kl_estimator not in KL_ESTIMATORS:
-        raise ValueError(f"kl_estimator {kl_estimator!r} is unknown: give one of {', '.join(KL_ESTIMATORS)}")
+    check_options(clip_eps_low, clip_eps_high, dual_clip, kl_estimator)
     reference_name = "ref_logits" if kl_estimator == "full" else "ref_logprobs"
     if kl_coef and (ref_logits if kl_estimator == "full" else ref_logprobs) is None:
         raise ValueError(f"kl_coef is {kl_coef} but there is no reference: give {reference_name}, or set kl_coef to 0")
-    name = _choose("policy_loss", impl, logits.device, logits.dtype)
+    name = choose("policy_loss", impl, logits.device, logits.dtype)
     if ratio_over != "token" and old_logprobs is not None:
         with torch.no_grad():
             logprobs = token_logprobs(logits, labels, temperature=temperature, top_k=top_k, kept_ids=kept_ids, impl=impl)[0]
@@ -166,8 +154,8 @@ def token_logprobs(
     Both fp32 (fp64 for fp64 logits) and differentiable in `logits`. Arguments as in `policy_loss`; with a filter both are those
     of the filtered distribution.
     """
-    _check_logits(logits, labels, temperature, kept_ids)
-    name = _choose("token_logprobs", impl, logits.device, logits.dtype)
+    check_logits(logits, labels, temperature, kept_ids)
+    name = choose("token_logprobs", impl, logits.device, logits.dtype)
     if name == "reference":
         return reference.token_logprobs(logits, labels, temperature=temperature, top_k=top_k, kept_ids=kept_ids)
     if kept_ids is None and top_k:
@@ -183,42 +171,3 @@ def topk_support(logits: torch.Tensor, top_k: int) -> torch.Tensor:
     if top_k < 1:
         raise ValueError(f"top_k is {top_k}: a support needs at least one id")
     return reference.topk_support(logits, top_k)
-
-
-@torch.compiler.assume_constant_result
-def _choose(op: str, impl: str, device: torch.device, dtype: torch.dtype) -> str:
-    """The best implementation for logits of this kind, or the named one."""
-    logits = torch.empty(0, 1, device=device, dtype=dtype)
-    if impl == "auto":
-        return implementations(logits)[0]
-    if impl == "reference":
-        return impl
-    if impl not in operators.BACKENDS:
-        names = ", ".join(("auto", *operators.BACKENDS, "reference"))
-        raise ValueError(f"{op} has no implementation {impl!r}: give one of {names}")
-    reason = operators.BACKENDS[impl].why_not(logits)
-    if reason is not None:
-        here = ", ".join(("auto", *implementations(logits)))
-        raise ValueError(f"{op}: implementation {impl!r} cannot be used, since {reason}: give one of {here}")
-    return impl
-
-
-def _check_logits(logits: torch.Tensor, labels: torch.Tensor, temperature: float, kept_ids: torch.Tensor | None) -> None:
-    if logits.ndim != 2 or labels.shape != logits.shape[:1]:
-        raise ValueError(f"logits {tuple(logits.shape)} and labels {tuple(labels.shape)} do not fit: give [T, V] and [T]")
-    if kept_ids is not None and (kept_ids.ndim != 2 or kept_ids.shape[0] != labels.shape[0]):
-        raise ValueError(f"kept_ids has shape {tuple(kept_ids.shape)}: give [T, K] with T = {labels.shape[0]}")
-    if not temperature > 0:
-        raise ValueError(f"temperature is {temperature}: it must be above 0")
-
-
-def _check_segments(num_rows: int, step_advantages: torch.Tensor, step_ends: torch.Tensor, cu_seqlens: torch.Tensor) -> None:
-    num_sequences = cu_seqlens.numel() - 1
-    if step_ends.ndim != 2 or step_ends.shape != step_advantages.shape or step_ends.shape[1] == 0:
-        shapes = f"step_ends {tuple(step_ends.shape)} and step_advantages {tuple(step_advantages.shape)}"
-        raise ValueError(f"{shapes} do not fit: give both as [N, J] with J at least 1")
-    if cu_seqlens.ndim != 1 or num_sequences != step_ends.shape[0]:
-        raise ValueError(f"cu_seqlens has shape {tuple(cu_seqlens.shape)}: give [N+1] with N = {step_ends.shape[0]}")
-    looked_at = cu_seqlens.device.type == "cpu" and not torch.compiler.is_compiling()  # elsewhere it would wait for the device
-    if looked_at and int(cu_seqlens[-1]) != num_rows:
-        raise ValueError(f"cu_seqlens ends at {int(cu_seqlens[-1])} but there are {num_rows} rows: its last entry is T")

@@ -87,10 +87,10 @@ def policy_loss(
     tables = _tables(
         labels, step_advantages, step_ends, cu_seqlens, weights, old_logprobs, ref_logprobs, kept_ids, ref_logits, kl_estimator
     )
-    options = _options(tables, clip_eps_low, clip_eps_high, dual_clip, kl_coef, kl_estimator, temperature)
+    options = options_of(tables, clip_eps_low, clip_eps_high, dual_clip, kl_coef, kl_estimator, temperature)
     dlogits = BACKENDS[impl].new_gradient(logits) if with_grad else None
     rows = BACKENDS[impl].policy_rows(logits, dlogits, tables, options)
-    return *_reduce(rows, step_ends.shape[1]), logits.new_empty(0, logits.shape[1]) if dlogits is None else dlogits
+    return *reduce_rows(rows, step_ends.shape[1]), logits.new_empty(0, logits.shape[1]) if dlogits is None else dlogits
 
 
 @torch.library.custom_op("srpo::policy_loss_", mutates_args=("logits",))
@@ -117,8 +117,8 @@ def policy_loss_(
     tables = _tables(
         labels, step_advantages, step_ends, cu_seqlens, weights, old_logprobs, ref_logprobs, kept_ids, ref_logits, kl_estimator
     )
-    options = _options(tables, clip_eps_low, clip_eps_high, dual_clip, kl_coef, kl_estimator, temperature)
-    return _reduce(BACKENDS[impl].policy_rows(logits, logits, tables, options), step_ends.shape[1])
+    options = options_of(tables, clip_eps_low, clip_eps_high, dual_clip, kl_coef, kl_estimator, temperature)
+    return reduce_rows(BACKENDS[impl].policy_rows(logits, logits, tables, options), step_ends.shape[1])
 
 
 def _tables(
@@ -147,7 +147,7 @@ def _tables(
     }
 
 
-def _options(
+def options_of(
     tables: dict[str, Tensor | None],
     clip_eps_low: float,
     clip_eps_high: float,
@@ -169,7 +169,7 @@ def _options(
     }
 
 
-def _reduce(rows: Tensor, num_steps: int) -> tuple[Tensor, Tensor, Tensor]:
+def reduce_rows(rows: Tensor, num_steps: int) -> tuple[Tensor, Tensor, Tensor]:
     """(loss, logprobs, sums by step) of the values per row; in the same order on every run, on a GPU too."""
     row = dict(zip(ROW_FIELDS, rows, strict=True))
     row["num_tokens"] = torch.ones_like(row["step"])
@@ -180,7 +180,7 @@ def _reduce(rows: Tensor, num_steps: int) -> tuple[Tensor, Tensor, Tensor]:
     return row["loss"].sum(dtype=torch.float64).float(), row["logprob"].clone(), sums
 
 
-def _fake_results(logits: Tensor, step_ends: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+def fake_results(logits: Tensor, step_ends: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     fp32 = logits.new_empty((), dtype=torch.float32)
     sums = fp32.new_empty(len(StepStats.zeros(1).stack()), step_ends.shape[1], dtype=torch.float64)
     return fp32, fp32.new_empty(logits.shape[0]), sums
@@ -192,12 +192,12 @@ def _(logits: Tensor, labels: Tensor, step_advantages: Tensor, step_ends: Tensor
     gradient = (
         torch.empty_like(logits, memory_format=torch.contiguous_format) if with_grad else logits.new_empty(0, logits.shape[1])
     )
-    return *_fake_results(logits, step_ends), gradient
+    return *fake_results(logits, step_ends), gradient
 
 
 @policy_loss_.register_fake
 def _(logits: Tensor, labels: Tensor, step_advantages: Tensor, step_ends: Tensor, *args: Any) -> tuple[Tensor, ...]:
-    return _fake_results(logits, step_ends)
+    return fake_results(logits, step_ends)
 
 
 def _save_gradient(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
@@ -209,10 +209,10 @@ def _save_gradient(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]
 
 def _hand_out(ctx: Any, grad_loss: Tensor, *_: Tensor) -> tuple[Tensor | None, ...]:
     (dlogits,) = ctx.saved_tensors
-    return _times(dlogits, grad_loss), *[None] * (ctx.num_inputs - 1)
+    return times(dlogits, grad_loss), *[None] * (ctx.num_inputs - 1)
 
 
-def _times(dlogits: Tensor, grad_loss: Tensor) -> Tensor:
+def times(dlogits: Tensor, grad_loss: Tensor) -> Tensor:
     """The gradient times that of the loss, which is nearly always 1 and then costs nothing where it can be looked at."""
     if type(grad_loss) is Tensor and grad_loss.device.type == "cpu" and grad_loss.item() == 1:
         return dlogits

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import random
 from itertools import product
-from types import ModuleType
 from typing import Any
 
+import loss_cases as cases
 import pytest
 import torch
 from srpo_kernels import IGNORE, build, cpu, policy_loss, token_logprobs
@@ -35,14 +35,14 @@ def a_seed() -> int:
 @pytest.mark.parametrize(
     ("shape", "name"), [*product(SMALL, OPTIONS), *product(LARGE, ("k3", "full"))], ids=lambda x: str(x).replace(", ", "x")
 )
-def test_equals_fp64(cases: ModuleType, shape: tuple[int, int], name: str, dtype: torch.dtype) -> None:
+def test_equals_fp64(shape: tuple[int, int], name: str, dtype: torch.dtype) -> None:
     case = cases.draw(a_seed(), *shape, dtype, name)
     cases.check(case, "cpu", in_place=False)
     cases.check(case, "cpu", in_place=True)
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-def test_the_same_bits_in_place_and_again_and_with_more_threads(cases: ModuleType, dtype: torch.dtype) -> None:
+def test_the_same_bits_in_place_and_again_and_with_more_threads(dtype: torch.dtype) -> None:
     case = cases.draw(a_seed(), 61, 3001, dtype, "k3")
     out, grad = case.measured("cpu")
     again, same = case.measured("cpu", in_place=True)
@@ -57,7 +57,7 @@ def test_the_same_bits_in_place_and_again_and_with_more_threads(cases: ModuleTyp
 
 
 @pytest.mark.parametrize("num_rows", [60, 4500])
-def test_a_gradient_that_bypasses_the_caches_is_the_same(cases: ModuleType, num_rows: int) -> None:
+def test_a_gradient_that_bypasses_the_caches_is_the_same(num_rows: int) -> None:
     """Large gradients are written past the caches (4,500 x 1,500 in fp32 is 27 MB); each row is what it is alone."""
     case = cases.draw(a_seed(), num_rows, 1500, torch.float32, "plain")
     _, grad = case.measured("cpu", in_place=True)
@@ -68,7 +68,7 @@ def test_a_gradient_that_bypasses_the_caches_is_the_same(cases: ModuleType, num_
 
 @pytest.mark.parametrize("scale", [1e4, 1e-4, 0.0])
 @pytest.mark.parametrize("name", ["k3", "full", "kept"])
-def test_huge_tiny_and_equal_logits(cases: ModuleType, name: str, scale: float) -> None:
+def test_huge_tiny_and_equal_logits(name: str, scale: float) -> None:
     case = cases.draw(a_seed(), 40, 3000, torch.float32, name, scale=scale)
     case.tables["old_logprobs"] = None  # one of -20,000 is stored to 1e-3, and a ratio is no better than that
     if name != "full":
@@ -79,7 +79,7 @@ def test_huge_tiny_and_equal_logits(cases: ModuleType, name: str, scale: float) 
     assert cases.relative(grad, exact_grad) <= 3e-7
 
 
-def test_columns_of_minus_infinity(cases: ModuleType) -> None:
+def test_columns_of_minus_infinity() -> None:
     case = cases.draw(a_seed(), 30, 5000, torch.float32, "k3", nan=False)
     labels = case.tables["labels"]
     blocked = torch.rand(30, 5000) < 0.5
@@ -90,7 +90,7 @@ def test_columns_of_minus_infinity(cases: ModuleType) -> None:
     assert not bool(case.measured("cpu")[1][blocked].any())
 
 
-def test_a_single_finite_entry(cases: ModuleType) -> None:
+def test_a_single_finite_entry() -> None:
     case = cases.draw(a_seed(), 12, 2500, torch.float32, "on_policy", nan=False)
     labels = case.tables["labels"]
     case.logits.fill_(-torch.inf)[torch.arange(12), labels.clamp(min=0)] = 3.0
@@ -98,7 +98,7 @@ def test_a_single_finite_entry(cases: ModuleType) -> None:
     assert not bool(out.logprobs.any()) and not bool(grad.any()) and float(out.stats.sum_entropy.abs().max()) < 2e-6
 
 
-def test_a_label_that_is_impossible_or_not_a_number(cases: ModuleType) -> None:
+def test_a_label_that_is_impossible_or_not_a_number() -> None:
     logits = torch.randn(3, 100)
     logits[0, 5], logits[1, 7] = -torch.inf, torch.nan
     labels = torch.tensor([5, 8, 9])
@@ -134,7 +134,7 @@ def test_labels_on_the_edges_of_tiles_and_vectors() -> None:
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("kept", [False, True])
-def test_logprobs_and_their_gradient(cases: ModuleType, dtype: torch.dtype, kept: bool) -> None:
+def test_logprobs_and_their_gradient(dtype: torch.dtype, kept: bool) -> None:
     case = cases.draw(a_seed(), 50, 3000, dtype, "kept" if kept else "plain")
     options: dict[str, Any] = {"temperature": 0.8, "kept_ids": case.tables["kept_ids"]}
     upstream, upstream_lse = torch.randn(50), torch.randn(50)
@@ -152,7 +152,7 @@ def test_logprobs_and_their_gradient(cases: ModuleType, dtype: torch.dtype, kept
     assert cases.relative(grad, exact) <= (3e-7 if dtype == torch.float32 else 1.05 * cases.relative(exact.to(dtype), exact))
 
 
-def test_a_token_that_has_not_moved_has_ratio_one(cases: ModuleType) -> None:
+def test_a_token_that_has_not_moved_has_ratio_one() -> None:
     case = cases.draw(a_seed(), 100, 3000, torch.bfloat16, "plain")
     options = {"temperature": case.options["temperature"], "impl": "cpu"}
     case.tables["old_logprobs"] = token_logprobs(case.logits, case.tables["labels"], **options)[0]

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import math
-from types import ModuleType
 from typing import Any
 
+import loss_cases as cases
 import pytest
 import torch
 from srpo_kernels import cpu, operators, policy_loss, token_logprobs
@@ -24,7 +24,7 @@ def flat(case: Any, *, with_grad: bool = True) -> tuple[Any, ...]:
 
 
 @pytest.mark.parametrize("name", ["k3", "full", "kept"])
-def test_registered_as_torch_wants_it(cases: ModuleType, name: str) -> None:
+def test_registered_as_torch_wants_it(name: str) -> None:
     case = cases.draw(0, 20, 50, torch.float32, name, nan=False)
     for logits in (case.logits, case.logits.clone().requires_grad_()):
         torch.library.opcheck(operators.policy_loss, (logits, *flat(case, with_grad=logits.requires_grad)))
@@ -34,7 +34,7 @@ def test_registered_as_torch_wants_it(cases: ModuleType, name: str) -> None:
     torch.library.opcheck(operators.policy_loss_, (case.logits.clone(), *in_place))
 
 
-def test_compiled_as_one_graph(cases: ModuleType) -> None:
+def test_compiled_as_one_graph() -> None:
     case = cases.draw(1, 20, 50, torch.float32, "k3", nan=False)
     weight = torch.randn(50, 16)
 
@@ -59,7 +59,7 @@ def test_compiled_as_one_graph(cases: ModuleType) -> None:
         torch.testing.assert_close(got, expected, rtol=1e-5, atol=1e-6)
 
 
-def test_under_activation_checkpointing(cases: ModuleType) -> None:
+def test_under_activation_checkpointing() -> None:
     case = cases.draw(2, 20, 50, torch.float32, "k3", nan=False)
     hidden = torch.randn(20, 16)
     weight = torch.randn(50, 16)
@@ -73,7 +73,7 @@ def test_under_activation_checkpointing(cases: ModuleType) -> None:
     assert plain.grad is not None and recomputed.grad is not None and torch.equal(plain.grad, recomputed.grad)
 
 
-def test_an_intermediate_result_is_overwritten_and_a_leaf_is_not(cases: ModuleType) -> None:
+def test_an_intermediate_result_is_overwritten_and_a_leaf_is_not() -> None:
     case = cases.draw(3, 20, 50, torch.float32, "k3", nan=False)
     leaf = case.logits.clone().requires_grad_()
     case.run(leaf, "cpu").loss.backward()
@@ -91,7 +91,7 @@ def test_an_intermediate_result_is_overwritten_and_a_leaf_is_not(cases: ModuleTy
     assert torch.equal(kept.detach(), case.logits), "nobody asked for a gradient"
 
 
-def test_overwriting_what_somebody_needs_is_an_error(cases: ModuleType) -> None:
+def test_overwriting_what_somebody_needs_is_an_error() -> None:
     case = cases.draw(4, 20, 50, torch.float32, "k3", nan=False)
     logits = case.logits.clone().requires_grad_().tanh()  # tanh needs its result for its backward
     with pytest.raises(RuntimeError, match="modified by an inplace operation"):
@@ -100,7 +100,7 @@ def test_overwriting_what_somebody_needs_is_an_error(cases: ModuleType) -> None:
 
 @pytest.mark.parametrize("in_place", [False, True])
 @pytest.mark.parametrize("factor", [1.0, -2.5, 0.0])
-def test_the_gradient_of_what_comes_after(cases: ModuleType, in_place: bool, factor: float) -> None:
+def test_the_gradient_of_what_comes_after(in_place: bool, factor: float) -> None:
     case = cases.draw(5, 20, 50, torch.float32, "k3", nan=False)
     x = case.logits.clone().requires_grad_()
     (factor * case.run(x * 1, "cpu", in_place=in_place).loss).backward()
@@ -111,7 +111,7 @@ def test_the_gradient_of_what_comes_after(cases: ModuleType, in_place: bool, fac
 
 @pytest.mark.parametrize("impl", ["reference", "cpu"])
 @pytest.mark.parametrize("over", ["step", "sequence"])
-def test_one_ratio_for_a_segment(cases: ModuleType, over: str, impl: str) -> None:
+def test_one_ratio_for_a_segment(over: str, impl: str) -> None:
     """Against the geometric mean over each segment's labelled rows, by a loop and autograd in fp64."""
     case = cases.draw(6, 60, 30, torch.float32 if impl == "cpu" else torch.float64, "plain", nan=False)
     labels, old, weights = case.tables["labels"], case.tables["old_logprobs"].double(), case.tables["weights"].double()

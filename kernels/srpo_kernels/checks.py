@@ -1,0 +1,52 @@
+"""What bad input gets: errors that name the argument and say what to give instead."""
+
+from __future__ import annotations
+
+import torch
+
+KL_ESTIMATORS = ("k1", "k2", "k3", "full")
+
+
+def check_logits(logits: torch.Tensor, labels: torch.Tensor, temperature: float, kept_ids: torch.Tensor | None) -> None:
+    """Raises ValueError where logits and labels do not fit, or a setting of the softmax is out of range."""
+    if logits.ndim != 2 or labels.shape != logits.shape[:1]:
+        raise ValueError(f"logits {tuple(logits.shape)} and labels {tuple(labels.shape)} do not fit: give [T, V] and [T]")
+    check_softmax(labels, temperature, kept_ids)
+
+
+def check_softmax(labels: torch.Tensor, temperature: float, kept_ids: torch.Tensor | None) -> None:
+    """Raises ValueError where the temperature or the shape of a filter cannot be."""
+    if kept_ids is not None and (kept_ids.ndim != 2 or kept_ids.shape[0] != labels.shape[0]):
+        raise ValueError(f"kept_ids has shape {tuple(kept_ids.shape)}: give [T, K] with T = {labels.shape[0]}")
+    if not temperature > 0:
+        raise ValueError(f"temperature is {temperature}: it must be above 0")
+
+
+def check_rows(labels: torch.Tensor, **rows: torch.Tensor | None) -> None:
+    """Raises ValueError where what has one value per row has another shape than the labels."""
+    for name, values in rows.items():
+        if values is not None and values.shape != labels.shape:
+            raise ValueError(f"{name} has shape {tuple(values.shape)}: give one value per row, {tuple(labels.shape)}")
+
+
+def check_options(clip_eps_low: float, clip_eps_high: float, dual_clip: float | None, kl_estimator: str) -> None:
+    """Raises ValueError where an option of the loss is out of range."""
+    if clip_eps_low < 0 or clip_eps_high < 0:
+        raise ValueError(f"clip_eps_low {clip_eps_low} and clip_eps_high {clip_eps_high} must not be negative")
+    if dual_clip is not None and dual_clip <= 1:
+        raise ValueError(f"dual_clip is {dual_clip}: give a bound above 1, or None to switch it off")
+    if kl_estimator not in KL_ESTIMATORS:
+        raise ValueError(f"kl_estimator {kl_estimator!r} is unknown: give one of {', '.join(KL_ESTIMATORS)}")
+
+
+def check_segments(num_rows: int, step_advantages: torch.Tensor, step_ends: torch.Tensor, cu_seqlens: torch.Tensor) -> None:
+    """Raises ValueError where the tables of sequences and steps do not fit each other or the number of rows."""
+    num_sequences = cu_seqlens.numel() - 1
+    if step_ends.ndim != 2 or step_ends.shape != step_advantages.shape or step_ends.shape[1] == 0:
+        shapes = f"step_ends {tuple(step_ends.shape)} and step_advantages {tuple(step_advantages.shape)}"
+        raise ValueError(f"{shapes} do not fit: give both as [N, J] with J at least 1")
+    if cu_seqlens.ndim != 1 or num_sequences != step_ends.shape[0]:
+        raise ValueError(f"cu_seqlens has shape {tuple(cu_seqlens.shape)}: give [N+1] with N = {step_ends.shape[0]}")
+    looked_at = cu_seqlens.device.type == "cpu" and not torch.compiler.is_compiling()  # elsewhere it would wait for the device
+    if looked_at and int(cu_seqlens[-1]) != num_rows:
+        raise ValueError(f"cu_seqlens ends at {int(cu_seqlens[-1])} but there are {num_rows} rows: its last entry is T")

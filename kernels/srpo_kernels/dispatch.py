@@ -1,0 +1,33 @@
+"""Which implementations exist, and which one takes given logits."""
+
+from __future__ import annotations
+
+import torch
+
+from srpo_kernels import cpu, operators
+
+# Best first. The reference comes last: it takes everything.
+operators.BACKENDS["cpu"] = cpu
+
+
+def implementations(logits: torch.Tensor) -> tuple[str, ...]:
+    """Names that `impl` may take for these logits besides "auto", best first."""
+    return *(name for name, backend in operators.BACKENDS.items() if backend.why_not(logits) is None), "reference"
+
+
+@torch.compiler.assume_constant_result
+def choose(op: str, impl: str, device: torch.device, dtype: torch.dtype) -> str:
+    """The best implementation for logits of this kind, or the named one."""
+    logits = torch.empty(0, 1, device=device, dtype=dtype)
+    if impl == "auto":
+        return implementations(logits)[0]
+    if impl == "reference":
+        return impl
+    if impl not in operators.BACKENDS:
+        names = ", ".join(("auto", *operators.BACKENDS, "reference"))
+        raise ValueError(f"{op} has no implementation {impl!r}: give one of {names}")
+    reason = operators.BACKENDS[impl].why_not(logits)
+    if reason is not None:
+        here = ", ".join(("auto", *implementations(logits)))
+        raise ValueError(f"{op}: implementation {impl!r} cannot be used, since {reason}: give one of {here}")
+    return impl
