@@ -80,7 +80,7 @@ class DemoConfig:
     sft_steps: int = 1000
     sft_batch: int = 64
     sft_lr: float = 2e-3
-    rl_steps: int = 90
+    rl_steps: int = 75
     num_prompts: int = 48
     group_size: int = 8
     rl_lr: float = 1e-4
@@ -210,7 +210,7 @@ def train_config(cfg: DemoConfig, policy: Path) -> Config:
         loss=LossConfig(kl_coef=cfg.kl_coef),
         optimizer=OptimizerConfig(lr=cfg.rl_lr, warmup_steps=3, schedule="linear", min_lr_frac=0.1),
         sampler=SamplerConfig(),
-        train=TrainConfig(checkpoint_every=25, eval_every=cfg.eval_every, eval_examples=256),
+        train=TrainConfig(micro_batch_tokens=4096, checkpoint_every=25, eval_every=cfg.eval_every, eval_examples=256),
     )
 
 
