@@ -77,10 +77,10 @@ class DemoConfig:
     model: TinyConfig = field(default_factory=TinyConfig)
     bias: TeacherBias = field(default_factory=TeacherBias)  # what the teacher gets wrong (catalogue world)
     judge_error_rate: float = 0.05  # of the simulated annotator that stands for R_phi on S1 and S2 (catalogue world)
-    sft_steps: int = 1000
+    sft_steps: int = 1300
     sft_batch: int = 64
     sft_lr: float = 2e-3
-    rl_steps: int = 75
+    rl_steps: int = 90
     num_prompts: int = 48
     group_size: int = 8
     rl_lr: float = 1e-4
