@@ -72,14 +72,6 @@ def small() -> ModuleType:
 
 
 @pytest.fixture(scope="session")
-def cases() -> ModuleType:
-    """The module ops/loss_cases.py."""
-    import loss_cases
-
-    return loss_cases
-
-
-@pytest.fixture(scope="session")
 def world(small: ModuleType, tmp_path_factory: pytest.TempPathFactory):
     """A `SmallWorld`: data and a tiny policy on disk, made once."""
     return small.SmallWorld.make(tmp_path_factory.mktemp("small_world"))

@@ -50,7 +50,7 @@ def main() -> None:
         subprocess.run([python, "-m", "pip", "uninstall", "--quiet", "--yes", "torch"], check=True)
     if not gpu:
         install_cpu_torch(python)
-    extras = ["gpu"] * gpu + args.extras
+    extras = ["gpu"] * gpu + args.extras + ["interpreter"] * (not gpu and "test" in args.extras)
     suffix = f"[{','.join(extras)}]" if extras else ""
     pip(python, f"srpo{suffix}", "--no-build-isolation", "--editable", f"{ROOT}{suffix}")
     compile_kernels(python)

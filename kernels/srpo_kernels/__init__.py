@@ -94,6 +94,8 @@ def policy_loss(
     check_logits(logits, labels, temperature, kept_ids)
     check_segments(labels.shape[0], step_advantages, step_ends, cu_seqlens)
     check_rows(labels, weights=weights, old_logprobs=old_logprobs, ref_logprobs=ref_logprobs)
+    if in_place and logits.shape[1] > 1 and logits.stride(1) != 1:
+        raise ValueError(f"logits have strides {logits.stride()}: in place a row has to be contiguous; leave in_place at None")
     if ref_logits is not None and ref_logits.shape != logits.shape:
         raise ValueError(f"ref_logits has shape {tuple(ref_logits.shape)}: give that of logits, {tuple(logits.shape)}")
     check_options(clip_eps_low, clip_eps_high, dual_clip, kl_estimator)
@@ -130,7 +132,8 @@ def policy_loss(
         kept_ids = topk_support(logits, top_k)
     with_grad = logits.requires_grad and torch.is_grad_enabled()
     if in_place is None:
-        in_place = with_grad and not logits.is_leaf and not torch.compiler.is_compiling()
+        together = logits.shape[1] <= 1 or logits.stride(1) == 1
+        in_place = with_grad and together and not logits.is_leaf and not torch.compiler.is_compiling()
     tables = (labels, step_advantages, step_ends, cu_seqlens, weights, old_logprobs, ref_logprobs, kept_ids, ref_logits)
     options = (clip_eps_low, clip_eps_high, dual_clip or math.inf, kl_coef, kl_estimator, temperature)
     if with_grad and in_place:

@@ -64,11 +64,11 @@ def compile_once(name: str, sources: Sequence[str], commands: Sequence[Sequence[
 
 @cache
 def _version(compiler: str) -> str:
-    """First line of `compiler --version`. Raises BuildError where it is not there."""
+    """What `compiler --version` prints. Raises BuildError where it is not there."""
     if shutil.which(compiler) is None:
         raise BuildError(f"{compiler} is not on the PATH: install a C++ compiler, or name one in CXX")
     done = subprocess.run([compiler, "--version"], capture_output=True, text=True, check=False)
-    return done.stdout.partition("\n")[0]
+    return done.stdout
 
 
 def cpu_commands() -> list[list[str]]:
@@ -77,7 +77,16 @@ def cpu_commands() -> list[list[str]]:
     x86 = platform.machine().lower() in ("x86_64", "amd64")
     names = list(_ISA_FLAGS) if x86 else ["portable"]
     objects = {
-        name: [compiler, *_CXX_FLAGS, f"-DSRPO_ISA={name}", *_ISA_FLAGS[name], "-c", "{src}/rows_cpu.cpp", "-o", f"{{tmp}}/{name}.o"]
+        name: [
+            compiler,
+            *_CXX_FLAGS,
+            f"-DSRPO_ISA={name}",
+            *_ISA_FLAGS[name],
+            "-c",
+            "{src}/rows_cpu.cpp",
+            "-o",
+            f"{{tmp}}/{name}.o",
+        ]
         for name in names
     }
     link = [compiler, *_CXX_FLAGS[:3], "-shared", *(["-DSRPO_X86"] if x86 else []), "{src}/dispatch_cpu.cpp"]
@@ -87,6 +96,30 @@ def cpu_commands() -> list[list[str]]:
 def build_cpu() -> Path:
     """The CPU library. Raises BuildError."""
     return compile_once("srpo_cpu", ["rows.h", "simd.h", "rows_cpu.cpp", "dispatch_cpu.cpp"], cpu_commands())
+
+
+def build_cuda() -> Path:
+    """The CUDA library: machine code for Hopper and, from CUDA 12.8 on, Blackwell; PTX for what comes later. Raises BuildError.
+
+    The compiler is $NVCC, nvcc on the PATH, or that of $CUDA_HOME or /usr/local/cuda. Without one, a library in the cache will do
+    that was compiled from these very sources.
+    """
+    sources = ["rows.h", "row_math.h", "cluster.cuh", "rows_one_read.cuh", "rows_two_reads.cuh", "rows_cuda.cu"]
+    text = "".join((CSRC / source).read_text(encoding="utf-8") for source in sources)
+    name = f"srpo_cuda-{hashlib.sha256(text.encode()).hexdigest()[:16]}"
+    toolkit = Path(os.environ.get("CUDA_HOME") or "/usr/local/cuda") / "bin"
+    nvcc = os.environ.get("NVCC") or shutil.which("nvcc") or shutil.which("nvcc", path=toolkit)
+    if nvcc is None:
+        made = sorted(cache_dir().glob(f"{name}-*.so"))
+        if not made:
+            raise BuildError("nvcc is not on the PATH: install the CUDA toolkit, or name the compiler in NVCC")
+        return made[-1]
+    known = subprocess.run([nvcc, "--list-gpu-arch"], capture_output=True, text=True, check=False).stdout.split()
+    flags = ["-std=c++17", "-O3", "-shared", "-Xcompiler", "-fPIC,-fvisibility=hidden"]
+    for virtual, real in (("compute_90a", "sm_90a"), ("compute_100a", "sm_100a"), ("compute_90", "compute_90")):
+        if virtual.rstrip("a") in known:
+            flags += ["-gencode", f"arch={virtual},code={real}"]
+    return compile_once(name, sources, [[nvcc, *flags, "{src}/rows_cuda.cu", "-o", "{out}"]])
 
 
 def load_with_openmp(library: Path) -> ctypes.CDLL:

@@ -91,6 +91,11 @@ def logprob_rows_backward(
     return dlogits
 
 
+def scaled(gradient: torch.Tensor, factor: torch.Tensor) -> torch.Tensor:
+    """See `operators.Backend`."""
+    return gradient if factor.item() == 1 else gradient * factor
+
+
 def _call(mode: str, tensors: dict[str, torch.Tensor | None], options: dict[str, Any]) -> torch.Tensor:
     """The rows [len(ROW_FIELDS), T]."""
     lib = library()

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import torch
 
-from srpo_kernels import cpu, operators
+from srpo_kernels import cpu, cuda, operators, triton_rows
 
 # Best first. The reference comes last: it takes everything.
-operators.BACKENDS["cpu"] = cpu
+operators.BACKENDS.update(cuda=cuda, triton=triton_rows, cpu=cpu)
 
 
 def implementations(logits: torch.Tensor) -> tuple[str, ...]:

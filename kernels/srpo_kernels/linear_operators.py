@@ -100,7 +100,7 @@ def _(
 
 
 def _save_gradients(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-    ctx.num_inputs, ctx.dtypes = len(inputs), (inputs[0].dtype, inputs[1].dtype)
+    ctx.num_inputs, ctx.dtypes, ctx.impl = len(inputs), (inputs[0].dtype, inputs[1].dtype), inputs[-1]
     ctx.set_materialize_grads(False)
     ctx.save_for_backward(*output[3:])
     ctx.mark_non_differentiable(*output[1:])
@@ -108,7 +108,7 @@ def _save_gradients(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...
 
 def _hand_out(ctx: Any, grad_loss: Tensor, *_: Tensor) -> tuple[Tensor | None, ...]:
     gradients = (
-        operators.times(gradient, grad_loss).to(dtype) if wanted else None
+        operators.times(ctx.impl, gradient, grad_loss).to(dtype) if wanted else None
         for gradient, dtype, wanted in zip(ctx.saved_tensors, ctx.dtypes, ctx.needs_input_grad[:2], strict=True)
     )
     return *gradients, *[None] * (ctx.num_inputs - 2)

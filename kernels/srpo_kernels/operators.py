@@ -58,6 +58,10 @@ class Backend(Protocol):
         """The gradient [T, V] of what `logprob_rows` returns."""
         ...
 
+    def scaled(self, gradient: Tensor, factor: Tensor) -> Tensor:
+        """`gradient` times `factor` [], which is nearly always 1 and then costs nothing. May overwrite `gradient`."""
+        ...
+
 
 BACKENDS: dict[str, Backend] = {}
 
@@ -171,7 +175,7 @@ def options_of(
 
 def reduce_rows(rows: Tensor, num_steps: int) -> tuple[Tensor, Tensor, Tensor]:
     """(loss, logprobs, sums by step) of the values per row; in the same order on every run, on a GPU too."""
-    row = dict(zip(ROW_FIELDS, rows, strict=True))
+    row: dict[str, Tensor] = dict(zip(ROW_FIELDS, rows, strict=True))
     row["num_tokens"] = torch.ones_like(row["step"])
     fields = ("num_tokens", "clipped", "outside", "ratio", "kl", "entropy")  # the order of `StepStats`
     values = torch.stack([row[name] for name in fields])[:, None]  # [6, 1, T]
@@ -201,7 +205,7 @@ def _(logits: Tensor, labels: Tensor, step_advantages: Tensor, step_ends: Tensor
 
 
 def _save_gradient(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-    ctx.num_inputs = len(inputs)
+    ctx.num_inputs, ctx.impl = len(inputs), inputs[-1]
     ctx.set_materialize_grads(False)  # zeros [T, V] for the gradient's own gradient, otherwise
     ctx.save_for_backward(output[3])
     ctx.mark_non_differentiable(*output[1:])
@@ -209,14 +213,12 @@ def _save_gradient(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]
 
 def _hand_out(ctx: Any, grad_loss: Tensor, *_: Tensor) -> tuple[Tensor | None, ...]:
     (dlogits,) = ctx.saved_tensors
-    return times(dlogits, grad_loss), *[None] * (ctx.num_inputs - 1)
+    return times(ctx.impl, dlogits, grad_loss), *[None] * (ctx.num_inputs - 1)
 
 
-def times(dlogits: Tensor, grad_loss: Tensor) -> Tensor:
-    """The gradient times that of the loss, which is nearly always 1 and then costs nothing where it can be looked at."""
-    if type(grad_loss) is Tensor and grad_loss.device.type == "cpu" and grad_loss.item() == 1:
-        return dlogits
-    return dlogits * grad_loss
+def times(impl: str, gradient: Tensor, grad_loss: Tensor) -> Tensor:
+    """The saved gradient times that of the loss. Where it is being traced, by torch.compile, an ordinary product."""
+    return BACKENDS[impl].scaled(gradient, grad_loss) if type(grad_loss) is Tensor else gradient * grad_loss
 
 
 torch.library.register_autograd("srpo::policy_loss", _hand_out, setup_context=_save_gradient)
@@ -229,7 +231,7 @@ class PolicyLossInPlace(torch.autograd.Function):
     def forward(ctx: Any, logits: Tensor, *args: Any) -> tuple[Tensor, ...]:
         """Arguments and results of `policy_loss_`."""
         results = policy_loss_(logits, *args)
-        ctx.num_inputs = 1 + len(args)
+        ctx.num_inputs, ctx.impl = 1 + len(args), args[-1]
         ctx.save_for_backward(logits.detach())  # after the write: it holds the gradient now
         ctx.mark_non_differentiable(*results[1:])
         return results

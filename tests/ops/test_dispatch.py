@@ -42,7 +42,7 @@ def test_a_missing_implementation_is_named() -> None:
 
 
 def test_an_implementation_that_cannot_take_the_input_says_why() -> None:
-    x = good_input() | {"logits": torch.randn(7, 5, dtype=torch.float64)}
+    x: dict[str, Any] = {**good_input(), "logits": torch.randn(7, 5, dtype=torch.float64)}
     assert srpo_kernels.implementations(x["logits"]) == ("reference",)
     assert policy_loss(**x).loss.dtype == torch.float64
     with pytest.raises(ValueError, match=r"'cpu' cannot be used, since logits are torch.float64: give one of auto, reference"):

@@ -1,0 +1,130 @@
+"""The CUDA C++ kernels of csrc/rows_cuda.cu, for Hopper and later; fp32, bf16 and fp16 logits.
+
+Rows that can be moved in units of 16 bytes (V and the row stride multiples of 8, or of 4 in fp32) and that a cluster of CTAs can
+hold, up to about 900,000 ids in 16 bits, are read once. Others, filtered ones and the exact KL take a kernel that reads twice.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import warnings
+from functools import cache
+from typing import Any
+
+import torch
+
+from srpo_kernels import triton_rows
+from srpo_kernels.build import BuildError, build_cuda
+from srpo_kernels.native import DTYPES, ROW_FIELDS, RowArgs, row_args
+
+MIN_CAPABILITY = (9, 0)  # thread block clusters
+CLUSTERS = (1, 2, 4, 8, 16)
+
+forced_cluster: int | None = None  # tests and benchmarks: CTAs per row, or 0 for the kernel that reads twice
+
+
+@cache
+def library() -> ctypes.CDLL | BuildError:
+    """The compiled library, built on the first call; or why there is none, which is also said once as a warning."""
+    try:
+        lib = ctypes.CDLL(str(build_cuda()))
+    except BuildError as error:
+        warnings.warn(f"no CUDA C++ kernels, a slower implementation is used instead: {error}", stacklevel=2)
+        return error
+    lib.srpo_cuda_args_bytes.restype = ctypes.c_int64
+    assert lib.srpo_cuda_args_bytes() == ctypes.sizeof(RowArgs), "csrc/rows.h and srpo_kernels/native.py disagree"
+    lib.srpo_cuda_rows.argtypes = [ctypes.POINTER(RowArgs), ctypes.c_int, ctypes.c_int, ctypes.c_void_p]
+    lib.srpo_cuda_cluster.argtypes = [ctypes.POINTER(RowArgs), ctypes.c_int]
+    lib.srpo_cuda_error.restype = ctypes.c_char_p
+    return lib
+
+
+def why_not(logits: torch.Tensor) -> str | None:
+    """Why these logits cannot be taken; None if they can."""
+    if logits.device.type != "cuda" or torch.version.cuda is None:
+        return f"logits are on {logits.device}, not on an NVIDIA GPU"
+    if logits.dtype not in DTYPES:
+        return f"logits are {logits.dtype}"
+    capability = torch.cuda.get_device_capability(logits.device)
+    if capability < MIN_CAPABILITY:
+        return f"{torch.cuda.get_device_name(logits.device)} has compute capability {capability[0]}.{capability[1]}, below 9.0"
+    lib = library()
+    return str(lib) if isinstance(lib, BuildError) else None
+
+
+def new_gradient(logits: torch.Tensor) -> torch.Tensor:
+    """An empty tensor like the logits."""
+    return torch.empty_like(logits, memory_format=torch.contiguous_format)
+
+
+def policy_rows(
+    logits: torch.Tensor, dlogits: torch.Tensor | None, tables: dict[str, torch.Tensor | None], options: dict[str, Any]
+) -> torch.Tensor:
+    """See `operators.Backend`."""
+    return _call("policy_loss", {"logits": logits, "dlogits": dlogits, **tables}, options)
+
+
+def logprob_rows(
+    logits: torch.Tensor, labels: torch.Tensor, kept_ids: torch.Tensor | None, temperature: float
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """See `operators.Backend`."""
+    rows = _call("logprobs", {"logits": logits, "labels": labels, "kept_ids": kept_ids}, {"temperature": temperature})
+    return rows[ROW_FIELDS.index("logprob")].clone(), rows[ROW_FIELDS.index("lse")].clone()
+
+
+def logprob_rows_backward(
+    logits: torch.Tensor,
+    labels: torch.Tensor,
+    kept_ids: torch.Tensor | None,
+    temperature: float,
+    grad_logprobs: torch.Tensor,
+    grad_lse: torch.Tensor,
+) -> torch.Tensor:
+    """See `operators.Backend`."""
+    dlogits = new_gradient(logits)
+    tensors = {"logits": logits, "labels": labels, "kept_ids": kept_ids, "dlogits": dlogits}
+    grads = {"grad_logprobs": grad_logprobs, "grad_lse": grad_lse}
+    _call("logprobs_backward", {**tensors, **grads}, {"temperature": temperature})
+    return dlogits
+
+
+def scaled(gradient: torch.Tensor, factor: torch.Tensor) -> torch.Tensor:
+    """See `operators.Backend`. Triton has a kernel that looks at the factor first; without it the product is made."""
+    return triton_rows.scaled(gradient, factor) if triton_rows.why_not(gradient) is None else gradient * factor
+
+
+def cluster_size(logits: torch.Tensor) -> int:
+    """CTAs per row that unfiltered logits get; 0: they are read twice. Raises RuntimeError for an error of CUDA."""
+    lib = library()
+    assert isinstance(lib, ctypes.CDLL)
+    args, _ = row_args("logprobs", {"logits": logits}, temperature=1.0)
+    size = lib.srpo_cuda_cluster(ctypes.byref(args), _index(logits))
+    _check(lib, -min(size, 0))
+    return size
+
+
+def _call(mode: str, tensors: dict[str, torch.Tensor | None], options: dict[str, Any]) -> torch.Tensor:
+    """The rows [len(ROW_FIELDS), T], queued on the current stream. Raises RuntimeError for an error of CUDA."""
+    lib = library()
+    assert isinstance(lib, ctypes.CDLL)
+    logits = tensors["logits"]
+    assert logits is not None
+    for name, tensor in tensors.items():
+        if tensor is not None and tensor.device != logits.device:
+            raise ValueError(f"{name} is on {tensor.device} and the logits on {logits.device}: move both to one device")
+    rows = logits.new_empty(len(ROW_FIELDS), logits.shape[0], dtype=torch.float32)
+    args, held = row_args(mode, {**tensors, "rows": rows}, **options)
+    stream = torch.cuda.current_stream(logits.device).cuda_stream
+    cluster = -1 if forced_cluster is None else forced_cluster
+    _check(lib, lib.srpo_cuda_rows(ctypes.byref(args), _index(logits), cluster, stream))
+    del held  # not before the call: from here on, memory that is freed is reused only after it on this stream
+    return rows
+
+
+def _index(tensor: torch.Tensor) -> int:
+    return torch.cuda.current_device() if tensor.device.index is None else tensor.device.index
+
+
+def _check(lib: ctypes.CDLL, code: int) -> None:
+    if code:
+        raise RuntimeError(f"CUDA error {code} in the kernels of srpo: {lib.srpo_cuda_error(code).decode()}")

@@ -1,0 +1,231 @@
+"""The Triton kernels of triton_kernels.py: NVIDIA from sm80 and AMD from gfx942; fp32, bf16 and fp16 logits.
+
+With TRITON_INTERPRET=1 in the environment before triton is first imported they also run on a CPU, slowly: that is for tests.
+"""
+
+from __future__ import annotations
+
+import importlib
+import math
+import os
+from contextlib import AbstractContextManager, nullcontext
+from functools import cache
+from types import ModuleType
+from typing import Any, NamedTuple
+
+import torch
+
+from srpo_kernels.native import ROW_FIELDS
+
+OLDEST = (3, 6)
+OLDEST_CAPABILITY = (8, 0)
+DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+_TABLES = {
+    "labels": torch.int64,
+    "kept_ids": torch.int64,
+    "step_advantages": torch.float32,
+    "step_ends": torch.int32,
+    "cu_seqlens": torch.int32,
+    "weights": torch.float32,
+    "old_logprobs": torch.float32,
+    "ref_logprobs": torch.float32,
+    "grad_logprobs": torch.float32,
+    "grad_lse": torch.float32,
+}
+
+
+class Tiling(NamedTuple):
+    """How a row is cut, and how many warps work on it."""
+
+    block: int  # columns of a tile
+    num_held: int  # tiles that stay in registers
+    fold: int  # neighbours that one thread loads at once
+    num_warps: int
+
+
+def tiling(num_columns: int, element_bytes: int, *, gathered: bool, aligned: bool) -> Tiling:
+    """Depends on nothing that changes from batch to batch. gathered: single elements are loaded; aligned: rows start at multiples
+    of 16 bytes. Sizes are what the registers take without spilling, tests/ops/test_triton_compile.py holds them."""
+    fold = 16 // element_bytes if aligned and not gathered else 1
+    block, num_held = (8192, 2) if element_bytes == 2 and aligned else (4096, 4)
+    if num_columns > block and not gathered:
+        return Tiling(block, num_held, fold, 16)
+    block = max(512, 2 ** math.ceil(math.log2(num_columns)))
+    return Tiling(block, 1, fold, min(16, max(4, block // 512)))
+
+
+@cache
+def kernels() -> ModuleType | str:
+    """The module of kernels, or why there is none."""
+    try:
+        triton = importlib.import_module("triton")
+    except ImportError as error:
+        return f"triton cannot be imported ({error})"
+    version = tuple(int(part) for part in triton.__version__.split(".")[:2])
+    if version < OLDEST:
+        return f"triton is {triton.__version__}, not {'.'.join(map(str, OLDEST))} or later"
+    return importlib.import_module("srpo_kernels.triton_kernels")
+
+
+def interpreted() -> bool:
+    """Whether kernels run in Triton's interpreter, which takes tensors of a CPU."""
+    if os.environ.get("TRITON_INTERPRET", "0") in ("", "0"):
+        return False
+    module = kernels()
+    return isinstance(module, ModuleType) and not isinstance(module.rows_kernel, module.triton.JITFunction)
+
+
+def why_not(logits: torch.Tensor) -> str | None:
+    """Why these logits cannot be taken; None if they can."""
+    if logits.dtype not in DTYPES:
+        return f"logits are {logits.dtype}"
+    if logits.device.type != "cuda":
+        return None if logits.device.type == "cpu" and interpreted() else f"logits are on {logits.device}"
+    module = kernels()
+    if isinstance(module, str):
+        return module
+    if interpreted():
+        return "TRITON_INTERPRET is set"
+    if torch.version.hip is None and torch.cuda.get_device_capability(logits.device) < OLDEST_CAPABILITY:
+        return f"{torch.cuda.get_device_name(logits.device)} is older than sm80"
+    return None
+
+
+def new_gradient(logits: torch.Tensor) -> torch.Tensor:
+    """An empty tensor like the logits, contiguous."""
+    return torch.empty_like(logits, memory_format=torch.contiguous_format)
+
+
+def policy_rows(
+    logits: torch.Tensor, dlogits: torch.Tensor | None, tables: dict[str, torch.Tensor | None], options: dict[str, Any]
+) -> torch.Tensor:
+    """See `operators.Backend`; `dlogits` may also have a dtype of its own."""
+    return _launch("policy_loss", logits, dlogits, tables, **options)
+
+
+def logprob_rows(
+    logits: torch.Tensor, labels: torch.Tensor, kept_ids: torch.Tensor | None, temperature: float
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """See `operators.Backend`."""
+    rows = _launch("logprobs", logits, None, {"labels": labels, "kept_ids": kept_ids}, temperature=temperature)
+    return rows[ROW_FIELDS.index("logprob")].clone(), rows[ROW_FIELDS.index("lse")].clone()
+
+
+def logprob_rows_backward(
+    logits: torch.Tensor,
+    labels: torch.Tensor,
+    kept_ids: torch.Tensor | None,
+    temperature: float,
+    grad_logprobs: torch.Tensor,
+    grad_lse: torch.Tensor,
+) -> torch.Tensor:
+    """See `operators.Backend`."""
+    dlogits = new_gradient(logits)
+    tables = {"labels": labels, "kept_ids": kept_ids, "grad_logprobs": grad_logprobs, "grad_lse": grad_lse}
+    _launch("logprobs_backward", logits, dlogits, tables, temperature=temperature)
+    return dlogits
+
+
+def scaled(gradient: torch.Tensor, factor: torch.Tensor) -> torch.Tensor:
+    """See `operators.Backend`. In place; autograd then refuses to hand the same gradient out again."""
+    scale_(gradient, factor)
+    torch.autograd.graph.increment_version(gradient)
+    return gradient
+
+
+def scale_(dlogits: torch.Tensor, factor: torch.Tensor) -> torch.Tensor:
+    """`dlogits` [T, V] times `factor` (one element, on the same device), in place; reads and writes nothing where that is 1."""
+    num_rows, vocab = dlogits.shape
+    assert factor.numel() == 1 and (vocab <= 1 or dlogits.stride(1) == 1)
+    if num_rows:
+        module = kernels()
+        assert isinstance(module, ModuleType)
+        with _on(dlogits):
+            module.scale_kernel[num_rows,](dlogits, factor, dlogits.stride(0), vocab, BLOCK=4096, num_warps=8)
+    return dlogits
+
+
+def _on(tensor: torch.Tensor) -> AbstractContextManager[Any]:
+    """Kernels are launched on the current device: make it that of the tensor."""
+    return torch.cuda.device(tensor.device) if tensor.device.type == "cuda" else nullcontext()
+
+
+def _launch(
+    mode: str,
+    logits: torch.Tensor,
+    dlogits: torch.Tensor | None,
+    tables: dict[str, torch.Tensor | None],
+    *,
+    temperature: float,
+    clip_eps_low: float = 0.0,
+    clip_eps_high: float = 0.0,
+    dual_clip: float = math.inf,
+    kl_coef: float = 0.0,
+    kl_estimator: str | None = None,
+    first_row: int = 0,
+) -> torch.Tensor:
+    """The rows [len(ROW_FIELDS), T] fp32; of those "logprobs" fills `logprob` and `lse` alone, "logprobs_backward" none."""
+    num_rows, vocab = logits.shape
+    rows = logits.new_empty(len(ROW_FIELDS), num_rows, dtype=torch.float32)
+    if num_rows == 0:
+        return rows
+    assert dlogits is None or vocab <= 1 or dlogits.stride(1) == 1
+    logits, ref_logits = _rows_together(logits), tables.get("ref_logits")
+    if ref_logits is not None:
+        ref_logits = _rows_together(ref_logits)
+    table = {name: _as(tables.get(name), dtype) for name, dtype in _TABLES.items()}
+    kept_ids, step_ends = table["kept_ids"], table["step_ends"]
+    num_kept = 0 if kept_ids is None else kept_ids.shape[1]
+    num_sequences, num_steps = (0, 0) if step_ends is None else step_ends.shape
+    tiles = tiling(
+        vocab if kept_ids is None else num_kept + 1,
+        logits.element_size(),
+        gathered=kept_ids is not None,
+        aligned=logits.data_ptr() % 16 == 0 and logits.stride(0) * logits.element_size() % 16 == 0,
+    )
+    exact = math.log2(math.e) / temperature
+    rounded = torch.tensor(exact, dtype=torch.float32).item()
+    module = kernels()
+    assert isinstance(module, ModuleType)
+    with _on(logits):
+        module.rows_kernel[num_rows,](
+            logits,
+            ref_logits,
+            dlogits,
+            **table,
+            rows=rows,
+            logits_stride=logits.stride(0),
+            ref_stride=0 if ref_logits is None else ref_logits.stride(0),
+            dlogits_stride=0 if dlogits is None else dlogits.stride(0),
+            num_rows=num_rows,
+            vocab=vocab,
+            num_sequences=num_sequences,
+            num_steps=num_steps,
+            num_kept=num_kept,
+            first_row=first_row,
+            c=rounded,
+            c_error=exact / rounded - 1,
+            inverse_temperature=1 / temperature,
+            clip_low=1 - clip_eps_low,
+            clip_high=1 + clip_eps_high,
+            dual_clip=dual_clip,
+            kl_coef=kl_coef,
+            MODE=mode,
+            KL_ESTIMATOR=kl_estimator,
+            BLOCK=tiles.block,
+            NUM_HELD=tiles.num_held,
+            FOLD=tiles.fold,
+            num_warps=tiles.num_warps,
+            enable_fp_fusion=True,  # said aloud, since the default is about to change, with a warning till then
+        )
+    return rows
+
+
+def _as(table: torch.Tensor | None, dtype: torch.dtype) -> torch.Tensor | None:
+    return None if table is None else table.detach().to(dtype).contiguous()
+
+
+def _rows_together(logits: torch.Tensor) -> torch.Tensor:
+    """Logits whose rows are contiguous, by a copy where need be."""
+    logits = logits.detach()
+    return logits if logits.shape[1] <= 1 or logits.stride(1) == 1 else logits.contiguous()

@@ -1,0 +1,184 @@
+"""The Triton kernels compile for every architecture, and the machine code is what they were written for. Needs no GPU.
+
+Registers: 16 warps leave a thread 128 of them, which is the budget of what streams; the compiler takes what it is left. What must
+not happen is that some are spilled, or that logits are moved in less than 16 bytes.
+"""
+
+from __future__ import annotations
+
+import importlib
+import os
+import re
+import subprocess
+from dataclasses import dataclass
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import pytest
+from srpo_kernels import triton_rows
+
+V = 151936
+TARGETS = {"sm80": ("cuda", 80, 32), "sm90": ("cuda", 90, 32), "sm100": ("cuda", 100, 32), "gfx942": ("hip", "gfx942", 64)}
+# What is constant while a model trains and may be compiled for; of all else nothing is.
+LAYOUT = {"logits", "ref_logits", "dlogits", "logits_stride", "ref_stride", "dlogits_stride", "vocab"}
+TABLES = {"kept_ids": "*i64", "labels": "*i64", "step_ends": "*i32", "cu_seqlens": "*i32"}
+COUNTS = ("num_rows", "vocab", "num_sequences", "num_steps", "num_kept", "first_row")
+POLICY = ("step_advantages", "step_ends", "cu_seqlens", "weights", "old_logprobs", "ref_logprobs", "ref_logits")
+
+
+@dataclass(frozen=True)
+class Variant:
+    """What of the kernel is fixed when it is compiled, and the most registers a thread may take on NVIDIA and on AMD."""
+
+    registers: int
+    amd_registers: int
+    dtype: str = "bf16"
+    gradient: str | None = None  # its dtype, that of the logits
+    mode: str = "policy_loss"
+    kl_estimator: str | None = "k3"
+    num_kept: int = 0
+
+
+VARIANTS = {
+    "bf16": Variant(128, 96),
+    "fp32": Variant(128, 96, dtype="fp32"),
+    "fp32_to_bf16": Variant(128, 96, dtype="fp32", gradient="bf16"),
+    "exact_kl": Variant(128, 112, kl_estimator="full"),
+    "exact_kl_fp32": Variant(128, 112, dtype="fp32", kl_estimator="full"),
+    "filtered": Variant(64, 64, num_kept=100),
+    "logprobs": Variant(80, 64, mode="logprobs", kl_estimator=None),
+    "logprobs_backward": Variant(128, 96, mode="logprobs_backward", kl_estimator=None),
+}
+
+
+@pytest.fixture(scope="module")
+def kernels() -> ModuleType:
+    module = triton_rows.kernels()
+    if isinstance(module, str):
+        pytest.skip(module)
+    if triton_rows.interpreted():
+        pytest.skip("TRITON_INTERPRET is set")
+    return module
+
+
+def absent(variant: Variant) -> set[str]:
+    """Arguments that are None."""
+    names = set() if variant.num_kept else {"kept_ids"}
+    if variant.mode != "logprobs_backward":
+        names |= {"grad_logprobs", "grad_lse"}
+    if variant.mode != "policy_loss":
+        names |= set(POLICY)
+    if variant.mode == "logprobs":
+        names.add("dlogits")
+    if variant.kl_estimator != "full":
+        names.add("ref_logits")
+    if variant.kl_estimator in (None, "full"):
+        names.add("ref_logprobs")
+    return names | ({"old_logprobs"} if variant.kl_estimator is None else set())
+
+
+def compiled(kernels: ModuleType, variant: Variant, target: tuple[str, Any, int]) -> Any:
+    """The kernel as it is launched for rows of V logits that start at multiples of 16 bytes."""
+    element_bytes = 4 if variant.dtype == "fp32" else 2
+    num_columns = variant.num_kept + 1 if variant.num_kept else V
+    tiles = triton_rows.tiling(num_columns, element_bytes, gathered=bool(variant.num_kept), aligned=bool(LAYOUT))
+    fixed = {"MODE": variant.mode, "KL_ESTIMATOR": variant.kl_estimator}
+    fixed |= {"BLOCK": tiles.block, "NUM_HELD": tiles.num_held, "FOLD": tiles.fold, **dict.fromkeys(absent(variant))}
+    types = {"logits": f"*{variant.dtype}", "ref_logits": f"*{variant.dtype}", "dlogits": f"*{variant.gradient or variant.dtype}"}
+    types |= TABLES | dict.fromkeys((*COUNTS, "logits_stride", "ref_stride", "dlogits_stride"), "i32") | {"c": "fp32"}
+    types |= dict.fromkeys(("c_error", "inverse_temperature", "clip_low", "clip_high", "dual_clip", "kl_coef"), "fp64")
+    names = kernels.rows_kernel.arg_names
+    compiler = importlib.import_module("triton.compiler")
+    source = compiler.ASTSource(
+        fn=kernels.rows_kernel,
+        signature={name: "constexpr" if name in fixed else types.get(name, "*fp32") for name in names},
+        constexprs={(names.index(name),): value for name, value in fixed.items()},
+        attrs={(names.index(name),): [["tt.divisibility", 16]] for name in sorted(LAYOUT - set(fixed))},
+    )
+    gpu = importlib.import_module("triton.backends.compiler").GPUTarget(*target)
+    return compiler.compile(source, target=gpu, options={"num_warps": tiles.num_warps, "enable_fp_fusion": True})
+
+
+@pytest.fixture(autouse=True)
+def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path))
+
+
+def disassemble(cubin: bytes, folder: Path) -> tuple[str, str]:
+    """(use of resources, machine code), by the tool that comes with Triton."""
+    path = folder / "kernel.cubin"
+    path.write_bytes(cubin)
+    triton_file = importlib.import_module("triton").__file__
+    assert triton_file is not None
+    tool = Path(triton_file).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
+    if not os.access(tool, os.X_OK):
+        pytest.skip(f"{tool} is missing")
+    flags = ("--dump-resource-usage", "--dump-sass")
+    usage, sass = (subprocess.run([tool, flag, path], capture_output=True, text=True, check=True).stdout for flag in flags)
+    return usage, sass
+
+
+@pytest.mark.parametrize("arch", [name for name in TARGETS if name.startswith("sm")])
+@pytest.mark.parametrize("name", VARIANTS)
+def test_nvidia(kernels: ModuleType, name: str, arch: str, tmp_path: Path) -> None:
+    variant = VARIANTS[name]
+    usage, sass = disassemble(compiled(kernels, variant, TARGETS[arch]).asm["cubin"], tmp_path)
+    use = {field: int(value) for field, value in re.findall(r"(REG|STACK|LOCAL|SHARED):(\d+)", usage)}
+    print(use)
+    assert use["STACK"] == use["LOCAL"] == 0 and not re.search(r"\b(LDL|STL)\b", sass), "spilled registers"
+    assert use["REG"] <= variant.registers
+    loads = re.findall(r"\bLDG\.E([.\w]*)", sass)
+    if variant.num_kept:
+        return  # single elements are gathered
+    wide = sum(".128" in load for load in loads)
+    assert wide >= 8, "logits are loaded 16 bytes at a time"
+    narrow_16 = sum(".U16" in load or ".S16" in load for load in loads)
+    assert narrow_16 <= (0 if variant.dtype == "fp32" else 2), "but for the label's"
+    assert len(loads) - wide <= 20, "and the tables"
+    stores = re.findall(r"\bSTG\.E([.\w]*)", sass)
+    assert variant.mode == "logprobs" or sum(".128" in store for store in stores) >= 4, "the gradient is written so, too"
+    if variant.mode != "logprobs":
+        assert sum(".EF" in store for store in stores) >= 4, "and past the caches"
+
+
+@pytest.mark.parametrize("name", VARIANTS)
+def test_amd(kernels: ModuleType, name: str) -> None:
+    variant = VARIANTS[name]
+    code = compiled(kernels, variant, TARGETS["gfx942"]).asm["amdgcn"]
+    use = {field: int(value) for field, value in re.findall(r"\.((?:vgpr|agpr|sgpr|vgpr_spill|sgpr_spill)_count):\s*(\d+)", code)}
+    print(use)
+    assert use["vgpr_spill_count"] == use["sgpr_spill_count"] == 0 and use["vgpr_count"] <= variant.amd_registers
+    if not variant.num_kept:
+        assert len(re.findall(r"\b(?:global|buffer)_load_dwordx4\b", code)) >= 3
+        assert variant.mode == "logprobs" or re.search(r"\b(?:global|buffer)_store_dwordx[24]\b", code)
+
+
+@pytest.mark.parametrize("arch", TARGETS)
+def test_rows_that_are_not_aligned_compile(kernels: ModuleType, arch: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(globals(), "LAYOUT", set())
+    assert compiled(kernels, VARIANTS["bf16"], TARGETS[arch]).asm
+
+
+@pytest.mark.parametrize("arch", TARGETS)
+def test_scaling_compiles(kernels: ModuleType, arch: str) -> None:
+    compiler = importlib.import_module("triton.compiler")
+    signature = {"values": "*bf16", "factor": "*fp32", "stride": "i32", "size": "i32", "BLOCK": "constexpr"}
+    source = compiler.ASTSource(fn=kernels.scale_kernel, signature=signature, constexprs={(4,): 4096}, attrs={})
+    gpu = importlib.import_module("triton.backends.compiler").GPUTarget(*TARGETS[arch])
+    assert compiler.compile(source, target=gpu, options={"num_warps": 8, "enable_fp_fusion": True}).asm
+
+
+def test_nothing_but_the_layout_of_a_row_is_compiled_for(kernels: ModuleType) -> None:
+    """Neither a number of rows, sequences or steps, nor where a slice of a table starts, nor any scalar makes a new kernel."""
+    numbers = {"c", "c_error", "inverse_temperature", "clip_low", "clip_high", "dual_clip", "kl_coef"}
+    specialized = set()
+    for param in kernels.rows_kernel.params:
+        if param.name in numbers:
+            assert param.annotation_type in ("fp32", "fp64")
+        elif not param.is_constexpr and not param.do_not_specialize:
+            specialized.add(param.name)
+    assert specialized == LAYOUT
+    assert {param.name for param in kernels.rows_kernel.params if param.is_constexpr} == {
+        *("MODE", "KL_ESTIMATOR", "BLOCK", "NUM_HELD", "FOLD")
+    }
