@@ -78,6 +78,8 @@ def test_the_step_of_two_ranks_is_the_step_of_one(
     metrics, gradients, num_batches = first_step(cfg, rollouts, small)
     assert num_batches == 1 if rows == 100_000 else num_batches >= 4
     line = small.metrics_of(two_ranks)[0]
+    # The largest of some last-bit differences is no sum: it has a bound, and depends on the shapes of the matrix products.
+    assert max(line["rollout/mismatch_max"], metrics.pop("rollout/mismatch_max")) < 1e-4
     assert {key: line[key] for key in metrics} == pytest.approx(metrics, rel=1e-5, abs=1e-9)
     assert line["train/loss"] == pytest.approx(metrics["train/loss"], rel=1e-5)
 
