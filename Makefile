@@ -25,8 +25,8 @@ export ACCELERATOR
 export TORCH_CPU_INDEX
 export PYRIGHT_PYTHON_IGNORE_WARNINGS = 1
 export TOKENIZERS_PARALLELISM = false
-# Waiting threads spin for some microseconds, then sleep (figures in bench/LOG.md). The default, milliseconds, makes a step thirty
-# times as long beside another busy process; not spinning at all costs a quarter of an idle machine.
+# Waiting threads spin for some microseconds, then sleep (figures in bench/LOG.md). The default, milliseconds, makes a step ten
+# times as long, or more, beside another busy process; not spinning at all costs a quarter of an idle machine.
 export GOMP_SPINCOUNT = 1000
 # Torch takes large tensors from huge pages: on a CPU fresh 4-KiB pages cost a tenth of a training step.
 export THP_MEM_ALLOC_ENABLE = 1

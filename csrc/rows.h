@@ -18,7 +18,7 @@ namespace srpo {
 enum DType : int32_t { kFloat32 = 0, kBFloat16 = 1, kFloat16 = 2 };
 enum Mode : int32_t { kPolicyLoss = 0, kLogprobs = 1, kLogprobsBackward = 2 };
 enum KlEstimator : int32_t { kNoKl = 0, kK1 = 1, kK2 = 2, kK3 = 3, kFullKl = 4 };
-// Values per row, each a plane [T] of `rows`; as srpo_kernels.operators.ROW_FIELDS. kLogprobs fills kLogprob and kLse alone.
+// Values per row, each a plane [T] of `rows`; as srpo_kernels.native.ROW_FIELDS. kLogprobs fills kLogprob and kLse alone.
 enum Field : int32_t { kLoss, kLogprob, kLse, kRatio, kKl, kEntropy, kClipped, kOutside, kStep, kNumFields };
 
 constexpr int64_t kIgnore = -100;
