@@ -15,7 +15,7 @@ from srpo_kernels import operators, reference
 from srpo_kernels.checks import KL_ESTIMATORS, check_logits, check_options, check_rows, check_segments
 from srpo_kernels.dispatch import choose, implementations
 from srpo_kernels.linear import linear_policy_loss, linear_token_logprobs
-from srpo_kernels.segments import IGNORE, PolicyLoss, StepStats, segment_means, step_of_row
+from srpo_kernels.segments import IGNORE, PolicyLoss, StepStats, old_of_segments, step_of_row
 
 __all__ = [
     "IGNORE",
@@ -106,8 +106,7 @@ def policy_loss(
     if ratio_over != "token" and old_logprobs is not None:
         with torch.no_grad():
             logprobs = token_logprobs(logits, labels, temperature=temperature, top_k=top_k, kept_ids=kept_ids, impl=impl)[0]
-        drift = segment_means(logprobs - old_logprobs, labels != IGNORE, cu_seqlens, step_ends if ratio_over == "step" else None)
-        old_logprobs = logprobs - drift  # then logprobs - old_logprobs is the segment's mean, and moves with the token
+        old_logprobs = old_of_segments(logprobs, old_logprobs, labels, cu_seqlens, step_ends if ratio_over == "step" else None)
     if name == "reference":
         return reference.policy_loss(
             logits,

@@ -19,7 +19,7 @@ from srpo_kernels import linear_operators, reference
 from srpo_kernels.checks import check_options, check_rows, check_segments, check_softmax
 from srpo_kernels.dispatch import choose
 from srpo_kernels.linear_operators import spread
-from srpo_kernels.segments import IGNORE, PolicyLoss, StepStats, compact, segment_means
+from srpo_kernels.segments import IGNORE, PolicyLoss, StepStats, compact, old_of_segments
 
 
 def linear_policy_loss(
@@ -88,8 +88,7 @@ def linear_policy_loss(
         with torch.no_grad():
             options = {"temperature": temperature, "top_k": top_k, "kept_ids": kept_ids, "chunk_rows": chunk_rows}
             logprobs = linear_token_logprobs(hidden, weight, labels, **options, impl=impl)[0]
-        drift = segment_means(logprobs - old_logprobs, labels != IGNORE, cu_seqlens, step_ends if ratio_over == "step" else None)
-        old_logprobs = logprobs - drift  # then logprobs - old_logprobs is the segment's mean, and moves with the token
+        old_logprobs = old_of_segments(logprobs, old_logprobs, labels, cu_seqlens, step_ends if ratio_over == "step" else None)
     if name == "reference":
         rows = (labels != IGNORE).nonzero()[:, 0]
         cu_seqlens, step_ends = compact(labels != IGNORE, cu_seqlens, step_ends)

@@ -13,7 +13,7 @@ MODES = {"policy_loss": 0, "logprobs": 1, "logprobs_backward": 2}
 DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
 KL_ESTIMATORS = {None: 0, "k1": 1, "k2": 2, "k3": 3, "full": 4}
 
-_POINTERS = {  # name: dtype, None for that of the logits
+POINTERS = {  # name: dtype, None for that of the logits
     "logits": None,
     "ref_logits": None,
     "dlogits": None,
@@ -39,7 +39,7 @@ class RowArgs(ctypes.Structure):
     """Field by field as in csrc/rows.h."""
 
     _fields_ = [
-        *((name, ctypes.c_void_p) for name in _POINTERS),
+        *((name, ctypes.c_void_p) for name in POINTERS),
         *((name, ctypes.c_int64) for name in _SIZES),
         *((name, ctypes.c_double) for name in _NUMBERS),
         *((name, ctypes.c_int32) for name in _CODES),
@@ -71,7 +71,7 @@ def row_args(
     for name, tensor in tensors.items():
         if tensor is None:
             continue
-        dtype = _POINTERS[name] or logits.dtype
+        dtype = POINTERS[name] or logits.dtype
         if name in ("dlogits", "rows"):
             assert tensor.dtype == dtype and (tensor.shape[1] <= 1 or tensor.stride(1) == 1), name
         elif name in ("logits", "ref_logits"):

@@ -38,20 +38,26 @@ def compact(keep: torch.Tensor, cu_seqlens: torch.Tensor, step_ends: torch.Tenso
     return kept_before[edges].int(), (kept_before[ends] - kept_before[edges[:-1]][:, None]).int()
 
 
-def segment_means(
-    values: torch.Tensor, counted: torch.Tensor, cu_seqlens: torch.Tensor, step_ends: torch.Tensor | None
+def old_of_segments(
+    logprobs: torch.Tensor,
+    old_logprobs: torch.Tensor,
+    labels: torch.Tensor,
+    cu_seqlens: torch.Tensor,
+    step_ends: torch.Tensor | None,
 ) -> torch.Tensor:
-    """At each row [T] the mean of `values` [T] over the `counted` rows of its sequence, or of its step in it; 0 without any.
+    """Old log-probabilities [T] against which each labelled row has the mean log ratio of its sequence, or of its step in it,
+    and still moves with its own token (GSPO in its token form).
 
-    counted [T] bool; step_ends [N, J] as in `step_of_row`; None: whole sequences.
+    logprobs, old_logprobs, labels [T]; step_ends [N, J] as in `step_of_row`; None: whole sequences.
     """
+    values, counted = logprobs - old_logprobs, labels != IGNORE
     num_steps = 1 if step_ends is None else step_ends.shape[1]
     ends = cu_seqlens.new_zeros(cu_seqlens.numel() - 1, 1) if step_ends is None else step_ends
     sequence, step = step_of_row(cu_seqlens, ends, torch.arange(values.shape[0], device=values.device))
     segment = sequence * num_steps + step
     sums = values.new_zeros(2, ends.shape[0] * num_steps, dtype=torch.float64)
     sums = sums.index_add(1, segment, torch.stack([values.where(counted, 0), counted.to(values.dtype)]).double())
-    return (sums[0] / sums[1].clamp(min=1))[segment].to(values.dtype)
+    return logprobs - (sums[0] / sums[1].clamp(min=1))[segment].to(values.dtype)
 
 
 @dataclass(frozen=True)

@@ -15,23 +15,11 @@ from typing import Any, NamedTuple
 
 import torch
 
-from srpo_kernels.native import ROW_FIELDS
+from srpo_kernels.native import DTYPES, POINTERS, ROW_FIELDS
 
 OLDEST = (3, 6)
 OLDEST_CAPABILITY = (8, 0)
-DTYPES = (torch.float32, torch.bfloat16, torch.float16)
-_TABLES = {
-    "labels": torch.int64,
-    "kept_ids": torch.int64,
-    "step_advantages": torch.float32,
-    "step_ends": torch.int32,
-    "cu_seqlens": torch.int32,
-    "weights": torch.float32,
-    "old_logprobs": torch.float32,
-    "ref_logprobs": torch.float32,
-    "grad_logprobs": torch.float32,
-    "grad_lse": torch.float32,
-}
+_TABLES = {name: dtype for name, dtype in POINTERS.items() if dtype is not None and name != "rows"}
 
 
 class Tiling(NamedTuple):
