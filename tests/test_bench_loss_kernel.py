@@ -199,7 +199,7 @@ def test_logits_are_whole_again_before_each_call_and_new_in_each_round(bench: Si
 
 @pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
 def test_peak_memory_is_what_was_held_at_once(bench: SimpleNamespace) -> None:
-    size, slack = 48 * 2**20, 2 * 2**20
+    size, slack = 48 * 2**20, 4 * 2**20  # a heap of huge pages holds up to one more at either end
 
     def held(num_bytes: int, num_tensors: int = 1) -> int:
         def call() -> None:
@@ -214,7 +214,7 @@ def test_peak_memory_is_what_was_held_at_once(bench: SimpleNamespace) -> None:
     for _ in range(2):  # nor may memory that the first call has freed hide the second's
         assert held(size) == pytest.approx(size, abs=slack)
     for _ in range(2):
-        assert held(2**16, 512) == pytest.approx(2**16 * 512, abs=slack)
+        assert held(2**16, 1024) == pytest.approx(2**16 * 1024, abs=slack)
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
