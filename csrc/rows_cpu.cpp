@@ -1,11 +1,14 @@
 // Loss and gradient of Eq. 6 on a CPU: each row of logits is read from memory once and its gradient written once.
 //
-// First sweep: in tiles of 2048, E = 2^(x c - k) with c = log2(e) / temperature and k an integer near the tile's largest x c,
-// kept in a buffer that stays in the cache; sums of E. Then the row's log-sum-exp, the token's loss and its derivative are known.
-// Second sweep: gradient = E * (a number per tile). One exponential per logit, no running maximum, any logits from -inf to 1e6.
+// First sweep of a row: in tiles of 2048, E = 2^(x c - k) with c = log2(e) / temperature and k an integer near the tile's largest
+// x c, kept in a buffer that stays in the cache; sums of E. Then the row's log-sum-exp, the token's loss and its derivative are
+// known. Second sweep: gradient = E * (a number per tile). One exponential per logit, any logits from -inf to 1e6.
+//
+// The second sweep of a row is woven into the first one of the next, a few cache lines at a time: while exponentials are computed,
+// gradients go out to memory and further logits come in.
 //
 // Compiled once per instruction set (SRPO_ISA names it); dispatch_cpu.cpp picks. Tests hold each against fp64.
-#include "rows.h"
+#include "row_math.h"
 #include "simd.h"
 
 #include <algorithm>
@@ -18,23 +21,16 @@ namespace {
 constexpr int64_t kTile = 2048;
 constexpr int64_t kUnroll = 4 * kLanes;  // a tile's tail is padded to a multiple of it
 constexpr int64_t kBlock = 8 * kUnroll;
+constexpr int64_t kAhead = 1024;                      // logits are fetched so many before they are needed
 constexpr int64_t kStreamBytes = int64_t(24) << 20;  // gradients above this size go past the caches
-constexpr double kLn2 = 0.693147180559945309417232121458, kLog2e = 1.44269504088896340735992468100;
 
 struct Tile {
   float k;          // exponents are relative to it
   double sum, dot;  // of E, and of E * (x c - k)
 };
 
-struct Scratch {  // one per thread, kept
-  std::vector<Tile> tiles, ref_tiles;
-  std::vector<float> e, candidates, ref_candidates, gradient;
-};
-
-// How exact the exponentials of a dtype are: the polynomial's degree, and whether c = log2(e) / temperature counts to double
-// precision (its rounding to fp32 moves a log-probability of -20 by up to 6e-7). 16-bit logits are far coarser than either.
-template <class T> constexpr bool kFine = sizeof(T) == 4;
-
+// How exact the exponentials of a dtype are (kFine): the polynomial's degree, and whether c = log2(e) / temperature counts to
+// double precision (its rounding to fp32 moves a log-probability of -20 by up to 6e-7). 16-bit logits are far coarser than either.
 struct Factor {
   float high, low;
   double exact;  // high + low
@@ -47,29 +43,67 @@ Factor factor_of(double c) {
 }
 
 // 2^(v c - k), as shift = round(v c) - k and a fraction that is rounded once, whatever the size of v.
+// 16-bit logits: v c - k is itself rounded once, which moves no exponent above -30 by more than 2e-6.
 template <bool fine>
 inline Vec power(Vec v, Vec c_high, Vec c_low, Vec k, Vec* exponent) {
-  const Vec whole = round(v * c_high), shift = whole - k;
-  Vec f = fraction(v, c_high, whole);
-  if (fine) f = fma(v, c_low, f);
+  if (!fine) {
+    const Vec t = *exponent = fraction(v, c_high, k), whole = round(t);
+    return scale(exp2_fraction<5>(t - whole), whole);
+  }
+  const Vec whole = round(v * c_high), shift = whole - k, f = fma(v, c_low, fraction(v, c_high, whole));
   *exponent = shift + f;
-  return scale(exp2_fraction<fine ? 6 : 5>(f), shift);
+  return scale(exp2_fraction<6>(f), shift);
 }
 
-// E and sums of one tile; n is a multiple of kUnroll. Without kKeep, E is not stored.
-template <bool kKeep, class T>
-Tile exp_tile(const T* x, int64_t n, const Factor& c, float* e) {
-  Vec most[4] = {load(x), load(x + kLanes), load(x + 2 * kLanes), load(x + 3 * kLanes)};
-  for (int64_t i = kUnroll; i < n; i += kUnroll)
-    for (int j = 0; j < 4; ++j) most[j] = larger(most[j], load(x + i + j * kLanes));
-  const float top = largest_lane(larger(larger(most[0], most[1]), larger(most[2], most[3]))) * c.high;
-  const float k = top > -std::numeric_limits<float>::max() ? std::nearbyint(top) : 0.0f;  // all -inf, or NaN: 0
+// d = e * factor over a tile, a unit of kUnroll entries at a time; all at once if there may be a NaN.
+template <class T, bool kStream>
+struct Writer {
+  T* d;
+  const float* e;
+  int64_t left;
+  float factor;
 
+  Writer(T* d, const float* e, int64_t n, float factor, bool careful = false) : d(d), e(e), left(n), factor(factor) {
+    if (careful) one_by_one(n);
+    if (kStream) one_by_one((-reinterpret_cast<uintptr_t>(d) % kPairBytes<T>) / sizeof(T));  // to where vectors fit
+  }
+  void unit() {
+    if (left < kUnroll) return;
+    const Vec v = fill(factor);
+    for (int j = 0; j < kUnroll; j += 2 * kLanes) {
+      const Vec first = load(e + j) * v, second = load(e + j + kLanes) * v;
+      if (kStream) stream_pair(d + j, first, second); else store_pair(d + j, first, second);
+    }
+    skip(kUnroll);
+  }
+  void rest() {
+    while (left >= kUnroll) unit();
+    one_by_one(left);
+  }
+
+ private:
+  void one_by_one(int64_t n) {
+    n = std::min(n, left);
+    for (int64_t i = 0; i < n; ++i) from_float(e[i] * factor, d + i);
+    skip(n);
+  }
+  void skip(int64_t n) { d += n, e += n, left -= n; }
+};
+
+struct NoWriter {
+  void unit() {}
+  void rest() {}
+};
+
+// E and its sums for one tile and a given k; n is a multiple of kUnroll. Without kKeep, E is not stored.
+template <bool kKeep, class T, class Out>
+Tile exp_tile_at(float k, const T* x, int64_t n, const Factor& c, float* e, Out& out) {
   const Vec high = fill(c.high), low = fill(c.low), vk = fill(k), lowest = fill((k - 160.0f) / c.high);
   double sum = 0, dot = 0;
   for (int64_t begin = 0; begin < n; begin += kBlock) {  // a block's sums are short enough for fp32
     Vec sums[4] = {fill(0), fill(0), fill(0), fill(0)}, dots[4] = {fill(0), fill(0), fill(0), fill(0)};
-    for (int64_t i = begin; i < std::min(begin + kBlock, n); i += kUnroll)
+    for (int64_t i = begin; i < std::min(begin + kBlock, n); i += kUnroll) {
+      for (int64_t j = 0; j < kUnroll; j += 64 / int64_t(sizeof(T))) __builtin_prefetch(x + i + kAhead + j);
       for (int j = 0; j < 4; ++j) {
         const Vec v = larger(lowest, load(x + i + j * kLanes));  // keeps NaN; -inf becomes 2^-160, which is 0
         Vec exponent;
@@ -78,97 +112,174 @@ Tile exp_tile(const T* x, int64_t n, const Factor& c, float* e) {
         sums[j] = sums[j] + part;
         dots[j] = fma(part, exponent, dots[j]);
       }
+      out.unit();
+    }
     sum += add_lanes((sums[0] + sums[1]) + (sums[2] + sums[3]));
     dot += add_lanes((dots[0] + dots[1]) + (dots[2] + dots[3]));
   }
   return {k, sum, dot};
 }
 
-// The same for a whole row, and its sums in double.
+// An integer near the largest x c of n logits; 0 where all are -inf, or NaN.
+template <class T>
+float exponent_of(const T* x, int64_t n, const Factor& c) {
+  Vec most[4] = {load(x), load(x + kLanes), load(x + 2 * kLanes), load(x + 3 * kLanes)};
+  for (int64_t i = kUnroll; i < n; i += kUnroll)
+    for (int j = 0; j < 4; ++j) most[j] = larger(most[j], load(x + i + j * kLanes));
+  const float top = largest_lane(larger(larger(most[0], most[1]), larger(most[2], most[3]))) * c.high;
+  return top > -std::numeric_limits<float>::max() ? std::nearbyint(top) : 0.0f;
+}
+
+// The same with a k of its own. The first few logits say where the rest will be; where they were wrong, it is done again.
+template <bool kKeep, class T, class Out>
+Tile exp_tile(const T* x, int64_t n, const Factor& c, float* e, Out out) {
+  const Tile tile = exp_tile_at<kKeep>(exponent_of(x, kUnroll, c), x, n, c, e, out);
+  out.rest();
+  if (tile.sum > 0x1p-20 && tile.sum < 0x1p100) return tile;
+  NoWriter none;
+  return exp_tile_at<kKeep>(exponent_of(x, n, c), x, n, c, e, none);
+}
+
+// A row's logits as powers, and what is known of it. Of a row that waits for its second sweep, also where the gradient goes.
+struct Powers {
+  std::vector<Tile> tiles;
+  std::vector<float> e;
+};
+
+struct Scratch {  // one per thread, kept
+  Powers rows[2], ref;
+  std::vector<float> candidates, ref_candidates, gradient;
+};
+
 struct RowSum {
   double lse2;     // log2 of the sum of 2^(x c)
   double mean_xc;  // expectation of x c under the softmax
 };
 
-template <bool kKeep, class T>
-RowSum exp_row(const T* x, int64_t n, const Factor& c, std::vector<Tile>& tiles, float* e) {
-  tiles.clear();
+// The first sweep over a row; writer(i, n, tile) says what is to be written meanwhile. Sums in double.
+template <bool kKeep, class T, class MakeWriter>
+RowSum exp_row(const T* x, int64_t n, const Factor& c, Powers& to, const MakeWriter& writer) {
+  to.tiles.clear();
+  if (kKeep) to.e.resize(std::max<int64_t>(to.e.size(), n + kTile));
+  float* e = to.e.data();
   for (int64_t i = 0; i < n; i += kTile) {
     const int64_t count = std::min(kTile, n - i), padded = (count + kUnroll - 1) / kUnroll * kUnroll;
     if (padded == count) {
-      tiles.push_back(exp_tile<kKeep>(x + i, count, c, e + i));
+      to.tiles.push_back(exp_tile<kKeep>(x + i, count, c, e + i, writer(i, count, i / kTile)));
     } else {
       T tail[kTile];
       std::copy(x + i, x + i + count, tail);
       std::fill(tail + count, tail + padded, negative_infinity<T>());
-      tiles.push_back(exp_tile<kKeep>(tail, padded, c, e + i));
+      to.tiles.push_back(exp_tile<kKeep>(tail, padded, c, e + i, writer(i, count, i / kTile)));
     }
   }
   float top = -std::numeric_limits<float>::max();
-  for (const Tile& t : tiles)
+  for (const Tile& t : to.tiles)
     if (t.sum > 0) top = std::max(top, t.k);
   double sum = 0, dot = 0;
-  for (const Tile& t : tiles) {
+  for (const Tile& t : to.tiles) {
     if (t.sum == 0) continue;  // nothing but -inf; a NaN goes on
-    const double factor = std::exp2(double(t.k) - top);
+    const double factor = std::ldexp(1.0, int(t.k - top));
     sum += factor * t.sum;
     dot += factor * (t.dot + double(t.k) * t.sum);
   }
   return {sum == 0 ? -std::numeric_limits<double>::infinity() : top + std::log2(sum), dot / sum};
 }
 
-// d = e * factor
-template <bool kStream, class T>
-void write_tile(T* d, const float* e, int64_t n, float factor) {
-  int64_t i = 0;
-  if (kStream) {
-    const uintptr_t misfit = reinterpret_cast<uintptr_t>(d) % (kLanes * sizeof(T));
-    const int64_t head = misfit ? (kLanes * sizeof(T) - misfit) / sizeof(T) : 0;
-    for (; i < std::min(head, n); ++i) from_float(e[i] * factor, d + i);
-  }
-  const Vec v = fill(factor);
-  for (; i + kLanes <= n; i += kLanes) {
-    if (kStream) stream(d + i, load(e + i) * v); else store(d + i, load(e + i) * v);
-  }
-  for (; i < n; ++i) from_float(e[i] * factor, d + i);
-}
+inline NoWriter no_writer(int64_t, int64_t, int64_t) { return {}; }
 
-// What the gradient of a row is made of: (label_coef * onehot - softmax_coef * p + kl_coef * p * (log(p / q) - kl)) / temperature
-struct Coefs {
-  double label, softmax, full_kl;
-};
-
-struct Row {
-  double logprob, lse2, entropy, full_kl, ref_lse2;
-};
-
-template <class T>
+template <class T, bool kStream>
 class Worker {
  public:
-  Worker(const RowArgs& args, Scratch& scratch)
-      : a_(args), s_(scratch), stream_(args.T * args.V * int64_t(sizeof(T)) > kStreamBytes) {}
+  Worker(const RowArgs& args, Scratch& scratch) : a_(args), s_(scratch) {}
 
-  // Does row r; false where its label or a kept id is no column.
+  // Does row r; false where its label or a kept id is no column. The gradient may still wait: for the next row, or `flush`.
   bool run(int64_t r) {
     T* d = a_.dlogits ? static_cast<T*>(a_.dlogits) + r * a_.dlogits_stride : nullptr;
     const int64_t label = a_.labels[r];
     if (label == kIgnore) {
-      for (int f = 0; f < kNumFields; ++f) a_.rows[f * a_.T + r] = f == kStep ? -1.0f : 0.0f;
+      ignore_row(a_, r);
       if (d) zero(d);
       return true;
     }
     if (!is_column(label)) return false;
     const T* x = static_cast<const T*>(a_.logits) + r * a_.logits_stride;
     const T* ref = a_.ref_logits ? static_cast<const T*>(a_.ref_logits) + r * a_.ref_stride : nullptr;
-    if (!a_.kept_ids) {
-      const T* next = r + 1 < a_.T && a_.labels[r + 1] != kIgnore ? x + a_.logits_stride : nullptr;
-      work(r, x, ref, a_.V, label, d, next);
-      a_.rows[kOutside * a_.T + r] = 0;
-      return true;
+    if (a_.kept_ids) return run_filtered(r, x, ref, label, d);
+    if (ref) with_reference(r, x, ref, a_.V, label, false, d); else plain(r, x, label, d);
+    return true;
+  }
+
+  // Writes the gradient that still waits.
+  void flush() {
+    if (!d_) return;
+    for (int64_t i = 0, t = 0; i < a_.V; i += kTile, ++t) waiting(i, std::min(kTile, a_.V - i), t).rest();
+    finish_waiting();
+  }
+
+ private:
+  bool is_column(int64_t id) const { return id >= 0 && id < a_.V; }
+  Powers& current() { return s_.rows[turn_]; }
+
+  void zero(T* d) {
+    static const std::vector<float> zeros(kTile, 0.0f);
+    for (int64_t i = 0; i < a_.V; i += kTile) Writer<T, kStream>(d + i, zeros.data(), std::min(kTile, a_.V - i), 0.0f).rest();
+    if (kStream) stream_fence();
+  }
+
+  // The part of the waiting row that is tile t: entries i .. i + n.
+  Writer<T, kStream> waiting(int64_t i, int64_t n, int64_t t) const {
+    const Powers& row = s_.rows[1 - turn_];
+    return {d_ + i, row.e.data() + i, n, float(std::ldexp(unit_, int(double(row.tiles[t].k) - shift_))), careful_};
+  }
+
+  void finish_waiting() {
+    if (kStream) stream_fence();
+    from_float(at_label_, d_ + label_);
+    d_ = nullptr;
+  }
+
+  // A row over the whole vocabulary without reference logits.
+  void plain(int64_t r, const T* x, int64_t label, T* d) {
+    const Factor c = factor_of<kFine<T>>(kLog2e / a_.temperature);
+    RowSum sums;
+    if (d_) {
+      sums = exp_row<true>(x, a_.V, c, current(), [&](int64_t i, int64_t n, int64_t t) { return waiting(i, n, t); });
+      finish_waiting();
+    } else {
+      sums = d ? exp_row<true>(x, a_.V, c, current(), no_writer) : exp_row<false>(x, a_.V, c, current(), no_writer);
     }
-    // A filtered row: the label first, then the rest of the support, gathered; and the gradient is scattered.
+    const RowValues values = values_of<kFine<T>>(sums, to_float(x[label]), label, c);
+    const Coefs g = finish_row(a_, r, look_up(a_, r), values, false, true);
+    if (!d) return;
+    if (g.label == 0 && g.softmax == 0) return zero(d);
+    d_ = d;
+    label_ = label;
+    at_label_ = label_gradient(a_, g, values);
+    careful_ = !std::isfinite(values.lse2);
+    shift_ = careful_ ? 0 : std::floor(values.lse2);
+    unit_ = g.softmax == 0 ? 0 : -g.softmax / a_.temperature * std::exp2(shift_ - values.lse2);
+    turn_ = 1 - turn_;
+  }
+
+  // A likely label's own power is taken with the rounding that it has in the sum, so that a certain one gets exactly 0.
+  template <bool fine>
+  RowValues values_of(const RowSum& sums, float x_label, int64_t label, const Factor& c) {
+    double log2_p = double(x_label) * c.exact - sums.lse2;
+    if (log2_p > -1) {
+      const float k = current().tiles[label / kTile].k;
+      Vec exponent;
+      float lanes[kLanes];
+      store(lanes, power<fine>(fill(x_label), fill(c.high), fill(c.low), fill(k), &exponent));
+      log2_p = std::min(0.0, std::log2(double(lanes[0])) + k - sums.lse2);
+    }
+    return {sums.lse2, log2_p * kLn2, (sums.lse2 - sums.mean_xc) * kLn2, 0};
+  }
+
+  // The label first, then the rest of the support, gathered; and the gradient is scattered.
+  bool run_filtered(int64_t r, const T* x, const T* ref, int64_t label, T* d) {
     const int64_t* kept = a_.kept_ids + r * a_.K;
-    std::vector<float>&v = s_.candidates, &q = s_.ref_candidates;
+    std::vector<float>&v = s_.candidates, &q = s_.ref_candidates, &g = s_.gradient;
     v.assign(1, to_float(x[label]));
     if (ref) q.assign(1, to_float(ref[label]));
     bool outside = true;
@@ -179,166 +290,85 @@ class Worker {
       v.push_back(to_float(x[kept[i]]));
       if (ref) q.push_back(to_float(ref[kept[i]]));
     }
-    s_.gradient.resize(v.size());
-    work<float>(r, v.data(), ref ? q.data() : nullptr, v.size(), 0, d ? s_.gradient.data() : nullptr, nullptr);
-    a_.rows[kOutside * a_.T + r] = outside;
+    g.resize(v.size());
+    with_reference<float>(r, v.data(), ref ? q.data() : nullptr, v.size(), 0, outside, d ? g.data() : nullptr);
     if (!d) return true;
     zero(d);
-    from_float(s_.gradient[0], d + label);
+    from_float(g[0], d + label);
     for (int64_t i = 0, j = 1; i < a_.K; ++i)
-      if (kept[i] != label && kept[i] >= 0) from_float(s_.gradient[j++], d + kept[i]);
+      if (kept[i] != label && kept[i] >= 0) from_float(g[j++], d + kept[i]);
     return true;
   }
 
- private:
-  bool is_column(int64_t id) const { return id >= 0 && id < a_.V; }
-
-  void zero(T* d) {
-    s_.e.resize(std::max<int64_t>(s_.e.size(), kTile));
-    std::fill(s_.e.begin(), s_.e.begin() + kTile, 0.0f);
-    for (int64_t i = 0; i < a_.V; i += kTile) write(d + i, s_.e.data(), std::min(kTile, a_.V - i), 0.0f);
-    if (stream_) stream_fence();
-  }
-
+  // Everything about one row of n candidates at once, with the exact KL where there is a reference. d may be x.
   template <class X>
-  void write(X* d, const float* e, int64_t n, float factor) {
-    if (stream_) write_tile<true>(d, e, n, factor); else write_tile<false>(d, e, n, factor);
-  }
-
-  // Everything about one row of n candidates.
-  template <class X>
-  void work(int64_t r, const X* x, const X* ref, int64_t n, int64_t label, X* d, const X* next) {
-    s_.e.resize(std::max<int64_t>(s_.e.size(), n + kTile));
-    float* e = s_.e.data();
+  void with_reference(int64_t r, const X* x, const X* ref, int64_t n, int64_t label, bool outside, X* d) {
     const Factor c = factor_of<kFine<X>>(kLog2e / a_.temperature);
-    Row row{};
-    if (ref) row.ref_lse2 = exp_row<false>(ref, n, c, s_.ref_tiles, e).lse2;
-    const bool keep = d || ref;
-    const RowSum sums = keep ? exp_row<true>(x, n, c, s_.tiles, e) : exp_row<false>(x, n, c, s_.tiles, e);
-    row.lse2 = sums.lse2;
-    row.logprob = label_logprob<kFine<X>>(to_float(x[label]), s_.tiles[label / kTile].k, sums.lse2);
-    row.entropy = (sums.lse2 - sums.mean_xc) * kLn2;
-    if (ref) row.full_kl = exact_kl(x, ref, n, row);
-    const double x_label = to_float(x[label]), ref_label = ref ? to_float(ref[label]) : 0.0;
-    const Coefs coefs = finish(r, row);
+    const double ref_lse2 = ref ? exp_row<false>(ref, n, c, s_.ref, no_writer).lse2 : 0;
+    const RowSum sums = exp_row<true>(x, n, c, current(), no_writer);
+    RowValues values = values_of<kFine<X>>(sums, to_float(x[label]), label, c);
+    const double shift = (sums.lse2 - ref_lse2) * kLn2, label_gap = ref ? double(to_float(x[label])) - to_float(ref[label]) : 0;
+    if (ref) values.kl = mean_gap(x, ref, n, sums.lse2) / a_.temperature - shift;
+    const Coefs g = finish_row(a_, r, look_up(a_, r), values, outside, true);
     if (!d) return;
-    if (coefs.label == 0 && coefs.softmax == 0 && coefs.full_kl == 0) return zero_row(d, n);
-
-    const double inverse_t = 1 / a_.temperature, p = std::exp(row.logprob);
-    double at_label = (coefs.label - coefs.softmax) - coefs.softmax * std::expm1(row.logprob);
-    if (ref && coefs.full_kl != 0) {
-      write_with_kl(d, x, ref, e, n, row, coefs);
-      if (p > 0) at_label += coefs.full_kl * p * (log_ratio(x_label - ref_label, row) - row.full_kl);
-    } else {
-      for (int64_t i = 0, t = 0; i < n; i += kTile, ++t) {
-        const int64_t count = std::min(kTile, n - i);
-        if (next)  // the next row comes in while this one goes out
-          for (int64_t j = 0; j < count; j += 64 / int64_t(sizeof(X))) __builtin_prefetch(next + i + j, 0, 2);
-        write(d + i, e + i, count, float(-coefs.softmax * inverse_t * std::exp2(double(s_.tiles[t].k) - row.lse2)));
+    float at_label = 0;
+    const float* e = current().e.data();
+    for (int64_t i = 0, t = 0; i < n; i += kTile, ++t) {
+      const ElementGradient of = element_gradient(a_, g, values, current().tiles[t].k, shift, label_gap);
+      const int64_t end = std::min(i + kTile, n);
+#pragma omp simd
+      for (int64_t j = i; j < end; ++j) {  // each entry is read before it is written
+        const float gap = ref ? to_float(x[j]) - to_float(ref[j]) : 0.0f;
+        from_float(e[j] != 0 && of.gap != 0 ? e[j] * (of.softmax + of.gap * gap) : e[j] * of.softmax, d + j);
       }
-      if (stream_) stream_fence();
+      at_label = of.label;
     }
-    from_float(float(at_label * inverse_t), d + label);
+    from_float(at_label, d + label);
   }
 
-  // A likely label's own power is taken with the rounding that it has in the sum, so that a certain one gets exactly 0.
-  template <bool fine>
-  double label_logprob(float x, float k, double lse2) {
-    const Factor c = factor_of<fine>(kLog2e / a_.temperature);
-    const double log2_p = double(x) * c.exact - lse2;
-    if (!(log2_p > -1)) return log2_p * kLn2;
-    Vec exponent;
-    float lanes[kLanes];
-    store(lanes, power<fine>(fill(x), fill(c.high), fill(c.low), fill(k), &exponent));
-    return std::min(0.0, (std::log2(double(lanes[0])) + k - lse2) * kLn2);
-  }
-
+  // Expectation of x - x_ref under the softmax; entries that it excludes count nothing.
   template <class X>
-  void zero_row(X* d, int64_t n) {
-    if (sizeof(X) == sizeof(T) && n == a_.V) return zero(reinterpret_cast<T*>(d));
-    for (int64_t i = 0; i < n; ++i) from_float(0.0f, d + i);  // candidates
-  }
-
-  double log_ratio(double gap, const Row& row) const { return gap / a_.temperature - (row.lse2 - row.ref_lse2) * kLn2; }
-
-  // KL(p || q) = sum p (x - x_ref) / temperature - lse + lse_ref; entries that p excludes count nothing.
-  template <class X>
-  double exact_kl(const X* x, const X* ref, int64_t n, const Row& row) {
+  double mean_gap(const X* x, const X* ref, int64_t n, double lse2) {
     double gap = 0;
     for (int64_t i = 0, t = 0; i < n; i += kTile, ++t) {
       const int64_t count = std::min(kTile, n - i);
-      const float* e = s_.e.data() + i;
+      const float* e = current().e.data() + i;
       float part = 0;
 #pragma omp simd reduction(+ : part)
       for (int64_t j = 0; j < count; ++j) part += e[j] != 0 ? e[j] * (to_float(x[i + j]) - to_float(ref[i + j])) : 0.0f;
-      if (s_.tiles[t].sum != 0) gap += std::exp2(double(s_.tiles[t].k) - row.lse2) * part;
+      if (current().tiles[t].sum != 0) gap += std::exp2(double(current().tiles[t].k) - lse2) * part;
     }
-    return log_ratio(gap, row);
-  }
-
-  template <class X>
-  void write_with_kl(X* d, const X* x, const X* ref, const float* e, int64_t n, const Row& row, const Coefs& coefs) {
-    const double inverse_t = 1 / a_.temperature;
-    for (int64_t i = 0, t = 0; i < n; i += kTile, ++t) {
-      const double factor = inverse_t * std::exp2(double(s_.tiles[t].k) - row.lse2);
-      const float per_gap = float(factor * coefs.full_kl * inverse_t);
-      const float rest = float(factor * (coefs.full_kl * (log_ratio(0, row) - row.full_kl) - coefs.softmax));
-      const int64_t end = std::min(i + kTile, n);
-#pragma omp simd
-      for (int64_t j = i; j < end; ++j) {  // d may be x: each entry is read before it is written
-        const float gap = to_float(x[j]) - to_float(ref[j]);
-        from_float(e[j] != 0 ? e[j] * (rest + per_gap * gap) : 0.0f, d + j);
-      }
-    }
-  }
-
-  // Writes the values of the row and returns what its gradient is made of.
-  Coefs finish(int64_t r, const Row& row) {
-    auto plane = [&](int field) -> float& { return a_.rows[field * a_.T + r]; };
-    plane(kLogprob) = float(row.logprob);
-    plane(kLse) = float(row.lse2 * kLn2);
-    if (a_.mode == kLogprobs) return {};
-    if (a_.mode == kLogprobsBackward) {
-      const double label = a_.grad_logprobs[r];
-      return {label, label - double(a_.grad_lse[r]), 0};
-    }
-    int64_t sequence, step;
-    step_of_row(a_, r, &sequence, &step);
-    const double old = a_.old_logprobs ? snap(a_.old_logprobs[r], row.logprob) : row.logprob;
-    const double ref = a_.ref_logprobs ? snap(a_.ref_logprobs[r], row.logprob) : row.logprob;
-    Token<double> token = token_loss<double>(a_, row.logprob, a_.step_advantages[sequence * a_.J + step], old, ref);
-    double full_kl_coef = 0;
-    if (a_.kl_estimator == kFullKl) {
-      token.kl = row.full_kl;
-      if (a_.kl_coef != 0) token.loss += a_.kl_coef * row.full_kl;
-      full_kl_coef = a_.kl_coef * a_.weights[r];
-    }
-    const double weight = a_.weights[r];
-    plane(kLoss) = float(weight * token.loss);
-    plane(kRatio) = float(token.ratio);
-    plane(kKl) = float(token.kl);
-    plane(kEntropy) = float(row.entropy);
-    plane(kClipped) = token.clipped;
-    plane(kStep) = float(step);
-    return {weight * token.dloss, weight * token.dloss, full_kl_coef};
+    return gap;
   }
 
   const RowArgs& a_;
   Scratch& s_;
-  const bool stream_;
+  int turn_ = 0;  // which of the two rows of scratch is being filled; the other may wait
+  // The row whose gradient waits: E * unit * 2^(k - shift), and at the label.
+  T* d_ = nullptr;
+  int64_t label_ = 0;
+  double unit_ = 0, shift_ = 0;
+  float at_label_ = 0;
+  bool careful_ = false;  // something in it is no number
 };
 
-template <class T>
-bool run_all(const RowArgs& args) {
+template <class T, bool kStream>
+bool run_rows(const RowArgs& args) {
   bool good = true;
 #pragma omp parallel num_threads(args.num_threads) reduction(&& : good)
   {
     static thread_local Scratch scratch;
-    Worker<T> worker(args, scratch);
-#pragma omp for schedule(dynamic, 8)
+    Worker<T, kStream> worker(args, scratch);
+#pragma omp for schedule(dynamic, 8) nowait
     for (int64_t r = 0; r < args.T; ++r) good = worker.run(r) && good;
+    worker.flush();
   }
   return good;
+}
+
+template <class T>
+bool run_all(const RowArgs& args) {
+  return args.T * args.V * int64_t(sizeof(T)) > kStreamBytes ? run_rows<T, true>(args) : run_rows<T, false>(args);
 }
 
 }  // namespace

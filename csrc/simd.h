@@ -1,4 +1,7 @@
 // The few vector operations that rows_cpu.cpp needs beyond + - *, for AVX-512, AVX2 with FMA, and any other machine.
+//   store_pair, stream_pair: two vectors in a row, without a NaN; stream_pair goes past the caches, to multiples of kPairBytes.
+//   fraction(x, c, whole): x c - whole, rounded once. scale(a, n): a * 2^n for integer n >= -161, at least a * 2^120 above n = 120.
+//   larger(a, b): b where one is NaN.
 #pragma once
 #include <cstdint>
 #include <cstring>
@@ -62,12 +65,24 @@ inline __m256i narrow(Vec v, BFloat16*) {
   return _mm512_cvtepi32_epi16(_mm512_srli_epi32(out, 16));
 }
 inline __m256i narrow(Vec v, Float16*) { return _mm512_cvtps_ph(v, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC); }
-inline void stream(float* p, Vec v) { _mm512_stream_ps(p, v); }
 template <class T> inline void store(T* p, Vec v) { _mm256_storeu_si256(reinterpret_cast<__m256i*>(p), narrow(v, p)); }
-template <class T> inline void stream(T* p, Vec v) { _mm256_stream_si256(reinterpret_cast<__m256i*>(p), narrow(v, p)); }
-inline Vec larger(Vec a, Vec b) { return _mm512_max_ps(a, b); }  // b where one is NaN
+inline __m512i narrow_pair(Vec a, Vec b, BFloat16*) {
+  const __m512i u = _mm512_castps_si512(a), v = _mm512_castps_si512(b), one = _mm512_set1_epi32(1), half = _mm512_set1_epi32(0x7fff);
+  const __m512i ru = _mm512_add_epi32(_mm512_add_epi32(u, half), _mm512_and_si512(_mm512_srli_epi32(u, 16), one));
+  const __m512i rv = _mm512_add_epi32(_mm512_add_epi32(v, half), _mm512_and_si512(_mm512_srli_epi32(v, 16), one));
+  const __m512i upper_halves = _mm512_set_epi16(63, 61, 59, 57, 55, 53, 51, 49, 47, 45, 43, 41, 39, 37, 35, 33, 31, 29, 27, 25, 23,
+                                                21, 19, 17, 15, 13, 11, 9, 7, 5, 3, 1);
+  return _mm512_permutex2var_epi16(ru, upper_halves, rv);
+}
+inline __m512i narrow_pair(Vec a, Vec b, Float16* p) {
+  return _mm512_inserti64x4(_mm512_castsi256_si512(narrow(a, p)), narrow(b, p), 1);
+}
+template <class T> inline void store_pair(T* p, Vec a, Vec b) { _mm512_storeu_si512(p, narrow_pair(a, b, p)); }
+template <class T> inline void stream_pair(T* p, Vec a, Vec b) { _mm512_stream_si512(reinterpret_cast<__m512i*>(p), narrow_pair(a, b, p)); }
+inline void stream_pair(float* p, Vec a, Vec b) { _mm512_stream_ps(p, a), _mm512_stream_ps(p + kLanes, b); }
+inline Vec larger(Vec a, Vec b) { return _mm512_max_ps(a, b); }
 inline Vec fma(Vec a, Vec b, Vec c) { return _mm512_fmadd_ps(a, b, c); }
-inline Vec fraction(Vec x, Vec c, Vec whole) { return _mm512_fmsub_ps(x, c, whole); }  // x c - whole, rounded once
+inline Vec fraction(Vec x, Vec c, Vec whole) { return _mm512_fmsub_ps(x, c, whole); }
 inline Vec round(Vec a) { return _mm512_roundscale_ps(a, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC); }
 inline Vec scale(Vec a, Vec n) { return _mm512_scalef_ps(a, n); }
 
@@ -92,15 +107,18 @@ inline __m128i narrow(Vec v, BFloat16*) {
   return _mm_packus_epi32(_mm256_castsi256_si128(out), _mm256_extracti128_si256(out, 1));
 }
 inline __m128i narrow(Vec v, Float16*) { return _mm256_cvtps_ph(v, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC); }
-inline void stream(float* p, Vec v) { _mm256_stream_ps(p, v); }
 template <class T> inline void store(T* p, Vec v) { _mm_storeu_si128(reinterpret_cast<__m128i*>(p), narrow(v, p)); }
-template <class T> inline void stream(T* p, Vec v) { _mm_stream_si128(reinterpret_cast<__m128i*>(p), narrow(v, p)); }
+template <class T> inline void store_pair(T* p, Vec a, Vec b) { store(p, a), store(p + kLanes, b); }
+template <class T> inline void stream_pair(T* p, Vec a, Vec b) {
+  _mm256_stream_si256(reinterpret_cast<__m256i*>(p), _mm256_set_m128i(narrow(b, p), narrow(a, p)));
+}
+inline void stream_pair(float* p, Vec a, Vec b) { _mm256_stream_ps(p, a), _mm256_stream_ps(p + kLanes, b); }
 inline Vec larger(Vec a, Vec b) { return _mm256_max_ps(a, b); }
 inline Vec fma(Vec a, Vec b, Vec c) { return _mm256_fmadd_ps(a, b, c); }
 inline Vec fraction(Vec x, Vec c, Vec whole) { return _mm256_fmsub_ps(x, c, whole); }
 inline Vec round(Vec a) { return _mm256_round_ps(a, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC); }
-inline Vec scale(Vec a, Vec n) {  // a * 2^n for integer n in [-161, 1]: in two halves, since 2^-161 is no float
-  const __m256i whole = _mm256_cvtps_epi32(n), half = _mm256_srai_epi32(whole, 1), rest = _mm256_sub_epi32(whole, half);
+inline Vec scale(Vec a, Vec n) {  // in two halves, since 2^-161 is no float
+  const __m256i whole = _mm256_cvtps_epi32(_mm256_min_ps(n, fill(120.0f))), half = _mm256_srai_epi32(whole, 1), rest = _mm256_sub_epi32(whole, half);
   const __m256i bias = _mm256_set1_epi32(127);
   const Vec first = _mm256_castsi256_ps(_mm256_slli_epi32(_mm256_add_epi32(half, bias), 23));
   return a * first * _mm256_castsi256_ps(_mm256_slli_epi32(_mm256_add_epi32(rest, bias), 23));
@@ -114,7 +132,8 @@ constexpr int kLanes = 4;
 inline Vec fill(float x) { return Vec{x, x, x, x}; }
 template <class T> inline Vec load(const T* p) { return Vec{to_float(p[0]), to_float(p[1]), to_float(p[2]), to_float(p[3])}; }
 template <class T> inline void store(T* p, Vec v) { for (int i = 0; i < kLanes; ++i) from_float(v[i], p + i); }
-template <class T> inline void stream(T* p, Vec v) { store(p, v); }
+template <class T> inline void store_pair(T* p, Vec a, Vec b) { store(p, a), store(p + kLanes, b); }
+template <class T> inline void stream_pair(T* p, Vec a, Vec b) { store_pair(p, a, b); }
 inline Vec larger(Vec a, Vec b) { return a > b ? a : b; }
 inline Vec fma(Vec a, Vec b, Vec c) { return a * b + c; }
 inline Vec fraction(Vec x, Vec c, Vec whole) {  // rounded once also where there is no fused multiply-add
@@ -128,17 +147,20 @@ inline Vec round(Vec a) {  // to an integer while |a| < 2^22; above, a float is 
   return ((a < limit) & (a > -limit)) ? near : a;
 }
 inline Vec scale(Vec a, Vec n) {
-  const IntVec whole = __builtin_convertvector(n, IntVec), half = whole >> 1, rest = whole - half;
+  const IntVec whole = __builtin_convertvector(n < fill(120.0f) ? n : fill(120.0f), IntVec), half = whole >> 1, rest = whole - half;
   return a * (Vec)((half + 127) << 23) * (Vec)((rest + 127) << 23);
 }
 
 #endif
+
+inline void store_pair(float* p, Vec a, Vec b) { store(p, a), store(p + kLanes, b); }
 
 inline void stream_fence() {
 #if defined(__AVX512F__) || defined(__AVX2__)
   _mm_sfence();
 #endif
 }
+template <class T> constexpr int64_t kPairBytes = 2 * kLanes * sizeof(T) < 64 ? 2 * kLanes * sizeof(T) : 64;
 inline double add_lanes(Vec v) {
   float lanes[kLanes];
   double sum = 0;

@@ -72,7 +72,7 @@ class DemoConfig:
     drop_fields: tuple[str, ...] = ("text",)  # product fields of `data` that are too long for a tiny model's prompt
     num_demonstrations: int = 60_000  # pairs of the world that the teacher answers
     num_train: int = 8_000  # further pairs of the world for reinforcement
-    num_eval: int = 1024  # held-out pairs judged before and after
+    num_eval: int = 4096  # held-out pairs judged before and after
     vocab_size: int = 1536
     model: TinyConfig = field(default_factory=TinyConfig)
     bias: TeacherBias = field(default_factory=TeacherBias)  # what the teacher gets wrong (catalogue world)
@@ -80,13 +80,13 @@ class DemoConfig:
     sft_steps: int = 1300
     sft_batch: int = 64
     sft_lr: float = 2e-3
-    rl_steps: int = 90
-    num_prompts: int = 48
+    rl_steps: int = 45
+    num_prompts: int = 96
     group_size: int = 8
     rl_lr: float = 1e-4
     kl_coef: float = 0.001
     max_new_tokens: int = 80
-    eval_every: int = 15
+    eval_every: int = 9
     advantage: AdvantageConfig = field(default_factory=AdvantageConfig)
 
 
@@ -210,7 +210,7 @@ def train_config(cfg: DemoConfig, policy: Path) -> Config:
         loss=LossConfig(kl_coef=cfg.kl_coef),
         optimizer=OptimizerConfig(lr=cfg.rl_lr, warmup_steps=3, schedule="linear", min_lr_frac=0.1),
         sampler=SamplerConfig(),
-        train=TrainConfig(micro_batch_tokens=4096, checkpoint_every=25, eval_every=cfg.eval_every, eval_examples=256),
+        train=TrainConfig(micro_batch_tokens=4096, checkpoint_every=15, eval_every=cfg.eval_every, eval_examples=256),
     )
 
 
