@@ -18,6 +18,7 @@ namespace srpo {
 enum DType : int32_t { kFloat32 = 0, kBFloat16 = 1, kFloat16 = 2 };
 enum Mode : int32_t { kPolicyLoss = 0, kLogprobs = 1, kLogprobsBackward = 2 };
 enum KlEstimator : int32_t { kNoKl = 0, kK1 = 1, kK2 = 2, kK3 = 3, kFullKl = 4 };
+enum ClipForm : int32_t { kPpo = 0, kCispo = 1 };
 // Values per row, each a plane [T] of `rows`; as srpo_kernels.native.ROW_FIELDS. kLogprobs fills kLogprob and kLse alone.
 enum Field : int32_t { kLoss, kLogprob, kLse, kRatio, kKl, kEntropy, kClipped, kOutside, kStep, kNumFields };
 
@@ -45,7 +46,7 @@ struct RowArgs {
   int64_t T, V, N, J, K;
   int64_t first_row;  // packed index of row 0, where the tables per row are a slice of a batch and those per sequence are not
   double temperature, clip_eps_low, clip_eps_high, dual_clip /* infinite: off */, kl_coef;
-  int32_t dtype, mode, kl_estimator, num_threads;
+  int32_t dtype, mode, kl_estimator, clip_form, num_threads;
 };
 
 // (sequence, reasoning step) of a row: Algorithm 1 line 11. An empty sequence owns no row.
@@ -74,7 +75,7 @@ struct Token {
   bool clipped;
 };
 
-// Rules as in srpo_kernels/reference.py: exactly on an edge is not clipped; a log ratio above kMaxLogRatio has no gradient.
+// Rules as in srpo_kernels/reference.py: exactly on an edge is not clipped; a log ratio above kMaxLogRatio has no gradient under kPpo.
 template <class F>
 SRPO_HD Token<F> token_loss(const RowArgs& a, F logprob, F advantage, F old_logprob, F ref_logprob) {
   Token<F> out;
@@ -82,16 +83,23 @@ SRPO_HD Token<F> token_loss(const RowArgs& a, F logprob, F advantage, F old_logp
   out.ratio = exp(log_ratio > bound ? bound : log_ratio);
   F bounded = out.ratio;
   const F low = F(1) - F(a.clip_eps_low), high = F(1) + F(a.clip_eps_high), dual = F(a.dual_clip);
-  if (advantage > 0) {
+  const bool cispo = a.clip_form == kCispo;
+  if (cispo || advantage > 0) {
     if (bounded > high) bounded = high;
-  } else {
+  }
+  if (cispo || !(advantage > 0)) {
     if (bounded < low) bounded = low;
-    if (bounded > dual) bounded = dual;
+    if (!cispo && bounded > dual) bounded = dual;
   }
   const bool cut = bounded != out.ratio;
   out.clipped = cut && advantage != 0;
-  out.loss = -bounded * advantage;
-  out.dloss = cut || log_ratio > bound ? F(0) : -out.ratio * advantage;
+  if (cispo) {  // -stop_gradient(bounded) A log pi
+    out.loss = advantage == 0 ? F(0) : -bounded * advantage * logprob;
+    out.dloss = -bounded * advantage;
+  } else {
+    out.loss = -bounded * advantage;
+    out.dloss = cut || log_ratio > bound ? F(0) : -out.ratio * advantage;
+  }
 
   out.kl = 0;
   F dkl = 0;

@@ -51,6 +51,7 @@ def policy_loss(
     kept_ids: torch.Tensor | None = None,
     ref_logits: torch.Tensor | None = None,
     dual_clip: float | None = None,
+    clip_form: Literal["ppo", "cispo"] = "ppo",
     ratio_over: Literal["token", "step", "sequence"] = "token",
     in_place: bool | None = None,
     impl: str = "auto",
@@ -76,6 +77,8 @@ def policy_loss(
         that advantages may differ by step), "step" one for each reasoning step. One more read of the logits. The KL stays a
         token's own.
     dual_clip: c > 1 bounds the ratio by c where A < 0, i.e. max(surrogate, c A) there; None: off.
+    clip_form: "ppo" is the above. "cispo" (arXiv 2506.13585) bounds the importance weight and not the update: the term is
+        -stop_gradient(clip(ratio)) A log pi, so that a clipped row keeps a gradient. It has no dual clip.
     kl_estimator, with d = logprobs - ref_logprobs: k1 = d, k2 = d^2 / 2, k3 = exp(-d) - 1 + d; "full" is the exact KL over all
         candidates and needs `ref_logits` [T, V] in place of `ref_logprobs`. The gradient of k1 is the score function, whose
         expectation on-policy is zero: as a loss term it measures, but does not hold the policy back.
@@ -84,8 +87,9 @@ def policy_loss(
     in_place: write the gradient over the logits, which are then lost: no memory beyond them. None: where they are the result of
         another op, so that nobody else is likely to need them (autograd raises if someone does). The reference never does.
 
-    A clipped row has zero gradient; exactly on the edge a row is not clipped. Inside an exponential, log ratios above 20 count as
-    20 and have no gradient: it cannot overflow. The stats hold the KL whenever a reference is given, also with kl_coef 0.
+    Under "ppo" a clipped row has zero gradient; exactly on the edge a row is not clipped. Inside an exponential, log ratios above
+    20 count as 20 and have (but for "cispo") no gradient: it cannot overflow. The stats hold the KL whenever a reference is
+    given, also with kl_coef 0.
 
     Raises ValueError for shapes that do not fit, options out of range, a kl_coef without the reference that its estimator needs,
     an `impl` that does not exist here, and, in the CPU kernels, labels and ids that are no columns (the reference raises torch's
@@ -98,7 +102,7 @@ def policy_loss(
         raise ValueError(f"logits have strides {logits.stride()}: in place a row has to be contiguous; leave in_place at None")
     if ref_logits is not None and ref_logits.shape != logits.shape:
         raise ValueError(f"ref_logits has shape {tuple(ref_logits.shape)}: give that of logits, {tuple(logits.shape)}")
-    check_options(clip_eps_low, clip_eps_high, dual_clip, kl_estimator)
+    check_options(clip_eps_low, clip_eps_high, dual_clip, clip_form, kl_estimator)
     reference_name = "ref_logits" if kl_estimator == "full" else "ref_logprobs"
     if kl_coef and (ref_logits if kl_estimator == "full" else ref_logprobs) is None:
         raise ValueError(f"kl_coef is {kl_coef} but there is no reference: give {reference_name}, or set kl_coef to 0")
@@ -120,6 +124,7 @@ def policy_loss(
             clip_eps_low=clip_eps_low,
             clip_eps_high=clip_eps_high,
             dual_clip=dual_clip,
+            clip_form=clip_form,
             kl_coef=kl_coef,
             kl_estimator=kl_estimator,
             temperature=temperature,
@@ -134,7 +139,7 @@ def policy_loss(
         together = logits.shape[1] <= 1 or logits.stride(1) == 1
         in_place = with_grad and together and not logits.is_leaf and not torch.compiler.is_compiling()
     tables = (labels, step_advantages, step_ends, cu_seqlens, weights, old_logprobs, ref_logprobs, kept_ids, ref_logits)
-    options = (clip_eps_low, clip_eps_high, dual_clip or math.inf, kl_coef, kl_estimator, temperature)
+    options = (clip_eps_low, clip_eps_high, dual_clip or math.inf, clip_form, kl_coef, kl_estimator, temperature)
     if with_grad and in_place:
         loss, logprobs, sums = operators.PolicyLossInPlace.apply(logits, *tables, *options, name)
     else:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 
 KL_ESTIMATORS = ("k1", "k2", "k3", "full")
+CLIP_FORMS = ("ppo", "cispo")
 
 
 def check_logits(logits: torch.Tensor, labels: torch.Tensor, temperature: float, kept_ids: torch.Tensor | None) -> None:
@@ -29,12 +30,16 @@ def check_rows(labels: torch.Tensor, **rows: torch.Tensor | None) -> None:
             raise ValueError(f"{name} has shape {tuple(values.shape)}: give one value per row, {tuple(labels.shape)}")
 
 
-def check_options(clip_eps_low: float, clip_eps_high: float, dual_clip: float | None, kl_estimator: str) -> None:
+def check_options(clip_eps_low: float, clip_eps_high: float, dual_clip: float | None, clip_form: str, kl_estimator: str) -> None:
     """Raises ValueError where an option of the loss is out of range."""
     if clip_eps_low < 0 or clip_eps_high < 0:
         raise ValueError(f"clip_eps_low {clip_eps_low} and clip_eps_high {clip_eps_high} must not be negative")
     if dual_clip is not None and dual_clip <= 1:
         raise ValueError(f"dual_clip is {dual_clip}: give a bound above 1, or None to switch it off")
+    if clip_form not in CLIP_FORMS:
+        raise ValueError(f"clip_form {clip_form!r} is unknown: give one of {', '.join(CLIP_FORMS)}")
+    if clip_form != "ppo" and dual_clip is not None:
+        raise ValueError(f"dual_clip bounds the surrogate of clip_form ppo, not {clip_form}: leave it at None")
     if kl_estimator not in KL_ESTIMATORS:
         raise ValueError(f"kl_estimator {kl_estimator!r} is unknown: give one of {', '.join(KL_ESTIMATORS)}")
 

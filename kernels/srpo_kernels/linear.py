@@ -43,6 +43,7 @@ def linear_policy_loss(
     ref_hidden: Tensor | None = None,
     ref_weight: Tensor | None = None,
     dual_clip: float | None = None,
+    clip_form: Literal["ppo", "cispo"] = "ppo",
     ratio_over: Literal["token", "step", "sequence"] = "token",
     chunk_rows: int | None = None,
     impl: str = "auto",
@@ -74,7 +75,7 @@ def linear_policy_loss(
     _check(hidden, weight, labels, temperature, kept_ids, chunk_rows)
     check_segments(labels.shape[0], step_advantages, step_ends, cu_seqlens)
     check_rows(labels, weights=weights, old_logprobs=old_logprobs, ref_logprobs=ref_logprobs)
-    check_options(clip_eps_low, clip_eps_high, dual_clip, kl_estimator)
+    check_options(clip_eps_low, clip_eps_high, dual_clip, clip_form, kl_estimator)
     if kl_estimator == "full":
         ref_logprobs = None
         _check_reference_head(ref_hidden, ref_weight, weight, labels)
@@ -104,6 +105,7 @@ def linear_policy_loss(
             clip_eps_low=clip_eps_low,
             clip_eps_high=clip_eps_high,
             dual_clip=dual_clip,
+            clip_form=clip_form,
             kl_coef=kl_coef,
             kl_estimator=kl_estimator,
             temperature=temperature,
@@ -129,6 +131,7 @@ def linear_policy_loss(
         clip_eps_low,
         clip_eps_high,
         dual_clip or math.inf,
+        clip_form,
         kl_coef,
         kl_estimator,
         temperature,

@@ -41,6 +41,7 @@ def policy_loss(
     clip_eps_low: float,
     clip_eps_high: float,
     dual_clip: float,
+    clip_form: str,
     kl_coef: float,
     kl_estimator: str,
     temperature: float,
@@ -58,7 +59,7 @@ def policy_loss(
     whole = {"cu_seqlens": cu_seqlens, "step_ends": step_ends, "step_advantages": step_advantages}
     by_row = {"labels": labels, "weights": weights, "kept_ids": kept_ids}
     by_row |= {"old_logprobs": old_logprobs, "ref_logprobs": ref_logprobs}
-    settings = (clip_eps_low, clip_eps_high, dual_clip, kl_coef, kl_estimator, temperature)
+    settings = (clip_eps_low, clip_eps_high, dual_clip, clip_form, kl_coef, kl_estimator, temperature)
     options = operators.options_of({"ref_logprobs": ref_logprobs, "ref_logits": ref_hidden}, *settings)
     maybe = None  # [R] rows whose gradient may not be zero
     if with_grad and kl_coef == 0:
@@ -81,8 +82,10 @@ def policy_loss(
         dlogits = logits if with_grad else None
         values[:, start:stop] = backend.policy_rows(logits, dlogits, tables, {**options, "first_row": start})
         if with_grad:
-            clipped = values[ROW_FIELDS.index("clipped"), start:stop] != 0
-            gradient.add(start, x, logits, None if maybe is None else maybe[start:stop] & ~clipped)
+            alive = None if maybe is None else maybe[start:stop]
+            if alive is not None and clip_form == "ppo":
+                alive &= values[ROW_FIELDS.index("clipped"), start:stop] == 0
+            gradient.add(start, x, logits, alive)
     loss, logprobs, sums = operators.reduce_rows(values, step_ends.shape[1])
     return loss, spread(logprobs, rows, labels), sums, *gradient.finish()
 

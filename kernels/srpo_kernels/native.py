@@ -11,6 +11,7 @@ import torch
 ROW_FIELDS = ("loss", "logprob", "lse", "ratio", "kl", "entropy", "clipped", "outside", "step")
 MODES = {"policy_loss": 0, "logprobs": 1, "logprobs_backward": 2}
 DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
+CLIP_FORMS = {"ppo": 0, "cispo": 1}
 KL_ESTIMATORS = {None: 0, "k1": 1, "k2": 2, "k3": 3, "full": 4}
 
 POINTERS = {  # name: dtype, None for that of the logits
@@ -32,7 +33,7 @@ POINTERS = {  # name: dtype, None for that of the logits
 _STRIDES = {"logits": "logits_stride", "ref_logits": "ref_stride", "dlogits": "dlogits_stride"}
 _SIZES = (*_STRIDES.values(), "T", "V", "N", "J", "K", "first_row")
 _NUMBERS = ("temperature", "clip_eps_low", "clip_eps_high", "dual_clip", "kl_coef")
-_CODES = ("dtype", "mode", "kl_estimator", "num_threads")
+_CODES = ("dtype", "mode", "kl_estimator", "clip_form", "num_threads")
 
 
 class RowArgs(ctypes.Structure):
@@ -54,6 +55,7 @@ def row_args(
     clip_eps_low: float = 0.0,
     clip_eps_high: float = 0.0,
     dual_clip: float = math.inf,
+    clip_form: str = "ppo",
     kl_coef: float = 0.0,
     kl_estimator: str | None = None,
     first_row: int = 0,
@@ -90,4 +92,5 @@ def row_args(
             args.K = tensor.shape[1]
     args.temperature, args.clip_eps_low, args.clip_eps_high = temperature, clip_eps_low, clip_eps_high
     args.dual_clip, args.kl_coef, args.first_row = dual_clip, kl_coef, first_row
+    args.clip_form = CLIP_FORMS[clip_form]
     return args, held

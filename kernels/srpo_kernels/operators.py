@@ -21,8 +21,9 @@ class Backend(Protocol):
 
     `tables` has the tensors labels, kept_ids, ref_logits, step_advantages, step_ends, cu_seqlens, weights, old_logprobs and
     ref_logprobs of `srpo_kernels.policy_loss`, None where there is none; `options` has clip_eps_low, clip_eps_high, dual_clip
-    (inf: off), kl_coef, kl_estimator (None where there is no reference), temperature, and first_row: the packed index of row 0,
-    where labels, weights and log-probabilities are a slice of a batch while step_advantages, step_ends and cu_seqlens are whole.
+    (inf: off), clip_form, kl_coef, kl_estimator (None where there is no reference), temperature, and first_row: the packed index
+    of row 0, where labels, weights and log-probabilities are a slice of a batch while step_advantages, step_ends and cu_seqlens
+    are whole.
     """
 
     def why_not(self, logits: Tensor) -> str | None:
@@ -81,6 +82,7 @@ def policy_loss(
     clip_eps_low: float,
     clip_eps_high: float,
     dual_clip: float,
+    clip_form: str,
     kl_coef: float,
     kl_estimator: str,
     temperature: float,
@@ -91,7 +93,7 @@ def policy_loss(
     tables = _tables(
         labels, step_advantages, step_ends, cu_seqlens, weights, old_logprobs, ref_logprobs, kept_ids, ref_logits, kl_estimator
     )
-    options = options_of(tables, clip_eps_low, clip_eps_high, dual_clip, kl_coef, kl_estimator, temperature)
+    options = options_of(tables, clip_eps_low, clip_eps_high, dual_clip, clip_form, kl_coef, kl_estimator, temperature)
     dlogits = BACKENDS[impl].new_gradient(logits) if with_grad else None
     rows = BACKENDS[impl].policy_rows(logits, dlogits, tables, options)
     return *reduce_rows(rows, step_ends.shape[1]), logits.new_empty(0, logits.shape[1]) if dlogits is None else dlogits
@@ -112,6 +114,7 @@ def policy_loss_(
     clip_eps_low: float,
     clip_eps_high: float,
     dual_clip: float,
+    clip_form: str,
     kl_coef: float,
     kl_estimator: str,
     temperature: float,
@@ -121,7 +124,7 @@ def policy_loss_(
     tables = _tables(
         labels, step_advantages, step_ends, cu_seqlens, weights, old_logprobs, ref_logprobs, kept_ids, ref_logits, kl_estimator
     )
-    options = options_of(tables, clip_eps_low, clip_eps_high, dual_clip, kl_coef, kl_estimator, temperature)
+    options = options_of(tables, clip_eps_low, clip_eps_high, dual_clip, clip_form, kl_coef, kl_estimator, temperature)
     return reduce_rows(BACKENDS[impl].policy_rows(logits, logits, tables, options), step_ends.shape[1])
 
 
@@ -156,6 +159,7 @@ def options_of(
     clip_eps_low: float,
     clip_eps_high: float,
     dual_clip: float,
+    clip_form: str,
     kl_coef: float,
     kl_estimator: str,
     temperature: float,
@@ -166,6 +170,7 @@ def options_of(
         "clip_eps_low": clip_eps_low,
         "clip_eps_high": clip_eps_high,
         "dual_clip": dual_clip,
+        "clip_form": clip_form,
         "kl_coef": kl_coef,
         "kl_estimator": kl_estimator if has_reference else None,
         "temperature": temperature,

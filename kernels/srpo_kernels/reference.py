@@ -33,6 +33,7 @@ def policy_loss(
     clip_eps_low: float,
     clip_eps_high: float,
     dual_clip: float | None,
+    clip_form: str,
     kl_coef: float,
     kl_estimator: str,
     temperature: float,
@@ -54,8 +55,12 @@ def policy_loss(
     ratio = (logprobs - old).clamp(max=MAX_LOG_RATIO).exp()
     # min(ratio A, clip(ratio) A) bounds the ratio above where A > 0 and below where A < 0; dual clip bounds it above there, too
     low, high = 1 - clip_eps_low, 1 + clip_eps_high
-    bounded = torch.where(advantages > 0, ratio.clamp(max=high), ratio.clamp(min=low, max=dual_clip))
-    terms = -bounded * advantages
+    if clip_form == "cispo":
+        bounded = ratio.detach().clamp(low, high)
+        terms = torch.where(advantages == 0, 0, -bounded * advantages * logprobs)
+    else:
+        bounded = torch.where(advantages > 0, ratio.clamp(max=high), ratio.clamp(min=low, max=dual_clip))
+        terms = -bounded * advantages
 
     if kl_estimator == "full" and ref_logits is not None:
         kl = _full_kl(log_p, _candidates(_select(ref_logits.detach(), rows), temperature, support).log_softmax(1))

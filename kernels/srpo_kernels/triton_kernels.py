@@ -18,9 +18,10 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
+from srpo_kernels.triton_tokens import expm1, step_of_row, stored, token_loss
+
 LN2 = tl.constexpr(0.6931471805599453)
 IGNORE = tl.constexpr(-100)
-MAX_LOG_RATIO = tl.constexpr(20.0)  # as reference.MAX_LOG_RATIO
 LOWEST = tl.constexpr(-3.0e38)  # the offset before anything finite has been seen
 # Planes of `rows`, as native.ROW_FIELDS
 LOSS, LOGPROB, LSE, RATIO, KL, ENTROPY, CLIPPED, OUTSIDE, STEP = (tl.constexpr(field) for field in range(9))
@@ -71,76 +72,6 @@ def _add_tile(x, ref_logits, columns, valid, c, sums, FOLD: tl.constexpr):
         ref_total = tl.fma(ref_total, tl.exp2(ref_drop), _fold(tl.exp2(ref_y), FOLD))
     total = tl.fma(total, scale, _fold(e, FOLD))
     return offset, total, dot, ref_offset, ref_total, gap
-
-
-@triton.jit
-def _step_of_row(row, cu_seqlens, step_ends, num_sequences, num_steps):
-    """(sequence, reasoning step) of a packed row: Algorithm 1 line 11. An empty sequence owns no row."""
-    low = row * 0
-    high = low + num_sequences
-    while high - low > 1:  # the last sequence that starts at or before the row
-        middle = (low + high) // 2
-        before = tl.load(cu_seqlens + middle) <= row
-        low = tl.where(before, middle, low)
-        high = tl.where(before, high, middle)
-    position = row - tl.load(cu_seqlens + low)
-    step = low * 0
-    for j in range(0, num_steps - 1):
-        step += (position >= tl.load(step_ends + low * num_steps + j)).to(tl.int64)
-    return low, step
-
-
-@triton.jit
-def _expm1(x):
-    """exp(x) - 1 in fp64, good to fp32 for small x as well."""
-    return tl.where(tl.abs(x) < 1e-4, x * (1.0 + x * (0.5 + x * (1.0 / 6))), tl.exp(x) - 1.0)
-
-
-@triton.jit
-def _stored(logprobs, row, computed):
-    """A stored log-probability in fp64; the computed one where there is none, or where they differ by the rounding to fp32 alone,
-    so that a token that has not moved has ratio 1 and KL 0 exactly."""
-    if logprobs is not None:
-        stored = tl.load(logprobs + row)
-        computed = tl.where(stored == computed.to(tl.float32), computed, stored.to(tl.float64))
-    return computed
-
-
-@triton.jit
-def _token_loss(
-    logprob, old_logprob, ref_logprob, full_kl, advantage, clip_low, clip_high, dual_clip, kl_coef, KL_ESTIMATOR: tl.constexpr
-):
-    """One token's (loss, derivative by its log-probability, ratio, KL, whether it is clipped), all but `weights`; fp64."""
-    log_ratio = logprob - old_logprob
-    ratio = tl.exp(tl.where(log_ratio > MAX_LOG_RATIO, MAX_LOG_RATIO, log_ratio))
-    # min(ratio A, clip(ratio) A) bounds the ratio above where A > 0 and below where A < 0; dual clip bounds it above there, too
-    raised = tl.where(ratio < clip_low, clip_low, ratio)
-    bounded = tl.where(raised > dual_clip, dual_clip, raised)
-    bounded = tl.where(advantage > 0, tl.where(ratio > clip_high, clip_high, ratio), bounded)
-    cut = bounded != ratio
-    loss = -bounded * advantage
-    dloss = tl.where(cut | (log_ratio > MAX_LOG_RATIO), 0.0, -ratio * advantage)
-
-    d = logprob - ref_logprob
-    kl = tl.full([], 0.0, tl.float64)
-    dkl = kl
-    if KL_ESTIMATOR == "k1":
-        kl = d
-        dkl = tl.full([], 1.0, tl.float64)
-    if KL_ESTIMATOR == "k2":
-        kl = d * d / 2
-        dkl = d
-    if KL_ESTIMATOR == "k3":
-        inverse = tl.where(-d > MAX_LOG_RATIO, MAX_LOG_RATIO, -d)
-        e = _expm1(inverse)
-        kl = e - inverse
-        dkl = tl.where(-d > MAX_LOG_RATIO, 0.0, -e)
-    if KL_ESTIMATOR == "full":
-        kl = full_kl
-    if kl_coef != 0:  # so that a KL that only measures cannot spoil the loss with 0 * inf
-        loss += kl_coef * kl
-        dloss += kl_coef * dkl
-    return loss, dloss, ratio, kl, cut & (advantage != 0)
 
 
 @triton.jit
@@ -256,6 +187,7 @@ def rows_kernel(
     dual_clip: tl.float64,
     kl_coef: tl.float64,
     MODE: tl.constexpr,  # policy_loss, logprobs, logprobs_backward
+    CLIP_FORM: tl.constexpr,
     KL_ESTIMATOR: tl.constexpr,
     BLOCK: tl.constexpr,  # columns of a tile; all candidates where the rows are filtered
     NUM_HELD: tl.constexpr,  # tiles that stay in registers
@@ -300,7 +232,7 @@ def rows_kernel(
     if ref_logits is not None:
         ref_label = tl.load(ref_logits + readable).to(tl.float32)
     if MODE == "policy_loss":  # while the tile is on its way
-        sequence, step = _step_of_row(row + first_row, cu_seqlens, step_ends, num_sequences, num_steps)
+        sequence, step = step_of_row(row + first_row, cu_seqlens, step_ends, num_sequences, num_steps)
         advantage = tl.load(step_advantages + sequence * num_steps + step).to(tl.float64)
         weight = tl.load(weights + row).to(tl.float64)
 
@@ -335,10 +267,10 @@ def rows_kernel(
     # Its gradient: (label_coef onehot - softmax_coef p + kl_of_all p (log(p / q) - full_kl)) / temperature
     label_coef, softmax_coef, kl_of_all = zero, zero, zero
     if MODE == "policy_loss":
-        old = _stored(old_logprobs, row, logprob)
-        ref = _stored(ref_logprobs, row, logprob)
-        loss, label_coef, ratio, kl, clipped = _token_loss(
-            logprob, old, ref, full_kl, advantage, clip_low, clip_high, dual_clip, kl_coef, KL_ESTIMATOR
+        old = stored(old_logprobs, row, logprob)
+        ref = stored(ref_logprobs, row, logprob)
+        loss, label_coef, ratio, kl, clipped = token_loss(
+            logprob, old, ref, full_kl, advantage, (clip_low, clip_high, dual_clip), kl_coef, CLIP_FORM, KL_ESTIMATOR
         )
         label_coef *= weight
         softmax_coef = label_coef
@@ -361,7 +293,7 @@ def rows_kernel(
             tl.debug_barrier()
         if (label_coef != 0) | (softmax_coef != 0) | (kl_of_all != 0):
             scale = inverse_temperature / total
-            at_label = (label_coef - softmax_coef) - softmax_coef * _expm1(logprob)
+            at_label = (label_coef - softmax_coef) - softmax_coef * expm1(logprob)
             factor = -scale * softmax_coef
             per_gap = scale * kl_of_all * LN2
             if kl_of_all != 0:  # else nothing of the reference, which may be infinitely far away, enters

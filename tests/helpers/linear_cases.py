@@ -18,6 +18,7 @@ OPTIONS: dict[str, dict[str, Any]] = {
     "plain": {},
     "k3": {"kl_coef": 0.1, "temperature": 0.8},
     "dual": {"dual_clip": 1.1, "kl_estimator": "k2", "kl_coef": 0.2},
+    "cispo": {"clip_form": "cispo", "clip_eps_low": 0.05, "clip_eps_high": 0.05},
     "full": {"kl_coef": 0.2, "kl_estimator": "full"},
     "full_measured": {"kl_estimator": "full", "temperature": 1.3},
     "kept": {"kept": 6, "kl_coef": 0.1},

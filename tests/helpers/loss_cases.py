@@ -16,6 +16,7 @@ OPTIONS: dict[str, dict[str, Any]] = {
     "full": {"kl_estimator": "full", "kl_coef": 0.2, "temperature": 1.3},
     "kept": {"kl_estimator": "k3", "kl_coef": 0.1, "kept": 9},
     "kept_full": {"kl_estimator": "full", "kl_coef": 0.2, "kept": 5, "temperature": 0.8},
+    "cispo": {"clip_form": "cispo", "clip_eps_low": 0.1, "clip_eps_high": 0.1, "kl_coef": 0.1},
     "on_policy": {"kl_coef": 0.0, "old": False},
     "on_policy_kl": {"kl_estimator": "k3", "kl_coef": 0.05, "old": False},
 }

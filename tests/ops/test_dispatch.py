@@ -75,6 +75,8 @@ def test_without_a_compiler_the_reference_runs_and_one_line_says_so(monkeypatch:
         ({"temperature": 0.0}, "temperature is 0.0"),
         ({"clip_eps_low": -0.1}, "must not be negative"),
         ({"dual_clip": 1.0}, "above 1"),
+        ({"clip_form": "clip"}, "ppo, cispo"),
+        ({"clip_form": "cispo", "dual_clip": 2.0}, "leave it at None"),
         ({"weights": torch.ones(3)}, "weights has shape"),
         ({"labels": torch.ones(3, dtype=torch.long)}, r"labels \(3,\) do not fit"),
         ({"ref_logits": torch.ones(3, 5)}, "ref_logits has shape"),

@@ -305,7 +305,7 @@ def test_opcheck(option: str) -> None:
     name = srpo_kernels.implementations(torch.empty(0, 1))[0]
     for flags in ((True, True), (True, False), (False, True)):
         factors = [x.detach().requires_grad_(flag) for x, flag in zip((hidden, weight), flags, strict=True)]
-        rest = (None, None, None, 0.2, 0.3, math.inf, 0.1, "k3", 0.9, top_k, 4, *flags, name)
+        rest = (None, None, None, 0.2, 0.3, math.inf, "ppo", 0.1, "k3", 0.9, top_k, 4, *flags, name)
         torch.library.opcheck(torch.ops.srpo.linear_policy_loss.default, (*factors, *tables, *rest))
         torch.library.opcheck(torch.ops.srpo.linear_token_logprobs.default, (*factors, t["labels"], None, 0.9, top_k, 4, name))
 

@@ -19,7 +19,8 @@ def flat(case: Any, *, with_grad: bool = True) -> tuple[Any, ...]:
     """Arguments of `torch.ops.srpo.policy_loss` after the logits."""
     tables = ("labels", "step_advantages", "step_ends", "cu_seqlens", "weights", "old_logprobs", "ref_logprobs", "kept_ids")
     o = case.options
-    options = (o["clip_eps_low"], o["clip_eps_high"], math.inf, o["kl_coef"], o["kl_estimator"], o["temperature"])
+    clip = (o["clip_eps_low"], o["clip_eps_high"], math.inf, o.get("clip_form", "ppo"))
+    options = (*clip, o["kl_coef"], o["kl_estimator"], o["temperature"])
     return (*(case.tables[name] for name in (*tables, "ref_logits")), *options, with_grad, "cpu")
 
 

@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 import torch
-from srpo_kernels import IGNORE, PolicyLoss, StepStats, policy_loss, token_logprobs, topk_support
+from srpo_kernels import IGNORE, PolicyLoss, StepStats, policy_loss, step_of_row, token_logprobs, topk_support
 
 PPO: dict[str, Any] = {"clip_eps_low": 0.2, "clip_eps_high": 0.3, "kl_coef": 0.0, "kl_estimator": "k3", "temperature": 1.0}
 STAT_NAMES = [field.name for field in fields(StepStats)]
@@ -226,6 +226,25 @@ def test_asymmetric_and_dual_clip_by_hand(
     assert out.loss.item() == pytest.approx(loss, rel=1e-6)
     assert out.stats.num_clipped.tolist() == [clipped]
     assert gradient.any() == (not clipped)
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_cispo_is_reinforce_under_a_clipped_importance_weight(seed: int) -> None:
+    x = case(seed)
+    logits, labels = x.pop("logits").requires_grad_(), x["labels"]
+    low, high = 0.9, 1.05
+    options = {**PPO, "clip_form": "cispo", "clip_eps_low": 1 - low, "clip_eps_high": high - 1}
+    out = policy_loss(logits, **x, **options)
+    logprobs, _ = token_logprobs(logits, labels, temperature=1.0)
+    ratio = (logprobs.detach() - x["old_logprobs"]).exp()
+    rows = (labels != IGNORE).nonzero()[:, 0]
+    sequence, step = step_of_row(x["cu_seqlens"], x["step_ends"], rows)
+    advantages = x["step_advantages"][sequence, step]
+    terms = ratio[rows].clamp(low, high) * advantages * logprobs[rows] * x["weights"][rows]
+    torch.testing.assert_close(out.loss, -terms.sum())
+    torch.testing.assert_close(torch.autograd.grad(out.loss, logits), torch.autograd.grad(-terms.sum(), logits))
+    beyond = ((ratio < low) | (ratio > high))[rows] & (advantages != 0)
+    assert 0 < int(beyond.sum()) == int(out.stats.num_clipped.sum()) < len(rows)
 
 
 @pytest.mark.parametrize("log_ratio", [1e3, 1e30, -1e3, -1e30])

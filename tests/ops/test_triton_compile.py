@@ -37,6 +37,7 @@ class Variant:
     gradient: str | None = None  # its dtype, that of the logits
     mode: str = "policy_loss"
     kl_estimator: str | None = "k3"
+    clip_form: str = "ppo"
     num_kept: int = 0
 
 
@@ -44,6 +45,7 @@ VARIANTS = {
     "bf16": Variant(128, 96),
     "fp32": Variant(128, 96, dtype="fp32"),
     "fp32_to_bf16": Variant(128, 96, dtype="fp32", gradient="bf16"),
+    "cispo": Variant(128, 96, clip_form="cispo"),
     "exact_kl": Variant(128, 112, kl_estimator="full"),
     "exact_kl_fp32": Variant(128, 112, dtype="fp32", kl_estimator="full"),
     "filtered": Variant(64, 64, num_kept=100),
@@ -83,7 +85,7 @@ def compiled(kernels: ModuleType, variant: Variant, target: tuple[str, Any, int]
     element_bytes = 4 if variant.dtype == "fp32" else 2
     num_columns = variant.num_kept + 1 if variant.num_kept else V
     tiles = triton_rows.tiling(num_columns, element_bytes, gathered=bool(variant.num_kept), aligned=bool(LAYOUT))
-    fixed = {"MODE": variant.mode, "KL_ESTIMATOR": variant.kl_estimator}
+    fixed = {"MODE": variant.mode, "CLIP_FORM": variant.clip_form, "KL_ESTIMATOR": variant.kl_estimator}
     fixed |= {"BLOCK": tiles.block, "NUM_HELD": tiles.num_held, "FOLD": tiles.fold, **dict.fromkeys(absent(variant))}
     types = {"logits": f"*{variant.dtype}", "ref_logits": f"*{variant.dtype}", "dlogits": f"*{variant.gradient or variant.dtype}"}
     types |= TABLES | dict.fromkeys((*COUNTS, "logits_stride", "ref_stride", "dlogits_stride"), "i32") | {"c": "fp32"}
@@ -180,5 +182,5 @@ def test_nothing_but_the_layout_of_a_row_is_compiled_for(kernels: ModuleType) ->
             specialized.add(param.name)
     assert specialized == LAYOUT
     assert {param.name for param in kernels.rows_kernel.params if param.is_constexpr} == {
-        *("MODE", "KL_ESTIMATOR", "BLOCK", "NUM_HELD", "FOLD")
+        *("MODE", "CLIP_FORM", "KL_ESTIMATOR", "BLOCK", "NUM_HELD", "FOLD")
     }
