@@ -35,6 +35,7 @@ class Rollout:
     policy_version: int  # number of the weight sync that it was sampled after
     step_rewards: tuple[float, ...] | None = None  # [J] Eq. 5; None until scored
     reward_sources: tuple[str, ...] | None = None  # [J] gold | judge | rule | skip, or why nobody graded: missing | no_verdict
+    verdicts: tuple[bool | float | None, ...] | None = None  # [J] all that the judge said, used or not; None where not asked
 
     @property
     def step_lengths(self) -> tuple[int, ...]:

@@ -6,6 +6,7 @@ from collections.abc import Sequence
 
 from srpo.batch import Rollout
 from srpo.config import Config
+from srpo.data.curriculum import check_curriculum
 from srpo.data.examples import Example
 from srpo.evaluation import true_grades
 from srpo.rewards.hybrid import score
@@ -22,15 +23,18 @@ def check_settings(cfg: Config, world_size: int = 1) -> None:
         _at_least(cfg, key, 1)
     for key in ("seed", "num_steps", "loss.kl_coef", "optimizer.lr", "advantage.clip", "train.eval_every", "train.eval_examples"):
         _at_least(cfg, key, 0)
+    _check_loss(cfg)
     if not 0 <= cfg.advantage.gamma <= 1:
         raise ValueError(f"advantage.gamma is {cfg.advantage.gamma}: a discount lies between 0 and 1")
     method, normalize = cfg.advantage.method, cfg.advantage.normalize
-    if cfg.rollout.group_size < 2 and (method != "srpo" or normalize in ("group", "group_step")):
+    compares = normalize in ("group", "group_step") if method == "srpo" else method not in ("reinforce", "ppo")
+    if cfg.rollout.group_size < 2 and compares:
         baseline = f"advantage.normalize {normalize!r}" if method == "srpo" else f"advantage.method {method!r}"
         raise ValueError(
             f"rollout.group_size is {cfg.rollout.group_size}, but {baseline} compares the rollouts of a group: "
             "use 2 or more, or advantage.method srpo with advantage.normalize batch"
         )
+    _check_sampler(cfg)
     low, high = cfg.sampler.difficulty_low, cfg.sampler.difficulty_high
     if not (low < high and low < 1 and high > 0):
         raise ValueError(
@@ -41,12 +45,55 @@ def check_settings(cfg: Config, world_size: int = 1) -> None:
         raise ValueError(
             f"rollout.num_prompts {cfg.rollout.num_prompts} cannot be shared by {world_size} processes: use a multiple"
         )
-    if not cfg.data.train:
+    if not cfg.data.train and not (cfg.curriculum and all(stage.data for stage in cfg.curriculum)):
         raise ValueError("data.train is not set: name a file of judged pairs (docs/data.md)")
-    if cfg.reward.judge == "generative" and not cfg.reward.judge_path:
+    if cfg.reward.judge in ("generative", "scalar") and not cfg.reward.judge_path:
         raise ValueError(
-            "reward.judge is generative but reward.judge_path is not set: name the checkpoint that srpo.train_judge made"
+            f"reward.judge is {cfg.reward.judge} but reward.judge_path is not set: name the checkpoint that srpo.train_judge made"
         )
+    _at_least(cfg, "reward.audit_warmup", 1)
+    if not (0 <= cfg.reward.audit_decay < 1 and cfg.reward.audit_bound > 0):
+        raise ValueError(
+            f"reward.audit_decay is {cfg.reward.audit_decay}, reward.audit_bound {cfg.reward.audit_bound}: give a decay of at "
+            "least 0 and below 1, and a bound above 0 (reward.audit = 'off' does without)"
+        )
+
+
+def _check_sampler(cfg: Config) -> None:
+    """The part of `check_settings` on which prompts are drawn, and on the curriculum."""
+    for key in ("sampler.max_age", "sampler.refill"):
+        _at_least(cfg, key, 0)
+    if not 0 < cfg.sampler.new_weight <= 1:
+        raise ValueError(f"sampler.new_weight is {cfg.sampler.new_weight}: set it above 0 and to at most 1")
+    if cfg.sampler.refill and cfg.rollout.group_size < 2:
+        raise ValueError(
+            f"sampler.refill is {cfg.sampler.refill} and rollout.group_size {cfg.rollout.group_size}: a group of one never has a "
+            "difference to learn from; set sampler.refill to 0 or rollout.group_size to 2 or more"
+        )
+    check_curriculum(cfg)
+
+
+def _check_loss(cfg: Config) -> None:
+    """The part of `check_settings` on how the loss is put together and, with advantage.method ppo, on the critic."""
+    for key in ("loss.clip_eps_low", "loss.clip_eps_high"):
+        _at_least(cfg, key, 0)
+    if cfg.loss.dual_clip and not cfg.loss.dual_clip > 1:
+        raise ValueError(f"loss.dual_clip is {cfg.loss.dual_clip}: give a bound of the ratio above 1, or 0 for none")
+    if cfg.loss.dual_clip and cfg.loss.clip_form != "ppo":
+        raise ValueError(f"loss.dual_clip bounds the surrogate of clip_form ppo, not {cfg.loss.clip_form}: set one of them back")
+    if cfg.advantage.method != "ppo":
+        return
+    if cfg.loss.ratio_over != "token":
+        raise ValueError(
+            f"advantage.method ppo has an advantage for each token, loss.ratio_over {cfg.loss.ratio_over} one ratio for many: "
+            "use loss.ratio_over token"
+        )
+    _at_least(cfg, "critic.num_updates", 1)
+    for key in ("critic.value_clip", "critic.optimizer.lr"):
+        _at_least(cfg, key, 0)
+    for name in ("gamma", "gae_lambda"):
+        if not 0 <= getattr(cfg.critic, name) <= 1:
+            raise ValueError(f"critic.{name} is {getattr(cfg.critic, name)}: give a number from 0 to 1")
 
 
 def _at_least(cfg: Config, key: str, least: int) -> None:

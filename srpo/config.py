@@ -31,30 +31,54 @@ class PolicyConfig:
 
 
 @dataclass(frozen=True)
+class VllmConfig:
+    """Of rollout.engine "vllm"."""
+
+    max_num_seqs: int = 256  # responses that are decoded at once
+    kv_cache_mib: int = 0  # of key-value cache; 0: 1024 on a CPU, what gpu_memory_frac leaves on a GPU
+    gpu_memory_frac: float = 0.45  # of a GPU's memory for weights and key-value cache; the trainer needs the rest
+    enforce_eager: bool = False  # without compiled kernels and CUDA graphs: starts sooner, samples slower. A CPU never compiles
+    bucket_mib: int = 0  # of weights that travel at once in a sync; 0: 16 on a CPU, 512 on a GPU
+    timeout_s: float = 300.0  # an engine without any sign of life for so long is stopped and started again
+    start_timeout_s: float = 1800.0  # the same while it starts
+
+
+@dataclass(frozen=True)
 class RolloutConfig:
-    engine: Literal["local"] = "local"
+    engine: Literal["local", "vllm"] = "local"  # vllm: in a process of its own, on the same device
     num_prompts: int = 64  # over all ranks, "rollout batch size"
     group_size: int = 16  # G
     max_new_tokens: int = 512
     temperature: float = 0.99
     top_k: int = 100  # 0: no filter
     ratio: Literal["filtered", "unfiltered"] = "filtered"  # the distribution that importance ratios are taken on
+    vllm: VllmConfig = field(default_factory=VllmConfig)
 
 
 @dataclass(frozen=True)
 class RewardConfig:
-    judge: Literal["none", "oracle", "generative"] = "none"  # R_phi: who fills the steps whose sources name "judge"
-    judge_path: str = ""  # checkpoint of a generative judge
+    judge: Literal["none", "oracle", "generative", "scalar"] = "none"  # R_phi: who fills the steps whose sources name "judge"
+    judge_path: str = ""  # checkpoint of a generative or scalar judge (srpo.train_judge)
     judge_max_new_tokens: int = 256  # of a generative judge's verdicts on one response
     judge_error_rate: float = 0.0  # of the oracle (a simulated annotator): how often a verdict is turned around
+    scalar: Literal["threshold", "probability"] = "threshold"  # a scalar judge's verdict: whether p >= 0.5, or p of the reward
     missing_verdict: float = 0.0  # reward fraction of a step whose judge gave no verdict
+    audit: Literal["off", "log", "warn", "stop"] = (
+        "log"  # the judge against gold labels, on steps where it spoke and there are any
+    )
+    audit_bound: float = 0.1  # warn or stop when a step's averaged error rate is this much above that of the warm-up
+    audit_warmup: int = 20  # optimizer steps whose error rate is the bound's measure
+    audit_decay: float = 0.9  # of the average, per optimizer step
 
 
 @dataclass(frozen=True)
 class AdvantageConfig:
-    method: Literal["srpo", "grpo", "grpo_step_sum"] = "srpo"  # grpo: verdict reward alone; grpo_step_sum: sum of step rewards
+    # srpo: of each step. Of each response: grpo (verdict reward alone), grpo_star (and what labels verify of other steps),
+    # grpo_step_sum (sum of step rewards), reinforce and rloo (that sum, against the batch or the others). ppo: of each token
+    method: Literal["srpo", "grpo", "grpo_star", "grpo_step_sum", "reinforce", "rloo", "ppo"] = "srpo"
     gamma: float = 1.0  # discount between steps, Algorithm 1 line 12
     normalize: Literal["batch", "group", "group_step", "none"] = "batch"  # of srpo; the grpo methods are Eq. 4 by definition
+    scale: Literal["std", "none"] = "std"  # divide by the std of what is normalized over; none: subtract the mean only (Dr. GRPO)
     clip: float = 2.0  # |advantage| after normalization; 0: no clip
 
 
@@ -64,7 +88,12 @@ class LossConfig:
     clip_eps_high: float = 0.2
     kl_coef: float = 0.001  # beta; 0 loads no reference model
     kl_estimator: Literal["k1", "k2", "k3", "full"] = "k3"
-    denominator: Literal["sequence_mean", "token_mean"] = "sequence_mean"  # Eq. 6's 1/|o_i|, or one mean over all tokens
+    # Eq. 6's 1/|o_i|; token_mean: one mean over all tokens (DAPO); constant: 1/rollout.max_new_tokens for |o_i| (Dr. GRPO)
+    denominator: Literal["sequence_mean", "token_mean", "constant"] = "sequence_mean"
+    ratio_over: Literal["token", "step", "sequence"] = "token"  # one ratio for each of these; sequence: GSPO
+    clip_form: Literal["ppo", "cispo"] = "ppo"  # clip the surrogate; cispo: the weight of each token's gradient, so none is lost
+    dual_clip: float = 0.0  # where A < 0 the ratio counts as at most this, above 1 (dual-clip PPO); 0: no bound
+    overlong: Literal["train", "mask"] = "train"  # mask: what was cut at max_new_tokens is in the baseline, not the loss (DAPO)
     num_updates: int = 1  # optimizer steps per rollout batch
     impl: Literal["auto", "reference", "cpu", "triton", "cuda"] = "auto"
 
@@ -81,11 +110,57 @@ class OptimizerConfig:
 
 
 @dataclass(frozen=True)
+class CriticConfig:
+    """Of advantage.method "ppo"; with another method there is no critic."""
+
+    path: str = ""  # checkpoint of its backbone; empty: policy.path
+    rewards: Literal["step_ends", "end"] = "step_ends"  # a step's reward on its last token, or the sum on the response's last
+    gamma: float = 1.0  # discount per token
+    gae_lambda: float = 0.95
+    value_clip: float = 0.2  # a value moves at most so far in one optimizer step's updates; 0: no clip
+    num_updates: int = 1  # optimizer steps of the critic per rollout batch
+    optimizer: OptimizerConfig = field(default_factory=lambda: OptimizerConfig(lr=1e-5))
+
+
+@dataclass(frozen=True)
 class SamplerConfig:
     difficulty_low: float = 0.01  # a group trains when its score lies strictly between (4.2.1, 5.1.5)
     difficulty_high: float = 0.90
     difficulty_score: Literal["total", "final"] = "total"  # group mean of total reward / maximum, or of verdict accuracy
-    balance: str = ""  # a tag of the examples (query_type, domain, grade): prompts are drawn evenly over its values (4.1.2)
+    # Tags of the examples (query_type, domain, grade), or one: prompts are drawn evenly over all combinations of values (4.1.2)
+    balance: tuple[str, ...] | str = ()
+    new_weight: float = 0.5  # of a new group score in its example's solve-rate estimate, as long as the old estimate is fresh
+    max_age: int = 100  # optimizer steps until an estimate has faded to nothing, and an example outside the window is tried again
+    refill: int = 0  # extra generation rounds per optimizer step, at most, for groups that do not train (DAPO); 0: none
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "balance", _names(self.balance))
+
+
+@dataclass(frozen=True)
+class StageConfig:
+    """A stage of a curriculum (4.2.2): `[[curriculum]]` in TOML. It ends with the first of its ends; the last has none."""
+
+    name: str
+    data: str = ""  # examples of its own; empty: data.train
+    tags: dict[str, tuple[str, ...]] = field(default_factory=dict)  # only examples with one of these values of each tag
+    solve_rate: tuple[float, float] | None = None  # only examples whose tag solve_rate, a number, lies from .. to
+    balance: tuple[str, ...] | str | None = None  # unset: that of `sampler`, as the next two
+    difficulty_low: float | None = None
+    difficulty_high: float | None = None
+    num_steps: int = 0  # it ends after so many optimizer steps; 0: not by their number
+    metric: str = ""  # it ends when this metric (reward/total, eval/macro_f1; higher is better) stops rising; empty: not so
+    min_gain: float = 0.0  # that a value has to be above the best of the stage so far, to count as a rise
+    patience: int = 0  # values of the metric in a row without a rise that end the stage
+
+    def __post_init__(self) -> None:
+        if self.balance is not None:
+            object.__setattr__(self, "balance", _names(self.balance))
+
+
+def _names(value: tuple[str, ...] | str) -> tuple[str, ...]:
+    """One name or several as a tuple, without empty ones."""
+    return tuple(name for name in ((value,) if isinstance(value, str) else value) if name)
 
 
 @dataclass(frozen=True)
@@ -116,5 +191,7 @@ class Config:
     advantage: AdvantageConfig = field(default_factory=AdvantageConfig)
     loss: LossConfig = field(default_factory=LossConfig)
     optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
+    critic: CriticConfig = field(default_factory=CriticConfig)
     sampler: SamplerConfig = field(default_factory=SamplerConfig)
+    curriculum: tuple[StageConfig, ...] = ()  # stages one after another (4.2.2); none: all of data.train as `sampler` says
     train: TrainConfig = field(default_factory=TrainConfig)

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 
-from srpo.algorithm.advantages import grpo_advantages, srpo_advantages
+from srpo.algorithm.advantages import grpo_advantages, reinforce_advantages, rloo_advantages, srpo_advantages
 from srpo.algorithm.losses import sequence_weights
 from srpo.batch import Rollout
 from srpo.config import AdvantageConfig, LossConfig, SamplerConfig
@@ -23,11 +23,12 @@ from srpo.steps import StepSchema
 class Credit:
     """Rows are the rollouts in the order given."""
 
-    advantages: torch.Tensor  # [N, J] fp32, 0 where the rollout does not train
+    advantages: torch.Tensor  # [N, J] fp32, 0 where the rollout does not train; of ppo the step rewards: its critic does the rest
     weights: torch.Tensor  # [N] fp32, 0 where it does not
-    trains: np.ndarray  # [N] bool: its group lies in the difficulty window
+    trains: np.ndarray  # [N] bool: its group lies in the difficulty window, and it is not masked for its length
     group_scores: dict[int, float]  # group -> difficulty score in 0..1
     num_in_window: int  # groups that train
+    num_masked: int | None = None  # responses of them that were cut and masked; None where loss.overlong does not mask
 
 
 def group_scores(rollouts: Sequence[Rollout], schema: StepSchema, score: str) -> dict[int, float]:
@@ -47,17 +48,42 @@ def group_scores(rollouts: Sequence[Rollout], schema: StepSchema, score: str) ->
     return {group: float(np.mean(v)) for group, v in values.items()}
 
 
+def training_groups(
+    rollouts: Sequence[Rollout], schema: StepSchema, method: str, sampler: SamplerConfig
+) -> tuple[dict[int, float], set[int]]:
+    """(`group_scores`, the groups that train): those in the difficulty window.
+
+    With `sampler.refill` not those, though, whose rollouts have all earned the same of what the method reads (any step, or its
+    scalar): they are replaced.
+    """
+    scores = group_scores(rollouts, schema, sampler.difficulty_score)
+    within = in_window(list(scores.values()), sampler.difficulty_low, sampler.difficulty_high)
+    inside = {group for group, keep in zip(scores, within, strict=True) if keep}
+    if not (sampler.refill and rollouts):
+        return scores, inside
+    rewards = np.array([_rewards(r) for r in rollouts])
+    scalars = {"grpo": rewards[:, -1], "grpo_star": verified_rewards(rollouts)}
+    scalars |= dict.fromkeys(("grpo_step_sum", "rloo", "reinforce"), rewards.sum(1))
+    earned: dict[int, set[tuple[float, ...]]] = {}
+    for rollout, row in zip(rollouts, scalars.get(method, rewards).reshape(len(rollouts), -1).tolist(), strict=True):
+        earned.setdefault(rollout.group, set()).add(tuple(row))
+    return scores, {group for group in inside if len(earned[group]) > 1}
+
+
 def assign_credit(
     rollouts: Sequence[Rollout],
     schema: StepSchema,
     advantage: AdvantageConfig,
     loss: LossConfig,
     sampler: SamplerConfig,
+    max_new_tokens: int = 0,
 ) -> Credit:
-    """Advantages and weights of all rollouts of an optimizer step; groups outside of the window get neither."""
-    scores = group_scores(rollouts, schema, sampler.difficulty_score)
-    within = in_window(list(scores.values()), sampler.difficulty_low, sampler.difficulty_high)
-    inside = {group for group, keep in zip(scores, within, strict=True) if keep}
+    """Advantages and weights of all rollouts of an optimizer step; groups outside of the window get neither.
+
+    A response that loss.overlong masks counts in the baseline and the size of its group, and in nothing else. `max_new_tokens` is
+    needed by loss.denominator "constant" alone.
+    """
+    scores, inside = training_groups(rollouts, schema, advantage.method, sampler)
     trains = np.array([r.group in inside for r in rollouts])
     advantages = torch.zeros(len(rollouts), schema.num_steps)
     weights = torch.zeros(len(rollouts))
@@ -65,19 +91,52 @@ def assign_credit(
         chosen = [r for r, keep in zip(rollouts, trains, strict=True) if keep]
         rewards = np.array([_rewards(r) for r in chosen])
         groups = np.array([r.group for r in chosen])
-        if advantage.method == "srpo":
-            lengths = np.array([r.step_lengths for r in chosen])
-            made = srpo_advantages(
-                rewards, groups, lengths, gamma=advantage.gamma, normalize=advantage.normalize, clip=advantage.clip
-            )
-        else:  # Eq. 4 on the verdict alone, or on the sum of step rewards (Table 3, "+ Step Reward")
-            scalar = rewards[:, -1] if advantage.method == "grpo" else rewards.sum(1)
-            made = grpo_advantages(scalar, groups, schema.num_steps, clip=advantage.clip)
+        cut = np.array([loss.overlong == "mask" and r.finish == "length" for r in chosen])
         index = torch.from_numpy(np.flatnonzero(trains))
-        advantages[index] = made
+        advantages[index] = _advantages(chosen, rewards, groups, schema, advantage)
         lengths = np.array([len(r.response_ids) for r in chosen])
-        weights[index] = sequence_weights(lengths, groups, denominator=loss.denominator)
-    return Credit(advantages, weights, trains, scores, len(inside))
+        weights[index] = sequence_weights(
+            np.where(cut, 0, lengths), groups, denominator=loss.denominator, max_length=max_new_tokens
+        )
+        masked = index[torch.from_numpy(cut)]
+        advantages[masked] = weights[masked] = 0.0
+        trains[masked.numpy()] = False
+    num_masked = int(sum(r.group in inside for r in rollouts) - trains.sum()) if loss.overlong == "mask" else None
+    return Credit(advantages, weights, trains, scores, len(inside), num_masked)
+
+
+def _advantages(
+    rollouts: Sequence[Rollout], rewards: np.ndarray, groups: np.ndarray, schema: StepSchema, cfg: AdvantageConfig
+) -> torch.Tensor:
+    """[N, J] by the configured method; rewards [N, J], groups [N]."""
+    num_steps, clip, scale = schema.num_steps, cfg.clip, cfg.scale
+    lengths = np.array([r.step_lengths for r in rollouts])
+    if cfg.method == "srpo":
+        return srpo_advantages(rewards, groups, lengths, gamma=cfg.gamma, normalize=cfg.normalize, clip=clip, scale=scale)
+    if cfg.method == "ppo":
+        return torch.from_numpy(rewards).float()
+    if cfg.method == "reinforce":
+        return reinforce_advantages(rewards.sum(1), lengths.sum(1), num_steps, clip=clip, scale=scale)
+    if cfg.method == "rloo":
+        return rloo_advantages(rewards.sum(1), groups, num_steps, clip=clip)
+    # Eq. 4 on the verdict alone, with the verified steps (5.1.4), or on the sum of step rewards (Table 3, "+ Step Reward")
+    scalar = {"grpo": rewards[:, -1], "grpo_star": verified_rewards(rollouts), "grpo_step_sum": rewards.sum(1)}[cfg.method]
+    return grpo_advantages(scalar, groups, num_steps, clip=clip, scale=scale)
+
+
+def verified_rewards(rollouts: Sequence[Rollout]) -> np.ndarray:
+    """The verdict's reward plus those of the earlier steps that a label or a rule has graded, [N]: no judge's opinion.
+
+    Paper: 5.1.4, GRPO* adds "stepwise verification rewards for Steps 3 and 4", the steps that have labels (Eq. 5). Where one of
+    them has no label and a judge stands in, it earns nothing here.
+    """
+    return np.array(
+        [
+            sum(r for r, source in zip(_rewards(x)[:-1], x.reward_sources or (), strict=False) if source in ("gold", "rule"))
+            + _rewards(x)[-1]
+            for x in rollouts
+        ]
+    )
 
 
 def rollout_metrics(rollouts: Sequence[Rollout], schema: StepSchema, credit: Credit, max_clip: float) -> dict[str, float]:
@@ -103,6 +162,8 @@ def rollout_metrics(rollouts: Sequence[Rollout], schema: StepSchema, credit: Cre
         "rollout/num_groups_in_window": credit.num_in_window,
         "rollout/group_score": np.mean(list(credit.group_scores.values())),
     }
+    if credit.num_masked is not None:
+        metrics["rollout/num_masked"] = credit.num_masked
     for j, spec in enumerate(schema.specs):
         metrics[f"reward/step/{spec.name}"] = rewards[:, j].mean()
         metrics[f"rollout/response_length/{spec.name}"] = lengths[:, j].mean()

@@ -1,24 +1,26 @@
 """How right a judge is on graded pairs: `python -m srpo.evaluate --checkpoint DIR --data FILE`.
 
 Decodes greedily with the local engine, or scores what is there already: `--rollouts FILE` or `--predictions FILE`. Prints the
-scores of 5.1.2 and the accuracy of each step; writes `results.json`, `predictions.jsonl` and `rollouts.jsonl`.
+scores of 5.1.2, the accuracy of each step and how verdict and steps go together, with bootstrap intervals over queries, for all
+pairs and each query type; writes `results.json`, `predictions.jsonl` and `rollouts.jsonl`.
 """
 
 from __future__ import annotations
 
 import json
 import tomllib
-from collections.abc import Iterable, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import nn
 
-from srpo.batch import Rollout, read_rollouts, write_rollouts
+from srpo.batch import Rollout, write_rollouts
+from srpo.bootstrap import BootstrapConfig
 from srpo.config import Config
-from srpo.data.examples import GRADES, Example
+from srpo.data.examples import Example
 from srpo.data.prompts import build_prompt
 from srpo.data.readers import load_examples
 from srpo.data.tokenizer import encode, load_tokenizer
@@ -27,11 +29,13 @@ from srpo.policy.model import load_policy
 from srpo.policy.parallel import Parallel
 from srpo.progress import Progress
 from srpo.report import results_table
+from srpo.responses import from_predictions, from_rollouts, load_rollouts, read_predictions
 from srpo.rollout.collect import to_rollouts
 from srpo.rollout.engine import Engine, SamplingParams
 from srpo.rollout.local import LocalEngine
+from srpo.run_dir import write_whole
 from srpo.settings import apply_toml, run_program
-from srpo.steps import StepSchema, StepSpec
+from srpo.steps import StepSchema
 
 
 @dataclass(frozen=True)
@@ -40,13 +44,15 @@ class EvaluateConfig:
 
     checkpoint: str = ""  # folder of a Hugging Face checkpoint; its responses are decoded greedily
     rollouts: str = ""  # instead of a checkpoint: a rollouts.jsonl
-    predictions: str = ""  # instead of a checkpoint: JSON Lines with example_id and prediction (1..4, null where there is none)
+    predictions: str = ""  # instead of a checkpoint: JSON Lines of example_id, prediction (1..4 or null) and maybe answers [J]
     data: str = ""  # graded examples (docs/data.md); empty: data.eval of the run's settings
     config: str = ""  # TOML with steps, data.prompt and rollout.max_new_tokens; empty: config.toml of the run, in a folder above
     out: str = ""  # folder for what is written; empty: `evaluation` beside the checkpoint or file
     limit: int = 0  # only the first so many examples; 0: all
     batch_size: int = 256
     max_new_tokens: int = 0  # 0: as in the run's settings
+    by: tuple[str, ...] = ("query_type",)  # tags of the examples: all scores again for each of their values
+    bootstrap: BootstrapConfig = field(default_factory=BootstrapConfig)
 
 
 def evaluate_policy(
@@ -60,9 +66,12 @@ def evaluate_policy(
     batch_size: int,
     parallel: Parallel | None = None,
     description: str = "evaluation",
+    by: Sequence[str] = ("query_type",),
+    bootstrap: BootstrapConfig | None = None,
 ) -> tuple[dict[str, Any], list[Rollout]]:
     """(results of `srpo.evaluation.results_dict`, the rollouts) of one greedy response per example, in the order of the examples.
 
+    `by` and `bootstrap` are those of `results_dict`; training passes none: intervals cost it nothing.
     With `parallel` each rank decodes its share and all ranks return the same; every rank must call it. Raises ValueError for an
     example without a grade or whose prompt does not fit.
     """
@@ -84,65 +93,7 @@ def evaluate_policy(
     if parallel is not None and world_size > 1:
         rollouts = {i: rollout for share in parallel.all_gather_object(rollouts) for i, rollout in share.items()}
     ordered = [rollouts[i] for i in range(len(examples))]
-    return results_dict(ordered, examples, schema), ordered
-
-
-def read_predictions(path: Path) -> dict[str, int | None]:
-    """example_id -> predicted grade of a JSON Lines file. Raises ValueError with file and line for a bad or repeated one."""
-    predictions: dict[str, int | None] = {}
-    with path.open(encoding="utf-8") as file:
-        for number, line in enumerate(file, start=1):
-            try:
-                row = json.loads(line)
-                example_id, prediction = row["example_id"], row["prediction"]
-            except (ValueError, KeyError, TypeError) as error:
-                raise ValueError(f'{path}, line {number}: want {{"example_id": "...", "prediction": 1}} ({error})') from error
-            if prediction is not None and (type(prediction) is not int or prediction not in GRADES):
-                raise ValueError(f"{path}, line {number}: prediction is {prediction!r}: give 1, 2, 3, 4, or null for none")
-            if example_id in predictions:
-                raise ValueError(f"{path}, line {number}: a second prediction of {example_id!r}: keep one per example")
-            predictions[example_id] = prediction
-    return predictions
-
-
-def score_predictions(predictions: dict[str, int | None], examples: Sequence[Example]) -> dict[str, Any]:
-    """Results of verdicts alone, as those of responses with one step. Raises ValueError where an example has no prediction."""
-    _check_all_there(predictions, examples, "prediction")
-    verdicts = [predictions[example.example_id] for example in examples]
-    answers = [None if grade is None else f"L{grade}" for grade in verdicts]
-    rollouts = [
-        Rollout(example.example_id, i, (), (), (), (0,), (answer,), "", "stop", 0)
-        for i, (example, answer) in enumerate(zip(examples, answers, strict=True))
-    ]
-    return results_dict(rollouts, [replace(e, gold=e.gold[-1:], truth=()) for e in examples], VERDICT_ONLY)
-
-
-VERDICT_ONLY = StepSchema([StepSpec("verdict", r"\S")])
-
-
-def score_rollouts(
-    rollouts: Iterable[Rollout], examples: Sequence[Example], schema: StepSchema
-) -> tuple[dict[str, Any], list[Rollout]]:
-    """(results, rollouts that count) of responses that are there already; each of several to one pair counts.
-
-    Rollouts of other pairs are left out. Raises ValueError where an example has none, or a rollout another number of steps.
-    """
-    by_id = {example.example_id: example for example in examples}
-    mine = [rollout for rollout in rollouts if rollout.example_id in by_id]
-    for rollout in mine:
-        if len(rollout.answers) != schema.num_steps:
-            raise ValueError(
-                f"the rollout of {rollout.example_id} has {len(rollout.answers)} steps, the settings have {schema.num_steps}: "
-                "name the TOML that it was sampled with by --config"
-            )
-    _check_all_there({rollout.example_id for rollout in mine}, examples, "rollout")
-    return results_dict(mine, [by_id[rollout.example_id] for rollout in mine], schema), mine
-
-
-def _check_all_there(have: Iterable[str], examples: Sequence[Example], what: str) -> None:
-    missing = {example.example_id for example in examples} - set(have)
-    if missing:
-        raise ValueError(f"{len(missing)} of {len(examples)} examples have no {what}, such as {min(missing)}: all must have one")
+    return results_dict(ordered, examples, schema, by=by, bootstrap=bootstrap), ordered
 
 
 def main(config: EvaluateConfig) -> None:
@@ -158,16 +109,14 @@ def main(config: EvaluateConfig) -> None:
     data = config.data or run.data.eval
     if not data:
         raise ValueError("no data: give graded examples with --data FILE")
-    examples = load_examples(data, schema.num_steps, config.limit, options=[spec.options for spec in schema.specs])
+    limit = 0 if config.predictions else config.limit  # of predictions, one of no example at all is to be told from one past it
+    examples = load_examples(data, schema.num_steps, limit, options=[spec.options for spec in schema.specs])
+    check_tags((example.tags for example in examples), config.by)
+    true_grades(examples[: config.limit or None])
     out = Path(config.out) if config.out else source.resolve().parent / "evaluation"
 
     rollouts: list[Rollout] = []
-    if config.predictions:
-        schema = VERDICT_ONLY
-        results = score_predictions(read_predictions(source), examples)
-    elif config.rollouts:
-        results, rollouts = score_rollouts(load_rollouts(source), examples, schema)
-    else:
+    if config.checkpoint:
         device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
         model = load_policy(source, experts=run.policy.experts, dtype=getattr(torch, run.policy.dtype))
         engine = LocalEngine(nn.Module.to(model, device), max_context=run.policy.max_context)
@@ -179,17 +128,29 @@ def main(config: EvaluateConfig) -> None:
             prompt_template=run.data.prompt,
             max_new_tokens=config.max_new_tokens or run.rollout.max_new_tokens,
             batch_size=config.batch_size,
+            by=config.by,
+            bootstrap=config.bootstrap,
         )
+    else:
+        if config.predictions:
+            found = from_predictions(read_predictions(source, schema), examples, schema, config.limit)
+        else:
+            found = from_rollouts(load_rollouts(source), examples, schema)
+            rollouts = found.rollouts
+        if found.num_others:
+            print(f"{found.num_others:,} rollouts are of pairs that are not evaluated, and are left out")
+        schema = found.schema
+        results = results_dict(found.rollouts, found.examples, schema, by=config.by, bootstrap=config.bootstrap)
     print(results_table(results, schema))
     print(f"written to {write_evaluation(out, results, rollouts, examples)}")
 
 
-def load_rollouts(path: Path) -> list[Rollout]:
-    """All rollouts of a file. ValueError where it is no rollouts.jsonl."""
-    try:
-        return [rollout for _, rollout in read_rollouts(path)]
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
-        raise ValueError(f"{path} is not a rollouts.jsonl of a run or an evaluation ({error})") from error
+def check_tags(tags: Iterable[Mapping[str, str]], by: Sequence[str]) -> None:
+    """Raise ValueError for a tag of `by`, other than the default one, that is in none of `tags` (of examples or queries)."""
+    known = sorted({tag for carried in tags for tag in carried})
+    for tag in by:
+        if tag not in known and tag not in EvaluateConfig.by:
+            raise ValueError(f"by: nothing carries the tag {tag!r}; tags of the data: {', '.join(known) or 'none'}")
 
 
 def run_settings(source: Path, config: str) -> Config:
@@ -212,7 +173,7 @@ def run_settings(source: Path, config: str) -> Config:
 def write_evaluation(out: Path, results: dict[str, Any], rollouts: Sequence[Rollout], examples: Sequence[Example]) -> Path:
     """Write results.json and, where there are responses, predictions.jsonl and rollouts.jsonl into `out`; returns it."""
     out.mkdir(parents=True, exist_ok=True)
-    (out / "results.json").write_text(json.dumps(results, indent=2) + "\n", encoding="utf-8")
+    write_whole(out / "results.json", json.dumps(results, indent=2) + "\n")
     if rollouts:
         grades = {example.example_id: example.grade for example in examples}
         with (out / "predictions.jsonl").open("w", encoding="utf-8") as file:

@@ -1,4 +1,4 @@
-"""Scores of evaluated responses, as pure functions: the paper's offline metrics (5.1.2) and the accuracy of each reasoning step.
+"""Results of evaluated responses: the paper's offline metrics (5.1.2), the accuracy of each step, and how sure they are.
 
 Paper: it does not say what a response without a readable verdict counts as. Here it is a fifth predicted class that is never
 right: a miss of its true class, and a false alarm of none.
@@ -10,10 +10,15 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
+from numpy.typing import NDArray
 
 from srpo.batch import Rollout
+from srpo.bootstrap import BootstrapConfig, cluster_sums, percentile_interval, resampled_sums
 from srpo.data.examples import GRADES, Example
-from srpo.steps import StepSchema, same_answer
+from srpo.steps import StepSchema
+from srpo.tally import CONSISTENCY, NO_VERDICT, confusion_of, consistency_counts, scores, tally, verdict_scores
+from srpo.tally import predicted_grade as predicted_grade
+from srpo.tally import true_grades as true_grades
 
 Results = Mapping[str, Any]  # what `results_dict` returns and `results.json` holds as before and after
 
@@ -21,109 +26,121 @@ Results = Mapping[str, Any]  # what `results_dict` returns and `results.json` ho
 def evaluate_predictions(grades_true: Sequence[int], grades_pred: Sequence[int | None]) -> dict[str, Any]:
     """`{macro_f1, accuracy, good_f1, class_f1: [4], confusion: [4][5]}` of predicted grades 1..4, None where none could be read.
 
-    Fractions. The F1 of a class that is neither true nor predicted is 0, and macro F1 is always the mean over all four (5.1.2).
-    Good F1 takes classes 3 and 4 as one positive class. confusion[t][p] counts pairs of grade t+1 predicted p+1, with p = 4 for
-    no verdict. Raises ValueError for no pairs, for lists of different length and for a grade outside 1..4.
+    Fractions, as `srpo.tally.verdict_scores` defines them. confusion[t][p] counts pairs of grade t+1 predicted p+1, with p = 4
+    for no verdict. Raises ValueError for no pairs, for lists of different length and for a grade outside 1..4.
     """
     if not grades_true or len(grades_true) != len(grades_pred):
         raise ValueError(f"{len(grades_true)} grades and {len(grades_pred)} predictions: give one of each per pair, at least one")
     if outside := sorted({*grades_true, *(p for p in grades_pred if p is not None)} - {*GRADES}):
         raise ValueError(f"grade {outside[0]} is not one of 1, 2, 3, 4 (1 Irrelevant .. 4 Excellent)")
     confusion = np.zeros((4, 5), dtype=np.int64)
-    np.add.at(confusion, ([t - 1 for t in grades_true], [4 if p is None else p - 1 for p in grades_pred]), 1)
-    num_true, num_predicted, hits = confusion.sum(1), confusion.sum(0)[:4], confusion.diagonal()
-    class_f1 = [_f1(*counts) for counts in zip(hits.tolist(), num_true.tolist(), num_predicted.tolist(), strict=True)]
-    good = slice(2, 4)
-    return {
-        "macro_f1": sum(class_f1) / len(class_f1),
-        "accuracy": int(hits.sum()) / len(grades_true),
-        "good_f1": _f1(int(confusion[good, good].sum()), int(num_true[good].sum()), int(num_predicted[good].sum())),
-        "class_f1": class_f1,
-        "confusion": confusion.tolist(),
-    }
-
-
-def _f1(hits: int, num_true: int, num_predicted: int) -> float:
-    return 2 * hits / (num_true + num_predicted) if num_true + num_predicted else 0.0
-
-
-def predicted_grade(rollout: Rollout) -> int | None:
-    """The grade 1..4 that the last step's answer names ("L3" -> 3), None where it names none."""
-    answer = rollout.answers[-1] or ""
-    return int(answer[1:]) if answer in {f"L{grade}" for grade in GRADES} else None
-
-
-def parses(rollout: Rollout) -> bool:
-    """Whether every step has an answer: what `parse_rate` counts."""
-    return all(answer is not None for answer in rollout.answers)
-
-
-def step_accuracy(rollouts: Sequence[Rollout], examples: Sequence[Example], schema: StepSchema) -> list[float | None]:
-    """Fraction of right answers of each step, [J]; None where no example has a reference for that step.
-
-    Rollout i answers example i. The reference is `gold[j]`, else `truth[j]`; examples with neither do not count for step j.
-    Answers are compared by `srpo.steps.same_answer`: as sets of facts. A missing answer is wrong.
-    """
-    accuracy: list[float | None] = []
-    for j in range(schema.num_steps):
-        pairs = [(r.answers[j], _reference(e, j)) for r, e in zip(rollouts, examples, strict=True)]
-        right = [same_answer(answer, reference) for answer, reference in pairs if reference is not None]
-        accuracy.append(sum(right) / len(right) if right else None)
-    return accuracy
-
-
-def _reference(example: Example, step: int) -> str | None:
-    gold = example.gold[step] if example.gold else None
-    return gold if gold is not None or not example.truth else example.truth[step]
+    np.add.at(confusion, ([t - 1 for t in grades_true], [NO_VERDICT if p is None else p - 1 for p in grades_pred]), 1)
+    return {**{key: value.tolist() for key, value in verdict_scores(confusion).items()}, "confusion": confusion.tolist()}
 
 
 def results_dict(
-    rollouts: Sequence[Rollout], examples: Sequence[Example], schema: StepSchema, *, by: str = "query_type"
+    rollouts: Sequence[Rollout],
+    examples: Sequence[Example],
+    schema: StepSchema,
+    *,
+    by: Sequence[str] = ("query_type",),
+    bootstrap: BootstrapConfig | None = None,
 ) -> dict[str, Any]:
     """The results of an evaluation, JSON-able; rollout i answers example i.
 
     `{macro_f1, accuracy, good_f1, class_f1: [4], step_accuracy: [J], parse_rate, num_examples}` as fractions (a step accuracy is
-    None where no example has a reference), and `confusion: [4][5]`. Where examples carry the tag `by`, the same for each of its
-    values under `by_{tag}`. Raises ValueError for no examples, a pair without a grade, and rollouts of other examples.
+    None where no example has a reference), and
+
+    - `confusion: [4][5]`;
+    - `consistency`: the four shares of `srpo.tally.CONSISTENCY` over the `num_examples` whose steps before the verdict can be
+      checked (those of them with a reference must all be right; in `num_fully_checked` every one has), None where there are none;
+    - `by: {tag: {value: the same}}` for each tag of `by` that an example carries, `untagged: {tag: examples without it}`;
+    - with `bootstrap`, `confidence`: `{level, num_draws, seed, num_queries}` and under the name of each score its interval
+      [low, high] over queries, in the same shape as the score; None where there is none, as with a single query.
+
+    Raises ValueError for no examples, a pair without a grade, and rollouts of other examples.
     """
     if [r.example_id for r in rollouts] != [e.example_id for e in examples]:
         raise ValueError("rollouts and examples are of different pairs: give one rollout per example, in the same order")
-    results = _results(rollouts, examples, schema)
-    values = [example.tags.get(by) for example in examples]
-    groups = sorted({value for value in values if value is not None})
-    if groups:
-        results[f"by_{by}"] = {}
-    for group in groups:
-        chosen = [i for i, value in enumerate(values) if value == group]
-        results[f"by_{by}"][group] = _results([rollouts[i] for i in chosen], [examples[i] for i in chosen], schema)
+    if not examples:
+        raise ValueError("there are no examples to evaluate: give at least one graded pair")
+    counts = tally(rollouts, examples, schema)
+    queries = [example.query_id for example in examples]
+    results = {**_results(counts, queries, bootstrap), "by": {}, "untagged": {}}
+    for tag, parts in parts_by(examples, by).items():
+        results["by"][tag] = {v: _results(counts[rows], [queries[i] for i in rows], bootstrap) for v, rows in parts.items()}
+        results["untagged"][tag] = len(examples) - sum(map(len, parts.values()))
     return results
 
 
-def _results(rollouts: Sequence[Rollout], examples: Sequence[Example], schema: StepSchema) -> dict[str, Any]:
-    scores = evaluate_predictions(true_grades(examples), [predicted_grade(rollout) for rollout in rollouts])
+def parts_by(examples: Sequence[Example], by: Sequence[str]) -> dict[str, dict[str, list[int]]]:
+    """{tag: {value: indices of the examples that carry it}}, values sorted, for each tag of `by` that any example carries."""
+    parts: dict[str, dict[str, list[int]]] = {}
+    for tag in by:
+        values = sorted({example.tags[tag] for example in examples if tag in example.tags})
+        if values:
+            parts[tag] = {v: [i for i, example in enumerate(examples) if example.tags.get(tag) == v] for v in values}
+    return parts
+
+
+def _results(counts: NDArray[np.int64], queries: Sequence[str], bootstrap: BootstrapConfig | None) -> dict[str, Any]:
+    total = counts.sum(0)
+    point = {key: _known(value.tolist()) for key, value in scores(total).items()}
+    num_checked, num_fully_checked = consistency_counts(total)
+    shares = dict(zip(CONSISTENCY, point.pop("consistency"), strict=True))
     return {
-        **{key: scores[key] for key in ("macro_f1", "accuracy", "good_f1", "class_f1")},
-        "step_accuracy": step_accuracy(rollouts, examples, schema),
-        "parse_rate": sum(map(parses, rollouts)) / len(rollouts),
-        "num_examples": len(examples),
-        "confusion": scores["confusion"],
+        **{key: point[key] for key in ("macro_f1", "accuracy", "good_f1", "class_f1", "step_accuracy", "parse_rate")},
+        "num_examples": len(counts),
+        "confusion": confusion_of(total).tolist(),
+        "consistency": {**shares, "num_examples": num_checked, "num_fully_checked": num_fully_checked} if num_checked else None,
+        **({"confidence": _confidence(counts, queries, bootstrap)} if bootstrap and bootstrap.num_draws else {}),
     }
 
 
-def true_grades(examples: Sequence[Example]) -> list[int]:
-    """The human grade of each example; ValueError where one has none."""
-    grades = []
-    for example in examples:
-        if example.grade is None:
-            raise ValueError(f"{example.example_id} has no grade: evaluation needs the last entry of gold (L1..L4) of every pair")
-        grades.append(example.grade)
-    return grades
+def _known(value: Any) -> Any:
+    """NaN as None."""
+    if isinstance(value, list):
+        return [_known(item) for item in value]
+    return None if value != value else value
 
 
-def score_rows(schema: StepSchema, *results: Results) -> list[tuple[str, list[float | None]]]:
-    """(name, its value in each of `results`) of every score, in the order of the paper's Table 1, then the steps; fractions."""
+def _confidence(counts: NDArray[np.int64], queries: Sequence[str], bootstrap: BootstrapConfig) -> dict[str, Any]:
+    sums = cluster_sums(counts, queries)
+    drawn = scores(resampled_sums(sums, bootstrap))
+    settings = {"level": bootstrap.level, "num_draws": bootstrap.num_draws, "seed": bootstrap.seed, "num_queries": len(sums)}
+    return {**settings, **shaped(drawn, lambda draws: percentile_interval(draws, bootstrap.level))}
+
+
+def shaped(drawn: Mapping[str, NDArray[np.float64]], summary: Any) -> dict[str, Any]:
+    """`summary` of the draws [D] of each score, in the shape that the scores have in `results_dict`."""
+    shapes = {
+        key: summary(draws) if draws.ndim == 1 else [summary(column) for column in draws.T]
+        for key, draws in drawn.items()
+        if key != "consistency"
+    }
+    columns = zip(CONSISTENCY, drawn["consistency"].T, strict=True)
+    return {**shapes, "consistency": {name: summary(column) for name, column in columns}}
+
+
+SCORE_NAMES = {"good_f1": "Good F1", "accuracy": "Accuracy", "macro_f1": "Macro F1"}
+CONSISTENCY_NAMES = ("Verdict, steps right", "Only verdict right", "Only steps right", "Neither right")
+
+
+def score_rows(schema: StepSchema, *results: Results) -> list[tuple[str, list[Any]]]:
+    """(name, its value in each of `results`) of every score, in the order of the paper's Table 1, then the steps; fractions.
+
+    Also of the `confidence` of results: the values are intervals then.
+    """
     names: list[tuple[str, str, int | None]] = [(f"Class {grade} F1", "class_f1", grade - 1) for grade in GRADES]
-    names += [("Good F1", "good_f1", None), ("Accuracy", "accuracy", None), ("Macro F1", "macro_f1", None)]
+    names += [(name, key, None) for key, name in SCORE_NAMES.items()]
     names += [(f"S{j} {spec.name.replace('_', ' ')}", "step_accuracy", j - 1) for j, spec in enumerate(schema.specs, start=1)]
     names += [("Responses that parse", "parse_rate", None)]
     return [(name, [r[key] if index is None else r[key][index] for r in results]) for name, key, index in names]
+
+
+def consistency_rows(*results: Results) -> list[tuple[str, list[Any]]]:
+    """(name, its value in each of `results`) of the shares of consistency; no rows where no result has them."""
+    shares = [r.get("consistency") or {} for r in results]
+    if not any(shares):
+        return []
+    return [(name, [s.get(key) for s in shares]) for name, key in zip(CONSISTENCY_NAMES, CONSISTENCY, strict=True)]

@@ -13,11 +13,12 @@ from pathlib import Path
 from tyro.conf import Positional
 
 from srpo.config import Config
-from srpo.evaluation import Results, score_rows
+from srpo.evaluation import Results, consistency_rows, score_rows
 from srpo.metrics import read_metrics
 from srpo.plots import write_plots
 from srpo.settings import apply_toml, run_program
 from srpo.steps import StepSchema
+from srpo.tables import percent, text_table
 
 
 @dataclass(frozen=True)
@@ -28,36 +29,64 @@ class ReportConfig:
 
 
 def before_after_table(before: Results, after: Results, schema: StepSchema) -> str:
-    """The table of all scores before and after training: percent, and the change in points. "-" where a score is not known."""
-    rows = [
-        (name, _percent(first), _percent(last), "-" if first is None or last is None else f"{100 * (last - first):+.1f}")
-        for name, (first, last) in score_rows(schema, before, after)
+    """The table of all scores before and after training: percent, intervals where there are any, and the change in points.
+
+    "-" where a score is not known.
+    """
+    cells = _cells(schema, before, after)
+    changes = [
+        "-" if first is None or last is None else percent(last - first, signed=True)
+        for rows in (score_rows(schema, before, after), consistency_rows(before, after))
+        for _, (first, last) in rows
     ]
-    return _table(("", "before", "after", "change"), rows, f"percent, {after['num_examples']:,} held-out pairs")
+    rows = [(*row, change) for row, change in zip(cells, changes, strict=True)]
+    notes = [f"percent, {after['num_examples']:,} held-out pairs{_interval_note(after)}"]
+    return text_table(("", "before", "after", "change"), _parted(rows, schema), notes)
 
 
-def results_table(results: Results, schema: StepSchema, by: str = "query_type") -> str:
-    """The table of all scores in percent: a column for all pairs, and one for each value of the tag `by`."""
-    columns = {"all": results, **results.get(f"by_{by}", {})}
-    rows = [(name, *map(_percent, values)) for name, values in score_rows(schema, *columns.values())]
+def results_table(results: Results, schema: StepSchema) -> str:
+    """The table of all scores in percent, with intervals where there are any.
+
+    A column for all pairs, and one for each value of the tags that the results are told by. Columns that do not fit into 130
+    characters stand below.
+    """
+    columns = {"all": results}
+    for tag, parts in results.get("by", {}).items():
+        columns |= {f"{tag} {value}" if value in columns else value: part for value, part in parts.items()}
+    parted = _parted(_cells(schema, *columns.values()), schema)
     counts = ("pairs", *(f"{part['num_examples']:,}" for part in columns.values()))
-    return _table(("", *columns), [*rows, counts], "percent")
+    notes = [f"percent{_interval_note(results)}"]
+    notes += [f"{number:,} pairs carry no tag {tag}" for tag, number in results.get("untagged", {}).items() if number]
+    if checked := results.get("consistency"):
+        notes.append(f"consistency: of {checked['num_examples']:,} pairs whose steps before the verdict can be checked")
+    return text_table(("", *columns), [*parted, [counts]], notes)
 
 
-def _percent(value: float | None) -> str:
-    return "-" if value is None else f"{100 * value:.1f}"
+def _cells(schema: StepSchema, *results: Results) -> list[tuple[str, ...]]:
+    """Rows of all scores and shares: (name, a cell of each of `results`)."""
+    rows = [*score_rows(schema, *results), *consistency_rows(*results)]
+    intervals = []  # of each of the results: {name of the row: [interval]}
+    for result in results:
+        sure = result.get("confidence")
+        intervals.append(dict([*score_rows(schema, sure), *consistency_rows(sure)]) if sure else {})
+    return [
+        (name, *(percent(value, named.get(name, [None])[0]) for value, named in zip(values, intervals, strict=True)))
+        for name, values in rows
+    ]
 
 
-def _table(header: Sequence[str], rows: Sequence[Sequence[str]], note: str) -> str:
-    """Aligned columns: first left, others right; rules under the header, under the 7 scores of Table 1 and above the note."""
-    widths = [max(map(len, column)) for column in zip(header, *rows, strict=True)]
+def _parted(rows: Sequence[Sequence[str]], schema: StepSchema) -> list[Sequence[Sequence[str]]]:
+    """The 7 scores of Table 1, then the steps and what parses, then consistency."""
+    num_scores = 7 + schema.num_steps + 1
+    return [rows[:7], rows[7:num_scores], rows[num_scores:]]
 
-    def line(row: Sequence[str]) -> str:
-        cells = (cell.rjust(width) for cell, width in zip(row[1:], widths[1:], strict=True))
-        return "   ".join([row[0].ljust(widths[0]), *cells])
 
-    rule = "-" * len(line(header))
-    return "\n".join([line(header), rule, *map(line, rows[:7]), rule, *map(line, rows[7:]), rule, note])
+def _interval_note(results: Results) -> str:
+    sure = results.get("confidence")
+    if not sure:
+        return ""
+    drawn = f"{sure['num_draws']:,} draws of {sure['num_queries']:,} queries"
+    return f"; in brackets {100 * sure['level']:g} % intervals from {drawn}"
 
 
 def write_report(run_dir: Path) -> tuple[str, list[Path]]:

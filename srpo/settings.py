@@ -65,7 +65,12 @@ def apply_toml(config: T, path: Path) -> T:
         raise ValueError(f"{path}: no such file{hint}") from None
     except ValueError as error:  # not TOML, or not UTF-8
         raise ValueError(f"{path}: {error}") from error
-    return _replace(config, table, str(path), "", _keys(type(config)))
+    return apply_table(config, table, str(path))
+
+
+def apply_table(config: T, table: Mapping[str, Any], where: str) -> T:
+    """`config` with the values of a table, as in a TOML file, put over it. Raises ValueError that names `where` and the key."""
+    return _replace(config, table, where, "", _keys(type(config)))
 
 
 def flags(cls: type) -> list[tuple[str, str, Any]]:

@@ -1,34 +1,60 @@
-"""The generative step judge R_phi (4.3.1), first stage: SFT on (pair, response, verdicts). `python -m srpo.train_judge @ x.toml`.
+"""The step judge R_phi (4.3.1, 5.1.6): `python -m srpo.train_judge @ x.toml`. Stages, each skipped when its result is there:
+
+    sft   SFT on (pair, response, verdicts, reasons) in the form of Figure 4; evaluated per step as in Table 2   sft/, sft.json
+    mine  hard cases by the judge's sampled verdicts, as a queue for human verification                          judge_queue.jsonl
+    grpo  GRPO on the verified cases with the trainer of the policy; evaluated again                             grpo/, grpo.json
 
 Judgments are JSON Lines of `{"example_id": ..., "response": ..., "verdicts": [true, false, null, ...], "reasons": [...]}`, one
 entry per step, null where nobody judged; reasons are optional. On the catalogue world a simulated annotator writes them:
-`--rollouts runs/demo/rollouts.jsonl` judges the responses that a run has sampled.
+`--rollouts runs/demo/rollouts.jsonl` judges the responses that a run has sampled; it then verifies the queue, too.
+
+With human judgments the program stops after mining. Fill in the field "human" of the queue and go on with `--verified FILE`.
+`--kind scalar` trains the rival of Appendix A on the same judgments instead; it has the first stage only.
 """
 
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable, Iterator, Sequence
+import os
+from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
-from torch import nn
-
-from srpo.batch import Rollout
 from srpo.data.examples import Example
-from srpo.data.readers import load_examples
-from srpo.data.tokenizer import load_tokenizer
+from srpo.data.readers import load_examples, write_examples
+from srpo.data.strata import stratum
 from srpo.evaluate import load_rollouts
-from srpo.policy.model import load_policy
+from srpo.judge_evaluation import judge_table, reliability_table
+from srpo.judge_stages import JudgeGrpoConfig, evaluate_judge, grpo_config, load_judge, vote_on
 from srpo.policy.parallel import Parallel, init_parallel
+from srpo.rewards.cases import case_example, mine
 from srpo.rewards.judge import GenerativeJudge, OracleJudge
+from srpo.rewards.judgments import Judgment, as_rollout, hold_out, read_judgments, simulate_judgments
 from srpo.rewards.verdicts import judge_prompt, render_verdicts
-from srpo.rollout.judging import open_judge
-from srpo.run_dir import write_whole
+from srpo.rewards.verification import fill_in, queue_lines, read_queue, verified_cases
+from srpo.run_dir import claim_run_dir, write_whole
+from srpo.scalar_training import train_scalar
 from srpo.settings import run_program
 from srpo.sft import SftConfig, sft, write_pairs
 from srpo.steps import PAPER_STEPS, StepSchema, StepSpec
+from srpo.train import train
+
+QUEUE = "judge_queue.jsonl"
+LATER = ("stage", "verified", "unverified", "simulate_human", "human_error_rate", "mine", "grpo")  # may change between stages
+
+
+@dataclass(frozen=True)
+class MineConfig:
+    """Of the hard cases between the stages."""
+
+    pool: str = ""  # a rollouts.jsonl of further responses; empty: the judgments that the first stage trained on
+    num_responses: int = 0  # of the pool, the first so many; 0: all
+    num_votes: int = 8  # verdicts sampled on each response
+    num_cases: int = 13_000  # at most so many are chosen (5.1.6)
+    solve_low: float = 0.01  # a case is chosen when its share of right verdicts lies strictly between
+    solve_high: float = 0.99
+    balance: tuple[str, ...] = ("query_type",)  # tags whose values, with step and verdict, come equally often; may be empty
 
 
 @dataclass(frozen=True)
@@ -36,124 +62,292 @@ class JudgeConfig:
     """`python -m srpo.train_judge --data train.jsonl --judgments judged.jsonl --sft.policy.path base`"""
 
     run_dir: str = "runs/judge"
+    kind: Literal["generative", "scalar"] = "generative"  # scalar: a probability per step (Appendix A), by the settings of sft
+    stage: Literal["all", "sft", "mine", "grpo"] = "all"  # all: every one whose result is not there
     data: str = ""  # the examples that the judgments speak of
     judgments: str = ""  # JSON Lines, see above
     rollouts: str = ""  # instead of judgments: a rollouts.jsonl, judged by a simulated annotator (needs truths, as the world has)
     annotator_error_rate: float = 0.0  # of the simulated annotator
+    annotator_reasons: bool = True  # whether it says why, from the truth
+    verified: str = ""  # judge_queue.jsonl with its field "human" filled in
+    unverified: Literal["drop", "use"] = "drop"  # lines that are not filled in: dropped, or used with the labels that they have
+    simulate_human: bool = True  # with rollouts and without verified: the annotator fills in the queue
+    human_error_rate: float = 0.0  # of the annotator who does
     max_new_tokens: int = 256  # of the verdicts on one response
     held_out: int = 200  # the last so many judgments measure the judge instead of training it
+    num_votes: int = 8  # verdicts sampled on each held-out response: their share of "correct" is the judge's confidence
     steps: tuple[StepSpec, ...] = PAPER_STEPS
     sft: SftConfig = field(default_factory=lambda: SftConfig(num_steps=500))
+    mine: MineConfig = field(default_factory=MineConfig)
+    grpo: JudgeGrpoConfig = field(default_factory=JudgeGrpoConfig)
 
 
 @dataclass(frozen=True)
-class Judgment:
-    """One response with what an annotator said of each of its steps."""
+class Work:
+    """What the stages share."""
 
-    example_id: str
-    response: str
-    verdicts: tuple[bool | None, ...]  # [J]
-    reasons: tuple[str | None, ...]  # [J]
+    cfg: JudgeConfig
+    parallel: Parallel
+    schema: StepSchema
+    examples: dict[str, Example]
+    shown: list[Judgment]
+    held_out: list[Judgment]
+    num_left_out: int
+    pool: list[Judgment]
 
+    @property
+    def run_dir(self) -> Path:
+        return Path(self.cfg.run_dir)
 
-def read_judgments(path: str | Path, num_steps: int) -> Iterator[Judgment]:
-    """The judgments of a file. ValueError with file and line for one that is malformed."""
-    with Path(path).open("rb") as file:
-        for number, line in enumerate(file, start=1):
-            yield _judgment(line, f"{path}, line {number}", num_steps)
+    def is_done(self, name: str) -> bool:
+        """Whether the result of a stage is there; the same on all ranks."""
+        return self.parallel.broadcast_object((self.run_dir / name).is_file())
 
-
-def _judgment(line: bytes, where: str, num_steps: int) -> Judgment:
-    try:
-        row = json.loads(line)
-        example_id, response, verdicts = row["example_id"], row["response"], row["verdicts"]
-    except (ValueError, KeyError, TypeError) as error:
-        raise ValueError(f'{where}: want {{"example_id": ..., "response": ..., "verdicts": [true, ...]}} ({error})') from error
-    if not isinstance(response, str):
-        raise ValueError(f"{where}: response is {response!r}: give the text that was judged")
-    if not (
-        isinstance(verdicts, list) and len(verdicts) == num_steps and all(v is None or isinstance(v, bool) for v in verdicts)
-    ):
-        raise ValueError(f"{where}: verdicts is {verdicts!r}: give {num_steps} of true, false or null, one per step")
-    reasons = row.get("reasons") or [None] * num_steps
-    if not (isinstance(reasons, list) and len(reasons) == num_steps and all(r is None or isinstance(r, str) for r in reasons)):
-        raise ValueError(f"{where}: reasons is {reasons!r}: give {num_steps} texts, one per step, null where there is none")
-    return Judgment(str(example_id), response, tuple(verdicts), tuple(reasons))
-
-
-def simulate_judgments(
-    rollouts: Iterable[Rollout], examples: dict[str, Example], schema: StepSchema, error_rate: float, seed: int
-) -> list[Judgment]:
-    """What a simulated annotator says of sampled responses, each different response once."""
-    unique = list({(r.example_id, r.text): r for r in rollouts if r.example_id in examples}.values())
-    verdicts = OracleJudge(error_rate, seed, schema).judge(unique, [examples[r.example_id] for r in unique])
-    nothing = (None,) * schema.num_steps
-    return [Judgment(r.example_id, r.text, v, nothing) for r, v in zip(unique, verdicts, strict=True)]
-
-
-def step_agreement(judge: GenerativeJudge, judgments: Sequence[Judgment], examples: dict[str, Example]) -> list[float | None]:
-    """Share of an annotator's verdicts on each step that the judge repeats, [J] (Table 2); None where the annotator gave none.
-
-    No verdict of the judge is a disagreement.
-    """
-    rollouts = [
-        Rollout(j.example_id, i, (), (), (), (0,) * len(j.verdicts), (None,) * len(j.verdicts), j.response, "stop", 0)
-        for i, j in enumerate(judgments)
-    ]
-    told = judge.judge(rollouts, [examples[j.example_id] for j in judgments])
-    agreement: list[float | None] = []
-    for step in range(len(judgments[0].verdicts)):
-        pairs = [(said[step], j.verdicts[step]) for said, j in zip(told, judgments, strict=True) if j.verdicts[step] is not None]
-        agreement.append(sum(a == b for a, b in pairs) / len(pairs) if pairs else None)
-    return agreement
+    def write(self, name: str, text: str) -> None:
+        """Rank 0 writes a file of the run folder as a whole."""
+        if self.parallel.is_main:
+            write_whole(self.run_dir / name, text)
+        self.parallel.barrier()
 
 
 def train_judge(cfg: JudgeConfig, parallel: Parallel) -> dict[str, Any]:
-    """Train R_phi into `run_dir/policy` and return `judge.json`: its agreement with the held-out judgments, per step."""
-    schema, run_dir = StepSchema(cfg.steps), Path(cfg.run_dir)
+    """Run the stages asked for; returns what `judge.json` holds: counts, and of each stage done its scores on held-out judgments.
+
+    `run_dir/policy` is a link to the judge of the last stage done. ValueError for whatever could not work later, before anything
+    is written.
+    """
+    work = prepare(cfg, parallel)
+    claimed = replace(cfg, **{key: getattr(JudgeConfig(), key) for key in LATER})
+    claim_run_dir(work.run_dir, claimed, parallel.is_main)
+    parallel.barrier()
+    wanted = ("sft", "mine", "grpo") if cfg.stage == "all" else (cfg.stage,)
+    if "sft" in wanted:
+        run_sft(work)
+    if cfg.kind == "generative" and "mine" in wanted:
+        run_mine(work)
+    if cfg.kind == "generative" and "grpo" in wanted:
+        if cfg.verified or simulates(cfg):
+            run_grpo(work)
+        elif parallel.is_main:
+            print(f'fill in "human" in a copy of {work.run_dir / QUEUE}, then go on with --stage grpo --verified FILE')
+    return report(work)
+
+
+def simulates(cfg: JudgeConfig) -> bool:
+    """Whether the simulated annotator verifies the queue."""
+    return bool(cfg.rollouts) and cfg.simulate_human and not cfg.verified
+
+
+def prepare(cfg: JudgeConfig, parallel: Parallel) -> Work:
+    """Read and check everything; writes nothing."""
+    schema = StepSchema(cfg.steps)
     if not cfg.data:
         raise ValueError("data is not set: name the examples that the judgments speak of")
     if bool(cfg.judgments) == bool(cfg.rollouts):
         raise ValueError("set one of judgments (human verdicts) and rollouts (to be judged by the simulated annotator)")
+    if cfg.kind == "scalar" and cfg.stage in ("mine", "grpo"):
+        raise ValueError(f"stage {cfg.stage} is of the generative judge: a scalar one has no verdicts to sample; use --stage sft")
+    if cfg.num_votes < 1 or cfg.mine.num_votes < 2 or cfg.mine.num_cases < 1:
+        raise ValueError(
+            "num_votes and mine.num_cases have to be at least 1, mine.num_votes at least 2 (verdicts that can differ)"
+        )
+    if not cfg.mine.solve_low < cfg.mine.solve_high:
+        raise ValueError(
+            f"no solve rate lies between mine.solve_low {cfg.mine.solve_low} and mine.solve_high {cfg.mine.solve_high}"
+        )
+    if cfg.stage == "grpo" and not (cfg.verified or simulates(cfg)):
+        raise ValueError(f"stage grpo needs --verified FILE: a copy of {QUEUE} with its field human filled in")
+    for stage, needs in (("mine", "sft.json"), ("grpo", QUEUE)):
+        if cfg.stage == stage and not (Path(cfg.run_dir) / needs).is_file():
+            raise ValueError(
+                f"stage {stage} goes on from {Path(cfg.run_dir) / needs}, which is not there: run the stages before it"
+            )
+    if cfg.verified:
+        read_queue(cfg.verified, schema)
     examples = {e.example_id: e for e in load_examples(cfg.data, schema.num_steps)}
     if cfg.judgments:
         judgments = list(read_judgments(cfg.judgments, schema.num_steps))
     else:
         judgments = simulate_judgments(
-            load_rollouts(Path(cfg.rollouts)), examples, schema, cfg.annotator_error_rate, cfg.sft.seed
+            load_rollouts(Path(cfg.rollouts)),
+            examples,
+            schema,
+            cfg.annotator_error_rate,
+            cfg.sft.seed,
+            cfg.annotator_reasons,
         )
     if unknown := [j.example_id for j in judgments if j.example_id not in examples]:
         raise ValueError(f"{len(unknown)} judgments speak of examples that are not in {cfg.data}, the first of {unknown[0]}")
     judgments = [j for j in judgments if any(verdict is not None for verdict in j.verdicts)]
-    if len(judgments) <= cfg.held_out:
+    if cfg.held_out < 1:
+        raise ValueError(f"held_out is {cfg.held_out}: hold out some judgments, or nothing is known of the judge")
+    shown, held_out, num_left_out = hold_out(judgments, examples, cfg.held_out)
+    if not shown:
         raise ValueError(
-            f"{len(judgments)} judgments have a verdict and held_out is {cfg.held_out}, which leaves none to train on: "
-            "lower held_out, or judge more responses (the simulated annotator needs examples with a truth)"
+            f"{len(judgments)} judgments have a verdict and held_out is {cfg.held_out}, which with the judgments of the same "
+            "queries leaves none to train on: lower held_out, or judge more responses (the simulated annotator needs examples "
+            "with a truth)"
         )
-    shown, held_out = judgments[: -cfg.held_out or None], judgments[-cfg.held_out :] if cfg.held_out else []
-    if parallel.is_main:
-        texts = ((judge_prompt(examples[j.example_id], j.response), render_verdicts(j.verdicts, j.reasons)) for j in shown)
-        write_pairs(run_dir / "judge_sft.jsonl", texts)
-    parallel.barrier()
-    path = sft(replace(cfg.sft, run_dir=str(run_dir), data=str(run_dir / "judge_sft.jsonl")), parallel)
-    report: dict[str, Any] = {"num_judgments": len(shown), "num_held_out": len(held_out), "steps": [s.name for s in cfg.steps]}
-    if parallel.is_main:
-        if held_out:
-            model = nn.Module.to(load_policy(path), parallel.device)
-            judge = open_judge(model, load_tokenizer(path), schema, cfg.max_new_tokens)
-            report |= {"agreement": step_agreement(judge, held_out, examples), **judge.stats()}
-        write_whole(run_dir / "judge.json", json.dumps(report, indent=1) + "\n")
-    return report
+    pool = _pool(cfg, examples, schema, held_out) if cfg.mine.pool else shown
+    pool = pool[: cfg.mine.num_responses or None]
+    if cfg.kind == "generative" and cfg.stage != "sft":
+        for judgment in pool:
+            _check_tags(examples[judgment.example_id], cfg.mine.balance)
+    return Work(cfg, parallel, schema, examples, shown, held_out, num_left_out, pool)
+
+
+def _check_tags(example: Example, tags: Sequence[str]) -> None:
+    try:
+        stratum(example, tags)
+    except ValueError as error:
+        raise ValueError(f"mine.balance: {error}; --mine.balance alone names none") from error
+
+
+def _pool(cfg: JudgeConfig, examples: dict[str, Example], schema: StepSchema, held_out: Sequence[Judgment]) -> list[Judgment]:
+    """Responses without judgments, of queries that are not held out."""
+    queries = {examples[j.example_id].query_id for j in held_out}
+    nothing = (None,) * schema.num_steps
+    found = {(r.example_id, r.text): None for r in load_rollouts(Path(cfg.mine.pool)) if r.example_id in examples}
+    pool = [Judgment(*key, nothing, nothing) for key in found if examples[key[0]].query_id not in queries]
+    if not pool:
+        raise ValueError(
+            f"{cfg.mine.pool} has no response to a query of {cfg.data} that is not held out: sample on the same data"
+        )
+    return pool
+
+
+# ---- the stages ----------------------------------------------------------------------------------------------------------------
+
+
+def run_sft(work: Work) -> None:
+    """First stage, and its scores in sft.json."""
+    if work.is_done("sft.json"):
+        return
+    cfg, folder = replace(work.cfg.sft, run_dir=str(work.run_dir / "sft")), work.run_dir / "sft"
+    if work.cfg.kind == "scalar":
+        path = train_scalar(cfg, work.shown, work.examples, work.schema, work.parallel)
+    else:
+        data = work.run_dir / "judge_sft.jsonl"
+        if work.parallel.is_main:
+            texts = (
+                (judge_prompt(work.examples[j.example_id], j.response), render_verdicts(j.verdicts, j.reasons))
+                for j in work.shown
+            )
+            write_pairs(data, texts)
+        work.parallel.barrier()
+        path = sft(replace(cfg, data=str(data)), work.parallel)
+    assert path == folder / "policy"
+    _evaluate(work, "sft", path)
+
+
+def run_mine(work: Work) -> None:
+    """The queue of hard cases, those to be looked at first at its head; how many there are of what in mine.json."""
+    if work.is_done(QUEUE):
+        return
+    cfg = work.cfg.mine
+    judge = _judge(work, work.run_dir / "sft" / "policy")
+    assert isinstance(judge, GenerativeJudge)
+    cases = vote_on(judge, work.pool, work.examples, work.schema, cfg.num_votes, work.cfg.sft.seed, work.parallel)
+    chosen, numbers = mine(cases, work.examples, work.schema, cfg.num_cases, cfg.solve_low, cfg.solve_high, cfg.balance)
+    if not chosen:
+        raise ValueError(
+            f"{numbers['num_hard']} of {numbers['num_responses']} responses are hard cases, none of them inside the window: "
+            "mine other responses (--mine.pool), or widen mine.solve_low and mine.solve_high"
+        )
+    work.write("mine.json", json.dumps(numbers, indent=1) + "\n")
+    work.write(QUEUE, queue_lines(chosen, work.examples, work.schema))
+    if work.parallel.is_main:
+        print(f"{len(chosen)} hard cases of {len(cases)} responses in {work.run_dir / QUEUE}")
+
+
+def run_grpo(work: Work) -> None:
+    """Second stage, and its scores in grpo.json."""
+    if work.is_done("grpo.json"):
+        return
+    cfg, run_dir, schema = work.cfg, work.run_dir, work.schema
+    verified = Path(cfg.verified) if cfg.verified else run_dir / "judge_verified.jsonl"
+    if not cfg.verified:
+        queue = read_queue(run_dir / QUEUE, schema).values()
+        human = OracleJudge(cfg.human_error_rate, cfg.sft.seed + 1, schema)
+        said = human.judge(
+            [as_rollout(line.example_id, line.response, schema) for line in queue],
+            [work.examples[line.example_id] for line in queue],
+        )
+        plain = [[None if v is None else bool(v) for v in verdicts] for verdicts in said]
+        work.write(verified.name, fill_in((run_dir / QUEUE).read_text(encoding="utf-8"), plain))
+    chosen, numbers = verified_cases(run_dir / QUEUE, verified, schema, cfg.unverified)
+    data = run_dir / "grpo_cases.jsonl"
+    if work.parallel.is_main:
+        cases = (case_example(i, work.examples[line.example_id], line.response, right) for i, (line, right) in chosen.items())
+        fresh = data.with_name("grpo_cases.new.jsonl")
+        write_examples(fresh, cases)
+        if (run_dir / "grpo" / "config.toml").is_file() and fresh.read_bytes() != data.read_bytes():
+            raise ValueError(f"{run_dir / 'grpo'} has begun with other verdicts ({data}): give back those, or remove that folder")
+        os.replace(fresh, data)
+        write_whole(run_dir / "verified.json", json.dumps(numbers, indent=1) + "\n")
+        print(", ".join(f"{count} {name.removeprefix('num_').replace('_', ' ')}" for name, count in numbers.items()))
+    work.parallel.barrier()
+    policy = replace(cfg.sft.policy, path=str(run_dir / "sft" / "policy"), reference="")
+    path = train(
+        grpo_config(
+            cfg.grpo,
+            run_dir=run_dir / "grpo",
+            data=data,
+            policy=policy,
+            schema=schema,
+            max_new_tokens=cfg.max_new_tokens,
+            seed=cfg.sft.seed,
+        ),
+        work.parallel,
+    )
+    _evaluate(work, "grpo", path)
+
+
+def _judge(work: Work, path: Path) -> Any:
+    cfg = work.cfg
+    return load_judge(cfg.kind, path, work.schema, cfg.max_new_tokens, cfg.sft.policy, work.parallel)
+
+
+def _evaluate(work: Work, stage: str, path: Path) -> None:
+    """Scores of a stage in its file, and the link `policy` to its judge."""
+    cfg, judge = work.cfg, _judge(work, path)
+    scores = evaluate_judge(judge, work.held_out, work.examples, work.schema, cfg.num_votes, cfg.sft.seed, work.parallel)
+    if work.parallel.is_main:
+        link = work.run_dir / "policy"
+        aside = work.run_dir / ".policy.part"
+        aside.unlink(missing_ok=True)
+        aside.symlink_to(path.relative_to(work.run_dir), target_is_directory=True)
+        os.replace(aside, link)
+    work.write(f"{stage}.json", json.dumps(scores, indent=1) + "\n")
+
+
+def report(work: Work) -> dict[str, Any]:
+    """What `judge.json` holds, from the files of the stages; also writes and prints it."""
+    result: dict[str, Any] = {
+        "num_judgments": len(work.shown),
+        "num_held_out": len(work.held_out),
+        "num_left_out": work.num_left_out,
+        "steps": [spec.name for spec in work.cfg.steps],
+    }
+    for name in ("sft", "mine", "verified", "grpo"):
+        path = work.run_dir / f"{name}.json"
+        if path.is_file():
+            result[name] = json.loads(path.read_text(encoding="utf-8"))
+    work.write("judge.json", json.dumps(result, indent=1) + "\n")
+    scores = {stage: result[stage] for stage in ("sft", "grpo") if stage in result}
+    if scores and work.parallel.is_main:
+        print(judge_table(scores))
+        last = next(reversed(scores))
+        print(f"\nof steps that the judge ({last}) calls correct with a confidence, so many are:")
+        print(reliability_table(scores[last]))
+    return result
 
 
 def main(cfg: JudgeConfig) -> None:
     """The program."""
     parallel = init_parallel()
     try:
-        report = train_judge(cfg, parallel)
-        for name, share in zip(report["steps"], report.get("agreement", ()), strict=False):
-            agrees = "no held-out verdict" if share is None else f"{100 * share:.1f} % of held-out verdicts repeated"
-            print(f"{name}: {agrees}")
+        train_judge(cfg, parallel)
     finally:
         parallel.close()
 

@@ -14,7 +14,7 @@ from srpo.settings import apply_toml, dump_toml, flags, load
 from srpo.steps import StepSpec
 
 ROOT = Path(__file__).resolve().parents[1]
-CONFIGS = sorted((ROOT / "configs").glob("*.toml"))
+CONFIGS = sorted((ROOT / "configs").rglob("*.toml"))
 
 
 def programs() -> dict[str, str]:
@@ -59,8 +59,9 @@ def test_configs_are_there() -> None:
 def test_every_config_parses_with_the_program_it_names(path: Path) -> None:
     """The first comment of a file in configs/ is the command that uses it, or the Makefile has that command."""
     text = path.read_text(encoding="utf-8").partition("\n\n")[0] + (ROOT / "Makefile").read_text(encoding="utf-8")
-    command = re.search(rf"-m (srpo\.\w+) @ configs/{re.escape(path.name)}\b", text)
-    assert command, f"{path.name} does not begin with its command: # python -m srpo.train @ configs/{path.name}"
+    name = path.relative_to(ROOT / "configs").as_posix()
+    command = re.search(rf"-m (srpo\.\w+)(?: @ [\w./]+)* @ configs/{re.escape(name)}(?!\S)", text)
+    assert command, f"{name} does not begin with its command: # python -m srpo.train @ configs/{name}"
     cls = settings_of(command[1])
     assert load(cls, ["@", str(path)]) != cls()
 

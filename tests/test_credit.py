@@ -9,11 +9,11 @@ import numpy as np
 import pytest
 import torch
 
-from srpo.algorithm.advantages import grpo_advantages, srpo_advantages
+from srpo.algorithm.advantages import grpo_advantages, reinforce_advantages, rloo_advantages, srpo_advantages
 from srpo.algorithm.losses import sequence_weights
 from srpo.batch import Rollout
 from srpo.config import AdvantageConfig, LossConfig, SamplerConfig
-from srpo.credit import Credit, assign_credit, group_scores, rollout_metrics
+from srpo.credit import Credit, assign_credit, group_scores, rollout_metrics, training_groups, verified_rewards
 from srpo.metrics import check_key
 from srpo.steps import PAPER_STEPS, StepSchema
 
@@ -190,3 +190,87 @@ def test_metrics_of_a_step_without_training_are_numbers() -> None:
     metrics = rollout_metrics(rollouts, SCHEMA, credit(rollouts, SamplerConfig()), max_clip=0.0)
     assert all(np.isfinite(value) for value in metrics.values())
     assert metrics["advantage/abs_mean"] == metrics["advantage/clip_frac"] == metrics["reward/missing_frac"] == 0
+
+
+@pytest.mark.parametrize(
+    ("method", "want"),
+    [
+        ("srpo", {0, 1, 2}),  # any step differs
+        ("ppo", {0, 1, 2}),
+        ("grpo", {0}),  # the verdict differs
+        ("grpo_star", {0, 1}),  # or a step that a label has verified
+        ("grpo_step_sum", {0, 1}),  # or the sum
+        ("rloo", {0, 1}),
+        ("reinforce", {0, 1}),
+    ],
+)
+def test_with_refill_a_group_trains_that_differs_in_what_the_method_reads(method: str, want: set[int]) -> None:
+    groups = [
+        [(0.2, 0.2, 0.2, 0.2, 1.0), (0.2, 0.2, 0.2, 0.2, 0.0)],
+        [(0.2, 0.2, 0.2, 0.2, 0.0), (0.2, 0.2, 0.0, 0.2, 0.0)],
+        [(0.2, 0.0, 0.2, 0.2, 0.0), (0.0, 0.2, 0.2, 0.2, 0.0)],  # as much, for other steps
+        [(0.2, 0.0, 0.2, 0.2, 0.0), (0.2, 0.0, 0.2, 0.2, 0.0)],
+        [RIGHT, RIGHT],  # outside the window
+    ]
+    rollouts = [rollout(group, rewards) for group, rows in enumerate(groups) for rewards in rows]
+    plain, refilled = SamplerConfig(), SamplerConfig(refill=1)
+    assert training_groups(rollouts, SCHEMA, method, plain)[1] == {0, 1, 2, 3}
+    scores, inside = training_groups(rollouts, SCHEMA, method, refilled)
+    assert inside == want and scores == group_scores(rollouts, SCHEMA, "total")
+    assert training_groups([], SCHEMA, method, refilled) == ({}, set())
+
+
+def test_with_refill_equal_groups_get_no_weight() -> None:
+    rollouts = [rollout(0, (0.2, 0, 0.2, 0.2, 0))] * 2 + [rollout(1, RIGHT), rollout(1, WRONG)]
+    got = assign_credit(rollouts, SCHEMA, AdvantageConfig(), LossConfig(), SamplerConfig(refill=1))
+    assert got.num_in_window == 1 and got.trains.tolist() == [False, False, True, True] and not got.weights[:2].any()
+
+
+# ---- the baselines -------------------------------------------------------------------------------------------------------------
+
+
+def test_grpo_star_counts_what_labels_and_rules_have_verified() -> None:
+    rollouts = [
+        rollout(0, RIGHT),  # S3, S4 gold: 0.2 + 0.2 + 1
+        rollout(0, RIGHT, sources=("judge", "rule", "judge", "gold", "gold")),  # S2 by a rule, S4 gold, the verdict
+        rollout(0, RIGHT, sources=("gold", "judge", "no_verdict", "judge", "judge")),  # S1, and the verdict whoever gave it
+        rollout(0, WRONG),
+    ]
+    assert verified_rewards(rollouts).tolist() == pytest.approx([1.4, 1.4, 1.2, 0.0])
+    got = credit(rollouts, method="grpo_star", clip=0.0).advantages
+    assert torch.equal(got, grpo_advantages([1.4, 1.4, 1.2, 0.0], [0] * 4, 5))
+
+
+@pytest.mark.parametrize("scale", ["std", "none"])
+def test_returns_against_the_batch_and_against_the_others(scale: Any) -> None:
+    rollouts = drawn(4)
+    rewards, groups, lengths = columns(rollouts)
+    total = rewards.sum(1)
+    want = reinforce_advantages(total, lengths.sum(1), 5, clip=2.0, scale=scale)
+    assert torch.equal(credit(rollouts, method="reinforce", scale=scale).advantages, want) and want.any()
+    assert torch.equal(credit(rollouts, method="rloo", scale=scale).advantages, rloo_advantages(total, groups, 5, clip=2.0))
+    assert torch.equal(credit(rollouts, method="ppo", scale=scale).advantages, torch.from_numpy(rewards).float())
+
+
+def test_a_masked_response_counts_in_the_baseline_alone() -> None:
+    rollouts = [rollout(0, RIGHT, finish="length"), rollout(0, RIGHT, (1, 1, 1, 1, 1)), rollout(0, WRONG), rollout(1, WRONG)]
+    advantage, loss = AdvantageConfig("grpo", clip=0.0), LossConfig(overlong="mask", denominator="token_mean")
+    got = assign_credit(rollouts[:3], SCHEMA, advantage, loss, WIDE)
+    assert got.trains.tolist() == [False, True, True] and got.num_masked == 1 and got.num_in_window == 1
+    assert torch.equal(got.advantages[1:], grpo_advantages([1.0, 1.0, 0.0], [0, 0, 0], 5)[1:]) and not got.advantages[0].any()
+    assert got.weights.tolist() == pytest.approx([0, 1 / 20, 1 / 20])
+    assert rollout_metrics(rollouts[:3], SCHEMA, got, 0.0)["rollout/num_masked"] == 1
+    kept = assign_credit(rollouts[:3], SCHEMA, advantage, replace(loss, overlong="train"), WIDE)
+    assert kept.trains.all() and kept.num_masked is None
+    assert "rollout/num_masked" not in rollout_metrics(rollouts[:3], SCHEMA, kept, 0.0)
+    outside = SamplerConfig(difficulty_low=0.1, difficulty_high=0.9)  # what lies outside of the window is not masked, but out
+    far = assign_credit([*rollouts, rollout(1, WRONG, finish="length")], SCHEMA, advantage, loss, outside)
+    assert far.num_masked == 1 and far.trains.tolist() == [False, True, True, False, False]
+
+
+def test_a_constant_denominator_is_the_longest_response_that_could_be() -> None:
+    rollouts = [rollout(0, RIGHT), rollout(0, WRONG, (1, 1, 1, 1, 1))]
+    got = assign_credit(rollouts, SCHEMA, AdvantageConfig("grpo"), LossConfig(denominator="constant"), WIDE, 40)
+    assert got.weights.tolist() == pytest.approx([1 / 80] * 2)
+    with pytest.raises(ValueError, match=r"rollout\.max_new_tokens"):
+        assign_credit(rollouts, SCHEMA, AdvantageConfig("grpo"), LossConfig(denominator="constant"), WIDE)

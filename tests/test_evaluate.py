@@ -13,11 +13,12 @@ from typing import Any
 import pytest
 
 from srpo.batch import Rollout, read_rollouts
+from srpo.bootstrap import BootstrapConfig
 from srpo.config import Config, DataConfig, RolloutConfig
 from srpo.data.examples import Example
 from srpo.data.readers import write_examples
 from srpo.data.tokenizer import train_tokenizer
-from srpo.evaluate import EvaluateConfig, evaluate_policy, main, read_predictions, score_predictions, score_rollouts
+from srpo.evaluate import EvaluateConfig, evaluate_policy, main
 from srpo.policy.model import TinyConfig, make_tiny, save_policy
 from srpo.rollout.engine import Sample, SamplingParams
 from srpo.rollout.local import LocalEngine
@@ -89,7 +90,7 @@ def test_greedy_responses_are_scored_in_the_order_of_the_examples():
     assert rollouts[0].policy_version == 7
     assert (results["accuracy"], results["parse_rate"], results["num_examples"]) == (0.9, 0.9, 10)
     assert results["step_accuracy"] == [0.9, 0.0, 0.9, 0.9, 0.9]
-    assert results["by_query_type"]["even"]["accuracy"] == 1.0
+    assert results["by"]["query_type"]["even"]["accuracy"] == 1.0
 
 
 @pytest.mark.parametrize("world_size", [2, 3])
@@ -121,46 +122,13 @@ def test_local_engine_answers_the_same_whatever_the_batches():
         assert a.sampling_logprobs == pytest.approx(b.sampling_logprobs, abs=1e-5)
 
 
-def written(path: Path, *rows: Any) -> Path:
-    path.write_text("".join((row if isinstance(row, str) else json.dumps(row)) + "\n" for row in rows))
-    return path
-
-
-def test_predictions_are_scored_as_verdicts_alone(tmp_path: Path):
-    rows = [{"example_id": e.example_id, "prediction": e.grade if i else None} for i, e in enumerate(EXAMPLES)]
-    results = score_predictions(read_predictions(written(tmp_path / "p.jsonl", *rows)), EXAMPLES)
-    assert (results["accuracy"], results["parse_rate"], results["step_accuracy"]) == (0.9, 0.9, [0.9])
-    assert results["by_query_type"]["odd"]["macro_f1"] == 0.5  # odd pairs have grades 2 and 4 only
-
-
-@pytest.mark.parametrize(
-    ("row", "message"),
-    [
-        ("{not json", "line 2"),
-        ({"example_id": "e1"}, "line 2.*prediction"),
-        ([1], "line 2"),
-        ({"example_id": "e1", "prediction": 5}, "line 2.*prediction is 5"),
-        ({"example_id": "e1", "prediction": "L4"}, "line 2.*give 1, 2, 3, 4"),
-        ({"example_id": "e1", "prediction": True}, "line 2.*give 1, 2, 3, 4"),
-        ({"example_id": "e0", "prediction": 2}, "line 2.*second prediction of 'e0'"),
-    ],
-)
-def test_bad_prediction_lines_name_file_and_line(tmp_path: Path, row: Any, message: str):
-    with pytest.raises(ValueError, match=rf"p\.jsonl, {message}"):
-        read_predictions(written(tmp_path / "p.jsonl", {"example_id": "e0", "prediction": 1}, row))
-
-
-def test_every_example_needs_an_answer_and_others_are_left_out():
-    _, rollouts = evaluated(Scripted())
-    with pytest.raises(ValueError, match="9 of 10 examples have no prediction, such as e1"):
-        score_predictions({"e0": 1}, EXAMPLES)
-    with pytest.raises(ValueError, match="1 of 10 examples have no rollout, such as e9"):
-        score_rollouts(rollouts[:9], EXAMPLES, SCHEMA)
-    with pytest.raises(ValueError, match="has 5 steps, the settings have 1"):
-        score_rollouts(rollouts, EXAMPLES, StepSchema(PAPER_STEPS[-1:]))
-    results, used = score_rollouts([*rollouts, rollouts[0]], EXAMPLES[:2], SCHEMA)
-    assert [rollout.example_id for rollout in used] == ["e0", "e1", "e0"]
-    assert results["num_examples"] == 3
+def test_intervals_are_drawn_where_they_are_asked_for():
+    plain, _ = evaluated(Scripted(), by=("odd",))
+    assert "confidence" not in plain and plain["by"] == {}
+    sure, _ = evaluated(Scripted(), bootstrap=BootstrapConfig(num_draws=50))
+    low, high = sure["confidence"]["accuracy"]
+    assert low < 0.9 < high
+    assert {key: value for key, value in sure.items() if key in plain and key not in ("by", "untagged")}.items() <= plain.items()
 
 
 def test_program_decodes_a_checkpoint_with_the_settings_of_its_run(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
@@ -170,7 +138,8 @@ def test_program_decodes_a_checkpoint_with_the_settings_of_its_run(tmp_path: Pat
     save_policy(model, TOKENIZER, run_dir / "policy")
     data = DataConfig(eval=str(tmp_path / "held_out.jsonl"), prompt=TEMPLATE)
     (run_dir / "config.toml").write_text(dump_toml(replace(Config(), data=data, rollout=RolloutConfig(max_new_tokens=5))))
-    main(load(EvaluateConfig, ["--checkpoint", str(run_dir / "policy"), "--limit", "6"]))
+    few = ["--limit", "6", "--bootstrap.num-draws", "100", "--bootstrap.seed", "3"]
+    main(load(EvaluateConfig, ["--checkpoint", str(run_dir / "policy"), *few]))
     out = run_dir / "evaluation"
     rollouts = [rollout for _, rollout in read_rollouts(out / "rollouts.jsonl")]
     assert len(rollouts) == 6
@@ -181,13 +150,22 @@ def test_program_decodes_a_checkpoint_with_the_settings_of_its_run(tmp_path: Pat
     assert "Macro F1" in shown
     assert str(run_dir / "config.toml") in shown
 
+    assert set(results["by"]["query_type"]) == {"odd", "even"}
+    assert results["confidence"]["num_draws"] == 100 and len(results["confidence"]["class_f1"]) == 4
+    assert "95 % intervals from 100 draws of 6 queries" in shown
+
     for source in ("--rollouts", "--predictions"):  # what was written can be scored again, and scores the same
         file = out / f"{source[2:]}.jsonl"
-        main(load(EvaluateConfig, [source, str(file), "--data", data.eval, "--limit", "6", "--out", str(tmp_path / source)]))
-        again = json.loads((tmp_path / source / "results.json").read_text())
-        assert again["confusion"] == results["confusion"]
-        if source == "--rollouts":
-            assert again == results
+        main(load(EvaluateConfig, [source, str(file), "--data", data.eval, *few, "--out", str(tmp_path / source)]))
+        assert json.loads((tmp_path / source / "results.json").read_text()) == results
+    argv = ["--rollouts", str(out / "rollouts.jsonl"), "--data", data.eval, "--limit", "2", "--out", str(tmp_path / "two")]
+    main(load(EvaluateConfig, argv))
+    assert "4 rollouts are of pairs that are not evaluated" in capsys.readouterr().out
+
+
+def written(path: Path, *rows: Any) -> Path:
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return path
 
 
 @pytest.mark.parametrize(
@@ -198,11 +176,20 @@ def test_program_decodes_a_checkpoint_with_the_settings_of_its_run(tmp_path: Pat
         (["--checkpoint", "no/such"], "no such file or folder: no/such"),
         (["--rollouts", "FILE"], "no data"),
         (["--rollouts", "FILE", "--data", "DATA"], "is not a rollouts.jsonl"),
+        (
+            ["--rollouts", "FILE", "--data", "DATA", "--by", "query_type", "colour"],
+            "nothing carries the tag 'colour'.*: query_type",
+        ),
+        (["--predictions", "PREDICTIONS", "--data", "DATA", "--limit", "1"], "are of no example of the data, such as other"),
+        (["--rollouts", "FILE", "--data", "UNGRADED"], "e0 has no grade"),
     ],
 )
 def test_program_says_what_is_wrong(tmp_path: Path, argv: list[str], message: str):
     file = written(tmp_path / "x.jsonl", {"a": 1})
     write_examples(tmp_path / "d.jsonl", EXAMPLES)
-    names = {"FILE": str(file), "DATA": str(tmp_path / "d.jsonl")}
+    write_examples(tmp_path / "ungraded.jsonl", [replace(e, gold=(*e.gold[:4], None)) for e in EXAMPLES])
+    told = written(tmp_path / "p.jsonl", *({"example_id": name, "prediction": 1} for name in ("e0", "e1", "other")))
+    names = {"FILE": str(file), "DATA": str(tmp_path / "d.jsonl"), "PREDICTIONS": str(told)}
+    names["UNGRADED"] = str(tmp_path / "ungraded.jsonl")
     with pytest.raises(ValueError, match=message):
         main(load(EvaluateConfig, [names.get(word, word) for word in argv]))

@@ -1,17 +1,21 @@
 from __future__ import annotations
 
+import json
 import random
 from dataclasses import replace
 from typing import Any
 
 import numpy as np
 import pytest
+from judged_pairs import SHARES, flat, random_examples, random_rollouts, slow_interval, slow_scores
 from sklearn.metrics import accuracy_score, confusion_matrix, f1_score
 
 from srpo.batch import Rollout
+from srpo.bootstrap import BootstrapConfig
 from srpo.data.examples import Example
-from srpo.evaluation import evaluate_predictions, parses, predicted_grade, results_dict, score_rows, step_accuracy
+from srpo.evaluation import consistency_rows, evaluate_predictions, results_dict, score_rows
 from srpo.steps import PAPER_STEPS, StepSchema
+from srpo.tally import parses, predicted_grade
 
 SCHEMA = StepSchema(PAPER_STEPS)
 RIGHT = ("shoes/boots; color not red", "shoes/boots; color blue", "match", "match", "L4")
@@ -74,36 +78,108 @@ def test_predicted_grade_and_parse():
 
 
 def test_step_accuracy_prefers_gold_takes_truth_else_and_counts_missing_as_wrong():
-    examples = [example(0), example(1, gold=(None, None, "related", None, "L4")), example(2, gold=(), truth=())]
+    examples = [
+        example(0),
+        example(1, gold=(None, None, "related", None, "L4")),
+        example(2, gold=(None,) * 4 + ("L1",), truth=()),
+    ]
     rollouts = [
         rollout(0, "Color not red;  shoes/boots", None, "match", "match", "L4"),
         rollout(1, "shoes/boots", "shoes/boots; color blue", "match", "Match", "L3"),
-        rollout(2, *RIGHT),
+        rollout(2, *RIGHT[:4], "L1"),
     ]
-    assert step_accuracy(rollouts, examples, SCHEMA) == [0.5, 0.5, 0.5, 1.0, 0.5]
+    assert results_dict(rollouts, examples, SCHEMA)["step_accuracy"] == [0.5, 0.5, 0.5, 1.0, pytest.approx(2 / 3)]
 
 
-def test_step_without_any_reference_is_unknown():
+def test_step_without_any_reference_is_unknown_and_consistency_with_it():
     examples = [example(0, gold=(None, None, None, None, "L4"), truth=())]
-    assert step_accuracy([rollout(0, *RIGHT)], examples, SCHEMA) == [None, None, None, None, 1.0]
+    results = results_dict([rollout(0, *RIGHT)], examples, SCHEMA)
+    assert results["step_accuracy"] == [None, None, None, None, 1.0]
+    assert results["consistency"] is None
+    assert consistency_rows(results) == []
 
 
-def test_results_dict_has_the_promised_keys_and_a_part_for_each_query_type():
-    examples = [example(i, 1 + i % 4, tags={"query_type": "negation" if i % 2 else "plain"}) for i in range(8)]
+def test_consistency_of_reasons_and_verdict():
+    partly = {"gold": (None, None, "match", None, "L4"), "truth": ()}
+    examples = [example(0), example(1), example(2), example(3), example(4, **partly), example(5, gold=RIGHT[4:], truth=())]
+    examples[5] = example(5, gold=(None,) * 4 + ("L4",), truth=())  # cannot be checked
+    rollouts = [
+        rollout(0, *RIGHT),
+        rollout(1, RIGHT[0], None, *RIGHT[2:]),  # right for wrong reasons
+        rollout(2, *RIGHT[:4], "L1"),  # wrong despite right reasons
+        rollout(3, *RIGHT[:3], "conflict", None),
+        rollout(4, "x", "y", "match", "z", "L4"),  # right as far as can be told
+        rollout(5, *RIGHT),
+    ]
+    consistency = results_dict(rollouts, examples, SCHEMA)["consistency"]
+    assert [consistency[kind] for kind in SHARES] == [0.4, 0.2, 0.2, 0.2]
+    assert (consistency["num_examples"], consistency["num_fully_checked"]) == (5, 4)
+
+
+@pytest.mark.parametrize("seed", range(12))
+def test_results_and_intervals_equal_resampled_rows(seed: int):
+    """All of it against plain Python that draws the rows of the queries again and scores them with scikit-learn."""
+    rng = random.Random(seed)
+    num_queries = rng.choice([1, 2, 5, 12])
+    examples = random_examples(rng, rng.randint(2, 40), num_queries)
+    rollouts = random_rollouts(rng, examples)
+    settings = BootstrapConfig(num_draws=25, level=0.8, seed=seed)
+    results = results_dict(rollouts, examples, SCHEMA, bootstrap=settings)
+    parts = {"": list(range(len(examples)))}
+    parts |= {
+        v: [i for i, e in enumerate(examples) if e.tags.get("query_type") == v] for v in results["by"].get("query_type", {})
+    }
+    assert results["untagged"].get("query_type", 0) == len(examples) - sum(len(rows) for v, rows in parts.items() if v)
+    for value, rows in parts.items():
+        told = results["by"]["query_type"][value] if value else results
+        expected = slow_scores([rollouts[i] for i in rows], [examples[i] for i in rows])
+        assert flat(told) == pytest.approx(flat(expected))
+        assert told["num_examples"] == len(rows)
+        checked = told["consistency"] or {"num_examples": 0, "num_fully_checked": 0}
+        assert [checked[key] for key in ("num_examples", "num_fully_checked")] == [
+            expected["num_checked"],
+            expected["num_fully_checked"],
+        ]
+        assert not told["consistency"] or sum(checked[kind] for kind in SHARES) == pytest.approx(1)
+
+        queries = list(dict.fromkeys(examples[i].query_id for i in rows))
+        drawn = []
+        generator = np.random.default_rng(seed)
+        for _ in range(settings.num_draws if len(queries) > 1 else 0):
+            again = [
+                i for c in generator.integers(len(queries), size=len(queries)) for i in rows if examples[i].query_id == queries[c]
+            ]
+            drawn.append(flat(slow_scores([rollouts[i] for i in again], [examples[i] for i in again])))
+        confidence = told["confidence"]
+        assert confidence["num_queries"] == len(queries)
+        for key, interval in flat(confidence).items():
+            assert interval == pytest.approx(slow_interval([draw[key] for draw in drawn], 0.8)), key
+
+
+def test_results_dict_has_the_promised_keys_and_a_part_for_each_value_of_a_tag():
+    tags = [{"query_type": "negation" if i % 2 else "plain", "domain": "shoes"} for i in range(8)]
+    examples = [example(i, 1 + i % 4, tags=tags[i]) for i in range(8)]
     rollouts = [rollout(i, *RIGHT[:4], f"L{1 + i % 4}" if i < 6 else None) for i in range(8)]
     results = results_dict(rollouts, examples, SCHEMA)
-    promised = {"macro_f1", "accuracy", "good_f1", "class_f1", "step_accuracy", "parse_rate", "num_examples", "confusion"}
-    assert set(results) == promised | {"by_query_type"}
+    promised = {"macro_f1", "accuracy", "good_f1", "class_f1", "step_accuracy", "parse_rate", "num_examples"}
+    promised |= {"confusion", "consistency"}
+    assert set(results) == promised | {"by", "untagged"}  # no intervals where none are asked for
     assert (results["accuracy"], results["parse_rate"], results["num_examples"]) == (0.75, 0.75, 8)
-    assert list(results["by_query_type"]) == ["negation", "plain"]
-    for part in results["by_query_type"].values():
+    parts = results["by"]["query_type"]
+    assert list(parts) == ["negation", "plain"]
+    for part in parts.values():
         assert set(part) == promised
         assert (part["accuracy"], part["num_examples"]) == (0.75, 4)
-    assert results["confusion"] == (np.array([p["confusion"] for p in results["by_query_type"].values()]).sum(0)).tolist()
+    assert results["confusion"] == (np.array([p["confusion"] for p in parts.values()]).sum(0)).tolist()
+    told = results_dict(rollouts, examples, SCHEMA, by=["domain", "no_such"], bootstrap=BootstrapConfig(num_draws=10))
+    assert list(told["by"]) == ["domain"]
+    assert told["by"]["domain"]["shoes"] == {key: told[key] for key in (*promised, "confidence")}
+    assert "confidence" not in results_dict(rollouts, examples, SCHEMA, bootstrap=BootstrapConfig(num_draws=0))
+    json.dumps(told, allow_nan=False)
 
 
 def test_results_need_matching_graded_pairs():
-    assert "by_query_type" not in results_dict([rollout(0, *RIGHT)], [example(0)], SCHEMA)
+    assert results_dict([rollout(0, *RIGHT)], [example(0)], SCHEMA)["by"] == {}
     with pytest.raises(ValueError, match="in the same order"):
         results_dict([rollout(1, *RIGHT)], [example(0)], SCHEMA)
     with pytest.raises(ValueError, match="e0 has no grade"):

@@ -41,19 +41,65 @@ def test_before_after_table_shows_percent_and_points():
     assert table["S4 attribute match"] == ["100.0", "90.0", "-10.0"]
 
 
+def sure(of: dict[str, Any], width: float = 0.05) -> dict[str, Any]:
+    """The results with intervals of +-width around every score."""
+
+    def around(value: Any) -> Any:
+        if isinstance(value, list):
+            return [around(item) for item in value]
+        return None if value is None else [value - width, value + width]
+
+    shares = {key: around(value) for key, value in CONSISTENCY.items()}
+    keys = ("macro_f1", "accuracy", "good_f1", "class_f1", "step_accuracy", "parse_rate")
+    confidence = {"level": 0.9, "num_draws": 500, "seed": 0, "num_queries": 321, **{key: around(of[key]) for key in keys}}
+    consistency = {**CONSISTENCY, "num_examples": 1000, "num_fully_checked": 900}
+    return {**of, "consistency": consistency, "confidence": {**confidence, "consistency": shares}}
+
+
+CONSISTENCY = {
+    "verdict_right_steps_right": 0.5,
+    "verdict_right_steps_wrong": 0.2,
+    "verdict_wrong_steps_right": 0.1,
+    "verdict_wrong_steps_wrong": 0.2,
+}
+
+
 def test_tables_are_aligned_and_count_pairs():
-    parts = {"by_query_type": {"negation": BEFORE, "plain": AFTER}}
+    parts = {"by": {"query_type": {"negation": BEFORE, "plain": AFTER}}}
     for table in (before_after_table(BEFORE, AFTER, SCHEMA), results_table({**AFTER, **parts}, SCHEMA)):
         lines = table.splitlines()
         assert len({len(line) for line in lines[:-1]}) == 1, table
         assert "1,234" in table
 
 
-def test_results_table_has_a_column_for_each_query_type():
-    lines = results_table({**AFTER, "by_query_type": {"negation": BEFORE, "plain": AFTER}}, SCHEMA).splitlines()
-    assert lines[0].split() == ["all", "negation", "plain"]
-    assert cells("\n".join(lines))["Accuracy"] == ["75.0", "50.0", "75.0"]
+def test_results_table_has_a_column_for_each_value_of_each_tag():
+    by = {"query_type": {"negation": BEFORE, "plain": AFTER}, "domain": {"plain": BEFORE}}
+    lines = results_table({**AFTER, "by": by, "untagged": {"query_type": 7, "domain": 0}}, SCHEMA).splitlines()
+    assert lines[0].split() == ["all", "negation", "plain", "domain", "plain"]
+    assert cells("\n".join(lines))["Accuracy"] == ["75.0", "50.0", "75.0", "50.0"]
+    assert lines[-1] == "7 pairs carry no tag query_type"
     assert results_table(AFTER, SCHEMA).splitlines()[0].split() == ["all"]
+
+
+def test_tables_show_intervals_and_consistency_where_there_are_any():
+    table = before_after_table(BEFORE, sure(AFTER), SCHEMA)
+    rows = cells(table)
+    assert rows["Class 1 F1"] == ["50.0", "66.7", "[61.7", "71.7]", "+16.7"]
+    assert rows["S1 query intent"] == ["-", "12.5", "[7.5", "17.5]", "-"]
+    shares = [line.split() for line in table.splitlines() if line.startswith(("Verdict, steps", "Only verdict"))]
+    assert [row[3:] for row in shares] == [["-", "50.0", "[45.0", "55.0]", "-"], ["-", "20.0", "[15.0", "25.0]", "-"]]
+    assert table.endswith("1,234 held-out pairs; in brackets 90 % intervals from 500 draws of 321 queries")
+    assert cells(before_after_table(sure(BEFORE), sure(AFTER), SCHEMA))["Accuracy"][-1] == "+25.0"
+
+
+@pytest.mark.parametrize("num_values", [5, 6, 12])
+def test_tables_with_intervals_stay_within_130_columns(num_values: int):
+    by = {"query_type": {f"alternative{i}": sure(BEFORE) for i in range(num_values)}}
+    table = results_table({**sure(AFTER), "by": by, "untagged": {}}, SCHEMA)
+    assert max(map(len, table.splitlines())) <= 130
+    assert table.count("Macro F1") == -(-(num_values + 1) // 6)
+    assert table.count("[") == (num_values + 1) * 17 - num_values  # S1 is not known before
+    assert "consistency: of 1,000 pairs" in table
 
 
 def test_report_of_a_run_folder_follows_its_own_steps(tmp_path: Path):

@@ -14,7 +14,7 @@ import torch
 from torch.distributed.checkpoint.format_utils import dcp_to_torch_save
 
 import srpo.train
-from srpo.config import Config
+from srpo.config import Config, StageConfig
 from srpo.policy.checkpoint import COMPLETE, latest_checkpoint
 from srpo.train import train
 
@@ -22,7 +22,13 @@ NUM_STEPS = 10
 CHANGES = {
     "num_steps": NUM_STEPS,
     "loss": {"num_updates": 2, "kl_coef": 0.05},
-    "sampler": {"balance": "query_type"},
+    "sampler": {"balance": "query_type", "refill": 1, "max_age": 4, "difficulty_low": 0.1},
+    # The checkpoint of step 3 is of the middle of a plateau, those of steps 6 and 9 of the middle of a stage.
+    "curriculum": (
+        StageConfig("first", num_steps=5, metric="reward/total", min_gain=1.0, patience=4),
+        StageConfig("second", num_steps=3, tags={"difficulty": ("easy", "medium")}, balance=("query_type", "difficulty")),
+        StageConfig("third", balance="grade"),
+    ),
     "train": {"checkpoint_every": 3, "eval_every": 4},
 }
 
@@ -52,9 +58,12 @@ def differences(run_dir: Path, whole: dict[str, Any], tmp_path: Path) -> list[st
 
 @pytest.fixture(scope="module")
 def whole(small: ModuleType, world: Any, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
-    """The outcome of a run that was never stopped."""
+    """The outcome of a run that was never stopped, in which every kind of state was at work."""
     folder = tmp_path_factory.mktemp("whole")
     train(settings(world, folder / "run"), small.ONE)
+    lines = small.metrics_of(folder / "run")
+    assert [line["sampler/stage"] for line in lines] == [1] * 5 + [2] * 3 + [3] * 2
+    assert any(line["rollout/num_refill_rounds"] for line in lines)
     return outcome(folder / "run", folder / "flat.pt")
 
 
@@ -143,7 +152,8 @@ def test_killed_often(small: ModuleType, world: Any, tmp_path: Path, num_ranks: 
     assert differences(tmp_path / "killed", outcome(tmp_path / "whole", tmp_path / "flat.pt"), tmp_path) == []
 
 
-PHASES = ["generate", "score_rollouts", "assign_credit", "pack_mine", "policy_update", "evaluate_now", "write_rollouts"]
+PHASES = ["generate", "score_rollouts", "refill_step", "assign_credit", "pack_mine", "policy_update"]
+PHASES += ["evaluate_now", "write_rollouts"]
 AT_THE_END = ["save_checkpoint", "save_policy"]
 
 

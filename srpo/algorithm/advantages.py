@@ -1,4 +1,4 @@
-"""Advantages of each reasoning step: SRPO (Algorithm 1 lines 10-13) and GRPO (Eq. 4).
+"""Advantages of each reasoning step: SRPO (Algorithm 1 lines 10-13), GRPO (Eq. 4), REINFORCE and RLOO; PPO's are in `gae`.
 
 All functions take the rollouts of one optimizer step *of all ranks* as anything that `torch.as_tensor` takes, compute in float64
 and return float32. Shapes: N rollouts, J reasoning steps.
@@ -13,6 +13,7 @@ import numpy as np
 import torch
 
 ArrayLike = torch.Tensor | np.ndarray | Sequence
+Scale = Literal["std", "none"]  # whether a difference from the baseline is divided by the std; Dr. GRPO leaves it as it is
 
 _MIN_STD = 1e-8  # float64 rounding of equal rewards stays far below, a real difference far above
 
@@ -33,6 +34,7 @@ def srpo_advantages(
     gamma: float,
     normalize: Literal["batch", "group", "group_step", "none"],
     clip: float,
+    scale: Scale = "std",
 ) -> torch.Tensor:
     """Step-level advantages [N, J] float32: returns (Algorithm 1 line 12), normalised, then clipped to +-clip (0: not clipped).
 
@@ -44,6 +46,7 @@ def srpo_advantages(
       group: mean and std + 1e-6 (Eq. 4) over all returns of a group, rollouts x steps, each counting once whatever its length.
       group_step: the same for each step by itself. Returns fall with j, so batch and group favour early steps; this one does not.
       none: the returns themselves, as Algorithm 1 is printed; with rewards >= 0 no advantage is negative.
+    scale "none" leaves out the division by the std, whatever it is taken over (Dr. GRPO).
     Where nothing varies the advantages are exactly 0.
 
     Paper: 5.1.5 has "batch normalization is applied" and "clipped at a magnitude of 2", Algorithm 1 has no baseline; batch and 2.
@@ -55,14 +58,14 @@ def srpo_advantages(
         lengths = torch.as_tensor(step_lengths, dtype=torch.float64)
         if lengths.shape != returns.shape:
             raise ValueError(f"step_lengths has shape {tuple(lengths.shape)}: give that of step_rewards, {tuple(returns.shape)}")
-        advantages = _whiten_tokens(returns, lengths)
+        advantages = _whiten_tokens(returns, lengths, scale)
     elif normalize == "group":
         _check_group_sizes(group_index, normalize)
-        flat = _standardize_groups(returns.reshape(-1, 1), group_index.repeat_interleave(returns.shape[1]))
+        flat = _standardize_groups(returns.reshape(-1, 1), group_index.repeat_interleave(returns.shape[1]), scale)
         advantages = flat.reshape(returns.shape)
     elif normalize == "group_step":
         _check_group_sizes(group_index, normalize)
-        advantages = _standardize_groups(returns, group_index)
+        advantages = _standardize_groups(returns, group_index, scale)
     elif normalize == "none":
         advantages = returns
     else:
@@ -70,21 +73,61 @@ def srpo_advantages(
     return _clip(advantages, clip).float()
 
 
-def grpo_advantages(rewards: ArrayLike, groups: ArrayLike, num_steps: int, *, clip: float = 0.0) -> torch.Tensor:
+def grpo_advantages(
+    rewards: ArrayLike, groups: ArrayLike, num_steps: int, *, clip: float = 0.0, scale: Scale = "std"
+) -> torch.Tensor:
     """Eq. 4 as [N, num_steps] float32 with equal columns: (R_i - mean of its group) / (std of its group + 1e-6).
 
-    rewards [N]; groups [N] ints; clip as in `srpo_advantages`. A group whose rewards are equal gets exactly 0.
+    rewards [N]; groups [N] ints; clip and scale as in `srpo_advantages`. A group whose rewards are equal gets exactly 0.
     Paper: gives no delta and does not say which std; 1e-6, and the sample std (Bessel-corrected), as is common practice.
     Raises ValueError for shapes that do not fit, a reward that is not finite, or a group of one rollout.
     """
+    values = _totals(rewards)
+    group_index = _group_index(groups, len(values))
+    _check_group_sizes(group_index, "grpo")
+    return _columns(_standardize_groups(values[:, None], group_index, scale), num_steps, clip)
+
+
+def rloo_advantages(rewards: ArrayLike, groups: ArrayLike, num_steps: int, *, clip: float = 0.0) -> torch.Tensor:
+    """Leave one out, [N, num_steps] float32 with equal columns: R_i - mean of the other rollouts of its group.
+
+    Ahmadian et al., "Back to Basics": the others' mean does not depend on response i, so the baseline is unbiased. Never divided
+    by a std. Arguments and errors as in `grpo_advantages`.
+    """
+    values = _totals(rewards)
+    group_index = _group_index(groups, len(values))
+    _check_group_sizes(group_index, "rloo")
+    size = group_index.bincount().double()[group_index, None]
+    return _columns(_standardize_groups(values[:, None], group_index, "none") * size / (size - 1), num_steps, clip)
+
+
+def reinforce_advantages(
+    rewards: ArrayLike, lengths: ArrayLike, num_steps: int, *, clip: float = 0.0, scale: Scale = "std"
+) -> torch.Tensor:
+    """REINFORCE with the batch as its baseline, [N, num_steps] float32 with equal columns: (R_i - mean) / (std + 1e-8).
+
+    rewards [N] total returns; lengths [N] response tokens. Mean and std are over the batch's response tokens, as those of
+    `srpo_advantages` with normalize "batch": the two differ in nothing but which return a token has. Needs no groups.
+    Raises ValueError for shapes that do not fit or a reward that is not finite.
+    """
+    values, counts = _totals(rewards), torch.as_tensor(lengths, dtype=torch.float64)
+    if counts.shape != values.shape:
+        raise ValueError(f"lengths has shape {tuple(counts.shape)}: give that of rewards, {tuple(values.shape)}")
+    return _columns(_whiten_tokens(values, counts, scale)[:, None], num_steps, clip)
+
+
+def _totals(rewards: ArrayLike) -> torch.Tensor:
+    """One finite reward per rollout, [N] float64."""
     values = torch.as_tensor(rewards, dtype=torch.float64)
     if values.ndim != 1:
         raise ValueError(f"rewards has shape {tuple(values.shape)}: give one reward per rollout, [N]")
     _check_finite(values)
-    group_index = _group_index(groups, len(values))
-    _check_group_sizes(group_index, "grpo")
-    advantages = _clip(_standardize_groups(values[:, None], group_index), clip)
-    return advantages.expand(-1, num_steps).float().contiguous()
+    return values
+
+
+def _columns(advantages: torch.Tensor, num_steps: int, clip: float) -> torch.Tensor:
+    """[N, 1] clipped and repeated for every step."""
+    return _clip(advantages, clip).expand(-1, num_steps).float().contiguous()
 
 
 def _returns(step_rewards: ArrayLike, gamma: float) -> torch.Tensor:
@@ -100,26 +143,28 @@ def _returns(step_rewards: ArrayLike, gamma: float) -> torch.Tensor:
     return rewards @ (gamma ** ahead.clamp(min=0).double()).tril()
 
 
-def _whiten_tokens(values: torch.Tensor, lengths: torch.Tensor) -> torch.Tensor:
+def _whiten_tokens(values: torch.Tensor, lengths: torch.Tensor, scale: Scale) -> torch.Tensor:
     """Whitened over tokens: each value counts `lengths` times."""
     total = lengths.sum()
     mean = (lengths * values).sum() / total.clamp(min=1)
     variance = (lengths * (values - mean).square()).sum() / (total - 1).clamp(min=1)
-    return _standardize(values - mean, variance.sqrt(), 1e-8)
+    return _standardize(values - mean, variance.sqrt(), 1e-8, scale)
 
 
-def _standardize_groups(values: torch.Tensor, group_index: torch.Tensor) -> torch.Tensor:
-    """Each column [N] of `values` [N, C] standardised within its group, by the sample std."""
+def _standardize_groups(values: torch.Tensor, group_index: torch.Tensor, scale: Scale) -> torch.Tensor:
+    """Each column [N] of `values` [N, C] less the mean of its group, and over its sample std."""
     counts = group_index.bincount()[:, None]
     zeros = values.new_zeros(len(counts), values.shape[1])
     mean = zeros.index_add(0, group_index, values) / counts
     centered = values - mean[group_index]
     variance = zeros.index_add(0, group_index, centered.square()) / (counts - 1).clamp(min=1)
-    return _standardize(centered, variance.sqrt()[group_index], 1e-6)
+    return _standardize(centered, variance.sqrt()[group_index], 1e-6, scale)
 
 
-def _standardize(centered: torch.Tensor, std: torch.Tensor, delta: float) -> torch.Tensor:
-    return torch.where(std > _MIN_STD, centered / (std + delta), 0.0)
+def _standardize(centered: torch.Tensor, std: torch.Tensor, delta: float, scale: Scale) -> torch.Tensor:
+    if scale not in ("std", "none"):
+        raise ValueError(f"scale {scale!r} is unknown: give std or none")
+    return torch.where(std > _MIN_STD, centered / (std + delta) if scale == "std" else centered, 0.0)
 
 
 def _group_index(groups: ArrayLike, num_rollouts: int) -> torch.Tensor:

@@ -250,6 +250,11 @@ class Catalogue:
         return {leaf.name: leaf for leaf in self.leaves}
 
     @cached_property
+    def leaf_of_surface(self) -> dict[str, Leaf]:
+        """The leaf that a surface means."""
+        return {surface: leaf for leaf in self.leaves for surface in leaf.surfaces}
+
+    @cached_property
     def siblings(self) -> dict[str, tuple[Leaf, ...]]:
         """Leaf name -> the other leaves of its group."""
         return {a.name: tuple(b for b in self.leaves if b.group == a.group and b.name != a.name) for a in self.leaves}

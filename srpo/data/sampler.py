@@ -1,20 +1,21 @@
 """Which prompts an optimizer step trains on: epoch shuffles, even strata (4.1.2), a difficulty window that moves along (4.2.1).
 
 Every rank runs the same sampler on the same examples and scores and takes its share of each batch, so the draws do not depend
-on the world size. Nothing random is kept: an epoch's order follows from (seed, stratum, epoch).
+on the world size. Nothing random is kept: an epoch's order follows from (seed, stratum, epoch, stage).
 """
 
 from __future__ import annotations
 
 import hashlib
-import math
-from collections import Counter
+import heapq
 from collections.abc import Sequence
 from typing import Any, TypedDict
 
 import numpy as np
 
 from srpo.data.examples import Example
+from srpo.data.solve_rates import SolveRates
+from srpo.data.strata import stratum
 
 
 class SamplerState(TypedDict):
@@ -22,8 +23,9 @@ class SamplerState(TypedDict):
 
     fingerprint: str  # of the examples, the seed and the balance: what the order depends on
     num_drawn: int
-    strata: dict[str, list[int]]  # value of the balanced tag -> [epoch, position]
-    scores: dict[str, list[float]]  # example_id -> [last score, epoch of its stratum when observed]
+    num_early: int
+    taken: list[int]  # drawn in this optimizer step
+    strata: list[list[Any]]  # [epoch, position, deferred] of each stratum
 
 
 def in_window(scores: Sequence[float], low: float, high: float) -> list[bool]:
@@ -35,110 +37,106 @@ def in_window(scores: Sequence[float], low: float, high: float) -> list[bool]:
 
 
 class PromptSampler:
-    """Draws batches of prompts.
+    """Draws batches of prompts from `examples`, whose estimates stand in `rates`.
 
-    An epoch is one pass over a stratum (all examples where `balance` is ""). An example whose last group mean score lies outside
-    (low, high) is skipped for the rest of this epoch and the next `revisit_epochs`, then it is tried again.
-    Scores observed before the first draw are the offline rejection sampling of 4.1.1.
+    An epoch is one pass over a stratum (all examples where `balance` names no tag) and visits every eligible example before it
+    repeats one. Not eligible is an example whose estimate lies outside (low, high) and has not aged out (`SolveRates`). Scores
+    observed before the first draw are the offline rejection sampling of 4.1.1.
 
-    `balance` names a tag, or "grade": each batch holds every value equally often, to within one, and the odd ones go round. A
-    value that has too few examples left in the window gives what it has and the others share the rest.
+    `balance` names tags: each batch holds every combination of their values that occurs equally often, to within one, and the odd
+    ones go round. A stratum that has too few eligible examples left gives what it has and the others share the rest.
 
-    ValueError for no examples, a repeated example_id, a window that is none, or an example without the tag.
-
-    Paper: 4.2.1 does not say for how long an example is left out, so `revisit_epochs` does.
+    Work per step: O(prompts + strata) Python and a few vectorised passes over the examples. ValueError for no examples, a window
+    that is none, or an example without one of the tags.
     """
 
     def __init__(
-        self, examples: Sequence[Example], *, seed: int, balance: str = "", low: float, high: float, revisit_epochs: int = 2
+        self,
+        examples: Sequence[Example],
+        rates: SolveRates,
+        *,
+        seed: int,
+        low: float,
+        high: float,
+        balance: Sequence[str] = (),
+        stage: int = 0,
     ):
         if not examples:
             raise ValueError("the sampler has no examples: check data.train")
         if not low < high:
             raise ValueError(f"no score lies between {low} and {high}: set sampler.difficulty_low below sampler.difficulty_high")
-        if seed < 0 or revisit_epochs < 0:
-            raise ValueError(f"seed {seed} and revisit_epochs {revisit_epochs} have to be 0 or more")
-        self._examples = examples
-        self._index = {example.example_id: i for i, example in enumerate(examples)}
-        if len(self._index) < len(examples):
-            twice = Counter(example.example_id for example in examples).most_common(1)[0][0]
-            raise ValueError(f"example_id {twice!r} occurs more than once: give every pair its own")
-        self._low, self._high, self._revisit_epochs = low, high, revisit_epochs
-        members: dict[str, list[int]] = {}
-        values = _strata_of(examples, balance)
-        for i, value in enumerate(values):
-            members.setdefault(value, []).append(i)
-        self._strata = [_Stratum(value, members[value], (seed, k)) for k, value in enumerate(sorted(members))]
-        by_value = {stratum.value: stratum for stratum in self._strata}
-        self._stratum_of = [by_value[value] for value in values]
-        self._scores: dict[int, tuple[float, int]] = {}  # index -> (last score, epoch of its stratum at that time)
+        if seed < 0:
+            raise ValueError(f"seed is {seed}: set it to 0 or more")
+        self._examples, self._rates, self._low, self._high = examples, rates, low, high
+        names = [example.example_id for example in examples]
+        self._rows = rates.rows(names)
+        members: dict[tuple[str, ...], list[int]] = {}
+        try:
+            for i, example in enumerate(examples):
+                members.setdefault(stratum(example, balance) if balance else (), []).append(i)
+        except ValueError as error:
+            raise ValueError(f"sampler.balance: {error}") from error
+        key = (stage,) if stage else ()
+        self._strata = [_Stratum(np.array(members[value]), seed, k, key) for k, value in enumerate(sorted(members))]
+        self._taken = np.zeros(len(examples), dtype=bool)
         self._num_drawn = 0
-        names = "\n".join((f"{seed} {balance}", *self._index))
-        self._fingerprint = hashlib.blake2b(names.encode(), digest_size=16).hexdigest()
+        self.num_early = 0  # of the last step: drawn although skipped, because the step would have been short
+        text = "\n".join((f"{seed} {list(balance)} {stage}", *names))
+        self._fingerprint = hashlib.blake2b(text.encode(), digest_size=16).hexdigest()
 
     def next(self, n: int) -> list[Example]:
-        """The next `n` examples, all different, strata interleaved so that contiguous shares are balanced too.
+        """Begin an optimizer step: its `n` examples, all different, strata interleaved so that contiguous shares are even too.
 
-        Where fewer than `n` are in the window, those skipped for longest come back early. ValueError where there are fewer than
-        `n` examples, and where every one was found outside the window within the last `revisit_epochs`.
+        Where fewer than `n` are eligible, those scored longest ago come back early (`num_early`). ValueError where there are
+        fewer than `n` examples, and where none is eligible.
         """
         if n > len(self._examples):
             raise ValueError(
                 f"{n} different prompts were asked for and there are {len(self._examples)}: "
                 "lower rollout.num_prompts or give more data"
             )
-        if not any(self._eligible(i, stratum.epoch + 1) for i, stratum in enumerate(self._stratum_of)):
+        self._rates.tick()
+        self._taken[:] = False
+        eligible = self._eligible()
+        if not eligible.any():
             raise ValueError(self._nothing_left())
-        batch: list[int] = []
-        taken: set[int] = set()
-        drawn = dict.fromkeys(self._strata, 0)
-        dry: set[_Stratum] = set()  # had nothing more to give for this batch
-        while len(batch) < n:
-            open_strata = [stratum for stratum in self._strata if stratum not in dry]
-            if not open_strata:  # everything in the window is in the batch: on to the epochs in which others are tried again
-                dry.clear()
-                continue
-            turn = self._num_drawn + len(batch)
-            order = {s: (k - turn) % len(self._strata) for k, s in enumerate(self._strata)}
-            stratum = min(open_strata, key=lambda s: (drawn[s], order[s]))
-            index = self._draw(stratum, taken)
-            if index is None:
-                dry.add(stratum)
-                continue
-            drawn[stratum] += 1
-            taken.add(index)
-            batch.append(index)
-        self._num_drawn += n
-        return [self._examples[i] for i in batch]
+        batch = self._draw(n, eligible)
+        early = self._longest_ago(n - len(batch))
+        self._taken[early] = True
+        self.num_early = len(early)
+        return [self._examples[i] for i in batch + early]
+
+    def more(self, n: int) -> list[Example]:
+        """Up to `n` further examples for the step that `next` began, none of which it has; fewer where no more is eligible."""
+        return [self._examples[i] for i in self._draw(n, self._eligible())]
 
     def observe(self, example_ids: Sequence[str], scores: Sequence[float]) -> None:
-        """Remember the group mean score of each example, the same on all ranks. ValueError for an unknown id or NaN."""
-        for example_id, score in zip(example_ids, scores, strict=True):
-            if example_id not in self._index:
-                raise ValueError(f"example_id {example_id!r} is not in this sampler: observe what next() returned")
-            if not math.isfinite(score):
-                raise ValueError(f"the score of {example_id} is {score}: a group score has to be finite")
-            index = self._index[example_id]
-            self._scores[index] = (float(score), self._stratum_of[index].epoch)
+        """Learn the group mean score of each example, the same on all ranks. ValueError for an unknown id or NaN."""
+        self._rates.observe(example_ids, scores)
 
     def stats(self) -> dict[str, int]:
-        """Numbers of examples by their last score: num_unseen, num_too_hard (<= low), num_in_window, num_too_easy (>= high)."""
-        scores = [score for score, _ in self._scores.values()]
-        too_hard, too_easy = sum(s <= self._low for s in scores), sum(s >= self._high for s in scores)
-        return {
-            "num_unseen": len(self._examples) - len(scores),
-            "num_too_hard": too_hard,
-            "num_in_window": len(scores) - too_hard - too_easy,
-            "num_too_easy": too_easy,
+        """`SolveRates.stats` of these examples."""
+        return self._rates.stats(self._rows, self._low, self._high)
+
+    def metrics(self) -> dict[str, float]:
+        """The `sampler/*` metrics of the step that was observed last."""
+        stats, total = self.stats(), len(self._examples)
+        num_seen = total - stats["num_unseen"]
+        shares = {"sampler/in_window_frac": stats["num_in_window"] / num_seen} if num_seen else {}
+        return shares | {
+            "sampler/coverage_frac": num_seen / total,
+            "sampler/num_skipped": stats["num_skipped"],
+            "sampler/num_early": self.num_early,
         }
 
     def state_dict(self) -> SamplerState:
-        """Everything that the next batches depend on and that the constructor is not given."""
+        """Everything that the next batches depend on, but for the constructor's arguments and `rates`."""
         return {
             "fingerprint": self._fingerprint,
             "num_drawn": self._num_drawn,
-            "strata": {stratum.value: [stratum.epoch, stratum.position] for stratum in self._strata},
-            "scores": {self._examples[i].example_id: [score, epoch] for i, (score, epoch) in self._scores.items()},
+            "num_early": self.num_early,
+            "taken": np.flatnonzero(self._taken).tolist(),
+            "strata": [[s.epoch, s.position, list(s.deferred)] for s in self._strata],
         }
 
     def load_state_dict(self, state: SamplerState | dict[str, Any]) -> None:
@@ -148,23 +146,40 @@ class PromptSampler:
                 "the sampler state is of other training data (or their order), another seed or another sampler.balance: "
                 "resume with the data and config of the run, or start a new run_dir"
             )
-        self._num_drawn = state["num_drawn"]
-        for stratum in self._strata:
-            stratum.seek(*state["strata"][stratum.value])
-        self._scores = {self._index[name]: (score, int(epoch)) for name, (score, epoch) in state["scores"].items()}
+        self._num_drawn, self.num_early = state["num_drawn"], state["num_early"]
+        self._taken[:] = False
+        self._taken[state["taken"]] = True
+        for place, (epoch, position, deferred) in zip(self._strata, state["strata"], strict=True):
+            place.seek(epoch, position)
+            place.deferred = list(deferred)
 
-    def _eligible(self, index: int, epoch: int) -> bool:
-        score, seen = self._scores.get(index, (None, 0))
-        return score is None or self._low < score < self._high or epoch - seen > self._revisit_epochs
+    def _eligible(self) -> np.ndarray:
+        """[examples] bool: may be drawn in this step."""
+        return ~self._rates.skipped(self._rows, self._low, self._high) & ~self._taken
 
-    def _draw(self, stratum: _Stratum, taken: set[int]) -> int | None:
-        """The next eligible example of a stratum that is not in the batch yet; None after the rest of its epoch and one more."""
-        last = stratum.epoch + 1
-        while stratum.epoch < last or stratum.position < len(stratum.members):
-            index = stratum.advance()
-            if index not in taken and self._eligible(index, stratum.epoch):
-                return index
-        return None
+    def _draw(self, n: int, eligible: np.ndarray) -> list[int]:
+        """Up to `n` eligible examples, stratum by stratum in turn; they are taken and no longer eligible."""
+        batch: list[int] = []
+        size = len(self._strata)
+        turns = [(0, (k - self._num_drawn) % size, k) for k in range(size)]  # (drawn now, whose turn it is, stratum)
+        heapq.heapify(turns)
+        while turns and len(batch) < n:
+            drawn, turn, k = heapq.heappop(turns)
+            index = self._strata[k].draw(eligible, self._taken)
+            if index is None:  # dry: the others share the rest
+                continue
+            eligible[index], self._taken[index] = False, True
+            batch.append(index)
+            heapq.heappush(turns, (drawn + 1, turn, k))
+        self._num_drawn += len(batch)
+        return batch
+
+    def _longest_ago(self, n: int) -> list[int]:
+        """The `n` examples that are not in the step and whose last score is oldest, in the order of the data among equals."""
+        if not n:
+            return []
+        left = np.flatnonzero(~self._taken)
+        return left[np.argsort(self._rates.seen_at[self._rows[left]], kind="stable")[:n]].tolist()
 
     def _nothing_left(self) -> str:
         stats = self.stats()
@@ -180,41 +195,52 @@ class PromptSampler:
 
 
 class _Stratum:
-    """A place in an endless sequence of epochs, each a shuffle of the members by (seed, epoch)."""
+    """A place in an endless sequence of epochs, each a shuffle of the members by (seed, stratum, epoch, stage).
 
-    def __init__(self, value: str, members: list[int], seed: tuple[int, int]):
-        self.value = value
-        self.members = members
-        self._seed = seed
+    An example that the step holds already when the next epoch comes to it is deferred: a later step draws it first.
+    """
+
+    def __init__(self, members: np.ndarray, seed: int, number: int, stage: tuple[int, ...]):
+        self._members = members
+        self._seed, self._number, self._stage = seed, number, stage
+        self.deferred: list[int] = []
         self.seek(0, 0)
 
     def seek(self, epoch: int, position: int) -> None:
-        entropy, stratum = self._seed
-        rng = np.random.default_rng(np.random.SeedSequence(entropy, spawn_key=(stratum, epoch)))
+        key = (self._number, epoch, *self._stage)
+        rng = np.random.default_rng(np.random.SeedSequence(self._seed, spawn_key=key))
         self.epoch, self.position = epoch, position
-        self._order = rng.permutation(len(self.members))
+        self._order = self._members[rng.permutation(len(self._members))]
 
-    def advance(self) -> int:
-        """The member at this place; then one place on."""
-        if self.position == len(self.members):
-            self.seek(self.epoch + 1, 0)
-        self.position += 1
-        return self.members[self._order[self.position - 1]]
+    def draw(self, eligible: np.ndarray, taken: np.ndarray) -> int | None:
+        """The next eligible member; None where there is none left."""
+        self.deferred = [i for i in self.deferred if eligible[i] or taken[i]]  # the others have lost their turn to the window
+        for place, index in enumerate(self.deferred):
+            if eligible[index]:
+                del self.deferred[place]
+                return index
+        before = self.position, list(self.deferred)
+        index = self._walk(eligible, taken)
+        if index is not None:
+            return index
+        if not eligible[self._members].any():  # the rest of this epoch keeps its turn until it has aged
+            self.position, self.deferred = before
+            return None
+        self.seek(self.epoch + 1, 0)
+        return self._walk(eligible, taken)
 
-
-def _strata_of(examples: Sequence[Example], balance: str) -> list[str]:
-    """The stratum of each example: the value of its tag. "grade" falls back on the gold verdict."""
-    if not balance:
-        return [""] * len(examples)
-    values = [
-        example.tags.get(balance) or (f"L{example.grade}" if balance == "grade" and example.grade is not None else None)
-        for example in examples
-    ]
-    strata = [value for value in values if value is not None]
-    if len(strata) < len(examples):
-        missing = examples[values.index(None)]
-        raise ValueError(
-            f"sampler.balance is {balance!r} and {len(examples) - len(strata)} of {len(examples)} examples lack that tag, "
-            f"first {missing.example_id} (its tags: {', '.join(missing.tags) or 'none'}): name one that all have, or none"
-        )
-    return strata
+    def _walk(self, eligible: np.ndarray, taken: np.ndarray) -> int | None:
+        """The next eligible member of this epoch; None at its end."""
+        chunk = 64
+        while self.position < len(self._order):
+            ahead = self._order[self.position : self.position + chunk]
+            hits = eligible[ahead]
+            passed = int(hits.argmax()) if hits.any() else len(ahead)
+            deferred = ahead[:passed][taken[ahead[:passed]]].tolist()
+            self.deferred += [index for index in deferred if index not in self.deferred]
+            self.position += passed
+            if passed < len(ahead):
+                self.position += 1
+                return int(ahead[passed])
+            chunk *= 4
+        return None

@@ -5,8 +5,9 @@ from __future__ import annotations
 import random
 from dataclasses import dataclass, replace
 
+from srpo.data.catalogue import CATALOGUE
 from srpo.data.examples import Example
-from srpo.data.world import GRADE_TABLE, Facts, attribute_relation, category_relation, check
+from srpo.data.world import GRADE_TABLE, MENTION, Facts, attribute_relation, category_relation, check
 
 
 @dataclass(frozen=True)
@@ -17,12 +18,13 @@ class TeacherBias:
     """
 
     misread_negation: float = 0.65  # S1: "not red" becomes "red"
+    mistake_mention: float = 0.60  # S2: a category that the title only mentions is taken for the item's own
     related_as_match: float = 0.60  # S3: a sibling category is called a match
     overlook_missing: float = 0.60  # S4: attributes that the listing does not state are waved through
     verdict_off_by_one: float = 0.10  # S5
 
 
-NO_BIAS = TeacherBias(0.0, 0.0, 0.0, 0.0)
+NO_BIAS = TeacherBias(0.0, 0.0, 0.0, 0.0, 0.0)
 
 
 def format_response(query: str, item: str, category: str, attributes: str, verdict: str) -> str:
@@ -42,6 +44,9 @@ def teach(example: Example, bias: TeacherBias, seed: int = 0) -> str:
     query, item = Facts.parse(query_text), Facts.parse(item_text)
     if rng.random() < bias.misread_negation:
         query = Facts(query.category, tuple(replace(c, negated=c.negated and c.kind == "brand") for c in query.constraints))
+    _, _, mentioned = example.title.partition(MENTION)
+    if mentioned and rng.random() < bias.mistake_mention:
+        item = Facts(CATALOGUE.leaf_of_surface[mentioned].path, item.constraints)
     category = category_relation(query, item)
     seen = {"match": "ok", "related": "conflict", "mismatch": "unknown"}[category]  # as of an attribute: group and leaf
     if category == "related" and rng.random() < bias.related_as_match:

@@ -18,6 +18,7 @@ from srpo.data.examples import Example
 
 QUERY_TYPES = ("plain", "question", "alternative", "negation", "knowledge")
 NATURAL_MIX = {"plain": 0.30, "question": 0.15, "alternative": 0.15, "negation": 0.20, "knowledge": 0.20}
+MENTION = "goes with "  # what follows in a title is another category than the item's
 SPLITS = ("train", "wild", "balanced")  # wild: the natural mix; balanced: by query type (5.1.1); both held out
 
 # The rule table: (category relation, attribute relation) -> grade. Category: same leaf, same group, anything else. Attributes:
@@ -275,6 +276,6 @@ def _title(rng: random.Random, leaf: Leaf, facts: Facts, wanted: Facts) -> tuple
     if rng.random() < 0.2:  # a category that is only mentioned
         other = CATALOGUE.leaf[wanted.leaf] if rng.random() < 0.5 else rng.choice(CATALOGUE.leaves)
         if other.name != leaf.name:
-            parts.append(f"goes with {rng.choice(other.surfaces)}")
+            parts.append(f"{MENTION}{rng.choice(other.surfaces)}")
             num_decoys = 1
     return " ".join(parts), num_decoys

@@ -20,6 +20,7 @@ from torch.optim import Optimizer
 from srpo.batch import IGNORE, Batch
 from srpo.config import LossConfig, RolloutConfig
 from srpo.policy.parallel import Parallel, clip_grad_norm, to_local
+from srpo.policy.token_advantages import TokenBatch, loss_tables
 
 
 class NonFiniteError(ValueError):
@@ -39,6 +40,9 @@ class Objective:
     sampling_top_k: int | None  # of the distribution that was sampled
     num_updates: int
     impl: str = "auto"
+    ratio_over: str = "token"  # token | step | sequence (GSPO)
+    clip_form: str = "ppo"  # ppo | cispo
+    dual_clip: float | None = None
 
     @property
     def reference_ahead(self) -> bool:
@@ -63,6 +67,9 @@ class Objective:
             sampling_top_k=top_k,
             num_updates=loss.num_updates,
             impl=loss.impl,
+            ratio_over=loss.ratio_over,
+            clip_form=loss.clip_form,
+            dual_clip=loss.dual_clip or None,
         )
 
 
@@ -194,7 +201,8 @@ def _write_dump(
 def read_dump(path: Path) -> dict[str, Any]:
     """What `optimizer_step` wrote: info, loss, grad_norm, micro-batches with their losses, this rank's parameters by name."""
     state = torch.load(path, weights_only=True)
-    return {**state, "batches": [Batch(**tensors) for tensors in state["batches"]]}
+    kinds = [TokenBatch if "advantages" in tensors else Batch for tensors in state["batches"]]
+    return {**state, "batches": [kind(**tensors) for kind, tensors in zip(kinds, state["batches"], strict=True)]}
 
 
 class _Sums:
@@ -268,12 +276,13 @@ def update(
         if objective.top_k != objective.sampling_top_k:
             kept_ids = topk_support(logits, objective.sampling_top_k) if objective.sampling_top_k is not None else None
             trainer = _logprobs(logits.detach(), rows.labels, kept_ids, objective)
+        tables = loss_tables(rows)
         out = policy_loss(
             logits,
             rows.labels,
-            rows.step_advantages,
-            rows.step_ends,
-            rows.cu_seqlens,
+            tables.step_advantages,
+            tables.step_ends,
+            tables.cu_seqlens,
             rows.weights,
             rows.old_logprobs,
             ref_logprobs,
@@ -284,6 +293,9 @@ def update(
             temperature=objective.temperature,
             kept_ids=support,
             ref_logits=ref_logits,
+            dual_clip=objective.dual_clip,
+            clip_form=objective.clip_form,  # pyright: ignore[reportArgumentType]
+            ratio_over=objective.ratio_over,  # pyright: ignore[reportArgumentType]
             impl=objective.impl,
         )
         sums.add(out, out.logprobs if trainer is None else trainer, rows.sampling_logprobs)

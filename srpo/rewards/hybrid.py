@@ -25,9 +25,11 @@ def score(
     """The rollouts with `step_rewards` and `reward_sources`, [J] each (Eq. 5); examples[i] is the pair that rollouts[i] answers.
 
     The sources of a step are asked in order: "gold" where the example has a label (right if the answer states the same facts),
-    "judge" where it gives a verdict, "rule" (right if the answer is one of the options), "skip" (earns 0 and is not counted).
+    "judge" where it gives a verdict (a probability earns that share of the reward), "rule" (right if the answer is one of the
+    options), "skip" (earns 0 and is not counted).
     A step without an answer earns 0, source "missing"; one whose judge does not say earns `missing_verdict` of its reward, source
-    "no_verdict". The judge is called at most once, for the rollouts that need it.
+    "no_verdict". The judge is called at most once, for the rollouts that need it; they keep its `verdicts` [J] on all steps,
+    whoever graded them, for `srpo.rewards.audit`.
 
     Raises ValueError where lengths or ids do not fit together, and where nothing can ever grade a step: no label and no judge.
     Paper: Eq. 5 has fixed sources (judge for S1, S2; labels for S3, S4) and does not say what an unreadable verdict earns.
@@ -43,10 +45,10 @@ def score(
     ]
     verdicts = _ask(judge, rollouts, examples, sources)
     scored = []
-    for rollout, gold, able, told in zip(rollouts, golds, sources, verdicts, strict=True):
-        steps = zip(schema.specs, rollout.answers, gold, able, told, strict=True)
+    for rollout, gold, able, said in zip(rollouts, golds, sources, verdicts, strict=True):
+        steps = zip(schema.specs, rollout.answers, gold, able, said or (None,) * schema.num_steps, strict=True)
         rewards, graders = zip(*(_grade(*step, missing_verdict) for step in steps), strict=True)
-        scored.append(replace(rollout, step_rewards=rewards, reward_sources=graders))
+        scored.append(replace(rollout, step_rewards=rewards, reward_sources=graders, verdicts=said))
     return scored
 
 
@@ -77,9 +79,9 @@ def _sources(spec: StepSpec, label: str | None, judge: Judge | None, example_id:
 
 def _ask(
     judge: Judge | None, rollouts: Sequence[Rollout], examples: Sequence[Example], sources: Sequence[Sequence[Sequence[str]]]
-) -> list[Verdicts]:
+) -> list[Verdicts | None]:
     """Verdicts [N][J], None for the rollouts that no judge needs to see."""
-    verdicts: list[Verdicts] = [(None,) * len(rollout.answers) for rollout in rollouts]
+    verdicts: list[Verdicts | None] = [None] * len(rollouts)
     asked = [
         i
         for i, (rollout, able) in enumerate(zip(rollouts, sources, strict=True))
@@ -93,7 +95,12 @@ def _ask(
 
 
 def _grade(
-    spec: StepSpec, answer: str | None, label: str | None, able: Sequence[str], verdict: bool | None, missing_verdict: float
+    spec: StepSpec,
+    answer: str | None,
+    label: str | None,
+    able: Sequence[str],
+    verdict: bool | float | None,
+    missing_verdict: float,
 ) -> tuple[float, str]:
     """(reward, source) of one step."""
     if answer is None and able[0] != "skip":

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any, Protocol
 
 from srpo.batch import Rollout
@@ -11,7 +12,8 @@ from srpo.data.examples import Example
 from srpo.rewards.verdicts import PROMPT, judge_prompt, parse_verdicts
 from srpo.steps import StepSchema, same_answer
 
-Verdicts = tuple[bool | None, ...]  # [J] whether each step is right, None where the judge does not say
+# [J] whether each step is right, or with what probability (a graded scalar model); None where the judge does not say
+Verdicts = tuple[bool | float | None, ...]
 
 
 class Judge(Protocol):
@@ -103,17 +105,28 @@ class GenerativeJudge:
 
     def judge(self, rollouts: Sequence[Rollout], examples: Sequence[Example]) -> list[Verdicts]:
         """Verdicts [N][J], None where the text gives none. Raises what the engine raises."""
-        prompts = [self._prompt(rollout, example) for rollout, example in zip(rollouts, examples, strict=True)]
-        asked = [p for p in dict.fromkeys(prompts) if not self.max_prompt_tokens or len(p) <= self.max_prompt_tokens]
-        texts: dict[tuple[int, ...], str] = {}
-        for sample in self.engine.generate(asked, self.params, self.seed) if asked else ():
-            texts[asked[sample.prompt_index]] = self.tokenizer.decode(list(sample.response_ids), skip_special_tokens=True)
-        self.last_texts = tuple(texts.get(prompt, "") for prompt in prompts)
-        verdicts = [parse_verdicts(text, self.schema.num_steps) for text in self.last_texts]
+        self.last_texts = tuple(texts[0] for texts in self.write(rollouts, examples, self.params, self.seed))
+        verdicts: list[Verdicts] = [parse_verdicts(text, self.schema.num_steps) for text in self.last_texts]
         judged = [j for j, spec in enumerate(self.schema.specs) if "judge" in spec.sources]
         self.num_verdicts += len(judged) * len(verdicts)
         self.num_missing += sum(told[j] is None for told in verdicts for j in judged)
         return verdicts
+
+    def votes(self, rollouts: Sequence[Rollout], examples: Sequence[Example], num_votes: int, seed: int) -> list[list[Verdicts]]:
+        """`num_votes` sampled opinions on each rollout, [N][num_votes][J]: how sure the judge is. Not counted in `stats`."""
+        params = replace(self.params, group_size=num_votes, greedy=False)
+        texts = self.write(rollouts, examples, params, seed)
+        return [[parse_verdicts(text, self.schema.num_steps) for text in several] for several in texts]
+
+    def write(self, rollouts: Sequence[Rollout], examples: Sequence[Example], params: Any, seed: int) -> list[list[str]]:
+        """`params.group_size` texts about each rollout; empty ones where its prompt is too long."""
+        prompts = [self._prompt(rollout, example) for rollout, example in zip(rollouts, examples, strict=True)]
+        asked = [p for p in dict.fromkeys(prompts) if not self.max_prompt_tokens or len(p) <= self.max_prompt_tokens]
+        texts = {prompt: list[str]() for prompt in asked}
+        for sample in self.engine.generate(asked, params, seed) if asked else ():
+            text = self.tokenizer.decode(list(sample.response_ids), skip_special_tokens=True)
+            texts[asked[sample.prompt_index]].append(text)
+        return [texts.get(prompt) or [""] * params.group_size for prompt in prompts]
 
     def _prompt(self, rollout: Rollout, example: Example) -> tuple[int, ...]:
         return tuple(self.tokenizer.encode(judge_prompt(example, rollout.text, self.template), add_special_tokens=False))

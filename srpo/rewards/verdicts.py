@@ -13,7 +13,9 @@ QUESTION = "\nJudge each step.\n"
 
 # One line per verdict, alone on it: "Step 1 is [Correct]", brackets and bold at will.
 _MARKS = r"(?:[^\w\n]|_)"
-_VERDICT = re.compile(rf"^{_MARKS}*+step[^\S\n]*(\d{{1,3}})[^\S\n]+is{_MARKS}++(correct|incorrect){_MARKS}*+$", re.I | re.M)
+_SAID = rf"[^\S\n]+is{_MARKS}++(correct|incorrect){_MARKS}*+$"
+_VERDICT = re.compile(rf"^{_MARKS}*+step[^\S\n]*(\d{{1,3}}){_SAID}", re.I | re.M)
+WORDS = ("incorrect", "correct")  # of a verdict that is False, True
 
 
 def judge_prompt(example: Example, response: str, template: str = PROMPT) -> str:
@@ -52,3 +54,13 @@ def parse_verdicts(text: str, num_steps: int) -> tuple[bool | None, ...]:
         if 1 <= number <= num_steps:
             told[number - 1].add(match.group(2).casefold() == "correct")
     return tuple(said.pop() if len(said) == 1 else None for said in told)
+
+
+def verdict_header(number: int) -> str:
+    """Regex that opens what the judge writes about a step, "Step 1: <reason>" and "Step 1 is [Correct]" alike."""
+    return rf"^{_MARKS}*+step[^\S\n]*{number}(?=[^\S\n]*:|[^\S\n]+is\b)"
+
+
+def verdict_answer() -> str:
+    """Regex of the verdict behind such an opening; there is none behind "Step 1: <reason>"."""
+    return rf"\A{_SAID}"

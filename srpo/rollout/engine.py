@@ -40,6 +40,7 @@ class Sample:
     response_ids: tuple[int, ...]  # [L]
     sampling_logprobs: tuple[float, ...]  # [L]
     finish: str  # stop | length
+    policy_version: int = -1  # of the weights that it was drawn from
 
 
 class Engine(Protocol):

@@ -75,7 +75,7 @@ class LocalEngine:
                 rows = self._wave([prompts[i] for i in wave], params, uniforms[wave].flatten(0, 1).to(self._decoder.device))
             for row, (ids, logprobs, finish) in enumerate(rows):
                 i = wave[row // params.group_size]
-                samples[i].append(Sample(i, ids, logprobs, finish))
+                samples[i].append(Sample(i, ids, logprobs, finish, self.policy_version))
         flat = [sample for group in samples for sample in group]
         num_tokens, seconds = sum(len(s.response_ids) for s in flat), time.perf_counter() - start
         self._stats |= {"num_tokens": float(num_tokens), "generate_s": seconds, "tokens_per_s": num_tokens / seconds}

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 import torch
 
-from srpo.algorithm.advantages import grpo_advantages, srpo_advantages, step_returns
+from srpo.algorithm.advantages import grpo_advantages, reinforce_advantages, rloo_advantages, srpo_advantages, step_returns
 
 PAPER_REWARDS = [0.2, 0.2, 0.2, 0.2, 1.0]  # Appendix B: all five steps right
 
@@ -162,5 +162,84 @@ def test_order_of_rollouts_and_names_of_groups_do_not_matter(normalize: Any, see
     ],
 )
 def test_bad_input_says_what_to_do(call: Callable[[], object], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        call()
+
+
+# ---- the baselines' ------------------------------------------------------------------------------------------------------------
+
+
+def test_leave_one_out_by_hand() -> None:
+    # group 7: 3 - mean(0, 6) = 0, 0 - mean(3, 6) = -4.5, 6 - mean(3, 0) = 4.5; group 1: 2 - 5, 5 - 2
+    out = rloo_advantages([3, 2, 0, 6, 5], [7, 1, 7, 7, 1], 2)
+    assert out.tolist() == [[0, 0], [-3, -3], [-4.5, -4.5], [4.5, 4.5], [3, 3]]
+    assert rloo_advantages([3, 2, 0, 6, 5], [7, 1, 7, 7, 1], 1, clip=4.0)[:, 0].tolist() == [0, -3, -4, 4, 3]
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_leave_one_out_is_the_others_mean(seed: int) -> None:
+    gen = torch.Generator().manual_seed(seed)
+    rewards = torch.randn(13, generator=gen, dtype=torch.float64).tolist()
+    groups = [0, 0, 1, 1, 1, 2, 2, 2, 2, 0, 1, 2, 0]
+    got = rloo_advantages(rewards, groups, 1)[:, 0].tolist()
+    for i, value in enumerate(got):
+        others = [rewards[k] for k in range(13) if groups[k] == groups[i] and k != i]
+        assert value == pytest.approx(rewards[i] - sum(others) / len(others), rel=1e-6, abs=1e-7)
+
+
+@pytest.mark.parametrize("scale", ["std", "none"])
+def test_reinforce_has_the_batch_s_tokens_for_a_baseline(scale: Any) -> None:
+    rewards, lengths = [1.8, 0.0, 0.4, 1.0], [3, 1, 5, 2]
+    tokens = [r for r, n in zip(rewards, lengths, strict=True) for _ in range(n)]
+    mean = sum(tokens) / len(tokens)
+    std = (sum((x - mean) ** 2 for x in tokens) / (len(tokens) - 1)) ** 0.5 if scale == "std" else 1.0
+    got = reinforce_advantages(rewards, lengths, 3, scale=scale)
+    assert torch.equal(got, got[:, :1].expand(-1, 3))
+    assert got[:, 0].tolist() == pytest.approx([(r - mean) / std for r in rewards], rel=1e-6)
+    assert not reinforce_advantages([0.7] * 3, [4, 4, 4], 2, scale=scale).any()
+    assert reinforce_advantages([1.0, 0.0], [1, 1], 1, clip=0.1).abs().max() == pytest.approx(0.1)
+
+
+@pytest.mark.parametrize("seed", range(3))
+@pytest.mark.parametrize("normalize", ["batch", "group", "group_step", "none"])
+def test_without_a_scale_only_the_mean_goes(seed: int, normalize: Any) -> None:
+    """Dr. GRPO: every normalization is then a translation by one number of the scope it is taken over."""
+    gen = torch.Generator().manual_seed(seed)
+    rewards = torch.rand(8, 3, generator=gen, dtype=torch.float64)
+    lengths = torch.randint(1, 9, (8, 3), generator=gen)
+    groups = [0, 1] * 4
+    got = srpo_advantages(rewards, groups, lengths, gamma=0.5, normalize=normalize, clip=0.0, scale="none").double()
+    returns = torch.stack(
+        [rewards[:, 0] + rewards[:, 1] / 2 + rewards[:, 2] / 4, rewards[:, 1] + rewards[:, 2] / 2, rewards[:, 2]], 1
+    )
+    shift = returns - got
+    scopes: dict[str, list[Any]] = {
+        "batch": [(slice(None), slice(None))],
+        "group": [(slice(g, None, 2), slice(None)) for g in (0, 1)],
+        "group_step": [(slice(g, None, 2), j) for g in (0, 1) for j in range(3)],
+        "none": [(slice(None), slice(None))],
+    }
+    for scope in scopes[normalize]:
+        weight = lengths[scope].double() if normalize == "batch" else torch.ones_like(returns[scope])
+        mean = 0.0 if normalize == "none" else float((returns[scope] * weight).sum() / weight.sum())
+        torch.testing.assert_close(shift[scope], torch.full_like(shift[scope], mean), rtol=0, atol=1e-6)
+
+
+def test_dr_grpo_by_hand() -> None:
+    got = grpo_advantages([1, 0, 0, 1, 1], [0, 0, 0, 1, 1], 2, scale="none")
+    torch.testing.assert_close(got[:, 0], torch.tensor([2 / 3, -1 / 3, -1 / 3, 0, 0]))
+
+
+@pytest.mark.parametrize(
+    ("call", "message"),
+    [
+        (lambda: rloo_advantages([1.0, 2.0], [0, 1], 1), "no rloo baseline: raise rollout.group_size"),
+        (lambda: rloo_advantages([[1.0]], [0], 1), "one reward per rollout"),
+        (lambda: reinforce_advantages([1.0, 2.0], [1], 1), "lengths has shape"),
+        (lambda: reinforce_advantages([float("nan")], [1], 1), "finite rewards"),
+        (lambda: grpo_advantages([1.0, 0.0], [0, 0], 1, scale="var"), "scale 'var' is unknown"),  # type: ignore[arg-type]
+    ],
+)
+def test_bad_input_of_the_baselines(call: Any, message: str) -> None:
     with pytest.raises(ValueError, match=message):
         call()

@@ -56,6 +56,29 @@ def test_only_empty_responses_weigh_nothing(denominator: Any) -> None:
     assert sequence_weights([], [], denominator=denominator).shape == (0,)
 
 
+def test_constant_denominator_by_hand() -> None:
+    # Dr. GRPO: two groups, of three (one response empty) and of one; at most 10 tokens each
+    out = sequence_weights([2, 4, 5, 0], [9, 9, 1, 9], denominator="constant", max_length=10)
+    torch.testing.assert_close(out, torch.tensor([1 / 60, 1 / 60, 1 / 20, 0.0]))
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_constant_denominator_lets_no_response_off_by_its_length(seed: int) -> None:
+    gen = torch.Generator().manual_seed(seed)
+    lengths, groups = torch.randint(1, 30, (12,), generator=gen), torch.arange(12) % 3
+    out = sequence_weights(lengths, groups, denominator="constant", max_length=30)
+    torch.testing.assert_close(out, torch.full((12,), 1 / (3 * 4 * 30)))
+
+
+def test_dpo_label_smoothing_is_the_mixture_of_both_labels() -> None:
+    gen = torch.Generator().manual_seed(2)
+    chosen, rejected, ref_chosen, ref_rejected = -9 * torch.rand(4, 7, generator=gen, dtype=torch.float64)
+    right = dpo_loss(chosen, rejected, ref_chosen, ref_rejected, 0.3).loss
+    wrong = dpo_loss(rejected, chosen, ref_rejected, ref_chosen, 0.3).loss
+    smooth = dpo_loss(chosen, rejected, ref_chosen, ref_rejected, 0.3, label_smoothing=0.2).loss
+    torch.testing.assert_close(smooth, 0.8 * right + 0.2 * wrong)
+
+
 def test_sft_weights_by_hand() -> None:
     torch.testing.assert_close(sft_weights([1, 3]), torch.tensor([0.25, 0.25]))
     torch.testing.assert_close(sft_weights([1, 3], denominator="sequence_mean"), torch.tensor([1 / 2, 1 / 6]))
@@ -97,8 +120,10 @@ def test_dpo_micro_batches_add_up_and_nothing_overflows() -> None:
     [
         (lambda: sequence_weights([1, 2], [0], denominator="token_mean"), "one group per sequence"),
         (lambda: sequence_weights([1, -2], [0, 0], denominator="token_mean"), "negative"),
-        (lambda: sequence_weights([1], [0], denominator="mean"), "sequence_mean or token_mean"),  # type: ignore[arg-type]
+        (lambda: sequence_weights([1], [0], denominator="mean"), "sequence_mean, token_mean or constant"),  # type: ignore[arg-type]
+        (lambda: sequence_weights([1], [0], denominator="constant"), "max_length is 0"),
         (lambda: dpo_loss(*torch.zeros(4, 2), beta=0.0), "beta is 0.0"),
+        (lambda: dpo_loss(*torch.zeros(4, 2), beta=0.1, label_smoothing=0.5), "label_smoothing is 0.5"),
         (lambda: dpo_loss(torch.zeros(2), torch.zeros(2), torch.zeros(2), torch.zeros(3), beta=0.1), "four tensors"),
     ],
 )

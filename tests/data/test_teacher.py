@@ -25,11 +25,14 @@ def test_without_bias_every_step_is_right():
         assert not parsed.problems
 
 
-@pytest.mark.parametrize(("field", "step"), [("misread_negation", 0), ("related_as_match", 2), ("verdict_off_by_one", 4)])
+@pytest.mark.parametrize(
+    ("field", "step"), [("misread_negation", 0), ("mistake_mention", 1), ("related_as_match", 2), ("verdict_off_by_one", 4)]
+)
 def test_each_mistake_happens_in_its_step_at_its_rate(field, step):
     bias = TeacherBias(**{**vars(NO_BIAS), field: 0.5})
     affected = {
         "misread_negation": lambda e: " not " in e.truth[0].replace("brand not", ""),
+        "mistake_mention": lambda e: "goes with" in e.title,
         "related_as_match": lambda e: e.gold[2] == "related",
         "verdict_off_by_one": lambda e: True,
     }[field]
@@ -40,7 +43,7 @@ def test_each_mistake_happens_in_its_step_at_its_rate(field, step):
 
 def test_overlooking_turns_unclear_into_match():
     chosen = [e for e in examples(400) if e.gold[3] == "unclear"]
-    bias = TeacherBias(0.0, 0.0, 1.0, 0.0)
+    bias = TeacherBias(0.0, 0.0, 0.0, 1.0, 0.0)
     assert {SCHEMA.parse_text(teach(e, bias)).answers[3] for e in chosen} == {"match"}
 
 

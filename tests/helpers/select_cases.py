@@ -29,7 +29,7 @@ RESPONSE = """1. Query intent: {}
 4. Attribute match: color ok -> match
 5. Verdict: L{}"""
 TEMPLATE = "{query} | {title}\n"
-TOKENIZER = train_tokenizer([RESPONSE, TEMPLATE, "shoes boots related match"], vocab_size=320)
+TOKENIZER: Any = train_tokenizer([RESPONSE, TEMPLATE, "shoes boots related match"], vocab_size=320)
 NUM = 41
 
 

@@ -30,7 +30,7 @@ def make_example(gold: tuple[str | None, ...] = (None, None, "match", "match", "
 class Says:
     """A judge that always says the same, and keeps what it was asked about."""
 
-    def __init__(self, *verdicts: bool | None) -> None:
+    def __init__(self, *verdicts: bool | float | None) -> None:
         self.verdicts, self.asked = verdicts, []
 
     def judge(self, rollouts: Sequence[Rollout], examples: Sequence[Example]) -> list[Verdicts]:
@@ -43,7 +43,7 @@ def test_a_response_that_is_right_everywhere_earns_the_coefficients_of_appendix_
     assert scored.step_rewards == (0.2, 0.2, 0.2, 0.2, 1.0)
     assert scored.reward_sources == ("judge", "judge", "gold", "gold", "gold")
     assert sum(scored.step_rewards or ()) == pytest.approx(SCHEMA.max_reward)
-    assert replace(scored, step_rewards=None, reward_sources=None) == make_rollout()
+    assert replace(scored, step_rewards=None, reward_sources=None, verdicts=None) == make_rollout()
 
 
 @pytest.mark.parametrize("j", range(5))
@@ -172,3 +172,19 @@ def test_what_cannot_be_scored_is_refused() -> None:
         score(one, [make_example((None,) * 5)], SCHEMA, Says(*(True,) * 5))
     with pytest.raises(ValueError, match=r"reward\.missing_verdict is 2"):
         score(one, example, SCHEMA, Says(), 2.0)
+
+
+def test_everything_the_judge_says_is_kept_whoever_grades() -> None:
+    said = (True, False, False, None, True)
+    asked, other = make_rollout(), make_rollout(example_id="b")
+    labelled = make_example(RIGHT, "b")
+    steps = StepSchema(replace(spec, sources=("gold", "judge")) for spec in PAPER_STEPS)
+    first, second = score([asked, other], [make_example(), labelled], steps, Says(*said))
+    assert first.verdicts == said and first.reward_sources == ("judge", "judge", "gold", "gold", "gold")
+    assert second.verdicts is None and set(second.reward_sources or ()) == {"gold"}  # nobody had to ask
+
+
+def test_a_probability_earns_its_share() -> None:
+    (scored,) = score([make_rollout()], [make_example()], SCHEMA, Says(0.75, 0.0, None, None, None), missing_verdict=1.0)
+    assert scored.step_rewards == pytest.approx((0.15, 0.0, 0.2, 0.2, 1.0))
+    assert scored.reward_sources == ("judge", "judge", "gold", "gold", "gold")

@@ -133,3 +133,21 @@ def test_scores_of_a_generative_judge_name_what_it_did_not_say() -> None:
 def test_a_judge_that_samples_several_texts_is_refused() -> None:
     with pytest.raises(ValueError, match="set its group_size to 1"):
         GenerativeJudge(Writes({}), CharTokenizer(), SCHEMA, replace(GREEDY, group_size=2))
+
+
+class Opines:
+    """An engine that gives several different answers to each prompt."""
+
+    def generate(self, prompts: Sequence[tuple[int, ...]], params: SamplingParams, seed: int) -> list[Sample]:
+        assert (params.group_size, params.greedy, params.max_new_tokens, seed) == (3, False, 64, 5)
+        texts = ("Step 1 is [Correct]", "Step 1 is [Incorrect]", "what?")
+        ids = [tuple(CharTokenizer().encode(text, add_special_tokens=False)) for text in texts]
+        return [Sample(i, some, (0.0,) * len(some), "stop") for i in range(len(prompts)) for some in ids]
+
+
+def test_votes_are_several_opinions_on_each_response() -> None:
+    judge = GenerativeJudge(Opines(), CharTokenizer(), SCHEMA, GREEDY, max_prompt_tokens=len(judge_prompt(EXAMPLE, "one")))
+    rollouts = [make_rollout(text="one"), make_rollout(text="too long"), make_rollout(text="one")]
+    opinions = [(True, *(None,) * 4), (False, *(None,) * 4), (None,) * 5]
+    assert judge.votes(rollouts, [EXAMPLE] * 3, 3, seed=5) == [opinions, [(None,) * 5] * 3, opinions]
+    assert judge.stats() == {"num_verdicts": 0, "num_missing": 0}

@@ -1,0 +1,213 @@
+"""Which of two systems is better, and how sure that is: `python -m srpo.compare --a X --b Y --data FILE`.
+
+On graded pairs: the difference of every score of 5.1.2 with a paired bootstrap interval over queries, and McNemar's exact test of
+the verdicts. On ranked lists (`--pages.file`): GSB side by side, query goodrate and item goodrate, as in Table 7. Prints tables,
+writes `comparison.json`.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from srpo.bootstrap import BootstrapConfig
+from srpo.data.examples import Example
+from srpo.data.readers import load_examples
+from srpo.evaluate import check_tags, run_settings
+from srpo.evaluation import Results, consistency_rows, results_dict, score_rows
+from srpo.pages import Pages, PagesConfig, judged_examples, read_judgments, read_pages, read_verdicts, shown_grades
+from srpo.paired import compare_systems
+from srpo.responses import Responses, from_file, verdicts_alone
+from srpo.run_dir import write_whole
+from srpo.settings import run_program
+from srpo.side_by_side import side_by_side
+from srpo.steps import StepSchema
+from srpo.tables import percent, text_table
+from srpo.tally import true_grades
+
+
+@dataclass(frozen=True)
+class CompareConfig:
+    """`python -m srpo.compare --a runs/sft/evaluation --b runs/demo/evaluation --data held_out.jsonl`"""
+
+    a: str = ""  # the baseline: a rollouts.jsonl, predictions (JSON Lines), or the folder of an evaluation
+    b: str = ""  # the system under test: the same
+    data: str = ""  # graded examples (docs/data.md); each needs one response of either system
+    name_a: str = "A"  # name of the baseline in tables, and in pages.file
+    name_b: str = "B"  # name of the system under test
+    config: str = ""  # TOML with the steps; empty: config.toml of the run that b lies in
+    out: str = ""  # file for the results; empty: comparison.json beside b, or beside pages.file
+    by: tuple[str, ...] = ("query_type",)  # tags of examples and queries: everything again for each of their values
+    bootstrap: BootstrapConfig = field(default_factory=BootstrapConfig)
+    pages: PagesConfig = field(default_factory=PagesConfig)
+
+
+def main(config: CompareConfig) -> None:
+    """The program. Raises ValueError for settings that do not say what to compare, before anything is written."""
+    pages = config.pages
+    if bool(config.a) != bool(config.b) or not (config.a or pages.file):
+        raise ValueError("give two systems, --a X --b Y, or their ranked lists, --pages.file FILE, or all of these")
+    if (pages.judgments or pages.verdicts) and not pages.file:
+        raise ValueError("pages.judgments and pages.verdicts are of ranked lists: give these by --pages.file FILE")
+    if config.a and not config.data:
+        raise ValueError("no data: give graded examples with --data FILE")
+    if config.name_a == config.name_b:
+        raise ValueError(f"both systems are called {config.name_a!r}: name them by --name-a and --name-b")
+    for name in (config.a, config.b, pages.file, pages.judgments, pages.verdicts):
+        if name and not Path(name).exists():
+            raise ValueError(f"no such file or folder: {name}")
+    beside = Path(config.b or pages.file)
+    out = Path(config.out) if config.out else (beside if beside.is_dir() else beside.parent) / "comparison.json"
+    if out.is_dir():
+        raise ValueError(f"out: {out} is a folder: name a file, such as {out / 'comparison.json'}")
+
+    examples: list[Example] = []
+    results: dict[str, Any] = {"names": {"a": config.name_a, "b": config.name_b}}
+    shown: list[str] = []
+    if config.data:
+        schema = StepSchema(run_settings(beside, config.config).steps)
+        examples = load_examples(config.data, schema.num_steps, options=[spec.options for spec in schema.specs])
+        if config.a:
+            check_tags((example.tags for example in examples), config.by)
+            true_grades(examples)
+            a, b = (from_file(Path(source), examples, schema) for source in (config.a, config.b))
+            results["offline"], schema = offline(a, b, config)
+            shown += [offline_table(results["offline"], config, schema), *parts_tables(results["offline"], config)]
+    if pages.file:
+        results["online"] = online(read_pages(Path(pages.file), config.name_a, config.name_b), examples, config)
+        shown.append(online_table(results["online"], config))
+    print("\n\n".join(shown))
+    out.parent.mkdir(parents=True, exist_ok=True)
+    write_whole(out, json.dumps(results, indent=2) + "\n")
+    print(f"written to {out}")
+
+
+def offline(a: Responses, b: Responses, config: CompareConfig) -> tuple[dict[str, Any], StepSchema]:
+    """(`compare_systems` of two systems, with the results of each as `a` and `b`; the steps that were compared).
+
+    Where one of them has verdicts alone, both are compared by their verdicts; this is printed, as is what was left out.
+    """
+    for name, responses in ((config.name_a, a), (config.name_b, b)):
+        if responses.num_others:
+            print(f"{name}: {responses.num_others:,} rollouts are of pairs that are not compared, and are left out")
+    if a.schema.num_steps != b.schema.num_steps:
+        print("one system has verdicts alone: the steps of the other are not compared")
+        a, b = verdicts_alone(a), verdicts_alone(b)
+    options = {"by": config.by, "bootstrap": config.bootstrap}
+    single = {key: results_dict(r.rollouts, r.examples, r.schema, **options) for key, r in (("a", a), ("b", b))}
+    return {**single, **compare_systems(a.rollouts, b.rollouts, a.examples, a.schema, **options)}, a.schema
+
+
+def online(pages: Pages, examples: Sequence[Example], config: CompareConfig) -> dict[str, Any]:
+    """`side_by_side` of the pages, with `num_unjudged` shown items that were left out."""
+    settings = config.pages
+    if pages.key == "item_ids" and not settings.judgments:
+        raise ValueError(f"{settings.file} lists item_ids: give their classes by --pages.judgments FILE")
+    if pages.key == "example_ids" and (settings.judgments or not examples):
+        raise ValueError(f"{settings.file} lists example_ids: their classes are the grades of --data FILE, and no others")
+    if pages.num_others:
+        print(f"{settings.file}: {pages.num_others:,} lists are of other systems, and are left out")
+    judgments = read_judgments(Path(settings.judgments)) if settings.judgments else judged_examples(examples)
+    verdicts = read_verdicts(Path(settings.verdicts), list(pages.a)) if settings.verdicts else None
+    grades_a, grades_b, num_unjudged = shown_grades(pages, judgments, settings.top_n, settings.unjudged)
+    tags = tags_of_queries(pages, examples)
+    check_tags(tags.values(), config.by)
+    options = {"by": config.by, "bootstrap": config.bootstrap}
+    return {**side_by_side(pages, grades_a, grades_b, verdicts, settings, tags, **options), "num_unjudged": num_unjudged}
+
+
+def tags_of_queries(pages: Pages, examples: Sequence[Example]) -> dict[str, dict[str, str]]:
+    """query_id -> tags: those of its pages, and those that all examples of the query agree on."""
+    tags: dict[str, dict[str, str]] = {}
+    for example in examples:
+        known = tags.setdefault(example.query_id, dict(example.tags))
+        tags[example.query_id] = {tag: value for tag, value in known.items() if example.tags.get(tag) == value}
+    return {query_id: {**tags.get(query_id, {}), **pages.b[query_id].tags, **page.tags} for query_id, page in pages.a.items()}
+
+
+def offline_table(results: Results, config: CompareConfig, schema: StepSchema) -> str:
+    """Every score of A and B, the change in points with its interval, and the percentage of draws in which B is higher."""
+    rows = []
+    scores = [
+        (name, values, change)
+        for name, (*values, change) in score_rows(schema, results["a"], results["b"], results["difference"])
+    ]
+    shares = consistency_rows(results["a"], results["b"])
+    changes = [change for _, (change,) in consistency_rows(results["difference"])] if shares else []
+    scores += [(name, values, change) for (name, values), change in zip(shares, changes, strict=True)]
+    for name, values, change in scores:
+        rows.append((name, *map(percent, values), *_change(change)))
+    num_scores = 7 + schema.num_steps + 1
+    test = results["mcnemar"]
+    notes = [
+        f"percent, {results['num_examples']:,} pairs of {results['num_queries']:,} queries; {_draws(config.bootstrap)}",
+        f"verdicts: {test['num_only_a_right']:,} right by {config.name_a} alone, {test['num_only_b_right']:,} by {config.name_b} "
+        f"alone; McNemar's exact test: p = {test['p_value']:.2g}",
+    ]
+    header = ("", config.name_a, config.name_b, "change", f"{config.name_b} higher")
+    return text_table(header, [rows[:7], rows[7:num_scores], rows[num_scores:]], notes)
+
+
+def parts_tables(results: Results, config: CompareConfig) -> list[str]:
+    """For each tag, the changes of macro F1, accuracy and Good F1 for each of its values."""
+    tables = []
+    for tag, parts in results["by"].items():
+        rows = []
+        for value, part in parts.items():
+            changes = [_change(part["difference"][key]) for key in ("macro_f1", "accuracy", "good_f1")]
+            rows.append((value, f"{part['num_examples']:,}", *(c for change in changes for c in change)))
+        higher = f"{config.name_b} higher"
+        header = (tag, "pairs", "Macro F1", higher, "Accuracy", higher, "Good F1", higher)
+        tables.append(text_table(header, [rows], [f"change in points from {config.name_a} to {config.name_b}"]))
+    return tables
+
+
+def online_table(results: Results, config: CompareConfig) -> str:
+    """GSB and goodrates of all queries and of each value of a tag, as in Table 7."""
+    rows = [_online_row("all", results)]
+    rows += [_online_row(value, part) for parts in results["by"].values() for value, part in parts.items()]
+    header = ("", "queries", "GSB")
+    for name in ("query goodrate", "item goodrate"):
+        header += (f"{name} {config.name_a}", config.name_b, "change")
+    shares = results["gsb"]
+    counted = "no comparisons"
+    if shares:
+        parts = ", ".join(f"{percent(shares[name])} {name}" for name in ("good", "same", "bad"))
+        counted = f"{shares['num_comparisons']:,} comparisons: {parts} ({results['verdicts_by']})"
+    notes = [
+        f"percent and points; {_draws(config.bootstrap)}",
+        f"GSB: (good - bad) / comparisons of {config.name_b} against {config.name_a}; {counted}",
+        f"query goodrate: pages rated good or mid ({results['ratings_by']}); item goodrate: items of class 3 or 4",
+    ]
+    if results["num_short_pages"]:
+        notes.append(f"{results['num_short_pages']:,} pages have fewer than {config.pages.top_n} items")
+    if results["num_unjudged"]:
+        notes.append(f"{results['num_unjudged']:,} shown items have no class and are left out")
+    return text_table(header, [rows[:1], rows[1:]], notes)
+
+
+def _online_row(name: str, part: Results) -> tuple[str, ...]:
+    gsb = part["gsb"]
+    cells = [percent(gsb["gsb"], gsb["interval"], signed=True) if gsb else "-"]
+    for key in ("query_goodrate", "item_goodrate"):
+        cells += [percent(part[key]["a"]), percent(part[key]["b"]), _change(part[key])[0]]
+    return (name, f"{part['num_queries']:,}", *cells)
+
+
+def _change(summary: Mapping[str, Any] | None) -> tuple[str, str]:
+    """(difference with its interval, share of draws in which B is higher)."""
+    if summary is None:
+        return "-", "-"
+    return percent(summary["difference"], summary["interval"], signed=True), percent(summary["b_higher_frac"])
+
+
+def _draws(settings: BootstrapConfig) -> str:
+    drawn = f"in brackets {100 * settings.level:g} % intervals, paired, from {settings.num_draws:,} draws of the queries"
+    return drawn if settings.num_draws else "no draws, no intervals"
+
+
+if __name__ == "__main__":
+    run_program(main, CompareConfig)

@@ -1,0 +1,168 @@
+"""Pairs of a better and a worse response to one prompt: made from sampled responses, or read from a file."""
+
+from __future__ import annotations
+
+import json
+import random
+from bisect import bisect_left
+from collections import Counter
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+from srpo.batch import Rollout
+from srpo.steps import same_answer
+
+_ROUNDING = 1e-9  # sums of step rewards are compared, and 0.1 + 0.2 is not 0.3
+
+Tokens = tuple[int, ...]
+
+
+@dataclass(frozen=True)
+class Preference:
+    """One pair, as token ids."""
+
+    prompt_ids: Tokens
+    chosen_ids: Tokens
+    rejected_ids: Tokens
+    example_id: str = ""
+    grade: str = ""  # label of the verdict, where it is known
+
+
+@dataclass(frozen=True)
+class PairRules:
+    """How responses become pairs."""
+
+    prefer: Literal["verdict", "total"] = "verdict"  # the right verdict over a wrong one; or the larger total step reward
+    margin: float = 0.0  # of "total": least difference
+    per_example: int = 4  # most pairs of one example, drawn from all that it has; 0: all
+    balance: bool = False  # as many pairs of every grade as of the one that has fewest
+    seed: int = 0
+
+
+def pairs_from_rollouts(
+    rollouts: Iterable[Rollout], labels: Mapping[str, str | None] | None, rules: PairRules
+) -> tuple[list[Preference], dict[str, Any]]:
+    """(pairs, counts of what became of the responses), from responses to the same prompt of the same example (5.1.4).
+
+    labels: example_id -> label of the verdict, which says whose verdict is right; None: those with a reward on their last step.
+    A response without a verdict is not right. "total" prefers by the sum of the step rewards that the rollouts carry.
+    A response that was sampled several times counts once, with the mean of its scores. What was cut at its length may be
+    rejected, never chosen: its end would not be learned. Aborted ones are left out. Draws depend on the seed, the example and the
+    set of its responses, not on their order.
+
+    Paper: it says "pairwise preference labels" and not how they were had; by the verdict.
+    Raises ValueError for labels or rewards that are needed and not there, and where no example has a pair.
+    """
+    _check(rules, labels)
+    sampled: dict[tuple[str, Tokens], dict[Tokens, list[float]]] = {}
+    whole: set[tuple[str, Tokens, Tokens]] = set()  # ended by themselves
+    num = Counter({"responses": 0, "aborted": 0, "repeated": 0})
+    for rollout in rollouts:
+        num["responses"] += 1
+        if rollout.finish == "abort":
+            num["aborted"] += 1
+            continue
+        responses = sampled.setdefault((rollout.example_id, rollout.prompt_ids), {})
+        num["repeated"] += rollout.response_ids in responses
+        responses.setdefault(rollout.response_ids, []).append(_score(rollout, labels, rules.prefer))
+        if rollout.finish == "stop":
+            whole.add((rollout.example_id, rollout.prompt_ids, rollout.response_ids))
+    margin = rules.margin if rules.prefer == "total" else 0.0
+    pairs: list[Preference] = []
+    for (example_id, prompt), responses in sampled.items():
+        ranked = sorted((-sum(s) / len(s), ids) for ids, s in responses.items())
+        choosable = [(example_id, prompt, ids) in whole for _, ids in ranked]
+        rng = random.Random(f"dpo|{rules.seed}|{example_id}|{prompt}")
+        grade = str((labels or {}).get(example_id) or "")
+        for i, j in _draw([-score for score, _ in ranked], choosable, margin, rules.per_example, rng):
+            pairs.append(Preference(prompt, ranked[i][1], ranked[j][1], example_id, grade))
+    counts: dict[str, Any] = {f"num_{name}": number for name, number in num.items()}
+    paired = len({(pair.example_id, pair.prompt_ids) for pair in pairs})
+    counts |= {"num_prompts": len(sampled), "num_prompts_without_pair": len(sampled) - paired, "num_pairs_drawn": len(pairs)}
+    if not pairs:
+        raise ValueError(
+            f"{counts['num_responses']} responses to {len(sampled)} prompts make no pair: a pair needs a better and a worse "
+            "response to one prompt. Sample several to each (rollout.group_size), lower margin, or take prompts that are neither "
+            "always answered right nor always wrong"
+        )
+    if rules.balance:
+        counts["by_grade_drawn"] = dict(sorted(Counter(pair.grade for pair in pairs).items()))
+        pairs = _balanced(pairs, rules.seed)
+    return pairs, counts | {"num_pairs": len(pairs), "by_grade": dict(sorted(Counter(pair.grade for pair in pairs).items()))}
+
+
+def _check(rules: PairRules, labels: Mapping[str, str | None] | None) -> None:
+    if rules.margin < 0 or rules.per_example < 0:
+        raise ValueError(f"margin {rules.margin} and per_example {rules.per_example} must not be negative")
+    if rules.balance and labels is None:
+        raise ValueError("pairs are balanced over the grades of the examples: set data, or balance to false")
+
+
+def _score(rollout: Rollout, labels: Mapping[str, str | None] | None, prefer: str) -> float:
+    if prefer == "verdict" and labels is not None:
+        label = labels.get(rollout.example_id)
+        if label is None:
+            raise ValueError(
+                f"{rollout.example_id} has no label of its verdict: data must hold every example of the rollouts, graded"
+            )
+        return float(same_answer(rollout.answers[-1], label))
+    if rollout.step_rewards is None:
+        raise ValueError(
+            f"the rollouts of {rollout.example_id} have no rewards: use a rollouts.jsonl of srpo.train, or prefer verdict and "
+            "set data"
+        )
+    return sum(rollout.step_rewards) if prefer == "total" else float(rollout.step_rewards[-1] > 0)
+
+
+def _draw(
+    scores: Sequence[float], choosable: Sequence[bool], margin: float, limit: int, rng: random.Random
+) -> list[tuple[int, int]]:
+    """At most `limit` (0: all) of the pairs (chosen, rejected) of responses with falling scores, drawn without repetition."""
+    least = max(margin - _ROUNDING, _ROUNDING)
+    rising = [-score for score in scores]
+    firsts = [bisect_left(rising, least - score) for score in scores]  # from here on scores are lower by `least` or more
+    counts = [(len(scores) - first) if able else 0 for first, able in zip(firsts, choosable, strict=True)]
+    total = sum(counts)
+    drawn = sorted(rng.sample(range(total), limit)) if limit and limit < total else range(total)
+    pairs, before, i = [], 0, 0
+    for number in drawn:
+        while number >= before + counts[i]:
+            before, i = before + counts[i], i + 1
+        pairs.append((i, firsts[i] + number - before))
+    return pairs
+
+
+def _balanced(pairs: Sequence[Preference], seed: int) -> list[Preference]:
+    """As many of each grade as of the rarest, drawn and then in the order given."""
+    by_grade: dict[str, list[int]] = {}
+    for i, pair in enumerate(pairs):
+        by_grade.setdefault(pair.grade, []).append(i)
+    least = min(map(len, by_grade.values()))
+    kept = [i for grade, indices in by_grade.items() for i in random.Random(f"dpo|{seed}|{grade}").sample(indices, least)]
+    return [pairs[i] for i in sorted(kept)]
+
+
+def read_preferences(path: str | Path) -> Iterator[tuple[str, str, str]]:
+    """(prompt, chosen, rejected) texts of a JSON Lines file. ValueError with file and line for what is no pair, when chosen and
+    rejected are the same, or when there is none."""
+    empty = True
+    with Path(path).open("rb") as file:  # json decodes it, so that what is not UTF-8 has a line number too
+        for number, line in enumerate(file, start=1):
+            try:
+                row = json.loads(line)
+                texts = row["prompt"], row["chosen"], row["rejected"]
+            except (ValueError, KeyError, TypeError) as error:
+                want = '{"prompt": "...", "chosen": "...", "rejected": "..."}'
+                raise ValueError(f"{path}, line {number}: want {want} ({error})") from error
+            if not all(isinstance(text, str) and text for text in texts):
+                raise ValueError(f"{path}, line {number}: prompt, chosen and rejected must be texts that are not empty")
+            if texts[1] == texts[2]:
+                raise ValueError(
+                    f"{path}, line {number}: chosen and rejected are the same, so it prefers nothing: remove the line"
+                )
+            empty = False
+            yield texts
+    if empty:
+        raise ValueError(f"{path} has no pairs: write one JSON object per line")

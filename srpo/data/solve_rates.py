@@ -1,0 +1,118 @@
+"""How often the policy solves each example: estimates that move with it and age (4.2.1).
+
+The rule has two settings. A new score enters an example's estimate with what weight the old one leaves, and that fades with the
+optimizer steps since the example's last score, its age:
+
+    w = (1 - new_weight) * max(0, 1 - age / max_age)        estimate <- w * estimate + (1 - w) * score
+
+At age `max_age` an estimate has aged out: it weighs nothing any more, and it no longer keeps its example from being drawn.
+
+Paper: 4.2.1 lets the selection follow the policy and does not say how; new_weight 1 is the last score alone.
+"""
+
+from __future__ import annotations
+
+import math
+from collections import Counter
+from collections.abc import Sequence
+from typing import TypedDict
+
+import numpy as np
+
+
+class SolveRateState(TypedDict):
+    """JSON-able. Its size follows the examples that were ever scored, not the data."""
+
+    step: int
+    rows: list[int]
+    estimates: list[float]
+    seen_at: list[int]
+
+
+class SolveRates:
+    """Estimates of all examples of a run, a row each, shared by the stages of a curriculum.
+
+    `step` is the clock that ages are counted by: the optimizer steps that `tick` has begun. ValueError for no examples, a
+    repeated example_id and settings out of range.
+    """
+
+    def __init__(self, example_ids: Sequence[str], *, new_weight: float, max_age: int):
+        if not example_ids:
+            raise ValueError("the sampler has no examples: check data.train")
+        if not 0 < new_weight <= 1:
+            raise ValueError(f"sampler.new_weight is {new_weight}: set it above 0 and to at most 1")
+        if max_age < 0:
+            raise ValueError(f"sampler.max_age is {max_age}: set it to 0 (nobody is skipped) or more")
+        self._row_of = {example_id: row for row, example_id in enumerate(example_ids)}
+        if len(self._row_of) < len(example_ids):
+            twice = Counter(example_ids).most_common(1)[0][0]
+            raise ValueError(f"example_id {twice!r} occurs more than once: give every pair its own")
+        self._new_weight, self._max_age = new_weight, max_age
+        self.step = 0
+        self.estimates = np.zeros(len(example_ids))  # [rows] in 0..1; of no meaning where never scored
+        self.seen_at = np.full(len(example_ids), -1)  # [rows] step of the last score, -1: never
+
+    def rows(self, example_ids: Sequence[str]) -> np.ndarray:
+        """[len(example_ids)] the row of each. ValueError for an example that has none."""
+        unknown = next((name for name in example_ids if name not in self._row_of), None)
+        if unknown is not None:
+            raise ValueError(f"example_id {unknown!r} is not in this sampler: observe what next() returned")
+        return np.array([self._row_of[name] for name in example_ids], dtype=np.int64)
+
+    def tick(self) -> None:
+        """Another optimizer step begins: every estimate is one step older."""
+        self.step += 1
+
+    def observe(self, example_ids: Sequence[str], scores: Sequence[float]) -> None:
+        """Move the estimate of each example towards its newest score. ValueError for an unknown id or a score of NaN."""
+        rows = self.rows(example_ids)
+        for example_id, row, score in zip(example_ids, rows.tolist(), scores, strict=True):
+            if not math.isfinite(score):
+                raise ValueError(f"the score of {example_id} is {score}: a group score has to be finite")
+            old = self._weight(int(self.seen_at[row]))
+            self.estimates[row] = old * self.estimates[row] + (1 - old) * score
+            self.seen_at[row] = self.step
+
+    def _weight(self, seen_at: int) -> float:
+        """What an old estimate counts beside a new score."""
+        age = self.step - seen_at
+        return (1 - self._new_weight) * (1 - age / self._max_age) if seen_at >= 0 and age < self._max_age else 0.0
+
+    def inside(self, rows: np.ndarray, low: float, high: float) -> np.ndarray:
+        """[R] bool: scored at some time, with an estimate strictly between low and high."""
+        estimates = self.estimates[rows]
+        return (self.seen_at[rows] >= 0) & (estimates > low) & (estimates < high)
+
+    def skipped(self, rows: np.ndarray, low: float, high: float) -> np.ndarray:
+        """[R] bool: the estimate lies outside of the window and has not aged out."""
+        seen_at = self.seen_at[rows]
+        return (seen_at >= 0) & (self.step - seen_at < self._max_age) & ~self.inside(rows, low, high)
+
+    def stats(self, rows: np.ndarray, low: float, high: float) -> dict[str, int]:
+        """Of the examples in `rows`: num_unseen, num_too_hard (estimate <= low), num_in_window, num_too_easy (>= high),
+        num_skipped."""
+        seen, estimates = self.seen_at[rows] >= 0, self.estimates[rows]
+        return {
+            "num_unseen": int((~seen).sum()),
+            "num_too_hard": int((seen & (estimates <= low)).sum()),
+            "num_in_window": int(self.inside(rows, low, high).sum()),
+            "num_too_easy": int((seen & (estimates >= high)).sum()),
+            "num_skipped": int(self.skipped(rows, low, high).sum()),
+        }
+
+    def state_dict(self) -> SolveRateState:
+        """The clock and every estimate."""
+        rows = np.flatnonzero(self.seen_at >= 0)
+        return {
+            "step": self.step,
+            "rows": rows.tolist(),
+            "estimates": self.estimates[rows].tolist(),
+            "seen_at": self.seen_at[rows].tolist(),
+        }
+
+    def load_state_dict(self, state: SolveRateState) -> None:
+        """Continue where `state_dict` was taken, of the same examples in the same order."""
+        self.step = state["step"]
+        self.estimates[:], self.seen_at[:] = 0.0, -1
+        self.estimates[state["rows"]] = state["estimates"]
+        self.seen_at[state["rows"]] = state["seen_at"]

@@ -1,0 +1,296 @@
+"""Direct preference optimization, the baseline of 5.1.4: `python -m srpo.dpo @ my.toml`.
+
+Pairs are made from the responses that a run has sampled (`rollouts`), or read from a file (`pairs`). What the reference says of
+them is computed once, ahead of training.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from srpo_kernels import step_of_row, token_logprobs
+
+from srpo.algorithm.losses import dpo_loss
+from srpo.batch import Batch, Rollout, pack, read_rollouts
+from srpo.config import OptimizerConfig, PolicyConfig
+from srpo.data.preferences import PairRules, Preference, pairs_from_rollouts, read_preferences
+from srpo.data.readers import load_examples
+from srpo.data.tokenizer import encode, load_tokenizer
+from srpo.metrics import MetricsLogger
+from srpo.optim import learning_rate, make_optimizer, set_learning_rate
+from srpo.policy.checkpoint import latest_checkpoint, load_checkpoint, save_checkpoint
+from srpo.policy.model import Policy, load_policy, save_policy
+from srpo.policy.parallel import Parallel, init_parallel
+from srpo.policy.update import level, optimizer_step
+from srpo.progress import Progress
+from srpo.run_dir import claim_run_dir, write_whole
+from srpo.settings import run_program
+from srpo.sft import batch_indices
+from srpo.steps import PAPER_STEPS, StepSchema, StepSpec
+
+REFERENCE_BATCH = 256  # pairs between two updates of the progress bar while the reference is scored
+
+
+@dataclass(frozen=True)
+class DpoConfig:
+    """`python -m srpo.dpo --rollouts runs/demo/rollouts.jsonl --policy.path runs/demo/sft/policy`"""
+
+    run_dir: str = "runs/dpo"
+    seed: int = 0
+    pairs: str = ""  # JSON Lines of {"prompt": "...", "chosen": "...", "rejected": "..."}
+    rollouts: str = ""  # instead of pairs: a rollouts.jsonl of the same tokenizer
+    data: str = ""  # with rollouts: graded examples, whose labels say which verdict is right; empty: the rewards of the rollouts
+    rules: PairRules = field(default_factory=PairRules)  # with rollouts: how responses become pairs
+    steps: tuple[StepSpec, ...] = PAPER_STEPS
+    num_steps: int = 200
+    batch_size: int = 32  # pairs per optimizer step, over all ranks
+    micro_batch_tokens: int = 16384
+    checkpoint_every: int = 100
+    beta: float = 0.1  # how dear it is to leave the reference
+    label_smoothing: float = 0.0  # how often a preference is taken to be wrong
+    policy: PolicyConfig = field(default_factory=PolicyConfig)
+    optimizer: OptimizerConfig = field(default_factory=lambda: OptimizerConfig(lr=1e-6, warmup_steps=10, schedule="linear"))
+
+
+def load_preferences(cfg: DpoConfig, tokenizer: Any) -> tuple[list[Preference], dict[str, Any]]:
+    """(all pairs as token ids, counts of how they were made). ValueError for whatever is wrong with the files."""
+    if cfg.pairs:
+        texts = list(read_preferences(cfg.pairs))
+        ends = (tokenizer.eos_token_id,)
+        made = [
+            Preference(encode(tokenizer, prompt), encode(tokenizer, chosen) + ends, encode(tokenizer, rejected) + ends)
+            for prompt, chosen, rejected in texts
+        ]
+        return made, {"num_pairs": len(made)}
+    options = [spec.options for spec in cfg.steps]
+    labels = None
+    if cfg.data:
+        labels = {e.example_id: e.gold[-1] if e.gold else None for e in load_examples(cfg.data, len(cfg.steps), options=options)}
+    try:
+        rollouts = [rollout for _, rollout in read_rollouts(Path(cfg.rollouts))]
+    except (ValueError, KeyError, TypeError) as error:
+        raise ValueError(f"{cfg.rollouts} is not a rollouts.jsonl of srpo.train ({error})") from error
+    if not rollouts:
+        raise ValueError(f"{cfg.rollouts} has no rollouts: train with train.log_rollouts")
+    _check_tokenizer(cfg, tokenizer, rollouts)
+    return pairs_from_rollouts(rollouts, labels, cfg.rules)
+
+
+def _check_tokenizer(cfg: DpoConfig, tokenizer: Any, rollouts: Sequence[Rollout]) -> None:
+    """Raises ValueError where the policy's tokenizer is not the one that the rollouts were sampled with."""
+    special = set(tokenizer.all_special_ids)
+    for rollout in rollouts[:100]:
+        ids = list(rollout.response_ids)
+        while ids and ids[-1] in special:
+            ids.pop()
+        if max((*rollout.prompt_ids, *ids)) >= len(tokenizer) or tokenizer.decode(ids) != rollout.text:
+            raise ValueError(
+                f"the tokens of {rollout.example_id} in {cfg.rollouts} are not its text by the tokenizer in {cfg.policy.path}: "
+                "start from the policy that has sampled them, or give the pairs as texts (pairs)"
+            )
+
+
+def _check_settings(cfg: DpoConfig) -> None:
+    for key in ("batch_size", "micro_batch_tokens", "checkpoint_every"):
+        if getattr(cfg, key) < 1:
+            raise ValueError(f"{key} is {getattr(cfg, key)}: set it to 1 or more")
+    if bool(cfg.pairs) == bool(cfg.rollouts):
+        raise ValueError("set either pairs, a file of preferences, or rollouts, responses to make them from")
+    if not cfg.beta > 0:
+        raise ValueError(f"beta is {cfg.beta}: it must be above 0")
+    if not 0 <= cfg.label_smoothing < 0.5:
+        raise ValueError(f"label_smoothing is {cfg.label_smoothing}: give 0 to below 0.5")
+    StepSchema(cfg.steps)
+
+
+def _check_lengths(cfg: DpoConfig, pairs: Sequence[Preference], max_context: int) -> None:
+    context = min(cfg.policy.max_context or max_context, max_context)
+    for number, pair in enumerate(pairs, start=1):
+        name = f"pair {number}" + (f" (of {pair.example_id})" if pair.example_id else "")
+        if not (pair.prompt_ids and pair.chosen_ids and pair.rejected_ids):
+            raise ValueError(f"{name} has an empty prompt or response: leave it out")
+        if pair.chosen_ids == pair.rejected_ids:
+            raise ValueError(f"{name} prefers a response to itself: its texts have the same tokens; leave it out")
+        longest = len(pair.prompt_ids) + max(len(pair.chosen_ids), len(pair.rejected_ids))
+        if longest > context:
+            raise ValueError(f"{name} has {longest} tokens, more than the context of {context}: shorten it or leave it out")
+        if num_rows(pair) > cfg.micro_batch_tokens:
+            raise ValueError(
+                f"{name} has {num_rows(pair)} rows, more than micro_batch_tokens = {cfg.micro_batch_tokens}: raise that; "
+                "a pair is never split"
+            )
+
+
+def num_rows(pair: Preference) -> int:
+    """Packed rows of both sequences: the last token of each is no input."""
+    return 2 * len(pair.prompt_ids) + len(pair.chosen_ids) + len(pair.rejected_ids) - 2
+
+
+def pack_preferences(pairs: Sequence[Preference], reference: torch.Tensor, max_tokens: int) -> list[Batch]:
+    """Micro-batches of whole pairs, sequence 2p the chosen and 2p + 1 the rejected response of its pair p.
+
+    reference [P, 2]: log-probabilities of the whole responses under the reference. In `ref_logprobs` they stand on the first
+    response token of each, since only their sum over the response counts.
+    """
+    batches, first, rows = [], 0, 0
+    for i, pair in enumerate(pairs):
+        if i > first and rows + num_rows(pair) > max_tokens:
+            batches.append(_pack_whole(pairs[first:i], reference[first:i]))
+            first, rows = i, 0
+        rows += num_rows(pair)
+    return [*batches, _pack_whole(pairs[first:], reference[first:])] if pairs else []
+
+
+def _pack_whole(pairs: Sequence[Preference], reference: torch.Tensor) -> Batch:
+    rollouts = [
+        Rollout("", 0, pair.prompt_ids, ids, (0.0,) * len(ids), (len(ids),), (None,), "", "stop", 0)
+        for pair in pairs
+        for ids in (pair.chosen_ids, pair.rejected_ids)
+    ]
+    (batch,) = pack(rollouts, torch.zeros(len(rollouts), 1), torch.ones(len(rollouts)))
+    starts = batch.cu_seqlens[:-1].long() + torch.tensor([len(rollout.prompt_ids) - 1 for rollout in rollouts])
+    return batch.with_(ref_logprobs=torch.zeros(len(batch.labels)).index_copy(0, starts, reference.reshape(-1).float()))
+
+
+def response_logprobs(logits: torch.Tensor, rows: Batch) -> torch.Tensor:
+    """Log-probabilities of whole responses, [N] fp32: of the unfiltered softmax at temperature 1; differentiable."""
+    return _by_sequence(token_logprobs(logits, rows.labels, temperature=1.0)[0], rows)
+
+
+def _by_sequence(values: torch.Tensor, rows: Batch) -> torch.Tensor:
+    """Sums over the rows of each sequence, [N]."""
+    index = torch.arange(len(values), device=values.device)
+    sequence, _ = step_of_row(rows.cu_seqlens, rows.step_ends, index)
+    return values.new_zeros(rows.num_sequences).index_add(0, sequence, values)
+
+
+@torch.no_grad()
+def reference_logprobs(model: torch.nn.Module, pairs: Sequence[Preference], max_tokens: int, parallel: Parallel) -> torch.Tensor:
+    """[P, 2] fp32, the same on every rank: log-probabilities of the chosen and the rejected responses. Collective."""
+    found = torch.zeros(len(pairs), 2, device=parallel.device)
+    with Progress("reference", len(pairs), enabled=parallel.is_main) as bar:
+        for first in range(0, len(pairs), REFERENCE_BATCH):
+            mine = range(first + parallel.rank, min(first + REFERENCE_BATCH, len(pairs)), parallel.world_size)
+            batches = pack_preferences([pairs[i] for i in mine], torch.zeros(len(mine), 2), max_tokens)
+            sums = [response_logprobs(model(batch), batch.rows()[1]) for batch in level(batches, parallel)][: len(batches)]
+            if sums:
+                found[torch.tensor(mine, device=parallel.device)] = torch.cat(sums).reshape(-1, 2)
+            bar.advance(min(REFERENCE_BATCH, len(pairs) - first))
+    return parallel.all_reduce_sum(found).cpu()
+
+
+def dpo(cfg: DpoConfig, parallel: Parallel) -> Path:
+    """Train and return the folder of the resulting checkpoint, `run_dir/policy`. Killed and started again it continues."""
+    run_dir, main = Path(cfg.run_dir), parallel.is_main
+    _check_settings(cfg)
+    tokenizer = load_tokenizer(cfg.policy.path)
+    pairs, counts = load_preferences(cfg, tokenizer)
+    policy = Policy(
+        load_policy(cfg.policy.path, experts=cfg.policy.experts), activation_checkpointing=cfg.policy.activation_checkpointing
+    )
+    _check_lengths(cfg, pairs, policy.max_context)
+    policy = parallel.shard(policy, dtype=cfg.policy.dtype)
+    optimizer = make_optimizer(policy.parameters(), cfg.optimizer)
+    claim_run_dir(run_dir, cfg, main)
+    if main:
+        write_whole(run_dir / "pairs.json", json.dumps(counts, indent=1) + "\n")
+    data = hashlib.blake2b(repr(pairs).encode(), digest_size=16).hexdigest()
+    reference, done = _reference(cfg, policy, pairs, data, parallel), 0
+    if (checkpoint := latest_checkpoint(run_dir / "checkpoints")) is not None:
+        extra = load_checkpoint(checkpoint, policy, optimizer, parallel)
+        done = extra["step"]
+    logger = MetricsLogger(run_dir, resume_step=done or None) if main else None
+    names = ("accuracy", "margin", "chosen_reward", "rejected_reward")
+    sums = torch.zeros(len(names) + 1, dtype=torch.float64, device=parallel.device)  # of these, and of the tokens
+
+    def loss_of(batch: Batch) -> torch.Tensor:
+        _, rows = batch.rows()
+        assert rows.ref_logprobs is not None
+        # The last sequence is cut off where there is an odd one: an empty batch of `level` is a single sequence without rows.
+        logprobs, ref = (
+            x[: len(x) // 2 * 2].reshape(-1, 2)
+            for x in (response_logprobs(policy(batch), rows), _by_sequence(rows.ref_logprobs, rows))
+        )
+        out = dpo_loss(
+            logprobs[:, 0], logprobs[:, 1], ref[:, 0], ref[:, 1], cfg.beta, cfg.batch_size, label_smoothing=cfg.label_smoothing
+        )
+        sums.add_(torch.stack([*(out.metrics[name].double() for name in names), sums.new_tensor(len(rows.labels))]))
+        return out.loss
+
+    with Progress("DPO", cfg.num_steps, start=done, enabled=main) as bar:
+        bar.print(f"{counts['num_pairs']} pairs ({run_dir / 'pairs.json'} says how they came about)")
+        for step in range(done, cfg.num_steps):
+            chosen = batch_indices(len(pairs), cfg.batch_size, step, cfg.seed)[parallel.rank :: parallel.world_size]
+            batches = pack_preferences([pairs[i] for i in chosen], reference[chosen], cfg.micro_batch_tokens)
+            lr = learning_rate(cfg.optimizer, step, cfg.num_steps)
+            set_learning_rate(optimizer, lr)
+            sums.zero_()
+            result = optimizer_step(
+                policy,
+                optimizer,
+                batches,
+                loss_of,
+                parallel,
+                grad_clip=cfg.optimizer.grad_clip,
+                dump=run_dir / "non_finite.pt",
+                info={"step": step},
+            )
+            *means, num_tokens = parallel.all_reduce_sum(sums).tolist()
+            metrics = {f"dpo/{name}": mean for name, mean in zip(names, means, strict=True)}
+            if logger is not None:
+                steps = {"train/loss": result.loss, "train/grad_norm": result.grad_norm, "train/lr": lr}
+                logger.log(step + 1, metrics | steps | {"train/num_tokens": num_tokens})
+            bar.advance(1, loss=result.loss, right=metrics["dpo/accuracy"])
+            if (step + 1) % cfg.checkpoint_every == 0 or step + 1 == cfg.num_steps:
+                if logger is not None:
+                    logger.sync()
+                save_checkpoint(run_dir / "checkpoints", step + 1, policy, optimizer, {"step": step + 1}, parallel, keep=1)
+    save_policy(policy, tokenizer, run_dir / "policy")
+    parallel.barrier()  # no rank returns, or ends, while another still gathers or writes
+    if logger is not None:
+        logger.close()
+    return run_dir / "policy"
+
+
+def _reference(
+    cfg: DpoConfig, policy: torch.nn.Module, pairs: Sequence[Preference], data: str, parallel: Parallel
+) -> torch.Tensor:
+    """`reference_logprobs` of all pairs: from the run folder, else computed, by the starting policy where no other is named, and
+    written there. So the reference is in memory only before the first optimizer step."""
+    path = Path(cfg.run_dir) / "reference.pt"
+    if path.is_file():
+        stored = torch.load(path, weights_only=True)
+        if stored["data"] != data:
+            raise ValueError(f"the pairs are not those that {cfg.run_dir} has been trained on so far: give another run_dir")
+        return stored["logprobs"]
+    model = policy
+    if cfg.policy.reference:
+        model = parallel.shard(
+            Policy(load_policy(cfg.policy.reference, experts=cfg.policy.experts).requires_grad_(False)), dtype=cfg.policy.dtype
+        )
+    logprobs = reference_logprobs(model, pairs, cfg.micro_batch_tokens, parallel)
+    if parallel.is_main:
+        aside = path.with_name(f".{path.name}.part")
+        torch.save({"data": data, "logprobs": logprobs}, aside)
+        aside.replace(path)
+    parallel.barrier()
+    return logprobs
+
+
+def main(cfg: DpoConfig) -> None:
+    """The program."""
+    parallel = init_parallel()
+    try:
+        dpo(cfg, parallel)
+    finally:
+        parallel.close()
+
+
+if __name__ == "__main__":
+    run_program(main, DpoConfig)

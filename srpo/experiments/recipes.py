@@ -1,0 +1,124 @@
+"""How each row of the paper's tables is trained: settings put over `base`, from a starting checkpoint that all rows share."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from types import MappingProxyType
+from typing import Any, Literal
+
+from srpo.config import Config, DataConfig, LossConfig, OptimizerConfig, PolicyConfig, RewardConfig, RolloutConfig, TrainConfig
+from srpo.policy.model import TinyConfig
+from srpo.settings import apply_table
+from srpo.steps import PAPER_STEPS, StepSpec
+
+
+@dataclass(frozen=True)
+class Scale:
+    """The size of the experiments: the paper's in miniature."""
+
+    model: TinyConfig = field(default_factory=TinyConfig)
+    num_demonstrations: int = 60_000  # of the imperfect teacher
+    sft_steps: int = 1300
+    sft_lr: float = 2e-3
+    num_train: int = 8_000  # pairs for DPO and reinforcement
+    num_steps: int = 40  # of reinforcement
+    num_prompts: int = 48
+    group_size: int = 8
+    lr: float = 1e-4
+    eval_every: int = 4  # optimizer steps; for curves, on eval_examples of the table's test set
+    eval_examples: int = 512
+    num_eval: int = 2048  # pairs of each test set that the tables are made of
+    judge_error_rate: float = 0.1  # of the simulated annotator that stands for R_phi: what Table 2 leaves it
+    dpo_prompts: int = 1000  # of which the SFT policy samples group_size responses each, for pairs and for judges
+    dpo_steps: int = 60
+    dpo_lr: float = 2e-5
+    judge_sft_steps: int = 500
+    judge_grpo_steps: int = 40
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """One trained policy, or with `train` false the starting checkpoint itself."""
+
+    train: bool = True
+    start: Literal["sft", "dpo"] = "dpo"  # "Training begins from the Tbstar-DPO checkpoint" (5.1.7)
+    settings: Mapping[str, Any] = field(default_factory=dict)  # tables as in a TOML file of srpo.train
+    steps: tuple[StepSpec, ...] = PAPER_STEPS
+    data: Literal["train", "selected", "random_half"] = "train"
+    share: float = 1.0  # of Scale.num_steps
+    judge: Literal["", "generative", "scalar"] = ""  # a trained one in place of the simulated annotator
+
+
+# "Reward Model Only" (5.4.1): the judge grades S3 and S4, too; S5 keeps its grade.
+_JUDGED = tuple(replace(spec, sources=("judge",)) if "judge" in spec.sources else spec for spec in PAPER_STEPS)
+_GRPO = {"advantage": {"method": "grpo"}}
+_LABELS, _QUERIES = {"balance": ["grade"]}, {"balance": ["query_type"]}
+_EASY, _HARD = {"tags": {"difficulty": ["easy", "medium"]}}, {"tags": {"difficulty": ["hard"]}}
+
+
+def _stages(*stages: tuple[str, dict[str, Any]]) -> dict[str, Any]:
+    """GRPO over stages of equal length; the last one goes on to the end. `num_steps` -1 stands for its share of the run."""
+    last = len(stages) - 1
+    return _GRPO | {"curriculum": [{"name": n, **s, "num_steps": 0 if i == last else -1} for i, (n, s) in enumerate(stages)]}
+
+
+RECIPES: Mapping[str, Recipe] = MappingProxyType(
+    {
+        "sft": Recipe(train=False, start="sft"),
+        "dpo": Recipe(train=False),
+        "grpo": Recipe(settings=_GRPO),
+        "grpo_star": Recipe(settings={"advantage": {"method": "grpo_star"}}),
+        "step_reward_judged": Recipe(steps=_JUDGED, settings={"advantage": {"method": "grpo_step_sum"}}),
+        "srpo_judged": Recipe(steps=_JUDGED),
+        "step_reward": Recipe(settings={"advantage": {"method": "grpo_step_sum"}}),
+        "srpo": Recipe(),
+        "grpo_diverse": Recipe(settings=_GRPO | {"sampler": {"balance": ["query_type", "grade"]}}),
+        "grpo_easier": Recipe(settings=_stages(("easier", _EASY | _LABELS))),
+        "grpo_harder": Recipe(settings=_stages(("harder", _HARD | _LABELS))),
+        "grpo_labels": Recipe(settings=_stages(("labels", _LABELS))),
+        "grpo_easier_harder": Recipe(settings=_stages(("easier", _EASY | _LABELS), ("harder", _HARD | _LABELS))),
+        "grpo_queries": Recipe(settings=_stages(("queries", _QUERIES))),
+        "grpo_queries_labels": Recipe(settings=_stages(("queries", _QUERIES), ("labels", _LABELS))),
+        "grpo_selected": Recipe(settings=_GRPO, data="selected", share=0.5),
+        "grpo_random_half": Recipe(settings=_GRPO, data="random_half", share=0.5),
+        "srpo_scalar": Recipe(judge="scalar", settings={"reward": {"scalar": "probability"}}),
+        "srpo_generative": Recipe(judge="generative"),
+    }
+)
+
+
+def base(scale: Scale, run_dir: Path, data: Path, eval_data: Path, policy: Path, seed: int) -> Config:
+    """What all rows have in common (5.1.5): SRPO with the hybrid reward, one update per batch, in the size of `scale`."""
+    return Config(
+        run_dir=str(run_dir),
+        seed=seed,
+        num_steps=scale.num_steps,
+        data=DataConfig(train=str(data), eval=str(eval_data)),
+        policy=PolicyConfig(path=str(policy)),
+        rollout=RolloutConfig(num_prompts=scale.num_prompts, group_size=scale.group_size, max_new_tokens=80),
+        reward=RewardConfig(judge="oracle", judge_error_rate=scale.judge_error_rate),
+        loss=LossConfig(kl_coef=0.001),
+        optimizer=OptimizerConfig(lr=scale.lr, warmup_steps=3, schedule="linear", min_lr_frac=0.1),
+        train=TrainConfig(
+            micro_batch_tokens=4096,
+            checkpoint_every=10,
+            keep_checkpoints=1,
+            eval_every=scale.eval_every,
+            eval_examples=scale.eval_examples,
+        ),
+    )
+
+
+def config_of(recipe: Recipe, common: Config, judge_path: Path | None = None) -> Config:
+    """The settings of a row: its own over those that all rows have in common."""
+    settings: dict[str, Any] = {**recipe.settings, "num_steps": max(1, round(recipe.share * common.num_steps))}
+    if "curriculum" in settings:
+        stages, length = settings["curriculum"], settings["num_steps"]
+        parts = [length // len(stages) if stage["num_steps"] < 0 else stage["num_steps"] for stage in stages]
+        settings["curriculum"] = [{**stage, "num_steps": part} for stage, part in zip(stages, parts, strict=True)]
+    if recipe.judge:
+        reward = {"judge": recipe.judge, "judge_path": str(judge_path), "judge_error_rate": 0.0}
+        settings["reward"] = {**settings.get("reward", {}), **reward}
+    return apply_table(replace(common, steps=recipe.steps), settings, "recipe")

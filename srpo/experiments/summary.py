@@ -1,0 +1,116 @@
+"""What came out of a table: mean and spread over seeds beside the paper's numbers, and whether the rows come in its order."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from itertools import combinations
+from typing import Any
+
+import numpy as np
+
+from srpo.experiments.tables import CLASSES, STEPS, Table
+from srpo.tables import text_table
+
+
+def scores_of(results: Mapping[str, Any]) -> dict[str, float]:
+    """The columns of Tables 1 to 9 from the results of an evaluation, in percent."""
+    fractions = {name: results[name] for name in ("good_f1", "accuracy", "macro_f1")}
+    fractions |= dict(zip(CLASSES, results["class_f1"], strict=True))
+    return {name: 100 * float(value) for name, value in fractions.items()}
+
+
+def judge_scores_of(stage: Mapping[str, Any]) -> dict[str, float]:
+    """The columns of Table 2 from one stage of `judge.json`, in percent."""
+    steps = list(stage["steps"].values())[: len(STEPS)]
+    return {name: 100 * float(step["agreement"]) for name, step in zip(STEPS, steps, strict=True)}
+
+
+def summarize(table: Table, scores: Sequence[Sequence[Mapping[str, float]]]) -> dict[str, Any]:
+    """Rows with the paper's numbers and ours, and the order of the rows. scores [R][S]: column -> percent, per row and seed.
+
+    Of ours: values per seed, their mean, and std, the sample standard deviation (0 for one seed).
+    """
+    rows = []
+    for row, by_seed in zip(table.rows, scores, strict=True):
+        ours = {}
+        for column in table.columns:
+            values = [seed[column] for seed in by_seed]
+            spread = float(np.std(values, ddof=1)) if len(values) > 1 else 0.0
+            ours[column] = {"mean": float(np.mean(values)), "std": spread, "values": values}
+        paper = dict(zip(table.columns, row.paper, strict=True)) if row.paper else None
+        rows.append({"name": row.name, "recipe": row.recipe, "paper": paper, "ours": ours})
+    return {"rows": rows, "order": order(rows, table.columns[-1])}
+
+
+def order(rows: Sequence[Mapping[str, Any]], column: str) -> dict[str, Any]:
+    """Whether every two rows of the paper that differ in `column` differ here the same way.
+
+    Seeds share data and starting checkpoints, so rows are compared seed by seed: the mean difference and twice its standard error
+    over seeds. `agree`: the same sign and beyond that; `oppose`: the other sign and beyond; `undecided`: within it.
+    """
+    pairs = []
+    for first, second in combinations([row for row in rows if row["paper"]], 2):
+        printed = second["paper"][column] - first["paper"][column]
+        if printed == 0:
+            continue
+        gaps = np.subtract(second["ours"][column]["values"], first["ours"][column]["values"])
+        mean = float(gaps.mean())
+        margin = 2 * float(gaps.std(ddof=1)) / math.sqrt(len(gaps)) if len(gaps) > 1 else math.inf
+        verdict = "undecided" if abs(mean) <= margin else "agree" if mean * printed > 0 else "oppose"
+        names = {"first": first["name"], "second": second["name"]}
+        pairs.append({**names, "paper": printed, "ours": mean, "margin": margin, "verdict": verdict})
+    counts = {verdict: sum(pair["verdict"] == verdict for pair in pairs) for verdict in ("agree", "undecided", "oppose")}
+    return {"column": column, **counts, "same_order": all(p["ours"] * p["paper"] > 0 for p in pairs), "pairs": pairs}
+
+
+def table_text(table: Table, summary: Mapping[str, Any], num_seeds: int) -> str:
+    """Paper beside ours, mean and spread, and what became of the order."""
+    header = [""]
+    for column in table.columns:
+        header += [f"{column} paper", "ours"]
+    lines = []
+    for row in summary["rows"]:
+        cells = [row["name"]]
+        for column in table.columns:
+            ours = row["ours"][column]
+            cells.append("-" if row["paper"] is None else f"{row['paper'][column]:.2f}")
+            cells.append(f"{ours['mean']:.1f} +-{ours['std']:.1f}")
+        lines.append(cells)
+    found = summary["order"]
+    notes = [
+        f"percent; ours: mean and standard deviation of {num_seeds} seeds, test set: {table.test_set}",
+        f"order by {found['column']}, pairs of rows: {found['agree']} as in the paper, {found['oppose']} the other way round, "
+        f"{found['undecided']} within twice the standard error",
+    ]
+    return table.title + "\n" + text_table(header, [lines], [*notes, table.note] if table.note else notes)
+
+
+def headline(
+    curves: Mapping[str, Sequence[Sequence[tuple[int, float]]]], rivals: tuple[str, str] = ("srpo", "grpo")
+) -> dict[str, Any]:
+    """Whether the first rival beats the second, and with how many of its responses it reaches its final macro F1.
+
+    curves: name -> of each seed [(responses sampled, macro F1)]. `share` is the number of responses at which a curve of the first
+    is at or above the mean of the last three points of the second, over all responses of the second; None where it never is.
+    """
+    first, second = rivals
+    seeds = []
+    for ours, theirs in zip(curves[first], curves[second], strict=True):
+        final = float(np.mean([f1 for _, f1 in theirs[-3:]]))
+        reached = next((num for num, f1 in ours if f1 >= final), None)
+        seeds.append(
+            {
+                f"{first}_final": float(np.mean([f1 for _, f1 in ours[-3:]])),
+                f"{second}_final": final,
+                "responses": reached,
+                "share": None if reached is None else reached / theirs[-1][0],
+            }
+        )
+    gaps = [seed[f"{first}_final"] - seed[f"{second}_final"] for seed in seeds]
+    return {
+        "seeds": seeds,
+        "gap_mean": float(np.mean(gaps)),
+        "gap_std": float(np.std(gaps, ddof=1)) if len(gaps) > 1 else 0.0,
+        "curves": {name: [list(map(list, curve)) for curve in by_seed] for name, by_seed in curves.items()},
+    }

@@ -1,0 +1,150 @@
+"""How right a judge is, step by step (5.3, Table 2): agreement with annotators, what it finds of the wrong steps, calibration.
+
+Pure functions of verdicts and numbers. A verdict is True (correct), False (incorrect) or None (missing, or nobody judged).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import numpy as np
+
+from srpo.rewards.judge import Verdicts
+
+
+def judge_scores(
+    told: Sequence[Verdicts],
+    truths: Sequence[Verdicts],
+    shares: Sequence[Sequence[float | None]],
+    step_names: Sequence[str],
+    num_bins: int = 10,
+) -> dict[str, Any]:
+    """`{num_responses, steps: {name: scores}}`, JSON-able; told, truths and shares are [N][J].
+
+    truths are an annotator's verdicts: only steps that have one count, as `num`. Of those, per step:
+    `agreement` (Table 2; a missing verdict does not agree), `num_missing`, `incorrect_precision` and `incorrect_recall` of
+    the verdict "incorrect" (None where there is nothing to divide by), and `calibration` of `shares`, the judge's probability of
+    "correct". A probability counts as the verdict that is nearer, 0.5 as "correct".
+    ValueError for lists of different length, or no responses.
+    """
+    if not told or not len(told) == len(truths) == len(shares):
+        raise ValueError(
+            f"{len(told)} verdicts, {len(truths)} of annotators, {len(shares)} shares: give one of each per response"
+        )
+    steps: dict[str, Any] = {}
+    for j, name in enumerate(step_names):
+        rows = [(_said(a[j]), t[j], s[j]) for a, t, s in zip(told, truths, shares, strict=True) if t[j] is not None]
+        steps[name] = _step_scores([r[0] for r in rows], [bool(r[1]) for r in rows])
+        known = [(s, bool(t)) for _, t, s in rows if s is not None]
+        steps[name]["calibration"] = calibration([s for s, _ in known], [t for _, t in known], num_bins)
+    return {"num_responses": len(told), "steps": steps}
+
+
+def _said(verdict: bool | float | None) -> bool | None:
+    return None if verdict is None else verdict >= 0.5
+
+
+def _step_scores(said: Sequence[bool | None], truth: Sequence[bool]) -> dict[str, Any]:
+    rejected = [t for s, t in zip(said, truth, strict=True) if s is False]
+    found, num_wrong = rejected.count(False), truth.count(False)
+    agreed = sum(s is t for s, t in zip(said, truth, strict=True))
+    return {
+        "num": len(truth),
+        "agreement": _ratio(agreed, len(truth)),
+        "num_missing": sum(s is None for s in said),
+        "num_incorrect": num_wrong,
+        "incorrect_precision": _ratio(found, len(rejected)),
+        "incorrect_recall": _ratio(found, num_wrong),
+    }
+
+
+def _ratio(part: int, whole: int) -> float | None:
+    return part / whole if whole else None
+
+
+def calibration(probabilities: Sequence[float], outcomes: Sequence[bool], num_bins: int = 10) -> dict[str, Any]:
+    """`{ece, brier, num, bins}` of probabilities [N] that something is true against whether it was.
+
+    `bins` are the reliability table: `[{low, high, num, probability, frac_correct}]`, bins of equal width, closed above (the
+    first one on both sides), empty ones left out. `ece` is the mean over N of |probability - frac_correct| of the bin, `brier`
+    the mean squared error; None where there is nothing. ValueError for a probability outside 0..1.
+    """
+    p, y = np.asarray(probabilities, dtype=np.float64), np.asarray(outcomes, dtype=np.float64)
+    if p.shape != y.shape or num_bins < 1:
+        raise ValueError(
+            f"{len(p)} probabilities, {len(y)} outcomes, {num_bins} bins: give one outcome per probability, a bin or more"
+        )
+    if not ((p >= 0) & (p <= 1)).all():
+        raise ValueError(f"probabilities run from {p.min()} to {p.max()}: they lie between 0 and 1")
+    if not len(p):
+        return {"ece": None, "brier": None, "num": 0, "bins": []}
+    edges = np.linspace(0, 1, num_bins + 1)
+    index = np.searchsorted(edges[1:-1], p)
+    bins = [
+        {
+            "low": float(edges[b]),
+            "high": float(edges[b + 1]),
+            "num": int((index == b).sum()),
+            "probability": float(p[index == b].mean()),
+            "frac_correct": float(y[index == b].mean()),
+        }
+        for b in sorted(set(index.tolist()))
+    ]
+    ece = sum(b["num"] * abs(b["probability"] - b["frac_correct"]) for b in bins) / len(p)
+    return {"ece": ece, "brier": float(np.square(p - y).mean()), "num": len(p), "bins": bins}
+
+
+def vote_shares(votes: Sequence[Sequence[Verdicts]]) -> list[tuple[float | None, ...]]:
+    """[N][J] share of "correct" among the sampled verdicts on each step that are there; None where there is none.
+
+    votes: [N][V][J].
+    """
+    return [tuple(_share([v for v in step if v is not None]) for step in zip(*several, strict=True)) for several in votes]
+
+
+def _share(said: Sequence[bool | float]) -> float | None:
+    return sum(v >= 0.5 for v in said) / len(said) if said else None
+
+
+SCORE_ROWS = (
+    ("agreement", "agreement, %"),
+    ("incorrect_precision", "incorrect: precision, %"),
+    ("incorrect_recall", "incorrect: recall, %"),
+    ("ece", "calibration error, %"),
+    ("num_missing", "verdicts missing"),
+    ("num_incorrect", "incorrect steps"),
+    ("num", "steps judged by annotators"),
+)
+
+
+def judge_table(scores: Mapping[str, Mapping[str, Any]]) -> str:
+    """Table 2 and more: a column per step, and of each row one line per stage in `scores` (name -> `judge_scores`)."""
+    first = next(iter(scores.values()))["steps"]
+    rows = [["", "", *first]]
+    for key, title in SCORE_ROWS:
+        for stage, result in scores.items():
+            cells = [_cell(key, s["calibration"] if key == "ece" else s) for s in result["steps"].values()]
+            rows.append([title, stage, *cells])
+            title = ""
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    lines = [
+        "  ".join(c.ljust(w) if i < 2 else c.rjust(w) for i, (c, w) in enumerate(zip(row, widths, strict=True))) for row in rows
+    ]
+    return "\n".join(line.rstrip() for line in lines)
+
+
+def _cell(key: str, scores: Mapping[str, Any]) -> str:
+    value = scores[key]
+    return "-" if value is None else str(value) if key.startswith("num") else f"{100 * value:.1f}"
+
+
+def reliability_table(result: Mapping[str, Any]) -> str:
+    """The reliability of one stage, all bins of all steps: what share of its "correct" at each confidence was correct."""
+    lines = ["says correct with  " + "  ".join(f"{name:>24}" for name in result["steps"])]
+    tables = [{(b["low"], b["high"]): b for b in s["calibration"]["bins"]} for s in result["steps"].values()]
+    for low, high in sorted({edges for table in tables for edges in table}):
+        found = [table.get((low, high)) for table in tables]
+        cells = ["-" if b is None else f"{100 * b['frac_correct']:.1f} % of {b['num']}" for b in found]
+        lines.append(f"{100 * low:3.0f} to {100 * high:3.0f} %      " + "  ".join(f"{cell:>24}" for cell in cells))
+    return "\n".join(lines)

@@ -1,0 +1,197 @@
+"""Pages of search results and what people or judges say of them: the inputs of the online metrics (5.1.2), read from files.
+
+A page is the ranked list that one system shows for one query. All files are JSON Lines (docs/programs.md); anything that is not
+exactly right raises ValueError with file and line.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal
+
+from srpo.data.examples import GRADES, Example
+
+RATINGS = ("good", "mid", "poor", "bad")  # the four-point scale of a page, best first
+VERDICTS = ("good", "same", "bad")  # of the system under test against the baseline
+
+
+@dataclass(frozen=True)
+class PagesConfig:
+    """What the online metrics are computed from. Raises ValueError for numbers that cannot be."""
+
+    file: str = ""  # JSON Lines of system, query_id and item_ids (or example_ids of --data), best first; maybe rating and tags
+    judgments: str = ""  # JSON Lines of query_id, item_id and grade (1..4); not needed for example_ids
+    verdicts: str = ""  # JSON Lines of query_id and verdict (good, same, bad: B against A), maybe assessor; empty: by mean class
+    top_n: int = 10  # only so many items of a list count
+    unjudged: Literal["refuse", "leave_out"] = "refuse"  # a listed item without a grade: an error, or counted and left out
+    rating_bounds: tuple[float, float, float] = (0.8, 0.6, 0.3)  # unrated pages: least share of class 3 or 4 of good, mid, poor
+    verdict_margin: float = 0.0  # without verdicts: a page is better whose items' mean class is higher by more than this
+
+    def __post_init__(self) -> None:
+        if self.top_n < 1:
+            raise ValueError(f"pages: top_n is {self.top_n}: set it to 1 or more")
+        if not 1 >= self.rating_bounds[0] >= self.rating_bounds[1] >= self.rating_bounds[2] >= 0:
+            raise ValueError(f"pages: rating_bounds are {self.rating_bounds}: give shares between 0 and 1 that fall")
+        if self.verdict_margin < 0:
+            raise ValueError(f"pages: verdict_margin is {self.verdict_margin}: set it to 0 or more")
+
+
+@dataclass(frozen=True)
+class Page:
+    """What one system shows for one query."""
+
+    ids: tuple[str, ...]  # best first
+    rating: str | None = None  # one of RATINGS, by a person
+    tags: Mapping[str, str] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Pages:
+    """The pages of two systems for the same queries, in the order of A's."""
+
+    a: dict[str, Page]  # query_id -> page
+    b: dict[str, Page]
+    key: str  # what an id is: "item_ids" or "example_ids"
+    num_others: int  # lines of other systems, left out
+
+
+def read_pages(path: Path, name_a: str, name_b: str) -> Pages:
+    """The pages of the systems `name_a` and `name_b`. ValueError for a query that only one of them has."""
+    pages: dict[str, dict[str, Page]] = {}
+    keys: set[str] = set()
+    num_others = 0
+    for where, row in _rows(path, ("system", "query_id"), ("item_ids", "example_ids", "rating", "tags")):
+        system, query_id = _text(row, "system", where), _text(row, "query_id", where)
+        named = [key for key in ("item_ids", "example_ids") if key in row]
+        if len(named) != 1:
+            raise ValueError(f"{where}: give the list as item_ids or as example_ids")
+        keys.update(named)
+        if len(keys) > 1:
+            raise ValueError(f"{where}: some lists are of item_ids and some of example_ids: give one kind")
+        page = Page(_ids(row[named[0]], named[0], where), _one_of(row.get("rating"), RATINGS, "rating", where), _tags(row, where))
+        if query_id in pages.setdefault(system, {}):
+            raise ValueError(f"{where}: a second list of {system!r} for query {query_id!r}: keep one")
+        pages[system][query_id] = page
+    for name in (name_a, name_b):
+        if name not in pages:
+            raise ValueError(
+                f"{path} has no system {name!r}: it has {', '.join(sorted(pages))}; name two by --name-a and --name-b"
+            )
+    a, b = pages[name_a], pages[name_b]
+    if alone := sorted(a.keys() ^ b.keys()):
+        raise ValueError(f"{path}: {len(alone)} queries have a list of one system only, such as {alone[0]!r}: both need one")
+    num_others = sum(len(lists) for name, lists in pages.items() if name not in (name_a, name_b))
+    return Pages(a, {query_id: b[query_id] for query_id in a}, keys.pop(), num_others)
+
+
+def read_judgments(path: Path) -> dict[tuple[str, str], int]:
+    """(query_id, item_id) -> class 1..4 of a file of judgments."""
+    judgments: dict[tuple[str, str], int] = {}
+    for where, row in _rows(path, ("query_id", "item_id", "grade"), ()):
+        pair = _text(row, "query_id", where), _text(row, "item_id", where)
+        if type(row["grade"]) is not int or row["grade"] not in GRADES:
+            raise ValueError(f"{where}: grade is {row['grade']!r}: give 1, 2, 3 or 4")
+        if pair in judgments:
+            raise ValueError(f"{where}: a second grade of item {pair[1]!r} for query {pair[0]!r}: keep one")
+        judgments[pair] = row["grade"]
+    return judgments
+
+
+def judged_examples(examples: Sequence[Example]) -> dict[tuple[str, str], int]:
+    """(query_id, example_id) -> class 1..4 of the examples that have a grade."""
+    return {(e.query_id, e.example_id): e.grade for e in examples if e.grade is not None}
+
+
+def read_verdicts(path: Path, queries: Sequence[str]) -> dict[str, list[str]]:
+    """query_id -> the verdicts (good, same, bad) of its assessors, one of each; ValueError for a query without pages."""
+    verdicts: dict[str, dict[str, str]] = {}
+    known = set(queries)
+    for where, row in _rows(path, ("query_id", "verdict"), ("assessor",)):
+        query_id, assessor = _text(row, "query_id", where), str(row.get("assessor", ""))
+        if query_id not in known:
+            raise ValueError(f"{where}: query {query_id!r} has no pages: remove the line or give its lists")
+        if assessor in verdicts.setdefault(query_id, {}):
+            raise ValueError(f"{where}: a second verdict on query {query_id!r}: give each assessor a name of its own")
+        told = _one_of(row["verdict"], VERDICTS, "verdict", where)
+        if told is None:
+            raise ValueError(f"{where}: verdict is null: give {', '.join(VERDICTS)}, or remove the line")
+        verdicts[query_id][assessor] = told
+    return {query_id: list(told.values()) for query_id, told in verdicts.items()}
+
+
+def shown_grades(
+    pages: Pages, judgments: Mapping[tuple[str, str], int], top_n: int, unjudged: str
+) -> tuple[dict[str, list[int]], dict[str, list[int]], int]:
+    """(query_id -> classes of the first `top_n` items of A's page, the same of B's, how many of these items have no class).
+
+    Items without a class are left out where `unjudged` is "leave_out". Else, and where a page would have no item left, ValueError
+    that counts them.
+    """
+    grades: tuple[dict[str, list[int]], dict[str, list[int]]] = ({}, {})
+    missing: list[tuple[str, str]] = []
+    num_shown = 0
+    for lists, graded in zip((pages.a, pages.b), grades, strict=True):
+        for query_id, page in lists.items():
+            shown = [(query_id, name) for name in page.ids[:top_n]]
+            num_shown += len(shown)
+            missing += [pair for pair in shown if pair not in judgments]
+            graded[query_id] = [judgments[pair] for pair in shown if pair in judgments]
+    if missing and unjudged == "refuse":
+        query_id, name = missing[0]
+        raise ValueError(
+            f"{len(missing):,} of {num_shown:,} shown items have no grade, such as {name!r} of query {query_id!r}: judge them, "
+            "or leave them out with --pages.unjudged leave_out"
+        )
+    if empty := [query_id for graded in grades for query_id, told in graded.items() if not told]:
+        raise ValueError(f"{len(empty):,} pages have no judged item at all, such as one of query {empty[0]!r}: judge them")
+    return *grades, len(missing)
+
+
+def _rows(path: Path, required: Sequence[str], optional: Sequence[str]) -> Iterator[tuple[str, dict[str, Any]]]:
+    """(where it stands, object) of each line. ValueError for a file without lines and for an unknown or a missing key."""
+    where = ""
+    with path.open(encoding="utf-8") as file:
+        for number, line in enumerate(file, start=1):
+            where = f"{path}, line {number}"
+            try:
+                row = json.loads(line)
+            except ValueError as error:
+                raise ValueError(f"{where}: not JSON ({error}): each line is one object") from error
+            if not isinstance(row, dict) or not row.keys() >= {*required} or row.keys() - {*required, *optional}:
+                also = f", and maybe {', '.join(optional)}" if optional else ""
+                raise ValueError(f"{where}: want an object with {', '.join(required)}{also}")
+            yield where, row
+    if not where:
+        raise ValueError(f"{path} is empty: give at least one line")
+
+
+def _text(row: Mapping[str, Any], key: str, where: str) -> str:
+    if type(row[key]) not in (str, int):
+        raise ValueError(f"{where}: {key} is {row[key]!r}: give a string or an integer")
+    return str(row[key])
+
+
+def _ids(value: Any, key: str, where: str) -> tuple[str, ...]:
+    if not isinstance(value, list) or not value or any(type(item) not in (str, int) for item in value):
+        raise ValueError(f"{where}: {key} is {value!r}: give a list of at least one string or integer")
+    ids = tuple(map(str, value))
+    if len(set(ids)) < len(ids):
+        twice = next(name for i, name in enumerate(ids) if name in ids[:i])
+        raise ValueError(f"{where}: {twice!r} is twice in the list: show an item once")
+    return ids
+
+
+def _tags(row: Mapping[str, Any], where: str) -> dict[str, str]:
+    tags = row.get("tags") or {}
+    if not isinstance(tags, dict) or any(not isinstance(value, str) for value in tags.values()):
+        raise ValueError(f"{where}: tags are {tags!r}: give an object of strings")
+    return tags
+
+
+def _one_of(value: Any, options: Sequence[str], key: str, where: str) -> str | None:
+    if value is not None and value not in options:
+        raise ValueError(f"{where}: {key} is {value!r}: give {', '.join(options)}")
+    return value

@@ -1,0 +1,110 @@
+"""Two systems on the same pairs: the difference of every score with a paired interval, and an exact test of their verdicts.
+
+Both systems are scored on the same draws of the queries, so that what makes a query hard for both leaves the difference.
+Differences are B - A: A is the baseline, B the system under test.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from itertools import accumulate
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from srpo.batch import Rollout
+from srpo.bootstrap import BootstrapConfig, cluster_sums, percentile_interval, resampled_sums
+from srpo.data.examples import Example
+from srpo.evaluation import parts_by, shaped
+from srpo.steps import StepSchema
+from srpo.tally import predicted_grade, scores, tally
+
+_ROUNDING = 1e-12  # of a difference of two scores
+
+
+def compare_systems(
+    rollouts_a: Sequence[Rollout],
+    rollouts_b: Sequence[Rollout],
+    examples: Sequence[Example],
+    schema: StepSchema,
+    *,
+    by: Sequence[str] = ("query_type",),
+    bootstrap: BootstrapConfig | None = None,
+) -> dict[str, Any]:
+    """How much better B is than A, JSON-able; response i of both answers example i.
+
+    - `difference`: under the name of each score, in the shape it has in `srpo.evaluation.results_dict`, what `summarized` says of
+      it. A step that no example has a reference for, and consistency where no steps can be checked, are None.
+    - `mcnemar`: `mcnemar` of the verdicts; `num_examples`, `num_queries`.
+    - `by: {tag: {value: the same}}` for each tag of `by` that an example carries.
+
+    Raises ValueError for no examples, a pair without a grade, and responses to other examples.
+    """
+    pairs = [example.example_id for example in examples]
+    if not pairs or any([r.example_id for r in rollouts] != pairs for rollouts in (rollouts_a, rollouts_b)):
+        raise ValueError("both systems need one response to each of the same pairs, at least one, in the same order")
+    settings = bootstrap or BootstrapConfig()
+    tallies = [tally(rollouts, examples, schema) for rollouts in (rollouts_a, rollouts_b)]
+    right_a, right_b = (
+        np.array([predicted_grade(r) == e.grade for r, e in zip(rollouts, examples, strict=True)])
+        for rollouts in (rollouts_a, rollouts_b)
+    )
+    queries = [example.query_id for example in examples]
+
+    def compared(rows: list[int]) -> dict[str, Any]:
+        sums = cluster_sums(np.hstack([counts[rows] for counts in tallies]), [queries[i] for i in rows])
+        return {
+            "num_examples": len(rows),
+            "num_queries": len(sums),
+            "difference": differences(sums, settings),
+            "mcnemar": mcnemar(right_a[rows], right_b[rows]),
+        }
+
+    parts = parts_by(examples, by)
+    whole = compared(list(range(len(examples))))
+    return {**whole, "by": {tag: {v: compared(rows) for v, rows in values.items()} for tag, values in parts.items()}}
+
+
+def differences(sums: NDArray[np.float64], settings: BootstrapConfig) -> dict[str, Any]:
+    """`summarized` differences of all scores of the sums per query [Q, 2 K]: the counts of A, then those of B."""
+    (point_a, point_b), (drawn_a, drawn_b) = (
+        [scores(half) for half in np.split(counts, 2, axis=-1)] for counts in (sums.sum(0), resampled_sums(sums, settings))
+    )
+    # Row 0 is the difference on all queries, the others those of the draws.
+    rows = {key: np.concatenate([(point_b[key] - point_a[key])[None], drawn_b[key] - drawn_a[key]]) for key in point_a}
+    return shaped(rows, lambda column: summarized(column[0], column[1:], settings.level))
+
+
+def summarized(difference: float, draws: NDArray[np.float64], level: float) -> dict[str, Any] | None:
+    """`{difference, interval, b_higher_frac, equal_frac}` of a difference and its draws [D]; None for one that is not known.
+
+    `b_higher_frac` is the share of draws in which B is higher (of a score: better), `equal_frac` that in which both are the same
+    up to rounding. Draws without a value are left out; without any draw these three are None.
+    """
+    if np.isnan(difference):
+        return None
+    defined = draws[~np.isnan(draws)]
+    return {
+        "difference": float(difference),
+        "interval": percentile_interval(defined, level),
+        "b_higher_frac": float((defined > _ROUNDING).mean()) if defined.size else None,
+        "equal_frac": float((np.abs(defined) <= _ROUNDING).mean()) if defined.size else None,
+    }
+
+
+def mcnemar(right_a: NDArray[np.bool_], right_b: NDArray[np.bool_]) -> dict[str, Any]:
+    """`{num_only_a_right, num_only_b_right, p_value}`: McNemar's exact two-sided test of the verdicts [N] of two systems.
+
+    Under the hypothesis that both are right equally often, a pair that only one of them gets right is either's with probability
+    1/2. It takes pairs as independent, also those of one query: the interval of the difference in accuracy does not.
+    """
+    only_a, only_b = int((right_a & ~right_b).sum()), int((right_b & ~right_a).sum())
+    return {"num_only_a_right": only_a, "num_only_b_right": only_b, "p_value": sign_test(only_a, only_b)}
+
+
+def sign_test(num_a: int, num_b: int) -> float:
+    """Two-sided P that a fair coin falls as unevenly as a to b: min(1, 2 P(X <= min(a, b))), X ~ Binomial(a + b, 1/2); exact."""
+    total, least = num_a + num_b, min(num_a, num_b)
+    tail = sum(accumulate(range(least), lambda ways, k: ways * (total - k) // (k + 1), initial=1))
+    return min(1.0, 2 * tail / 2**total)

@@ -1,0 +1,116 @@
+"""The scalar reward model (Appendix A), rival of the generative judge: a causal LM with one linear layer that scores each step.
+
+The score of step j is read from the hidden state of its last token, so one forward over a response grades all of its steps.
+
+Paper: it says only "Scalar Reward Model". One score per step, so that it can stand in Eq. 5; one layer for all steps, since what
+the step is stands in the text before.
+Letters: N sequences, J reasoning steps, T packed rows, H hidden.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from torch import nn
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from srpo.batch import Batch, Rollout, pack
+from srpo.policy.model import hidden_states, load_policy
+from srpo.policy.parallel import current_rank, iter_full_params, unwrap
+
+HEAD_FILE = "scalar_head.safetensors"
+_HEAD = "scalar_head"  # name of the layer in the model, so that checkpoints and sharding see it
+
+
+class ScalarModel(nn.Module):
+    """A causal LM with a scalar head; its forward takes a `Batch` and runs under the hooks of FSDP2."""
+
+    def __init__(self, model: PreTrainedModel, *, activation_checkpointing: bool = False) -> None:
+        super().__init__()
+        self.model = model
+        if activation_checkpointing:
+            model.gradient_checkpointing_enable({"use_reentrant": False})
+        self.train()  # as in `Policy`: layers are recomputed only in training mode, nothing else depends on it
+        if not hasattr(model, _HEAD):  # zeros: an untrained model gives every step the probability 0.5
+            head = nn.Linear(int(model.config.hidden_size), 1, device=model.device)
+            nn.init.zeros_(head.weight)
+            nn.init.zeros_(head.bias)
+            model.add_module(_HEAD, head)
+
+    @property
+    def max_context(self) -> int:
+        """Longest prompt plus response that the model was made for, in tokens."""
+        return int(self.model.config.max_position_embeddings)
+
+    def forward(self, batch: Batch) -> torch.Tensor:
+        """Logits [N, J] fp32 that each step is correct, read at the row of its last token.
+
+        The sequences are packed with one more token behind the response (`scored_batches`), so that this row exists.
+        """
+        starts, lengths = batch.cu_seqlens[:-1, None].long(), batch.cu_seqlens.diff()[:, None]
+        rows = starts + torch.minimum(batch.step_ends, lengths - 1)  # the minimum is for the empty batch alone
+        hidden = hidden_states(self.model, batch)[rows]
+        return getattr(self.model, _HEAD)(hidden).squeeze(-1).float()
+
+
+def scored_batches(
+    cases: Sequence[tuple[Sequence[int], Sequence[int], Sequence[int]]], targets: torch.Tensor, eos: int, max_tokens: int
+) -> list[Batch]:
+    """Micro-batches of (prompt ids, response ids, step ends) for `ScalarModel`, in the order given.
+
+    targets [N, J], kept as `step_advantages`: the weight of each step's verdict in the loss, negative where the verdict is
+    "incorrect", 0 where there is none. ValueError for a case of more than `max_tokens` tokens.
+    """
+    rollouts = [
+        Rollout(
+            "", i, tuple(prompt), (*response, eos), (0.0,) * (len(response) + 1), tuple(ends), (None,) * len(ends), "", "stop", 0
+        )
+        for i, (prompt, response, ends) in enumerate(cases)
+    ]
+    return pack(rollouts, targets, torch.zeros(len(rollouts)), max_tokens)
+
+
+def scalar_loss(logits: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
+    """Binary cross-entropy [] of logits [N, J] against the signed weights of `scored_batches`: sum of |w| * -log p(verdict)."""
+    return (targets.abs() * nn.functional.softplus(-targets.sign() * logits)).sum()
+
+
+@torch.no_grad()
+def probabilities(model: ScalarModel, batches: Sequence[Batch]) -> torch.Tensor:
+    """[N, J] float64 on the CPU: the probability that each step is correct, of all sequences in order."""
+    device = next(model.parameters()).device
+    return torch.cat([model(batch.to(device)).double().sigmoid().cpu() for batch in batches])
+
+
+def load_scalar(path: str | Path, *, experts: str = "grouped_mm") -> ScalarModel:
+    """The scalar reward model in a folder that `save_scalar` wrote, on the CPU.
+
+    Raises ValueError where there is no model, or a model without a head: a generative judge, or no judge at all.
+    """
+    model = ScalarModel(load_policy(path, experts=experts))
+    file = Path(path) / HEAD_FILE
+    if not file.is_file():
+        raise ValueError(
+            f"no {HEAD_FILE} in {path}: name what `srpo.train_judge --kind scalar` made, or set reward.judge to 'generative'"
+        )
+    try:
+        getattr(model.model, _HEAD).load_state_dict(load_file(file))
+    except (SafetensorError, RuntimeError) as error:
+        raise ValueError(f"{file} does not fit the model beside it ({error}): train the judge again") from error
+    return model
+
+
+def save_scalar(model: nn.Module, tokenizer: PreTrainedTokenizerBase, path: str | Path) -> None:
+    """Write a Hugging Face folder with the backbone and, beside it, the head. Collective: every rank must call it."""
+    main = current_rank() == 0
+    state = {name: tensor.cpu().clone() for name, tensor in iter_full_params(model) if main}
+    if main:
+        prefix = f"{_HEAD}."
+        head = {name.removeprefix(prefix): state.pop(name) for name in [name for name in state if name.startswith(prefix)]}
+        unwrap(model).save_pretrained(path, state_dict=state)
+        save_file(head, Path(path) / HEAD_FILE)
+        tokenizer.save_pretrained(path)

@@ -1,0 +1,170 @@
+"""The paper's tables in miniature: `python -m srpo.reproduce table3` (1, 2, 3, 4, 5, 6, 8, 9, headline, or all).
+
+Trains what the table needs and is not there yet, over several seeds, and prints the paper's numbers beside ours. Rows and
+starting checkpoints that several tables share are made once. Stopped, it continues; several processes may do different seeds.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import importlib.metadata
+import json
+import os
+import platform
+import shlex
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from tyro.conf import Positional
+
+from srpo.experiments.plots import plot_headline, plot_table
+from srpo.experiments.recipes import RECIPES, Scale
+from srpo.experiments.stages import Lab
+from srpo.experiments.summary import headline, judge_scores_of, scores_of, summarize, table_text
+from srpo.experiments.tables import TABLES
+from srpo.policy.parallel import Parallel, init_parallel
+from srpo.run_dir import claim_run_dir, write_whole
+from srpo.settings import run_program
+
+HEADLINE = ("srpo", "grpo")
+NAMES = (*TABLES, "headline")
+
+
+@dataclass(frozen=True)
+class ReproduceConfig:
+    """`python -m srpo.reproduce table3 --seeds 0 1 2`"""
+
+    table: Positional[str] = ""  # table1, table2, ... (not 7: it is of an online experiment), headline, or all
+    run_dir: str = "runs/reproduce"
+    seeds: tuple[int, ...] = (0, 1, 2)
+    train_only: bool = False  # make what these seeds need and write no table: for one of several processes
+    background: bool = False  # go on in a process of its own, with its output in run_dir/TABLE.log
+    scale: Scale = field(default_factory=Scale)
+
+
+def reproduce(cfg: ReproduceConfig, parallel: Parallel) -> list[dict[str, Any]]:
+    """Make the tables asked for; returns what was written to `run_dir/<table>.json` of each."""
+    names = NAMES if cfg.table == "all" else (cfg.table,)
+    if unknown := [name for name in names if name not in NAMES]:
+        raise ValueError(f"there is no table {unknown[0]!r}: give one of {', '.join(NAMES)}, or all")
+    if not cfg.seeds or len(set(cfg.seeds)) < len(cfg.seeds):
+        raise ValueError(f"seeds is {list(cfg.seeds)}: give one or more, each once")
+    run_dir, made = Path(cfg.run_dir), []
+    for name in names:
+        start = time.monotonic()
+        outcome = make_headline(cfg, parallel) if name == "headline" else make_table(cfg, name, parallel)
+        if cfg.train_only:
+            continue
+        minutes = (time.monotonic() - start) / 60
+        result = {"table": name} | outcome | {"seeds": cfg.seeds, "scale": asdict(cfg.scale)} | evidence(minutes)
+        write_whole(run_dir / f"{name}.json", json.dumps(result, indent=1) + "\n")
+        made.append(result)
+    return made
+
+
+def make_table(cfg: ReproduceConfig, name: str, parallel: Parallel) -> dict[str, Any]:
+    """Scores of every row and seed, and their summary; prints it and draws `<name>.png`."""
+    table = TABLES[name]
+    by_seed = []
+    for seed in cfg.seeds:
+        with lab_of(cfg, seed, parallel) as lab:
+            if table.test_set == "judge":
+                stages = lab.judge("generative")
+                by_seed.append([judge_scores_of(stages[row.recipe]) for row in table.rows])
+            else:
+                by_seed.append([scores_of(lab.results(r.recipe, RECIPES[r.recipe], table.test_set)) for r in table.rows])
+    if cfg.train_only:
+        return {}
+    summary = summarize(table, list(zip(*by_seed, strict=True)))
+    print(table_text(table, summary, len(cfg.seeds)), flush=True)
+    plot_table(Path(cfg.run_dir) / f"{name}.png", table, summary)
+    return {"title": table.title, "test_set": table.test_set, "note": table.note, **summary}
+
+
+def make_headline(cfg: ReproduceConfig, parallel: Parallel) -> dict[str, Any]:
+    """SRPO with the hybrid reward against GRPO on the verdict at equal responses: curves of macro F1; draws `headline.png`."""
+    curves: dict[str, list[list[tuple[int, float]]]] = {name: [] for name in HEADLINE}
+    for seed in cfg.seeds:
+        with lab_of(cfg, seed, parallel) as lab:
+            for name in HEADLINE:
+                lab.policy(name, RECIPES[name])
+                curves[name].append(lab.curve(name))
+    if cfg.train_only:
+        return {}
+    found = headline(curves, HEADLINE)
+    for seed, result in zip(cfg.seeds, found["seeds"], strict=True):
+        share = result["share"]
+        words = "never gets there" if share is None else f"gets there with {100 * share:.0f} % of the responses"
+        ours, theirs = (f"{name} at {100 * result[f'{name}_final']:.1f}" for name in HEADLINE)
+        print(f"seed {seed}: macro F1 ends for {theirs}, for {ours}, which {words}")
+    plot_headline(Path(cfg.run_dir) / "headline.png", curves)
+    return found
+
+
+@contextmanager
+def lab_of(cfg: ReproduceConfig, seed: int, parallel: Parallel) -> Iterator[Lab]:
+    """The folder of a seed, for this process alone. ValueError where another works in it, or where it is of another scale."""
+    root = Path(cfg.run_dir) / f"seed-{seed}"
+    root.mkdir(parents=True, exist_ok=True)
+    with (root / "lock").open("w") as lock:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError as error:
+            raise ValueError(f"another process works on seed {seed} in {root}: wait for it, or give other seeds") from error
+        claim_run_dir(root, cfg.scale, parallel.is_main)
+        yield Lab(root, seed, cfg.scale, parallel)
+
+
+def evidence(minutes: float) -> dict[str, Any]:
+    """Command, commit, time and versions: what a result is quoted with. `minutes` are those of this call, not of earlier ones."""
+    git = ["git", "-C", str(Path(__file__).parent)]
+    try:
+        commit = subprocess.run([*git, "rev-parse", "HEAD"], capture_output=True, text=True, check=True).stdout.strip()
+        changed = subprocess.run([*git, "status", "--porcelain", "-uno"], capture_output=True, text=True, check=True).stdout
+    except (OSError, subprocess.CalledProcessError):  # not a checkout, or no git
+        commit, changed = None, ""
+    return {
+        "command": shlex.join(["python", "-m", "srpo.reproduce", *sys.argv[1:]]),
+        "commit": commit and commit + ("+changes" if changed else ""),
+        "minutes": round(minutes, 1),
+        "versions": {name: importlib.metadata.version(name) for name in ("torch", "transformers", "numpy")},
+        "machine": {"cpus": os.cpu_count(), "threads": torch.get_num_threads(), "platform": platform.platform()},
+    }
+
+
+def start_in_background(cfg: ReproduceConfig) -> None:
+    """The same command as a process of its own session; prints its id and where its output goes."""
+    run_dir = Path(cfg.run_dir)
+    run_dir.mkdir(parents=True, exist_ok=True)
+    log = run_dir / f"{cfg.table}.log"
+    arguments = [argument for argument in sys.argv[1:] if argument != "--background"]
+    with log.open("a") as out:
+        command = [sys.executable, "-m", "srpo.reproduce", *arguments]
+        process = subprocess.Popen(command, stdin=subprocess.DEVNULL, stdout=out, stderr=out, start_new_session=True)
+    print(f"process {process.pid} works on it; its output goes to {log}")
+
+
+def main(cfg: ReproduceConfig) -> None:
+    """The program."""
+    if cfg.background:
+        start_in_background(replace(cfg, background=False))
+        return
+    parallel = init_parallel()
+    try:
+        if parallel.world_size > 1:
+            raise ValueError("start srpo.reproduce without torchrun: several processes may work on different --seeds instead")
+        reproduce(cfg, parallel)
+    finally:
+        parallel.close()
+
+
+if __name__ == "__main__":
+    torch.set_num_threads(min(torch.get_num_threads(), 8))
+    run_program(main, ReproduceConfig)

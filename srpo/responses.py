@@ -1,0 +1,169 @@
+"""Responses that are there already: a `rollouts.jsonl`, or predictions from anywhere, made ready for evaluation."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from srpo.batch import Rollout, read_rollouts
+from srpo.data.examples import GRADES, Example
+from srpo.steps import StepSchema, StepSpec
+
+# The steps of predictions that are verdicts alone.
+VERDICT_ONLY = StepSchema([StepSpec("verdict", r"\S")])
+
+
+@dataclass(frozen=True)
+class Responses:
+    """What a system answered: rollout i answers example i, under `schema`."""
+
+    rollouts: list[Rollout]
+    examples: list[Example]
+    schema: StepSchema
+    num_others: int = 0  # rollouts of pairs that are not among the examples, left out
+
+
+def read_predictions(path: Path, schema: StepSchema | None = None) -> dict[str, tuple[str | None, ...]]:
+    """example_id -> answers of a JSON Lines file: one answer, the verdict ("L3"), or with `schema` and "answers" all J.
+
+    A line is `{"example_id": "...", "prediction": 3}`, null for none; `"answers"` [J] beside it gives the answer of every step,
+    the last that of the prediction. All lines have answers or none has. Other keys are not read. Raises ValueError with file and
+    line for a bad or repeated one, and for a file without any.
+    """
+    predictions: dict[str, tuple[str | None, ...]] = {}
+    with path.open(encoding="utf-8") as file:
+        for number, line in enumerate(file, start=1):
+            where = f"{path}, line {number}"
+            try:
+                row = json.loads(line)
+                example_id, prediction = row["example_id"], row["prediction"]
+            except (ValueError, KeyError, TypeError) as error:
+                raise ValueError(f'{where}: want {{"example_id": "...", "prediction": 1}} ({error!r})') from error
+            if not isinstance(example_id, str) and type(example_id) is not int:
+                raise ValueError(f"{where}: example_id is {example_id!r}: give a string or an integer")
+            if prediction is not None and (type(prediction) is not int or prediction not in GRADES):
+                raise ValueError(f"{where}: prediction is {prediction!r}: give 1, 2, 3, 4, or null for none")
+            if str(example_id) in predictions:
+                raise ValueError(f"{where}: a second prediction of {example_id!r}: keep one per example")
+            verdict = None if prediction is None else f"L{prediction}"
+            answers = (verdict,)
+            if schema is not None and row.get("answers") is not None:
+                answers = _answers(row["answers"], verdict, schema, where)
+            if predictions and len(answers) != len(next(iter(predictions.values()))):
+                raise ValueError(f"{where}: some lines have answers and some have none: give the answers of all or of none")
+            predictions[str(example_id)] = answers
+    if not predictions:
+        raise ValueError(f"{path} has no predictions: it is empty")
+    return predictions
+
+
+def _answers(answers: Any, verdict: str | None, schema: StepSchema, where: str) -> tuple[str | None, ...]:
+    """The answers of a line in the spelling of the options."""
+    texts = isinstance(answers, list) and all(answer is None or isinstance(answer, str) for answer in answers)
+    if not texts or len(answers) != schema.num_steps:
+        raise ValueError(
+            f"{where}: answers are {answers!r}: give a list of {schema.num_steps} strings, one per step, null for none "
+            "(the steps are those of --config)"
+        )
+    canonical = []
+    for spec, answer in zip(schema.specs, answers, strict=True):
+        told = None if answer is None else spec.canonical(answer)
+        if answer is not None and told is None:
+            options = ", ".join(spec.options) or "a text"
+            raise ValueError(f"{where}: {answer!r} is no answer to {spec.name}: give {options}, or null")
+        canonical.append(told)
+    if canonical[-1] != verdict:
+        raise ValueError(f"{where}: prediction says {verdict} and the last answer {canonical[-1]}: they are the same verdict")
+    return tuple(canonical)
+
+
+def from_predictions(
+    predictions: Mapping[str, Sequence[str | None]], examples: Sequence[Example], schema: StepSchema, limit: int = 0
+) -> Responses:
+    """Responses of predictions, for all examples or the first `limit`; of one answer each, they are of the schema VERDICT_ONLY.
+
+    Raises ValueError where an example has no prediction, and for a prediction of a pair that is not among `examples`.
+    """
+    if unknown := sorted(predictions.keys() - {example.example_id for example in examples}):
+        raise ValueError(f"{len(unknown)} predictions are of no example of the data, such as {unknown[0]}: remove them")
+    chosen = list(examples[: limit or None])
+    check_all_there(predictions, chosen, "prediction")
+    answers = [tuple(predictions[example.example_id]) for example in chosen]
+    rollouts = [
+        Rollout(example.example_id, i, (), (), (), (0,) * len(told), told, "", "stop", 0)
+        for i, (example, told) in enumerate(zip(chosen, answers, strict=True))
+    ]
+    ready = Responses(rollouts, chosen, schema)
+    return ready if all(len(told) == schema.num_steps for told in answers) else verdicts_alone(ready)
+
+
+def verdicts_alone(responses: Responses) -> Responses:
+    """The same responses cut down to their verdicts."""
+    return Responses(
+        [replace(r, step_ends=r.step_ends[-1:], answers=r.answers[-1:]) for r in responses.rollouts],
+        [replace(e, gold=e.gold[-1:], truth=()) for e in responses.examples],
+        VERDICT_ONLY,
+        responses.num_others,
+    )
+
+
+def from_rollouts(rollouts: Iterable[Rollout], examples: Sequence[Example], schema: StepSchema) -> Responses:
+    """Responses of rollouts; each of several to one pair counts, in the order of the file.
+
+    Rollouts of other pairs are left out and counted. Raises ValueError where an example has none, or a rollout another number of
+    steps.
+    """
+    by_id = {example.example_id: example for example in examples}
+    mine, num_others = [], 0
+    for rollout in rollouts:
+        if rollout.example_id not in by_id:
+            num_others += 1
+        elif len(rollout.answers) != schema.num_steps:
+            raise ValueError(
+                f"the rollout of {rollout.example_id} has {len(rollout.answers)} steps, the settings have {schema.num_steps}: "
+                "name the TOML that it was sampled with by --config"
+            )
+        else:
+            mine.append(rollout)
+    check_all_there({rollout.example_id for rollout in mine}, examples, "rollout")
+    return Responses(mine, [by_id[rollout.example_id] for rollout in mine], schema, num_others)
+
+
+def check_all_there(have: Iterable[str], examples: Sequence[Example], what: str) -> None:
+    """Raise ValueError where an example's id is not in `have`."""
+    missing = {example.example_id for example in examples} - set(have)
+    if missing:
+        raise ValueError(f"{len(missing)} of {len(examples)} examples have no {what}, such as {min(missing)}: all must have one")
+
+
+def load_rollouts(path: Path) -> list[Rollout]:
+    """All rollouts of a file. ValueError where it is no rollouts.jsonl."""
+    try:
+        return [rollout for _, rollout in read_rollouts(path)]
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise ValueError(f"{path} is not a rollouts.jsonl of a run or an evaluation ({error})") from error
+
+
+def from_file(source: Path, examples: Sequence[Example], schema: StepSchema) -> Responses:
+    """One response to each example, in their order: of a rollouts.jsonl, of predictions, or of the folder of an evaluation.
+
+    Raises ValueError for a file that is neither, and where an example has no response or several.
+    """
+    if source.is_dir():
+        source = source / "rollouts.jsonl"
+    if not source.is_file():
+        raise ValueError(f"no such file: {source}: name a rollouts.jsonl, predictions, or the folder of an evaluation")
+    with source.open(encoding="utf-8") as file:
+        is_rollouts = '"response_ids"' in file.readline()
+    if not is_rollouts:
+        return from_predictions(read_predictions(source, schema), examples, schema)
+    found = from_rollouts(load_rollouts(source), examples, schema)
+    first: dict[str, Rollout] = {}
+    for rollout in found.rollouts:
+        if rollout.example_id in first:
+            raise ValueError(f"{source} has several rollouts of {rollout.example_id}: systems are compared on one per example")
+        first[rollout.example_id] = rollout
+    return replace(found, rollouts=[first[example.example_id] for example in examples], examples=list(examples))

@@ -1,0 +1,74 @@
+"""The scalar reward model as a judge (Appendix A): a probability for each step, which becomes a verdict or a graded reward."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any, Protocol
+
+from srpo.batch import Rollout
+from srpo.data.examples import Example
+from srpo.data.prompts import build_prompt
+from srpo.rewards.judge import Verdicts
+from srpo.rewards.verdicts import PROMPT
+from srpo.steps import StepSchema, parse_response
+
+ScalarCase = tuple[tuple[int, ...], tuple[int, ...], tuple[int, ...]]  # ids of the prompt and of the response, step ends [J]
+
+
+class Scorer(Protocol):
+    """What computes probabilities (`srpo.rollout.judging` has one on a model)."""
+
+    def __call__(self, cases: Sequence[ScalarCase]) -> Sequence[Sequence[float]]:
+        """[N][J] probabilities that each step is correct."""
+        ...
+
+
+def scalar_case(example: Example, response: str, tokenizer: Any, schema: StepSchema) -> ScalarCase:
+    """What the model reads: the judge's prompt (`verdicts.PROMPT`), the response and its step ends, in the model's tokens."""
+    prompt = tokenizer.encode(build_prompt(example, PROMPT), add_special_tokens=False)
+    ids = tokenizer.encode(response.strip(), add_special_tokens=False)
+    return tuple(prompt), tuple(ids), parse_response(schema, tokenizer, ids).step_ends
+
+
+def is_there(case: ScalarCase, j: int) -> bool:
+    """Whether step j has a token of its own to be scored at."""
+    return case[2][j] > (case[2][j - 1] if j else 0)
+
+
+class ScalarJudge:
+    """Verdicts of a scalar reward model: whether p >= 0.5, or with `graded` p itself, which Eq. 5 pays as a share of the reward.
+
+    A step that the response does not have is wrong (p = 0). A case of more than `max_tokens` tokens gets no verdicts, which is
+    counted; equal cases are scored once.
+    """
+
+    def __init__(self, scorer: Scorer, tokenizer: Any, schema: StepSchema, *, max_tokens: int, graded: bool = False) -> None:
+        self.scorer = scorer
+        self.tokenizer = tokenizer
+        self.schema = schema
+        self.max_tokens = max_tokens
+        self.graded = graded
+        self.num_verdicts = 0  # that were asked for so far
+        self.num_missing = 0  # of them, not given
+
+    def judge(self, rollouts: Sequence[Rollout], examples: Sequence[Example]) -> list[Verdicts]:
+        """Verdicts [N][J]; all None for a case that is too long."""
+        probabilities = self.probabilities(rollouts, examples)
+        self.num_verdicts += self.schema.num_steps * len(probabilities)
+        self.num_missing += sum(p is None for row in probabilities for p in row)
+        return [tuple(p if p is None or self.graded else p >= 0.5 for p in row) for row in probabilities]
+
+    def probabilities(self, rollouts: Sequence[Rollout], examples: Sequence[Example]) -> list[tuple[float | None, ...]]:
+        """[N][J] probabilities that each step is correct; None for a case that is too long."""
+        cases = [scalar_case(e, r.text, self.tokenizer, self.schema) for r, e in zip(rollouts, examples, strict=True)]
+        asked = [case for case in dict.fromkeys(cases) if len(case[0]) + len(case[1]) <= self.max_tokens]
+        scored = dict(zip(asked, self.scorer(asked), strict=True)) if asked else {}
+        nothing = (None,) * self.schema.num_steps
+        return [
+            tuple(float(p) if is_there(case, j) else 0.0 for j, p in enumerate(scored[case])) if case in scored else nothing
+            for case in cases
+        ]
+
+    def stats(self) -> dict[str, float]:
+        """num_verdicts asked for and num_missing of them, since the start."""
+        return {"num_verdicts": self.num_verdicts, "num_missing": self.num_missing}

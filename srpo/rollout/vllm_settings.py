@@ -1,0 +1,49 @@
+"""What vLLM is started with: its environment, the checks of its settings, the seed of each prompt."""
+
+from __future__ import annotations
+
+import os
+
+import numpy as np
+import torch
+
+from srpo.config import VllmConfig
+
+
+def derive_seed(seed: int, prompt_index: int) -> int:
+    """62 bits for one prompt; vLLM adds the sample's number."""
+    return int(np.random.SeedSequence((seed, prompt_index)).generate_state(1, np.uint64)[0] >> 2)
+
+
+def worker_environment(device: torch.device) -> dict[str, str]:
+    """What vLLM reads from the environment; what the user has set stays."""
+    mine = {
+        "VLLM_ENABLE_V1_MULTIPROCESSING": "0",
+        "GLOO_SOCKET_IFNAME": "lo",  # its process group of one listens on the loopback device
+        "VLLM_HOST_IP": "127.0.0.1",
+    }
+    defaults = {
+        "VLLM_CPU_OMP_THREADS_BIND": "nobind",  # ranks of one host would all bind to the same cores
+        "VLLM_LOGGING_LEVEL": "WARNING",
+        "VLLM_NO_USAGE_STATS": "1",
+        "HF_HUB_OFFLINE": "1",
+        "TOKENIZERS_PARALLELISM": "false",
+    }
+    env = {k: os.environ.get(k, v) for k, v in defaults.items()}
+    if device.type == "cuda":
+        visible = os.environ.get("CUDA_VISIBLE_DEVICES")
+        index = device.index or 0
+        env["CUDA_VISIBLE_DEVICES"] = visible.split(",")[index] if visible else str(index)
+    return env | mine
+
+
+def check_vllm_settings(config: VllmConfig) -> None:
+    """Raise ValueError for a setting that cannot work."""
+    for key in ("max_num_seqs", "timeout_s", "start_timeout_s"):
+        if getattr(config, key) <= 0:
+            raise ValueError(f"rollout.vllm.{key} is {getattr(config, key)}: set it above 0")
+    for key in ("kv_cache_mib", "bucket_mib"):
+        if getattr(config, key) < 0:
+            raise ValueError(f"rollout.vllm.{key} is {getattr(config, key)}: set it to 0 (chosen by the device) or more")
+    if not 0 < config.gpu_memory_frac < 1:
+        raise ValueError(f"rollout.vllm.gpu_memory_frac is {config.gpu_memory_frac}: set it between 0 and 1")

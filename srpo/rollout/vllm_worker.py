@@ -1,0 +1,193 @@
+"""vLLM in a process of its own: `python -m srpo.rollout.vllm_worker SOCKET SOCKET`, started by `srpo.rollout.vllm_engine`.
+
+The engine core and its one worker live in this process (VLLM_ENABLE_V1_MULTIPROCESSING=0): one process to watch and to kill, and
+the model is at hand for the weight sync.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+import sys
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import torch
+
+from srpo.rollout.engine import SamplingParams
+from srpo.rollout.engine_worker import Group, serve
+from srpo.rollout.vllm_reload import KernelWatch, Reloader
+
+
+class VllmBackend:
+    """See `srpo.rollout.engine_worker.Backend`."""
+
+    def __init__(self) -> None:
+        self._llm: Any = None
+        self._reloader: Any = None
+        self._vocab_size = 0
+        self._native = False  # weights come through vLLM's own transfer engine, by CUDA IPC
+        self._packed_in_update = False  # whether its wire format says `packed` with each update, and not once at the beginning
+
+    def start(self, settings: dict[str, Any]) -> dict[str, Any]:
+        """settings: path, dtype, device, max_context, max_num_seqs, kv_cache_bytes, gpu_memory_frac, enforce_eager."""
+        from vllm import LLM
+        from vllm.model_executor.model_loader import get_model_loader
+
+        watch = KernelWatch()
+        on_cpu = settings["device"] == "cpu"
+        self._native = not on_cpu
+        options: dict[str, Any] = {}
+        if settings["max_context"]:
+            options["max_model_len"] = settings["max_context"]
+        if settings["kv_cache_bytes"]:
+            options["kv_cache_memory_bytes"] = settings["kv_cache_bytes"]
+        if on_cpu:
+            # Of a prompt that is computed in parts vLLM takes a token back, and winds its generator back: a CPU's cannot be.
+            options["enable_chunked_prefill"] = False
+        else:
+            from vllm.config import WeightTransferConfig
+
+            options["gpu_memory_utilization"] = settings["gpu_memory_frac"]
+            options["weight_transfer_config"] = WeightTransferConfig(backend="ipc")
+            options["enable_sleep_mode"] = True
+        self._llm = LLM(
+            settings["path"],
+            dtype=settings["dtype"],
+            enforce_eager=settings["enforce_eager"],
+            max_num_seqs=settings["max_num_seqs"],
+            skip_tokenizer_init=True,
+            generation_config="vllm",  # nothing of the checkpoint's sampling defaults
+            logprobs_mode="processed_logprobs",  # of the distribution that is sampled, not of the raw logits
+            max_logprobs=-1,
+            seed=0,
+            **options,
+        )
+        engine = self._llm.llm_engine
+        worker = engine.model_executor.driver_worker.worker
+        config = engine.vllm_config
+        self._vocab_size = config.model_config.get_vocab_size()
+        self._reloader = Reloader(worker, watch)
+        if on_cpu:
+            _check_head_size(config.model_config.get_head_size())
+        loader = get_model_loader(config.load_config)
+        self._reloader.prove(loader.get_all_weights(config.model_config, self._reloader.model))
+        if self._native:
+            self._open_transfer(worker.weight_transfer_engine)
+        self._llm.reset_prefix_cache()
+        return {"max_context": config.model_config.max_model_len, "vllm_version": _version()}
+
+    def _open_transfer(self, transfer: Any) -> None:
+        """vLLM moved the flag of packed buffers from each update to the beginning: ask which it is."""
+        fields = {field.name for field in dataclasses.fields(transfer.init_info_cls)}
+        updates = {field.name for field in dataclasses.fields(transfer.update_info_cls)}
+        self._packed_in_update = "packed" in updates
+        self._llm.init_weight_transfer_engine({"init_info": {"packed": True} if "packed" in fields else {}})
+
+    def begin_weights(self) -> None:
+        if self._native:
+            self._llm.start_weight_update()
+        self._reloader.begin(native=self._native)
+
+    def load_weights(self, named: list[tuple[str, torch.Tensor]]) -> None:
+        self._reloader.load(named)
+
+    def load_handles(self, update: dict[str, Any]) -> None:
+        if self._packed_in_update:
+            update = {**update, "packed": True}
+        self._llm.update_weights({"update_info": update})
+
+    def finish_weights(self) -> dict[str, int]:
+        if self._native:
+            self._llm.finish_weight_update()
+        self._reloader.finish(native=self._native)
+        self._llm.reset_prefix_cache()  # keys and values of the old weights
+        return self._reloader.sums()
+
+    def generate(
+        self, prompts: Sequence[tuple[int, list[int]]], params: SamplingParams, seeds: Sequence[int]
+    ) -> Iterator[Group | None]:
+        engine = self._llm.llm_engine
+        for (index, prompt), seed in zip(prompts, seeds, strict=True):
+            engine.add_request(str(index), {"prompt_token_ids": prompt}, self._sampling(params, seed))
+        while engine.has_unfinished_requests():
+            finished = [output for output in engine.step() if output.finished]
+            for output in finished:
+                outputs = sorted(output.outputs, key=lambda completion: completion.index)
+                samples = [_sample(completion, params) for completion in outputs]
+                yield int(output.request_id), samples * params.group_size if params.greedy else samples
+            if not finished:
+                yield None
+
+    def _sampling(self, params: SamplingParams, seed: int) -> Any:
+        """vLLM's parameters. Of a greedy token it reports the log-probability before temperature and top-k; `_filtered` applies
+        both, and needs all tokens of the filter."""
+        from vllm import SamplingParams as VllmSamplingParams
+        from vllm.sampling_params import RequestOutputKind
+
+        top_k = params.top_k if params.top_k < self._vocab_size else 0
+        num_logprobs = 0
+        if params.greedy and (top_k or params.temperature != 1.0):
+            num_logprobs = top_k or -1
+        return VllmSamplingParams(
+            n=1 if params.greedy else params.group_size,
+            temperature=0.0 if params.greedy else params.temperature,
+            top_k=0 if params.greedy else top_k,
+            seed=None if params.greedy else seed,
+            max_tokens=params.max_new_tokens,
+            stop_token_ids=[] if params.ignore_eos else list(params.stop_ids),
+            ignore_eos=True,  # the stop ids say it all
+            logprobs=num_logprobs,
+            detokenize=False,
+            output_kind=RequestOutputKind.FINAL_ONLY,
+        )
+
+    def sleep(self) -> None:
+        """Give up weights and key-value cache. vLLM's CPU backend cannot, and keeps both."""
+        if self._native:
+            self._llm.sleep(level=2)
+
+    def wake(self, tags: list[str] | None) -> None:
+        if self._native:
+            self._llm.wake_up(tags)
+
+
+def _sample(completion: Any, params: SamplingParams) -> tuple[list[int], list[float], str]:
+    """(response ids, log-probabilities, finish). Anything but stop and length is an aborted response."""
+    ids = [int(token) for token in completion.token_ids]
+    logprobs = []
+    for token, reported in zip(ids, completion.logprobs, strict=True):
+        value = reported[token].logprob
+        if params.greedy and (params.top_k or params.temperature != 1.0):
+            value = _filtered(value, [entry.logprob for entry in reported.values()], params.temperature)
+        logprobs.append(float(value))
+    if completion.finish_reason not in ("stop", "length"):
+        raise RuntimeError(f"vLLM ended a response for the reason {completion.finish_reason!r}")
+    return ids, logprobs, completion.finish_reason
+
+
+def _filtered(logprob: float, kept: Sequence[float], temperature: float) -> float:
+    """Log-probability after temperature and a filter that keeps tokens of these log-probabilities."""
+    scaled = [value / temperature for value in kept]
+    top = max(scaled)
+    return logprob / temperature - top - math.log(sum(math.exp(value - top) for value in scaled))
+
+
+def _check_head_size(head_size: int) -> None:
+    from vllm.v1.attention.backends.cpu_attn import CPUAttentionBackend
+
+    sizes = CPUAttentionBackend.get_supported_head_sizes()
+    if head_size not in sizes:
+        raise ValueError(
+            f"vLLM's CPU backend has no attention for head_dim {head_size}, only {sizes}: set rollout.engine to 'local'"
+        )
+
+
+def _version() -> str:
+    import vllm
+
+    return vllm.__version__
+
+
+if __name__ == "__main__":
+    serve(VllmBackend(), sys.argv)

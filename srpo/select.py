@@ -1,0 +1,302 @@
+"""Choose training data (paper 4.1, 5.5): `python -m srpo.select @ TRAIN.toml`, or the same under torchrun.
+
+First the starting policy answers every example `rollout.group_size` times, and the responses are scored as in training: one file
+of records per shard of the data. Then examples are chosen from the records alone, and written in the format of the data. Killed
+at any moment and started again, with as many processes or others, it continues with the shards that are not there yet.
+"""
+
+from __future__ import annotations
+
+import time
+from collections import Counter
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field
+from itertools import groupby
+from pathlib import Path
+from typing import Any, Literal
+
+from srpo.config import Config
+from srpo.data.examples import Example
+from srpo.data.prompts import build_prompt
+from srpo.data.readers import read_examples, write_examples
+from srpo.data.selection import Criteria, check_quotas, collect_scores, select
+from srpo.data.shards import Record, check_shard, finished_shards, read_shard, shard_seed, shards_of, write_shard
+from srpo.data.strata import stratum, tags_with_grade
+from srpo.data.tokenizer import encode, load_tokenizer
+from srpo.policy.model import load_policy
+from srpo.policy.parallel import Parallel, init_parallel
+from srpo.progress import Progress
+from srpo.records import RecordSettings, record_of, unsampled
+from srpo.rewards.hybrid import score
+from srpo.rewards.judge import Judge
+from srpo.rollout.collect import to_rollouts
+from srpo.rollout.engine import Engine, Sample, SamplingParams, check_prompts
+from srpo.rollout.open import open_engine
+from srpo.run_dir import claim_run_dir, write_whole
+from srpo.selection_report import report_json, report_of, report_text
+from srpo.settings import run_program
+from srpo.steps import StepSchema
+from srpo.train import derive_seed, make_judge, sampling_params
+
+_POLL_S = 0.5  # how often the first process looks whether the others have finished their shards
+
+
+@dataclass(frozen=True)
+class SelectConfig(Config):
+    """`python -m srpo.select @ configs/x.toml --select.num-examples 20000`: the settings of the training run, and these."""
+
+    records_dir: str = ""  # folder for what was sampled; empty: run_dir/select
+    shard_examples: int = 256  # examples in one call of the engine and one file: what a kill loses of each process
+    out: str = ""  # folder for the selected examples and selection.json; empty: `selected` in records_dir
+    format: Literal["parquet", "jsonl", "jsonl.gz"] = "parquet"  # of the selected examples
+    select: Criteria = field(default_factory=Criteria)
+
+
+@dataclass(frozen=True)
+class SelectionSettings:
+    """What the selected examples depend on: a folder of them belongs to one of these."""
+
+    format: str
+    select: Criteria
+    records: RecordSettings
+
+
+@dataclass(frozen=True)
+class Parts:
+    """What samples and scores."""
+
+    tokenizer: Any
+    engine: Engine
+    judge: Judge | None
+    params: SamplingParams
+    max_context: int
+
+
+def open_parts(cfg: SelectConfig, schema: StepSchema, parallel: Parallel) -> Parts:
+    """Tokenizer, engine with the starting policy, and judge, as training has them."""
+    tokenizer = load_tokenizer(cfg.policy.path)
+    loaded = load_policy(cfg.policy.path, experts=cfg.policy.experts)
+    engine = open_engine(cfg, loaded, parallel)
+    return Parts(tokenizer, engine, make_judge(cfg, schema, parallel), sampling_params(cfg, tokenizer), engine.max_context)
+
+
+def run(
+    cfg: SelectConfig, parallel: Parallel, parts_of: Callable[[SelectConfig, StepSchema, Parallel], Parts] = open_parts
+) -> dict[str, Any] | None:
+    """Sample what is missing, select, write; returns what is in `selection.json` on the first process, None on the others."""
+    sample(cfg, parallel, parts_of)
+    if not parallel.is_main:
+        return None
+    return choose(cfg)
+
+
+# ---- first stage: sample and score ---------------------------------------------------------------------------------------------
+
+
+def sample(
+    cfg: SelectConfig, parallel: Parallel, parts_of: Callable[[SelectConfig, StepSchema, Parallel], Parts] = open_parts
+) -> None:
+    """Make this process's share of the missing records; returns when it is done.
+
+    The k-th missing shard belongs to rank k % world_size. What is in it depends on (seed, ids of its examples) alone. Raises
+    ValueError for whatever could not work later, before anything is sampled or written.
+    """
+    check_settings(cfg)
+    schema, folder = StepSchema(cfg.steps), records_dir(cfg)
+    for claimed, settings, name in _claims(cfg):
+        if (claimed / "config.toml").is_file():
+            _claim(claimed, settings, name, parallel.is_main)
+    done = parallel.broadcast_object(finished_shards(folder))
+    if done and not (folder / "config.toml").is_file():
+        raise ValueError(f"{folder} has records and no config.toml that says how they were made: give another records_dir")
+    parts = _Once(lambda: parts_of(cfg, schema, parallel))
+    missing = survey(cfg, schema, done, parts)
+    if not missing:
+        return
+    _claim(*_claims(cfg)[0], parallel.is_main)
+    parallel.barrier()
+    if not (folder / "config.toml").is_file():
+        raise ValueError(
+            f"process {parallel.rank} does not see {folder / 'config.toml'}, which process 0 wrote: set records_dir to a folder "
+            "that all hosts share"
+        )
+    mine = set(missing[parallel.rank :: parallel.world_size])
+    with Progress("shards sampled", len(done) + len(missing), start=len(done), enabled=parallel.is_main) as bar:
+        for number, examples in shards_of(_examples(cfg), cfg.shard_examples):
+            if number in mine:
+                write_shard(folder, number, examples, sample_shard(parts(), examples, cfg, schema))
+                bar.advance(len(finished_shards(folder)) - bar.done)
+        while parallel.is_main and bar.done < bar.total:
+            time.sleep(_POLL_S)  # no collective: the last shards of others may take longer than one waits
+            bar.advance(len(finished_shards(folder)) - bar.done)
+    parts().engine.close()
+
+
+def check_settings(cfg: SelectConfig) -> None:
+    """Raise ValueError for settings that cannot work, whatever the data."""
+    if not cfg.data.train:
+        raise ValueError("data.train is not set: name the examples to choose from (docs/data.md)")
+    if cfg.shard_examples < 1 or cfg.seed < 0:
+        raise ValueError(f"shard_examples is {cfg.shard_examples} and seed {cfg.seed}: set them to at least 1 and 0")
+    if cfg.rollout.group_size < 2:
+        raise ValueError(
+            f"rollout.group_size is {cfg.rollout.group_size}: rejection sampling compares the responses of a group, use 2 or more"
+        )
+    if cfg.select.score in ("best", "uncertain") and cfg.reward.judge == "none":
+        raise ValueError(f"select.score {cfg.select.score!r} goes by what a judge says of the steps: set reward.judge")
+    if cfg.reward.judge not in ("none", "oracle") and not cfg.reward.judge_path:
+        raise ValueError("reward.judge_path is not set: name the checkpoint that srpo.train_judge made")
+    for folder, name in ((records_dir(cfg), "records_dir"), (out_dir(cfg), "out")):
+        if folder.exists() and not folder.is_dir():
+            raise ValueError(f"{name} is {folder}, which is a file: name a folder")
+        if folder.resolve() == Path(cfg.data.train).resolve():
+            raise ValueError(f"{name} is the folder of data.train, {folder}: give another, or what is written is read as data")
+    if records_dir(cfg).resolve() == out_dir(cfg).resolve():
+        raise ValueError(f"records_dir and out are both {out_dir(cfg)}: give another out")
+
+
+def survey(cfg: SelectConfig, schema: StepSchema, done: frozenset[int], parts: Callable[[], Parts]) -> list[int]:
+    """Numbers of the shards that are not there yet, having read all of the data once.
+
+    ValueError where a row is bad, an example lacks a tag to balance by, a quota is more than there is, finished shards are of
+    other data, a prompt is too long, or where nothing can grade any example that is still to be sampled.
+    """
+    strata: Counter[tuple[str, ...]] = Counter()
+    missing: list[int] = []
+    num_shards = num_gradable = 0
+    complaint = ""
+    for number, examples in shards_of(_examples(cfg, check_duplicates=True), cfg.shard_examples):
+        num_shards += 1
+        strata.update(stratum(example, cfg.select.balance) for example in examples)
+        if number in done:
+            check_shard(records_dir(cfg), number, examples)
+            continue
+        missing.append(number)
+        prompts = _prompts(parts(), examples, cfg)
+        check_prompts(prompts, parts().params, parts().max_context, [example.example_id for example in examples])
+        gradable, problem = split_gradable(parts(), examples, cfg, schema)
+        complaint, num_gradable = complaint or problem, num_gradable + len(gradable)
+    if complaint and not num_gradable and not done:  # what is left of a run that was stopped may all be so
+        raise ValueError(complaint)
+    if extra := sorted(number for number in done if number >= num_shards):
+        raise ValueError(
+            f"{records_dir(cfg)} has {len(extra)} shards more than {cfg.data.train}: give the data as it was, "
+            "or another records_dir"
+        )
+    check_quotas(strata, cfg.select)
+    return missing
+
+
+def split_gradable(parts: Parts, examples: Sequence[Example], cfg: SelectConfig, schema: StepSchema) -> tuple[list[Example], str]:
+    """(the examples whose steps can be graded, why those of the first other one cannot be: "" where there is none)."""
+    silence = [Sample(i, (), (), "stop") for i in range(len(examples))]
+    rollouts = to_rollouts(examples, silence, [()] * len(examples), schema, parts.tokenizer, 0)
+    try:
+        score(rollouts, examples, schema, parts.judge, cfg.reward.missing_verdict)  # a judge is not asked about missing answers
+    except ValueError as error:
+        if len(examples) == 1:
+            return [], str(error)
+        found = [split_gradable(parts, [example], cfg, schema) for example in examples]
+        return [e for some, _ in found for e in some], next((problem for _, problem in found if problem), "")
+    return list(examples), ""
+
+
+def sample_shard(parts: Parts, examples: Sequence[Example], cfg: SelectConfig, schema: StepSchema) -> list[Record]:
+    """The record of each example. One that nothing can grade is not sampled."""
+    gradable, _ = split_gradable(parts, examples, cfg, schema)
+    records: dict[str, Record] = {}
+    if gradable:
+        prompts = _prompts(parts, gradable, cfg)
+        samples = parts.engine.generate(prompts, parts.params, derive_seed(*shard_seed(cfg.seed, examples)))
+        rollouts = to_rollouts(gradable, samples, prompts, schema, parts.tokenizer, parts.engine.policy_version)
+        scored = score(rollouts, [gradable[r.group] for r in rollouts], schema, parts.judge, cfg.reward.missing_verdict)
+        for i, group in groupby(scored, key=lambda rollout: rollout.group):  # an engine answers prompt by prompt
+            records[gradable[i].example_id] = record_of(list(group), schema, tags_with_grade(gradable[i]))
+    return [records.get(e.example_id) or unsampled(e.example_id, schema.num_steps, tags_with_grade(e)) for e in examples]
+
+
+# ---- second stage: choose from the records -------------------------------------------------------------------------------------
+
+
+def choose(cfg: SelectConfig) -> dict[str, Any]:
+    """Select from the records, write the examples and `selection.json`, and print its table; returns what is in it."""
+    folder, out = records_dir(cfg), out_dir(cfg)
+    scores = collect_scores(_records(folder), cfg.select.balance, cfg.seed)
+    selection = select(scores, cfg.select)
+    _claim(*_claims(cfg)[1], True)
+    path = out / f"selected.{cfg.format}"
+    pairs = zip(_examples(cfg), selection.keep.tolist(), strict=True)
+    write_examples(path, (example for example, keep in pairs if keep))
+    report = report_of(scores, selection, cfg.select, _records(folder), str(path))
+    write_whole(out / "selection.json", report_json(report))
+    print(report_text(report), flush=True)
+    return report
+
+
+# ---- folders and streams -------------------------------------------------------------------------------------------------------
+
+
+def records_dir(cfg: SelectConfig) -> Path:
+    """The folder of the records."""
+    return Path(cfg.records_dir or Path(cfg.run_dir) / "select")
+
+
+def out_dir(cfg: SelectConfig) -> Path:
+    """The folder of the selected examples."""
+    return Path(cfg.out) if cfg.out else records_dir(cfg) / "selected"
+
+
+def _claims(cfg: SelectConfig) -> tuple[tuple[Path, Any, str], tuple[Path, Any, str]]:
+    """(folder, what it depends on, setting that names it) of the records and of the selected examples."""
+    settings = RecordSettings.of(cfg, cfg.shard_examples)
+    return (
+        (records_dir(cfg), settings, "records_dir"),
+        (out_dir(cfg), SelectionSettings(cfg.format, cfg.select, settings), "out"),
+    )
+
+
+def _claim(folder: Path, settings: Any, name: str, is_main: bool) -> None:
+    try:
+        claim_run_dir(folder, settings, is_main)
+    except ValueError as error:
+        raise ValueError(str(error).replace("give another run_dir", f"give another {name}")) from error
+
+
+def _examples(cfg: SelectConfig, check_duplicates: bool = False) -> Iterator[Example]:
+    options = [spec.options for spec in cfg.steps]
+    return read_examples(cfg.data.train, len(cfg.steps), options=options, check_duplicates=check_duplicates)
+
+
+def _prompts(parts: Parts, examples: Sequence[Example], cfg: SelectConfig) -> list[tuple[int, ...]]:
+    return [encode(parts.tokenizer, build_prompt(example, cfg.data.prompt)) for example in examples]
+
+
+def _records(folder: Path) -> Iterator[Record]:
+    """All records, in the order of the data; one shard is held at a time."""
+    for number in sorted(finished_shards(folder)):
+        yield from read_shard(folder, number)
+
+
+class _Once:
+    """A function's result, made when it is first asked for."""
+
+    def __init__(self, make: Callable[[], Parts]) -> None:
+        self._make = make
+        self._parts: Parts | None = None
+
+    def __call__(self) -> Parts:
+        self._parts = self._parts or self._make()
+        return self._parts
+
+
+def main(cfg: SelectConfig) -> None:
+    """The program."""
+    parallel = init_parallel()
+    try:
+        run(cfg, parallel)
+    finally:
+        parallel.close()
+
+
+if __name__ == "__main__":
+    run_program(main, SelectConfig)

@@ -1,0 +1,46 @@
+"""Text tables: aligned columns, cut into blocks where they would not fit on the line."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+MAX_WIDTH = 130
+
+
+def percent(value: float | None, interval: Sequence[float] | None = None, *, signed: bool = False) -> str:
+    """ "60.1" of a fraction, "60.1 [58.2 62.0]" with its interval, "+1.9" where signed; "-" for None."""
+    if value is None:
+        return "-"
+    form = "+.1f" if signed else ".1f"
+    cells = [format(100 * number, form) for number in (value, *(interval or ()))]
+    if interval is None:
+        return cells[0]
+    first, low, high = (cell.replace("100.0", "100") for cell in cells)  # what all responses have widens no column
+    return f"{first} [{low} {high}]"
+
+
+def text_table(header: Sequence[str], parts: Sequence[Sequence[Sequence[str]]], notes: Sequence[str] = ()) -> str:
+    """A table: first column left, others right; rules under the header, after each of the parts (lists of rows), then the notes.
+
+    Columns that need more than MAX_WIDTH characters are set in several blocks, one below the other, each with the first column.
+    Parts without rows are left out.
+    """
+    parts = [part for part in parts if part]
+    rows = [header, *(row for part in parts for row in part)]
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    gap = "   " if sum(widths) + 3 * (len(widths) - 1) <= MAX_WIDTH else "  "
+    blocks: list[list[int]] = [[]]
+    for column in range(1, len(header)):
+        if blocks[-1] and widths[0] + sum(len(gap) + widths[c] for c in (*blocks[-1], column)) > MAX_WIDTH:
+            blocks.append([])
+        blocks[-1].append(column)
+
+    shown = []
+    for columns in blocks:
+        rule = "-" * (widths[0] + sum(len(gap) + widths[c] for c in columns))
+        lines = []
+        for part in ([header], *parts):
+            lines += [gap.join([row[0].ljust(widths[0]), *(row[c].rjust(widths[c]) for c in columns)]) for row in part]
+            lines.append(rule)
+        shown.append("\n".join(lines))
+    return "\n".join(["\n\n".join(shown), *notes])

@@ -1,0 +1,51 @@
+"""Recipes are valid settings, differ only in what their row is about, and the paper's tables are whole."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+
+from srpo.checks import check_settings
+from srpo.config import Config
+from srpo.experiments.recipes import RECIPES, Scale, base, config_of
+from srpo.experiments.tables import STEPS, TABLES
+
+COMMON = base(Scale(), Path("run"), Path("train.jsonl"), Path("eval.jsonl"), Path("policy"), seed=3)
+
+
+def made(name: str) -> Config:
+    return config_of(RECIPES[name], COMMON, Path("judge"))
+
+
+@pytest.mark.parametrize("name", RECIPES)
+def test_every_recipe_is_a_run_that_could_start(name: str) -> None:
+    check_settings(made(name), 1)
+
+
+def test_rows_differ_in_what_they_are_about_and_in_nothing_else() -> None:
+    assert made("srpo") == COMMON
+    assert made("grpo") == replace(COMMON, advantage=replace(COMMON.advantage, method="grpo"))
+    judged = made("srpo_judged")
+    assert [spec.sources for spec in judged.steps] == [("judge",)] * 4 + [("gold",)]
+    assert replace(judged, steps=COMMON.steps) == COMMON
+    assert made("grpo_random_half").num_steps == COMMON.num_steps // 2
+    assert made("srpo_generative").reward.judge_path == "judge"
+
+
+def test_a_curriculum_shares_the_steps_of_the_run() -> None:
+    first, last = made("grpo_easier_harder").curriculum
+    assert (first.num_steps, last.num_steps) == (COMMON.num_steps // 2, 0)
+    assert first.tags == {"difficulty": ("easy", "medium")} and last.tags == {"difficulty": ("hard",)}
+    assert first.balance == last.balance == ("grade",)
+
+
+def test_tables_name_recipes_and_have_a_number_in_every_column() -> None:
+    assert set(TABLES) == {"table1", "table2", "table3", "table4", "table5", "table6", "table8", "table9"}
+    used = {row.recipe for name, table in TABLES.items() if name != "table2" for row in table.rows}
+    assert used == set(RECIPES)
+    for table in TABLES.values():
+        for row in table.rows:
+            assert len(row.paper) in (0, len(table.columns)), row
+    assert TABLES["table2"].columns == STEPS

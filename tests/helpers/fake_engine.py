@@ -1,0 +1,87 @@
+"""An engine's process without vLLM, run as `python fake_engine.py TRICKS SOCKET SOCKET`: it holds tensors by name and "samples"
+from their sum, so that a test sees which weights were used. TRICKS is JSON that says where it fails; a failure happens once and
+is remembered in a file, for its successor to do better."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import sys
+import time
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from srpo.rollout.engine import SamplingParams
+from srpo.rollout.engine_worker import Group, serve
+from srpo.rollout.weights import add_sums, bit_sum
+
+
+class FakeBackend:
+    """`stale`: parameters that a sync leaves as they are. `die`, `hang`, `raise`: where it fails (PLACE or PLACE:NUMBER)."""
+
+    def __init__(self, tricks: dict[str, Any]) -> None:
+        self.tricks = tricks
+        self.weights: dict[str, torch.Tensor] = {}
+        self.arrived: dict[str, torch.Tensor] = {}
+        self.counts: dict[str, int] = {}
+
+    def here(self, place: str) -> None:
+        count = self.counts[place] = self.counts.get(place, 0) + 1
+        for failure in ("die", "hang", "raise"):
+            if self.tricks.get(failure) in (place, f"{place}:{count}"):
+                marker = Path(self.tricks["marker"])
+                if marker.exists() and not self.tricks.get("always"):
+                    return
+                marker.touch()
+                if failure == "die":
+                    os.kill(os.getpid(), signal.SIGKILL)
+                elif failure == "hang":
+                    time.sleep(3600)
+                raise RuntimeError(f"no luck in {place}")
+
+    def start(self, settings: dict[str, Any]) -> dict[str, Any]:
+        self.here("start")
+        return {"max_context": settings["max_context"] or 64}
+
+    def begin_weights(self) -> None:
+        self.here("begin")
+        self.arrived = {}
+
+    def load_weights(self, named: list[tuple[str, torch.Tensor]]) -> None:
+        self.here("load")
+        self.arrived |= dict(named)
+
+    def load_handles(self, update: dict[str, Any]) -> None:
+        raise AssertionError("no GPU here")
+
+    def finish_weights(self) -> dict[str, int]:
+        self.here("finish")
+        stale = self.tricks.get("stale", [])
+        self.weights |= {k: v.clone() for k, v in self.arrived.items() if k not in stale or k not in self.weights}
+        self.arrived = {}
+        sums: dict[str, int] = {}
+        add_sums(sums, [(name, bit_sum(tensor)) for name, tensor in self.weights.items()])
+        return sums
+
+    def generate(
+        self, prompts: Sequence[tuple[int, list[int]]], params: SamplingParams, seeds: Sequence[int]
+    ) -> Iterator[Group | None]:
+        """Responses [prompt index, seed mod 1000], every log-probability minus the sum of all weights; last prompts first."""
+        total = sum(float(tensor.double().sum()) for tensor in self.weights.values())
+        for (index, _), seed in reversed(list(zip(prompts, seeds, strict=True))):
+            self.here("generate")
+            yield None
+            repeats = params.group_size - int(self.tricks.get("lose", 0))
+            yield index, [([index, seed % 1000], [-total, -total], "stop")] * repeats
+
+    def sleep(self) -> None: ...
+
+    def wake(self, tags: list[str] | None) -> None: ...
+
+
+if __name__ == "__main__":
+    serve(FakeBackend(json.loads(sys.argv[1])), sys.argv)

@@ -1,0 +1,82 @@
+"""srpo.policy.scalar: where scores are read, what the loss is, what the files hold."""
+
+from __future__ import annotations
+
+import random
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import pytest
+import torch
+from sklearn.metrics import log_loss
+from transformers import AutoModelForCausalLM
+
+from srpo.data.tokenizer import load_tokenizer
+from srpo.policy.model import load_policy
+from srpo.policy.scalar import HEAD_FILE, ScalarModel, load_scalar, probabilities, save_scalar, scalar_loss, scored_batches
+
+EOS = 0
+NOTHING = torch.zeros(1, 3)
+
+
+@pytest.fixture
+def model(world: Any) -> ScalarModel:
+    """A model with a head that has something to say."""
+    scalar = ScalarModel(load_policy(world.base))
+    head: Any = scalar.model.scalar_head
+    torch.nn.init.normal_(head.weight, std=0.5)
+    return scalar
+
+
+def random_case(rng: random.Random) -> tuple[list[int], list[int], list[int]]:
+    prompt, response = ([rng.randrange(5, 600) for _ in range(rng.randrange(1, 12))] for _ in range(2))
+    ends = sorted(rng.randrange(1, len(response) + 1) for _ in range(2))
+    return prompt, response, [*ends, len(response)]
+
+
+def test_scores_are_those_of_the_last_token_of_each_step(model: ScalarModel) -> None:
+    seed = random.randrange(2**32)
+    rng = random.Random(seed)
+    cases = [random_case(rng) for _ in range(6)]
+    with torch.no_grad():
+        packed = probabilities(model, scored_batches(cases, torch.zeros(6, 3), EOS, 40))
+        assert packed.shape == (6, 3)
+        for (prompt, response, ends), row in zip(cases, packed, strict=True):
+            for end, p in zip(ends, row, strict=True):
+                ids = [*prompt, *response[:end]]  # nothing behind the step is seen
+                alone = scored_batches([(ids[:1], ids[1:], [len(ids) - 1] * 3)], NOTHING, EOS, 40)
+                assert float(p) == pytest.approx(float(probabilities(model, alone)[0, 0]), abs=1e-5), seed
+    assert len({round(float(p), 4) for p in packed.flatten()}) > 6
+
+
+def test_the_loss_is_the_cross_entropy_of_the_verdicts_given() -> None:
+    logits = torch.randn(50, 3)
+    signs = torch.randint(-1, 2, (50, 3)).float()
+    num = int(signs.abs().sum())
+    given = signs != 0
+    expected = log_loss((signs[given] > 0).numpy(), logits[given].double().sigmoid().numpy(), labels=[False, True])
+    assert float(scalar_loss(logits, signs / num)) == pytest.approx(expected, rel=1e-5)
+
+
+def test_an_untrained_head_knows_nothing_and_a_missing_one_is_named(world: Any, tmp_path: Path) -> None:
+    (p,) = probabilities(ScalarModel(load_policy(world.base)), scored_batches([([5], [6, 7], [1, 1, 2])], NOTHING, EOS, 40))
+    assert p.tolist() == [0.5] * 3
+    with pytest.raises(ValueError, match=rf"no {HEAD_FILE} in .*--kind scalar"):
+        load_scalar(world.policy)
+
+
+def test_the_files_hold_the_model_and_leave_a_whole_causal_model(
+    model: ScalarModel, world: Any, small: ModuleType, tmp_path: Path
+) -> None:
+    save_scalar(model, load_tokenizer(world.base), tmp_path / "scalar")
+    loaded = load_scalar(tmp_path / "scalar")
+    batches = scored_batches([([5, 6], [7, 8, 9], [1, 2, 3])], NOTHING, EOS, 40)
+    assert torch.equal(probabilities(model, batches), probabilities(loaded, batches))
+    assert small.same_bits(small.parameters_of(tmp_path / "scalar"), small.parameters_of(world.base))
+    loading: Any = AutoModelForCausalLM.from_pretrained(tmp_path / "scalar", output_loading_info=True)
+    _, info = loading
+    assert not info["unexpected_keys"] and not info["missing_keys"]
+    (tmp_path / "scalar" / HEAD_FILE).write_bytes(b"broken")
+    with pytest.raises(ValueError, match=r"scalar_head\.safetensors does not fit the model .* train the judge again"):
+        load_scalar(tmp_path / "scalar")

@@ -1,0 +1,108 @@
+"""srpo.rewards.audit: the judge against gold labels while the policy trains."""
+
+from __future__ import annotations
+
+import json
+import random
+from dataclasses import replace
+
+import numpy as np
+import pytest
+
+from srpo.batch import Rollout
+from srpo.config import RewardConfig
+from srpo.data.examples import Example
+from srpo.rewards.audit import Audit, audit, audit_counts
+from srpo.steps import PAPER_STEPS, StepSchema
+
+SCHEMA = StepSchema(PAPER_STEPS)
+GOLD = (None, None, "match", "unclear", "L3")
+EXAMPLES = [Example("a", "q", "boots", "Red boots", gold=GOLD), Example("b", "q", "boots", "Hat")]
+CFG = RewardConfig(audit="warn", audit_warmup=3, audit_decay=0.5, audit_bound=0.2)
+
+
+def rollout(answers: tuple[str | None, ...], verdicts: tuple[bool | float | None, ...] | None, group: int = 0) -> Rollout:
+    return Rollout("a", group, (1,), (1,), (0.0,), (1,) * 5, answers, "text", "stop", 0, verdicts=verdicts)
+
+
+def test_counts_by_hand() -> None:
+    right = ("x", "y", "match", "unclear", "L3")
+    wrong = ("x", "y", "related", "match", "L1")
+    rollouts = [
+        rollout(right, (True, True, True, False, None)),  # S4: rejects what is right
+        rollout(wrong, (True, True, False, True, True)),  # S4, S5: pass what is wrong
+        rollout(wrong, (None, None, 0.5, 0.49, 0.0)),  # probabilities: S3 passes
+        rollout((None,) * 5, (True,) * 5),  # no answers
+        rollout(right, None),  # not asked
+        rollout(right, (False,) * 5, group=1),  # no labels
+    ]
+    counts = audit_counts(rollouts, EXAMPLES, SCHEMA)
+    #                  num, errors, wrong steps, wrong steps passed
+    assert counts[:, 2].tolist() == [3, 1, 2, 1]
+    assert counts[:, 3].tolist() == [3, 2, 2, 1]
+    assert counts[:, 4].tolist() == [2, 1, 2, 1]
+    assert counts[:, :2].sum() == 0
+    metrics = audit(None, rollouts, EXAMPLES, SCHEMA, CFG).metrics(SCHEMA)
+    assert metrics["judge/error_rate/category_match"] == pytest.approx(1 / 3)
+    assert metrics["judge/false_correct_rate/attribute_match"] == 0.5
+    assert metrics["judge/num_audited/verdict"] == 2
+    assert not [key for key in metrics if "query_intent" in key]
+
+
+def judged(num: int, num_errors: int) -> list[Rollout]:
+    """`num` wrong categories, of which the judge passes `num_errors`."""
+    answers = ("x", "y", "mismatch", None, None)
+    return [rollout(answers, (None, None, i < num_errors, None, None)) for i in range(num)]
+
+
+def run(errors: list[int], cfg: RewardConfig = CFG, num: int = 10) -> list[Audit]:
+    audits, state = [], None
+    for count in errors:
+        audits.append(audit(state, judged(num, count), EXAMPLES, SCHEMA, cfg))
+        state = audits[-1].state
+    return audits
+
+
+def test_a_drifting_judge_is_told_once_and_stops_a_run_that_wants_it() -> None:
+    errors = [1, 1, 1, 1, 5, 5, 5, 1, 1, 1, 8, 8]
+    audits = run(errors)
+    # average at step 5, by hand: (5 + 1/2 + 1/4 + 1/8 + 1/16) / (10 * (1 + 1/2 + 1/4 + 1/8 + 1/16)) = 0.306: a rise of 0.206
+    assert audits[4].metrics(SCHEMA)["judge/drift/category_match"] == pytest.approx(5.9375 / 19.375 - 0.1)
+    assert [bool(a.news) for a in audits].index(True) == 4
+    assert "errs on 30.6% of step 'category_match' after 10.0% at the start" in audits[4].news[0]
+    assert [a.beyond for a in audits[4:7]] == [("category_match",)] * 3 and not audits[5].news and not audits[6].news
+    assert not audits[9].beyond and any(a.news for a in audits[10:])  # recovered, and told again
+    assert not any(a.news for a in run(errors, replace(CFG, audit="log")))
+    assert not any(a.beyond for a in run([5] * 12))  # bad from the start is no drift
+    assert not any(a.beyond for a in run([1, 1, 9, 3, 3]))  # the warm-up is the measure
+    with pytest.raises(ValueError, match=r"the judge errs on 30\.6% of step 'category_match'.*audit_bound = 0\.2.*new run_dir"):
+        run(errors, replace(CFG, audit="stop"))
+    off = run(errors, replace(CFG, audit="off"))
+    assert not any(a.metrics(SCHEMA) or a.num_steps for a in off)
+
+
+def test_an_optimizer_step_without_labels_changes_no_rate() -> None:
+    with_gap = audit(run([1, 1, 1, 5])[-1].state, judged(10, 5)[:0], EXAMPLES, SCHEMA, CFG)
+    assert with_gap.num_steps == 4 and not [k for k in with_gap.metrics(SCHEMA) if "rate" in k]
+    before, after = (a.metrics(SCHEMA)["judge/drift/category_match"] for a in (run([1, 1, 1, 5])[-1], with_gap))
+    assert after == pytest.approx(before)
+
+
+def test_the_state_survives_json_exactly_and_shares_of_ranks_add_up() -> None:
+    seed = random.randrange(2**32)
+    rng = random.Random(seed)
+    words = ("match", "related", "mismatch", None)
+    straight = resumed = None
+    for _ in range(8):
+        rollouts = [
+            rollout(
+                ("x", "y", rng.choice(words), "match", "L1"), (None, True, *(rng.choice((True, False, None)) for _ in range(3)))
+            )
+            for _ in range(rng.randrange(1, 20))
+        ]
+        straight = audit(straight and straight.state, rollouts, EXAMPLES, SCHEMA, CFG)
+        resumed = audit(resumed and json.loads(json.dumps(resumed.state)), rollouts, EXAMPLES, SCHEMA, CFG)
+        cut = rng.randrange(len(rollouts) + 1)
+        halves = [audit_counts(half, EXAMPLES, SCHEMA) for half in (rollouts[:cut], rollouts[cut:])]
+        assert np.array_equal(sum(halves), straight.counts), seed
+    assert straight is not None and resumed is not None and straight.state == resumed.state, seed

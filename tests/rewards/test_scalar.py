@@ -1,0 +1,63 @@
+"""srpo.rewards.scalar: probabilities as verdicts."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import pytest
+
+from srpo.batch import Rollout
+from srpo.data.examples import Example
+from srpo.rewards.scalar import ScalarCase, ScalarJudge, is_there, scalar_case
+from srpo.steps import StepSchema, StepSpec
+
+SCHEMA = StepSchema([StepSpec("a", "^a:"), StepSpec("b", "^b:"), StepSpec("c", "^c:")])
+PAIR = Example("e", "q", "boots", "Boots")
+
+
+class Chars:
+    all_special_ids = (0,)
+
+    def encode(self, text: str, add_special_tokens: bool = True) -> list[int]:
+        assert not add_special_tokens
+        return [ord(c) for c in text]
+
+    def decode(self, ids: Sequence[int], **_: bool) -> str:
+        return "".join(map(chr, ids))
+
+    def convert_ids_to_tokens(self, ids: Sequence[int]) -> list[str]:
+        return [chr(i) for i in ids]
+
+
+def rollout(text: str) -> Rollout:
+    return Rollout("e", 0, (), (), (), (0,) * 3, SCHEMA.parse_text(text).answers, text, "stop", 0)
+
+
+class Scores:
+    def __init__(self) -> None:
+        self.asked: list[ScalarCase] = []
+
+    def __call__(self, cases: Sequence[ScalarCase]) -> list[list[float]]:
+        self.asked += cases
+        return [[0.2, 0.5, 0.9] for _ in cases]
+
+
+def test_what_the_model_reads() -> None:
+    prompt, ids, ends = scalar_case(PAIR, "  a: x\nb: yy\nc: z \n", Chars(), SCHEMA)
+    assert "".join(map(chr, prompt)) == "Query: boots\nItem: Boots\nResponse:\n"
+    assert "".join(map(chr, ids)) == "a: x\nb: yy\nc: z" and ends == (5, 11, 15)
+    lacking = scalar_case(PAIR, "a: x\nc: z", Chars(), SCHEMA)
+    assert [is_there(lacking, j) for j in range(3)] == [True, False, True]
+
+
+@pytest.mark.parametrize(("graded", "verdicts"), [(False, (False, True, True)), (True, (0.2, 0.5, 0.9))])
+def test_probabilities_become_verdicts_or_stay(graded: bool, verdicts: tuple[bool | float, ...]) -> None:
+    scores = Scores()
+    judge = ScalarJudge(scores, Chars(), SCHEMA, max_tokens=60, graded=graded)
+    texts = ["a: x\nb: y\nc: z", "a: x\nc: z", "a: x\nb: y\nc: z", "a: " + "x" * 60 + "\nb: y\nc: z"]
+    told = judge.judge([rollout(text) for text in texts], [PAIR] * 4)
+    assert told[0] == told[2] == verdicts
+    assert told[1] == (verdicts[0], 0.0 if graded else False, verdicts[2])  # a step that is not there is wrong
+    assert told[3] == (None,) * 3 and judge.stats() == {"num_verdicts": 12, "num_missing": 3}
+    assert len(scores.asked) == 2  # equal cases once, the one that is too long never
+    assert judge.judge([], []) == []

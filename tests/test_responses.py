@@ -1,0 +1,136 @@
+from __future__ import annotations
+
+import json
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from srpo.batch import Rollout, write_rollouts
+from srpo.data.examples import Example
+from srpo.evaluation import results_dict
+from srpo.responses import (
+    VERDICT_ONLY,
+    from_file,
+    from_predictions,
+    from_rollouts,
+    load_rollouts,
+    read_predictions,
+    verdicts_alone,
+)
+from srpo.steps import PAPER_STEPS, StepSchema
+
+SCHEMA = StepSchema(PAPER_STEPS)
+ANSWERS = ("shoes", "boots; color red", "related", "match")
+EXAMPLES = [
+    Example(
+        f"e{i}",
+        f"q{i}",
+        "query",
+        "title",
+        gold=(None, None, "related", "match", f"L{1 + i % 4}"),
+        truth=(*ANSWERS, None),
+        tags={"query_type": "odd" if i % 2 else "even"},
+    )
+    for i in range(10)
+]
+ROLLOUTS = [
+    Rollout(f"e{i}", i, (1,), (2, 3), (0.0, 0.0), (0, 0, 0, 1, 2), (*ANSWERS, f"L{1 + i % 4}" if i else None), "", "stop", 0)
+    for i in range(10)
+]
+
+
+def written(path: Path, *rows: Any) -> Path:
+    path.write_text("".join((row if isinstance(row, str) else json.dumps(row)) + "\n" for row in rows))
+    return path
+
+
+def predictions(**changes: Any) -> list[dict[str, Any]]:
+    return [{"example_id": e.example_id, "prediction": e.grade if i else None, **changes} for i, e in enumerate(EXAMPLES)]
+
+
+def test_predictions_are_scored_as_verdicts_alone(tmp_path: Path):
+    found = from_predictions(read_predictions(written(tmp_path / "p.jsonl", *predictions()), SCHEMA), EXAMPLES, SCHEMA)
+    results = results_dict(found.rollouts, found.examples, found.schema)
+    assert (results["accuracy"], results["parse_rate"], results["step_accuracy"]) == (0.9, 0.9, [0.9])
+    assert results["consistency"] is None
+    assert results["by"]["query_type"]["odd"]["macro_f1"] == 0.5  # odd pairs have grades 2 and 4 only
+
+
+def test_predictions_with_answers_are_scored_step_by_step(tmp_path: Path):
+    rows = predictions()
+    for row in rows:
+        row["answers"] = ["shoes", "boots", "Related", None, None if row["prediction"] is None else f"l{row['prediction']}"]
+    found = from_predictions(read_predictions(written(tmp_path / "p.jsonl", *rows), SCHEMA), EXAMPLES, SCHEMA)
+    results = results_dict(found.rollouts, found.examples, found.schema)
+    assert results["step_accuracy"] == [1.0, 0.0, 1.0, 0.0, 0.9]
+    assert results["accuracy"] == 0.9
+    assert results["consistency"]["verdict_right_steps_wrong"] == 0.9
+
+
+@pytest.mark.parametrize(
+    ("row", "message"),
+    [
+        ("{not json", "line 2"),
+        ({"example_id": "e1"}, "line 2.*prediction"),
+        ([1], "line 2"),
+        ({"example_id": "e1", "prediction": 5}, "line 2.*prediction is 5"),
+        ({"example_id": "e1", "prediction": "L4"}, "line 2.*give 1, 2, 3, 4"),
+        ({"example_id": "e1", "prediction": True}, "line 2.*give 1, 2, 3, 4"),
+        ({"example_id": None, "prediction": 1}, "line 2.*example_id is None"),
+        ({"example_id": "e0", "prediction": 2}, "line 2.*second prediction of 'e0'"),
+        ({"example_id": "e1", "prediction": 2, "answers": [*ANSWERS, "L2"]}, "line 2.*some have none"),
+        ({"example_id": "e1", "prediction": 2, "answers": "L2"}, "line 2.*list of 5 strings"),
+        ({"example_id": "e1", "prediction": 2, "answers": ["L2"]}, "line 2.*list of 5 strings"),
+        ({"example_id": "e1", "prediction": 2, "answers": [*ANSWERS[:3], "perhaps", "L2"]}, "line 2.*'perhaps' is no answer"),
+        ({"example_id": "e1", "prediction": 2, "answers": [*ANSWERS, "L3"]}, "line 2.*the same verdict"),
+    ],
+)
+def test_bad_prediction_lines_name_file_and_line(tmp_path: Path, row: Any, message: str):
+    with pytest.raises(ValueError, match=rf"p\.jsonl, {message}"):
+        read_predictions(written(tmp_path / "p.jsonl", {"example_id": "e0", "prediction": 1}, row), SCHEMA)
+
+
+def test_a_file_without_predictions_is_refused(tmp_path: Path):
+    with pytest.raises(ValueError, match="has no predictions"):
+        read_predictions(written(tmp_path / "p.jsonl"))
+
+
+def test_predictions_are_of_the_examples_and_all_of_them(tmp_path: Path):
+    told = {"e0": ("L1",), "e1": ("L1",)}
+    with pytest.raises(ValueError, match="8 of 10 examples have no prediction, such as e2"):
+        from_predictions(told, EXAMPLES, SCHEMA)
+    with pytest.raises(ValueError, match="1 predictions are of no example of the data, such as e1"):
+        from_predictions(told, EXAMPLES[:1], SCHEMA)
+    assert from_predictions(told, EXAMPLES[:2], SCHEMA, limit=1).examples == [replace(EXAMPLES[0], gold=("L1",), truth=())]
+
+
+def test_every_example_needs_a_rollout_and_others_are_counted():
+    with pytest.raises(ValueError, match="1 of 10 examples have no rollout, such as e9"):
+        from_rollouts(ROLLOUTS[:9], EXAMPLES, SCHEMA)
+    with pytest.raises(ValueError, match="has 5 steps, the settings have 1"):
+        from_rollouts(ROLLOUTS, EXAMPLES, StepSchema(PAPER_STEPS[-1:]))
+    found = from_rollouts([*ROLLOUTS, ROLLOUTS[0]], EXAMPLES[:2], SCHEMA)
+    assert [rollout.example_id for rollout in found.rollouts] == ["e0", "e1", "e0"]
+    assert [example.example_id for example in found.examples] == ["e0", "e1", "e0"]
+    assert found.num_others == 8
+
+
+def test_a_file_or_folder_gives_one_response_to_each_example(tmp_path: Path):
+    write_rollouts(tmp_path / "rollouts.jsonl", ROLLOUTS[::-1], step=0)
+    for source in (tmp_path, tmp_path / "rollouts.jsonl"):
+        found = from_file(source, EXAMPLES, SCHEMA)
+        assert (found.rollouts, found.examples, found.schema) == (ROLLOUTS, EXAMPLES, SCHEMA)
+    found = from_file(written(tmp_path / "p.jsonl", *predictions()), EXAMPLES, SCHEMA)
+    assert found.schema is VERDICT_ONLY
+    alone = verdicts_alone(from_file(tmp_path, EXAMPLES, SCHEMA))
+    assert [r.answers for r in alone.rollouts] == [r.answers for r in found.rollouts]
+    assert alone.examples == found.examples
+    write_rollouts(tmp_path / "rollouts.jsonl", ROLLOUTS[:1], step=0)
+    with pytest.raises(ValueError, match="several rollouts of e0"):
+        from_file(tmp_path, EXAMPLES, SCHEMA)
+    with pytest.raises(ValueError, match="no such file"):
+        from_file(tmp_path / "none", EXAMPLES, SCHEMA)
+    with pytest.raises(ValueError, match=r"is not a rollouts\.jsonl"):
+        load_rollouts(written(tmp_path / "x.jsonl", {"a": 1}))

@@ -1,0 +1,282 @@
+"""`python -m srpo.select`: killed and resumed, on several ranks, one stage at a time, and read by training."""
+
+from __future__ import annotations
+
+import json
+from collections import Counter
+from collections.abc import Iterator, Sequence
+from dataclasses import replace
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import numpy as np
+import pyarrow.parquet as pq
+import pytest
+import torch
+from select_cases import (
+    EXAMPLES,
+    NUM,
+    ONE,
+    SCHEMA,
+    TEMPLATE,
+    TOKENIZER,
+    Fresh,
+    Killed,
+    Ranks,
+    Scripted,
+    config,
+    example,
+    parts_with,
+    results,
+)
+
+from srpo.config import Config, DataConfig
+from srpo.credit import group_scores
+from srpo.data.examples import Example
+from srpo.data.prompts import build_prompt
+from srpo.data.readers import load_examples, write_examples
+from srpo.data.selection import Criteria
+from srpo.data.shards import finished_shards, read_shard, shards_of
+from srpo.data.tokenizer import encode
+from srpo.records import RecordSettings
+from srpo.rewards.hybrid import score
+from srpo.rewards.judge import OracleJudge
+from srpo.rollout.collect import to_rollouts
+from srpo.rollout.engine import Sample, SamplingParams
+from srpo.run_dir import claim_run_dir
+from srpo.select import SelectConfig, choose, out_dir, records_dir, run, sample
+from srpo.settings import load
+from srpo.train import train
+
+
+@pytest.fixture(scope="module")
+def never_killed(tmp_path_factory: pytest.TempPathFactory) -> SelectConfig:
+    cfg = config(tmp_path_factory.mktemp("whole"))
+    engine = Scripted()
+    report = run(cfg, ONE, parts_with(engine))
+    assert report is not None and 0 < report["num_selected"] < NUM
+    assert engine.sampled == Counter({e.example_id: 1 for e in EXAMPLES}) and engine.calls == 6
+    return cfg
+
+
+def test_records_say_what_the_group_did(never_killed: SelectConfig) -> None:
+    """One shard again, by the functions of training and plain sums."""
+    number, shard = next(s for s in shards_of(EXAMPLES, 8) if s[0] == 2)
+    records = read_shard(records_dir(never_killed), number)
+    assert [r.example_id for r in records] == [e.example_id for e in shard]
+    prompts = [encode(TOKENIZER, build_prompt(e, TEMPLATE)) for e in shard]
+    # the engine's seed is not known here: take the samples that explain the first record, among the seeds that the run used
+    seeds: list[int] = []
+    engine = Scripted()
+    generate = engine.generate
+    engine.generate = lambda prompts, params, seed: (seeds.append(seed), generate(prompts, params, seed))[1]  # type: ignore[method-assign]
+    again = replace(never_killed, run_dir=never_killed.run_dir + "_again")
+    sample(again, ONE, parts_with(engine))
+    samples = Scripted().generate(prompts, SamplingParams(group_size=6), seeds[number])
+    rollouts = to_rollouts(shard, samples, prompts, SCHEMA, TOKENIZER, 0)
+    scored = score(rollouts, [shard[r.group] for r in rollouts], SCHEMA, OracleJudge(0.1, 0, SCHEMA))
+    total, final = group_scores(scored, SCHEMA, "total"), group_scores(scored, SCHEMA, "final")
+    for i, record in enumerate(records):
+        group = [r for r in scored if r.group == i]
+        rewards = np.array([r.step_rewards for r in group])
+        assert record.solve_rate == total[i] == pytest.approx(rewards.sum(1).mean() / 1.8)
+        assert record.verdict_accuracy == final[i]
+        assert record.step_rewards == pytest.approx(rewards.mean(0))
+        assert record.num_reward_patterns == len(np.unique(rewards, axis=0))
+        assert record.num_different == len({r.text for r in group}) and record.num_responses == 6
+        assert record.tags == {"query_type": shard[i].tags["query_type"], "grade": f"L{shard[i].grade}"}
+        said = np.array([r.verdicts for r in group], dtype=float)
+        assert record.judge_scores == pytest.approx(said.mean(0)) and record.judge_score == pytest.approx(said.mean())
+        verdict, steps = rewards[:, 4] > 0, (rewards[:, :4] > 0).all(1)
+        assert record.right_verdict_wrong_steps_frac == pytest.approx((verdict & ~steps).mean())
+        assert record.wrong_verdict_right_steps_frac == pytest.approx((~verdict & steps).mean())
+        assert record.num_verdicts == 18 and record.num_no_verdict == 0  # steps 1, 2 and 4 have no gold
+
+
+@pytest.mark.parametrize("k", [0, 1, 3, 5])
+def test_killed_and_resumed_equals_never_killed(never_killed: SelectConfig, tmp_path: Path, k: int) -> None:
+    cfg = config(tmp_path)
+    first, second = Scripted(dies_after=k), Scripted()
+    with pytest.raises(Killed):
+        run(cfg, ONE, parts_with(first))
+    assert len(finished_shards(records_dir(cfg))) == k
+    run(cfg, ONE, parts_with(second))
+    assert first.sampled + second.sampled == Counter({e.example_id: 1 for e in EXAMPLES})
+    assert results(cfg) == results(never_killed)
+
+
+def test_killed_while_a_shard_is_written(never_killed: SelectConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    cfg, num_calls = config(tmp_path), 0
+
+    def write_half(table: Any, file: Any) -> None:
+        nonlocal num_calls
+        num_calls += 1
+        write(table, file)
+        if num_calls == 3:
+            file.truncate(file.tell() // 2)
+            raise Killed
+
+    write = pq.write_table
+    monkeypatch.setattr("srpo.data.shards.pq.write_table", write_half)
+    with pytest.raises(Killed):
+        run(cfg, ONE, parts_with(Scripted()))
+    assert finished_shards(records_dir(cfg)) == {0, 1}
+    monkeypatch.undo()
+    run(cfg, ONE, parts_with(Scripted()))
+    assert results(cfg) == results(never_killed)
+
+
+def test_killed_while_the_examples_are_written(
+    never_killed: SelectConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    cfg = config(tmp_path)
+
+    def dies(path: Path, examples: Iterator[Example]) -> None:
+        next(examples)
+        raise Killed
+
+    monkeypatch.setattr("srpo.select.write_examples", dies)
+    with pytest.raises(Killed):
+        run(cfg, ONE, parts_with(Scripted()))
+    monkeypatch.undo()
+    run(cfg, ONE, parts_with(Scripted(dies_after=0)))
+    assert results(cfg) == results(never_killed)
+
+
+@pytest.mark.parametrize("world_size", [2, 3])
+def test_several_ranks_equal_one(never_killed: SelectConfig, tmp_path: Path, world_size: int) -> None:
+    """Rank 1 and higher in turn, then rank 0, which waits for no one then and selects."""
+    cfg, engines = config(tmp_path), [Scripted() for _ in range(world_size)]
+    claim_run_dir(records_dir(cfg), RecordSettings.of(cfg, cfg.shard_examples), is_main=True)  # rank 0 does, and comes last here
+    for rank in range(1, world_size):
+        assert run(cfg, Fresh(rank, world_size, rank, torch.device("cpu")), parts_with(engines[rank])) is None
+    run(cfg, Fresh(0, world_size, 0, torch.device("cpu")), parts_with(engines[0]))
+    assert sum((e.sampled for e in engines), Counter()) == Counter({e.example_id: 1 for e in EXAMPLES})
+    assert max(e.calls for e in engines) == 6 // world_size
+    assert results(cfg) == results(never_killed)
+
+
+def test_one_rank_goes_on_where_three_were_killed(never_killed: SelectConfig, tmp_path: Path) -> None:
+    cfg, first, second = config(tmp_path), Scripted(dies_after=1), Scripted()
+    claim_run_dir(records_dir(cfg), RecordSettings.of(cfg, cfg.shard_examples), is_main=True)
+    with pytest.raises(Killed):
+        run(cfg, Ranks(2, 3, 2, torch.device("cpu")), parts_with(first))
+    assert finished_shards(records_dir(cfg)) == {2}
+    run(cfg, ONE, parts_with(second))
+    assert first.sampled + second.sampled == Counter({e.example_id: 1 for e in EXAMPLES})
+    assert results(cfg) == results(never_killed)
+
+
+def test_a_second_selection_samples_nothing(never_killed: SelectConfig, tmp_path: Path) -> None:
+    """5.5 on the records that are there: half of what rejection sampling leaves, by three readings of "valuable"."""
+    half: dict[str, set[str]] = {}
+    everything = {e.example_id for e in load_examples(out_dir(never_killed) / "selected.parquet", 5)}
+    for score_by in ("best", "uncertain", "disagree"):
+        cfg = replace(never_killed, out=str(tmp_path / score_by), format="jsonl", select=Criteria(score=score_by, keep_frac=0.5))
+        report = run(cfg, ONE, parts_with(Scripted(dies_after=0)))
+        assert report is not None
+        half[score_by] = {e.example_id for e in load_examples(tmp_path / score_by / "selected.jsonl", 5)}
+        assert half[score_by] < everything and len(half[score_by]) == report["num_selected"] == (len(everything) + 1) // 2
+        assert report["reasons"]["not_chosen_by_score"] == len(everything) - len(half[score_by])
+        assert json.loads((tmp_path / score_by / "selection.json").read_text()) == report
+        means = report["mean"]
+        if score_by != "uncertain":
+            key = {"best": "judge_score", "disagree": "disagreement"}[score_by]
+            assert means[key]["after"] > means[key]["before"]
+    assert len({frozenset(ids) for ids in half.values()}) == 3
+
+
+def test_the_report_counts_everything(never_killed: SelectConfig, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    criteria = Criteria(balance=("query_type", "grade"), num_examples=8, short="take_all")
+    report = choose(replace(never_killed, out=str(tmp_path / "out"), select=criteria))
+    assert sum(report["reasons"].values()) == report["num_examples"] == NUM
+    assert report["reasons"]["selected"] == report["num_selected"] == len(load_examples(tmp_path / "out" / "selected.parquet", 5))
+    # odd examples have grades 2 and 4: four of the eight combinations occur nowhere
+    assert {name: row["before"] for name, row in report["strata"].items() if row["before"]} == {
+        "even/L1": 11,
+        "even/L3": 10,
+        "odd/L2": 10,
+        "odd/L4": 10,
+    }
+    assert all(row["quota"] == 1 and row["after"] + row["short"] == 1 for row in report["strata"].values())
+    assert sum(row["short"] for row in report["strata"].values()) == 4 and report["num_selected"] == 4
+    assert sum(report["solve_rate"]["before"]) == NUM and sum(report["solve_rate"]["after"]) == 4
+    printed = capsys.readouterr().out
+    assert "4 fewer than the quotas ask for" in printed and "query_type x grade" in printed and "over quota" in printed
+
+
+def test_examples_that_nothing_can_grade_are_counted_and_not_sampled(tmp_path: Path) -> None:
+    bare = [replace(e, gold=(*e.gold[:4], None)) for e in EXAMPLES[:5]]
+    write_examples(tmp_path / "some.jsonl", [*bare, *EXAMPLES[5:]])
+    cfg, engine = config(tmp_path, tmp_path / "some.jsonl"), Scripted()
+    report = run(cfg, ONE, parts_with(engine))
+    assert report is not None and report["reasons"]["ungradable"] == 5 and engine.sampled.total() == NUM - 5
+    assert not {e.example_id for e in load_examples(out_dir(cfg) / "selected.parquet", 5)} & {f"e{i}" for i in range(5)}
+
+
+def test_a_run_that_is_stopped_before_a_shard_that_nothing_can_grade_goes_on(tmp_path: Path) -> None:
+    bare = [replace(e, gold=(*e.gold[:4], None)) for e in EXAMPLES[-1:]]
+    write_examples(tmp_path / "last.jsonl", [*EXAMPLES[:-1], *bare])
+    cfg = config(tmp_path, tmp_path / "last.jsonl")
+    sample(cfg, ONE, parts_with(Scripted()))
+    (records_dir(cfg) / "records-000005.parquet").unlink()  # of the last example alone
+    report = run(cfg, ONE, parts_with(Scripted(dies_after=0)))
+    assert report is not None and report["reasons"]["ungradable"] == 1
+
+
+def test_an_output_of_this_program_is_data_for_training(small: ModuleType, world: Any, tmp_path: Path) -> None:
+    """The real policy, engine and judge; a folder of shards in two formats; then `srpo.train` on what was selected."""
+    base: Config = world.config(tmp_path / "run", num_steps=1, rollout={"num_prompts": 2})
+    (tmp_path / "shards").mkdir()
+    write_examples(tmp_path / "shards" / "a.jsonl", world.examples()[:20])
+    write_examples(tmp_path / "shards" / "b.parquet", world.examples()[20:32])
+    cfg = SelectConfig(**{**vars(base), "data": DataConfig(train=str(tmp_path / "shards"))}, shard_examples=10)
+    report = run(cfg, small.ONE)
+    assert report is not None and report["num_examples"] == 32 and report["num_selected"] >= 2
+    selected = out_dir(cfg) / "selected.parquet"
+    chosen = {e.example_id: e for e in world.examples()}
+    assert all(chosen[e.example_id] == e for e in load_examples(selected, 5))
+    train(replace(base, data=DataConfig(train=str(selected))), small.ONE)
+    assert len(small.metrics_of(tmp_path / "run")) == 1
+
+
+def test_the_command_line(tmp_path: Path) -> None:
+    argv = ["--select.balance", "query_type", "grade", "--select.quotas", "odd/L2", "0.25", "even/L1", "0.75"]
+    cfg = load(SelectConfig, [*argv, "--select.num-examples", "8"])
+    assert cfg.select == Criteria(num_examples=8, balance=("query_type", "grade"), quotas={"odd/L2": 0.25, "even/L1": 0.75})
+    (tmp_path / "x.toml").write_text('[select]\nbalance = ["grade"]\nquotas = { L1 = 3, L4 = 5 }\nshort = "take_all"\n')
+    assert load(SelectConfig, ["@", str(tmp_path / "x.toml")]).select.quotas == {"L1": 3.0, "L4": 5.0}
+    (tmp_path / "x.toml").write_text("[select]\nquotas = { L1 = 3 }\n")
+    with pytest.raises(ValueError, match=r"x.toml: select: select.quotas has no tag to count by"):
+        load(SelectConfig, ["@", str(tmp_path / "x.toml")])
+
+
+def test_shards_are_read_as_they_are_needed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Never more than one shard ahead of the engine, and never all examples at once."""
+    alive, most, num_read = 0, 0, 0
+
+    class Counted(Example):
+        def __del__(self) -> None:
+            nonlocal alive
+            alive -= 1
+
+    def stream(*_: Any, **__: Any) -> Iterator[Example]:
+        nonlocal alive, most, num_read
+        for i in range(400):
+            alive, num_read = alive + 1, num_read + 1
+            most = max(most, alive)
+            values: dict[str, Any] = {**vars(example(i % NUM)), "example_id": f"n{i}"}
+            yield Counted(**values)
+
+    monkeypatch.setattr("srpo.select.read_examples", stream)
+    sampled: list[int] = []
+
+    class Reads(Scripted):
+        def generate(self, prompts: Sequence[tuple[int, ...]], params: SamplingParams, seed: int) -> list[Sample]:
+            sampled.append(num_read)
+            return super().generate(prompts, params, seed)
+
+    sample(config(tmp_path), ONE, parts_with(Reads()))
+    assert sampled == [400 + 8 * (k + 1) for k in range(50)]  # all once to check them, then shard by shard
+    assert most <= 3 * 8

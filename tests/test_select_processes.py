@@ -1,0 +1,70 @@
+"""`python -m srpo.select` as real processes: kill -9, torchrun with two ranks, one process that goes on where two were killed."""
+
+from __future__ import annotations
+
+import time
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import pytest
+
+from srpo.data.shards import finished_shards
+from srpo.select import SelectConfig, records_dir
+
+pytestmark = pytest.mark.slow
+
+
+def settings(world: Any, folder: Path) -> SelectConfig:
+    base = world.config(folder / "run", rollout={"group_size": 3})
+    return SelectConfig(**vars(base), shard_examples=8, records_dir=str(folder / "records"))
+
+
+def files(cfg: SelectConfig) -> dict[str, bytes]:
+    """The Parquet files of records and selection."""
+    return {str(p.relative_to(records_dir(cfg))): p.read_bytes() for p in records_dir(cfg).rglob("*.parquet")}
+
+
+@pytest.fixture(scope="module")
+def never_killed(small: ModuleType, world: Any, tmp_path_factory: pytest.TempPathFactory) -> SelectConfig:
+    folder = tmp_path_factory.mktemp("whole")
+    cfg = settings(world, folder)
+    small.Program("srpo.select", cfg, folder).finish()
+    assert len(finished_shards(records_dir(cfg))) == 8 and len(files(cfg)) == 9
+    return cfg
+
+
+def killed_after(program: Any, cfg: SelectConfig, num_shards: int) -> frozenset[int]:
+    """The shards that are there after a kill -9, which comes when there are `num_shards`."""
+    until = time.monotonic() + 120
+    while len(finished_shards(records_dir(cfg))) < num_shards and program.running() and time.monotonic() < until:
+        time.sleep(0.002)
+    program.kill()
+    return finished_shards(records_dir(cfg))
+
+
+def test_killed_by_the_system_and_resumed(small: ModuleType, world: Any, never_killed: SelectConfig, tmp_path: Path) -> None:
+    cfg = settings(world, tmp_path)
+    done = killed_after(small.Program("srpo.select", cfg, tmp_path), cfg, 2)
+    assert 2 <= len(done) < 8, "the kill came too late to say anything"
+    times = {n: (records_dir(cfg) / f"records-{n:06d}.parquet").stat().st_mtime_ns for n in done}
+    small.Program("srpo.select", cfg, tmp_path).finish()
+    assert {n: (records_dir(cfg) / f"records-{n:06d}.parquet").stat().st_mtime_ns for n in done} == times
+    assert files(cfg) == files(never_killed)
+
+
+def test_two_ranks_equal_one(small: ModuleType, world: Any, never_killed: SelectConfig, tmp_path: Path) -> None:
+    cfg = settings(world, tmp_path)
+    small.Program("srpo.select", cfg, tmp_path, num_ranks=2).finish()
+    assert files(cfg) == files(never_killed)
+    assert "shards sampled 8/8" in (tmp_path / "output.txt").read_text()
+
+
+def test_one_process_goes_on_where_two_were_killed(
+    small: ModuleType, world: Any, never_killed: SelectConfig, tmp_path: Path
+) -> None:
+    cfg = settings(world, tmp_path)
+    done = killed_after(small.Program("srpo.select", cfg, tmp_path, num_ranks=2), cfg, 2)
+    assert 2 <= len(done) < 8, "the kill came too late to say anything"
+    small.Program("srpo.select", cfg, tmp_path).finish()
+    assert files(cfg) == files(never_killed)
