@@ -99,7 +99,7 @@ def make_headline(cfg: ReproduceConfig, parallel: Parallel) -> dict[str, Any]:
     if cfg.train_only:
         return {}
     found = headline(curves, HEADLINE)
-    for seed, result in zip(cfg.seeds, found["seeds"], strict=True):
+    for seed, result in zip(cfg.seeds, found["per_seed"], strict=True):
         share = result["share"]
         words = "never gets there" if share is None else f"gets there with {100 * share:.0f} % of the responses"
         ours, theirs = (f"{name} at {100 * result[f'{name}_final']:.1f}" for name in HEADLINE)

@@ -109,7 +109,7 @@ def headline(
         )
     gaps = [seed[f"{first}_final"] - seed[f"{second}_final"] for seed in seeds]
     return {
-        "seeds": seeds,
+        "per_seed": seeds,
         "gap_mean": float(np.mean(gaps)),
         "gap_std": float(np.std(gaps, ddof=1)) if len(gaps) > 1 else 0.0,
         "curves": {name: [list(map(list, curve)) for curve in by_seed] for name, by_seed in curves.items()},

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Protocol
 
 from torch import nn
@@ -40,7 +40,7 @@ class Sample:
     response_ids: tuple[int, ...]  # [L]
     sampling_logprobs: tuple[float, ...]  # [L]
     finish: str  # stop | length
-    policy_version: int = -1  # of the weights that it was drawn from
+    policy_version: int = field(default=-1, compare=False)  # of the weights that it was drawn from
 
 
 class Engine(Protocol):

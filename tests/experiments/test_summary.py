@@ -62,7 +62,7 @@ def test_the_headline_says_when_a_curve_reaches_the_other_ones_end() -> None:
     fast = [(100, 0.3), (200, 0.41), (300, 0.6), (400, 0.6), (500, 0.6)]
     never = [(100 * i, 0.39) for i in range(1, 6)]
     found = headline({"srpo": [fast, never], "grpo": [slow, slow]}, ("srpo", "grpo"))
-    assert found["seeds"][0]["share"] == pytest.approx(0.4) and found["seeds"][0]["responses"] == 200
-    assert found["seeds"][1]["share"] is None
-    assert found["seeds"][0]["srpo_final"] == pytest.approx(0.6) and found["seeds"][0]["grpo_final"] == pytest.approx(0.4)
+    assert found["per_seed"][0]["share"] == pytest.approx(0.4) and found["per_seed"][0]["responses"] == 200
+    assert found["per_seed"][1]["share"] is None
+    assert found["per_seed"][0]["srpo_final"] == pytest.approx(0.6) and found["per_seed"][0]["grpo_final"] == pytest.approx(0.4)
     assert found["gap_mean"] == pytest.approx((0.2 - 0.01) / 2)

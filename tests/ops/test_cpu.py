@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import random
 from itertools import product
 from typing import Any
@@ -11,7 +12,7 @@ import pytest
 import torch
 from srpo_kernels import IGNORE, build, cpu, policy_loss, token_logprobs
 
-OPTIONS = ("plain", "k1", "k2", "k3", "full", "kept", "kept_full", "on_policy", "on_policy_kl")
+OPTIONS = ("plain", "k1", "k2", "k3", "full", "kept", "kept_full", "cispo", "on_policy", "on_policy_kl")
 SMALL = [(0, 7), (1, 1), (3, 7), (257, 1000), (33, 2048)]
 LARGE = [(31, 32000), (9, 50257), (3, 151643), (3, 151936), (2, 262144)]
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
@@ -177,6 +178,34 @@ def test_rounding_to_16_bits_is_to_nearest_even() -> None:
         out = policy_loss(x, torch.zeros(len(weights), dtype=torch.long), *tables, **options, temperature=1.0, impl="cpu")
         out.loss.backward()
         assert x.grad is not None and torch.equal(x.grad[:, 0], weights.to(dtype)) and torch.equal(x.grad[:, 1], -x.grad[:, 0])
+
+
+@pytest.mark.slow
+def test_more_logits_than_32_bits_count(level: str) -> None:
+    num_rows, vocab, period = 2**16 + 2**12, 2**15 + 64, 2**6  # 2.3 billion, 4.6 GB
+    if level != cpu.levels()[-1]:
+        pytest.skip("takes long on the lesser instruction sets")
+    if os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") < 8 * 2**30:
+        pytest.skip("less than 8 GiB of memory are free")
+    part = 3 * torch.randn(period, vocab, generator=torch.Generator().manual_seed(a_seed()))
+    labels = torch.randint(vocab, (period,))
+
+    def run(times: int) -> tuple[torch.Tensor, torch.Tensor]:
+        """(log-probabilities, gradient) of the part, repeated, as one sequence."""
+        logits = torch.empty(times * period, vocab, dtype=torch.bfloat16)
+        logits.view(times, period, vocab).copy_(part)
+        logits.requires_grad_()
+        tables = (torch.ones(1, 1), torch.ones(1, 1), torch.tensor([0, len(logits)]), torch.ones(len(logits)))
+        options: dict[str, Any] = {"clip_eps_low": 0.2, "clip_eps_high": 0.2, "kl_coef": 0.0, "kl_estimator": "k3"}
+        out = policy_loss(logits, labels.repeat(times), *tables, **options, temperature=1.0, in_place=True, impl="cpu")
+        out.loss.backward()
+        assert logits.grad is not None
+        return out.logprobs, logits.grad
+
+    logprobs, gradient = run(1)
+    many_logprobs, many_gradients = run(num_rows // period)
+    assert torch.equal(many_logprobs, logprobs.repeat(num_rows // period))
+    assert all(torch.equal(some, gradient) for some in many_gradients.split(period))
 
 
 def test_nothing_is_compiled_twice(level: str) -> None:

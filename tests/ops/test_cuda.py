@@ -21,7 +21,7 @@ from srpo_kernels.native import ROW_FIELDS
 pytestmark = pytest.mark.gpu
 
 DEVICE = "cuda"
-OPTIONS = ("plain", "k1", "k2", "k3", "full", "kept", "kept_full", "on_policy", "on_policy_kl")
+OPTIONS = ("plain", "k1", "k2", "k3", "full", "kept", "kept_full", "cispo", "on_policy", "on_policy_kl")
 SMALL = [(0, 8), (1, 1), (3, 7), (1, 8), (257, 1000), (33, 2048)]
 LARGE = [(300, 32000), (9, 50257), (3, 151643), (200, 151936), (40, 262144)]
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)

@@ -17,7 +17,7 @@ import pytest
 import torch
 from srpo_kernels import build, native, operators, token_logprobs
 
-OPTIONS = ("plain", "k1", "k2", "k3", "full", "kept", "kept_full", "on_policy", "on_policy_kl")
+OPTIONS = ("plain", "k1", "k2", "k3", "full", "kept", "kept_full", "cispo", "on_policy", "on_policy_kl")
 CLUSTERS = (0, 1, 8, 16)  # CTAs per row; 0: the kernel that reads twice
 
 

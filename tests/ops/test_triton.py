@@ -27,7 +27,7 @@ from srpo_kernels.native import ROW_FIELDS
 INTERPRETED = os.environ.get("TRITON_INTERPRET", "0") not in ("", "0")
 DEVICE = "cpu" if INTERPRETED else "cuda"
 ROOT = Path(__file__).resolve().parents[2]
-OPTIONS = ("plain", "k1", "k2", "k3", "full", "kept", "kept_full", "on_policy", "on_policy_kl")
+OPTIONS = ("plain", "k1", "k2", "k3", "full", "kept", "kept_full", "cispo", "on_policy", "on_policy_kl")
 SMALL = [(3, 7), (7, 1000)]
 # A held tile alone, several, and with streamed ones before; widths that are no multiple of anything
 LARGE = [(0, 7), (1, 1), (33, 30), (3, 5003), (2, 50257)]

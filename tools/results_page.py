@@ -1,0 +1,91 @@
+"""Writes docs/results.md from bench/results/reproduce/*.json, and copies the pictures: `python tools/results_page.py [RUN_DIR]`.
+
+With RUN_DIR, a folder of `srpo.reproduce`, its tables are taken into bench/results/reproduce first.
+"""
+
+from __future__ import annotations
+
+import json
+import shutil
+import sys
+from pathlib import Path
+from typing import Any
+
+from srpo.reproduce import NAMES
+
+ROOT = Path(__file__).resolve().parents[1]
+RESULTS, DOCS = ROOT / "bench" / "results" / "reproduce", ROOT / "docs"
+HEAD = """# The paper's tables in miniature
+
+Written by `tools/results_page.py` from `bench/results/reproduce/*.json`, which `python -m srpo.reproduce TABLE` makes on the
+catalogue world: a 2 M-parameter mixture-of-experts policy, warmed up on an imperfect teacher and then by DPO, from which every
+row starts. The paper's numbers are those of a 42 B-parameter policy on Taobao's logs: levels cannot be compared, the order of
+the rows can. "Ours" is the mean and the standard deviation over seeds, in percent. A pair of rows *agrees* or *opposes* where
+the difference, seed by seed, is beyond twice its standard error, else it is undecided.
+"""
+
+
+def table_section(result: dict[str, Any]) -> list[str]:
+    """A table with the paper beside ours, its order, its picture."""
+    columns = list(result["rows"][0]["ours"])
+    lines = [f"## {result['title']}", ""]
+    header = [cell for column in columns for cell in (f"{column}, paper", "ours")]
+    lines += ["| | " + " | ".join(header) + " |", "|---" * (len(header) + 1) + "|"]
+    for row in result["rows"]:
+        cells = []
+        for column in columns:
+            ours = row["ours"][column]
+            cells += ["-" if row["paper"] is None else f"{row['paper'][column]:.2f}", f"{ours['mean']:.1f} +- {ours['std']:.1f}"]
+        lines.append(f"| {row['name']} | " + " | ".join(cells) + " |")
+    order = result["order"]
+    lines += [
+        "",
+        f"Pairs of rows by {order['column']}: {order['agree']} agree, {order['oppose']} oppose, {order['undecided']} undecided.",
+    ]
+    opposed = [f"{p['second']} against {p['first']} ({p['ours']:+.1f})" for p in order["pairs"] if p["verdict"] == "oppose"]
+    lines += [f"The other way round than in the paper: {'; '.join(opposed)}."] if opposed else []
+    lines += [result["note"][:1].upper() + result["note"][1:] + "."] if result["note"] else []
+    return lines
+
+
+def headline_section(result: dict[str, Any]) -> list[str]:
+    """Curves of SRPO and GRPO."""
+    lines = [
+        "## SRPO against GRPO at equal samples",
+        "",
+        "| seed | GRPO ends at | SRPO ends at | to reach it |",
+    ]
+    lines.append("|---|---|---|---|")
+    for seed, found in zip(result["seeds"], result["per_seed"], strict=True):
+        share = "never" if found["share"] is None else f"{100 * found['share']:.0f} % of GRPO's"
+        lines.append(f"| {seed} | {100 * found['grpo_final']:.1f} | {100 * found['srpo_final']:.1f} | {share} |")
+    mean, std = 100 * result["gap_mean"], 100 * result["gap_std"]
+    return [*lines, "", f"Macro F1 at the end: SRPO {mean:+.1f} points, standard deviation over seeds {std:.1f}."]
+
+
+def main() -> None:
+    """Take the tables of a run folder in, then write the page."""
+    RESULTS.mkdir(parents=True, exist_ok=True)
+    for name in NAMES if len(sys.argv) > 1 else ():
+        folder = Path(sys.argv[1])
+        if (folder / f"{name}.json").is_file():
+            shutil.copy(folder / f"{name}.json", RESULTS)
+            shutil.copy(folder / f"{name}.png", DOCS / f"reproduce_{name}.png")
+    page = [HEAD]
+    for name in ("headline", *NAMES[:-1]):
+        path = RESULTS / f"{name}.json"
+        if not path.is_file():
+            page.append(f"`{name}` has not been run.\n")
+            continue
+        result = json.loads(path.read_text(encoding="utf-8"))
+        lines = headline_section(result) if name == "headline" else table_section(result)
+        if (DOCS / f"reproduce_{name}.png").is_file():
+            lines += ["", f"![{result.get('title', 'Curves')}](reproduce_{name}.png)"]
+        seeds = ", ".join(map(str, result["seeds"]))
+        lines += ["", f"`{result['command']}`, seeds {seeds}, commit `{(result['commit'] or 'unknown')[:12]}`.", ""]
+        page.append("\n".join(lines))
+    (DOCS / "results.md").write_text("\n".join(page), encoding="utf-8")
+
+
+if __name__ == "__main__":
+    main()
