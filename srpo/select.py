@@ -23,6 +23,7 @@ from srpo.data.selection import Criteria, check_quotas, collect_scores, select
 from srpo.data.shards import Record, check_shard, finished_shards, read_shard, shard_seed, shards_of, write_shard
 from srpo.data.strata import stratum, tags_with_grade
 from srpo.data.tokenizer import encode, load_tokenizer
+from srpo.parts import derive_seed, make_judge, sampling_params
 from srpo.policy.model import load_policy
 from srpo.policy.parallel import Parallel, init_parallel
 from srpo.progress import Progress
@@ -36,7 +37,6 @@ from srpo.run_dir import claim_run_dir, write_whole
 from srpo.selection_report import report_json, report_of, report_text
 from srpo.settings import run_program
 from srpo.steps import StepSchema
-from srpo.train import derive_seed, make_judge, sampling_params
 
 _POLL_S = 0.5  # how often the first process looks whether the others have finished their shards
 

@@ -14,6 +14,7 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
+import srpo.parts
 import srpo.train
 from srpo.batch import read_rollouts
 from srpo.config import Config
@@ -326,7 +327,7 @@ def test_other_training_data_cannot_continue_a_run(
 def test_a_window_that_lets_nothing_through_stops_the_run(
     small: ModuleType, world: Any, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(srpo.train, "MAX_EMPTY_STEPS", 3)
+    monkeypatch.setattr(srpo.parts, "MAX_EMPTY_STEPS", 3)
     window = {"difficulty_low": 0.985, "difficulty_high": 0.99}
     cfg = world.config(tmp_path / "run", num_steps=9, sampler=window, train={"checkpoint_every": 1})
     line = small.complaint(srpo.train.main, cfg, tmp_path, capsys)

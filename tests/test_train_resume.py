@@ -154,7 +154,7 @@ def test_killed_often(small: ModuleType, world: Any, tmp_path: Path, num_ranks: 
 
 PHASES = ["generate", "score_rollouts", "refill_step", "assign_credit", "pack_mine", "policy_update"]
 PHASES += ["evaluate_now", "write_rollouts"]
-AT_THE_END = ["save_checkpoint", "save_policy"]
+AT_THE_END = ["save", "save_policy"]
 
 
 def test_stopped_before_every_phase_it_ends_the_same(

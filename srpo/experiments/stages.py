@@ -32,6 +32,7 @@ from srpo.evaluate import evaluate_policy
 from srpo.experiments.recipes import Recipe, Scale, base, config_of
 from srpo.judge_stages import JudgeGrpoConfig
 from srpo.metrics import read_metrics
+from srpo.parts import derive_seed
 from srpo.policy.model import load_policy
 from srpo.policy.parallel import Parallel
 from srpo.progress import Progress
@@ -45,7 +46,7 @@ from srpo.select import SelectConfig
 from srpo.select import run as run_selection
 from srpo.sft import SftConfig, sft
 from srpo.steps import PAPER_STEPS, StepSchema
-from srpo.train import derive_seed, train
+from srpo.train import train
 from srpo.train_judge import JudgeConfig, MineConfig, train_judge
 
 TEST_SETS = {"wild": "eval.jsonl", "balanced": "eval_balanced.jsonl"}
