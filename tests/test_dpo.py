@@ -119,7 +119,7 @@ def test_pairs_are_learned_and_every_metric_is_declared(small: ModuleType, world
     for key in lines[0]:
         assert key == "step" or check_key(key) is None
     assert lines[-1]["train/loss"] < 0.5 < lines[0]["train/loss"] and lines[-1]["dpo/accuracy"] > 0.7
-    assert lines[-1]["dpo/margin"] == pytest.approx(lines[-1]["dpo/chosen_reward"] - lines[-1]["dpo/rejected_reward"], abs=1e-6)
+    assert lines[-1]["dpo/margin"] == pytest.approx(lines[-1]["dpo/chosen_reward"] - lines[-1]["dpo/rejected_reward"], rel=1e-6)
     before = small.parameters_of(world.policy)
     assert any(not torch.equal(p, before[name]) for name, p in small.parameters_of(tmp_path / "policy").items())
     assert json.loads((tmp_path / "pairs.json").read_text()) == {"num_pairs": len(preferences(cfg, world))}

@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 
+import srpo.parts
 import srpo.ppo
 import srpo.train
 from srpo.config import Config
@@ -66,7 +67,7 @@ def test_cut_responses_stay_out_of_the_loss_and_are_counted(small: ModuleType, w
 
 def test_a_step_whose_responses_are_all_masked_is_no_trouble(small: ModuleType, world: Any, tmp_path: Path) -> None:
     cfg = world.config(
-        tmp_path, num_steps=1, rollout={"max_new_tokens": 8}, loss={"overlong": "mask"}, sampler={"difficulty_low": -1.0}
+        tmp_path, num_steps=1, rollout={"max_new_tokens": 2}, loss={"overlong": "mask"}, sampler={"difficulty_low": -1.0}
     )
     for method in ("srpo", "ppo"):
         train(small.changed(cfg, {"run_dir": str(tmp_path / method), "advantage": {"method": method}}), small.ONE)
@@ -98,7 +99,8 @@ def test_stopped_anywhere_ppo_ends_the_same(
     )
     train(whole, small.ONE)
     name = "save_checkpoint" if where == "policy checkpoint" else where  # of the policy: the critic's is there by then
-    original, calls = getattr(srpo.train, name), []
+    module = srpo.parts if where == "policy checkpoint" else srpo.train
+    original, calls = getattr(module, name), []
 
     def killed(*args: Any, **kwargs: Any) -> Any:
         calls.append(1)
@@ -106,7 +108,7 @@ def test_stopped_anywhere_ppo_ends_the_same(
             raise KeyboardInterrupt
         return original(*args, **kwargs)
 
-    monkeypatch.setattr(srpo.train, name, killed)
+    monkeypatch.setattr(module, name, killed)
     with pytest.raises(KeyboardInterrupt):
         train(stopped, small.ONE)
     if where == "policy checkpoint":
