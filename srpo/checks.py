@@ -8,10 +8,10 @@ from srpo.batch import Rollout
 from srpo.config import Config
 from srpo.data.curriculum import check_curriculum
 from srpo.data.examples import Example
-from srpo.evaluation import true_grades
 from srpo.rewards.hybrid import score
 from srpo.rewards.judge import Judge
 from srpo.rollout.engine import SamplingParams, check_prompts
+from srpo.scores.evaluation import true_grades
 from srpo.steps import StepSchema
 
 

@@ -13,20 +13,20 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from srpo.bootstrap import BootstrapConfig
 from srpo.data.examples import Example
 from srpo.data.readers import load_examples
 from srpo.evaluate import check_tags, run_settings
-from srpo.evaluation import Results, consistency_rows, results_dict, score_rows
-from srpo.pages import Pages, PagesConfig, judged_examples, read_judgments, read_pages, read_verdicts, shown_grades
-from srpo.paired import compare_systems
-from srpo.responses import Responses, from_file, verdicts_alone
 from srpo.run_dir import write_whole
+from srpo.scores.bootstrap import BootstrapConfig
+from srpo.scores.evaluation import Results, consistency_rows, results_dict, score_rows
+from srpo.scores.pages import Pages, PagesConfig, judged_examples, read_judgments, read_pages, read_verdicts, shown_grades
+from srpo.scores.paired import compare_systems
+from srpo.scores.responses import Responses, from_file, verdicts_alone
+from srpo.scores.side_by_side import side_by_side
+from srpo.scores.tally import true_grades
 from srpo.settings import run_program
-from srpo.side_by_side import side_by_side
 from srpo.steps import StepSchema
 from srpo.tables import percent, text_table
-from srpo.tally import true_grades
 
 
 @dataclass(frozen=True)

@@ -39,7 +39,6 @@ from srpo.data.teacher import TeacherBias, teach
 from srpo.data.tokenizer import load_tokenizer, train_tokenizer
 from srpo.data.world import World
 from srpo.evaluate import evaluate_policy
-from srpo.evaluation import true_grades
 from srpo.metrics import read_metrics
 from srpo.plots import write_plots
 from srpo.policy.model import TinyConfig, load_policy, make_tiny
@@ -48,6 +47,7 @@ from srpo.progress import Progress
 from srpo.report import before_after_table
 from srpo.rollout.local import LocalEngine
 from srpo.run_dir import claim_run_dir, write_whole
+from srpo.scores.evaluation import true_grades
 from srpo.settings import run_program
 from srpo.sft import SftConfig, read_pairs, sft, write_pairs
 from srpo.steps import PAPER_STEPS, StepSchema

@@ -18,22 +18,22 @@ import torch
 from torch import nn
 
 from srpo.batch import Rollout, write_rollouts
-from srpo.bootstrap import BootstrapConfig
 from srpo.config import Config
 from srpo.data.examples import Example
 from srpo.data.prompts import build_prompt
 from srpo.data.readers import load_examples
 from srpo.data.tokenizer import encode, load_tokenizer
-from srpo.evaluation import predicted_grade, results_dict, true_grades
 from srpo.policy.model import load_policy
 from srpo.policy.parallel import Parallel
 from srpo.progress import Progress
 from srpo.report import results_table
-from srpo.responses import from_predictions, from_rollouts, load_rollouts, read_predictions
 from srpo.rollout.collect import to_rollouts
 from srpo.rollout.engine import Engine, SamplingParams
 from srpo.rollout.local import LocalEngine
 from srpo.run_dir import write_whole
+from srpo.scores.bootstrap import BootstrapConfig
+from srpo.scores.evaluation import predicted_grade, results_dict, true_grades
+from srpo.scores.responses import from_predictions, from_rollouts, load_rollouts, read_predictions
 from srpo.settings import apply_toml, run_program
 from srpo.steps import StepSchema
 
@@ -69,7 +69,7 @@ def evaluate_policy(
     by: Sequence[str] = ("query_type",),
     bootstrap: BootstrapConfig | None = None,
 ) -> tuple[dict[str, Any], list[Rollout]]:
-    """(results of `srpo.evaluation.results_dict`, the rollouts) of one greedy response per example, in the order of the examples.
+    """(results of `evaluation.results_dict`, the rollouts) of one greedy response per example, in the order of the examples.
 
     `by` and `bootstrap` are those of `results_dict`; training passes none: intervals cost it nothing.
     With `parallel` each rank decodes its share and all ranks return the same; every rank must call it. Raises ValueError for an

@@ -27,7 +27,6 @@ from srpo.config import (
 )
 from srpo.data.examples import Example
 from srpo.data.tokenizer import load_tokenizer
-from srpo.judge_evaluation import judge_scores, vote_shares
 from srpo.policy.model import load_policy
 from srpo.policy.parallel import Parallel
 from srpo.policy.scalar import load_scalar
@@ -38,6 +37,7 @@ from srpo.rewards.judgments import Judgment, as_rollout
 from srpo.rewards.scalar import ScalarJudge
 from srpo.rewards.verdicts import parse_verdicts
 from srpo.rollout.judging import open_judge, open_scalar_judge
+from srpo.scores.judge_evaluation import judge_scores, vote_shares
 from srpo.steps import StepSchema
 
 X = TypeVar("X")

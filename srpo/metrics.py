@@ -99,7 +99,7 @@ def check_key(key: str) -> None:
 
 
 def evaluation_metrics(results: Mapping[str, Any], step_names: tuple[str, ...]) -> dict[str, float]:
-    """The `eval/*` metrics of a results dict of `srpo.evaluation.results_dict`; a step accuracy that is not known has no key."""
+    """The `eval/*` metrics of a results dict of `evaluation.results_dict`; a step accuracy that is not known has no key."""
     metrics: dict[str, float] = {
         f"eval/{key}": results[key] for key in ("macro_f1", "accuracy", "good_f1", "parse_rate", "num_examples")
     }

@@ -13,7 +13,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter, MaxNLocator
 
-from srpo.evaluation import Results, score_rows
+from srpo.scores.evaluation import Results, score_rows
 from srpo.steps import StepSchema
 
 Metrics = Sequence[Mapping[str, float | None]]  # lines of metrics.jsonl

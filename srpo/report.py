@@ -13,9 +13,9 @@ from pathlib import Path
 from tyro.conf import Positional
 
 from srpo.config import Config
-from srpo.evaluation import Results, consistency_rows, score_rows
 from srpo.metrics import read_metrics
 from srpo.plots import write_plots
+from srpo.scores.evaluation import Results, consistency_rows, score_rows
 from srpo.settings import apply_toml, run_program
 from srpo.steps import StepSchema
 from srpo.tables import percent, text_table

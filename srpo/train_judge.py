@@ -25,7 +25,6 @@ from srpo.data.examples import Example
 from srpo.data.readers import load_examples, write_examples
 from srpo.data.strata import stratum
 from srpo.evaluate import load_rollouts
-from srpo.judge_evaluation import judge_table, reliability_table
 from srpo.judge_stages import JudgeGrpoConfig, evaluate_judge, grpo_config, load_judge, vote_on
 from srpo.policy.parallel import Parallel, init_parallel
 from srpo.rewards.cases import case_example, mine
@@ -35,6 +34,7 @@ from srpo.rewards.verdicts import judge_prompt, render_verdicts
 from srpo.rewards.verification import fill_in, queue_lines, read_queue, verified_cases
 from srpo.run_dir import claim_run_dir, write_whole
 from srpo.scalar_training import train_scalar
+from srpo.scores.judge_evaluation import judge_table, reliability_table
 from srpo.settings import run_program
 from srpo.sft import SftConfig, sft, write_pairs
 from srpo.steps import PAPER_STEPS, StepSchema, StepSpec

@@ -10,15 +10,15 @@ import pytest
 from judged_pairs import random_examples, random_rollouts
 
 from srpo.batch import write_rollouts
-from srpo.bootstrap import BootstrapConfig
 from srpo.compare import CompareConfig, main
 from srpo.data.examples import Example
 from srpo.data.readers import write_examples
-from srpo.evaluation import results_dict
-from srpo.paired import compare_systems
+from srpo.scores.bootstrap import BootstrapConfig
+from srpo.scores.evaluation import results_dict
+from srpo.scores.paired import compare_systems
+from srpo.scores.tally import predicted_grade
 from srpo.settings import load
 from srpo.steps import PAPER_STEPS, StepSchema
-from srpo.tally import predicted_grade
 
 SCHEMA = StepSchema(PAPER_STEPS)
 DRAWS = ["--bootstrap.num-draws", "50"]

@@ -13,7 +13,6 @@ from typing import Any
 import pytest
 
 from srpo.batch import Rollout, read_rollouts
-from srpo.bootstrap import BootstrapConfig
 from srpo.config import Config, DataConfig, RolloutConfig
 from srpo.data.examples import Example
 from srpo.data.readers import write_examples
@@ -22,6 +21,7 @@ from srpo.evaluate import EvaluateConfig, evaluate_policy, main
 from srpo.policy.model import TinyConfig, make_tiny, save_policy
 from srpo.rollout.engine import Sample, SamplingParams
 from srpo.rollout.local import LocalEngine
+from srpo.scores.bootstrap import BootstrapConfig
 from srpo.settings import dump_toml, load
 from srpo.steps import PAPER_STEPS, StepSchema
 

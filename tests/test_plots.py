@@ -10,8 +10,8 @@ import numpy as np
 import pytest
 from matplotlib.figure import Figure
 
-from srpo.evaluation import evaluate_predictions
 from srpo.plots import draw_before_after, draw_confusion, draw_macro_f1, draw_rewards, series, smooth, spread, write_plots
+from srpo.scores.evaluation import evaluate_predictions
 from srpo.steps import PAPER_STEPS, StepSchema
 
 SCHEMA = StepSchema(PAPER_STEPS)

@@ -8,8 +8,8 @@ from typing import Any
 import pytest
 
 from srpo.config import Config
-from srpo.evaluation import evaluate_predictions
 from srpo.report import ReportConfig, before_after_table, main, results_table, write_report
+from srpo.scores.evaluation import evaluate_predictions
 from srpo.settings import dump_toml
 from srpo.steps import PAPER_STEPS, StepSchema, StepSpec
 

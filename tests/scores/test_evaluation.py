@@ -11,11 +11,11 @@ from judged_pairs import SHARES, flat, random_examples, random_rollouts, slow_in
 from sklearn.metrics import accuracy_score, confusion_matrix, f1_score
 
 from srpo.batch import Rollout
-from srpo.bootstrap import BootstrapConfig
 from srpo.data.examples import Example
-from srpo.evaluation import consistency_rows, evaluate_predictions, results_dict, score_rows
+from srpo.scores.bootstrap import BootstrapConfig
+from srpo.scores.evaluation import consistency_rows, evaluate_predictions, results_dict, score_rows
+from srpo.scores.tally import parses, predicted_grade
 from srpo.steps import PAPER_STEPS, StepSchema
-from srpo.tally import parses, predicted_grade
 
 SCHEMA = StepSchema(PAPER_STEPS)
 RIGHT = ("shoes/boots; color not red", "shoes/boots; color blue", "match", "match", "L4")

@@ -14,11 +14,11 @@ import numpy as np
 from numpy.typing import NDArray
 
 from srpo.batch import Rollout
-from srpo.bootstrap import BootstrapConfig, cluster_sums, percentile_interval, resampled_sums
 from srpo.data.examples import Example
-from srpo.evaluation import parts_by, shaped
+from srpo.scores.bootstrap import BootstrapConfig, cluster_sums, percentile_interval, resampled_sums
+from srpo.scores.evaluation import parts_by, shaped
+from srpo.scores.tally import predicted_grade, scores, tally
 from srpo.steps import StepSchema
-from srpo.tally import predicted_grade, scores, tally
 
 _ROUNDING = 1e-12  # of a difference of two scores
 
@@ -34,7 +34,7 @@ def compare_systems(
 ) -> dict[str, Any]:
     """How much better B is than A, JSON-able; response i of both answers example i.
 
-    - `difference`: under the name of each score, in the shape it has in `srpo.evaluation.results_dict`, what `summarized` says of
+    - `difference`: under the name of each score, in the shape it has in `evaluation.results_dict`, what `summarized` says of
       it. A step that no example has a reference for, and consistency where no steps can be checked, are None.
     - `mcnemar`: `mcnemar` of the verdicts; `num_examples`, `num_queries`.
     - `by: {tag: {value: the same}}` for each tag of `by` that an example carries.

@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 
 from srpo.data.examples import Example
-from srpo.pages import (
+from srpo.scores.pages import (
     Page,
     Pages,
     PagesConfig,

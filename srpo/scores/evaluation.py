@@ -13,12 +13,12 @@ import numpy as np
 from numpy.typing import NDArray
 
 from srpo.batch import Rollout
-from srpo.bootstrap import BootstrapConfig, cluster_sums, percentile_interval, resampled_sums
 from srpo.data.examples import GRADES, Example
+from srpo.scores.bootstrap import BootstrapConfig, cluster_sums, percentile_interval, resampled_sums
+from srpo.scores.tally import CONSISTENCY, NO_VERDICT, confusion_of, consistency_counts, scores, tally, verdict_scores
+from srpo.scores.tally import predicted_grade as predicted_grade
+from srpo.scores.tally import true_grades as true_grades
 from srpo.steps import StepSchema
-from srpo.tally import CONSISTENCY, NO_VERDICT, confusion_of, consistency_counts, scores, tally, verdict_scores
-from srpo.tally import predicted_grade as predicted_grade
-from srpo.tally import true_grades as true_grades
 
 Results = Mapping[str, Any]  # what `results_dict` returns and `results.json` holds as before and after
 
@@ -26,7 +26,7 @@ Results = Mapping[str, Any]  # what `results_dict` returns and `results.json` ho
 def evaluate_predictions(grades_true: Sequence[int], grades_pred: Sequence[int | None]) -> dict[str, Any]:
     """`{macro_f1, accuracy, good_f1, class_f1: [4], confusion: [4][5]}` of predicted grades 1..4, None where none could be read.
 
-    Fractions, as `srpo.tally.verdict_scores` defines them. confusion[t][p] counts pairs of grade t+1 predicted p+1, with p = 4
+    Fractions, as `tally.verdict_scores` defines them. confusion[t][p] counts pairs of grade t+1 predicted p+1, with p = 4
     for no verdict. Raises ValueError for no pairs, for lists of different length and for a grade outside 1..4.
     """
     if not grades_true or len(grades_true) != len(grades_pred):
@@ -52,7 +52,7 @@ def results_dict(
     None where no example has a reference), and
 
     - `confusion: [4][5]`;
-    - `consistency`: the four shares of `srpo.tally.CONSISTENCY` over the `num_examples` whose steps before the verdict can be
+    - `consistency`: the four shares of `tally.CONSISTENCY` over the `num_examples` whose steps before the verdict can be
       checked (those of them with a reference must all be right; in `num_fully_checked` every one has), None where there are none;
     - `by: {tag: {value: the same}}` for each tag of `by` that an example carries, `untagged: {tag: examples without it}`;
     - with `bootstrap`, `confidence`: `{level, num_draws, seed, num_queries}` and under the name of each score its interval

@@ -1,4 +1,4 @@
-"""srpo.judge_evaluation against scikit-learn and by hand."""
+"""srpo.scores.judge_evaluation against scikit-learn and by hand."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ import pytest
 from sklearn.calibration import calibration_curve
 from sklearn.metrics import accuracy_score, brier_score_loss, precision_score, recall_score
 
-from srpo.judge_evaluation import calibration, judge_scores, judge_table, reliability_table, vote_shares
+from srpo.scores.judge_evaluation import calibration, judge_scores, judge_table, reliability_table, vote_shares
 
 T, F = True, False
 

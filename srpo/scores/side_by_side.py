@@ -15,9 +15,9 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from srpo.bootstrap import BootstrapConfig, resampled_sums
-from srpo.pages import RATINGS, VERDICTS, Pages, PagesConfig
-from srpo.paired import summarized
+from srpo.scores.bootstrap import BootstrapConfig, resampled_sums
+from srpo.scores.pages import RATINGS, VERDICTS, Pages, PagesConfig
+from srpo.scores.paired import summarized
 
 GOOD_GRADES = (3, 4)
 GOOD_RATINGS = RATINGS[:2]

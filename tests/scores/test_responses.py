@@ -9,8 +9,8 @@ import pytest
 
 from srpo.batch import Rollout, write_rollouts
 from srpo.data.examples import Example
-from srpo.evaluation import results_dict
-from srpo.responses import (
+from srpo.scores.evaluation import results_dict
+from srpo.scores.responses import (
     VERDICT_ONLY,
     from_file,
     from_predictions,

@@ -7,9 +7,9 @@ from typing import Any
 import numpy as np
 import pytest
 
-from srpo.bootstrap import BootstrapConfig
-from srpo.pages import Page, Pages, PagesConfig
-from srpo.side_by_side import good_frac, rating_of, side_by_side, verdict_of
+from srpo.scores.bootstrap import BootstrapConfig
+from srpo.scores.pages import Page, Pages, PagesConfig
+from srpo.scores.side_by_side import good_frac, rating_of, side_by_side, verdict_of
 
 NO_DRAWS = BootstrapConfig(num_draws=0)
 

@@ -5,8 +5,8 @@ import random
 import numpy as np
 import pytest
 
-import srpo.bootstrap
-from srpo.bootstrap import BootstrapConfig, cluster_sums, multiplicities, percentile_interval, resampled_sums
+import srpo.scores.bootstrap
+from srpo.scores.bootstrap import BootstrapConfig, cluster_sums, multiplicities, percentile_interval, resampled_sums
 
 
 @pytest.mark.parametrize("seed", range(5))
@@ -26,7 +26,7 @@ def test_draws_are_the_generators_next_numbers_whatever_the_chunk(monkeypatch: p
     drawn = [generator.integers(7, size=7).tolist() for _ in range(23)]
     expected = [[float(draw.count(cluster)) for cluster in range(7)] for draw in drawn]
     for chunk in (1, 20, 50, 1 << 20):
-        monkeypatch.setattr(srpo.bootstrap, "_CHUNK", chunk)
+        monkeypatch.setattr(srpo.scores.bootstrap, "_CHUNK", chunk)
         assert np.concatenate(list(multiplicities(7, settings))).tolist() == expected
     sums = np.random.default_rng(0).integers(0, 9, (7, 3)).astype(float)
     np.testing.assert_array_equal(
