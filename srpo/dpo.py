@@ -22,17 +22,15 @@ from srpo.config import OptimizerConfig, PolicyConfig
 from srpo.data.preferences import PairRules, Preference, pairs_from_rollouts, read_preferences
 from srpo.data.readers import load_examples
 from srpo.data.tokenizer import encode, load_tokenizer
-from srpo.metrics import MetricsLogger
-from srpo.optim import learning_rate, make_optimizer, set_learning_rate
-from srpo.policy.checkpoint import latest_checkpoint, load_checkpoint, save_checkpoint
 from srpo.policy.model import Policy, load_policy, save_policy
 from srpo.policy.parallel import Parallel, init_parallel
-from srpo.policy.update import level, optimizer_step
+from srpo.policy.update import level
 from srpo.progress import Progress
 from srpo.run_dir import claim_run_dir, write_whole
 from srpo.settings import run_program
 from srpo.sft import batch_indices
 from srpo.steps import PAPER_STEPS, StepSchema, StepSpec
+from srpo.supervised import fit
 
 REFERENCE_BATCH = 256  # pairs between two updates of the progress bar while the reference is scored
 
@@ -196,20 +194,19 @@ def dpo(cfg: DpoConfig, parallel: Parallel) -> Path:
     )
     _check_lengths(cfg, pairs, policy.max_context)
     policy = parallel.shard(policy, dtype=cfg.policy.dtype)
-    optimizer = make_optimizer(policy.parameters(), cfg.optimizer)
     claim_run_dir(run_dir, cfg, main)
     if main:
         write_whole(run_dir / "pairs.json", json.dumps(counts, indent=1) + "\n")
+        print(f"{counts['num_pairs']} pairs ({run_dir / 'pairs.json'} says how they came about)", flush=True)
     data = hashlib.blake2b(repr(pairs).encode(), digest_size=16).hexdigest()
-    reference, done = _reference(cfg, policy, pairs, data, parallel), 0
-    if (checkpoint := latest_checkpoint(run_dir / "checkpoints")) is not None:
-        extra = load_checkpoint(checkpoint, policy, optimizer, parallel)
-        done = extra["step"]
-    logger = MetricsLogger(run_dir, resume_step=done or None) if main else None
+    reference = _reference(cfg, policy, pairs, data, parallel)
     names = ("accuracy", "margin", "chosen_reward", "rejected_reward")
-    sums = torch.zeros(len(names) + 1, dtype=torch.float64, device=parallel.device)  # of these, and of the tokens
 
-    def loss_of(batch: Batch) -> torch.Tensor:
+    def batches_of(step: int) -> list[Batch]:
+        chosen = batch_indices(len(pairs), cfg.batch_size, step, cfg.seed)[parallel.rank :: parallel.world_size]
+        return pack_preferences([pairs[i] for i in chosen], reference[chosen], cfg.micro_batch_tokens)
+
+    def loss_of(batch: Batch) -> tuple[torch.Tensor, torch.Tensor]:
         _, rows = batch.rows()
         assert rows.ref_logprobs is not None
         # The last sequence is cut off where there is an odd one: an empty batch of `level` is a single sequence without rows.
@@ -220,41 +217,27 @@ def dpo(cfg: DpoConfig, parallel: Parallel) -> Path:
         out = dpo_loss(
             logprobs[:, 0], logprobs[:, 1], ref[:, 0], ref[:, 1], cfg.beta, cfg.batch_size, label_smoothing=cfg.label_smoothing
         )
-        sums.add_(torch.stack([*(out.metrics[name].double() for name in names), sums.new_tensor(len(rows.labels))]))
-        return out.loss
+        num_tokens = torch.tensor(len(rows.labels), dtype=torch.float64, device=parallel.device)
+        return out.loss, torch.stack([*(out.metrics[name].double() for name in names), num_tokens])
 
-    with Progress("DPO", cfg.num_steps, start=done, enabled=main) as bar:
-        bar.print(f"{counts['num_pairs']} pairs ({run_dir / 'pairs.json'} says how they came about)")
-        for step in range(done, cfg.num_steps):
-            chosen = batch_indices(len(pairs), cfg.batch_size, step, cfg.seed)[parallel.rank :: parallel.world_size]
-            batches = pack_preferences([pairs[i] for i in chosen], reference[chosen], cfg.micro_batch_tokens)
-            lr = learning_rate(cfg.optimizer, step, cfg.num_steps)
-            set_learning_rate(optimizer, lr)
-            sums.zero_()
-            result = optimizer_step(
-                policy,
-                optimizer,
-                batches,
-                loss_of,
-                parallel,
-                grad_clip=cfg.optimizer.grad_clip,
-                dump=run_dir / "non_finite.pt",
-                info={"step": step},
-            )
-            *means, num_tokens = parallel.all_reduce_sum(sums).tolist()
-            metrics = {f"dpo/{name}": mean for name, mean in zip(names, means, strict=True)}
-            if logger is not None:
-                steps = {"train/loss": result.loss, "train/grad_norm": result.grad_norm, "train/lr": lr}
-                logger.log(step + 1, metrics | steps | {"train/num_tokens": num_tokens})
-            bar.advance(1, loss=result.loss, right=metrics["dpo/accuracy"])
-            if (step + 1) % cfg.checkpoint_every == 0 or step + 1 == cfg.num_steps:
-                if logger is not None:
-                    logger.sync()
-                save_checkpoint(run_dir / "checkpoints", step + 1, policy, optimizer, {"step": step + 1}, parallel, keep=1)
+    def metrics_of(sums: list[float]) -> tuple[dict[str, float], float]:
+        *means, num_tokens = sums
+        metrics = {f"dpo/{name}": mean for name, mean in zip(names, means, strict=True)}
+        return metrics | {"train/num_tokens": num_tokens}, metrics["dpo/accuracy"]
+
+    fit(
+        policy,
+        cfg,
+        parallel,
+        title="DPO",
+        data=data,
+        subject="the pairs are",
+        batches_of=batches_of,
+        loss_of=loss_of,
+        metrics_of=metrics_of,
+    )
     save_policy(policy, tokenizer, run_dir / "policy")
     parallel.barrier()  # no rank returns, or ends, while another still gathers or writes
-    if logger is not None:
-        logger.close()
     return run_dir / "policy"
 
 

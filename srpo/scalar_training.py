@@ -12,19 +12,14 @@ import torch
 from srpo.batch import Batch
 from srpo.data.examples import Example
 from srpo.data.tokenizer import load_tokenizer
-from srpo.metrics import MetricsLogger
-from srpo.optim import learning_rate, make_optimizer, set_learning_rate
-from srpo.policy.checkpoint import latest_checkpoint, load_checkpoint, save_checkpoint
 from srpo.policy.model import load_policy
 from srpo.policy.parallel import Parallel
 from srpo.policy.scalar import ScalarModel, save_scalar, scalar_loss, scored_batches
-from srpo.policy.update import optimizer_step
-from srpo.progress import Progress
 from srpo.rewards.judgments import Judgment
 from srpo.rewards.scalar import ScalarCase, is_there, scalar_case
-from srpo.run_dir import claim_run_dir
 from srpo.sft import SftConfig, batch_indices
 from srpo.steps import StepSchema
+from srpo.supervised import fit
 
 
 def signed_targets(cases: Sequence[ScalarCase], judgments: Sequence[Judgment]) -> torch.Tensor:
@@ -44,7 +39,7 @@ def train_scalar(
     Resumes like SFT; `cfg.data` is not read. The loss is the mean over the verdicts of an optimizer step, over all ranks.
     ValueError for a case that fits neither into the context nor into a micro-batch.
     """
-    run_dir, main = Path(cfg.run_dir), parallel.is_main
+    run_dir = Path(cfg.run_dir)
     tokenizer: Any = load_tokenizer(cfg.policy.path)
     model = ScalarModel(
         load_policy(cfg.policy.path, experts=cfg.policy.experts), activation_checkpointing=cfg.policy.activation_checkpointing
@@ -59,58 +54,35 @@ def train_scalar(
             )
     targets = signed_targets(cases, judgments)
     model = parallel.shard(model, dtype=cfg.policy.dtype)
-    optimizer = make_optimizer(model.parameters(), cfg.optimizer)
-    claim_run_dir(run_dir, cfg, main)
-    data = hashlib.blake2b(repr((cases, targets.tolist())).encode(), digest_size=16).hexdigest()
-    done = 0
-    if (checkpoint := latest_checkpoint(run_dir / "checkpoints")) is not None:
-        extra = load_checkpoint(checkpoint, model, optimizer, parallel)
-        if extra["data"] != data:
-            raise ValueError(f"the judgments are not what {run_dir} has been trained on so far: give another run_dir")
-        done = extra["step"]
-    logger = MetricsLogger(run_dir, resume_step=done or None) if main else None
-    hits = torch.zeros(2, dtype=torch.float64, device=parallel.device)  # verdicts on the right side of 0.5, verdicts
 
-    def loss_of(batch: Batch) -> torch.Tensor:
+    def batches_of(step: int) -> list[Batch]:
+        chosen = batch_indices(len(cases), cfg.batch_size, step, cfg.seed)
+        mine = chosen[parallel.rank :: parallel.world_size]
+        weighted = targets[mine] / targets[chosen].abs().sum().clamp(min=1)
+        return scored_batches([cases[i] for i in mine], weighted, tokenizer.eos_token_id, cfg.micro_batch_tokens)
+
+    def loss_of(batch: Batch) -> tuple[torch.Tensor, torch.Tensor]:
         logits = model(batch)
         given = batch.step_advantages != 0
-        right = ((logits.detach() >= 0) == (batch.step_advantages > 0)) & given
-        hits.add_(torch.stack([right.sum(), given.sum()]))
-        return scalar_loss(logits, batch.step_advantages)
+        right = ((logits.detach() >= 0) == (batch.step_advantages > 0)) & given  # verdicts on the right side of 0.5
+        return scalar_loss(logits, batch.step_advantages), torch.stack([right.sum(), given.sum()]).double()
 
-    with Progress("scalar reward model", cfg.num_steps, start=done, enabled=main) as bar:
-        for step in range(done, cfg.num_steps):
-            chosen = batch_indices(len(cases), cfg.batch_size, step, cfg.seed)
-            mine = chosen[parallel.rank :: parallel.world_size]
-            weighted = targets[mine] / targets[chosen].abs().sum().clamp(min=1)
-            batches = scored_batches([cases[i] for i in mine], weighted, tokenizer.eos_token_id, cfg.micro_batch_tokens)
-            lr = learning_rate(cfg.optimizer, step, cfg.num_steps)
-            set_learning_rate(optimizer, lr)
-            hits.zero_()
-            result = optimizer_step(
-                model,
-                optimizer,
-                batches,
-                loss_of,
-                parallel,
-                grad_clip=cfg.optimizer.grad_clip,
-                dump=run_dir / "non_finite.pt",
-                info={"step": step},
-            )
-            num_right, num_given = parallel.all_reduce_sum(hits).tolist()
-            accuracy = num_right / max(num_given, 1)
-            if logger is not None:
-                metrics = {"train/loss": result.loss, "train/grad_norm": result.grad_norm, "train/lr": lr}
-                logger.log(step + 1, metrics | {"train/verdict_accuracy": accuracy})
-            bar.advance(1, loss=result.loss, right=accuracy)
-            if (step + 1) % cfg.checkpoint_every == 0 or step + 1 == cfg.num_steps:
-                if logger is not None:
-                    logger.sync()
-                save_checkpoint(
-                    run_dir / "checkpoints", step + 1, model, optimizer, {"step": step + 1, "data": data}, parallel, keep=1
-                )
+    def metrics_of(sums: list[float]) -> tuple[dict[str, float], float]:
+        num_right, num_given = sums
+        accuracy = num_right / max(num_given, 1)
+        return {"train/verdict_accuracy": accuracy}, accuracy
+
+    fit(
+        model,
+        cfg,
+        parallel,
+        title="scalar reward model",
+        data=hashlib.blake2b(repr((cases, targets.tolist())).encode(), digest_size=16).hexdigest(),
+        subject="the judgments are",
+        batches_of=batches_of,
+        loss_of=loss_of,
+        metrics_of=metrics_of,
+    )
     save_scalar(model, tokenizer, run_dir / "policy")
     parallel.barrier()  # no rank returns, or ends, while another still gathers or writes
-    if logger is not None:
-        logger.close()
     return run_dir / "policy"

@@ -18,15 +18,11 @@ from srpo.algorithm.losses import sft_weights
 from srpo.batch import Batch, Rollout, pack
 from srpo.config import OptimizerConfig, PolicyConfig
 from srpo.data.tokenizer import encode, load_tokenizer
-from srpo.metrics import MetricsLogger
-from srpo.optim import learning_rate, make_optimizer, set_learning_rate
-from srpo.policy.checkpoint import latest_checkpoint, load_checkpoint, save_checkpoint
 from srpo.policy.model import Policy, load_policy, save_policy
 from srpo.policy.parallel import Parallel, init_parallel
-from srpo.policy.update import optimizer_step
 from srpo.progress import Progress
-from srpo.run_dir import claim_run_dir
 from srpo.settings import run_program
+from srpo.supervised import fit
 
 Pair = tuple[tuple[int, ...], tuple[int, ...]]  # token ids of a prompt and of its response, which ends with the end of text
 
@@ -152,67 +148,43 @@ def sft_loss(logits: torch.Tensor, rows: Batch) -> torch.Tensor:
 
 def sft(cfg: SftConfig, parallel: Parallel) -> Path:
     """Train and return the folder of the resulting checkpoint, `run_dir/policy`. Killed and started again it continues."""
-    run_dir, main = Path(cfg.run_dir), parallel.is_main
+    run_dir = Path(cfg.run_dir)
     _check_settings(cfg)
     tokenizer = load_tokenizer(cfg.policy.path)
     policy = Policy(
         load_policy(cfg.policy.path, experts=cfg.policy.experts), activation_checkpointing=cfg.policy.activation_checkpointing
     )
-    pairs = tokenized_pairs(cfg, tokenizer, policy.max_context, main)
+    pairs = tokenized_pairs(cfg, tokenizer, policy.max_context, parallel.is_main)
     policy = parallel.shard(policy, dtype=cfg.policy.dtype)
-    optimizer = make_optimizer(policy.parameters(), cfg.optimizer)
-    claim_run_dir(run_dir, cfg, parallel.is_main)
-    data = hashlib.blake2b(Path(cfg.data).read_bytes(), digest_size=16).hexdigest()
-    done = 0
-    if (checkpoint := latest_checkpoint(run_dir / "checkpoints")) is not None:
-        extra = load_checkpoint(checkpoint, policy, optimizer, parallel)
-        if extra["data"] != data:
-            raise ValueError(f"{cfg.data} is not what {run_dir} has been trained on so far: give another run_dir")
-        done = extra["step"]
-    logger = MetricsLogger(run_dir, resume_step=done or None) if main else None
 
-    hits = torch.zeros(2, dtype=torch.float64, device=parallel.device)  # tokens that were the first choice, tokens
+    def batches_of(step: int) -> list[Batch]:
+        chosen = [pairs[i] for i in batch_indices(len(pairs), cfg.batch_size, step, cfg.seed)]
+        return pack_pairs(chosen, parallel, cfg.micro_batch_tokens)
 
-    def loss_of(batch: Batch) -> torch.Tensor:
+    def loss_of(batch: Batch) -> tuple[torch.Tensor, torch.Tensor]:
         _, rows = batch.rows()
         logits = policy(batch)
-        hits.add_(
-            torch.stack([(logits.detach().argmax(-1) == rows.labels).sum(), torch.tensor(len(logits), device=logits.device)])
-        )
-        return sft_loss(logits, rows)
+        num_hits = (logits.detach().argmax(-1) == rows.labels).sum()  # tokens that were the first choice
+        counts = torch.stack([num_hits, torch.tensor(len(logits), device=logits.device)]).double()
+        return sft_loss(logits, rows), counts
 
-    with Progress("SFT", cfg.num_steps, start=done, enabled=main) as bar:
-        for step in range(done, cfg.num_steps):
-            chosen = [pairs[i] for i in batch_indices(len(pairs), cfg.batch_size, step, cfg.seed)]
-            batches = pack_pairs(chosen, parallel, cfg.micro_batch_tokens)
-            lr = learning_rate(cfg.optimizer, step, cfg.num_steps)
-            set_learning_rate(optimizer, lr)
-            hits.zero_()
-            result = optimizer_step(
-                policy,
-                optimizer,
-                batches,
-                loss_of,
-                parallel,
-                grad_clip=cfg.optimizer.grad_clip,
-                dump=run_dir / "non_finite.pt",
-                info={"step": step},
-            )
-            num_hits, num_tokens = parallel.all_reduce_sum(hits).tolist()
-            if logger is not None:
-                metrics = {"train/loss": result.loss, "train/grad_norm": result.grad_norm, "train/lr": lr}
-                logger.log(step + 1, metrics | {"train/token_accuracy": num_hits / num_tokens, "train/num_tokens": num_tokens})
-            bar.advance(1, loss=result.loss, right=num_hits / num_tokens)
-            if (step + 1) % cfg.checkpoint_every == 0 or step + 1 == cfg.num_steps:
-                if logger is not None:
-                    logger.sync()
-                save_checkpoint(
-                    run_dir / "checkpoints", step + 1, policy, optimizer, {"step": step + 1, "data": data}, parallel, keep=1
-                )
+    def metrics_of(sums: list[float]) -> tuple[dict[str, float], float]:
+        num_hits, num_tokens = sums
+        return {"train/token_accuracy": num_hits / num_tokens, "train/num_tokens": num_tokens}, num_hits / num_tokens
+
+    fit(
+        policy,
+        cfg,
+        parallel,
+        title="SFT",
+        data=hashlib.blake2b(Path(cfg.data).read_bytes(), digest_size=16).hexdigest(),
+        subject=f"{cfg.data} is",
+        batches_of=batches_of,
+        loss_of=loss_of,
+        metrics_of=metrics_of,
+    )
     save_policy(policy, tokenizer, run_dir / "policy")
     parallel.barrier()  # no rank returns, or ends, while another still gathers or writes
-    if logger is not None:
-        logger.close()
     return run_dir / "policy"
 
 

@@ -13,6 +13,7 @@ import torch
 from transformers import AutoModelForCausalLM
 
 import srpo.dpo
+import srpo.supervised
 from srpo.batch import read_rollouts
 from srpo.config import OptimizerConfig, PolicyConfig
 from srpo.data.preferences import PairRules, Preference
@@ -175,7 +176,8 @@ def test_stopped_anywhere_it_ends_the_same(
         for name in ("whole", "stopped")
     )
     dpo(whole, small.ONE)
-    original, calls = getattr(srpo.dpo, where), []
+    module = srpo.supervised if where in ("learning_rate", "save_checkpoint") else srpo.dpo
+    original, calls = getattr(module, where), []
 
     def killed(*args: Any, **kwargs: Any) -> Any:
         calls.append(1)
@@ -183,7 +185,7 @@ def test_stopped_anywhere_it_ends_the_same(
             raise KeyboardInterrupt
         return original(*args, **kwargs)
 
-    monkeypatch.setattr(srpo.dpo, where, killed)
+    monkeypatch.setattr(module, where, killed)
     with pytest.raises(KeyboardInterrupt):
         dpo(stopped, small.ONE)
     dpo(stopped, small.ONE)

@@ -11,6 +11,7 @@ import torch
 from transformers import AutoModelForCausalLM
 
 import srpo.sft
+import srpo.supervised
 from srpo.batch import IGNORE
 from srpo.data.tokenizer import encode, load_tokenizer
 from srpo.metrics import check_key
@@ -113,7 +114,8 @@ def test_stopped_anywhere_it_ends_the_same(
     changes = {"num_steps": 6, "checkpoint_every": 2, "batch_size": 8}
     whole, stopped = (world.sft_config(tmp_path / name, **changes) for name in ("whole", "stopped"))
     sft(whole, small.ONE)
-    original, calls = getattr(srpo.sft, where), []
+    module = srpo.supervised if where in ("learning_rate", "save_checkpoint") else srpo.sft
+    original, calls = getattr(module, where), []
 
     def killed(*args: Any, **kwargs: Any) -> Any:
         calls.append(1)
@@ -121,7 +123,7 @@ def test_stopped_anywhere_it_ends_the_same(
             raise KeyboardInterrupt
         return original(*args, **kwargs)
 
-    monkeypatch.setattr(srpo.sft, where, killed)
+    monkeypatch.setattr(module, where, killed)
     with pytest.raises(KeyboardInterrupt):
         sft(stopped, small.ONE)
     sft(stopped, small.ONE)
