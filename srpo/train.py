@@ -98,8 +98,8 @@ def generate(
     mine = list(range(first + parallel.rank, len(examples), parallel.world_size))
     prompts = [encode(parts.tokenizer, build_prompt(examples[i], cfg.data.prompt)) for i in mine]
     params = sampling_params(cfg, parts.tokenizer)
-    seed = derive_seed(cfg.seed, step, parallel.rank, *([refill_round] if refill_round else []))
-    samples = parts.engine.generate(prompts, params, seed=seed)
+    seed = derive_seed(cfg.seed, step, refill_round)
+    samples = parts.engine.generate(prompts, params, seed, numbers=[i - first for i in mine])
     rollouts = to_rollouts(
         [examples[i] for i in mine], samples, prompts, parts.schema, parts.tokenizer, parts.engine.policy_version
     )

@@ -56,7 +56,7 @@ class Scripted:
     def __init__(self) -> None:
         self.calls: list[tuple[int, SamplingParams]] = []
 
-    def generate(self, prompts: Sequence[tuple[int, ...]], params: SamplingParams, seed: int) -> list[Sample]:
+    def generate(self, prompts: Sequence[tuple[int, ...]], params: SamplingParams, seed: int, _: Any = None) -> list[Sample]:
         self.calls.append((len(prompts), params))
         samples = []
         for i, prompt in enumerate(prompts):

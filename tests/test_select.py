@@ -273,7 +273,7 @@ def test_shards_are_read_as_they_are_needed(tmp_path: Path, monkeypatch: pytest.
     sampled: list[int] = []
 
     class Reads(Scripted):
-        def generate(self, prompts: Sequence[tuple[int, ...]], params: SamplingParams, seed: int) -> list[Sample]:
+        def generate(self, prompts: Sequence[tuple[int, ...]], params: SamplingParams, seed: int, _: Any = None) -> list[Sample]:
             sampled.append(num_read)
             return super().generate(prompts, params, seed)
 

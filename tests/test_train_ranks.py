@@ -59,6 +59,14 @@ def test_two_ranks_leave_one_run(small: ModuleType, world: Any, two_ranks: Path)
     assert {name for name, p in policy.named_parameters() if not torch.equal(p, before[name])} == before.keys()
 
 
+def test_two_ranks_sample_what_one_samples(small: ModuleType, world: Any, two_ranks: Path, tmp_path: Path) -> None:
+    """Prompts and responses, with those of the refill rounds."""
+    train(replace(world.config(tmp_path / "run", **CHANGES), num_steps=1), small.ONE)
+    both = ([r for step, r in read_rollouts(run / "rollouts.jsonl") if step == 1] for run in (two_ranks, tmp_path / "run"))
+    one, two = ([(r.group, r.example_id, r.response_ids) for r in rollouts] for rollouts in both)
+    assert one == two
+
+
 def first_step(cfg: Config, rollouts: list[Rollout], small: ModuleType) -> tuple[dict[str, float], dict[str, torch.Tensor], int]:
     """(metrics, gradients by parameter, number of micro-batches) of one process on given rollouts."""
     parts = build(cfg, small.ONE)
@@ -70,7 +78,7 @@ def first_step(cfg: Config, rollouts: list[Rollout], small: ModuleType) -> tuple
     return metrics, {name: m / (1 - cfg.optimizer.betas[0]) for name, m in momenta.items()}, len(batches)
 
 
-@pytest.mark.parametrize("rows", [100_000, 600])
+@pytest.mark.parametrize("rows", [100_000, 450])
 def test_the_step_of_two_ranks_is_the_step_of_one(
     small: ModuleType, world: Any, two_ranks: Path, tmp_path: Path, rows: int
 ) -> None:

@@ -5,9 +5,9 @@ from __future__ import annotations
 import random
 from dataclasses import dataclass, replace
 
-from srpo.data.catalogue import CATALOGUE
+from srpo.data.catalogue import ATTRIBUTES, CATALOGUE
 from srpo.data.examples import Example
-from srpo.data.world import GRADE_TABLE, MENTION, Facts, attribute_relation, category_relation, check
+from srpo.data.world import GRADE_TABLE, MENTION, Constraint, Facts, attribute_relation, category_relation, check
 
 
 @dataclass(frozen=True)
@@ -22,6 +22,7 @@ class TeacherBias:
     related_as_match: float = 0.60  # S3: a sibling category is called a match
     overlook_missing: float = 0.60  # S4: attributes that the listing does not state are waved through
     verdict_off_by_one: float = 0.10  # S5
+    misread_word: float = 0.0  # S1, S2: some hundred words for categories and attributes are each taken for one other thing
 
 
 NO_BIAS = TeacherBias(0.0, 0.0, 0.0, 0.0, 0.0)
@@ -41,7 +42,9 @@ def teach(example: Example, bias: TeacherBias, seed: int = 0) -> str:
     if query_text is None or item_text is None:
         raise ValueError(f"{example.example_id} has no truth for steps 1 and 2: this teacher only knows the catalogue world")
     rng = random.Random(f"teacher|{seed}|{example.example_id}")
-    query, item = Facts.parse(query_text), Facts.parse(item_text)
+    words = random.Random(f"words|{seed}|{example.example_id}")
+    query = _misread(Facts.parse(query_text), example.query, bias.misread_word, words)
+    item = _misread(Facts.parse(item_text), example.title.partition(MENTION)[0], bias.misread_word, words)
     if rng.random() < bias.misread_negation:
         query = Facts(query.category, tuple(replace(c, negated=c.negated and c.kind == "brand") for c in query.constraints))
     _, _, mentioned = example.title.partition(MENTION)
@@ -62,3 +65,20 @@ def teach(example: Example, bias: TeacherBias, seed: int = 0) -> str:
     return format_response(
         str(query), str(item), f"{query.group} {seen} -> {category}", f"{details} -> {attributes}", f"L{verdict}"
     )
+
+
+def _misread(facts: Facts, text: str, rate: float, rng: random.Random) -> Facts:
+    """The facts as read by one who does not know the last surface of a leaf or value, and takes it for one other of its kind."""
+
+    def wrong(surfaces: tuple[str, ...]) -> bool:
+        return f" {surfaces[-1]} " in f" {text} " and rng.random() < rate
+
+    def read(constraint: Constraint) -> Constraint:
+        values = list(ATTRIBUTES.get(constraint.kind, ()))  # a brand is always read
+        if not values or not wrong(ATTRIBUTES[constraint.kind][constraint.value]):
+            return constraint
+        return replace(constraint, value=values[(values.index(constraint.value) + 1) % len(values)])
+
+    leaf = CATALOGUE.leaf[facts.leaf]
+    category = CATALOGUE.siblings[leaf.name][0].path if wrong(leaf.surfaces) else facts.category
+    return Facts(category, tuple(map(read, facts.constraints)))

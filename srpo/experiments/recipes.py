@@ -9,6 +9,7 @@ from types import MappingProxyType
 from typing import Any, Literal
 
 from srpo.config import Config, DataConfig, LossConfig, OptimizerConfig, PolicyConfig, RewardConfig, RolloutConfig, TrainConfig
+from srpo.data.teacher import TeacherBias
 from srpo.policy.model import TinyConfig
 from srpo.settings import apply_table
 from srpo.steps import PAPER_STEPS, StepSpec
@@ -20,6 +21,7 @@ class Scale:
 
     model: TinyConfig = field(default_factory=TinyConfig)
     num_demonstrations: int = 60_000  # of the imperfect teacher
+    bias: TeacherBias = field(default_factory=lambda: TeacherBias(misread_word=0.6))  # what it gets wrong
     sft_steps: int = 1300
     sft_lr: float = 2e-3
     num_train: int = 8_000  # pairs for DPO and reinforcement

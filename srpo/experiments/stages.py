@@ -90,6 +90,7 @@ class Lab:
                 seed=self.seed,
                 num_eval=scale.num_eval,
                 num_demonstrations=scale.num_demonstrations,
+                bias=scale.bias,
                 num_train=scale.num_train,
                 sft_steps=scale.sft_steps,
                 sft_lr=scale.sft_lr,

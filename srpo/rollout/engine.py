@@ -48,9 +48,13 @@ class Engine(Protocol):
 
     policy_version: int
 
-    def generate(self, prompts: Sequence[tuple[int, ...]], params: SamplingParams, seed: int) -> list[Sample]:
+    def generate(
+        self, prompts: Sequence[tuple[int, ...]], params: SamplingParams, seed: int, numbers: Sequence[int] | None = None
+    ) -> list[Sample]:
         """`params.group_size` samples of each prompt, prompt by prompt. The same arguments and weights give the same samples.
 
+        numbers: of each prompt, among those of all ranks (0, 1, 2 ... if not given). What is drawn for a prompt depends on (seed,
+        its number) and not on what is beside it, so the number of ranks changes nothing.
         Raises ValueError for an empty prompt or one that does not fit into the context with its response.
         """
         ...

@@ -54,8 +54,10 @@ class LocalEngine:
         """The engine's own copy."""
         return self._decoder.model
 
-    def generate(self, prompts: Sequence[tuple[int, ...]], params: SamplingParams, seed: int) -> list[Sample]:
-        """See `Engine.generate`. Each (prompt, sample, position) has its own random number, whatever runs beside it.
+    def generate(
+        self, prompts: Sequence[tuple[int, ...]], params: SamplingParams, seed: int, numbers: Sequence[int] | None = None
+    ) -> list[Sample]:
+        """See `Engine.generate`. Each (prompt's number, sample, position) has its own random number, whatever runs beside it.
 
         Raises ValueError also where the policy's logits are not finite.
         """
@@ -64,8 +66,9 @@ class LocalEngine:
             return []
         start = time.perf_counter()
         generator = torch.Generator().manual_seed(seed)
-        shape = (len(prompts), params.group_size, params.max_new_tokens)
-        uniforms = torch.rand(shape, generator=generator, dtype=torch.float64)
+        numbers = range(len(prompts)) if numbers is None else numbers
+        shape = (max(numbers) + 1, params.group_size, params.max_new_tokens)
+        uniforms = torch.rand(shape, generator=generator, dtype=torch.float64)[list(numbers)]
         by_length = sorted(range(len(prompts)), key=lambda i: len(prompts[i]))
         per_wave = max(1, self.max_rows // params.group_size)
         samples: list[list[Sample]] = [[] for _ in prompts]

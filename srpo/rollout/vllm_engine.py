@@ -137,7 +137,9 @@ class VllmEngine:
             self._send_bucket(self._process, bucket)
         self._finish(self._process, version)
 
-    def generate(self, prompts: Sequence[tuple[int, ...]], params: SamplingParams, seed: int) -> list[Sample]:
+    def generate(
+        self, prompts: Sequence[tuple[int, ...]], params: SamplingParams, seed: int, numbers: Sequence[int] | None = None
+    ) -> list[Sample]:
         """See `Engine.generate`. A process that fails is replaced, and asked only for the groups that it has not given.
 
         Raises EngineError when MAX_ATTEMPTS processes have failed, or after a sync that was interrupted.
@@ -148,12 +150,12 @@ class VllmEngine:
         if not prompts:
             return []
         start = time.perf_counter()
+        seeds = [derive_seed(seed, number) for number in (range(len(prompts)) if numbers is None else numbers)]
         groups: dict[int, list[Sample]] = {}
         for attempt in range(1, MAX_ATTEMPTS + 1):
             try:
-                for i, samples in self._stream(
-                    prompts, params, seed, missing=[i for i in range(len(prompts)) if i not in groups]
-                ):
+                missing = [i for i in range(len(prompts)) if i not in groups]
+                for i, samples in self._stream(prompts, params, seeds, missing):
                     groups[i] = samples
                 break
             except EngineFailure as failure:
@@ -172,15 +174,14 @@ class VllmEngine:
         return flat
 
     def _stream(
-        self, prompts: Sequence[tuple[int, ...]], params: SamplingParams, seed: int, missing: list[int]
+        self, prompts: Sequence[tuple[int, ...]], params: SamplingParams, seeds: Sequence[int], missing: Sequence[int]
     ) -> Iterator[tuple[int, list[Sample]]]:
         """(prompt index, its samples) as they finish."""
         process = self.process
         asked = [(i, list(prompts[i])) for i in missing]
-        seeds = [derive_seed(seed, i) for i in missing]
         waiting = set(missing)
         try:
-            process.send("generate", prompts=asked, params=params, seeds=seeds, version=self.policy_version)
+            process.send("generate", prompts=asked, params=params, seeds=[seeds[i] for i in missing], version=self.policy_version)
             while "done" not in (reply := process.receive()):
                 i, rows = reply["prompt"], reply["samples"]
                 if i not in waiting or len(rows) != params.group_size:

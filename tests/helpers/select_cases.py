@@ -67,7 +67,9 @@ class Scripted:
         self.calls = 0
         self.dies_after = dies_after
 
-    def generate(self, prompts: Sequence[tuple[int, ...]], params: SamplingParams, seed: int) -> list[Sample]:
+    def generate(
+        self, prompts: Sequence[tuple[int, ...]], params: SamplingParams, seed: int, numbers: Sequence[int] | None = None
+    ) -> list[Sample]:
         if self.calls == self.dies_after:
             raise Killed
         self.calls += 1

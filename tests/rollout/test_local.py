@@ -127,6 +127,16 @@ def test_same_seed_same_bits_other_seed_other_samples():
     assert [s.response_ids for s in engine.generate(prompts, params, seed=2)] != [s.response_ids for s in first]
 
 
+def test_a_prompt_is_sampled_by_its_number_wherever_it_is():
+    engine, prompts = LocalEngine(tiny(seed=7)), random_prompts(7, 5)
+    params = SamplingParams(15, 1.0, 10, group_size=3, stop_ids=(1,))
+    groups = [samples.response_ids for samples in engine.generate(prompts, params, seed=1)]
+    for rank in range(2):
+        share = list(range(rank, 5, 2))
+        samples = engine.generate([prompts[i] for i in share], params, 1, numbers=share)
+        assert [s.response_ids for s in samples] == [ids for i in share for ids in groups[3 * i : 3 * i + 3]]
+
+
 def test_neighbours_and_waves_do_not_change_a_response():
     model, prompts = tiny(seed=8), random_prompts(8, 6)
     params = SamplingParams(15, 1.0, 10, group_size=4, stop_ids=(1, 3, 4))
