@@ -60,50 +60,18 @@ def new_gradient(logits: torch.Tensor) -> torch.Tensor:
     return gradient
 
 
-def policy_rows(
-    logits: torch.Tensor, dlogits: torch.Tensor | None, tables: dict[str, torch.Tensor | None], options: dict[str, Any]
-) -> torch.Tensor:
-    """See `operators.Backend`."""
-    return _call("policy_loss", {"logits": logits, "dlogits": dlogits, **tables}, options)
-
-
-def logprob_rows(
-    logits: torch.Tensor, labels: torch.Tensor, kept_ids: torch.Tensor | None, temperature: float
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """See `operators.Backend`."""
-    rows = _call("logprobs", {"logits": logits, "labels": labels, "kept_ids": kept_ids}, {"temperature": temperature})
-    return rows[ROW_FIELDS.index("logprob")].clone(), rows[ROW_FIELDS.index("lse")].clone()
-
-
-def logprob_rows_backward(
+def rows(
+    mode: str,
     logits: torch.Tensor,
-    labels: torch.Tensor,
-    kept_ids: torch.Tensor | None,
-    temperature: float,
-    grad_logprobs: torch.Tensor,
-    grad_lse: torch.Tensor,
+    dlogits: torch.Tensor | None,
+    tables: dict[str, torch.Tensor | None],
+    options: dict[str, Any],
 ) -> torch.Tensor:
     """See `operators.Backend`."""
-    dlogits = new_gradient(logits)
-    tensors = {"logits": logits, "labels": labels, "kept_ids": kept_ids, "dlogits": dlogits}
-    grads = {"grad_logprobs": grad_logprobs, "grad_lse": grad_lse}
-    _call("logprobs_backward", {**tensors, **grads}, {"temperature": temperature})
-    return dlogits
-
-
-def scaled(gradient: torch.Tensor, factor: torch.Tensor) -> torch.Tensor:
-    """See `operators.Backend`."""
-    return gradient if factor.item() == 1 else gradient * factor
-
-
-def _call(mode: str, tensors: dict[str, torch.Tensor | None], options: dict[str, Any]) -> torch.Tensor:
-    """The rows [len(ROW_FIELDS), T]."""
     lib = library()
     assert isinstance(lib, ctypes.CDLL)
-    logits = tensors["logits"]
-    assert logits is not None
-    rows = logits.new_empty(len(ROW_FIELDS), logits.shape[0], dtype=torch.float32)
-    args, held = row_args(mode, {**tensors, "rows": rows}, **options)
+    values = logits.new_empty(len(ROW_FIELDS), logits.shape[0], dtype=torch.float32)
+    args, held = row_args(mode, {**tables, "logits": logits, "dlogits": dlogits, "rows": values}, **options)
     args.num_threads = torch.get_num_threads()
     code = lib.srpo_cpu_rows(args, -1 if forced_level is None else LEVELS.index(forced_level))
     if code == 2:
@@ -112,4 +80,9 @@ def _call(mode: str, tensors: dict[str, torch.Tensor | None], options: dict[str,
             f"a label or a kept id is not a column of the logits: labels lie in {columns} or are -100, ids below 0 are padding"
         )
     assert code == 0 and held, f"this machine has no {forced_level}"
-    return rows
+    return values
+
+
+def scaled(gradient: torch.Tensor, factor: torch.Tensor) -> torch.Tensor:
+    """See `operators.Backend`."""
+    return gradient if factor.item() == 1 else gradient * factor

@@ -57,35 +57,26 @@ def new_gradient(logits: torch.Tensor) -> torch.Tensor:
     return torch.empty_like(logits, memory_format=torch.contiguous_format)
 
 
-def policy_rows(
-    logits: torch.Tensor, dlogits: torch.Tensor | None, tables: dict[str, torch.Tensor | None], options: dict[str, Any]
-) -> torch.Tensor:
-    """See `operators.Backend`."""
-    return _call("policy_loss", {"logits": logits, "dlogits": dlogits, **tables}, options)
-
-
-def logprob_rows(
-    logits: torch.Tensor, labels: torch.Tensor, kept_ids: torch.Tensor | None, temperature: float
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """See `operators.Backend`."""
-    rows = _call("logprobs", {"logits": logits, "labels": labels, "kept_ids": kept_ids}, {"temperature": temperature})
-    return rows[ROW_FIELDS.index("logprob")].clone(), rows[ROW_FIELDS.index("lse")].clone()
-
-
-def logprob_rows_backward(
+def rows(
+    mode: str,
     logits: torch.Tensor,
-    labels: torch.Tensor,
-    kept_ids: torch.Tensor | None,
-    temperature: float,
-    grad_logprobs: torch.Tensor,
-    grad_lse: torch.Tensor,
+    dlogits: torch.Tensor | None,
+    tables: dict[str, torch.Tensor | None],
+    options: dict[str, Any],
 ) -> torch.Tensor:
-    """See `operators.Backend`."""
-    dlogits = new_gradient(logits)
-    tensors = {"logits": logits, "labels": labels, "kept_ids": kept_ids, "dlogits": dlogits}
-    grads = {"grad_logprobs": grad_logprobs, "grad_lse": grad_lse}
-    _call("logprobs_backward", {**tensors, **grads}, {"temperature": temperature})
-    return dlogits
+    """See `operators.Backend`; queued on the current stream. Raises RuntimeError for an error of CUDA."""
+    lib = library()
+    assert isinstance(lib, ctypes.CDLL)
+    for name, tensor in {**tables, "dlogits": dlogits}.items():
+        if tensor is not None and tensor.device != logits.device:
+            raise ValueError(f"{name} is on {tensor.device} and the logits on {logits.device}: move both to one device")
+    values = logits.new_empty(len(ROW_FIELDS), logits.shape[0], dtype=torch.float32)
+    args, held = row_args(mode, {**tables, "logits": logits, "dlogits": dlogits, "rows": values}, **options)
+    stream = torch.cuda.current_stream(logits.device).cuda_stream
+    cluster = -1 if forced_cluster is None else forced_cluster
+    _check(lib, lib.srpo_cuda_rows(ctypes.byref(args), _index(logits), cluster, stream))
+    del held  # not before the call: from here on, memory that is freed is reused only after it on this stream
+    return values
 
 
 def scaled(gradient: torch.Tensor, factor: torch.Tensor) -> torch.Tensor:
@@ -101,24 +92,6 @@ def cluster_size(logits: torch.Tensor) -> int:
     size = lib.srpo_cuda_cluster(ctypes.byref(args), _index(logits))
     _check(lib, -min(size, 0))
     return size
-
-
-def _call(mode: str, tensors: dict[str, torch.Tensor | None], options: dict[str, Any]) -> torch.Tensor:
-    """The rows [len(ROW_FIELDS), T], queued on the current stream. Raises RuntimeError for an error of CUDA."""
-    lib = library()
-    assert isinstance(lib, ctypes.CDLL)
-    logits = tensors["logits"]
-    assert logits is not None
-    for name, tensor in tensors.items():
-        if tensor is not None and tensor.device != logits.device:
-            raise ValueError(f"{name} is on {tensor.device} and the logits on {logits.device}: move both to one device")
-    rows = logits.new_empty(len(ROW_FIELDS), logits.shape[0], dtype=torch.float32)
-    args, held = row_args(mode, {**tensors, "rows": rows}, **options)
-    stream = torch.cuda.current_stream(logits.device).cuda_stream
-    cluster = -1 if forced_cluster is None else forced_cluster
-    _check(lib, lib.srpo_cuda_rows(ctypes.byref(args), _index(logits), cluster, stream))
-    del held  # not before the call: from here on, memory that is freed is reused only after it on this stream
-    return rows
 
 
 def _index(tensor: torch.Tensor) -> int:

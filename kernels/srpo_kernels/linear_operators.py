@@ -80,7 +80,7 @@ def policy_loss(
         if top_k:
             tables["kept_ids"] = reference.topk_support(logits, top_k)
         dlogits = logits if with_grad else None
-        values[:, start:stop] = backend.policy_rows(logits, dlogits, tables, {**options, "first_row": start})
+        values[:, start:stop] = backend.rows("policy_loss", logits, dlogits, tables, {**options, "first_row": start})
         if with_grad:
             alive = None if maybe is None else maybe[start:stop]
             if alive is not None and clip_form == "ppo":
@@ -142,7 +142,7 @@ def token_logprobs(
         kept = None if kept_ids is None else kept_ids[own]
         if top_k:
             kept = support[own] = reference.topk_support(logits, top_k)
-        found = operators.BACKENDS[impl].logprob_rows(logits, labels[own], kept, temperature)
+        found = operators.logprob_rows(impl, logits, labels[own], kept, temperature)
         values[:, own] = torch.stack(found)
     return values[0].clone(), values[1].clone(), support
 
@@ -175,7 +175,7 @@ def token_logprobs_backward(
         own = rows[start:stop]
         x, logits = chunks.logits(start, stop)
         tables = (labels[own], None if kept_ids is None else kept_ids[own], temperature, grad_logprobs[own], grad_lse[own])
-        gradient.add(start, x, operators.BACKENDS[impl].logprob_rows_backward(logits, *tables))
+        gradient.add(start, x, operators.logprob_rows_backward(impl, logits, *tables))
     return gradient.finish()
 
 

@@ -30,6 +30,15 @@ POINTERS = {  # name: dtype, None for that of the logits
     "grad_lse": torch.float32,
     "rows": torch.float32,
 }
+DEFAULTS = {  # of the options: what a mode that has no use for one is called with
+    "clip_eps_low": 0.0,
+    "clip_eps_high": 0.0,
+    "dual_clip": math.inf,
+    "clip_form": "ppo",
+    "kl_coef": 0.0,
+    "kl_estimator": None,
+    "first_row": 0,
+}
 _STRIDES = {"logits": "logits_stride", "ref_logits": "ref_stride", "dlogits": "dlogits_stride"}
 _SIZES = (*_STRIDES.values(), "T", "V", "N", "J", "K", "first_row")
 _NUMBERS = ("temperature", "clip_eps_low", "clip_eps_high", "dual_clip", "kl_coef")
@@ -47,28 +56,18 @@ class RowArgs(ctypes.Structure):
     ]
 
 
-def row_args(
-    mode: str,
-    tensors: dict[str, torch.Tensor | None],
-    *,
-    temperature: float,
-    clip_eps_low: float = 0.0,
-    clip_eps_high: float = 0.0,
-    dual_clip: float = math.inf,
-    clip_form: str = "ppo",
-    kl_coef: float = 0.0,
-    kl_estimator: str | None = None,
-    first_row: int = 0,
-) -> tuple[RowArgs, list[Any]]:
+def row_args(mode: str, tensors: dict[str, torch.Tensor | None], **options: Any) -> tuple[RowArgs, list[Any]]:
     """The block, and the tensors that its pointers look into: keep them until the call has ended.
 
     Tensors come by the field names of csrc/rows.h. Those that are only read are brought into the dtype and the layout that the
-    kernels expect, by a copy where need be; `dlogits` and `rows` are written and must have them.
+    kernels expect, by a copy where need be; `dlogits` and `rows` are written and must have them. Options: temperature,
+    and those of DEFAULTS that differ.
     """
     logits = tensors["logits"]
     assert logits is not None
     held: list[Any] = []
-    args = RowArgs(mode=MODES[mode], dtype=DTYPES[logits.dtype], kl_estimator=KL_ESTIMATORS[kl_estimator], num_threads=1)
+    options = DEFAULTS | options
+    args = RowArgs(mode=MODES[mode], dtype=DTYPES[logits.dtype], num_threads=1)
     args.T, args.V = logits.shape
     for name, tensor in tensors.items():
         if tensor is None:
@@ -90,7 +89,7 @@ def row_args(
             args.N, args.J = tensor.shape
         elif name == "kept_ids":
             args.K = tensor.shape[1]
-    args.temperature, args.clip_eps_low, args.clip_eps_high = temperature, clip_eps_low, clip_eps_high
-    args.dual_clip, args.kl_coef, args.first_row = dual_clip, kl_coef, first_row
-    args.clip_form = CLIP_FORMS[clip_form]
+    for name in (*_NUMBERS, "first_row"):
+        setattr(args, name, options[name])
+    args.kl_estimator, args.clip_form = KL_ESTIMATORS[options["kl_estimator"]], CLIP_FORMS[options["clip_form"]]
     return args, held

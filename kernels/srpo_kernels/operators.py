@@ -19,11 +19,12 @@ from srpo_kernels.segments import StepStats
 class Backend(Protocol):
     """What a module that computes rows offers. T rows, V vocabulary.
 
-    `tables` has the tensors labels, kept_ids, ref_logits, step_advantages, step_ends, cu_seqlens, weights, old_logprobs and
-    ref_logprobs of `srpo_kernels.policy_loss`, None where there is none; `options` has clip_eps_low, clip_eps_high, dual_clip
-    (inf: off), clip_form, kl_coef, kl_estimator (None where there is no reference), temperature, and first_row: the packed index
-    of row 0, where labels, weights and log-probabilities are a slice of a batch while step_advantages, step_ends and cu_seqlens
-    are whole.
+    Of mode "policy_loss" `tables` has the tensors labels, kept_ids, ref_logits, step_advantages, step_ends, cu_seqlens, weights,
+    old_logprobs and ref_logprobs of `srpo_kernels.policy_loss`, None where there is none; `options` has clip_eps_low,
+    clip_eps_high, dual_clip (inf: off), clip_form, kl_coef, kl_estimator (None where there is no reference), temperature, and
+    first_row: the packed index of row 0, where labels, weights and log-probabilities are a slice of a batch while
+    step_advantages, step_ends and cu_seqlens are whole. "logprobs" takes labels, kept_ids and temperature, "logprobs_backward"
+    grad_logprobs and grad_lse as well.
     """
 
     def why_not(self, logits: Tensor) -> str | None:
@@ -34,29 +35,20 @@ class Backend(Protocol):
         """An empty tensor of the logits' shape, dtype and device, contiguous."""
         ...
 
-    def policy_rows(
-        self, logits: Tensor, dlogits: Tensor | None, tables: dict[str, Tensor | None], options: dict[str, Any]
-    ) -> Tensor:
-        """Values per row, [len(ROW_FIELDS), T] fp32: `loss` with its weight; `step` is -1 and all else 0 where ignored.
-
-        `dlogits` [T, V] is filled with the gradient of the sum of the losses; it may be `logits`. None: not wanted.
-        """
-        ...
-
-    def logprob_rows(self, logits: Tensor, labels: Tensor, kept_ids: Tensor | None, temperature: float) -> tuple[Tensor, Tensor]:
-        """(log-probabilities, log-sum-exp), each [T] fp32, 0 where ignored."""
-        ...
-
-    def logprob_rows_backward(
+    def rows(
         self,
+        mode: str,
         logits: Tensor,
-        labels: Tensor,
-        kept_ids: Tensor | None,
-        temperature: float,
-        grad_logprobs: Tensor,
-        grad_lse: Tensor,
+        dlogits: Tensor | None,
+        tables: dict[str, Tensor | None],
+        options: dict[str, Any],
     ) -> Tensor:
-        """The gradient [T, V] of what `logprob_rows` returns."""
+        """Values per row, [len(ROW_FIELDS), T] fp32.
+
+        policy_loss: all of them, `loss` with its weight; `step` is -1 and all else 0 where ignored. `dlogits` [T, V], which may
+        be `logits`, is filled with the gradient of the sum of the losses; None: not wanted.
+        logprobs: `logprob` and `lse`, 0 where ignored. logprobs_backward: none, `dlogits` is filled.
+        """
         ...
 
     def scaled(self, gradient: Tensor, factor: Tensor) -> Tensor:
@@ -95,7 +87,7 @@ def policy_loss(
     )
     options = options_of(tables, clip_eps_low, clip_eps_high, dual_clip, clip_form, kl_coef, kl_estimator, temperature)
     dlogits = BACKENDS[impl].new_gradient(logits) if with_grad else None
-    rows = BACKENDS[impl].policy_rows(logits, dlogits, tables, options)
+    rows = BACKENDS[impl].rows("policy_loss", logits, dlogits, tables, options)
     return *reduce_rows(rows, step_ends.shape[1]), logits.new_empty(0, logits.shape[1]) if dlogits is None else dlogits
 
 
@@ -125,7 +117,7 @@ def policy_loss_(
         labels, step_advantages, step_ends, cu_seqlens, weights, old_logprobs, ref_logprobs, kept_ids, ref_logits, kl_estimator
     )
     options = options_of(tables, clip_eps_low, clip_eps_high, dual_clip, clip_form, kl_coef, kl_estimator, temperature)
-    return reduce_rows(BACKENDS[impl].policy_rows(logits, logits, tables, options), step_ends.shape[1])
+    return reduce_rows(BACKENDS[impl].rows("policy_loss", logits, logits, tables, options), step_ends.shape[1])
 
 
 def _tables(
@@ -247,12 +239,35 @@ class PolicyLossInPlace(torch.autograd.Function):
         return _hand_out(ctx, grad_loss)
 
 
+def logprob_rows(impl: str, logits: Tensor, labels: Tensor, kept_ids: Tensor | None, temperature: float) -> tuple[Tensor, Tensor]:
+    """(log-probabilities, log-sum-exp), each [T] fp32, 0 where ignored."""
+    rows = BACKENDS[impl].rows("logprobs", logits, None, {"labels": labels, "kept_ids": kept_ids}, {"temperature": temperature})
+    return rows[ROW_FIELDS.index("logprob")].clone(), rows[ROW_FIELDS.index("lse")].clone()
+
+
+def logprob_rows_backward(
+    impl: str,
+    logits: Tensor,
+    labels: Tensor,
+    kept_ids: Tensor | None,
+    temperature: float,
+    grad_logprobs: Tensor,
+    grad_lse: Tensor,
+) -> Tensor:
+    """The gradient [T, V] of what `logprob_rows` returns."""
+    backend = BACKENDS[impl]
+    dlogits = backend.new_gradient(logits)
+    tables = {"labels": labels, "kept_ids": kept_ids, "grad_logprobs": grad_logprobs, "grad_lse": grad_lse}
+    backend.rows("logprobs_backward", logits, dlogits, tables, {"temperature": temperature})
+    return dlogits
+
+
 @torch.library.custom_op("srpo::token_logprobs", mutates_args=())
 def token_logprobs(
     logits: Tensor, labels: Tensor, kept_ids: Tensor | None, temperature: float, impl: str
 ) -> tuple[Tensor, Tensor]:
     """(log-probabilities, log-sum-exp), each [T] fp32."""
-    return BACKENDS[impl].logprob_rows(logits, labels, kept_ids, temperature)
+    return logprob_rows(impl, logits, labels, kept_ids, temperature)
 
 
 @token_logprobs.register_fake
@@ -272,7 +287,7 @@ def token_logprobs_backward(
     impl: str,
 ) -> Tensor:
     """The gradient [T, V] of `token_logprobs`."""
-    return BACKENDS[impl].logprob_rows_backward(logits, labels, kept_ids, temperature, grad_logprobs, grad_lse)
+    return logprob_rows_backward(impl, logits, labels, kept_ids, temperature, grad_logprobs, grad_lse)
 
 
 @token_logprobs_backward.register_fake

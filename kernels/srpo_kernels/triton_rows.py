@@ -15,7 +15,7 @@ from typing import Any, NamedTuple
 
 import torch
 
-from srpo_kernels.native import DTYPES, POINTERS, ROW_FIELDS
+from srpo_kernels.native import DEFAULTS, DTYPES, POINTERS, ROW_FIELDS
 
 OLDEST = (3, 6)
 OLDEST_CAPABILITY = (8, 0)
@@ -84,34 +84,70 @@ def new_gradient(logits: torch.Tensor) -> torch.Tensor:
     return torch.empty_like(logits, memory_format=torch.contiguous_format)
 
 
-def policy_rows(
-    logits: torch.Tensor, dlogits: torch.Tensor | None, tables: dict[str, torch.Tensor | None], options: dict[str, Any]
+def rows(
+    mode: str,
+    logits: torch.Tensor,
+    dlogits: torch.Tensor | None,
+    tables: dict[str, torch.Tensor | None],
+    options: dict[str, Any],
 ) -> torch.Tensor:
     """See `operators.Backend`; `dlogits` may also have a dtype of its own."""
-    return _launch("policy_loss", logits, dlogits, tables, **options)
-
-
-def logprob_rows(
-    logits: torch.Tensor, labels: torch.Tensor, kept_ids: torch.Tensor | None, temperature: float
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """See `operators.Backend`."""
-    rows = _launch("logprobs", logits, None, {"labels": labels, "kept_ids": kept_ids}, temperature=temperature)
-    return rows[ROW_FIELDS.index("logprob")].clone(), rows[ROW_FIELDS.index("lse")].clone()
-
-
-def logprob_rows_backward(
-    logits: torch.Tensor,
-    labels: torch.Tensor,
-    kept_ids: torch.Tensor | None,
-    temperature: float,
-    grad_logprobs: torch.Tensor,
-    grad_lse: torch.Tensor,
-) -> torch.Tensor:
-    """See `operators.Backend`."""
-    dlogits = new_gradient(logits)
-    tables = {"labels": labels, "kept_ids": kept_ids, "grad_logprobs": grad_logprobs, "grad_lse": grad_lse}
-    _launch("logprobs_backward", logits, dlogits, tables, temperature=temperature)
-    return dlogits
+    num_rows, vocab = logits.shape
+    values = logits.new_empty(len(ROW_FIELDS), num_rows, dtype=torch.float32)
+    if num_rows == 0:
+        return values
+    options = DEFAULTS | options
+    assert dlogits is None or vocab <= 1 or dlogits.stride(1) == 1
+    logits, ref_logits = _rows_together(logits), tables.get("ref_logits")
+    if ref_logits is not None:
+        ref_logits = _rows_together(ref_logits)
+    table = {name: _as(tables.get(name), dtype) for name, dtype in _TABLES.items()}
+    kept_ids, step_ends = table["kept_ids"], table["step_ends"]
+    num_kept = 0 if kept_ids is None else kept_ids.shape[1]
+    num_sequences, num_steps = (0, 0) if step_ends is None else step_ends.shape
+    tiles = tiling(
+        vocab if kept_ids is None else num_kept + 1,
+        logits.element_size(),
+        gathered=kept_ids is not None,
+        aligned=logits.data_ptr() % 16 == 0 and logits.stride(0) * logits.element_size() % 16 == 0,
+    )
+    exact = math.log2(math.e) / options["temperature"]
+    rounded = torch.tensor(exact, dtype=torch.float32).item()
+    module = kernels()
+    assert isinstance(module, ModuleType)
+    with _on(logits):
+        module.rows_kernel[num_rows,](
+            logits,
+            ref_logits,
+            dlogits,
+            **table,
+            rows=values,
+            logits_stride=logits.stride(0),
+            ref_stride=0 if ref_logits is None else ref_logits.stride(0),
+            dlogits_stride=0 if dlogits is None else dlogits.stride(0),
+            num_rows=num_rows,
+            vocab=vocab,
+            num_sequences=num_sequences,
+            num_steps=num_steps,
+            num_kept=num_kept,
+            first_row=options["first_row"],
+            c=rounded,
+            c_error=exact / rounded - 1,
+            inverse_temperature=1 / options["temperature"],
+            clip_low=1 - options["clip_eps_low"],
+            clip_high=1 + options["clip_eps_high"],
+            dual_clip=options["dual_clip"],
+            kl_coef=options["kl_coef"],
+            MODE=mode,
+            CLIP_FORM=options["clip_form"],
+            KL_ESTIMATOR=options["kl_estimator"],
+            BLOCK=tiles.block,
+            NUM_HELD=tiles.num_held,
+            FOLD=tiles.fold,
+            num_warps=tiles.num_warps,
+            enable_fp_fusion=True,  # said aloud, since the default is about to change, with a warning till then
+        )
+    return values
 
 
 def scaled(gradient: torch.Tensor, factor: torch.Tensor) -> torch.Tensor:
@@ -136,79 +172,6 @@ def scale_(dlogits: torch.Tensor, factor: torch.Tensor) -> torch.Tensor:
 def _on(tensor: torch.Tensor) -> AbstractContextManager[Any]:
     """Kernels are launched on the current device: make it that of the tensor."""
     return torch.cuda.device(tensor.device) if tensor.device.type == "cuda" else nullcontext()
-
-
-def _launch(
-    mode: str,
-    logits: torch.Tensor,
-    dlogits: torch.Tensor | None,
-    tables: dict[str, torch.Tensor | None],
-    *,
-    temperature: float,
-    clip_eps_low: float = 0.0,
-    clip_eps_high: float = 0.0,
-    dual_clip: float = math.inf,
-    clip_form: str = "ppo",
-    kl_coef: float = 0.0,
-    kl_estimator: str | None = None,
-    first_row: int = 0,
-) -> torch.Tensor:
-    """The rows [len(ROW_FIELDS), T] fp32; of those "logprobs" fills `logprob` and `lse` alone, "logprobs_backward" none."""
-    num_rows, vocab = logits.shape
-    rows = logits.new_empty(len(ROW_FIELDS), num_rows, dtype=torch.float32)
-    if num_rows == 0:
-        return rows
-    assert dlogits is None or vocab <= 1 or dlogits.stride(1) == 1
-    logits, ref_logits = _rows_together(logits), tables.get("ref_logits")
-    if ref_logits is not None:
-        ref_logits = _rows_together(ref_logits)
-    table = {name: _as(tables.get(name), dtype) for name, dtype in _TABLES.items()}
-    kept_ids, step_ends = table["kept_ids"], table["step_ends"]
-    num_kept = 0 if kept_ids is None else kept_ids.shape[1]
-    num_sequences, num_steps = (0, 0) if step_ends is None else step_ends.shape
-    tiles = tiling(
-        vocab if kept_ids is None else num_kept + 1,
-        logits.element_size(),
-        gathered=kept_ids is not None,
-        aligned=logits.data_ptr() % 16 == 0 and logits.stride(0) * logits.element_size() % 16 == 0,
-    )
-    exact = math.log2(math.e) / temperature
-    rounded = torch.tensor(exact, dtype=torch.float32).item()
-    module = kernels()
-    assert isinstance(module, ModuleType)
-    with _on(logits):
-        module.rows_kernel[num_rows,](
-            logits,
-            ref_logits,
-            dlogits,
-            **table,
-            rows=rows,
-            logits_stride=logits.stride(0),
-            ref_stride=0 if ref_logits is None else ref_logits.stride(0),
-            dlogits_stride=0 if dlogits is None else dlogits.stride(0),
-            num_rows=num_rows,
-            vocab=vocab,
-            num_sequences=num_sequences,
-            num_steps=num_steps,
-            num_kept=num_kept,
-            first_row=first_row,
-            c=rounded,
-            c_error=exact / rounded - 1,
-            inverse_temperature=1 / temperature,
-            clip_low=1 - clip_eps_low,
-            clip_high=1 + clip_eps_high,
-            dual_clip=dual_clip,
-            kl_coef=kl_coef,
-            MODE=mode,
-            CLIP_FORM=clip_form,
-            KL_ESTIMATOR=kl_estimator,
-            BLOCK=tiles.block,
-            NUM_HELD=tiles.num_held,
-            FOLD=tiles.fold,
-            num_warps=tiles.num_warps,
-            enable_fp_fusion=True,  # said aloud, since the default is about to change, with a warning till then
-        )
-    return rows
 
 
 def _as(table: torch.Tensor | None, dtype: torch.dtype) -> torch.Tensor | None:

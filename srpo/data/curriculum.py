@@ -138,10 +138,11 @@ def load_stages(cfg: Config, read: Callable[[str], list[Example]]) -> list[Stage
         if path not in read_once:
             read_once[path] = read(path)
         examples = _chosen(read_once[path], ends, path)
-        if cfg.curriculum and len(examples) < cfg.rollout.num_prompts:
+        if cfg.curriculum and len(examples) < cfg.rollout.num_started:
+            more = f" and rollout.oversample {cfg.rollout.oversample}" if cfg.rollout.oversample else ""
             raise ValueError(
                 f"curriculum stage {ends.name!r} has {len(examples)} of the {len(read_once[path])} examples of {path}, fewer "
-                f"than rollout.num_prompts = {cfg.rollout.num_prompts}: lower that, widen its tags or solve_rate, give more data"
+                f"than rollout.num_prompts = {cfg.rollout.num_prompts}{more}: lower it, widen tags or solve_rate, give more data"
             )
         stages.append(Stage(ends.name, examples, _settings(ends, cfg.sampler), ends))
     return stages
@@ -247,6 +248,10 @@ class Curriculum:
     def more(self, n: int) -> list[Example]:
         """`PromptSampler.more` of the present stage."""
         return self._samplers[self._number].more(n)
+
+    def put_back(self, examples: Sequence[Example]) -> None:
+        """`PromptSampler.put_back` of the present stage."""
+        self._samplers[self._number].put_back(examples)
 
     def observe(self, example_ids: Sequence[str], scores: Sequence[float]) -> None:
         """Learn the group mean score of each example, the same on all ranks. ValueError for an unknown id or NaN."""

@@ -110,6 +110,17 @@ class PromptSampler:
         """Up to `n` further examples for the step that `next` began, none of which it has; fewer where no more is eligible."""
         return [self._examples[i] for i in self._draw(n, self._eligible())]
 
+    def put_back(self, examples: Sequence[Example]) -> None:
+        """Examples of this step that nobody has sampled to the end: their turn comes again, first of all in the next step.
+
+        Not in this one, which has them drawn already. One that was drawn early (`num_early`) waits until it has aged.
+        """
+        if examples:
+            ids = {example.example_id for example in examples}
+            indices = np.array([i for i in np.flatnonzero(self._taken) if self._examples[i].example_id in ids])
+            for stratum_ in self._strata:
+                stratum_.put_back(indices)
+
     def observe(self, example_ids: Sequence[str], scores: Sequence[float]) -> None:
         """Learn the group mean score of each example, the same on all ranks. ValueError for an unknown id or NaN."""
         self._rates.observe(example_ids, scores)
@@ -211,6 +222,11 @@ class _Stratum:
         rng = np.random.default_rng(np.random.SeedSequence(self._seed, spawn_key=key))
         self.epoch, self.position = epoch, position
         self._order = self._members[rng.permutation(len(self._members))]
+
+    def put_back(self, indices: np.ndarray) -> None:
+        """Those of the indices that are members come first, before whatever waits for its turn."""
+        back = np.intersect1d(self._members, indices).tolist()
+        self.deferred = back + [index for index in self.deferred if index not in back]
 
     def draw(self, eligible: np.ndarray, taken: np.ndarray) -> int | None:
         """The next eligible member; None where there is none left."""

@@ -143,7 +143,7 @@ class Lab:
         """`judge.json` of R_phi ("generative") or its rival ("scalar"), trained on judgments of the responses (5.1.6)."""
         run_dir = self.start / f"judge-{kind}"
         small = TrainConfig(micro_batch_tokens=4096, checkpoint_every=20, keep_checkpoints=1, log_rollouts=False)
-        optimizer = OptimizerConfig(lr=self.scale.lr, warmup_steps=3, schedule="linear")
+        optimizer = OptimizerConfig(lr=self.scale.judge_lr, warmup_steps=3, schedule="linear")
         cfg = JudgeConfig(
             run_dir=str(run_dir),
             kind="scalar" if kind == "scalar" else "generative",

@@ -361,3 +361,31 @@ def test_bad_arguments():
         sampler(make(3), new_weight=0)
     with pytest.raises(ValueError, match=r"sampler.max_age is -1"):
         sampler(make(3), max_age=-1)
+
+
+def test_what_is_put_back_comes_first_in_the_next_step_and_once_in_the_epoch():
+    drawn = sampler(make(24), balance=("kind",))
+    first = drawn.next(8)
+    back = [first[5], first[2]]
+    drawn.put_back(back)
+    again = sampler(make(24), balance=("kind",))
+    again.next(8)
+    again._rates.load_state_dict(drawn._rates.state_dict())
+    again.load_state_dict(json.loads(json.dumps(drawn.state_dict())))  # a checkpoint knows of it
+    assert not {e.example_id for e in drawn.more(8)} & set(ids(first))  # this step has drawn them already
+    second = again.next(8)
+    assert set(ids(back)) <= set(ids(second)) and len(set(ids(second))) == 8
+    third = again.next(8)
+    rest = again.next(2)
+    assert sorted(ids(first) + ids(second) + ids(third) + ids(rest)) == sorted(ids(make(24)) + ids(back))
+
+
+def test_what_is_put_back_waits_in_its_stratum_and_not_twice():
+    drawn = sampler(make(12), balance=("kind",))
+    batch = drawn.next(4)
+    drawn.put_back(batch[:2])
+    drawn.put_back(batch[:2])
+    drawn.put_back([])
+    second = drawn.next(4)
+    kinds = Counter(e.tags["kind"] for e in second)
+    assert set(ids(batch[:2])) <= set(ids(second)) and kinds == {"a": 2, "b": 2}

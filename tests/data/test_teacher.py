@@ -6,9 +6,10 @@ import secrets
 
 import pytest
 
+from srpo.data.catalogue import ATTRIBUTES, CATALOGUE
 from srpo.data.examples import Example
 from srpo.data.teacher import NO_BIAS, TeacherBias, teach
-from srpo.data.world import World
+from srpo.data.world import Facts, World
 from srpo.steps import PAPER_STEPS, StepSchema
 
 SCHEMA = StepSchema(PAPER_STEPS)
@@ -39,6 +40,27 @@ def test_each_mistake_happens_in_its_step_at_its_rate(field, step):
     chosen = [e for e in examples(3000) if affected(e)]
     wrong = [SCHEMA.parse_text(teach(e, bias)).answers[step] != e.truth[step] for e in chosen]
     assert abs(sum(wrong) / len(wrong) - 0.5) < 5 * 0.5 / len(wrong) ** 0.5
+
+
+def test_words_that_are_not_known_are_each_taken_for_one_other_thing():
+    bias = TeacherBias(**{**vars(NO_BIAS), "misread_word": 0.5})
+    read: dict[str, set[str]] = {}
+    counts = {True: [0, 0], False: [0, 0]}  # whether the query has such a word: right, wrong
+    for example in examples(3000):
+        truth, answer = (
+            Facts.parse(str(text)) for text in (example.truth[0], SCHEMA.parse_text(teach(example, bias)).answers[0])
+        )
+        unknown = [ATTRIBUTES[c.kind][c.value][-1] for c in truth.constraints if c.kind != "brand"]
+        unknown = [word for word in (*unknown, CATALOGUE.leaf[truth.leaf].surfaces[-1]) if f" {word} " in f" {example.query} "]
+        counts[bool(unknown)][truth != answer] += 1
+        for before, after in zip(truth.constraints, answer.constraints, strict=True):
+            if before != after:
+                read.setdefault(str(before), set()).add(str(after))
+        if truth.category != answer.category:
+            assert truth.group == answer.group
+            read.setdefault(truth.category, set()).add(answer.category)
+    assert len(read) > 60 and all(len(others) == 1 for others in read.values())
+    assert counts[False][1] == 0 and counts[True][1] > counts[True][0] / 2
 
 
 def test_overlooking_turns_unclear_into_match():

@@ -29,7 +29,8 @@ def test_rows_differ_in_what_they_are_about_and_in_nothing_else() -> None:
     assert made("grpo") == replace(COMMON, advantage=replace(COMMON.advantage, method="grpo"))
     judged = made("srpo_judged")
     assert [spec.sources for spec in judged.steps] == [("judge",)] * 4 + [("gold",)]
-    assert replace(judged, steps=COMMON.steps) == COMMON
+    assert replace(judged, steps=COMMON.steps, train=COMMON.train) == COMMON
+    assert judged.train == replace(COMMON.train, eval_every=0)  # no curve of it is shown
     assert made("grpo_random_half").num_steps == COMMON.num_steps // 2
     assert made("srpo_generative").reward.judge_path == "judge"
 

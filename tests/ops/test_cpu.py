@@ -96,7 +96,8 @@ def test_a_single_finite_entry() -> None:
     labels = case.tables["labels"]
     case.logits.fill_(-torch.inf)[torch.arange(12), labels.clamp(min=0)] = 3.0
     out, grad = case.measured("cpu")
-    assert not bool(out.logprobs.any()) and not bool(grad.any()) and float(out.stats.sum_entropy.abs().max()) < 2e-6
+    assert not bool(out.logprobs.any()) and not bool(grad.any())
+    assert bool((out.stats.sum_entropy.abs() <= 3e-7 * out.stats.num_tokens).all())  # of each token: rounding of a sum of ones
 
 
 def test_a_label_that_is_impossible_or_not_a_number() -> None:

@@ -15,7 +15,7 @@ from typing import Any
 import loss_cases as cases
 import pytest
 import torch
-from srpo_kernels import IGNORE, cuda, token_logprobs
+from srpo_kernels import IGNORE, cuda, operators, token_logprobs
 from srpo_kernels.native import ROW_FIELDS
 
 pytestmark = pytest.mark.gpu
@@ -56,7 +56,7 @@ def draw(*args: Any, **kw: Any) -> Any:
 def rows_of(case: Any, logits: torch.Tensor, dlogits: torch.Tensor | None) -> torch.Tensor:
     """The backend's own values per row."""
     options = {"kl_coef": 0.0, "dual_clip": math.inf, **case.options}
-    return cuda.policy_rows(logits, dlogits, case.tables, options)
+    return cuda.rows("policy_loss", logits, dlogits, case.tables, options)
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
@@ -93,7 +93,7 @@ def test_the_same_bits_in_place_again_and_in_another_batch(dtype: torch.dtype, v
     per_row = ("labels", "weights", "old_logprobs", "ref_logprobs")
     tables = {name: t[100:101] if name in per_row and t is not None else t for name, t in case.tables.items()}
     options = {"dual_clip": math.inf, **case.options, "first_row": 100}
-    one = cuda.policy_rows(case.logits[100:101], lone, tables, options)
+    one = cuda.rows("policy_loss", case.logits[100:101], lone, tables, options)
     assert torch.equal(one[:, 0], rows[:, 100]) and torch.equal(lone[0], poisoned[100])
 
 
@@ -200,8 +200,9 @@ def test_more_than_two_to_the_31_elements(vocab: int) -> None:
     labels = torch.full((num_rows,), IGNORE, device=DEVICE)
     labels[-3:] = torch.tensor([0, 5, vocab - 1], device=DEVICE)
     ones = torch.ones(num_rows, device=DEVICE)
-    grad = cuda.logprob_rows_backward(logits, labels, None, 1.0, ones, 0 * ones)
-    alone = cuda.logprob_rows_backward(logits[-3:].clone(), labels[-3:], None, 1.0, ones[-3:], 0 * ones[-3:])
+    grad = operators.logprob_rows_backward("cuda", logits, labels, None, 1.0, ones, 0 * ones)
+    last = logits[-3:].clone(), labels[-3:], None, 1.0, ones[-3:], 0 * ones[-3:]
+    alone = operators.logprob_rows_backward("cuda", *last)
     assert torch.equal(grad[-3:], alone) and not bool(grad[:-3].any())
 
 
@@ -224,7 +225,7 @@ def test_a_cluster_that_cannot_be_is_an_error(monkeypatch: pytest.MonkeyPatch) -
 
 def test_tables_on_another_device() -> None:
     with pytest.raises(ValueError, match=r"labels is on cpu .*: move both to one device"):
-        cuda.logprob_rows(torch.zeros(2, 8, device=DEVICE), torch.zeros(2, dtype=torch.long), None, 1.0)
+        operators.logprob_rows("cuda", torch.zeros(2, 8, device=DEVICE), torch.zeros(2, dtype=torch.long), None, 1.0)
 
 
 @pytest.mark.multigpu

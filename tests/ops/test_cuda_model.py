@@ -35,44 +35,22 @@ class Model:
     def new_gradient(self, logits: torch.Tensor) -> torch.Tensor:
         return torch.full_like(logits, 7.0, memory_format=torch.contiguous_format)
 
-    def policy_rows(
-        self, logits: torch.Tensor, dlogits: torch.Tensor | None, tables: dict[str, torch.Tensor | None], options: dict[str, Any]
-    ) -> torch.Tensor:
-        return self._call("policy_loss", {"logits": logits, "dlogits": dlogits, **tables}, options)
-
-    def logprob_rows(
-        self, logits: torch.Tensor, labels: torch.Tensor, kept_ids: torch.Tensor | None, temperature: float
-    ) -> tuple[torch.Tensor, torch.Tensor]:
-        tensors = {"logits": logits, "labels": labels, "kept_ids": kept_ids}
-        rows = self._call("logprobs", tensors, {"temperature": temperature})
-        return rows[1].clone(), rows[2].clone()
-
-    def logprob_rows_backward(
+    def rows(
         self,
+        mode: str,
         logits: torch.Tensor,
-        labels: torch.Tensor,
-        kept_ids: torch.Tensor | None,
-        temperature: float,
-        grad_logprobs: torch.Tensor,
-        grad_lse: torch.Tensor,
+        dlogits: torch.Tensor | None,
+        tables: dict[str, torch.Tensor | None],
+        options: dict[str, Any],
     ) -> torch.Tensor:
-        dlogits = self.new_gradient(logits)
-        tensors = {"logits": logits, "labels": labels, "kept_ids": kept_ids, "dlogits": dlogits}
-        grads = {"grad_logprobs": grad_logprobs, "grad_lse": grad_lse}
-        self._call("logprobs_backward", {**tensors, **grads}, {"temperature": temperature})
-        return dlogits
-
-    def scaled(self, gradient: torch.Tensor, factor: torch.Tensor) -> torch.Tensor:
-        return gradient * factor
-
-    def _call(self, mode: str, tensors: dict[str, torch.Tensor | None], options: dict[str, Any]) -> torch.Tensor:
-        logits = tensors["logits"]
-        assert logits is not None
         rows = logits.new_full((len(native.ROW_FIELDS), logits.shape[0]), 7.0)
-        args, held = native.row_args(mode, {**tensors, "rows": rows}, **options)
+        args, held = native.row_args(mode, {**tables, "logits": logits, "dlogits": dlogits, "rows": rows}, **options)
         self.library.rows_model(ctypes.byref(args), self.num_ctas, int(self.fine))
         assert held
         return rows
+
+    def scaled(self, gradient: torch.Tensor, factor: torch.Tensor) -> torch.Tensor:
+        return gradient * factor
 
 
 @pytest.fixture(scope="module")

@@ -72,7 +72,7 @@ def rows_of(case: cases.Case, dlogits: torch.Tensor | None, **change: Any) -> to
     options = {"dual_clip": math.inf, **case.options, **change}
     if case.tables["ref_logprobs"] is None and case.tables["ref_logits"] is None:
         options["kl_estimator"] = None
-    return triton_rows.policy_rows(case.logits, dlogits, case.tables, options)
+    return triton_rows.rows("policy_loss", case.logits, dlogits, case.tables, options)
 
 
 def poisoned(logits: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
@@ -259,7 +259,7 @@ def test_on_and_beside_the_edges_of_clipping() -> None:
     def run(eps: float, dual_clip: float = math.inf) -> tuple[dict[str, torch.Tensor], list[float]]:
         dlogits = poisoned(logits, torch.float32)
         clips = {"clip_eps_low": eps, "clip_eps_high": eps, "dual_clip": dual_clip}
-        rows = triton_rows.policy_rows(logits, dlogits, tables, options | clips)
+        rows = triton_rows.rows("policy_loss", logits, dlogits, tables, options | clips)
         return dict(zip(ROW_FIELDS, rows.cpu(), strict=True)), dlogits[:, 0].tolist()
 
     row, gradient = run(0.25)
