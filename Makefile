@@ -17,7 +17,7 @@ DEMO_ESCI = $(RUN) -m srpo.demo @ configs/demo_esci.toml --data "$(DATA)" $(DEMO
 
 RUN = $(VENV)/bin/python
 PYTEST = $(RUN) -m pytest
-ORDINARY = not slow and not gpu and not multigpu and not vllm and not nightly
+ORDINARY = not slow and not gpu and not multigpu and not nightly
 
 # The working directory stays off sys.path; packages come from the editable install.
 export PYTHONSAFEPATH = 1
@@ -31,7 +31,7 @@ export GOMP_SPINCOUNT = 1000
 # Torch takes large tensors from huge pages: on a CPU fresh 4-KiB pages cost a tenth of a training step.
 export THP_MEM_ALLOC_ENABLE = 1
 
-.PHONY: help demo demo-esci test lint types unit nightly golden bench format megablocks clean
+.PHONY: help demo demo-esci test lint types unit nightly golden bench format vllm megablocks clean
 .DEFAULT_GOAL := help
 
 help: ## this list
@@ -53,8 +53,8 @@ lint: $(VENV)/.ready-test ## ruff: rules and format
 types: $(VENV)/.ready-test ## pyright
 	$(RUN) -m pyright --pythonpath $(RUN)
 
-unit: $(VENV)/.ready-test ## the tests for any machine
-	$(PYTEST) -q -m "$(ORDINARY)" $(TEST_ARGS)
+unit: $(VENV)/.ready-test ## the tests for any machine; what is skipped is listed with the reason
+	$(PYTEST) -q -rs -m "$(ORDINARY)" $(TEST_ARGS)
 
 nightly: $(VENV)/.ready-test ## every test that this machine can run, with the long property tests
 	HYPOTHESIS_PROFILE=nightly $(PYTEST) -q $(TEST_ARGS)
@@ -70,6 +70,8 @@ format: $(VENV)/.ready-test ## ruff: fix and format
 	$(RUN) -m ruff check --fix .
 	$(RUN) -m ruff format .
 
+vllm: $(VENV)/.ready-vllm ## install vLLM's CPU build, for rollout.engine = "vllm" without a GPU (`make test` does, too)
+
 megablocks: $(VENV)/.ready ## build the optional MegaBlocks experts (GPU machine with nvcc)
 	$(PYTHON) tools/install.py --venv $(VENV) --megablocks
 
@@ -77,10 +79,11 @@ clean: ## remove what was built; not runs/
 	rm -rf $(VENV) build dist *.egg-info .pytest_cache .ruff_cache .hypothesis
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +
 
-# Stamps: .ready, .ready-test, .ready-bench.
+# Stamps: .ready, .ready-test, .ready-bench, .ready-vllm.
 REQUIREMENTS = pyproject.toml constraints.txt tools/install.py
-EXTRAS-test = test dev
+EXTRAS-test = test dev vllm
 EXTRAS-bench = bench
+EXTRAS-vllm = vllm
 
 $(VENV)/.ready: $(REQUIREMENTS)
 	$(PYTHON) tools/install.py --venv $(VENV)

@@ -1,8 +1,10 @@
 """Seconds of a weight sync into vLLM on a CPU: `python bench/weight_sync.py [--sizes tiny 50m] [--rounds 7] [--json FILE]`.
 
-Three ways from the trainer's parameters to a running vLLM, interleaved, each through the same layerwise reload and each counted
-at the end: `shared` (`VllmEngine.sync_weights`: buckets in shared memory), `disk` (a safetensors file, written and read) and
-`tensors` (one message and one `load_weights` per tensor). Weights change before every sync. Needs vLLM: pip install 'srpo[vllm]'.
+Ways from the trainer's parameters to a running vLLM, interleaved, each counted at the end. `shared` is `VllmEngine.sync_weights`:
+buckets in shared memory, kernels made straight from them. `disk` is a safetensors file, written and read, with kernels made as in
+`shared`. With `_reload` vLLM's own layerwise reload takes the place of `srpo.rollout.vllm_direct`; `tensors_reload` is one
+message and one `load_weights` per tensor. Weights change before every sync. Of the seconds in vLLM's process (load and finish)
+`experts_s` and `linear_s` go into making kernels, `count_s` into the proof. Needs vLLM: pip install 'srpo[vllm]'.
 """
 
 from __future__ import annotations
@@ -15,6 +17,7 @@ import statistics
 import sys
 import tempfile
 import time
+import warnings
 from collections.abc import Callable
 from importlib.metadata import version
 from pathlib import Path
@@ -28,7 +31,7 @@ from transformers import Qwen3MoeConfig, Qwen3MoeForCausalLM
 from srpo.config import VllmConfig
 from srpo.policy.checkpoint_names import iter_checkpoint_params
 from srpo.policy.model import load_policy
-from srpo.rollout import engine_worker
+from srpo.rollout import engine_worker, vllm_reload
 from srpo.rollout.vllm_engine import VllmEngine
 from srpo.rollout.vllm_worker import VllmBackend
 from srpo.rollout.weights import add_sums, bit_sum
@@ -42,8 +45,47 @@ SIZES = {
 }
 
 
+def timed(times: dict[str, float], key: str, function: Callable[..., Any]) -> Callable[..., Any]:
+    """The function, that adds its seconds to times[key]."""
+
+    def run(*args: Any, **kwargs: Any) -> Any:
+        start = time.perf_counter()
+        try:
+            return function(*args, **kwargs)
+        finally:
+            times[key] = times.get(key, 0.0) + time.perf_counter() - start
+
+    return run
+
+
+class Backend(VllmBackend):
+    """Also measures what kernels and proof take. `reload`: vLLM's own."""
+
+    def __init__(self, reload: bool) -> None:
+        super().__init__()
+        self.times: dict[str, float] = {}
+        if reload:
+            vllm_reload.DirectLoader = refuse  # pyright: ignore[reportAttributeAccessIssue]
+
+    def start(self, settings: dict[str, Any]) -> dict[str, Any]:
+        from vllm.model_executor.layers import utils
+        from vllm.model_executor.layers.fused_moe.experts.cpu_moe import CPUUnquantizedExperts as Experts
+
+        utils.dispatch_cpu_unquantized_gemm = timed(self.times, "linear_s", utils.dispatch_cpu_unquantized_gemm)
+        Experts.process_weights_after_loading = timed(self.times, "experts_s", Experts.process_weights_after_loading)
+        facts = super().start(settings)
+        self._reloader.sums = timed(self.times, "count_s", self._reloader.sums)
+        return facts
+
+
+def refuse(*_: object) -> None:
+    raise vllm_reload.UnknownLayoutError("this way takes vLLM's own reload")
+
+
 class Server(engine_worker.Server):
-    """The engine's loop, with the two other ways."""
+    """The engine's loop, with the other ways."""
+
+    _backend: Backend
 
     def on_tensor(self, name: str, array: np.ndarray) -> None:
         self._backend.load_weights([(name, torch.from_numpy(array))])
@@ -52,6 +94,10 @@ class Server(engine_worker.Server):
     def on_file(self, path: str) -> None:
         self._backend.load_weights(list(load_file(path).items()))
         self.reply(loaded=True)
+
+    def on_parts(self) -> None:
+        self.reply(**self._backend.times)
+        self._backend.times.clear()
 
 
 def checkpoint(folder: Path, size: str) -> int:
@@ -111,10 +157,13 @@ def tensors(engine: VllmEngine, policy: torch.nn.Module, number: int, folder: Pa
     return {"sync_load_s": time.perf_counter() - start, **finish(engine, policy, number)}
 
 
-WAYS: dict[str, Callable[[VllmEngine, torch.nn.Module, int, Path], dict[str, float]]] = {
-    "shared": shared,
-    "disk": disk,
-    "tensors": tensors,
+# (what does it, whether vLLM's own reload loads)
+WAYS: dict[str, tuple[Callable[[VllmEngine, torch.nn.Module, int, Path], dict[str, float]], bool]] = {
+    "shared": (shared, False),
+    "disk": (disk, False),
+    "shared_reload": (shared, True),
+    "disk_reload": (disk, True),
+    "tensors_reload": (tensors, True),
 }
 
 
@@ -124,21 +173,32 @@ def measure(size: str, rounds: int, folder: Path) -> dict[str, Any]:
     policy = load_policy(folder)
     times: dict[str, list[dict[str, float]]] = {way: [] for way in WAYS}
     config = VllmConfig(kv_cache_mib=64, max_num_seqs=16)
-    engine = VllmEngine(folder, config=config, command=(str(Path(__file__).resolve()), "--worker"))
+    script = str(Path(__file__).resolve())
+    engines = []
+    for loads in ("direct", "reload"):
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", RuntimeWarning)  # that the second takes vLLM's reload
+            engines.append(VllmEngine(folder, config=config, command=(script, "--worker", loads)))
+        assert (engines[-1].loads == "direct") == (loads == "direct"), engines[-1].loads
     number = 0
     for round_ in range(rounds + 1):  # the first one warms up
-        for way, sync in WAYS.items():
+        for way, (sync, reload) in WAYS.items():
+            engine = engines[reload]
             with torch.no_grad():
                 for parameter in policy.parameters():
                     parameter.mul_(1.001)
             number += 1
             start = time.perf_counter()
             parts = sync(engine, policy, number, folder)
+            seconds = time.perf_counter() - start
+            engine.process.send("parts")
+            parts |= engine.process.receive()
             if round_:
-                times[way].append({"sync_s": time.perf_counter() - start, **parts})
-    engine.close()
+                times[way].append({"sync_s": seconds, **parts})
+    for engine in engines:
+        engine.close()
     ways = {way: {key: statistics.median(run[key] for run in runs) for key in runs[0]} for way, runs in times.items()}
-    for way in ("disk", "tensors"):
+    for way in ways:
         ways[way]["times_shared"] = ways[way]["sync_s"] / ways["shared"]["sync_s"]
     return {"size": size, "num_parameters": num_parameters, "rounds": rounds, **ways}
 
@@ -157,7 +217,7 @@ def main() -> None:
         result = results[-1]
         print(f"{size}: {result['num_parameters'] / 1e6:.1f} M parameters")
         for way in WAYS:
-            print(f"  {way:8}" + ", ".join(f"{key} {value:.4f}" for key, value in result[way].items()))
+            print(f"  {way:14} " + ", ".join(f"{key} {value:.4f}" for key, value in result[way].items()))
     outcome = {
         "machine": {
             "processor": platform.processor() or platform.machine(),
@@ -169,12 +229,17 @@ def main() -> None:
         "results": results,
     }
     if args.json:
+        if args.json.is_file():  # sizes that were measured before on the same machine and with the same versions stay
+            before = json.loads(args.json.read_text(encoding="utf-8"))
+            if (before["machine"], before["versions"]) == (outcome["machine"], outcome["versions"]):
+                kept = [result for result in before["results"] if result["size"] not in args.sizes]
+                outcome["results"] = sorted(kept + results, key=lambda result: result["num_parameters"])
         args.json.parent.mkdir(parents=True, exist_ok=True)
         args.json.write_text(json.dumps(outcome, indent=1) + "\n", encoding="utf-8")
 
 
 if __name__ == "__main__":
     if "--worker" in sys.argv:
-        engine_worker.serve(VllmBackend(), sys.argv, Server)
+        engine_worker.serve(Backend(sys.argv[2] == "reload"), sys.argv, Server)
     else:
         main()

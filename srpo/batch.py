@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -36,6 +36,8 @@ class Rollout:
     step_rewards: tuple[float, ...] | None = None  # [J] Eq. 5; None until scored
     reward_sources: tuple[str, ...] | None = None  # [J] gold | judge | rule | skip, or why nobody graded: missing | no_verdict
     verdicts: tuple[bool | float | None, ...] | None = None  # [J] all that the judge said, used or not; None where not asked
+    # [L, K] int32 ids that each token was drawn from, -1 fills up; None where the engine was not asked. Not in rollouts.jsonl
+    support: np.ndarray | None = field(default=None, compare=False, repr=False)
 
     @property
     def step_lengths(self) -> tuple[int, ...]:
@@ -47,7 +49,9 @@ def write_rollouts(path: Path, rollouts: Iterable[Rollout], step: int) -> None:
     """Append rollouts to a JSON Lines file, each with the optimizer step it was used in."""
     with path.open("a", encoding="utf-8") as file:
         for rollout in rollouts:
-            file.write(json.dumps({"step": step, **asdict(rollout)}, ensure_ascii=False) + "\n")
+            row = {"step": step, **asdict(replace(rollout, support=None))}
+            del row["support"]
+            file.write(json.dumps(row, ensure_ascii=False) + "\n")
 
 
 def read_rollouts(path: Path) -> Iterator[tuple[int, Rollout]]:
@@ -76,7 +80,8 @@ class Batch:
     sampling_logprobs: torch.Tensor  # [T] fp32, 0 where ignored
     old_logprobs: torch.Tensor | None = None  # [T] fp32, of the trainer before this step's first update
     ref_logprobs: torch.Tensor | None = None  # [T] fp32
-    kept_ids: torch.Tensor | None = None  # [T, K] int64 support of the behaviour policy's top-k filter
+    kept_ids: torch.Tensor | None = None  # [T, K] int64 support of the behaviour policy's top-k filter; negative ids fill up
+    importance: torch.Tensor | None = None  # [T] fp32, weights are multiplied by it (`srpo.policy.mismatch`); None: not known yet
 
     @property
     def num_sequences(self) -> int:
@@ -151,6 +156,7 @@ def pack(
 def _pack_chunk(rollouts: list[Rollout], step_advantages: torch.Tensor, sequence_weights: torch.Tensor) -> Batch:
     input_ids, labels, position_ids, weights, sampling_logprobs, step_ends = [], [], [], [], [], []
     lengths = [0]
+    supports: list[tuple[int, np.ndarray]] = []  # (first row, [L, K])
     for rollout, weight in zip(rollouts, sequence_weights.tolist(), strict=True):
         tokens = (*rollout.prompt_ids, *rollout.response_ids)
         ignored = len(rollout.prompt_ids) - 1  # these rows predict prompt tokens
@@ -159,16 +165,27 @@ def _pack_chunk(rollouts: list[Rollout], step_advantages: torch.Tensor, sequence
         labels += [IGNORE] * ignored + list(rollout.response_ids)
         position_ids += range(len(tokens) - 1)
         weights += [0.0] * ignored + [weight] * num_response
+        if rollout.support is not None:
+            supports.append((lengths[-1] + ignored, rollout.support))
         sampling_logprobs += [0.0] * ignored + list(rollout.sampling_logprobs)
         step_ends.append([ignored + end for end in rollout.step_ends])
-        lengths.append(len(tokens) - 1)
+        lengths.append(lengths[-1] + len(tokens) - 1)
     return Batch(
+        kept_ids=_kept_ids(supports, len(input_ids)) if len(supports) == len(rollouts) else None,
         input_ids=torch.tensor(input_ids, dtype=torch.long),
         labels=torch.tensor(labels, dtype=torch.long),
         position_ids=torch.tensor(position_ids, dtype=torch.long),
-        cu_seqlens=torch.tensor(lengths, dtype=torch.int32).cumsum(0, dtype=torch.int32),
+        cu_seqlens=torch.tensor(lengths, dtype=torch.int32),
         step_ends=torch.tensor(step_ends, dtype=torch.int32).reshape(len(rollouts), -1),
         step_advantages=step_advantages.contiguous(),
         weights=torch.tensor(weights, dtype=torch.float32),
         sampling_logprobs=torch.tensor(sampling_logprobs, dtype=torch.float32),
     )
+
+
+def _kept_ids(supports: Sequence[tuple[int, np.ndarray]], num_rows: int) -> torch.Tensor:
+    """[T, K] from the supports [L, K] of responses and the rows that they begin at; -1 elsewhere."""
+    kept = np.full((num_rows, max(ids.shape[1] for _, ids in supports)), -1, dtype=np.int64)
+    for first, ids in supports:
+        kept[first : first + len(ids), : ids.shape[1]] = ids
+    return torch.from_numpy(kept)

@@ -10,6 +10,7 @@ from srpo.data.curriculum import check_curriculum
 from srpo.data.examples import Example
 from srpo.rewards.hybrid import score
 from srpo.rewards.judge import Judge
+from srpo.rewards.judge_service import check_service
 from srpo.rollout.engine import SamplingParams, check_prompts
 from srpo.scores.evaluation import true_grades
 from srpo.steps import StepSchema
@@ -34,6 +35,7 @@ def check_settings(cfg: Config, world_size: int = 1) -> None:
             f"rollout.group_size is {cfg.rollout.group_size}, but {baseline} compares the rollouts of a group: "
             "use 2 or more, or advantage.method srpo with advantage.normalize batch"
         )
+    _check_rollout(cfg)
     _check_sampler(cfg)
     low, high = cfg.sampler.difficulty_low, cfg.sampler.difficulty_high
     if not (low < high and low < 1 and high > 0):
@@ -47,15 +49,71 @@ def check_settings(cfg: Config, world_size: int = 1) -> None:
         )
     if not cfg.data.train and not (cfg.curriculum and all(stage.data for stage in cfg.curriculum)):
         raise ValueError("data.train is not set: name a file of judged pairs (docs/data.md)")
-    if cfg.reward.judge in ("generative", "scalar") and not cfg.reward.judge_path:
-        raise ValueError(
-            f"reward.judge is {cfg.reward.judge} but reward.judge_path is not set: name the checkpoint that srpo.train_judge made"
-        )
+    check_judge(cfg)
     _at_least(cfg, "reward.audit_warmup", 1)
     if not (0 <= cfg.reward.audit_decay < 1 and cfg.reward.audit_bound > 0):
         raise ValueError(
             f"reward.audit_decay is {cfg.reward.audit_decay}, reward.audit_bound {cfg.reward.audit_bound}: give a decay of at "
             "least 0 and below 1, and a bound above 0 (reward.audit = 'off' does without)"
+        )
+
+
+def check_judge(cfg: Config) -> None:
+    """Raise ValueError for settings of the judge that cannot work, whatever the data."""
+    reward = cfg.reward
+    service = reward.judge == "generative" and reward.judge_engine == "url"
+    if reward.judge in ("generative", "scalar") and not service and not reward.judge_path:
+        raise ValueError(
+            f"reward.judge is {reward.judge} but reward.judge_path is not set: name the checkpoint that srpo.train_judge made"
+        )
+    if reward.judge != "generative" and reward.judge_engine != "local":
+        raise ValueError(
+            f"reward.judge_engine is {reward.judge_engine} and reward.judge {reward.judge}: only a generative judge has an engine"
+        )
+    if reward.judge_url and not service:
+        raise ValueError("reward.judge_url is set: with it go reward.judge 'generative' and reward.judge_engine 'url'")
+    if service and not reward.judge_url:
+        raise ValueError("reward.judge_engine is url but reward.judge_url is not set: give one like http://127.0.0.1:8000/v1")
+    if service:
+        check_service(reward)
+    for key in ("reward.judge_cache", "reward.judge_max_context"):
+        _at_least(cfg, key, 0)
+    memory = cfg.rollout.vllm.gpu_memory_frac + reward.judge_vllm.gpu_memory_frac
+    if cfg.rollout.engine == reward.judge_engine == "vllm" and memory >= 1:
+        raise ValueError(
+            f"rollout.vllm.gpu_memory_frac and reward.judge_vllm.gpu_memory_frac add up to {memory:g}: policy and judge share a "
+            "GPU with the trainer, lower one of them"
+        )
+
+
+def _check_rollout(cfg: Config) -> None:
+    """The part of `check_settings` on when sampling ends, what it runs beside, and what makes up for it."""
+    rollout, loss = cfg.rollout, cfg.loss
+    _at_least(cfg, "rollout.oversample", 0)
+    if not 0 <= rollout.cut_tail < 1:
+        raise ValueError(f"rollout.cut_tail is {rollout.cut_tail}: it is a share of the groups, from 0 to below 1")
+    if rollout.off_policy_steps not in (0, 1):
+        raise ValueError(f"rollout.off_policy_steps is {rollout.off_policy_steps}: set it to 0, or to 1 for one step of age")
+    if rollout.off_policy_steps and loss.importance == "off":
+        raise ValueError(
+            "rollout.off_policy_steps is 1 and loss.importance off: samples of the weights before need importance weights, set "
+            "loss.importance to 'truncate' (or 'mask')"
+        )
+    if not loss.importance_cap >= 1:
+        raise ValueError(f"loss.importance_cap is {loss.importance_cap}: give the largest ratio that counts in full, 1 or more")
+    if rollout.support == "replay" and (not rollout.top_k or rollout.ratio != "filtered"):
+        raise ValueError(
+            f"rollout.support is 'replay' with rollout.top_k {rollout.top_k} and rollout.ratio {rollout.ratio!r}: only ratios "
+            "of a filtered distribution have a support, set top_k above 0 and ratio to 'filtered', or support to 'recompute'"
+        )
+
+
+def check_support(cfg: Config, vocab_size: int) -> None:
+    """Raise ValueError where the support is to be replayed and the filter keeps all of the vocabulary."""
+    if cfg.rollout.support == "replay" and cfg.rollout.top_k >= vocab_size:
+        raise ValueError(
+            f"rollout.support is 'replay' and rollout.top_k {cfg.rollout.top_k} keeps the whole vocabulary of {vocab_size}: "
+            "lower rollout.top_k, or set rollout.support to 'recompute'"
         )
 
 
@@ -123,9 +181,10 @@ def check_examples(
 ) -> None:
     """Raise ValueError where there are fewer examples than prompts in a step, where nothing can grade a step of a training
     example, and where an evaluation example has no grade."""
-    if len(examples) < cfg.rollout.num_prompts:
+    if len(examples) < cfg.rollout.num_started:
+        more = f" with rollout.oversample {cfg.rollout.oversample} of them" if cfg.rollout.oversample else ""
         raise ValueError(
-            f"{cfg.data.train} has {len(examples)} examples, fewer than rollout.num_prompts = {cfg.rollout.num_prompts}: "
+            f"{cfg.data.train} has {len(examples)} examples, fewer than rollout.num_prompts = {cfg.rollout.num_prompts}{more}: "
             "lower that or give more data"
         )
     silence = [_silence(example, schema.num_steps) for example in examples]

@@ -5,6 +5,7 @@ Paper values are the defaults (5.1.5); where the paper is silent the default is 
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, field
 from typing import Literal
 
@@ -32,8 +33,9 @@ class PolicyConfig:
 
 @dataclass(frozen=True)
 class VllmConfig:
-    """Of rollout.engine "vllm"."""
+    """Of rollout.engine "vllm" and, as `[reward.judge_vllm]`, of reward.judge_engine "vllm"."""
 
+    tensor_parallel_size: int = 1  # consecutive ranks of a host that share one vLLM, split over their devices; 1: one each
     max_num_seqs: int = 256  # responses that are decoded at once
     kv_cache_mib: int = 0  # of key-value cache; 0: 1024 on a CPU, what gpu_memory_frac leaves on a GPU
     gpu_memory_frac: float = 0.45  # of a GPU's memory for weights and key-value cache; the trainer needs the rest
@@ -52,7 +54,22 @@ class RolloutConfig:
     temperature: float = 0.99
     top_k: int = 100  # 0: no filter
     ratio: Literal["filtered", "unfiltered"] = "filtered"  # the distribution that importance ratios are taken on
+    support: Literal["recompute", "replay"] = "recompute"  # its top_k ids: the trainer's own, or those that the engine drew from
+    overlap: Literal["auto", "on", "off"] = "auto"  # score groups while others are sampled; auto: where the engine is vllm
+    oversample: float = 0.0  # share of further prompts that are started; those that finish last are aborted. 0: none
+    cut_tail: float = 0.0  # share of num_prompts that is aborted when the rest has finished; 0: none
+    off_policy_steps: int = 0  # 1: sample the next step's batch while this one trains, with weights one step older
     vllm: VllmConfig = field(default_factory=VllmConfig)
+
+    @property
+    def num_started(self) -> int:
+        """Prompts that an optimizer step begins to sample, over all ranks."""
+        return self.num_prompts + math.ceil(self.oversample * self.num_prompts - 1e-9)
+
+    @property
+    def cuts(self) -> bool:
+        """Whether groups may be aborted."""
+        return bool(self.oversample or self.cut_tail)
 
 
 @dataclass(frozen=True)
@@ -60,6 +77,18 @@ class RewardConfig:
     judge: Literal["none", "oracle", "generative", "scalar"] = "none"  # R_phi: who fills the steps whose sources name "judge"
     judge_path: str = ""  # checkpoint of a generative or scalar judge (srpo.train_judge)
     judge_max_new_tokens: int = 256  # of a generative judge's verdicts on one response
+    judge_engine: Literal["local", "vllm", "url"] = "local"  # of a generative judge: here, in vLLM's process, or a server's
+    judge_max_context: int = 0  # longest prompt plus verdicts of judge_engine local and vllm; 0: what the model was made for
+    judge_vllm: VllmConfig = field(default_factory=lambda: VllmConfig(gpu_memory_frac=0.2))  # of judge_engine vllm
+    judge_url: str = ""  # of judge_engine url: an OpenAI-compatible server, http://host:8000/v1; its key is in OPENAI_API_KEY
+    judge_model: str = ""  # its name there; empty: the only one that the server has
+    judge_api: Literal["chat", "completions"] = "chat"  # completions for a judge of srpo.train_judge: it knows no chat template
+    judge_timeout_s: float = 120.0  # for one whole answer of the server
+    judge_concurrency: int = 64  # calls of one rank that are under way at once
+    judge_retries: int = 5  # further attempts at a call that got no answer
+    judge_backoff_s: float = 1.0  # pause before the second attempt; it doubles with each, up to a minute
+    judge_fallback: Literal["stop", "missing"] = "stop"  # a call without an answer at last stops the run, or is a missing verdict
+    judge_cache: int = 65536  # questions whose verdicts are remembered; 0: none
     judge_error_rate: float = 0.0  # of the oracle (a simulated annotator): how often a verdict is turned around
     scalar: Literal["threshold", "probability"] = "threshold"  # a scalar judge's verdict: whether p >= 0.5, or p of the reward
     missing_verdict: float = 0.0  # reward fraction of a step whose judge gave no verdict
@@ -67,6 +96,7 @@ class RewardConfig:
         "log"  # the judge against gold labels, on steps where it spoke and there are any
     )
     audit_bound: float = 0.1  # warn or stop when a step's averaged error rate is this much above that of the warm-up
+    audit_min: int = 100  # verdicts in that average, below which it raises no alarm
     audit_warmup: int = 20  # optimizer steps whose error rate is the bound's measure
     audit_decay: float = 0.9  # of the average, per optimizer step
 
@@ -93,6 +123,9 @@ class LossConfig:
     ratio_over: Literal["token", "step", "sequence"] = "token"  # one ratio for each of these; sequence: GSPO
     clip_form: Literal["ppo", "cispo"] = "ppo"  # clip the surrogate; cispo: the weight of each token's gradient, so none is lost
     dual_clip: float = 0.0  # where A < 0 the ratio counts as at most this, above 1 (dual-clip PPO); 0: no bound
+    # A token's weight by its ratio trainer / engine before the update. truncate: times min(ratio, cap); mask: 0 beyond 1/cap..cap
+    importance: Literal["off", "truncate", "mask"] = "off"
+    importance_cap: float = 2.0
     overlong: Literal["train", "mask"] = "train"  # mask: what was cut at max_new_tokens is in the baseline, not the loss (DAPO)
     num_updates: int = 1  # optimizer steps per rollout batch
     impl: Literal["auto", "reference", "cpu", "triton", "cuda"] = "auto"

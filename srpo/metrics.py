@@ -1,7 +1,7 @@
 """Every metric key of the project, and where metrics are written.
 
 `metrics.jsonl` holds nothing that depends on the clock, so that a run killed and resumed writes the same file, byte for byte, as
-one never killed. What does depend on it (`time/*`) goes to `timing.jsonl`.
+one never killed. What does depend on it, or on what a process has cached (`time/*`, `service/*`), goes to `timing.jsonl`.
 """
 
 from __future__ import annotations
@@ -55,6 +55,10 @@ METRICS: dict[str, str] = {
     "policy/ratio/{step}": "the same, tokens of one reasoning step",
     "rollout/mismatch_kl": "KL per token of the trainer's distribution from the engine's (k3 on the sampled tokens), nats",
     "rollout/mismatch_max": "largest |trainer logprob - engine logprob| of any sampled token, nats",
+    "rollout/mismatch_ratio_mean": "trainer's probability of a sampled token before the update, over the engine's: mean",
+    "rollout/mismatch_ratio_p99": "the same, 99th percentile over the tokens of all ranks (nearest rank, exact)",
+    "rollout/mismatch_ratio_max": "the same, largest",
+    "rollout/importance_clip_frac": "fraction of tokens whose weight loss.importance has bounded (truncate) or set to 0 (mask)",
     "rollout/response_length": "mean response length, tokens",
     "rollout/response_length/{step}": "mean length of one reasoning step, tokens",
     "rollout/prompt_length": "mean prompt length, tokens",
@@ -65,6 +69,7 @@ METRICS: dict[str, str] = {
     "rollout/num_groups": "sampled groups: prompts with rollout.group_size responses each",
     "rollout/num_groups_in_window": "groups trained on: in the difficulty window (4.2.1), with sampler.refill of unequal reward",
     "rollout/group_score": "mean difficulty score of the groups, 0 (nobody right) to 1 (everybody right)",
+    "rollout/num_cut_groups": "prompts whose groups were aborted unfinished (rollout.oversample, rollout.cut_tail)",
     "rollout/num_refill_rounds": "extra generation rounds of this optimizer step (sampler.refill)",
     "sampler/stage": "number of the curriculum stage, from 1 (4.2.2)",
     "sampler/in_window_frac": "fraction of the stage's scored examples whose solve-rate estimate lies in the difficulty window",
@@ -78,10 +83,16 @@ METRICS: dict[str, str] = {
     "eval/step_accuracy/{step}": "fraction of right answers to one reasoning step",
     "eval/parse_rate": "fraction of evaluated responses with an answer to every step",
     "eval/num_examples": "evaluated pairs",
+    "service/num_calls": "texts asked of the generative judge, over all ranks; equal questions and those in the cache are none",
+    "service/num_retries": "further attempts at calls of the judge's server that got no answer",
+    "service/num_failed": "calls of the judge's server without an answer at last: missing verdicts (reward.judge_fallback)",
+    "service/num_too_long": "responses that do not fit into the judge's context: missing verdicts",
+    "service/cache_hit_frac": "fraction of judged responses whose question was not asked: in the cache, or equal to another's",
+    "service/busy_s": "wall-clock seconds in which the generative judge was at work, of the slowest rank",
     "time/{phase}_s": "wall-clock seconds of one phase of the loop (step: all of it)",
     "time/rollout_tokens_per_s": "sampled tokens per second of the rollout phase",
 }
-CLOCK_AREA = "time"
+CLOCK_AREAS = ("time", "service")  # of the clock, or of what this process has seen: a run that was resumed has other numbers
 FILES = ("metrics.jsonl", "timing.jsonl", "rollouts.jsonl")  # cut back together when a run resumes
 
 _PLACEHOLDERS = {"step": "[a-z][a-z0-9_]*", "class": "[1-4]", "phase": "[a-z_]+"}
@@ -193,7 +204,7 @@ class MetricsLogger:
             check_key(key)
         self._step = step
         for file, timing in ((self._metrics, False), (self._timing, True)):
-            line = {key: _finite(value) for key, value in numbers.items() if (key.partition("/")[0] == CLOCK_AREA) == timing}
+            line = {key: _finite(value) for key, value in numbers.items() if (key.partition("/")[0] in CLOCK_AREAS) == timing}
             if line or not timing:
                 file.write(json.dumps({"step": step, **line}, allow_nan=False) + "\n")
                 file.flush()

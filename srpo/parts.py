@@ -11,7 +11,7 @@ import numpy as np
 import torch
 from torch import nn
 
-from srpo.checks import check_examples, check_prompt_lengths, check_settings
+from srpo.checks import check_examples, check_prompt_lengths, check_settings, check_support
 from srpo.config import Config, SamplerConfig
 from srpo.credit import Credit
 from srpo.data.curriculum import Curriculum, all_examples, load_stages
@@ -27,13 +27,18 @@ from srpo.policy.parallel import Parallel
 from srpo.policy.scalar import load_scalar
 from srpo.policy.update import Objective
 from srpo.ppo import Ppo
-from srpo.rewards.judge import Judge, OracleJudge
+from srpo.rewards.judge import GenerativeJudge, Judge, OracleJudge
+from srpo.rewards.verdict_cache import work_metrics
 from srpo.rollout.engine import Engine, SamplingParams
-from srpo.rollout.judging import open_judge, open_scalar_judge
+from srpo.rollout.judging import open_judge, open_scalar_judge, open_service_judge, open_vllm_judge
 from srpo.rollout.open import open_engine
 from srpo.run_dir import claim_run_dir
 from srpo.steps import StepSchema
 
+# How the judge's server is reached and waited for is nothing that a run is known by: it may be another when the run goes on.
+OF_THE_SERVER = frozenset(
+    f"reward.judge_{name}" for name in ("url", "timeout_s", "concurrency", "retries", "backoff_s", "fallback", "cache")
+)
 MAX_EMPTY_STEPS = 10  # optimizer steps in a row without any group in the difficulty window before the run stops
 
 
@@ -68,6 +73,7 @@ def build(cfg: Config, parallel: Parallel) -> Parts:
     eval_examples = load_examples(cfg.data.eval, schema.num_steps, limit, options=options) if cfg.data.eval else []
     tokenizer = load_tokenizer(cfg.policy.path)
     loaded = load_policy(cfg.policy.path, experts=cfg.policy.experts)
+    check_support(cfg, loaded.config.vocab_size)
     engine = open_engine(cfg, loaded, parallel)
     for some in (examples, eval_examples):
         prompts = [encode(tokenizer, build_prompt(example, cfg.data.prompt)) for example in some]
@@ -82,7 +88,7 @@ def build(cfg: Config, parallel: Parallel) -> Parts:
     policy = Policy(loaded, activation_checkpointing=cfg.policy.activation_checkpointing)
     policy = parallel.shard(policy, dtype=cfg.policy.dtype)
     ppo = Ppo.of(cfg, parallel)
-    claim_run_dir(Path(cfg.run_dir), cfg, parallel.is_main)
+    claim_run_dir(Path(cfg.run_dir), cfg, parallel.is_main, OF_THE_SERVER)
     return Parts(
         schema=schema,
         tokenizer=tokenizer,
@@ -102,13 +108,26 @@ def make_judge(cfg: Config, schema: StepSchema, parallel: Parallel) -> Judge | N
     """R_phi as configured."""
     if cfg.reward.judge == "oracle":
         return OracleJudge(cfg.reward.judge_error_rate, cfg.seed, schema)
-    if cfg.reward.judge == "generative":
-        model = nn.Module.to(load_policy(cfg.reward.judge_path, experts=cfg.policy.experts), parallel.device)
-        return open_judge(model, load_tokenizer(cfg.reward.judge_path), schema, cfg.reward.judge_max_new_tokens)
-    if cfg.reward.judge == "scalar":
-        model = load_scalar(cfg.reward.judge_path, experts=cfg.policy.experts).to(parallel.device)
-        return open_scalar_judge(model, load_tokenizer(cfg.reward.judge_path), schema, graded=cfg.reward.scalar == "probability")
+    reward = cfg.reward
+    if reward.judge == "generative" and reward.judge_engine == "url":
+        return open_service_judge(schema, reward)
+    if reward.judge == "generative" and reward.judge_engine == "vllm":
+        tokenizer, dtype = load_tokenizer(reward.judge_path), getattr(torch, cfg.policy.dtype)
+        return open_vllm_judge(reward.judge_path, tokenizer, schema, reward, device=parallel.device, dtype=dtype)
+    if reward.judge == "generative":
+        model = nn.Module.to(load_policy(reward.judge_path, experts=cfg.policy.experts), parallel.device)
+        tokenizer, limit = load_tokenizer(reward.judge_path), reward.judge_max_new_tokens
+        return open_judge(model, tokenizer, schema, limit, max_context=reward.judge_max_context, cache=reward.judge_cache)
+    if reward.judge == "scalar":
+        model = load_scalar(reward.judge_path, experts=cfg.policy.experts).to(parallel.device)
+        return open_scalar_judge(model, load_tokenizer(reward.judge_path), schema, graded=reward.scalar == "probability")
     return None
+
+
+def judge_metrics(judge: Judge | None, parallel: Parallel) -> dict[str, float]:
+    """The `service/*` metrics of what the judges of all ranks did since the last call of this; none but of a generative one.
+    Collective."""
+    return work_metrics(parallel.all_gather_object(judge.take_counts())) if isinstance(judge, GenerativeJudge) else {}
 
 
 def sampling_params(cfg: Config, tokenizer: Any) -> SamplingParams:
@@ -119,6 +138,7 @@ def sampling_params(cfg: Config, tokenizer: Any) -> SamplingParams:
         top_k=cfg.rollout.top_k,
         group_size=cfg.rollout.group_size,
         stop_ids=(tokenizer.eos_token_id,),
+        support=cfg.rollout.support == "replay",
     )
 
 
@@ -143,9 +163,9 @@ class State:
             )
         return State(self.step + 1, empty, audit)
 
-    def to_dict(self, sampler: Curriculum) -> dict[str, Any]:
+    def to_dict(self, sampler: dict[str, Any]) -> dict[str, Any]:
         """As plain values, for a checkpoint of this rank, with the state of the sampler."""
-        return {**vars(self), "sampler": dict(sampler.state_dict()), "torch_rng": torch.get_rng_state()}
+        return {**vars(self), "sampler": sampler, "torch_rng": torch.get_rng_state()}
 
 
 def resume(cfg: Config, parts: Parts, parallel: Parallel) -> State:
@@ -162,8 +182,13 @@ def resume(cfg: Config, parts: Parts, parallel: Parallel) -> State:
     return State(**extra)
 
 
-def save(cfg: Config, parts: Parts, state: State, logger: MetricsLogger | None, parallel: Parallel) -> None:
-    """Write a checkpoint that `resume` goes on from; what was logged up to here is on the disk first. Collective."""
+def save(
+    cfg: Config, parts: Parts, state: State, sampler: dict[str, Any], logger: MetricsLogger | None, parallel: Parallel
+) -> None:
+    """Write a checkpoint that `resume` goes on from; what was logged up to here is on the disk first. Collective.
+
+    sampler: the state of `parts.sampler`, as the next step has to find it.
+    """
     if logger is not None:
         logger.sync()
     if parts.ppo is not None:
@@ -173,7 +198,7 @@ def save(cfg: Config, parts: Parts, state: State, logger: MetricsLogger | None, 
         state.step,
         parts.policy,
         parts.optimizer,
-        state.to_dict(parts.sampler),
+        state.to_dict(sampler),
         parallel,
         cfg.train.keep_checkpoints,
     )
@@ -204,9 +229,10 @@ class Clock:
         self._laps: dict[str, float] = {}
 
     def lap(self, phase: str) -> None:
-        """The time since the last lap belongs to `phase`."""
+        """The time since the last lap belongs to `phase`, which may have several."""
         now = time.perf_counter()
-        self._laps[phase], self._last = now - self._last, now
+        self._laps[phase] = self._laps.get(phase, 0.0) + now - self._last
+        self._last = now
 
     def metrics(self, engine: Engine) -> dict[str, float]:
         """The `time/*` metrics."""

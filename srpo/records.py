@@ -42,6 +42,7 @@ class RecordSettings:
     def of(cls, cfg: Config, shard_examples: int) -> RecordSettings:
         """Those of a training run's settings."""
         rollout, reward = cfg.rollout, cfg.reward
+        by_url = reward.judge == "generative" and reward.judge_engine == "url"
         return cls(
             seed=cfg.seed,
             shard_examples=shard_examples,
@@ -56,7 +57,7 @@ class RecordSettings:
             temperature=rollout.temperature,
             top_k=rollout.top_k,
             judge=reward.judge,
-            judge_path=reward.judge_path,
+            judge_path=f"{reward.judge_model or reward.judge_url} ({reward.judge_api})" if by_url else reward.judge_path,
             judge_max_new_tokens=reward.judge_max_new_tokens,
             judge_error_rate=reward.judge_error_rate,
             scalar=reward.scalar,

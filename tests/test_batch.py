@@ -200,7 +200,8 @@ def test_rollouts_survive_the_file(tmp_path: Path, written: list[tuple[Rollout, 
     assert list(read_rollouts(path)) == [(step, rollout) for rollout, step in written]
     with path.open(encoding="utf-8") as file:
         lines = [json.loads(line) for line in file]
-    assert all(set(line) == {"step"} | {f.name for f in fields(Rollout)} for line in lines)
+    names = {"step"} | {f.name for f in fields(Rollout)} - {"support"}  # a table for each token: too much for a log
+    assert all(set(line) == names for line in lines)
 
 
 def test_several_rollouts_of_a_step_are_written_together(tmp_path: Path) -> None:

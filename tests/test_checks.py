@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 
-from srpo.checks import check_examples, check_prompt_lengths, check_settings
+from srpo.checks import check_examples, check_prompt_lengths, check_settings, check_support
 from srpo.config import Config, DataConfig
 from srpo.data.examples import Example
 from srpo.rewards.judge import OracleJudge
@@ -43,6 +43,16 @@ def test_the_defaults_with_data_pass() -> None:
         ({"loss": {"clip_eps_low": -0.1}}, "loss.clip_eps_low is -0.1: set it to 0 or more"),
         ({"loss": {"dual_clip": 1.0}}, "loss.dual_clip is 1.0: give a bound of the ratio above 1"),
         ({"loss": {"dual_clip": 3.0, "clip_form": "cispo"}}, "loss.dual_clip bounds the surrogate of clip_form ppo, not cispo"),
+        ({"rollout": {"oversample": -0.1}}, "rollout.oversample is -0.1: set it to 0 or more"),
+        ({"rollout": {"cut_tail": 1.0}}, "rollout.cut_tail is 1.0: it is a share of the groups"),
+        ({"rollout": {"off_policy_steps": 2}}, "rollout.off_policy_steps is 2: set it to 0, or to 1"),
+        (
+            {"rollout": {"off_policy_steps": 1}},
+            "off_policy_steps is 1 and loss.importance off: .*set loss.importance to 'truncate'",
+        ),
+        ({"loss": {"importance_cap": 0.9}}, "loss.importance_cap is 0.9: .* 1 or more"),
+        ({"rollout": {"support": "replay", "top_k": 0}}, "rollout.support is 'replay' with rollout.top_k 0"),
+        ({"rollout": {"support": "replay", "ratio": "unfiltered"}}, "'replay' with .* rollout.ratio 'unfiltered'"),
         ({"advantage": {"method": "ppo"}, "loss": {"ratio_over": "step"}}, "use loss.ratio_over token"),
         ({"advantage": {"method": "ppo"}, "critic": {"num_updates": 0}}, "critic.num_updates is 0"),
         ({"advantage": {"method": "ppo"}, "critic": {"gae_lambda": 1.1}}, "critic.gae_lambda is 1.1: give a number from 0 to 1"),
@@ -102,6 +112,26 @@ def test_examples_that_can_be_trained_on_pass() -> None:
 def test_examples_have_to_fill_a_step() -> None:
     with pytest.raises(ValueError, match=r"pairs\.jsonl has 1 examples, fewer than rollout\.num_prompts = 2"):
         check([LABELLED], num_prompts=2)
+
+
+def test_examples_have_to_fill_what_a_step_starts() -> None:
+    cfg = replace(GOOD, rollout=replace(GOOD.rollout, num_prompts=4, oversample=0.3))
+    assert cfg.rollout.num_started == 6 and replace(cfg.rollout, oversample=0.25).num_started == 5
+    examples = [replace(LABELLED, example_id=f"e{i}") for i in range(6)]
+    judge = OracleJudge(0.0, 0, SCHEMA)
+    check_examples(examples, [], SCHEMA, judge, cfg)
+    with pytest.raises(
+        ValueError, match=r"has 5 examples, fewer than rollout.num_prompts = 4 with rollout.oversample 0.3 of them"
+    ):
+        check_examples(examples[:5], [], SCHEMA, judge, cfg)
+
+
+def test_a_filter_that_keeps_all_has_no_support_to_replay() -> None:
+    cfg = replace(GOOD, rollout=replace(GOOD.rollout, support="replay", top_k=50))
+    check_support(cfg, 51)
+    check_support(GOOD, 50)
+    with pytest.raises(ValueError, match=r"top_k 50 keeps the whole vocabulary of 50: lower rollout.top_k"):
+        check_support(cfg, 50)
 
 
 def test_every_step_of_every_example_needs_a_grader() -> None:

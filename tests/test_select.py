@@ -31,8 +31,9 @@ from select_cases import (
     results,
 )
 
-from srpo.config import Config, DataConfig
+from srpo.config import Config, DataConfig, StageConfig
 from srpo.credit import group_scores
+from srpo.data.curriculum import SOLVE_RATE
 from srpo.data.examples import Example
 from srpo.data.prompts import build_prompt
 from srpo.data.readers import load_examples, write_examples
@@ -236,8 +237,14 @@ def test_an_output_of_this_program_is_data_for_training(small: ModuleType, world
     assert report is not None and report["num_examples"] == 32 and report["num_selected"] >= 2
     selected = out_dir(cfg) / "selected.parquet"
     chosen = {e.example_id: e for e in world.examples()}
-    assert all(chosen[e.example_id] == e for e in load_examples(selected, 5))
-    train(replace(base, data=DataConfig(train=str(selected))), small.ONE)
+    rates = {record.example_id: record.solve_rate for n in range(4) for record in read_shard(records_dir(cfg), n)}
+    for pair in load_examples(selected, 5):
+        assert float(pair.tags[SOLVE_RATE]) == pytest.approx(rates[pair.example_id], rel=1e-3)
+        tags = {tag: value for tag, value in pair.tags.items() if tag != SOLVE_RATE}
+        assert chosen[pair.example_id] == replace(pair, tags=tags)
+    known = [rate for rate in rates.values() if rate is not None]
+    stage = StageConfig("all of it", solve_rate=(min(known), max(known)))
+    train(replace(base, data=DataConfig(train=str(selected)), curriculum=(stage,)), small.ONE)
     assert len(small.metrics_of(tmp_path / "run")) == 1
 
 

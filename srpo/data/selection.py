@@ -180,9 +180,14 @@ def select(scores: Scores, criteria: Criteria) -> Selection:
     return Selection(reasons, quotas, shortfall)
 
 
+def rates(scores: Scores, criteria: Criteria) -> np.ndarray:
+    """The solve rate of each example that the criteria go by, [N]; NaN where nothing graded it."""
+    return scores.solve_rate if criteria.difficulty_score == "total" else scores.verdict_accuracy
+
+
 def reject(scores: Scores, criteria: Criteria) -> np.ndarray:
     """The reason of each example that the difficulty alone (4.1.1) drops, [N] uint8; 255 for those that pass."""
-    rate = scores.solve_rate if criteria.difficulty_score == "total" else scores.verdict_accuracy
+    rate = rates(scores, criteria)
     uniform, right = scores.uniform, np.where(np.isnan(scores.verdict_accuracy), rate, scores.verdict_accuracy) >= 0.5
     if criteria.uniform == "verdict":
         uniform = (scores.verdict_accuracy == 0) | (scores.verdict_accuracy == 1)

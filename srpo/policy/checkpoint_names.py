@@ -6,10 +6,13 @@ transformers' own, the one of `save_pretrained`, applied to one parameter at a t
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import math
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 
 import torch
 from torch import nn
+from transformers import PreTrainedModel
 from transformers.core_model_loading import revert_weight_conversion
 
 from srpo.policy.parallel import iter_full_params, unwrap
@@ -25,3 +28,60 @@ def iter_checkpoint_params(policy: nn.Module) -> Iterator[tuple[str, torch.Tenso
     model = unwrap(policy)
     for name, tensor in iter_full_params(policy):
         yield from revert_weight_conversion(model, {name: tensor}).items()
+
+
+@dataclass(frozen=True)
+class Part:
+    """One tensor of a checkpoint as it lies in a larger one: `shape` row by row, from element `first` on."""
+
+    name: str
+    first: int
+    shape: tuple[int, ...]
+
+
+# A tensor and the checkpoint's tensors that it consists of, without gaps.
+Block = tuple[torch.Tensor, Sequence[Part]]
+# Where in a parameter (transformers' name) its checkpoint tensors lie; None where they do not lie in it one behind the other.
+Layouts = dict[str, tuple[Part, ...] | None]
+
+
+@torch.no_grad()
+def iter_checkpoint_blocks(policy: nn.Module, layouts: Layouts) -> Iterator[Block]:
+    """Like `iter_checkpoint_params`, but what a checkpoint only cuts into pieces comes in one piece: a layer's experts.
+
+    layouts: empty at first, filled here; for the next call on the same model. It is found out by comparing with the conversion
+    itself, so no order of experts, or of gate and up, is taken for granted.
+    """
+    model = unwrap(policy)
+    for name, tensor in iter_full_params(policy):
+        if name not in layouts:
+            layouts[name] = _layout(model, name, tensor)
+        parts = layouts[name]
+        if parts is not None:
+            yield tensor, parts
+            continue
+        for converted_name, converted in revert_weight_conversion(model, {name: tensor}).items():
+            yield converted, (Part(converted_name, 0, tuple(converted.shape)),)
+
+
+def _layout(model: PreTrainedModel, name: str, tensor: torch.Tensor) -> tuple[Part, ...] | None:
+    """Converting row numbers in place of the tensor tells which rows a part is made of, and its values whether that is so."""
+    converted = revert_weight_conversion(model, {name: tensor})
+    if len(converted) == 1:
+        ((only, value),) = converted.items()
+        same = value.shape == tensor.shape and torch.equal(value, tensor)
+        return (Part(only, 0, tuple(tensor.shape)),) if same else None
+    width = tensor.shape[-1]
+    rows = torch.arange(math.prod(tensor.shape[:-1])).view(*tensor.shape[:-1], 1)
+    parts, flat = [], tensor.reshape(-1)
+    for part_name, numbers in revert_weight_conversion(model, {name: rows}).items():
+        value, numbers = converted[part_name], numbers.flatten()
+        first = int(numbers[0]) * width
+        consecutive = torch.equal(numbers, torch.arange(len(numbers)) + numbers[0])
+        if not consecutive or not torch.equal(value.reshape(-1), flat[first : first + value.numel()]):
+            return None
+        parts.append(Part(part_name, first, tuple(value.shape)))
+    parts.sort(key=lambda part: part.first)
+    ends = [0, *(part.first + math.prod(part.shape) for part in parts)]
+    whole = [part.first for part in parts] == ends[:-1] and ends[-1] == tensor.numel()
+    return tuple(parts) if whole else None

@@ -19,6 +19,7 @@ from torch.optim import Optimizer
 
 from srpo.batch import IGNORE, Batch
 from srpo.config import LossConfig, RolloutConfig
+from srpo.policy.mismatch import Mismatch, importance_weights
 from srpo.policy.parallel import Parallel, clip_grad_norm, to_local
 from srpo.policy.token_advantages import TokenBatch, loss_tables
 
@@ -43,6 +44,8 @@ class Objective:
     ratio_over: str = "token"  # token | step | sequence (GSPO)
     clip_form: str = "ppo"  # ppo | cispo
     dual_clip: float | None = None
+    importance: str = "off"  # off | truncate | mask: what becomes of a token's weight by the trainer's ratio to the engine
+    importance_cap: float = 2.0
 
     @property
     def reference_ahead(self) -> bool:
@@ -70,6 +73,8 @@ class Objective:
             ratio_over=loss.ratio_over,
             clip_form=loss.clip_form,
             dual_clip=loss.dual_clip or None,
+            importance=loss.importance,
+            importance_cap=loss.importance_cap,
         )
 
 
@@ -104,18 +109,28 @@ def with_logprobs(
 ) -> list[Batch]:
     """The batches on the device, with what must stay fixed over `objective.num_updates` updates.
 
-    More than one update: old_logprobs, the support `kept_ids` of a filtered ratio, and ref_logprobs on that support. One
-    update: the old policy is the present one, so nothing of it is computed, and ref_logprobs only where `reference_ahead`.
-    Collective: every rank must call it.
+    More than one update: old_logprobs, the support `kept_ids` of a filtered ratio (the engine's where the batch has it), the
+    `importance` of each token, and ref_logprobs on that support. One update: the old policy is the present one, so nothing of it
+    is computed, and ref_logprobs only where `reference_ahead`. Collective: every rank must call it.
     """
     filled = []
     for batch in level(batches, parallel):
         if objective.num_updates > 1:
             index, rows = batch.rows()
             logits = policy(batch)
-            kept_ids = topk_support(logits, objective.top_k) if objective.top_k is not None else None
+            kept_ids = rows.kept_ids
+            if kept_ids is None and objective.top_k is not None:
+                kept_ids = topk_support(logits, objective.top_k)
             old = _logprobs(logits, rows.labels, kept_ids, objective)
-            batch = batch.with_(old_logprobs=_spread(old, index, batch), kept_ids=_spread(kept_ids, index, batch))
+            importance = None
+            if objective.importance != "off":
+                trainer = old if objective.top_k == objective.sampling_top_k else _of_sampled(logits, rows, objective)
+                importance = _importance(trainer, rows, objective)
+            batch = batch.with_(
+                old_logprobs=_spread(old, index, batch),
+                kept_ids=_spread(kept_ids, index, batch),
+                importance=_spread(importance, index, batch),
+            )
         if reference is not None and objective.reference_ahead:
             index, rows = batch.rows()
             ref = _logprobs(reference(batch), rows.labels, rows.kept_ids, objective)
@@ -127,6 +142,17 @@ def with_logprobs(
 def _logprobs(logits: torch.Tensor, labels: torch.Tensor, kept_ids: torch.Tensor | None, objective: Objective) -> torch.Tensor:
     """[R] fp32, of the objective's distribution; filtered to `kept_ids` [R, K] if given."""
     return token_logprobs(logits, labels, temperature=objective.temperature, kept_ids=kept_ids, impl=objective.impl)[0]
+
+
+def _of_sampled(logits: torch.Tensor, rows: Batch, objective: Objective) -> torch.Tensor:
+    """[R] fp32, of the distribution that was sampled, where ratios are taken on another."""
+    kept_ids = topk_support(logits, objective.sampling_top_k) if objective.sampling_top_k is not None else None
+    return _logprobs(logits.detach(), rows.labels, kept_ids, objective)
+
+
+def _importance(trainer: torch.Tensor, rows: Batch, objective: Objective) -> torch.Tensor:
+    """[R] fp32, see `importance_weights`. trainer: log-probabilities [R] of the distribution that was sampled."""
+    return importance_weights(trainer - rows.sampling_logprobs, objective.importance, objective.importance_cap)
 
 
 def _spread(rows: torch.Tensor | None, index: torch.Tensor, batch: Batch) -> torch.Tensor | None:
@@ -208,27 +234,19 @@ def read_dump(path: Path) -> dict[str, Any]:
 class _Sums:
     """What is summed over the micro-batches of one update."""
 
-    def __init__(self, num_steps: int, device: torch.device) -> None:
+    def __init__(self, num_steps: int, objective: Objective, device: torch.device) -> None:
         self.stats = StepStats.zeros(num_steps, device)
-        self.mismatch = torch.zeros((), dtype=torch.float64, device=device)
-        self.mismatch_max = torch.zeros((), dtype=torch.float64, device=device)
+        self.mismatch = Mismatch(objective.importance, objective.importance_cap, device)
 
     def add(self, out: PolicyLoss, trainer: torch.Tensor, sampling: torch.Tensor) -> None:
         self.stats = self.stats + out.stats
-        if trainer.numel():
-            gap = (trainer - sampling).double()
-            self.mismatch += (torch.expm1(gap) - gap).sum()
-            self.mismatch_max = torch.maximum(self.mismatch_max, gap.abs().max())
+        self.mismatch.add(trainer, sampling)
 
     def metrics(self, step_names: Sequence[str], parallel: Parallel) -> dict[str, float]:
         """Means per token over all ranks, under the keys of `srpo.metrics`."""
         stats = StepStats.unstack(parallel.all_reduce_sum(self.stats.stack()))
         num_tokens = stats.num_tokens.sum().clamp(min=1)
-        metrics = {
-            "train/num_tokens": float(stats.num_tokens.sum()),
-            "rollout/mismatch_kl": float(parallel.all_reduce_sum(self.mismatch) / num_tokens),
-            "rollout/mismatch_max": float(parallel.all_reduce_max(self.mismatch_max)),
-        }
+        metrics = {"train/num_tokens": float(stats.num_tokens.sum()), **self.mismatch.metrics(parallel)}
         sums = {"entropy": stats.sum_entropy, "kl": stats.sum_kl, "clip_frac": stats.num_clipped, "ratio": stats.sum_ratio}
         for key, per_step in sums.items():
             metrics[f"policy/{key}"] = float(per_step.sum() / num_tokens)
@@ -251,14 +269,15 @@ def update(
     reference: nn.Module | None = None,
     info: dict[str, Any] | None = None,
 ) -> dict[str, float]:
-    """One optimizer step on Eq. 6 (Algorithm 1 line 16); returns the `train/*`, `policy/*` and `rollout/mismatch_*` metrics.
+    """One optimizer step on Eq. 6 (Algorithm 1 line 16); returns the `train/*`, `policy/*` and mismatch metrics (`rollout/*`).
 
     batches: this rank's, from `with_logprobs`; without old_logprobs the update is on-policy (the ratio is 1). `reference` is
     needed with a kl_coef unless `objective.reference_ahead`. The mismatch compares the policy's log-probabilities
     before this step's first update with the engine's, on the distribution that was sampled. Only the first of several updates
-    can do so where the ratio is unfiltered: take the metric from there. Raises NonFiniteError, see `optimizer_step`. Collective.
+    can do so where the ratio is unfiltered: take the metric from there. With `objective.importance` the weight of each token, and
+    so also its KL, is multiplied by `importance_weights`. Raises NonFiniteError, see `optimizer_step`. Collective.
     """
-    sums = _Sums(len(step_names), parallel.device)
+    sums = _Sums(len(step_names), objective, parallel.device)
 
     def loss_of(batch: Batch) -> torch.Tensor:
         _, rows = batch.rows()
@@ -274,8 +293,12 @@ def update(
         # Before the loss: an implementation may write the gradient over the logits.
         trainer = rows.old_logprobs
         if objective.top_k != objective.sampling_top_k:
-            kept_ids = topk_support(logits, objective.sampling_top_k) if objective.sampling_top_k is not None else None
-            trainer = _logprobs(logits.detach(), rows.labels, kept_ids, objective)
+            trainer = _of_sampled(logits, rows, objective)
+        weights = rows.weights
+        if objective.importance != "off":
+            if trainer is None:
+                trainer = _logprobs(logits.detach(), rows.labels, support, objective)
+            weights = weights * (_importance(trainer, rows, objective) if rows.importance is None else rows.importance)
         tables = loss_tables(rows)
         out = policy_loss(
             logits,
@@ -283,7 +306,7 @@ def update(
             tables.step_advantages,
             tables.step_ends,
             tables.cu_seqlens,
-            rows.weights,
+            weights,
             rows.old_logprobs,
             ref_logprobs,
             clip_eps_low=objective.clip_eps_low,

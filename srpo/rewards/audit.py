@@ -99,7 +99,8 @@ def audit(
     """The audit after the scored rollouts of *all* ranks of one optimizer step, from the `state` of the one before (None: new).
 
     Raises ValueError where `reward.audit` is "stop" and, after the warm-up, a step's averaged error rate has risen by more than
-    `reward.audit_bound` over that of the warm-up. With "warn" the loop prints `news`; with "off" nothing is counted.
+    `reward.audit_bound` over that of the warm-up, with at least `reward.audit_min` verdicts in the average. With "warn" the loop
+    prints `news`; with "off" nothing is counted.
     """
     shape = (4, schema.num_steps)
     counts = audit_counts(rollouts, examples, schema) if cfg.audit != "off" else np.zeros(shape)
@@ -111,7 +112,7 @@ def audit(
     if num_steps > cfg.audit_warmup and cfg.audit in ("warn", "stop"):
         rise = drift(average, baseline)
         for j, spec in enumerate(schema.specs):
-            if rise[j] > cfg.audit_bound:  # False for NaN
+            if rise[j] > cfg.audit_bound and average[NUM, j] >= cfg.audit_min:  # False for NaN
                 alarms[spec.name] = _alarm(spec.name, average[:, j], baseline[:, j], cfg)
     if alarms and cfg.audit == "stop":
         raise ValueError(

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import hashlib
+import threading
 from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any, Protocol
 
 from srpo.batch import Rollout
 from srpo.data.examples import Example
+from srpo.rewards.verdict_cache import Told, VerdictCache, WorkCounts, question_key
 from srpo.rewards.verdicts import PROMPT, judge_prompt, parse_verdicts
 from srpo.steps import StepSchema, same_answer
 
@@ -65,52 +67,86 @@ class OracleJudge:
         return int.from_bytes(hashlib.blake2b(key, digest_size=8).digest()[:6], "big") / 2**48
 
 
-class Generator(Protocol):
-    """The part of a rollout engine that the judge uses (`srpo.rollout.engine.Engine` is one)."""
+class Writer(Protocol):
+    """A language model that continues texts, wherever it runs; `write` is called by several threads at once."""
 
-    def generate(self, prompts: Sequence[tuple[int, ...]], params: Any, seed: int) -> Sequence[Any]: ...
+    @property
+    def identity(self) -> str:
+        """Names the model: what two judges of the same name say is the same."""
+        ...
+
+    @property
+    def work(self) -> WorkCounts:
+        """num_calls (texts asked for), num_retries, num_failed, num_too_long."""
+        ...
+
+    def write(self, prompts: Sequence[str], params: Any, seed: int) -> list[list[str | None]]:
+        """`params.group_size` texts after each prompt; None where there is none: too long, or failed and counted."""
+        ...
+
+    def close(self) -> None: ...
 
 
 class GenerativeJudge:
     """A language model that reads the pair and the response, and writes verdicts in the form of Figure 4.
 
-    `engine` generates with `params` (a `SamplingParams`: greedy, group size 1, the judge's stop ids). Whatever it writes is read;
-    a step that the schema wants judged and that gets no readable verdict counts as missing. A prompt of more than
-    `max_prompt_tokens` (0: no bound) is not asked about and gets no verdicts. Equal prompts are asked about once.
+    `writer` writes with `params` (a `SamplingParams`: greedy, group size 1, the judge's stop ids). Whatever it writes is read; a
+    step that the schema wants judged and that gets no readable verdict counts as missing. A question that `cache` knows, and the
+    second of two equal ones in a call, is not asked. `judge` may be called by several threads, a few responses at a time.
+
+    The judged text is part of the prompt. It can contain verdicts, or what looks like the end of the prompt; only what the model
+    writes after it is read, so at most it changes the verdicts on itself. That it may do, by any means that works on a language
+    model: a policy that learns to shows in the audit (`srpo.rewards.audit`), where steps have labels.
     """
 
     def __init__(
         self,
-        engine: Generator,
-        tokenizer: Any,
+        writer: Writer,
         schema: StepSchema,
         params: Any,
         *,
         template: str = PROMPT,
-        max_prompt_tokens: int = 0,
         seed: int = 0,
+        cache: VerdictCache | None = None,
     ) -> None:
         if params.group_size != 1:
             raise ValueError(f"the judge samples {params.group_size} texts per response: set its group_size to 1")
-        self.engine = engine
-        self.tokenizer = tokenizer
+        self.writer = writer
         self.schema = schema
         self.params = params
         self.template = template
-        self.max_prompt_tokens = max_prompt_tokens
         self.seed = seed
+        self.cache = VerdictCache(0) if cache is None else cache
+        self._work = WorkCounts()
+        self._lock = threading.Lock()
         self.num_verdicts = 0  # that were asked for so far
         self.num_missing = 0  # of them, unreadable
-        self.last_texts: tuple[str, ...] = ()  # what it wrote in the last call, one text per rollout
 
     def judge(self, rollouts: Sequence[Rollout], examples: Sequence[Example]) -> list[Verdicts]:
-        """Verdicts [N][J], None where the text gives none. Raises what the engine raises."""
-        self.last_texts = tuple(texts[0] for texts in self.write(rollouts, examples, self.params, self.seed))
-        verdicts: list[Verdicts] = [parse_verdicts(text, self.schema.num_steps) for text in self.last_texts]
+        """Verdicts [N][J], None where the text gives none. Raises what the writer raises."""
+        prompts = self._prompts(rollouts, examples)
+        with self._work.busy():
+            told = self._told(list(dict.fromkeys(prompts)))
+        verdicts: list[Verdicts] = [told[prompt] for prompt in prompts]
         judged = [j for j, spec in enumerate(self.schema.specs) if "judge" in spec.sources]
-        self.num_verdicts += len(judged) * len(verdicts)
-        self.num_missing += sum(told[j] is None for told in verdicts for j in judged)
+        self._work.add(num_responses=len(prompts))
+        with self._lock:
+            self.num_verdicts += len(judged) * len(verdicts)
+            self.num_missing += sum(said[j] is None for said in verdicts for j in judged)
         return verdicts
+
+    def _told(self, prompts: Sequence[str]) -> dict[str, Told]:
+        """The verdicts on different prompts. What has no text is not remembered: it may get one the next time."""
+        keys = {prompt: question_key(self.writer.identity, self.params, self.seed, prompt) for prompt in prompts}
+        known = {prompt: self.cache.get(key) for prompt, key in keys.items()}
+        told = {prompt: verdicts for prompt, verdicts in known.items() if verdicts is not None}
+        asked = [prompt for prompt in prompts if prompt not in told]
+        for prompt, (text,) in zip(asked, self.writer.write(asked, self.params, self.seed) if asked else (), strict=True):
+            told[prompt] = parse_verdicts(text or "", self.schema.num_steps)
+            if text is not None:
+                self.cache.put(keys[prompt], told[prompt])
+        self._work.add(num_asked=len(asked))
+        return told
 
     def votes(self, rollouts: Sequence[Rollout], examples: Sequence[Example], num_votes: int, seed: int) -> list[list[Verdicts]]:
         """`num_votes` sampled opinions on each rollout, [N][num_votes][J]: how sure the judge is. Not counted in `stats`."""
@@ -119,18 +155,24 @@ class GenerativeJudge:
         return [[parse_verdicts(text, self.schema.num_steps) for text in several] for several in texts]
 
     def write(self, rollouts: Sequence[Rollout], examples: Sequence[Example], params: Any, seed: int) -> list[list[str]]:
-        """`params.group_size` texts about each rollout; empty ones where its prompt is too long."""
-        prompts = [self._prompt(rollout, example) for rollout, example in zip(rollouts, examples, strict=True)]
-        asked = [p for p in dict.fromkeys(prompts) if not self.max_prompt_tokens or len(p) <= self.max_prompt_tokens]
-        texts = {prompt: list[str]() for prompt in asked}
-        for sample in self.engine.generate(asked, params, seed) if asked else ():
-            text = self.tokenizer.decode(list(sample.response_ids), skip_special_tokens=True)
-            texts[asked[sample.prompt_index]].append(text)
-        return [texts.get(prompt) or [""] * params.group_size for prompt in prompts]
+        """`params.group_size` texts about each rollout; empty ones where there are none. Equal prompts are asked about once."""
+        prompts = self._prompts(rollouts, examples)
+        asked = list(dict.fromkeys(prompts))
+        texts = dict(zip(asked, self.writer.write(asked, params, seed), strict=True)) if asked else {}
+        return [[text or "" for text in texts[prompt]] for prompt in prompts]
 
-    def _prompt(self, rollout: Rollout, example: Example) -> tuple[int, ...]:
-        return tuple(self.tokenizer.encode(judge_prompt(example, rollout.text, self.template), add_special_tokens=False))
+    def _prompts(self, rollouts: Sequence[Rollout], examples: Sequence[Example]) -> list[str]:
+        return [judge_prompt(example, rollout.text, self.template) for rollout, example in zip(rollouts, examples, strict=True)]
 
     def stats(self) -> dict[str, float]:
         """num_verdicts asked for and num_missing of them, since the start."""
         return {"num_verdicts": self.num_verdicts, "num_missing": self.num_missing}
+
+    def take_counts(self) -> dict[str, float]:
+        """The work since the last call of this, for `srpo.rewards.verdict_cache.work_metrics`: num_responses judged, num_asked of
+        them that neither the cache nor an equal one answered, busy_s, and what the writer counts."""
+        return {**self.writer.work.take(), **self._work.take()}
+
+    def close(self) -> None:
+        """Free what the writer holds; the judge is not used again."""
+        self.writer.close()

@@ -37,6 +37,7 @@ def to_rollouts(
                 text=parsed.text,
                 finish=sample.finish,
                 policy_version=version,
+                support=sample.support,
             )
         )
     return rollouts

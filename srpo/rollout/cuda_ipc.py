@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import os
 import weakref
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
@@ -22,6 +22,8 @@ from srpo.rollout.weights import add_sums, bit_sum
 
 # One bucket: (checkpoint names, their tensors in the engine's dtype).
 Named = list[tuple[str, torch.Tensor]]
+# Of the ranks of one engine: this rank's value in, those of all of them out, in order of rank. Collective.
+Exchange = Callable[[Any], list[Any]]
 
 
 def chunks(params: Iterator[tuple[str, torch.Tensor]], dtype: torch.dtype, bucket_bytes: int) -> Iterator[Named]:
@@ -52,28 +54,34 @@ def describe(bucket: Named) -> dict[str, Any]:
 class CudaSender:
     """Sends a policy's weights to an engine's process on `device`. A process that fails meanwhile ends the run.
 
+    exchange: where an engine is split over the GPUs of several ranks, what they tell one another. Each of its workers reads the
+    staging buffer of the rank on its own GPU, so all of these ranks `send`, the first one to the process and the others to None.
     Raises ValueError where torch's allocator makes memory that has no handles.
     """
 
-    def __init__(self, bucket_bytes: int, dtype: torch.dtype, device: torch.device) -> None:
+    def __init__(
+        self, bucket_bytes: int, dtype: torch.dtype, device: torch.device, exchange: Exchange | None = None
+    ) -> None:
         for name in ("PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF"):
             if "expandable_segments:true" in os.environ.get(name, "").lower():
                 raise ValueError(f"{name} has expandable_segments:True, whose memory cannot be shared with vLLM: take it out")
         self._bucket_bytes = bucket_bytes
         self._dtype = dtype
         self._device = device
+        self._exchange: Exchange = exchange or (lambda x: [x])
         self._policy: weakref.ref[nn.Module] | None = None
         self._sums: dict[str, int] = {}
         self.num_bytes = 0
 
-    def send(self, process: EngineProcess, policy: nn.Module, version: int) -> dict[str, int]:
+    def send(self, process: EngineProcess | None, policy: nn.Module, version: int) -> dict[str, int]:
         """Send everything, ask for the proof (whose answer is left to the caller to read), and return the sums that it has to
         have. Collective for a sharded policy: every rank sends to its own engine."""
         self._policy = weakref.ref(policy)
         uuid = str(torch.cuda.get_device_properties(self._device).uuid)
         sums: dict[str, int] = {}
         self.num_bytes = 0
-        process.send("begin")
+        if process is not None:
+            process.send("begin")
         for bucket in chunks(iter_checkpoint_params(policy), self._dtype, self._bucket_bytes):
             # The handle's arguments do not keep the memory alive: `staging` does, until the engine has answered. Exported once
             # and opened once: an export that is opened twice is never given back.
@@ -81,12 +89,16 @@ class CudaSender:
             _, arguments = reduce_tensor(staging)
             add_sums(sums, [(name, bit_sum(tensor)) for name, tensor in bucket])
             torch.cuda.synchronize(self._device)
-            process.send("handles", update={**describe(bucket), "ipc_handles": {uuid: arguments}})
-            process.receive()
+            handles = {gpu: handle for shared in self._exchange({uuid: arguments}) for gpu, handle in shared.items()}
+            if process is not None:
+                process.send("handles", update={**describe(bucket), "ipc_handles": handles})
+                process.receive()
+            self._exchange(None)  # now every worker has read its rank's staging buffer
             self.num_bytes += staging.nbytes
             del staging
         torch.cuda.ipc_collect()
-        process.send("finish", version=version, keep=[])
+        if process is not None:
+            process.send("finish", version=version, keep=[])
         self._sums = sums
         return sums
 

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Generator, Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import Protocol
 
+import numpy as np
 from torch import nn
 
 
@@ -20,6 +21,7 @@ class SamplingParams:
     stop_ids: tuple[int, ...] = ()  # the stop token is part of the response
     greedy: bool = False  # the most likely token; log-probabilities are still those of the filtered distribution
     ignore_eos: bool = False  # exactly max_new_tokens tokens, for benchmarks
+    support: bool = False  # report the ids that each token was drawn from
 
     def __post_init__(self) -> None:
         if self.max_new_tokens < 1:
@@ -30,6 +32,8 @@ class SamplingParams:
             raise ValueError(f"rollout.top_k is {self.top_k}: set it to 0 (no filter) or more")
         if self.group_size < 1:
             raise ValueError(f"rollout.group_size is {self.group_size}: set it to 1 or more")
+        if self.support and not self.top_k:
+            raise ValueError("rollout.support is 'replay' and rollout.top_k is 0: without a filter there is nothing to replay")
 
 
 @dataclass(frozen=True)
@@ -41,6 +45,16 @@ class Sample:
     sampling_logprobs: tuple[float, ...]  # [L]
     finish: str  # stop | length
     policy_version: int = field(default=-1, compare=False)  # of the weights that it was drawn from
+    support: np.ndarray | None = field(default=None, compare=False, repr=False)  # [L, K] int32, -1 fills up; only when asked for
+
+
+Groups = Generator[tuple[int, list[Sample]], None, None]  # (prompt index, its group_size samples)
+
+
+def in_order(groups: Iterable[tuple[int, list[Sample]]]) -> list[Sample]:
+    """What a stream has given, prompt by prompt."""
+    found = dict(groups)
+    return [sample for i in sorted(found) for sample in found[i]]
 
 
 class Engine(Protocol):
@@ -48,15 +62,23 @@ class Engine(Protocol):
 
     policy_version: int
 
-    def generate(
+    def stream(
         self, prompts: Sequence[tuple[int, ...]], params: SamplingParams, seed: int, numbers: Sequence[int] | None = None
-    ) -> list[Sample]:
-        """`params.group_size` samples of each prompt, prompt by prompt. The same arguments and weights give the same samples.
+    ) -> Groups:
+        """(prompt index, its `params.group_size` samples) as groups finish. The same arguments and weights give the same samples.
 
         numbers: of each prompt, among those of all ranks (0, 1, 2 ... if not given). What is drawn for a prompt depends on (seed,
         its number) and not on what is beside it, so the number of ranks changes nothing.
-        Raises ValueError for an empty prompt or one that does not fit into the context with its response.
+        Closed early, it stops what is unfinished, and the engine can be used again. Nothing else may be asked of the engine
+        before it has ended.
+        Raises ValueError for an empty prompt or one that does not fit into the context with its response, when it is called.
         """
+        ...
+
+    def generate(
+        self, prompts: Sequence[tuple[int, ...]], params: SamplingParams, seed: int, numbers: Sequence[int] | None = None
+    ) -> list[Sample]:
+        """All of `stream`, prompt by prompt."""
         ...
 
     def sync_weights(self, policy: nn.Module, version: int) -> None:
@@ -72,7 +94,7 @@ class Engine(Protocol):
         ...
 
     def stats(self) -> dict[str, float]:
-        """num_tokens, generate_s, tokens_per_s of the last `generate` and sync_s of the last `sync_weights`."""
+        """num_tokens, generate_s, tokens_per_s of the last `stream` or `generate` and sync_s of the last `sync_weights`."""
         ...
 
     def close(self) -> None:

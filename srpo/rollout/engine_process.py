@@ -17,7 +17,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any
@@ -128,8 +128,22 @@ class EngineProcess:
     def _tail(self) -> str:
         return self.log.read_text(encoding="utf-8", errors="replace")[-_TAIL:] if self.log.exists() else ""
 
+    @contextlib.contextmanager
+    def killed_unless_done(self) -> Iterator[None]:
+        """A block that has to come to its end: left by any exception, it leaves the process in a state that nobody knows, and its
+        replies would be taken for those to the next request."""
+        done = False
+        try:
+            yield
+            done = True
+        finally:
+            if not done:
+                self.kill()
+
     def kill(self) -> None:
-        """End it at once, with whatever processes it has started. The log stays."""
+        """End it at once, with whatever processes it has started. The log stays. A second time it does nothing."""
+        if self._channel.closed:
+            return  # its number may be somebody else's by now
         atexit.unregister(self.close)
         with contextlib.suppress(ProcessLookupError, PermissionError):
             os.killpg(self._process.pid, signal.SIGKILL)

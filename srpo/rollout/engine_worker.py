@@ -14,20 +14,22 @@ import socket
 import sys
 import threading
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Generator, Sequence
+from contextlib import closing
 from multiprocessing.connection import Connection
 from typing import Any, Protocol
 
 import torch
 
 from srpo.rollout.engine import SamplingParams
-from srpo.rollout.weight_sync import Bucket, map_segment
+from srpo.rollout.weight_sync import Bucket, half_the_threads, map_segment
 
 ALIVE_EVERY_S = 1.0
 _ORPHAN_POLL_S = 1.0
 
-# (prompt index, [(response ids, log-probabilities, finish)] of its group)
-Group = tuple[int, list[tuple[list[int], list[float], str]]]
+# (response ids, log-probabilities, finish, support: [L, K] int32 in base64 where it was asked for)
+Response = tuple[list[int], list[float], str] | tuple[list[int], list[float], str, str]
+Group = tuple[int, Sequence[Response]]  # (prompt index, its responses)
 
 
 class Backend(Protocol):
@@ -53,8 +55,8 @@ class Backend(Protocol):
 
     def generate(
         self, prompts: Sequence[tuple[int, list[int]]], params: SamplingParams, seeds: Sequence[int]
-    ) -> Iterator[Group | None]:
-        """Whole groups as they finish; None between them as a sign of life."""
+    ) -> Generator[Group | None, None, None]:
+        """Whole groups as they finish; None between them as a sign of life. Closed early, it drops what is unfinished."""
         ...
 
     def sleep(self) -> None: ...
@@ -105,8 +107,12 @@ class Server:
 
     def on_descriptor(self, key: int) -> None:
         _, fds, _, _ = socket.recv_fds(self._descriptors, 1, 1)
-        self._buffers[key] = map_segment(fds[0], os.fstat(fds[0]).st_size)
+        self.map_segment(key, fds[0])
         os.close(fds[0])
+
+    def map_segment(self, key: int, fd: int) -> None:
+        """Shared memory that a sync will write its buckets to; the descriptor is closed when this returns."""
+        self._buffers[key] = map_segment(fd, os.fstat(fd).st_size)
 
     def on_begin(self) -> None:
         self._version = None
@@ -115,11 +121,15 @@ class Server:
         self._load_s = time.perf_counter() - start
 
     def on_bucket(self, bucket: Bucket) -> None:
-        buffer = self._buffers[bucket.segment]
         start = time.perf_counter()
-        self._backend.load_weights([(entry.name, entry.view(buffer)) for entry in bucket.entries])
+        with half_the_threads():
+            self.load_bucket(bucket)
         self._load_s += time.perf_counter() - start
         self.alive()
+
+    def load_bucket(self, bucket: Bucket) -> None:
+        buffer = self._buffers[bucket.segment]
+        self._backend.load_weights([(entry.name, entry.view(buffer)) for entry in bucket.entries])
 
     def on_handles(self, update: dict[str, Any]) -> None:
         start = time.perf_counter()
@@ -129,21 +139,35 @@ class Server:
 
     def on_finish(self, version: int, keep: list[int]) -> None:
         start = time.perf_counter()
-        sums = self._backend.finish_weights()
+        sums = self.finish_weights(keep)
         finish_s = time.perf_counter() - start
-        self._buffers = {key: buffer for key, buffer in self._buffers.items() if key in keep}
         self._version = version
         self.reply(version=version, sums=sums, load_s=self._load_s, finish_s=finish_s)
+
+    def finish_weights(self, keep: Collection[int]) -> dict[str, int]:
+        """The bit sums of the weights in use. Segments that are not in `keep` are let go of."""
+        sums = self._backend.finish_weights()
+        self._buffers = {key: buffer for key, buffer in self._buffers.items() if key in keep}
+        return sums
 
     def on_generate(self, prompts: list[tuple[int, list[int]]], params: SamplingParams, seeds: list[int], version: int) -> None:
         if self._version != version:
             raise RuntimeError(f"asked to sample with weights of version {version}, but this process has {self._version}")
-        for group in self._backend.generate(prompts, params, seeds):
-            if group is None:
-                self.alive()
-            else:
-                self.reply(prompt=group[0], samples=group[1])
+        with closing(self._backend.generate(prompts, params, seeds)) as groups:
+            for group in groups:
+                if group is None:
+                    self.alive()
+                else:
+                    self.reply(prompt=group[0], samples=group[1])
+                if self._channel.poll():
+                    op, _ = self._channel.recv()
+                    if op != "abort":
+                        raise RuntimeError(f"asked to {op} while it samples")
+                    break
         self.reply(done=True)
+
+    def on_abort(self) -> None:
+        """It came too late: what it is about has ended."""
 
     def on_sleep(self) -> None:
         self._version = None

@@ -7,6 +7,7 @@ import math
 import time
 from collections.abc import Sequence
 
+import numpy as np
 import torch
 from torch import nn
 from torch.distributed.tensor import DTensor
@@ -14,8 +15,8 @@ from torch.distributed.tensor import DTensor
 from srpo.policy.decode import Decoder, KeyValues
 from srpo.policy.model import unwrap
 from srpo.policy.parallel import iter_full_params
-from srpo.rollout.engine import Sample, SamplingParams, check_prompts
-from srpo.rollout.sampling import choose
+from srpo.rollout.engine import Groups, Sample, SamplingParams, check_prompts, in_order
+from srpo.rollout.sampling import choose_with_support
 
 _COMPACT_BELOW = 0.75  # rebuild the wave when that fraction of its slots would do
 _CHUNK_COST = 0.5  # what one more chunk costs in attention, in slots
@@ -57,37 +58,52 @@ class LocalEngine:
     def generate(
         self, prompts: Sequence[tuple[int, ...]], params: SamplingParams, seed: int, numbers: Sequence[int] | None = None
     ) -> list[Sample]:
-        """See `Engine.generate`. Each (prompt's number, sample, position) has its own random number, whatever runs beside it.
+        """See `Engine.generate`."""
+        return in_order(self.stream(prompts, params, seed, numbers))
 
-        Raises ValueError also where the policy's logits are not finite.
+    def stream(
+        self, prompts: Sequence[tuple[int, ...]], params: SamplingParams, seed: int, numbers: Sequence[int] | None = None
+    ) -> Groups:
+        """See `Engine.stream`. Groups come wave by wave, those with the shortest prompts first; closed early, it ends between two
+        waves. Each (prompt's number, sample, position) has its own random number, whatever runs beside it.
+
+        Raises ValueError also where the policy's logits are not finite, and for a support where top_k filters nothing.
         """
         check_prompts(prompts, params, self.max_context)
+        vocab_size: int = unwrap(self.model).config.vocab_size
+        if params.support and params.top_k >= vocab_size:
+            raise ValueError(
+                f"rollout.support is 'replay' and rollout.top_k {params.top_k} keeps the whole vocabulary of "
+                f"{vocab_size}: lower rollout.top_k, or set rollout.support to 'recompute'"
+            )
+        return self._groups(prompts, params, seed, range(len(prompts)) if numbers is None else numbers)
+
+    def _groups(self, prompts: Sequence[tuple[int, ...]], params: SamplingParams, seed: int, numbers: Sequence[int]) -> Groups:
         if not prompts:
-            return []
+            return
         start = time.perf_counter()
         generator = torch.Generator().manual_seed(seed)
-        numbers = range(len(prompts)) if numbers is None else numbers
         shape = (max(numbers) + 1, params.group_size, params.max_new_tokens)
         uniforms = torch.rand(shape, generator=generator, dtype=torch.float64)[list(numbers)]
         by_length = sorted(range(len(prompts)), key=lambda i: len(prompts[i]))
         per_wave = max(1, self.max_rows // params.group_size)
-        samples: list[list[Sample]] = [[] for _ in prompts]
+        num_tokens, seconds = 0, 0.0
         for first in range(0, len(prompts), per_wave):
             wave = by_length[first : first + per_wave]
             with torch.inference_mode():
                 rows = self._wave([prompts[i] for i in wave], params, uniforms[wave].flatten(0, 1).to(self._decoder.device))
-            for row, (ids, logprobs, finish) in enumerate(rows):
-                i = wave[row // params.group_size]
-                samples[i].append(Sample(i, ids, logprobs, finish, self.policy_version))
-        flat = [sample for group in samples for sample in group]
-        num_tokens, seconds = sum(len(s.response_ids) for s in flat), time.perf_counter() - start
-        self._stats |= {"num_tokens": float(num_tokens), "generate_s": seconds, "tokens_per_s": num_tokens / seconds}
-        return flat
+            num_tokens += sum(len(row[0]) for row in rows)
+            seconds += time.perf_counter() - start
+            self._stats |= {"num_tokens": float(num_tokens), "generate_s": seconds, "tokens_per_s": num_tokens / seconds}
+            for place, i in enumerate(wave):
+                mine = rows[place * params.group_size : (place + 1) * params.group_size]
+                yield i, [Sample(i, *row[:3], self.policy_version, row[3]) for row in mine]
+            start = time.perf_counter()  # what is done with a wave is not the engine's time
 
     def _wave(
         self, prompts: Sequence[tuple[int, ...]], params: SamplingParams, uniforms: torch.Tensor
-    ) -> list[tuple[tuple[int, ...], tuple[float, ...], str]]:
-        """(response ids, log-probabilities, finish) of each row, prompt-major. uniforms: [rows, max_new_tokens]."""
+    ) -> list[tuple[tuple[int, ...], tuple[float, ...], str, np.ndarray | None]]:
+        """(response ids, log-probabilities, finish, support) of each row, prompt-major. uniforms: [rows, max_new_tokens]."""
         num_rows, capacity = uniforms.shape
         device = self._decoder.device
         check_every = 1 if device.type == "cpu" else 8  # asking a GPU whether a row has finished stalls it
@@ -95,6 +111,8 @@ class LocalEngine:
         # One more row than there are responses: slots that only fill up a chunk write there.
         ids = torch.zeros(num_rows + 1, capacity, dtype=torch.long, device=device)
         logprobs = torch.zeros(num_rows + 1, capacity, device=device)
+        kept_shape = (num_rows + 1, capacity if params.support else 0, params.top_k)
+        support = torch.zeros(kept_shape, dtype=torch.int32, device=device)
         stopped_at = torch.full((num_rows + 1,), capacity + 1, device=device)
         uniforms = torch.cat((uniforms, uniforms[:1]))
         rows = torch.arange(num_rows, device=device)  # row of each slot
@@ -103,11 +121,13 @@ class LocalEngine:
 
         logits, key_values = self._decoder.prefill(prompts, params.group_size, capacity)
         for t in range(capacity):
-            tokens, chosen = choose(
+            tokens, chosen, kept_ids = choose_with_support(
                 logits, uniforms[rows, t], temperature=params.temperature, top_k=params.top_k, greedy=params.greedy
             )
             ids[rows, t] = tokens
             logprobs[rows, t] = chosen
+            if params.support and kept_ids is not None:
+                support[rows, t] = kept_ids.int()
             if stop_ids.numel():
                 hit = alive & (tokens[:, None] == stop_ids).any(-1)
                 stopped_at[rows] = torch.where(hit, t + 1, stopped_at[rows])
@@ -129,8 +149,14 @@ class LocalEngine:
             )
         lengths = stopped_at.clamp(max=capacity).tolist()
         out_ids, out_logprobs, stops = ids.tolist(), logprobs.tolist(), (stopped_at <= capacity).tolist()
+        kept = support.cpu().numpy() if params.support else None
         return [
-            (tuple(out_ids[r][:n]), tuple(out_logprobs[r][:n]), "stop" if stops[r] else "length")
+            (
+                tuple(out_ids[r][:n]),
+                tuple(out_logprobs[r][:n]),
+                "stop" if stops[r] else "length",
+                None if kept is None else kept[r, :n].copy(),
+            )
             for r, n in enumerate(lengths[:num_rows])
         ]
 

@@ -17,6 +17,13 @@ def choose(
     logits: [S, V] fp32, overwritten. uniforms: [S] float64 in [0, 1): with its own number, a row's token does not depend on which
     rows are beside it. A token of probability 0 is never drawn.
     """
+    return choose_with_support(logits, uniforms, temperature=temperature, top_k=top_k, greedy=greedy)[:2]
+
+
+def choose_with_support(
+    logits: torch.Tensor, uniforms: torch.Tensor, *, temperature: float, top_k: int, greedy: bool = False
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]:
+    """`choose`, and the ids [S, K] that a token was drawn from, in no order; None where nothing is filtered."""
     if temperature != 1.0:
         logits.div_(temperature)
     ids = None
@@ -25,7 +32,7 @@ def choose(
     probs = logits.softmax(-1)
     choice = logits.argmax(-1) if greedy else _draw(probs, uniforms)
     logprobs = probs.gather(-1, choice[:, None])[:, 0].log()
-    return (choice if ids is None else ids.gather(-1, choice[:, None])[:, 0]), logprobs
+    return (choice if ids is None else ids.gather(-1, choice[:, None])[:, 0]), logprobs, ids
 
 
 def _draw(weights: torch.Tensor, uniforms: torch.Tensor) -> torch.Tensor:

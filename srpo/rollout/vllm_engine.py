@@ -10,23 +10,27 @@ import importlib.util
 import math
 import time
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Sequence
+from contextlib import closing, nullcontext
+from functools import partial
 from pathlib import Path
 
 import torch
 from torch import nn
 
 from srpo.config import VllmConfig
-from srpo.policy.checkpoint_names import iter_checkpoint_params
-from srpo.rollout.cuda_ipc import CudaSender
-from srpo.rollout.engine import Sample, SamplingParams, check_prompts
+from srpo.policy.checkpoint_names import Layouts, iter_checkpoint_blocks
+from srpo.rollout.cuda_ipc import CudaSender, Exchange
+from srpo.rollout.engine import Groups, Sample, SamplingParams, check_prompts, in_order
 from srpo.rollout.engine_process import EngineError, EngineFailure, EngineProcess
-from srpo.rollout.vllm_settings import check_vllm_settings, derive_seed, worker_environment
-from srpo.rollout.weight_sync import Bucket, WeightStore
+from srpo.rollout.engine_stream import ask
+from srpo.rollout.vllm_settings import bucket_bytes, check_split, check_vllm_settings, derive_seed, worker_environment
+from srpo.rollout.weight_sync import Bucket, WeightStore, half_the_threads
 from srpo.rollout.weights import differing_groups
 
 MAX_ATTEMPTS = 3  # at one `generate` or `sync_weights`, before a failing engine ends the run
 WORKER = ("-m", "srpo.rollout.vllm_worker")
+SHARDS_WORKER = ("-m", "srpo.rollout.vllm_shards")  # where it is split over several devices
 STATS = (
     "num_tokens",
     "generate_s",
@@ -39,7 +43,6 @@ STATS = (
     "num_restarts",
 )
 _CPU_KV_CACHE_MIB = 1024
-_CPU_BUCKET_MIB, _GPU_BUCKET_MIB = 16, 512
 _MIB = 1 << 20
 
 
@@ -48,6 +51,8 @@ class VllmEngine:
 
     device, dtype: where and in what it computes. max_context: longest prompt plus response; 0: what the model was made for.
     `policy_version` is -1 until the first sync. command: what serves instead of vLLM, in tests.
+    devices, exchange: of the ranks that share it, where it is split over their GPUs (`shared_engine`): see `visible_device` and
+    `CudaSender`.
     Raises ValueError for settings that cannot work, ImportError where vLLM is not installed, EngineError where it does not start.
     """
 
@@ -60,37 +65,49 @@ class VllmEngine:
         max_context: int = 0,
         config: VllmConfig | None = None,
         command: Sequence[str] = WORKER,
+        devices: Sequence[str] = (),
+        exchange: Exchange | None = None,
     ) -> None:
         self._config = config or VllmConfig()
         self._device = device or torch.device("cpu")
+        self._devices = devices
         check_vllm_settings(self._config)
+        size = self._config.tensor_parallel_size
+        if self._on_gpu and len(set(devices)) != size > 1:
+            raise ValueError(f"rollout.vllm.tensor_parallel_size is {size}: it takes so many ranks of this host, with a GPU each")
         if not (Path(path) / "config.json").is_file():
             raise ValueError(f"no model in {str(path)!r}: vLLM starts from a folder with config.json and safetensors files")
         if tuple(command) == WORKER and importlib.util.find_spec("vllm") is None:
             raise ImportError("rollout.engine = 'vllm' needs vLLM: pip install 'srpo[gpu]' or 'srpo[vllm]', or take 'local'")
-        self._command = command
+        if size > 1:
+            check_split(path, size)
+        self._command = SHARDS_WORKER if size > 1 and tuple(command) == WORKER else command
         self._settings = {
             "path": str(Path(path).resolve()),
             "dtype": str(dtype).removeprefix("torch."),
             "device": self._device.type,
+            "tensor_parallel_size": size,
             "max_context": max_context,
             "max_num_seqs": self._config.max_num_seqs,
             "kv_cache_bytes": (self._config.kv_cache_mib or (0 if self._on_gpu else _CPU_KV_CACHE_MIB)) * _MIB,
             "gpu_memory_frac": self._config.gpu_memory_frac,
             "enforce_eager": self._config.enforce_eager or not self._on_gpu,
         }
-        bucket_bytes = (self._config.bucket_mib or (_GPU_BUCKET_MIB if self._on_gpu else _CPU_BUCKET_MIB)) * _MIB
-        self._store = WeightStore(bucket_bytes, dtype)
-        self._sender = CudaSender(bucket_bytes, dtype, self._device) if self._on_gpu else None
+        self._store = WeightStore(num_bytes := bucket_bytes(self._config, self._device), dtype)
+        self._layouts: Layouts = {}
+        self._sender = CudaSender(num_bytes, dtype, self._device, exchange) if self._on_gpu else None
         self._stats: dict[str, float] = dict.fromkeys(STATS, 0.0)
         self.policy_version = -1
         self._whole = True  # False from the beginning of a sync until its proof
         self._asleep = False
         self._process: EngineProcess | None = None
+        self.loads = ""  # how weights get into vLLM's kernels: "direct", or why through its own reload
         try:
             self.max_context = self._start()
         except EngineFailure as failure:
             raise EngineError(str(failure)) from failure
+        if self.loads not in ("", "direct") and size == 1 and not self._on_gpu:
+            warnings.warn(f"weight syncs take vLLM's own, slower reload: {self.loads}", RuntimeWarning, stacklevel=2)
 
     @property
     def _on_gpu(self) -> bool:
@@ -104,15 +121,18 @@ class VllmEngine:
         assert self._process is not None
         return self._process
 
+    @property
+    def _environment(self) -> dict[str, str]:
+        return worker_environment(self._device, self._devices)
+
     def _start(self) -> int:
         """Start a process and return its longest context."""
-        self._process = EngineProcess(self._command, timeout_s=self._config.timeout_s, env=worker_environment(self._device))
-        try:
+        self._process = EngineProcess(self._command, timeout_s=self._config.timeout_s, env=self._environment)
+        with self._process.killed_unless_done():
             self._process.send("start", settings=self._settings)
-            return int(self._process.receive(self._config.start_timeout_s)["max_context"])
-        except BaseException:
-            self._process.kill()
-            raise
+            facts = self._process.receive(self._config.start_timeout_s)
+            self.loads = facts.get("loads", "")
+            return int(facts["max_context"])
 
     def _restart(self) -> None:
         """A new process with the weights of the last sync."""
@@ -140,61 +160,46 @@ class VllmEngine:
     def generate(
         self, prompts: Sequence[tuple[int, ...]], params: SamplingParams, seed: int, numbers: Sequence[int] | None = None
     ) -> list[Sample]:
-        """See `Engine.generate`. A process that fails is replaced, and asked only for the groups that it has not given.
+        """See `Engine.generate`."""
+        return in_order(self.stream(prompts, params, seed, numbers))
+
+    def stream(
+        self, prompts: Sequence[tuple[int, ...]], params: SamplingParams, seed: int, numbers: Sequence[int] | None = None
+    ) -> Groups:
+        """See `Engine.stream`. A process that fails is replaced, and asked only for the groups that it has not given.
 
         Raises EngineError when MAX_ATTEMPTS processes have failed, or after a sync that was interrupted.
         """
         check_prompts(prompts, params, self.max_context)
         if not self._whole:
             raise EngineError("the last weight sync was interrupted: sync_weights again before sampling")
-        if not prompts:
-            return []
-        start = time.perf_counter()
         seeds = [derive_seed(seed, number) for number in (range(len(prompts)) if numbers is None else numbers)]
-        groups: dict[int, list[Sample]] = {}
-        for attempt in range(1, MAX_ATTEMPTS + 1):
+        return self._groups(prompts, params, seeds)
+
+    def _groups(self, prompts: Sequence[tuple[int, ...]], params: SamplingParams, seeds: Sequence[int]) -> Groups:
+        missing = list(range(len(prompts)))
+        start, num_tokens = time.perf_counter(), 0
+        attempt = 0
+        while missing:
+            attempt += 1
             try:
-                missing = [i for i in range(len(prompts)) if i not in groups]
-                for i, samples in self._stream(prompts, params, seeds, missing):
-                    groups[i] = samples
-                break
+                with closing(ask(self.process, prompts, params, seeds, missing, self.policy_version)) as groups:
+                    for i, samples in groups:
+                        if not all(math.isfinite(x) for sample in samples for x in sample.sampling_logprobs):
+                            raise ValueError(
+                                "the policy computes logits that are not finite: check the checkpoint in policy.path, or resume "
+                                "from an earlier one with a lower optimizer.lr"
+                            )
+                        missing.remove(i)
+                        num_tokens, seconds = num_tokens + sum(len(s.response_ids) for s in samples), time.perf_counter() - start
+                        self._stats |= {"num_tokens": float(num_tokens), "generate_s": seconds}
+                        self._stats["tokens_per_s"] = num_tokens / seconds
+                        yield i, samples
             except EngineFailure as failure:
                 if attempt == MAX_ATTEMPTS:
                     raise
-                left = len(prompts) - len(groups)
+                left = len(missing)
                 warnings.warn(f"restarting vLLM for {left} of {len(prompts)} prompts: {failure}", RuntimeWarning, stacklevel=2)
-        flat = [sample for i in range(len(prompts)) for sample in groups[i]]
-        if not all(math.isfinite(x) for sample in flat for x in sample.sampling_logprobs):
-            raise ValueError(
-                "the policy computes logits that are not finite: check the checkpoint in policy.path, or resume from an earlier "
-                "one with a lower optimizer.lr"
-            )
-        num_tokens, seconds = sum(len(s.response_ids) for s in flat), time.perf_counter() - start
-        self._stats |= {"num_tokens": float(num_tokens), "generate_s": seconds, "tokens_per_s": num_tokens / seconds}
-        return flat
-
-    def _stream(
-        self, prompts: Sequence[tuple[int, ...]], params: SamplingParams, seeds: Sequence[int], missing: Sequence[int]
-    ) -> Iterator[tuple[int, list[Sample]]]:
-        """(prompt index, its samples) as they finish."""
-        process = self.process
-        asked = [(i, list(prompts[i])) for i in missing]
-        waiting = set(missing)
-        try:
-            process.send("generate", prompts=asked, params=params, seeds=[seeds[i] for i in missing], version=self.policy_version)
-            while "done" not in (reply := process.receive()):
-                i, rows = reply["prompt"], reply["samples"]
-                if i not in waiting or len(rows) != params.group_size:
-                    raise EngineError(f"vLLM gave {len(rows)} samples for prompt {i}, which was not asked for, or not so often")
-                waiting.remove(i)
-                yield i, [Sample(i, tuple(ids), tuple(lps), finish, self.policy_version) for ids, lps, finish in rows]
-            if waiting:
-                raise EngineError(f"vLLM gave nothing for {len(waiting)} prompts")
-        except EngineFailure:
-            raise
-        except BaseException:  # what it is still doing is nobody's business: its replies would be taken for the next request's
-            process.kill()
-            raise
 
     def sync_weights(self, policy: nn.Module, version: int) -> None:
         """See `Engine.sync_weights`. The process counts the weights that its kernels use and has to arrive at the trainer's sums.
@@ -213,39 +218,23 @@ class VllmEngine:
     def _sync_cpu(self, policy: nn.Module, version: int) -> None:
         """Buckets are loaded while the next ones are written. Whatever happens to the process, the store becomes whole: under
         torchrun the other ranks gather with this one."""
-        process: EngineProcess | None = None
         start = time.perf_counter()
-        try:
-            process = self.process
-            process.send("begin")
-        except EngineFailure as failure:
-            _warn_of(failure)
-            process = None
-        try:
-            for bucket in self._store.write(iter_checkpoint_params(policy), version):
-                if process is not None:
-                    try:
-                        self._send_bucket(process, bucket)
-                    except EngineFailure as failure:
-                        _warn_of(failure)
-                        process = None
+        process = _survivor(self._begin)
+        with process.killed_unless_done() if process is not None else nullcontext():
+            with half_the_threads():
+                for bucket in self._store.write(iter_checkpoint_blocks(policy, self._layouts), version):
+                    if process is not None:
+                        process = _survivor(partial(self._send_bucket, process, bucket))
             self._stats |= {"sync_bytes": float(self._store.num_bytes), "sync_write_s": time.perf_counter() - start}
             if process is not None:
-                try:
-                    self._finish(process, version)
-                    return
-                except EngineFailure as failure:
-                    _warn_of(failure)
-        except BaseException:
-            if process is not None:
-                process.kill()  # it has a mixture
-            raise
-        self.policy_version, self._whole = version, True
-        self._restart()
+                process = _survivor(partial(self._finish, process, version))
+        if process is None:
+            self.policy_version, self._whole = version, True
+            self._restart()
 
     def _sync_gpu(self, sender: CudaSender, policy: nn.Module, version: int) -> None:
         process = self.process
-        try:
+        with process.killed_unless_done():
             if self._asleep:
                 self._wake(["weights"])
             start = time.perf_counter()
@@ -255,17 +244,21 @@ class VllmEngine:
             if self._asleep:
                 self._wake(["kv_cache"])
                 self._asleep = False
-        except BaseException:
-            process.kill()
-            raise
 
-    def _send_bucket(self, process: EngineProcess, bucket: Bucket) -> None:
+    def _begin(self) -> EngineProcess:
+        process = self.process
+        process.send("begin")
+        return process
+
+    def _send_bucket(self, process: EngineProcess, bucket: Bucket) -> EngineProcess:
         process.send_descriptor(bucket.segment, self._store.descriptor(bucket))
         process.send("bucket", bucket=bucket)
+        return process
 
-    def _finish(self, process: EngineProcess, version: int) -> None:
+    def _finish(self, process: EngineProcess, version: int) -> EngineProcess:
         process.send("finish", version=version, keep=[segment.key for segment in self._store.segments])
         self._prove(process, self._store.sums, version)
+        return process
 
     def _prove(self, process: EngineProcess, expected: dict[str, int], version: int) -> None:
         """Read the answer to a sync. Raises EngineError where the engine's weights are not the trainer's."""
@@ -280,14 +273,22 @@ class VllmEngine:
             )
 
     def sleep(self) -> None:
-        """Give weights and key-value cache back; the next sync brings them again. vLLM's CPU backend cannot: nothing happens."""
-        if self._sender is not None and not self._asleep:
-            self.process.send("sleep")
-            self.process.receive()
-            self._asleep, self._whole = True, False
+        """Give weights and key-value cache back; the next sync brings them again, and nothing is sampled before it. vLLM's CPU
+        backend cannot: nothing happens."""
+        if self._sender is None or self._asleep:
+            return
+        process = self.process
+        try:
+            with process.killed_unless_done():
+                process.send("sleep")
+                process.receive()
+        except EngineFailure as failure:  # its memory is free, too; the next sync starts another
+            warnings.warn(f"vLLM fell asleep for good and will be started again: {failure}", RuntimeWarning, stacklevel=2)
+        self._asleep, self._whole = True, False
 
     def wake(self) -> None:
-        """Nothing: the next `sync_weights` wakes the weights first and the key-value cache after the sync, when there is room."""
+        """Nothing: the next `sync_weights` wakes the weights first and the key-value cache after the sync, when there is room.
+        Woken before, weights would be there twice."""
 
     def _wake(self, tags: list[str]) -> None:
         self.process.send("wake", tags=tags)
@@ -305,5 +306,11 @@ class VllmEngine:
         self._store.close()
 
 
-def _warn_of(failure: EngineFailure) -> None:
-    warnings.warn(f"vLLM failed during a weight sync and will be started again: {failure}", RuntimeWarning, stacklevel=3)
+def _survivor(request: Callable[[], EngineProcess]) -> EngineProcess | None:
+    """The process that a request of a weight sync went to, or None, with a warning, where it failed."""
+    try:
+        return request()
+    except EngineFailure as failure:
+        text = f"vLLM failed during a weight sync and will be started again: {failure}"
+        warnings.warn(text, RuntimeWarning, stacklevel=4)
+        return None

@@ -6,16 +6,18 @@ the model is at hand for the weight sync.
 
 from __future__ import annotations
 
+import base64
 import dataclasses
 import math
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Generator, Sequence
 from typing import Any
 
+import numpy as np
 import torch
 
 from srpo.rollout.engine import SamplingParams
-from srpo.rollout.engine_worker import Group, serve
+from srpo.rollout.engine_worker import Group, Response, serve
 from srpo.rollout.vllm_reload import KernelWatch, Reloader
 
 
@@ -31,10 +33,26 @@ class VllmBackend:
 
     def start(self, settings: dict[str, Any]) -> dict[str, Any]:
         """settings: path, dtype, device, max_context, max_num_seqs, kv_cache_bytes, gpu_memory_frac, enforce_eager."""
-        from vllm import LLM
         from vllm.model_executor.model_loader import get_model_loader
 
         watch = KernelWatch()
+        config = self._open(settings)
+        worker = self._llm.llm_engine.model_executor.driver_worker.worker
+        self._reloader = Reloader(worker, watch)
+        loader: Any = get_model_loader(config.load_config)  # the loaders that read checkpoints have get_all_weights
+        how = self._reloader.prove(
+            lambda: loader.get_all_weights(config.model_config, self._reloader.model), direct=not self._native
+        )
+        if self._native:
+            transfer = worker.weight_transfer_engine
+            self._open_transfer(_fields(transfer.init_info_cls), _fields(transfer.update_info_cls))
+        self._llm.reset_prefix_cache()
+        return {"max_context": config.model_config.max_model_len, "vllm_version": _version(), "loads": how}
+
+    def _open(self, settings: dict[str, Any], **more: Any) -> Any:
+        """Load the model, with `more` options, and return vLLM's configuration."""
+        from vllm import LLM
+
         on_cpu = settings["device"] == "cpu"
         self._native = not on_cpu
         options: dict[str, Any] = {}
@@ -61,28 +79,18 @@ class VllmBackend:
             logprobs_mode="processed_logprobs",  # of the distribution that is sampled, not of the raw logits
             max_logprobs=-1,
             seed=0,
-            **options,
+            **(options | more),
         )
-        engine = self._llm.llm_engine
-        worker = engine.model_executor.driver_worker.worker
-        config = engine.vllm_config
+        config = self._llm.llm_engine.vllm_config
         self._vocab_size = config.model_config.get_vocab_size()
-        self._reloader = Reloader(worker, watch)
         if on_cpu:
             _check_head_size(config.model_config.get_head_size())
-        loader = get_model_loader(config.load_config)
-        self._reloader.prove(loader.get_all_weights(config.model_config, self._reloader.model))
-        if self._native:
-            self._open_transfer(worker.weight_transfer_engine)
-        self._llm.reset_prefix_cache()
-        return {"max_context": config.model_config.max_model_len, "vllm_version": _version()}
+        return config
 
-    def _open_transfer(self, transfer: Any) -> None:
-        """vLLM moved the flag of packed buffers from each update to the beginning: ask which it is."""
-        fields = {field.name for field in dataclasses.fields(transfer.init_info_cls)}
-        updates = {field.name for field in dataclasses.fields(transfer.update_info_cls)}
-        self._packed_in_update = "packed" in updates
-        self._llm.init_weight_transfer_engine({"init_info": {"packed": True} if "packed" in fields else {}})
+    def _open_transfer(self, at_init: Collection[str], at_update: Collection[str]) -> None:
+        """vLLM moved the flag of packed buffers from each update to the beginning: the fields of both say which it is."""
+        self._packed_in_update = "packed" in at_update
+        self._llm.init_weight_transfer_engine({"init_info": {"packed": True} if "packed" in at_init else {}})
 
     def begin_weights(self) -> None:
         if self._native:
@@ -106,18 +114,25 @@ class VllmBackend:
 
     def generate(
         self, prompts: Sequence[tuple[int, list[int]]], params: SamplingParams, seeds: Sequence[int]
-    ) -> Iterator[Group | None]:
+    ) -> Generator[Group | None, None, None]:
         engine = self._llm.llm_engine
-        for (index, prompt), seed in zip(prompts, seeds, strict=True):
-            engine.add_request(str(index), {"prompt_token_ids": prompt}, self._sampling(params, seed))
-        while engine.has_unfinished_requests():
-            finished = [output for output in engine.step() if output.finished]
-            for output in finished:
-                outputs = sorted(output.outputs, key=lambda completion: completion.index)
-                samples = [_sample(completion, params) for completion in outputs]
-                yield int(output.request_id), samples * params.group_size if params.greedy else samples
-            if not finished:
-                yield None
+        running: set[str] = set()
+        try:
+            for (index, prompt), seed in zip(prompts, seeds, strict=True):
+                running.add(str(index))
+                engine.add_request(str(index), {"prompt_token_ids": prompt}, self._sampling(params, seed))
+            while engine.has_unfinished_requests():
+                finished = [output for output in engine.step() if output.finished]
+                running -= {output.request_id for output in finished}
+                for output in finished:
+                    outputs = sorted(output.outputs, key=lambda completion: completion.index)
+                    samples = [_sample(completion, params) for completion in outputs]
+                    yield int(output.request_id), samples * params.group_size if params.greedy else samples
+                if not finished:
+                    yield None
+        except GeneratorExit:  # nobody wants the others; keys and values of their prompts may stay, the weights are the same
+            engine.abort_request(sorted(running))
+            raise
 
     def _sampling(self, params: SamplingParams, seed: int) -> Any:
         """vLLM's parameters. Of a greedy token it reports the log-probability before temperature and top-k; `_filtered` applies
@@ -129,6 +144,13 @@ class VllmBackend:
         num_logprobs = 0
         if params.greedy and (top_k or params.temperature != 1.0):
             num_logprobs = top_k or -1
+        if params.support:
+            if not top_k:
+                raise ValueError(
+                    f"rollout.support is 'replay' and rollout.top_k {params.top_k} keeps the whole vocabulary of "
+                    f"{self._vocab_size}: lower rollout.top_k, or set rollout.support to 'recompute'"
+                )
+            num_logprobs = top_k  # of the filtered distribution: the ids with a finite one are its support
         return VllmSamplingParams(
             n=1 if params.greedy else params.group_size,
             temperature=0.0 if params.greedy else params.temperature,
@@ -152,8 +174,8 @@ class VllmBackend:
             self._llm.wake_up(tags)
 
 
-def _sample(completion: Any, params: SamplingParams) -> tuple[list[int], list[float], str]:
-    """(response ids, log-probabilities, finish). Anything but stop and length is an aborted response."""
+def _sample(completion: Any, params: SamplingParams) -> Response:
+    """One response. Anything but stop and length is an aborted one."""
     ids = [int(token) for token in completion.token_ids]
     logprobs = []
     for token, reported in zip(ids, completion.logprobs, strict=True):
@@ -163,7 +185,18 @@ def _sample(completion: Any, params: SamplingParams) -> tuple[list[int], list[fl
         logprobs.append(float(value))
     if completion.finish_reason not in ("stop", "length"):
         raise RuntimeError(f"vLLM ended a response for the reason {completion.finish_reason!r}")
+    if params.support:
+        return ids, logprobs, completion.finish_reason, _support(completion.logprobs, params.top_k)
     return ids, logprobs, completion.finish_reason
+
+
+def _support(reported: Sequence[dict[int, Any]], top_k: int) -> str:
+    """[L, K] int32 in base64, -1 fills up: the ids with a probability above 0. A tie at the last place may keep more than top_k,
+    of which one is reported beyond those where it was drawn."""
+    kept = [[token for token, entry in position.items() if math.isfinite(entry.logprob)] for position in reported]
+    width = max(top_k, max(map(len, kept), default=0))
+    table = np.array([row + [-1] * (width - len(row)) for row in kept], dtype="<i4").reshape(len(kept), width)
+    return base64.b64encode(table.tobytes()).decode()
 
 
 def _filtered(logprob: float, kept: Sequence[float], temperature: float) -> float:
@@ -181,6 +214,10 @@ def _check_head_size(head_size: int) -> None:
         raise ValueError(
             f"vLLM's CPU backend has no attention for head_dim {head_size}, only {sizes}: set rollout.engine to 'local'"
         )
+
+
+def _fields(kind: type) -> list[str]:
+    return [field.name for field in dataclasses.fields(kind)]
 
 
 def _version() -> str:

@@ -3,6 +3,12 @@
 The segments have no name: nothing is left behind whatever is killed, and the size of /dev/shm is no limit. Their descriptors go
 to the engine's process over a private socket. All buckets stay as they are until the next sync, so an engine that died is
 brought back to the weights that it had without the trainer (which may be sharded, or already a step further).
+
+Ranks that send only the experts they own: nothing here needs a sender to have all of a model. `WeightStore.write` takes whatever
+blocks it is given, each with the checkpoint names and places of its parts; the engine collects a layer's tensors by name, from
+whichever bucket they come in, and makes its kernels when it has the last; the sums of a group add up over senders (`add_sums`).
+Such a rank would give `write` a local shard with the `Part`s of its own experts in place of gathered parameters, ranks of one
+engine would give their descriptors to it over the same socket, and the one that says `finish` would first add up their sums.
 """
 
 from __future__ import annotations
@@ -11,13 +17,26 @@ import itertools
 import mmap
 import os
 from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 
 import torch
 
-from srpo.rollout.weights import Entry, Packer, add_sums, bit_sum
+from srpo.policy.checkpoint_names import Block
+from srpo.rollout.weights import Entry, Packer, add_sums, copy_counting, group_of
 
 _KEYS = itertools.count()
+
+
+@contextmanager
+def half_the_threads() -> Iterator[None]:
+    """While buckets are written and loaded two processes compute: with all cores each, their threads wait for one another's."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(max(1, before // 2))
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
 
 
 @dataclass
@@ -64,25 +83,27 @@ class WeightStore:
     buckets: list[Bucket] = field(default_factory=list)
     sums: dict[str, int] = field(default_factory=dict)  # bit sum of each group, see `weights.group_of`
 
-    def write(self, params: Iterable[tuple[str, torch.Tensor]], version: int) -> Iterator[Bucket]:
-        """Write (checkpoint name, tensor) pairs and yield each bucket as soon as it is full; whole once this is exhausted.
+    def write(self, blocks: Iterable[Block], version: int) -> Iterator[Bucket]:
+        """Write blocks and yield each bucket as soon as it is full; whole once this is exhausted.
 
-        Only one tensor of `params` is held at a time. Raises ValueError for a name that comes twice.
+        Only one tensor of `blocks` is held at a time, and written in one go. Raises ValueError for a name that comes twice.
         """
         self.version, self.buckets, self.sums = None, [], {}
         packer, entries, seen = Packer(self.bucket_bytes), [], set()
-        for name, tensor in params:
-            if name in seen:
-                raise ValueError(f"parameter {name} comes twice: a checkpoint has each name once")
-            seen.add(name)
-            tensor = tensor.detach().to(self.dtype) if tensor.is_floating_point() else tensor.detach()
-            opens, entry = packer.place(name, tensor.shape, tensor.dtype)
+        for tensor, parts in blocks:
+            for part in parts:
+                if part.name in seen:
+                    raise ValueError(f"parameter {part.name} comes twice: a checkpoint has each name once")
+                seen.add(part.name)
+            dtype = self.dtype if tensor.is_floating_point() else tensor.dtype
+            opens, block = packer.place(parts[0].name, tensor.shape, dtype)
             if opens and entries:
                 yield self._close(entries)
                 entries = []
-            entry.view(self._segment(len(self.buckets), entry.offset + entry.num_bytes)).copy_(tensor)
-            add_sums(self.sums, [(name, bit_sum(tensor))])
-            entries.append(entry)
+            target = block.view(self._segment(len(self.buckets), block.offset + block.num_bytes))
+            assert len({group_of(part.name) for part in parts}) == 1, "a parameter lies in one decoder layer"
+            add_sums(self.sums, [(parts[0].name, copy_counting(target, tensor))])
+            entries += [block.part(part.name, part.first, part.shape) for part in parts]
         if entries:
             yield self._close(entries)
         self.version = version

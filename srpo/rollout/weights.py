@@ -7,6 +7,8 @@ repacked experts for its kernels or padded the vocabulary.
 
 from __future__ import annotations
 
+import functools
+import math
 import re
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
@@ -34,6 +36,11 @@ class Entry:
     def view(self, buffer: torch.Tensor) -> torch.Tensor:
         """The tensor in a bucket's buffer [bytes] uint8."""
         return buffer[self.offset : self.offset + self.num_bytes].view(getattr(torch, self.dtype)).view(self.shape)
+
+    def part(self, name: str, first: int, shape: tuple[int, ...]) -> Entry:
+        """A tensor that lies inside this one, from its element `first` on."""
+        item = getattr(torch, self.dtype).itemsize
+        return Entry(name, self.dtype, shape, self.offset + first * item, math.prod(shape) * item)
 
 
 class Packer:
@@ -66,6 +73,17 @@ def bit_sum(tensor: torch.Tensor) -> int:
 
 
 @torch.no_grad()
+def copy_counting(target: torch.Tensor, source: torch.Tensor) -> int:
+    """Copy into a contiguous tensor (of another dtype, if need be) and return the bit sum of what is there then. Each part is
+    counted while it is in the cache, which spares a walk through memory."""
+    integers = _INTEGERS[target.element_size()]
+    size, total = _chunk_of(target), 0
+    for into, out_of in zip(target.view(-1).split(size), source.detach().reshape(-1).split(size), strict=True):
+        total += int(into.copy_(out_of).view(integers).sum(dtype=torch.int64))
+    return total & _MASK
+
+
+@torch.no_grad()
 def place_sum(tensor: torch.Tensor) -> int:
     """Like `bit_sum`, but each pattern counts with a weight of its place: a permutation changes it. For layouts."""
     flat = tensor.detach().contiguous().view(-1).view(_INTEGERS[tensor.element_size()])
@@ -81,6 +99,7 @@ def _chunk_of(tensor: torch.Tensor) -> int:
     return _CHUNK if tensor.device.type == "cpu" else _DEVICE_CHUNK
 
 
+@functools.cache
 def group_of(name: str) -> str:
     """The part of a model that a parameter is counted with: its decoder layer, or its module. Trainer and engine agree on it,
     whatever either packs together inside a layer."""

@@ -4,12 +4,13 @@ is remembered in a file, for its successor to do better."""
 
 from __future__ import annotations
 
+import base64
 import json
 import os
 import signal
 import sys
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Generator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +22,9 @@ from srpo.rollout.weights import add_sums, bit_sum
 
 
 class FakeBackend:
-    """`stale`: parameters that a sync leaves as they are. `die`, `hang`, `raise`: where it fails (PLACE or PLACE:NUMBER)."""
+    """`stale`: parameters that a sync leaves as they are. `die`, `hang`, `raise`: where it fails (PLACE or PLACE:NUMBER).
+    `pause_s`: before each group. `diary`: a file that gets a letter for each group that it begins, and one for each abort.
+    `journal`: a file that gets a line for each place that it comes by."""
 
     def __init__(self, tricks: dict[str, Any]) -> None:
         self.tricks = tricks
@@ -31,6 +34,9 @@ class FakeBackend:
 
     def here(self, place: str) -> None:
         count = self.counts[place] = self.counts.get(place, 0) + 1
+        if "journal" in self.tricks:
+            with Path(self.tricks["journal"]).open("a", encoding="utf-8") as journal:
+                journal.write(place + "\n")
         for failure in ("die", "hang", "raise"):
             if self.tricks.get(failure) in (place, f"{place}:{count}"):
                 marker = Path(self.tricks["marker"])
@@ -69,18 +75,34 @@ class FakeBackend:
 
     def generate(
         self, prompts: Sequence[tuple[int, list[int]]], params: SamplingParams, seeds: Sequence[int]
-    ) -> Iterator[Group | None]:
+    ) -> Generator[Group | None, None, None]:
         """Responses [prompt index, seed mod 1000], every log-probability minus the sum of all weights; last prompts first."""
         total = sum(float(tensor.double().sum()) for tensor in self.weights.values())
         for (index, _), seed in reversed(list(zip(prompts, seeds, strict=True))):
             self.here("generate")
-            yield None
+            self.note("g")
+            time.sleep(self.tricks.get("pause_s", 0.0))
             repeats = params.group_size - int(self.tricks.get("lose", 0))
-            yield index, [([index, seed % 1000], [-total, -total], "stop")] * repeats
+            support = [base64.b64encode(b"".join(k.to_bytes(4, "little") for k in (index, 7, 8, 9))).decode()] * params.support
+            try:
+                yield None
+                response = ([index, seed % 1000], [-total, -total], "stop")
+                yield index, [(*response, *support)] * repeats  # pyright: ignore[reportReturnType]
+            except GeneratorExit:
+                self.note("a")
+                raise
 
-    def sleep(self) -> None: ...
+    def note(self, letter: str) -> None:
+        if "diary" in self.tricks:
+            with Path(self.tricks["diary"]).open("a") as diary:
+                diary.write(letter)
 
-    def wake(self, tags: list[str] | None) -> None: ...
+    def sleep(self) -> None:
+        self.here("sleep")
+        self.weights = {}
+
+    def wake(self, tags: list[str] | None) -> None:
+        self.here(f"wake {tags}")
 
 
 if __name__ == "__main__":

@@ -125,7 +125,7 @@ def config(folder: Path, data: Path | None = None, **changes: Any) -> SelectConf
     return replace(cfg, **changes)
 
 
-def parts_with(engine: Scripted) -> Callable[..., Parts]:
+def parts_with(engine: Any) -> Callable[..., Parts]:
     judge = OracleJudge(0.1, 0, SCHEMA)
     params = SamplingParams(max_new_tokens=80, group_size=6)
     return lambda *_: Parts(TOKENIZER, engine, judge, params, 400)

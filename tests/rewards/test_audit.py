@@ -18,7 +18,7 @@ from srpo.steps import PAPER_STEPS, StepSchema
 SCHEMA = StepSchema(PAPER_STEPS)
 GOLD = (None, None, "match", "unclear", "L3")
 EXAMPLES = [Example("a", "q", "boots", "Red boots", gold=GOLD), Example("b", "q", "boots", "Hat")]
-CFG = RewardConfig(audit="warn", audit_warmup=3, audit_decay=0.5, audit_bound=0.2)
+CFG = RewardConfig(audit="warn", audit_warmup=3, audit_decay=0.5, audit_bound=0.2, audit_min=1)
 
 
 def rollout(answers: tuple[str | None, ...], verdicts: tuple[bool | float | None, ...] | None, group: int = 0) -> Rollout:
@@ -73,6 +73,8 @@ def test_a_drifting_judge_is_told_once_and_stops_a_run_that_wants_it() -> None:
     assert [a.beyond for a in audits[4:7]] == [("category_match",)] * 3 and not audits[5].news and not audits[6].news
     assert not audits[9].beyond and any(a.news for a in audits[10:])  # recovered, and told again
     assert not any(a.news for a in run(errors, replace(CFG, audit="log")))
+    few = replace(CFG, audit_min=20)  # ten a step, of which half are forgotten with each: never twenty
+    assert not any(a.beyond or a.news for a in run(errors, few))
     assert not any(a.beyond for a in run([5] * 12))  # bad from the start is no drift
     assert not any(a.beyond for a in run([1, 1, 9, 3, 3]))  # the warm-up is the measure
     with pytest.raises(ValueError, match=r"the judge errs on 30\.6% of step 'category_match'.*audit_bound = 0\.2.*new run_dir"):

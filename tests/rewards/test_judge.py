@@ -3,15 +3,20 @@
 from __future__ import annotations
 
 import random
+import time
 from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
+from typing import Any
 
 import pytest
 
 from srpo.batch import Rollout
 from srpo.data.examples import Example
+from srpo.rewards.engine_writer import EngineWriter
 from srpo.rewards.hybrid import score
 from srpo.rewards.judge import GenerativeJudge, OracleJudge
+from srpo.rewards.verdict_cache import VerdictCache
 from srpo.rewards.verdicts import judge_prompt
 from srpo.rollout.engine import Sample, SamplingParams
 from srpo.steps import PAPER_STEPS, StepSchema
@@ -102,29 +107,36 @@ TEXTS = {
 }
 
 
+def judge_on(engine: Any, max_prompt_tokens: int = 0, cache: int = 0) -> GenerativeJudge:
+    writer = EngineWriter(engine, CharTokenizer(), max_prompt_tokens=max_prompt_tokens)
+    return GenerativeJudge(writer, SCHEMA, GREEDY, cache=VerdictCache(cache))
+
+
 def test_a_generative_judge_reads_what_the_model_writes() -> None:
     engine = Writes(TEXTS)
-    judge = GenerativeJudge(engine, CharTokenizer(), SCHEMA, GREEDY)
+    judge = judge_on(engine)
     rollouts = [make_rollout(text="odd one"), make_rollout(text="good one"), make_rollout(text="odd one")]
     odd, good = (None,) * 5, (True, False, None, None, None)
     assert judge.judge(rollouts, [EXAMPLE] * 3) == [odd, good, odd]
     assert engine.prompts == (judge_prompt(EXAMPLE, "odd one"), judge_prompt(EXAMPLE, "good one"))  # equal prompts once
-    assert judge.last_texts == (TEXTS["odd one"], TEXTS["good one"], TEXTS["odd one"])
+    assert judge.write(rollouts, [EXAMPLE] * 3, GREEDY, 0) == [[TEXTS["odd one"]], [TEXTS["good one"]], [TEXTS["odd one"]]]
     assert judge.stats() == {"num_verdicts": 12, "num_missing": 10}  # of the four steps whose sources name the judge
-    assert judge.judge([], []) == [] and judge.last_texts == ()
+    assert judge.judge([], []) == [] == judge.write([], [], GREEDY, 0)
 
 
 def test_a_prompt_that_is_too_long_gets_no_verdict() -> None:
     engine = Writes(TEXTS)
-    judge = GenerativeJudge(engine, CharTokenizer(), SCHEMA, GREEDY, max_prompt_tokens=len(judge_prompt(EXAMPLE, "good one")))
+    judge = judge_on(engine, max_prompt_tokens=len(judge_prompt(EXAMPLE, "good one")))
     rollouts = [make_rollout(text="good one" + "!" * 9), make_rollout(text="good one")]
     assert judge.judge(rollouts, [EXAMPLE] * 2) == [(None,) * 5, (True, False, None, None, None)]
     assert judge.judge(rollouts[:1], [EXAMPLE]) == [(None,) * 5]
     assert judge.num_missing == 4 + 2 + 4
+    counts = judge.take_counts()
+    assert (counts["num_calls"], counts["num_too_long"], counts["num_responses"]) == (1, 2, 3)
 
 
 def test_scores_of_a_generative_judge_name_what_it_did_not_say() -> None:
-    judge = GenerativeJudge(Writes({"": "Step 1 is [Correct]"}), CharTokenizer(), SCHEMA, GREEDY)
+    judge = judge_on(Writes({"": "Step 1 is [Correct]"}))
     (scored,) = score([make_rollout()], [EXAMPLE], SCHEMA, judge)
     assert scored.step_rewards == (0.2, 0.0, 0.2, 0.2, 1.0)
     assert scored.reward_sources == ("judge", "no_verdict", "gold", "gold", "gold")
@@ -132,7 +144,7 @@ def test_scores_of_a_generative_judge_name_what_it_did_not_say() -> None:
 
 def test_a_judge_that_samples_several_texts_is_refused() -> None:
     with pytest.raises(ValueError, match="set its group_size to 1"):
-        GenerativeJudge(Writes({}), CharTokenizer(), SCHEMA, replace(GREEDY, group_size=2))
+        GenerativeJudge(EngineWriter(Writes({}), CharTokenizer()), SCHEMA, replace(GREEDY, group_size=2))
 
 
 class Opines:
@@ -146,8 +158,67 @@ class Opines:
 
 
 def test_votes_are_several_opinions_on_each_response() -> None:
-    judge = GenerativeJudge(Opines(), CharTokenizer(), SCHEMA, GREEDY, max_prompt_tokens=len(judge_prompt(EXAMPLE, "one")))
+    judge = judge_on(Opines(), max_prompt_tokens=len(judge_prompt(EXAMPLE, "one")), cache=9)
     rollouts = [make_rollout(text="one"), make_rollout(text="too long"), make_rollout(text="one")]
     opinions = [(True, *(None,) * 4), (False, *(None,) * 4), (None,) * 5]
     assert judge.votes(rollouts, [EXAMPLE] * 3, 3, seed=5) == [opinions, [(None,) * 5] * 3, opinions]
     assert judge.stats() == {"num_verdicts": 0, "num_missing": 0}
+
+
+class Slow(Writes):
+    """Takes a while, and counts its calls and the most that were in it at once."""
+
+    num_calls = num_inside = most_inside = 0
+
+    def generate(self, prompts: Sequence[tuple[int, ...]], params: SamplingParams, seed: int) -> list[Sample]:
+        self.num_calls += 1
+        self.num_inside += 1
+        self.most_inside = max(self.most_inside, self.num_inside)
+        time.sleep(0.05)
+        try:
+            if any("fails" in CharTokenizer().decode(prompt) for prompt in prompts):
+                raise ValueError("no logits")
+            return super().generate(prompts, params, seed)
+        finally:
+            self.num_inside -= 1
+
+
+def test_small_calls_of_several_threads_share_the_engine_s_batches() -> None:
+    engine = Slow({"": "Step 1 is [Correct]"})
+    judge = judge_on(engine)
+    with ThreadPoolExecutor(16) as threads:
+        told = list(threads.map(lambda i: judge.judge([make_rollout(text=f"text {i}")], [EXAMPLE]), range(16)))
+    assert told == [[(True, None, None, None, None)]] * 16
+    assert engine.most_inside == 1 and engine.num_calls <= 4  # all that wait go together
+    assert judge.take_counts()["num_calls"] == 16 and judge.stats()["num_verdicts"] == 64
+
+
+def test_an_engine_that_fails_names_the_judge_to_everybody_who_waits() -> None:
+    judge = judge_on(Slow({"": "Step 1 is [Correct]"}))
+
+    def ask(i: int) -> str:
+        try:
+            judge.judge([make_rollout(text="fails" if i == 0 else f"text {i}")], [EXAMPLE])
+        except ValueError as error:
+            return str(error)
+        return ""
+
+    with ThreadPoolExecutor(4) as threads:
+        said = set(threads.map(ask, range(4)))
+    assert "the judge (local): no logits" in said and said <= {"", "the judge (local): no logits"}
+    assert judge.judge([make_rollout(text="later")], [EXAMPLE]) == [(True, None, None, None, None)]
+
+
+def test_a_question_that_is_known_is_not_asked_again() -> None:
+    engine = Slow(TEXTS)
+    judge = judge_on(engine, cache=2)
+    good, odd = (True, False, None, None, None), (None,) * 5
+    for _ in range(3):
+        assert judge.judge([make_rollout(text="good one"), make_rollout(text="odd one")], [EXAMPLE] * 2) == [good, odd]
+    assert engine.num_calls == 1 and judge.num_verdicts == 24 and judge.num_missing == 18
+    judge.votes([make_rollout(text="good one")], [EXAMPLE], 1, seed=1)  # an opinion is drawn each time
+    assert engine.num_calls == 2
+    judge.judge([make_rollout(text="good one")], [replace(EXAMPLE, title="Blue boots")])
+    assert engine.num_calls == 3
+    counts = judge.take_counts()
+    assert (counts["num_responses"], counts["num_asked"]) == (7, 3)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import os
 import signal
@@ -17,9 +18,10 @@ import torch
 from torch import nn
 
 from srpo.config import RolloutConfig, VllmConfig
+from srpo.policy.checkpoint_names import iter_checkpoint_blocks
 from srpo.policy.model import TinyConfig, make_tiny
 from srpo.rollout.engine import SamplingParams
-from srpo.rollout.engine_process import EngineError, child_environment
+from srpo.rollout.engine_process import EngineError, EngineProcess, child_environment
 from srpo.rollout.vllm_engine import VllmEngine
 from srpo.rollout.vllm_settings import worker_environment
 
@@ -155,18 +157,65 @@ def test_a_process_that_hangs_in_a_sync_does_not_block_the_trainer(engine_with, 
     check(engine, policy, 5)
 
 
+class HostSender:
+    """Sends as `CudaSender` does, one bucket after the other has been read, but through shared memory."""
+
+    num_bytes = 0
+
+    def __init__(self, engine: VllmEngine) -> None:
+        self.engine, self.store = engine, engine._store
+
+    def send(self, process: EngineProcess, policy: nn.Module, version: int) -> dict[str, int]:
+        process.send("begin")
+        for bucket in self.store.write(iter_checkpoint_blocks(policy, {}), version):
+            self.engine._send_bucket(process, bucket)
+        process.send("finish", version=version, keep=[segment.key for segment in self.store.segments])
+        return self.store.sums
+
+
+def test_weights_are_woken_before_a_sync_and_the_cache_after_it(engine_with, policy, update, tmp_path):
+    """So that there never are two copies of the weights, and never weights in transit beside a full cache."""
+    engine = engine_with(journal=str(tmp_path / "journal"))
+    engine._sender = HostSender(engine)
+    engine.sync_weights(policy, 0)
+    check(engine, policy, 0)
+    engine.sleep()
+    engine.sleep()  # it sleeps already
+    engine.wake()
+    with pytest.raises(EngineError, match="sync_weights again"):
+        engine.generate(PROMPTS, PARAMS, 0)
+    update()
+    engine.sync_weights(policy, 1)
+    check(engine, policy, 1)
+    done = [name for name, _ in itertools.groupby((tmp_path / "journal").read_text().splitlines())]
+    sync = ["begin", "load", "finish"]
+    assert done == ["start", *sync, "generate", "sleep", "wake ['weights']", *sync, "wake ['kv_cache']", "generate"]
+
+
+def test_an_engine_that_dies_in_its_sleep_is_replaced(engine_with, policy, update):
+    engine = engine_with(die="sleep")
+    engine._sender = HostSender(engine)
+    engine.sync_weights(policy, 0)
+    with pytest.warns(RuntimeWarning, match="fell asleep for good"):
+        engine.sleep()
+    update()
+    engine.sync_weights(policy, 1)
+    check(engine, policy, 1)
+    assert engine.stats()["num_restarts"] == 1
+
+
 def test_nothing_is_sampled_after_a_sync_that_the_trainer_broke_off(engine_with, policy, update, monkeypatch):
     engine = engine_with()
     engine.sync_weights(policy, 0)
 
-    def breaking(model):
-        yield from list(original(model))[:5]
+    def breaking(model, layouts):
+        yield from list(original(model, layouts))[:5]
         raise RuntimeError("a rank is gone")
 
     import srpo.rollout.vllm_engine as module
 
-    original = module.iter_checkpoint_params
-    monkeypatch.setattr(module, "iter_checkpoint_params", breaking)
+    original = module.iter_checkpoint_blocks
+    monkeypatch.setattr(module, "iter_checkpoint_blocks", breaking)
     with pytest.raises(RuntimeError, match="a rank is gone"):
         engine.sync_weights(policy, 1)
     with pytest.raises(EngineError, match="interrupted"):

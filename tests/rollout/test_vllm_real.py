@@ -272,15 +272,15 @@ def test_a_tied_head_that_stays_behind_is_found_at_the_sync(tmp_path):
     engine.close()
 
 
-@pytest.mark.slow
-def test_a_hundred_cycles_leave_memory_flat(pair):
+@pytest.mark.parametrize("num_cycles", [30, pytest.param(110, marks=pytest.mark.slow)])
+def test_cycles_of_sync_and_sampling_leave_memory_flat(pair, num_cycles):
     engine, policy = pair
 
     def resident() -> int:
         return sum(int(Path(f"/proc/{pid}/statm").read_text().split()[1]) * 4096 for pid in (os.getpid(), engine.process.pid))
 
     sizes = []
-    for version in range(110):
+    for version in range(num_cycles):
         randomize(policy, version)
         engine.sync_weights(policy, version)
         engine.generate(PROMPTS, PARAMS, version)

@@ -4,16 +4,18 @@ from __future__ import annotations
 
 import gc
 import itertools
+import math
 import os
+from collections.abc import Iterable, Iterator
 
 import pytest
 import torch
 
-from srpo.policy.checkpoint_names import iter_checkpoint_params
+from srpo.policy.checkpoint_names import Block, Layouts, Part, iter_checkpoint_blocks, iter_checkpoint_params
 from srpo.policy.model import TinyConfig, load_policy, make_tiny
 from srpo.rollout.cuda_ipc import CudaSender, chunks, describe
 from srpo.rollout.weight_sync import Bucket, WeightStore, map_segment
-from srpo.rollout.weights import ALIGNMENT, Packer, add_sums, bit_sum, differing_groups, group_of, place_sum
+from srpo.rollout.weights import ALIGNMENT, Packer, add_sums, bit_sum, copy_counting, differing_groups, group_of, place_sum
 
 
 @pytest.fixture
@@ -22,6 +24,11 @@ def params() -> list[tuple[str, torch.Tensor]]:
     torch.manual_seed(torch.seed() % 2**31)
     sizes = [(3,), (7, 5), (64, 33), (1,), (), (0, 4), (16,), (5000,), (2, 3, 4)]
     return [(f"model.layers.{i % 3}.w{i}", torch.randn(size)) for i, size in enumerate(sizes)]
+
+
+def blocks(named: Iterable[tuple[str, torch.Tensor]]) -> Iterator[Block]:
+    """Each tensor by itself."""
+    return ((tensor, (Part(name, 0, tuple(tensor.shape)),)) for name, tensor in named)
 
 
 def read(store: WeightStore, buckets: list[Bucket]) -> dict[str, torch.Tensor]:
@@ -36,7 +43,7 @@ def read(store: WeightStore, buckets: list[Bucket]) -> dict[str, torch.Tensor]:
 
 def test_what_is_written_is_read_from_another_mapping(params):
     store = WeightStore(4096, torch.float32)
-    buckets = list(store.write(params, 7))
+    buckets = list(store.write(blocks(params), 7))
     found = read(store, buckets)
     assert list(found) == [name for name, _ in params] and all(torch.equal(found[name], tensor) for name, tensor in params)
     assert store.version == 7 and store.num_bytes == sum(tensor.nbytes for _, tensor in params)
@@ -45,7 +52,7 @@ def test_what_is_written_is_read_from_another_mapping(params):
 
 def test_places_are_aligned_and_never_overlap(params):
     store = WeightStore(4096, torch.float32)
-    for bucket in store.write(params, 0):
+    for bucket in store.write(blocks(params), 0):
         ends = [(entry.offset, entry.offset + entry.num_bytes) for entry in bucket.entries]
         assert all(begin % ALIGNMENT == 0 for begin, _ in ends)
         assert all(end <= begin for (_, end), (begin, _) in itertools.pairwise(ends))
@@ -63,7 +70,7 @@ def test_a_bucket_is_given_away_before_the_next_tensor_is_written(params):
             yield name, tensor
 
     store, done = WeightStore(256, torch.float32), 0
-    for bucket in store.write(asking(), 0):
+    for bucket in store.write(blocks(asking()), 0):
         done += len(bucket.entries)
         assert len(asked) <= done + 1
     assert done == len(params)
@@ -73,11 +80,11 @@ def test_a_bucket_is_given_away_before_the_next_tensor_is_written(params):
 def test_segments_are_used_again_and_their_descriptors_go_with_them(params):
     before = len(os.listdir("/proc/self/fd"))
     store = WeightStore(1024, torch.float32)
-    first = list(store.write(params, 0))
+    first = list(store.write(blocks(params), 0))
     num_descriptors = len(os.listdir("/proc/self/fd"))
     changed = [(name, tensor + 1) for name, tensor in params]
     for version in range(1, 5):
-        assert list(store.write(changed, version)) == first
+        assert list(store.write(blocks(changed), version)) == first
     assert len(os.listdir("/proc/self/fd")) == num_descriptors
     assert torch.equal(read(store, first)[params[2][0]], params[2][1] + 1)
     store.close()
@@ -88,7 +95,7 @@ def test_segments_are_used_again_and_their_descriptors_go_with_them(params):
 def test_a_mapping_outlives_the_store(params):
     """The engine may still read when the trainer has let go."""
     store = WeightStore(1 << 20, torch.float32)
-    (bucket,) = store.write(params, 0)
+    (bucket,) = store.write(blocks(params), 0)
     fd = store.descriptor(bucket)
     buffer = map_segment(fd, os.fstat(fd).st_size)
     store.close()
@@ -102,19 +109,19 @@ def test_an_interrupted_write_leaves_no_version(params):
         raise RuntimeError("the gather failed")
 
     store = WeightStore(256, torch.float32)
-    list(store.write(params, 3))
+    list(store.write(blocks(params), 3))
     with pytest.raises(RuntimeError, match="gather"):
-        list(store.write(breaking(), 4))
+        list(store.write(blocks(breaking()), 4))
     assert store.version is None
     with pytest.raises(ValueError, match="twice"):
-        list(store.write([params[0], params[0]], 5))
+        list(store.write(blocks([params[0], params[0]]), 5))
     store.close()
 
 
 def test_floats_are_written_in_the_engine_s_dtype_and_counted_in_it(params):
     store = WeightStore(1 << 20, torch.bfloat16)
     integers = ("ids", torch.arange(5))
-    found = read(store, list(store.write([*params, integers], 0)))
+    found = read(store, list(store.write(blocks([*params, integers]), 0)))
     assert all(torch.equal(found[name], tensor.bfloat16()) for name, tensor in params) and found["ids"].dtype == torch.int64
     sums: dict[str, int] = {}
     add_sums(sums, [(name, bit_sum(tensor)) for name, tensor in found.items()])
@@ -174,6 +181,47 @@ def test_names_and_values_are_those_of_a_checkpoint(tied, tmp_path, world):
     found = {name: tensor.clone() for name, tensor in iter_checkpoint_params(model)}
     assert found.keys() == saved.keys() and all(torch.equal(found[name], saved[name]) for name in saved)
     assert ("lm_head.weight" in saved) is not tied and "model.layers.0.mlp.experts.3.up_proj.weight" in saved
+
+    layouts: Layouts = {}
+    for _ in range(2):  # the second time from the layouts that the first has found
+        pieces = list(iter_checkpoint_blocks(model, layouts))
+        cut = {p.name: t.reshape(-1)[p.first : p.first + math.prod(p.shape)].view(p.shape) for t, parts in pieces for p in parts}
+        assert cut.keys() == saved.keys() and all(torch.equal(cut[name], saved[name]) for name in saved)
+        assert len(pieces) == sum(1 for _ in model.parameters()) < len(saved)  # a layer's experts in two pieces
+        with torch.no_grad():
+            for parameter in model.parameters():
+                parameter.mul_(2)
+        saved = {name: 2 * tensor for name, tensor in saved.items()}
+
+
+def test_a_parameter_that_is_more_than_cut_up_is_converted_every_time(monkeypatch):
+    """Gate and up interleaved: an expert's gate is not one piece of the parameter."""
+    import srpo.policy.checkpoint_names as module
+
+    weight = torch.randn(2, 6, 4)
+
+    def convert(model, named):
+        ((_, tensor),) = named.items()
+        return {f"model.layers.0.{e}.{n}": tensor[e, i::2] for e in range(2) for i, n in enumerate(("gate", "up"))}
+
+    monkeypatch.setattr(module, "iter_full_params", lambda policy: [("model.layers.0.gate_up", weight)])
+    monkeypatch.setattr(module, "unwrap", lambda policy: policy)
+    monkeypatch.setattr(module, "revert_weight_conversion", convert)
+    layouts: Layouts = {}
+    for _ in range(2):
+        store = WeightStore(1 << 20, torch.float32)
+        found = read(store, list(store.write(iter_checkpoint_blocks(torch.nn.Module(), layouts), 0)))
+        assert len(found) == 4 and all(torch.equal(found[f"model.layers.0.{e}.up"], weight[e, 1::2]) for e in range(2))
+        weight.mul_(3)
+    assert layouts == {"model.layers.0.gate_up": None}
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_what_is_copied_is_counted_as_it_arrives(monkeypatch, dtype):
+    monkeypatch.setattr("srpo.rollout.weights._CHUNK", 999)
+    source = torch.randn(70, 101).t()
+    target = torch.empty(101, 70, dtype=dtype)
+    assert copy_counting(target, source) == bit_sum(source.to(dtype)) and torch.equal(target, source.to(dtype))
 
 
 @pytest.mark.parametrize("name", ["PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF"])

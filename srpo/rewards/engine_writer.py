@@ -1,0 +1,117 @@
+"""The judge on a rollout engine: texts in, tokens through the engine, texts out; several threads share its batches."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+from srpo.rewards.verdict_cache import WorkCounts
+
+Texts = list[list[str | None]]  # [N][group_size]
+
+
+class Generator(Protocol):
+    """The part of a rollout engine that the judge uses (`srpo.rollout.engine.Engine` is one)."""
+
+    def generate(self, prompts: Sequence[tuple[int, ...]], params: Any, seed: int) -> Sequence[Any]: ...
+
+
+@dataclass(eq=False)
+class _Request:
+    """What one thread waits for."""
+
+    prompts: Sequence[str]
+    params: Any
+    seed: int
+    texts: Texts | None = None
+    error: ValueError | None = None
+    taken: bool = False
+
+
+class EngineWriter:
+    """See `srpo.rewards.judge.Writer`. One call of the engine at a time: what other threads ask for meanwhile is its next batch.
+
+    A prompt of more than `max_prompt_tokens` (0: no bound) gets no text. `close`: what frees the engine.
+    Raises ValueError where the engine does, with the judge's name before it.
+    """
+
+    def __init__(
+        self,
+        engine: Generator,
+        tokenizer: Any,
+        *,
+        identity: str = "local",
+        max_prompt_tokens: int = 0,
+        close: Callable[[], None] | None = None,
+    ) -> None:
+        self.engine = engine
+        self.tokenizer = tokenizer
+        self.max_prompt_tokens = max_prompt_tokens
+        self._identity = identity
+        self._close = close
+        self._work = WorkCounts()
+        self._waiting: list[_Request] = []
+        self._waiting_lock, self._engine_lock = threading.Lock(), threading.Lock()
+
+    @property
+    def identity(self) -> str:
+        return self._identity
+
+    @property
+    def work(self) -> WorkCounts:
+        return self._work
+
+    def write(self, prompts: Sequence[str], params: Any, seed: int) -> Texts:
+        """`params.group_size` texts after each prompt. Sampled texts depend on the order of the prompts, greedy ones do not."""
+        mine = _Request(prompts, params, seed)
+        with self._waiting_lock:
+            self._waiting.append(mine)
+        with self._engine_lock:
+            if not mine.taken:
+                self._serve(self._batch(mine))
+        if mine.error is not None:
+            raise ValueError(str(mine.error)) from mine.error
+        assert mine.texts is not None
+        return mine.texts
+
+    def _batch(self, mine: _Request) -> list[_Request]:
+        """The requests that one call of the engine answers: greedy ones go together, sampled ones alone."""
+        with self._waiting_lock:
+            batch = [r for r in self._waiting if r is mine or (mine.params.greedy and r.params == mine.params)]
+            self._waiting = [r for r in self._waiting if r not in batch]
+        for request in batch:
+            request.taken = True
+        return batch
+
+    def _serve(self, batch: Sequence[_Request]) -> None:
+        try:
+            texts = self._write(
+                list(dict.fromkeys(p for request in batch for p in request.prompts)), batch[0].params, batch[0].seed
+            )
+        except ValueError as error:
+            for request in batch:
+                request.error = ValueError(f"the judge ({self._identity}): {error}")
+                request.error.__cause__ = error
+            return
+        except BaseException:
+            for request in batch:
+                request.error = ValueError(f"the judge ({self._identity}) was interrupted")
+            raise
+        for request in batch:
+            request.texts = [texts[prompt] for prompt in request.prompts]
+
+    def _write(self, prompts: Sequence[str], params: Any, seed: int) -> dict[str, list[str | None]]:
+        ids = {prompt: tuple(self.tokenizer.encode(prompt, add_special_tokens=False)) for prompt in prompts}
+        asked = [p for p in prompts if not self.max_prompt_tokens or len(ids[p]) <= self.max_prompt_tokens]
+        texts: dict[str, list[str | None]] = {prompt: [] for prompt in prompts}
+        for sample in self.engine.generate([ids[p] for p in asked], params, seed) if asked else ():
+            text = self.tokenizer.decode(list(sample.response_ids), skip_special_tokens=True)
+            texts[asked[sample.prompt_index]].append(text)
+        self._work.add(num_calls=len(asked), num_too_long=len(prompts) - len(asked))
+        return {prompt: found or [None] * params.group_size for prompt, found in texts.items()}
+
+    def close(self) -> None:
+        if self._close is not None:
+            self._close()

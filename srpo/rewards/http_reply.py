@@ -1,0 +1,141 @@
+"""What a judge's server says, read with suspicion: replies, errors, how long to wait; and the addresses that are taken."""
+
+from __future__ import annotations
+
+import json
+import math
+import re
+from datetime import UTC, datetime
+from email.utils import parsedate_to_datetime
+from typing import Any
+from urllib.parse import urlsplit
+
+MAX_REPLY_BYTES = 1 << 20  # of one text; what is longer is no verdict
+MAX_PAUSE_S = 60.0  # between two attempts, whatever the server asks for
+MAX_READ = 4000  # characters of a server's message that are looked at
+MAX_SHOWN = 300  # of it in ours
+
+_TOO_LONG = re.compile(
+    r"context[ _]length|context window|too long|too large|max_model_len|maximum (?:model |input |prompt )?length"
+)
+
+
+class NotAReply(ValueError):
+    """The server's answer is not one of its API."""
+
+
+def read_text(data: bytes, api: str) -> str | None:
+    """The text in an answer of the API "chat" or "completions"; None where the server says that there is none (a refusal).
+
+    Total but for NotAReply: no JSON, or JSON without a choice of the API's form. Other choices than the first are not looked at.
+    """
+    choices = _json_object(data).get("choices")
+    if not isinstance(choices, list) or not choices or not isinstance(choices[0], dict):
+        raise NotAReply(f"an answer without choices: {server_message(data)}")
+    holder, key = (choices[0].get("message"), "content") if api == "chat" else (choices[0], "text")
+    if not isinstance(holder, dict) or key not in holder:
+        raise NotAReply(f"an answer that is none of the {api} API (reward.judge_api): {server_message(data)}")
+    return holder[key] if isinstance(holder[key], str) else None
+
+
+def read_models(data: bytes) -> list[str]:
+    """The names in an answer to /models. Raises NotAReply."""
+    models = _json_object(data).get("data")
+    if not isinstance(models, list):
+        raise NotAReply(f"an answer without models: {server_message(data)}")
+    return [model["id"] for model in models if isinstance(model, dict) and isinstance(model.get("id"), str)]
+
+
+def _json_object(data: bytes) -> dict[str, Any]:
+    try:
+        found = json.loads(data)
+    except (ValueError, RecursionError) as error:  # bad text, a number of a million digits; a million brackets
+        raise NotAReply(f"an answer that is no JSON: {server_message(data)}") from error
+    if not isinstance(found, dict):
+        raise NotAReply(f"an answer that is no JSON object: {server_message(data)}")
+    return found
+
+
+def server_message(data: bytes) -> str:
+    """The error message in an answer, or how the answer begins: one printable line, quoted, not yet shortened for showing."""
+    text = data[:MAX_READ].decode("utf-8", "replace")
+    try:
+        found = json.loads(data)
+        error = found.get("error", found) if isinstance(found, dict) else None
+        message = error.get("message") if isinstance(error, dict) else error
+        text = message if isinstance(message, str) else text
+    except (ValueError, RecursionError):
+        pass
+    return f"'{printable(text)}'"
+
+
+def printable(text: str) -> str:
+    """At most MAX_READ characters on one line, without what a terminal would obey."""
+    return " ".join("".join(c if c.isprintable() else " " for c in text[:MAX_READ]).split())
+
+
+def safe(text: str, key: str) -> str:
+    """What may be shown of a server's text: without the key, and only then shortened, so that no part of a key is left."""
+    text = text.replace(key, "***") if key else text
+    return text if len(text) <= MAX_SHOWN else text[:MAX_SHOWN] + "..."
+
+
+def says_too_long(status: int, data: bytes) -> bool:
+    """Whether an error says that the prompt does not fit into the judge's context."""
+    return status in (400, 413, 422) and bool(_TOO_LONG.search(data[:MAX_READ].decode("utf-8", "replace").casefold()))
+
+
+def retry_after_s(header: str | None, now: datetime | None = None) -> float:
+    """Seconds that a Retry-After header asks for (a number, or a date), from 0 to MAX_PAUSE_S; 0 for anything else."""
+    if not header:
+        return 0.0
+    try:
+        seconds = float(header)
+    except ValueError:
+        try:
+            date = parsedate_to_datetime(header)
+        except (ValueError, OverflowError):
+            return 0.0
+        date = date if date.tzinfo else date.replace(tzinfo=UTC)
+        seconds = (date - (now or datetime.now(UTC))).total_seconds()
+    return min(max(seconds, 0.0), MAX_PAUSE_S) if math.isfinite(seconds) else 0.0
+
+
+def pause_s(attempt: int, first_s: float, draw: float) -> float:
+    """Seconds before attempt number `attempt` + 1 (from 1): doubling, at most MAX_PAUSE_S, times 0.5..1 by `draw` in [0, 1)."""
+    return min(first_s * 2 ** min(attempt - 1, 32), MAX_PAUSE_S) * (0.5 + draw / 2)
+
+
+def checked_url(url: str) -> str:
+    """The base address without a slash at its end. ValueError, which does not show the address, where it cannot be one."""
+    try:
+        parts = urlsplit(url)
+        usable = parts.scheme in ("http", "https") and bool(parts.hostname) and (parts.port or 1) > 0 and url.isprintable()
+    except ValueError:
+        usable = False
+    if not usable or " " in url:
+        raise ValueError("reward.judge_url is no address of a server: give one like http://127.0.0.1:8000/v1")
+    parts = urlsplit(url)
+    if parts.username is not None or parts.password is not None or parts.query or parts.fragment:
+        raise ValueError(
+            "reward.judge_url holds more than an address (a user, a password, or something behind ? or #): settings are written "
+            "to files, so give the plain address, and a key in the environment variable OPENAI_API_KEY"
+        )
+    base = url.rstrip("/")
+    if base.endswith(("/completions", "/models")):
+        raise ValueError("reward.judge_url ends with the name of a call: give the part before it, as http://127.0.0.1:8000/v1")
+    return base
+
+
+def is_loopback(url: str) -> bool:
+    """Whether the address is this machine's own."""
+    host = urlsplit(url).hostname or ""
+    return host in ("localhost", "::1") or bool(re.fullmatch(r"127(\.\d{1,3}){3}", host))
+
+
+def checked_key(key: str) -> str:
+    """An API key without white space around it. ValueError, which does not show the key, where no header takes it."""
+    key = key.strip()
+    if not all(33 <= ord(c) < 127 for c in key):
+        raise ValueError("the key in OPENAI_API_KEY has characters that no HTTP header takes: set it again")
+    return key

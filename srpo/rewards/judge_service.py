@@ -1,0 +1,333 @@
+"""The judge behind an OpenAI-compatible URL (`vllm serve`, and many others): calls side by side, tried again, given up on."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import random
+import threading
+import warnings
+import weakref
+from collections.abc import Sequence
+from typing import Any
+
+import httpx2
+
+from srpo.config import RewardConfig
+from srpo.rewards.http_reply import (
+    MAX_REPLY_BYTES,
+    NotAReply,
+    checked_key,
+    checked_url,
+    is_loopback,
+    pause_s,
+    printable,
+    read_models,
+    read_text,
+    retry_after_s,
+    safe,
+    says_too_long,
+    server_message,
+)
+from srpo.rewards.verdict_cache import WorkCounts
+
+PATHS = {"chat": "/chat/completions", "completions": "/completions"}
+TRIED_AGAIN = (408, 409, 429)  # and 5xx, and no answer at all
+OF_THE_TEXT = (400, 413, 422)  # the server objects to what was asked, which with the next response may be different
+ENDED = "reward.judge_fallback = 'missing' goes on without its verdicts"
+
+
+class JudgeServiceError(ValueError):
+    """The judge's server does not do what it has to; the text says what to do about it."""
+
+
+class _NoAnswer(Exception):
+    """An attempt failed in a way that the next one may not."""
+
+    def __init__(self, reason: str, wait_s: float = 0.0) -> None:
+        super().__init__(reason)
+        self.wait_s = wait_s  # that the server asked for
+
+
+class _Refused(Exception):
+    """The server will answer every attempt like this."""
+
+    def __init__(self, reason: str, status: int) -> None:
+        super().__init__(reason)
+        self.status = status
+
+
+class _TooLong(Exception):
+    """The prompt does not fit into the judge's context."""
+
+
+class JudgeService:
+    """See `srpo.rewards.judge.Writer`. Calls of all threads share `reward.judge_concurrency` places.
+
+    A call whose attempt fails (no connection, no whole answer within `judge_timeout_s`, HTTP 408, 409, 429 or 5xx, an answer that
+    is none) is tried `judge_retries` times more, after pauses that double from `judge_backoff_s` or that the server asks for
+    (Retry-After), at most a minute each. Then `judge_fallback` decides: "stop" raises JudgeServiceError, with "missing" the call
+    has no text and is counted. Once a call has failed in all attempts while no other succeeded, the server counts as down: calls
+    under way are given up and further ones are tried once, until one succeeds, so that an outage costs one series of pauses and
+    not one per response. Any other 4xx stops at once, as do redirects, which are never followed; an objection to one text (400,
+    413, 422) goes by `judge_fallback`, and one that says the prompt is too long gives no text.
+
+    A text is whatever the server says it is, of at most MAX_REPLY_BYTES with its wrapping: `parse_verdicts` reads any. The key
+    goes into one header and nowhere else; it is removed from what the server says before that is shown.
+    Raises ValueError for an address, key or number that cannot work.
+    """
+
+    def __init__(self, cfg: RewardConfig, *, api_key: str = "", seed: int | None = None) -> None:
+        check_service(cfg)
+        self._cfg = cfg
+        self._url = checked_url(cfg.judge_url)
+        try:
+            httpx2.URL(self._url)
+        except httpx2.InvalidURL as error:
+            raise ValueError("reward.judge_url is no address of a server: give one like http://127.0.0.1:8000/v1") from error
+        self._key = checked_key(api_key)
+        self._model = cfg.judge_model
+        self._work = WorkCounts()
+        self._random = random.Random(seed)  # of its own: pauses may not move anybody's numbers
+        self._down_at = self._answered_at = float("-inf")
+        self._last_failure = ""
+        headers = {"Content-Type": "application/json", "Accept-Encoding": "identity"}  # nothing to unpack, so no bomb
+        if self._key:
+            headers["Authorization"] = f"Bearer {self._key}"
+        self._client = httpx2.AsyncClient(
+            headers=headers,
+            timeout=None,  # the whole call has one
+            follow_redirects=False,
+            verify=self._url.startswith("https:"),  # reading the certificates takes a while, and http has none
+            trust_env=not is_loopback(self._url),  # no proxy on the way to this machine
+            limits=httpx2.Limits(max_connections=cfg.judge_concurrency, max_keepalive_connections=cfg.judge_concurrency),
+        )
+        self._slots = asyncio.Semaphore(cfg.judge_concurrency)
+        self._loop = asyncio.new_event_loop()
+        thread = threading.Thread(target=_run, args=(self._loop,), name="judge-service", daemon=True)
+        thread.start()
+        self._end = weakref.finalize(self, _end, self._loop, thread, self._client)
+
+    @property
+    def identity(self) -> str:
+        return f"{self._url} {self._model} {self._cfg.judge_api}"
+
+    @property
+    def work(self) -> WorkCounts:
+        return self._work
+
+    def start(self) -> None:
+        """Find the model's name if none is set, and ask for one token. Raises JudgeServiceError where the run could not work.
+
+        With fallback "missing" a server that gives no answer is only warned of, as long as the model's name is known.
+        """
+        if not self._model:
+            self._model = self._only_model()
+        try:
+            self._wait(self._call(self._body("Query", 1, 0.0, 0, 0)))
+        except _TooLong:  # of one word: the server speaks, and what it says of real prompts is counted
+            pass
+        except _Refused as refusal:
+            raise self._stopped(str(refusal), "check the settings of the judge") from refusal
+        except _NoAnswer as failure:
+            if self._cfg.judge_fallback == "stop":
+                raise self._failed(failure) from failure
+            warnings.warn(f"{self._failed(failure)}; the run begins without it", RuntimeWarning, stacklevel=3)
+        self._work.take()
+
+    def _only_model(self) -> str:
+        try:
+            models = self._wait(self._tried(self._models))
+        except _Refused as refusal:
+            raise self._stopped(str(refusal), "check the address, or set reward.judge_model") from refusal
+        except _NoAnswer as failure:
+            raise self._failed(failure) from failure
+        if len(models) != 1:
+            names = ", ".join(printable(name) for name in models[:20])
+            raise JudgeServiceError(
+                f"the judge at {self._url} serves {len(models)} models: set reward.judge_model to one of them: "
+                f"{self._safe(names) or 'none'}"
+            )
+        return models[0]
+
+    def write(self, prompts: Sequence[str], params: Any, seed: int) -> list[list[str | None]]:
+        """`params.group_size` texts after each prompt, each in a call of its own. JudgeServiceError as the settings have it."""
+        temperature = 0.0 if params.greedy else params.temperature
+        bodies = [
+            self._body(prompt, params.max_new_tokens, temperature, params.top_k, seed + number)
+            for prompt in prompts
+            for number in range(params.group_size)
+        ]
+        texts = self._wait(self._all(bodies))
+        return [texts[i : i + params.group_size] for i in range(0, len(texts), params.group_size)]
+
+    def _body(self, prompt: str, max_tokens: int, temperature: float, top_k: int, seed: int) -> bytes:
+        asked: dict[str, Any] = {"model": self._model, "max_tokens": max_tokens, "temperature": temperature, "seed": seed}
+        if top_k and temperature:
+            asked["top_k"] = top_k
+        if self._cfg.judge_api == "chat":
+            asked["messages"] = [{"role": "user", "content": prompt}]
+        else:
+            asked |= {"prompt": prompt, "add_special_tokens": False}  # as srpo.train_judge trains and the local judge reads
+        return json.dumps(asked).encode("ascii")
+
+    def _wait(self, work: Any) -> Any:
+        """The result of a coroutine on the service's own thread."""
+        future = asyncio.run_coroutine_threadsafe(work, self._loop)
+        try:
+            return future.result()
+        except BaseException:
+            future.cancel()
+            raise
+
+    # ---- on the service's thread ---------------------------------------------------------------------------------------------
+
+    async def _all(self, bodies: Sequence[bytes]) -> list[str | None]:
+        tasks = [asyncio.create_task(self._text(body)) for body in bodies]
+        try:
+            return await asyncio.gather(*tasks)
+        finally:  # the first that stops the run stops the others
+            for task in tasks:
+                task.cancel()
+            await asyncio.gather(*tasks, return_exceptions=True)
+
+    async def _text(self, body: bytes) -> str | None:
+        """The text of a call, or what the fallback has in its place."""
+        self._work.add(num_calls=1)
+        stops = self._cfg.judge_fallback == "stop"
+        try:
+            return await self._call(body)
+        except _TooLong:
+            self._work.add(num_too_long=1)
+        except _Refused as refusal:
+            self._work.add(num_failed=1)
+            if stops or refusal.status not in OF_THE_TEXT:
+                hint = ENDED if refusal.status in OF_THE_TEXT else "check the settings of the judge"
+                raise self._stopped(str(refusal), f"{hint}, then run the same command again") from refusal
+        except _NoAnswer as failure:
+            self._work.add(num_failed=1)
+            if stops:
+                raise self._failed(failure) from failure
+        return None
+
+    async def _call(self, body: bytes) -> str | None:
+        return await self._tried(lambda: self._post(body))
+
+    async def _tried(self, attempt: Any) -> Any:
+        """The result of `attempt()`, which may be made several times. Raises what its last one did.
+
+        A call keeps its place while it pauses: a server that fails is not met by all the others in turn.
+        """
+        asked_at = self._loop.time()
+        async with self._slots:
+            tried_at = self._loop.time()
+            num_attempts = 1 if self._down_at > self._answered_at else 1 + self._cfg.judge_retries
+            failure = _NoAnswer(self._last_failure)
+            for number in range(1, num_attempts + 1):
+                if self._down_at > max(asked_at, self._answered_at):  # others have found that out meanwhile
+                    raise failure
+                try:
+                    async with asyncio.timeout(self._cfg.judge_timeout_s):
+                        result = await attempt()
+                    self._answered_at = self._loop.time()
+                    return result
+                except (_Refused, _TooLong):
+                    self._answered_at = self._loop.time()
+                    raise
+                except (TimeoutError, httpx2.HTTPError, NotAReply, _NoAnswer) as error:
+                    failure = self._as_no_answer(error)
+                if number < num_attempts:
+                    self._work.add(num_retries=1)
+                    pause = pause_s(number, self._cfg.judge_backoff_s, self._random.random())
+                    await asyncio.sleep(max(pause, failure.wait_s))
+            if self._answered_at < tried_at:
+                self._down_at, self._last_failure = self._loop.time(), str(failure)
+            raise failure
+
+    def _as_no_answer(self, error: Exception) -> _NoAnswer:
+        if isinstance(error, _NoAnswer):
+            return error
+        if isinstance(error, TimeoutError):
+            return _NoAnswer(f"no whole answer within {self._cfg.judge_timeout_s:g} s (reward.judge_timeout_s)")
+        if isinstance(error, NotAReply):
+            return _NoAnswer(self._safe(str(error)))
+        return _NoAnswer(self._safe(printable(f"{type(error).__name__} {error}".strip())))
+
+    async def _post(self, body: bytes) -> str | None:
+        """The text that one request gives."""
+        data = await self._request("POST", PATHS[self._cfg.judge_api], body)
+        return read_text(data, self._cfg.judge_api)
+
+    async def _models(self) -> list[str]:
+        return read_models(await self._request("GET", "/models", None))
+
+    async def _request(self, method: str, path: str, body: bytes | None) -> bytes:
+        """The body of a good answer."""
+        async with self._client.stream(method, self._url + path, content=body) as response:
+            status = response.status_code
+            data = b""
+            async for chunk in response.aiter_raw():
+                data += chunk
+                if len(data) > MAX_REPLY_BYTES:
+                    raise _NoAnswer(f"an answer (HTTP {status}) of more than {MAX_REPLY_BYTES} bytes")
+        if 200 <= status < 300:
+            return data
+        reason = self._safe(f"HTTP {status} {server_message(data)}" if data else f"HTTP {status}")
+        if 300 <= status < 400:
+            location = self._safe(printable(response.headers.get("location", "")))
+            raise _Refused(f"HTTP {status}, a redirect to {location!r}, and redirects are not followed", status)
+        if status in TRIED_AGAIN or status >= 500 or status < 200:
+            raise _NoAnswer(reason, retry_after_s(response.headers.get("retry-after")))
+        if body is not None and says_too_long(status, data):
+            raise _TooLong
+        raise _Refused(reason, status)
+
+    # ---- what is said --------------------------------------------------------------------------------------------------------
+
+    def _safe(self, text: str) -> str:
+        return safe(text, self._key)
+
+    def _failed(self, failure: _NoAnswer) -> JudgeServiceError:
+        return JudgeServiceError(
+            f"the judge at {self._url} gave no answer in {1 + self._cfg.judge_retries} attempts, at last: {failure}. "
+            "See that its server runs, then run the same command again (a run goes on from its last checkpoint); "
+            f"reward.judge_retries and reward.judge_timeout_s wait longer, {ENDED}"
+        )
+
+    def _stopped(self, reason: str, hint: str) -> JudgeServiceError:
+        return JudgeServiceError(f"the judge at {self._url} refuses: {reason}; {hint}")
+
+    def close(self) -> None:
+        """End the thread and its connections."""
+        self._end()
+
+
+def check_service(cfg: RewardConfig) -> None:
+    """Raise ValueError for numbers and an address that cannot work."""
+    checked_url(cfg.judge_url)
+    if cfg.judge_concurrency < 1 or cfg.judge_retries < 0:
+        raise ValueError(
+            f"reward.judge_concurrency is {cfg.judge_concurrency} and reward.judge_retries {cfg.judge_retries}: set them to at "
+            "least 1 and 0"
+        )
+    if not (cfg.judge_timeout_s > 0 and cfg.judge_backoff_s >= 0):
+        raise ValueError(
+            f"reward.judge_timeout_s is {cfg.judge_timeout_s} and reward.judge_backoff_s {cfg.judge_backoff_s}: set them above 0 "
+            "and to at least 0"
+        )
+
+
+def _run(loop: asyncio.AbstractEventLoop) -> None:
+    asyncio.set_event_loop(loop)
+    loop.run_forever()
+    loop.close()
+
+
+def _end(loop: asyncio.AbstractEventLoop, thread: threading.Thread, client: httpx2.AsyncClient) -> None:
+    """Not a method: the service may be gone by now."""
+    if thread is threading.current_thread():  # the last reference fell there
+        loop.stop()
+    elif thread.is_alive():
+        asyncio.run_coroutine_threadsafe(client.aclose(), loop).result(timeout=5)
+        loop.call_soon_threadsafe(loop.stop)
+        thread.join(timeout=5)

@@ -1,0 +1,93 @@
+"""srpo.rewards.judge_service at its start and end: the model's name, the key, outages, settings, threads."""
+
+from __future__ import annotations
+
+import threading
+from dataclasses import replace
+from typing import Any
+
+import pytest
+from judge_calls import GOOD, KEY, SCHEMA, SETTINGS, SILENT, ask, counts
+from judge_server import Answer, Asked, chat, free_port, models, serving
+
+from srpo.rewards.judge_service import JudgeService, JudgeServiceError
+from srpo.rollout.judging import open_service_judge
+
+
+def test_opening_asks_for_the_name_and_one_token(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("OPENAI_API_KEY", f" {KEY}\n")
+    names = ["the-judge"]
+
+    def answer(asked: Asked) -> Answer:
+        return models(*names) if asked.path == "/v1/models" else chat("Step 1 is [Correct]")
+
+    with serving(answer) as server:
+        cfg = replace(SETTINGS, judge_url=server.url + "/", judge_model="")
+        judge = open_service_judge(SCHEMA, cfg)
+        assert [(a.method, a.path) for a in server.asked] == [("GET", "/v1/models"), ("POST", "/v1/chat/completions")]
+        assert server.asked[1].body["model"] == "the-judge" and server.asked[1].body["max_tokens"] == 1
+        assert {a.headers["Authorization"] for a in server.asked} == {f"Bearer {KEY}"}
+        assert counts(judge) == {} and ask(judge, "x") == [GOOD]
+        judge.close()
+        for served, said in ((["a", "b\x1b[31m"], "serves 2 models: .* one of them: a, b"), ([], "serves 0 models: .* none")):
+            names[:] = served
+            with pytest.raises(JudgeServiceError, match=said):
+                open_service_judge(SCHEMA, cfg)
+    with pytest.raises(JudgeServiceError, match="gave no answer in 3 attempts"):
+        open_service_judge(SCHEMA, cfg)
+    with serving(lambda asked: Answer(b"too long", 400)) as server, pytest.raises(JudgeServiceError, match="HTTP 400 'too long'"):
+        open_service_judge(SCHEMA, replace(cfg, judge_url=server.url))
+
+
+@pytest.mark.parametrize("fallback", ["stop", "missing"])
+def test_opening_finds_a_wrong_key_and_bears_an_outage_if_it_may(fallback: str) -> None:
+    cfg = replace(SETTINGS, judge_fallback=fallback)
+    with serving(lambda asked: Answer(b'{"message": "wrong key"}', 401)) as server:
+        with pytest.raises(JudgeServiceError, match="HTTP 401"):
+            open_service_judge(SCHEMA, replace(cfg, judge_url=server.url))
+        assert len(server.asked) == 1
+    port = free_port()
+    cfg = replace(cfg, judge_url=f"http://127.0.0.1:{port}/v1")
+    if fallback == "stop":
+        with pytest.raises(JudgeServiceError, match="gave no answer"):
+            open_service_judge(SCHEMA, cfg)
+        return
+    with pytest.warns(RuntimeWarning, match="the run begins without it"):
+        judge = open_service_judge(SCHEMA, cfg)
+    assert ask(judge, "x") == [SILENT]
+    with serving(lambda asked: chat("Step 1 is [Correct]"), port):
+        assert ask(judge, "x") == [GOOD]
+    judge.close()
+
+
+@pytest.mark.parametrize(
+    ("changes", "said"),
+    [
+        ({"judge_url": "127.0.0.1:8000/v1"}, "no address"),
+        ({"judge_url": "file:///etc/passwd"}, "no address"),
+        ({"judge_url": "http://"}, "no address"),
+        ({"judge_url": "http://[::1"}, "no address"),
+        ({"judge_url": "http://h:99999/v1"}, "no address"),
+        ({"judge_url": "http://127.0.0.1/v1/chat/completions"}, "the name of a call"),
+        ({"judge_concurrency": 0}, "judge_concurrency is 0"),
+        ({"judge_retries": -1}, "judge_retries -1"),
+        ({"judge_timeout_s": 0.0}, r"judge_timeout_s is 0\.0"),
+        ({"judge_backoff_s": float("nan")}, "judge_backoff_s nan"),
+    ],
+    ids=str,
+)
+def test_settings_that_cannot_work_are_refused(changes: dict[str, Any], said: str) -> None:
+    with pytest.raises(ValueError, match=said):
+        JudgeService(replace(SETTINGS, **{"judge_url": "http://127.0.0.1/v1", **changes}))
+
+
+def test_a_service_that_nobody_holds_ends_its_thread() -> None:
+    def threads() -> int:
+        return sum(thread.name == "judge-service" for thread in threading.enumerate())
+
+    before = threads()
+    with serving(lambda asked: chat("Step 1 is [Correct]")) as server:
+        judge = open_service_judge(SCHEMA, replace(SETTINGS, judge_url=server.url))
+        assert ask(judge, "x") == [GOOD] and threads() == before + 1
+        del judge
+        assert threads() == before

@@ -1,0 +1,152 @@
+"""srpo.train with the judge behind a URL: as good as one that is here, when it goes away and comes back, and without it."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import pytest
+from judge_server import Answer, Asked, chat, free_port, serving
+
+from srpo.batch import read_rollouts
+from srpo.metrics import read_metrics
+from srpo.parts import judge_metrics, make_judge
+from srpo.rewards.verdicts import render_verdicts
+from srpo.steps import StepSchema
+from srpo.train import main, train
+
+ERROR_500 = Answer(b'{"error": {"message": "out of memory"}}', 500)
+
+
+def opinion(asked: Asked) -> Answer:
+    """A verdict on each step that depends on the prompt alone."""
+    draws = hashlib.sha256(asked.prompt.encode()).digest()
+    return chat(render_verdicts([draw % 4 != 0 for draw in draws[:5]]))
+
+
+def settings(world: Any, run_dir: Path, port: int, **changes: Any) -> Any:
+    reward = {
+        "judge": "generative",
+        "judge_engine": "url",
+        "judge_url": f"http://127.0.0.1:{port}/v1",
+        "judge_model": "r_phi",
+        "judge_backoff_s": 0.01,
+        "judge_retries": 1,
+    }
+    return world.config(run_dir, num_steps=4, train={"checkpoint_every": 1}, reward=reward | changes)
+
+
+def contents(run_dir: Path) -> tuple[bytes, bytes]:
+    return (run_dir / "metrics.jsonl").read_bytes(), (run_dir / "rollouts.jsonl").read_bytes()
+
+
+def test_a_judge_that_goes_away_stops_the_run_which_then_goes_on(
+    small: ModuleType, world: Any, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    port = free_port()
+    with serving(opinion, port):
+        train(settings(world, tmp_path / "straight", port), small.ONE)
+    whole = contents(tmp_path / "straight")
+    assert any("judge" in (r.reward_sources or ()) for _, r in read_rollouts(tmp_path / "straight" / "rollouts.jsonl"))
+
+    cfg = settings(world, tmp_path / "run", port, judge_cache=0)
+    said = small.complaint(main, cfg, tmp_path, capsys)  # there is none when the run is to begin
+    assert f"the judge at http://127.0.0.1:{port}/v1 gave no answer in 2 attempts" in said and "ConnectError" in said
+    assert not (tmp_path / "run").exists()
+
+    def breaks(asked: Asked) -> Answer:
+        return opinion(asked) if asked.number < 30 else ERROR_500
+
+    with serving(breaks, port):
+        said = small.complaint(main, cfg, tmp_path, capsys)
+    assert "HTTP 500 'out of memory'" in said and "run the same command again" in said
+    num_done = len(small.metrics_of(tmp_path / "run"))
+    assert 0 < num_done < 4
+    other = free_port()  # it may come back elsewhere, and be waited for longer
+    with serving(opinion, other) as server:
+        train(settings(world, tmp_path / "run", other, judge_retries=3), small.ONE)
+        assert 0 < len(server.asked) <= 1 + 16 * (4 - num_done)
+    assert contents(tmp_path / "run") == whole
+
+
+def test_a_run_may_go_on_without_its_judge(small: ModuleType, world: Any, tmp_path: Path) -> None:
+    def breaks(asked: Asked) -> Answer:
+        return opinion(asked) if asked.number < 17 else ERROR_500
+
+    port = free_port()
+    with serving(breaks, port):
+        train(settings(world, tmp_path, port, judge_fallback="missing", judge_cache=0), small.ONE)
+    lines = small.metrics_of(tmp_path)
+    assert [line["step"] for line in lines] == [1, 2, 3, 4]
+    fractions = [line["reward/missing_frac"] for line in lines]
+    assert fractions[0] < 1 and fractions[-1] == 1, fractions
+    for step, rollout in read_rollouts(tmp_path / "rollouts.jsonl"):
+        pairs = list(zip(rollout.reward_sources or (), rollout.step_rewards or (), strict=True))
+        assert step < 4 or all(source != "judge" for source, _ in pairs)
+        assert all(reward == 0 for source, reward in pairs if source == "no_verdict")
+
+
+def test_what_the_judge_did_is_counted_and_the_key_is_in_no_file(
+    small: ModuleType, world: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("OPENAI_API_KEY", "sk-73-secret")
+    with serving(opinion) as server:
+        cfg = settings(world, tmp_path / "run", server.port)
+        train(cfg, small.ONE)
+        assert all(asked.headers["Authorization"] == "Bearer sk-73-secret" for asked in server.asked)
+        written = [path for path in (tmp_path / "run").rglob("*") if path.is_file()]
+        assert len(written) > 5 and not any(b"sk-73" in path.read_bytes() for path in written)
+
+        judge = make_judge(cfg, StepSchema(cfg.steps), small.ONE)
+        assert judge is not None
+        sampled = [r for _, r in read_rollouts(tmp_path / "run" / "rollouts.jsonl")][:12]
+        examples = {example.example_id: example for example in world.examples()}
+        before = len(server.asked)
+        for _ in range(2):
+            judge.judge(sampled, [examples[r.example_id] for r in sampled])
+        num_different = len({(r.example_id, r.text) for r in sampled})
+        assert len(server.asked) - before == num_different
+        metrics = judge_metrics(judge, small.ONE)
+        assert metrics["service/num_calls"] == num_different
+        assert metrics["service/cache_hit_frac"] == pytest.approx(1 - num_different / 24)
+        assert judge_metrics(None, small.ONE) == {}
+    from srpo.metrics import MetricsLogger
+
+    with MetricsLogger(tmp_path / "log") as logger:
+        logger.log(1, metrics | {"reward/total": 1.0})
+    assert read_metrics(tmp_path / "log" / "timing.jsonl") == [json.loads(json.dumps({"step": 1, **metrics}))]
+
+
+@pytest.mark.parametrize(
+    ("changes", "said"),
+    [
+        ({"judge_url": ""}, r"reward\.judge_url is not set"),
+        ({"judge_engine": "local"}, r"reward\.judge_path is not set"),
+        ({"judge_engine": "local", "judge_path": "x"}, r"reward\.judge_url is set"),
+        ({"judge": "oracle", "judge_url": ""}, "only a generative judge has an engine"),
+        ({"judge_concurrency": 0}, r"reward\.judge_concurrency is 0"),
+        ({"judge_cache": -1}, r"reward\.judge_cache is -1"),
+        ({"judge_url": "http://user:secret@127.0.0.1/v1"}, r"^reward\.judge_url holds more than an address(?!.*secret)"),
+        ({"judge_engine": "vllm", "judge_path": "x"}, r"reward\.judge_url is set"),
+    ],
+    ids=str,
+)
+def test_settings_that_cannot_work_are_refused_at_the_start(
+    small: ModuleType, world: Any, tmp_path: Path, changes: dict[str, Any], said: str
+) -> None:
+    with pytest.raises(ValueError, match=said):
+        train(settings(world, tmp_path / "run", 9, **changes), small.ONE)
+    assert not (tmp_path / "run").exists()
+
+
+def test_two_engines_have_to_share_a_gpu(small: ModuleType, world: Any, tmp_path: Path) -> None:
+    cfg = world.config(
+        tmp_path / "run",
+        rollout={"engine": "vllm", "vllm": {"gpu_memory_frac": 0.6}},
+        reward={"judge": "generative", "judge_engine": "vllm", "judge_path": "x", "judge_vllm": {"gpu_memory_frac": 0.5}},
+    )
+    with pytest.raises(ValueError, match=r"add up to 1\.1"):
+        train(cfg, small.ONE)
