@@ -22,7 +22,7 @@ class TeacherBias:
     related_as_match: float = 0.60  # S3: a sibling category is called a match
     overlook_missing: float = 0.60  # S4: attributes that the listing does not state are waved through
     verdict_off_by_one: float = 0.10  # S5
-    misread_word: float = 0.0  # S1, S2: some hundred words for categories and attributes are each taken for one other thing
+    misread_word: float = 0.0  # S1: some 130 words of shoppers, for categories and attributes, are each taken for one other thing
 
 
 NO_BIAS = TeacherBias(0.0, 0.0, 0.0, 0.0, 0.0)
@@ -43,8 +43,7 @@ def teach(example: Example, bias: TeacherBias, seed: int = 0) -> str:
         raise ValueError(f"{example.example_id} has no truth for steps 1 and 2: this teacher only knows the catalogue world")
     rng = random.Random(f"teacher|{seed}|{example.example_id}")
     words = random.Random(f"words|{seed}|{example.example_id}")
-    query = _misread(Facts.parse(query_text), example.query, bias.misread_word, words)
-    item = _misread(Facts.parse(item_text), example.title.partition(MENTION)[0], bias.misread_word, words)
+    query, item = _misread(Facts.parse(query_text), example.query, bias.misread_word, words), Facts.parse(item_text)
     if rng.random() < bias.misread_negation:
         query = Facts(query.category, tuple(replace(c, negated=c.negated and c.kind == "brand") for c in query.constraints))
     _, _, mentioned = example.title.partition(MENTION)

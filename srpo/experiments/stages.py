@@ -74,13 +74,14 @@ class Lab:
 
     def sft(self) -> Path:
         """The policy after SFT on the imperfect teacher."""
+        done = self.start / "sft" / "policy"
         data = self.data().parent
 
         def make(cfg: DemoConfig) -> Path:
             stage(self.start / "base", "making tokenizer and model", lambda out: make_base(cfg, data, out))
             return sft(sft_config(cfg), self.parallel)
 
-        return self._demo(make)
+        return done if done.is_dir() else self._demo(make)
 
     def _demo(self, make: Callable[[DemoConfig], Any]) -> Any:
         scale = self.scale
