@@ -35,7 +35,6 @@ class PolicyConfig:
 class VllmConfig:
     """Of rollout.engine "vllm" and, as `[reward.judge_vllm]`, of reward.judge_engine "vllm"."""
 
-    tensor_parallel_size: int = 1  # consecutive ranks of a host that share one vLLM, split over their devices; 1: one each
     max_num_seqs: int = 256  # responses that are decoded at once
     kv_cache_mib: int = 0  # of key-value cache; 0: 1024 on a CPU, what gpu_memory_frac leaves on a GPU
     gpu_memory_frac: float = 0.45  # of a GPU's memory for weights and key-value cache; the trainer needs the rest

@@ -59,9 +59,7 @@ class CudaSender:
     Raises ValueError where torch's allocator makes memory that has no handles.
     """
 
-    def __init__(
-        self, bucket_bytes: int, dtype: torch.dtype, device: torch.device, exchange: Exchange | None = None
-    ) -> None:
+    def __init__(self, bucket_bytes: int, dtype: torch.dtype, device: torch.device, exchange: Exchange | None = None) -> None:
         for name in ("PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF"):
             if "expandable_segments:true" in os.environ.get(name, "").lower():
                 raise ValueError(f"{name} has expandable_segments:True, whose memory cannot be shared with vLLM: take it out")

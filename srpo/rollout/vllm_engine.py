@@ -24,13 +24,12 @@ from srpo.rollout.cuda_ipc import CudaSender, Exchange
 from srpo.rollout.engine import Groups, Sample, SamplingParams, check_prompts, in_order
 from srpo.rollout.engine_process import EngineError, EngineFailure, EngineProcess
 from srpo.rollout.engine_stream import ask
-from srpo.rollout.vllm_settings import bucket_bytes, check_split, check_vllm_settings, derive_seed, worker_environment
+from srpo.rollout.vllm_settings import bucket_bytes, check_vllm_settings, derive_seed, worker_environment
 from srpo.rollout.weight_sync import Bucket, WeightStore, half_the_threads
 from srpo.rollout.weights import differing_groups
 
 MAX_ATTEMPTS = 3  # at one `generate` or `sync_weights`, before a failing engine ends the run
 WORKER = ("-m", "srpo.rollout.vllm_worker")
-SHARDS_WORKER = ("-m", "srpo.rollout.vllm_shards")  # where it is split over several devices
 STATS = (
     "num_tokens",
     "generate_s",
@@ -72,21 +71,17 @@ class VllmEngine:
         self._device = device or torch.device("cpu")
         self._devices = devices
         check_vllm_settings(self._config)
-        size = self._config.tensor_parallel_size
-        if self._on_gpu and len(set(devices)) != size > 1:
-            raise ValueError(f"rollout.vllm.tensor_parallel_size is {size}: it takes so many ranks of this host, with a GPU each")
         if not (Path(path) / "config.json").is_file():
             raise ValueError(f"no model in {str(path)!r}: vLLM starts from a folder with config.json and safetensors files")
         if tuple(command) == WORKER and importlib.util.find_spec("vllm") is None:
-            raise ImportError("rollout.engine = 'vllm' needs vLLM: pip install 'srpo[gpu]' or 'srpo[vllm]', or take 'local'")
-        if size > 1:
-            check_split(path, size)
-        self._command = SHARDS_WORKER if size > 1 and tuple(command) == WORKER else command
+            raise ImportError(
+                "rollout.engine = 'vllm' needs vLLM: 'make vllm', or take 'local'"
+            )
+        self._command = command
         self._settings = {
             "path": str(Path(path).resolve()),
             "dtype": str(dtype).removeprefix("torch."),
             "device": self._device.type,
-            "tensor_parallel_size": size,
             "max_context": max_context,
             "max_num_seqs": self._config.max_num_seqs,
             "kv_cache_bytes": (self._config.kv_cache_mib or (0 if self._on_gpu else _CPU_KV_CACHE_MIB)) * _MIB,
@@ -106,7 +101,7 @@ class VllmEngine:
             self.max_context = self._start()
         except EngineFailure as failure:
             raise EngineError(str(failure)) from failure
-        if self.loads not in ("", "direct") and size == 1 and not self._on_gpu:
+        if self.loads not in ("", "direct") and not self._on_gpu:
             warnings.warn(f"weight syncs take vLLM's own, slower reload: {self.loads}", RuntimeWarning, stacklevel=2)
 
     @property
