@@ -74,9 +74,7 @@ class VllmEngine:
         if not (Path(path) / "config.json").is_file():
             raise ValueError(f"no model in {str(path)!r}: vLLM starts from a folder with config.json and safetensors files")
         if tuple(command) == WORKER and importlib.util.find_spec("vllm") is None:
-            raise ImportError(
-                "rollout.engine = 'vllm' needs vLLM: 'make vllm', or take 'local'"
-            )
+            raise ImportError("rollout.engine = 'vllm' needs vLLM: 'make vllm', or take 'local'")
         self._command = command
         self._settings = {
             "path": str(Path(path).resolve()),
