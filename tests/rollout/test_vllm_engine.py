@@ -306,7 +306,7 @@ def test_a_folder_without_a_model_is_refused(tmp_path):
 def test_without_vllm_the_engine_says_what_to_install(tmp_path, monkeypatch):
     (tmp_path / "config.json").write_text("{}")
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
-    with pytest.raises(ImportError, match="pip install"):
+    with pytest.raises(ImportError, match="make vllm"):
         VllmEngine(tmp_path)
 
 
