@@ -35,6 +35,7 @@ from srpo.settings import run_program
 
 HEADLINE = ("srpo", "grpo")
 NAMES = (*TABLES, "headline")
+OWN_CLAIM = {"judge_sft_steps": 0, "judge_grpo_steps": 0, "judge_lr": 0.0}  # the judges' folders claim these for themselves
 
 
 @dataclass(frozen=True)
@@ -118,7 +119,7 @@ def lab_of(cfg: ReproduceConfig, seed: int, parallel: Parallel) -> Iterator[Lab]
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError as error:
             raise ValueError(f"another process works on seed {seed} in {root}: wait for it, or give other seeds") from error
-        claim_run_dir(root, cfg.scale, parallel.is_main)
+        claim_run_dir(root, replace(cfg.scale, **OWN_CLAIM), parallel.is_main)
         yield Lab(root, seed, cfg.scale, parallel)
 
 
