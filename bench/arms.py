@@ -18,7 +18,7 @@ from typing import Any, Literal
 import srpo_kernels
 import torch
 from problem import BETA, CLIP, LENGTH, OPTIONS, TEMPERATURE, Form, Problem, by_log_softmax, exact_gradient, token_loss
-from srpo_kernels import operators
+from srpo_kernels import linear_exponentials, operators
 from torch import Tensor
 from torch.nn import functional as F
 
@@ -83,20 +83,19 @@ def plain(problem: Problem, logprobs: Callable[[Tensor, Tensor], Tensor], compil
     return lambda: call(problem.inputs(), problem.labels, *_tables(problem))
 
 
-def ours(problem: Problem, impl: str, in_place: bool) -> Run:
+def ours(problem: Problem, impl: str, in_place: bool, chunk_holds: Literal["logits", "exponentials"] = "logits") -> Run:
     """An implementation of srpo_kernels."""
     if impl != "reference":
         if impl not in operators.BACKENDS:
             raise Absent(f"srpo_kernels has no implementation {impl!r}")
         source = problem.logits if problem.form == "logits" else problem.hidden
-        if reason := operators.BACKENDS[impl].why_not(source):
+        why_not = operators.BACKENDS[impl].why_not if chunk_holds == "logits" else linear_exponentials.why_not
+        if reason := why_not(source):
             raise Absent(reason)
     if problem.form == "logits":
         call: Any = partial(srpo_kernels.policy_loss, in_place=in_place)
     else:
-        if not hasattr(srpo_kernels, "linear_policy_loss"):
-            raise Absent("srpo_kernels has no linear_policy_loss")
-        call = srpo_kernels.linear_policy_loss  # pyright: ignore[reportAttributeAccessIssue]
+        call = partial(srpo_kernels.linear_policy_loss, chunk_holds=chunk_holds)
 
     def run() -> Tensor:
         p = problem
@@ -282,6 +281,9 @@ def _arms() -> list[Arm]:
         places = (False,) if impl == "reference" else (True, False)
         arms += [Arm(f"srpo/{impl}", "logits", partial(ours, impl=impl, in_place=place), place) for place in places]
         arms += [Arm(f"srpo/{impl}", "hidden", partial(ours, impl=impl, in_place=False))]
+        if impl == "triton":
+            make = partial(ours, impl=impl, in_place=False, chunk_holds="exponentials")
+            arms += [Arm("srpo/triton-v2", "hidden", make, note="a chunk holds 16-bit exponentials in place of logits")]
     forms: tuple[Form, Form] = ("logits", "hidden")
     for form in forms:
         arms += [Arm("eager", form, partial(plain, logprobs=by_log_softmax))]

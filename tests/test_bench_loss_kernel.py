@@ -16,7 +16,17 @@ BENCH = Path(__file__).resolve().parents[1] / "bench"
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 FIELDS = {"arm", "form", "in_place", "dtype", "tokens", "vocab", "hidden", "median_ms", "min_ms", "peak_extra_bytes", "skipped"}
 NAMES = {
-    *("srpo/reference", "srpo/cpu", "srpo/triton", "srpo/cuda", "copy", "eager", "compile/log_softmax", "compile/logsumexp"),
+    *(
+        "srpo/reference",
+        "srpo/cpu",
+        "srpo/triton",
+        "srpo/triton-v2",
+        "srpo/cuda",
+        "copy",
+        "eager",
+        "compile/log_softmax",
+        "compile/logsumexp",
+    ),
     *("trl", "liger", "liger/fused_linear", "verl", "linear_cross_entropy", "cce", "quack", "matmul"),
 }
 OTHERS = ("trl", "liger_kernel", "verl", "cut_cross_entropy", "quack")

@@ -15,7 +15,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from srpo_kernels import linear_operators, reference
+from srpo_kernels import linear_exponentials, linear_operators, reference
 from srpo_kernels.checks import check_options, check_rows, check_segments, check_softmax
 from srpo_kernels.dispatch import choose
 from srpo_kernels.linear_operators import spread
@@ -46,6 +46,7 @@ def linear_policy_loss(
     clip_form: Literal["ppo", "cispo"] = "ppo",
     ratio_over: Literal["token", "step", "sequence"] = "token",
     chunk_rows: int | None = None,
+    chunk_holds: Literal["logits", "exponentials"] = "logits",
     impl: str = "auto",
 ) -> PolicyLoss:
     """`srpo_kernels.policy_loss` of the logits hidden @ weight.T, which never exist as a whole.
@@ -68,11 +69,21 @@ def linear_policy_loss(
     Rows without a label are never read. Rows that surely have no gradient (clipped, or advantage or weight 0; only with kl_coef
     0) are left out of the products of the gradient; to count them, a GPU is waited for once per chunk.
 
+    chunk_holds: what exists of a chunk. "exponentials" needs bf16 inputs, a GPU and Triton (impl "auto" or "triton"), and takes
+        neither a filter nor the exact KL. A kernel of our own writes E = exp(logits / temperature - the label's) in 16 bits in
+        place of logits, and sums it in fp32 on the way. What Eq. 6 adds is one number per row, which goes to the side of the
+        hidden states: nothing but the three products touches [chunk_rows, V], which has a third of the bytes. Loss,
+        log-probabilities and stats are as exact; the gradient of the weight is rounded once more, where the number per row enters
+        its product. Rows whose label has a probability below 2^-60 are taken again by way of logits; to know of them a GPU is
+        waited for, once.
+
     impl: "reference" holds all logits. "auto" takes it for fp64 inputs, and where there is no other implementation.
 
     Raises ValueError as `policy_loss` does, and for hidden states, weights or a chunk_rows that do not fit.
     """
     _check(hidden, weight, labels, temperature, kept_ids, chunk_rows)
+    if chunk_holds != "logits":
+        _check_exponentials(chunk_holds, hidden, impl, filtered=bool(top_k) or kept_ids is not None, full=kl_estimator == "full")
     check_segments(labels.shape[0], step_advantages, step_ends, cu_seqlens)
     check_rows(labels, weights=weights, old_logprobs=old_logprobs, ref_logprobs=ref_logprobs)
     check_options(clip_eps_low, clip_eps_high, dual_clip, clip_form, kl_estimator)
@@ -137,6 +148,7 @@ def linear_policy_loss(
         temperature,
         0 if kept_ids is not None else top_k or 0,
         chunk_rows or 0,
+        chunk_holds == "exponentials",
         grad and hidden.requires_grad,
         grad and weight.requires_grad,
         name,
@@ -193,6 +205,21 @@ def _check(
     check_softmax(labels, temperature, kept_ids)
     if chunk_rows is not None and chunk_rows < 1:
         raise ValueError(f"chunk_rows is {chunk_rows}: give at least 1, or None for the default")
+
+
+def _check_exponentials(chunk_holds: str, hidden: Tensor, impl: str, *, filtered: bool, full: bool) -> None:
+    """Raises ValueError where a chunk cannot hold exponentials."""
+    if chunk_holds != "exponentials":
+        raise ValueError(f"chunk_holds {chunk_holds!r} is unknown: give logits or exponentials")
+    reason = linear_exponentials.why_not(hidden)
+    if impl not in ("auto", "triton"):
+        reason = f"impl is {impl!r} and only 'triton' makes them"
+    elif filtered:
+        reason = "a filter (top_k, kept_ids) gathers logits"
+    elif full:
+        reason = "kl_estimator 'full' needs the logits"
+    if reason is not None:
+        raise ValueError(f"chunk_holds 'exponentials' cannot be, since {reason}: leave it at 'logits'")
 
 
 def _check_head(hidden: Tensor, weight: Tensor, labels: Tensor, prefix: str) -> None:

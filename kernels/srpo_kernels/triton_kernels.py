@@ -18,14 +18,10 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from srpo_kernels.triton_tokens import expm1, step_of_row, stored, token_loss
+from srpo_kernels.triton_tokens import LN2, LOGPROB, LSE, expm1, of_label, step_of_row, store_nothing, store_token
 
-LN2 = tl.constexpr(0.6931471805599453)
 IGNORE = tl.constexpr(-100)
 LOWEST = tl.constexpr(-3.0e38)  # the offset before anything finite has been seen
-# Planes of `rows`, as native.ROW_FIELDS
-LOSS, LOGPROB, LSE, RATIO, KL, ENTROPY, CLIPPED, OUTSIDE, STEP = (tl.constexpr(field) for field in range(9))
-NUM_FIELDS = tl.constexpr(9)
 # What may differ from call to call without a new compilation: all but the layout of a row.
 ANYTHING = (
     *("labels", "kept_ids", "step_advantages", "step_ends", "cu_seqlens", "weights", "old_logprobs", "ref_logprobs"),
@@ -201,8 +197,7 @@ def rows_kernel(
     if dlogits is not None:
         dlogits += row * dlogits_stride
     if label == IGNORE:
-        for field in tl.static_range(NUM_FIELDS):
-            tl.store(planes + field * plane, -1.0 if field == STEP else 0.0)
+        store_nothing(planes, plane)
         if dlogits is not None:
             _fill_zero(dlogits, vocab, BLOCK)
         return
@@ -240,19 +235,8 @@ def rows_kernel(
         logits, ref_logits, held, columns, head, vocab, c, BLOCK, NUM_HELD, FOLD
     )
 
-    # The row, in fp64 and relative to `offset`: what large logits have in common has cancelled out.
-    e_label = tl.exp2(tl.fma(x_label, c, -offset))
-    is_certain = e_label == total
+    logprob, log_total, mean, y_label = of_label(x_label, offset, total, dot, c, c_error)
     total = total.to(tl.float64)
-    log_total = tl.log2(total)
-    y_label = x_label.to(tl.float64) * tl.cast(c, tl.float64) - offset
-    mean = dot / total
-    log2_p = y_label - log_total
-    # A likely label's own power is taken with the rounding that it has in the sum, so that a certain one gets exactly 0.
-    log2_p = tl.where(log2_p > -1, tl.log2(e_label.to(tl.float64)) - log_total, log2_p)
-    log2_p += c_error * (tl.maximum(y_label, -1.0e30) - mean)  # as with an exact c: the first order is all there is
-    log2_p = tl.where(is_certain, 0.0, log2_p)
-    logprob = tl.where(log2_p > 0, 0.0, log2_p) * LN2
     zero = tl.full([], 0.0, tl.float64)
     full_kl, label_log_ratio, log_ratio_of_totals = zero, zero, zero
     if ref_logits is not None:
@@ -267,22 +251,29 @@ def rows_kernel(
     # Its gradient: (label_coef onehot - softmax_coef p + kl_of_all p (log(p / q) - full_kl)) / temperature
     label_coef, softmax_coef, kl_of_all = zero, zero, zero
     if MODE == "policy_loss":
-        old = stored(old_logprobs, row, logprob)
-        ref = stored(ref_logprobs, row, logprob)
-        loss, label_coef, ratio, kl, clipped = token_loss(
-            logprob, old, ref, full_kl, advantage, (clip_low, clip_high, dual_clip), kl_coef, CLIP_FORM, KL_ESTIMATOR
+        entropy = (log_total - mean) * LN2
+        clips = (clip_low, clip_high, dual_clip)
+        label_coef = store_token(
+            planes,
+            plane,
+            row,
+            logprob,
+            entropy,
+            full_kl,
+            outside,
+            advantage,
+            weight,
+            step,
+            old_logprobs,
+            ref_logprobs,
+            clips,
+            kl_coef,
+            CLIP_FORM,
+            KL_ESTIMATOR,
         )
-        label_coef *= weight
         softmax_coef = label_coef
         if KL_ESTIMATOR == "full":
             kl_of_all = weight * kl_coef
-        tl.store(planes + LOSS * plane, (weight * loss).to(tl.float32))
-        tl.store(planes + RATIO * plane, ratio.to(tl.float32))
-        tl.store(planes + KL * plane, kl.to(tl.float32))
-        tl.store(planes + ENTROPY * plane, ((log_total - mean) * LN2).to(tl.float32))
-        tl.store(planes + CLIPPED * plane, clipped.to(tl.float32))
-        tl.store(planes + OUTSIDE * plane, outside)
-        tl.store(planes + STEP * plane, step.to(tl.float32))
     if MODE == "logprobs_backward":
         label_coef = tl.load(grad_logprobs + row).to(tl.float64)
         softmax_coef = label_coef - tl.load(grad_lse + row).to(tl.float64)

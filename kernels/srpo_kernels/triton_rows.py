@@ -19,7 +19,7 @@ from srpo_kernels.native import DEFAULTS, DTYPES, POINTERS, ROW_FIELDS
 
 OLDEST = (3, 6)
 OLDEST_CAPABILITY = (8, 0)
-_TABLES = {name: dtype for name, dtype in POINTERS.items() if dtype is not None and name != "rows"}
+TABLES = {name: dtype for name, dtype in POINTERS.items() if dtype is not None and name != "rows"}
 
 
 class Tiling(NamedTuple):
@@ -98,10 +98,10 @@ def rows(
         return values
     options = DEFAULTS | options
     assert dlogits is None or vocab <= 1 or dlogits.stride(1) == 1
-    logits, ref_logits = _rows_together(logits), tables.get("ref_logits")
+    logits, ref_logits = rows_together(logits), tables.get("ref_logits")
     if ref_logits is not None:
-        ref_logits = _rows_together(ref_logits)
-    table = {name: _as(tables.get(name), dtype) for name, dtype in _TABLES.items()}
+        ref_logits = rows_together(ref_logits)
+    table = {name: as_table(tables.get(name), dtype) for name, dtype in TABLES.items()}
     kept_ids, step_ends = table["kept_ids"], table["step_ends"]
     num_kept = 0 if kept_ids is None else kept_ids.shape[1]
     num_sequences, num_steps = (0, 0) if step_ends is None else step_ends.shape
@@ -111,11 +111,10 @@ def rows(
         gathered=kept_ids is not None,
         aligned=logits.data_ptr() % 16 == 0 and logits.stride(0) * logits.element_size() % 16 == 0,
     )
-    exact = math.log2(math.e) / options["temperature"]
-    rounded = torch.tensor(exact, dtype=torch.float32).item()
+    c, c_error = in_base_2(options["temperature"])
     module = kernels()
     assert isinstance(module, ModuleType)
-    with _on(logits):
+    with on(logits):
         module.rows_kernel[num_rows,](
             logits,
             ref_logits,
@@ -131,13 +130,9 @@ def rows(
             num_steps=num_steps,
             num_kept=num_kept,
             first_row=options["first_row"],
-            c=rounded,
-            c_error=exact / rounded - 1,
-            inverse_temperature=1 / options["temperature"],
-            clip_low=1 - options["clip_eps_low"],
-            clip_high=1 + options["clip_eps_high"],
-            dual_clip=options["dual_clip"],
-            kl_coef=options["kl_coef"],
+            c=c,
+            c_error=c_error,
+            **numbers(options),
             MODE=mode,
             CLIP_FORM=options["clip_form"],
             KL_ESTIMATOR=options["kl_estimator"],
@@ -164,21 +159,40 @@ def scale_(dlogits: torch.Tensor, factor: torch.Tensor) -> torch.Tensor:
     if num_rows:
         module = kernels()
         assert isinstance(module, ModuleType)
-        with _on(dlogits):
+        with on(dlogits):
             module.scale_kernel[num_rows,](dlogits, factor, dlogits.stride(0), vocab, BLOCK=4096, num_warps=8)
     return dlogits
 
 
-def _on(tensor: torch.Tensor) -> AbstractContextManager[Any]:
+def in_base_2(temperature: float) -> tuple[float, float]:
+    """(c = log2(e) / temperature rounded to fp32, by how much, relative to it, that falls short)."""
+    exact = math.log2(math.e) / temperature
+    rounded = torch.tensor(exact, dtype=torch.float32).item()
+    return rounded, exact / rounded - 1
+
+
+def numbers(options: dict[str, Any]) -> dict[str, float]:
+    """The kernels' scalars that follow from the options of a loss."""
+    return {
+        "inverse_temperature": 1 / options["temperature"],
+        "clip_low": 1 - options["clip_eps_low"],
+        "clip_high": 1 + options["clip_eps_high"],
+        "dual_clip": options["dual_clip"],
+        "kl_coef": options["kl_coef"],
+    }
+
+
+def on(tensor: torch.Tensor) -> AbstractContextManager[Any]:
     """Kernels are launched on the current device: make it that of the tensor."""
     return torch.cuda.device(tensor.device) if tensor.device.type == "cuda" else nullcontext()
 
 
-def _as(table: torch.Tensor | None, dtype: torch.dtype) -> torch.Tensor | None:
+def as_table(table: torch.Tensor | None, dtype: torch.dtype) -> torch.Tensor | None:
+    """A table as the kernels read it, by a copy where need be."""
     return None if table is None else table.detach().to(dtype).contiguous()
 
 
-def _rows_together(logits: torch.Tensor) -> torch.Tensor:
+def rows_together(logits: torch.Tensor) -> torch.Tensor:
     """Logits whose rows are contiguous, by a copy where need be."""
     logits = logits.detach()
     return logits if logits.shape[1] <= 1 or logits.stride(1) == 1 else logits.contiguous()

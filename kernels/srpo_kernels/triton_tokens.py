@@ -1,4 +1,5 @@
-"""Eq. 6 for one token, in Triton and fp64: its reasoning step, loss and derivative. Rules are those of csrc/rows.h."""
+"""Eq. 6 for one token, in Triton and fp64: its reasoning step, log-probability, loss and derivative, and what of it is stored.
+Rules are those of csrc/rows.h."""
 # pyright: reportArgumentType=false, reportGeneralTypeIssues=false, reportInvalidTypeForm=false, reportOperatorIssue=false
 # Annotations here are Triton's, not Python's.
 
@@ -8,6 +9,10 @@ import triton
 import triton.language as tl
 
 MAX_LOG_RATIO = tl.constexpr(20.0)  # as reference.MAX_LOG_RATIO
+LN2 = tl.constexpr(0.6931471805599453)
+# Planes of `rows`, as native.ROW_FIELDS
+LOSS, LOGPROB, LSE, RATIO, KL, ENTROPY, CLIPPED, OUTSIDE, STEP = (tl.constexpr(field) for field in range(9))
+NUM_FIELDS = tl.constexpr(9)
 
 
 @triton.jit
@@ -85,3 +90,64 @@ def token_loss(
         loss += kl_coef * kl
         dloss += kl_coef * dkl
     return loss, dloss, ratio, kl, cut & (advantage != 0)
+
+
+@triton.jit
+def of_label(x_label, offset, total, dot, c, c_error):
+    """(log-probability of the label, log2 of the total, mean exponent, the label's), in fp64 and relative to `offset`: what large
+    logits have in common has cancelled out.
+
+    total: of E = 2^(x c - offset); dot: of E log2 E; c_error: by how much, relative to c, its rounding falls short of it.
+    """
+    e_label = tl.exp2(tl.fma(x_label, c, -offset))
+    is_certain = e_label == total
+    total = total.to(tl.float64)
+    log_total = tl.log2(total)
+    y_label = x_label.to(tl.float64) * tl.cast(c, tl.float64) - offset
+    mean = dot / total
+    log2_p = y_label - log_total
+    # A likely label's own power is taken with the rounding that it has in the sum, so that a certain one gets exactly 0.
+    log2_p = tl.where(log2_p > -1, tl.log2(e_label.to(tl.float64)) - log_total, log2_p)
+    log2_p += c_error * (tl.maximum(y_label, -1.0e30) - mean)  # as with an exact c: the first order is all there is
+    log2_p = tl.where(is_certain, 0.0, log2_p)
+    return tl.where(log2_p > 0, 0.0, log2_p) * LN2, log_total, mean, y_label
+
+
+@triton.jit
+def store_nothing(planes, plane):
+    """Values of a row that counts nothing."""
+    for field in tl.static_range(NUM_FIELDS):
+        tl.store(planes + field * plane, -1.0 if field == STEP else 0.0)
+
+
+@triton.jit
+def store_token(
+    planes,
+    plane,
+    row,
+    logprob,
+    entropy,
+    full_kl,
+    outside,
+    advantage,
+    weight,
+    step,
+    old_logprobs,
+    ref_logprobs,
+    clips,
+    kl_coef,
+    CLIP_FORM: tl.constexpr,
+    KL_ESTIMATOR: tl.constexpr,
+):
+    """Derivative of the token's term of the loss by its log-probability; all values of the row but LOGPROB and LSE are stored."""
+    old = stored(old_logprobs, row, logprob)
+    ref = stored(ref_logprobs, row, logprob)
+    loss, dloss, ratio, kl, clipped = token_loss(logprob, old, ref, full_kl, advantage, clips, kl_coef, CLIP_FORM, KL_ESTIMATOR)
+    tl.store(planes + LOSS * plane, (weight * loss).to(tl.float32))
+    tl.store(planes + RATIO * plane, ratio.to(tl.float32))
+    tl.store(planes + KL * plane, kl.to(tl.float32))
+    tl.store(planes + ENTROPY * plane, entropy.to(tl.float32))
+    tl.store(planes + CLIPPED * plane, clipped.to(tl.float32))
+    tl.store(planes + OUTSIDE * plane, outside)
+    tl.store(planes + STEP * plane, step.to(tl.float32))
+    return weight * dloss

@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import torch
 from linear_cases import DEVICES, OPTIONS, Case, chunked, relative, rounding, two_roundings
-from srpo_kernels import IGNORE, linear_operators
+from srpo_kernels import IGNORE, linear_chunks
 from torch import Tensor
 
 
@@ -71,8 +71,8 @@ def as_on_a_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
         product = scale * (a.float() @ b.float())
         out.copy_(out + product if add else product)
 
-    monkeypatch.setattr(linear_operators, "factor_dtype", lambda tensor: tensor.dtype)
-    monkeypatch.setattr(linear_operators, "put_product", put_product)
+    monkeypatch.setattr(linear_chunks, "factor_dtype", lambda tensor: tensor.dtype)
+    monkeypatch.setattr(linear_chunks, "put_product", put_product)
 
 
 @chunked

@@ -10,7 +10,7 @@ import pytest
 import srpo_kernels
 import torch
 from linear_cases import DEVICES, OPTIONS, Case, chunked, grad_of, relative, same
-from srpo_kernels import IGNORE, linear_operators, policy_loss, token_logprobs, topk_support
+from srpo_kernels import IGNORE, linear_chunks, policy_loss, token_logprobs, topk_support
 from srpo_kernels.linear import linear_token_logprobs
 from srpo_kernels.segments import compact, step_of_row
 from torch import Tensor
@@ -38,13 +38,13 @@ def test_a_frozen_factor(frozen: str, impl: str) -> None:
 def test_three_products_and_none_for_rows_without_a_gradient(monkeypatch: pytest.MonkeyPatch) -> None:
     case = Case(6, 83, 37, 211)
     products: list[int] = []
-    put_product = linear_operators.put_product
+    put_product = linear_chunks.put_product
 
     def count(out: Tensor, a: Tensor, b: Tensor, **more: Any) -> None:
         products.append(a.shape[0] * a.shape[1] * b.shape[1])
         put_product(out, a, b, **more)
 
-    monkeypatch.setattr(linear_operators, "put_product", count)
+    monkeypatch.setattr(linear_chunks, "put_product", count)
     labelled = case.tables["labels"] != IGNORE
     num_rows = int(labelled.sum())
     row = 37 * 211
@@ -103,22 +103,22 @@ def test_peak_memory_is_one_chunk(dtype: torch.dtype, option: str) -> None:
 
 def test_default_chunks() -> None:
     cpu, gpu = torch.device("cpu"), torch.device("cuda")
-    assert linear_operators.default_rows(151936, cpu, 1) == 2**28 // (4 * 151936)
-    assert linear_operators.default_rows(2**30, cpu, 1) == 1
-    assert [linear_operators.default_rows(151936, gpu, matrices) for matrices in (1, 2)] == [8192, 4096]
+    assert linear_chunks.default_rows(151936, cpu, 1) == 2**28 // (4 * 151936)
+    assert linear_chunks.default_rows(2**30, cpu, 1) == 1
+    assert [linear_chunks.default_rows(151936, gpu, matrices) for matrices in (1, 2)] == [8192, 4096]
 
 
 @chunked
 def test_the_default_leaves_room_for_a_second_matrix(monkeypatch: pytest.MonkeyPatch) -> None:
     heights: list[int] = []
-    logits = linear_operators.Chunks.logits
+    logits = linear_chunks.Chunks.logits
 
-    def count(self: linear_operators.Chunks, start: int, stop: int) -> tuple[Tensor, Tensor]:
+    def count(self: linear_chunks.Chunks, start: int, stop: int) -> tuple[Tensor, Tensor]:
         heights.append(stop - start)
         return logits(self, start, stop)
 
-    monkeypatch.setattr(linear_operators, "CPU_CHUNK_BYTES", 4 * 211 * 20)
-    monkeypatch.setattr(linear_operators.Chunks, "logits", count)
+    monkeypatch.setattr(linear_chunks, "CPU_CHUNK_BYTES", 4 * 211 * 20)
+    monkeypatch.setattr(linear_chunks.Chunks, "logits", count)
     case = Case(10, ignored=False)
     hidden = case.hidden.requires_grad_()
     case.loss(hidden, case.weight)
@@ -305,7 +305,7 @@ def test_opcheck(option: str) -> None:
     name = srpo_kernels.implementations(torch.empty(0, 1))[0]
     for flags in ((True, True), (True, False), (False, True)):
         factors = [x.detach().requires_grad_(flag) for x, flag in zip((hidden, weight), flags, strict=True)]
-        rest = (None, None, None, 0.2, 0.3, math.inf, "ppo", 0.1, "k3", 0.9, top_k, 4, *flags, name)
+        rest = (None, None, None, 0.2, 0.3, math.inf, "ppo", 0.1, "k3", 0.9, top_k, 4, False, *flags, name)
         torch.library.opcheck(torch.ops.srpo.linear_policy_loss.default, (*factors, *tables, *rest))
         torch.library.opcheck(torch.ops.srpo.linear_token_logprobs.default, (*factors, t["labels"], None, 0.9, top_k, 4, name))
 
@@ -394,6 +394,6 @@ def test_move_up(seed: int) -> None:
     before = torch.randn(num_rows, 3, generator=gen)
     alive = torch.rand(num_rows, generator=gen) < torch.rand((), generator=gen)
     after = before.clone()
-    order = linear_operators.move_up(after, alive)
+    order = linear_chunks.move_up(after, alive)
     assert torch.equal(after[: order.shape[0]], before[order])
     assert torch.equal(order.sort().values, alive.nonzero()[:, 0])

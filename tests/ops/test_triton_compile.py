@@ -6,20 +6,18 @@ not happen is that some are spilled, or that logits are moved in less than 16 by
 
 from __future__ import annotations
 
-import importlib
-import os
 import re
-import subprocess
 from dataclasses import dataclass
 from pathlib import Path
 from types import ModuleType
 from typing import Any
 
+import machine_code
 import pytest
+from machine_code import TARGETS, amd_use, disassemble
 from srpo_kernels import triton_rows
 
 V = 151936
-TARGETS = {"sm80": ("cuda", 80, 32), "sm90": ("cuda", 90, 32), "sm100": ("cuda", 100, 32), "gfx942": ("hip", "gfx942", 64)}
 # What is constant while a model trains and may be compiled for; of all else nothing is.
 LAYOUT = {"logits", "ref_logits", "dlogits", "logits_stride", "ref_stride", "dlogits_stride", "vocab"}
 TABLES = {"kept_ids": "*i64", "labels": "*i64", "step_ends": "*i32", "cu_seqlens": "*i32"}
@@ -80,7 +78,7 @@ def absent(variant: Variant) -> set[str]:
     return names | ({"old_logprobs"} if variant.kl_estimator is None else set())
 
 
-def compiled(kernels: ModuleType, variant: Variant, target: tuple[str, Any, int]) -> Any:
+def compiled(kernels: ModuleType, variant: Variant, arch: str) -> Any:
     """The kernel as it is launched for rows of V logits that start at multiples of 16 bytes."""
     element_bytes = 4 if variant.dtype == "fp32" else 2
     num_columns = variant.num_kept + 1 if variant.num_kept else V
@@ -90,16 +88,7 @@ def compiled(kernels: ModuleType, variant: Variant, target: tuple[str, Any, int]
     types = {"logits": f"*{variant.dtype}", "ref_logits": f"*{variant.dtype}", "dlogits": f"*{variant.gradient or variant.dtype}"}
     types |= TABLES | dict.fromkeys((*COUNTS, "logits_stride", "ref_stride", "dlogits_stride"), "i32") | {"c": "fp32"}
     types |= dict.fromkeys(("c_error", "inverse_temperature", "clip_low", "clip_high", "dual_clip", "kl_coef"), "fp64")
-    names = kernels.rows_kernel.arg_names
-    compiler = importlib.import_module("triton.compiler")
-    source = compiler.ASTSource(
-        fn=kernels.rows_kernel,
-        signature={name: "constexpr" if name in fixed else types.get(name, "*fp32") for name in names},
-        constexprs={(names.index(name),): value for name, value in fixed.items()},
-        attrs={(names.index(name),): [["tt.divisibility", 16]] for name in sorted(LAYOUT - set(fixed))},
-    )
-    gpu = importlib.import_module("triton.backends.compiler").GPUTarget(*target)
-    return compiler.compile(source, target=gpu, options={"num_warps": tiles.num_warps, "enable_fp_fusion": True})
+    return machine_code.compiled(kernels.rows_kernel, arch, types, fixed, LAYOUT, num_warps=tiles.num_warps)
 
 
 @pytest.fixture(autouse=True)
@@ -107,26 +96,11 @@ def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path))
 
 
-def disassemble(cubin: bytes, folder: Path) -> tuple[str, str]:
-    """(use of resources, machine code), by the tool that comes with Triton."""
-    path = folder / "kernel.cubin"
-    path.write_bytes(cubin)
-    triton_file = importlib.import_module("triton").__file__
-    assert triton_file is not None
-    tool = Path(triton_file).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
-    if not os.access(tool, os.X_OK):
-        pytest.skip(f"{tool} is missing")
-    flags = ("--dump-resource-usage", "--dump-sass")
-    usage, sass = (subprocess.run([tool, flag, path], capture_output=True, text=True, check=True).stdout for flag in flags)
-    return usage, sass
-
-
 @pytest.mark.parametrize("arch", [name for name in TARGETS if name.startswith("sm")])
 @pytest.mark.parametrize("name", VARIANTS)
 def test_nvidia(kernels: ModuleType, name: str, arch: str, tmp_path: Path) -> None:
     variant = VARIANTS[name]
-    usage, sass = disassemble(compiled(kernels, variant, TARGETS[arch]).asm["cubin"], tmp_path)
-    use = {field: int(value) for field, value in re.findall(r"(REG|STACK|LOCAL|SHARED):(\d+)", usage)}
+    use, sass = disassemble(compiled(kernels, variant, arch).asm["cubin"], tmp_path)
     print(use)
     assert use["STACK"] == use["LOCAL"] == 0 and not re.search(r"\b(LDL|STL)\b", sass), "spilled registers"
     assert use["REG"] <= variant.registers
@@ -147,8 +121,8 @@ def test_nvidia(kernels: ModuleType, name: str, arch: str, tmp_path: Path) -> No
 @pytest.mark.parametrize("name", VARIANTS)
 def test_amd(kernels: ModuleType, name: str) -> None:
     variant = VARIANTS[name]
-    code = compiled(kernels, variant, TARGETS["gfx942"]).asm["amdgcn"]
-    use = {field: int(value) for field, value in re.findall(r"\.((?:vgpr|agpr|sgpr|vgpr_spill|sgpr_spill)_count):\s*(\d+)", code)}
+    code = compiled(kernels, variant, "gfx942").asm["amdgcn"]
+    use = amd_use(code)
     print(use)
     assert use["vgpr_spill_count"] == use["sgpr_spill_count"] == 0 and use["vgpr_count"] <= variant.amd_registers
     if not variant.num_kept:
@@ -159,16 +133,13 @@ def test_amd(kernels: ModuleType, name: str) -> None:
 @pytest.mark.parametrize("arch", TARGETS)
 def test_rows_that_are_not_aligned_compile(kernels: ModuleType, arch: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(globals(), "LAYOUT", set())
-    assert compiled(kernels, VARIANTS["bf16"], TARGETS[arch]).asm
+    assert compiled(kernels, VARIANTS["bf16"], arch).asm
 
 
 @pytest.mark.parametrize("arch", TARGETS)
 def test_scaling_compiles(kernels: ModuleType, arch: str) -> None:
-    compiler = importlib.import_module("triton.compiler")
-    signature = {"values": "*bf16", "factor": "*fp32", "stride": "i32", "size": "i32", "BLOCK": "constexpr"}
-    source = compiler.ASTSource(fn=kernels.scale_kernel, signature=signature, constexprs={(4,): 4096}, attrs={})
-    gpu = importlib.import_module("triton.backends.compiler").GPUTarget(*TARGETS[arch])
-    assert compiler.compile(source, target=gpu, options={"num_warps": 8, "enable_fp_fusion": True}).asm
+    types = {"values": "*bf16", "factor": "*fp32", "stride": "i32", "size": "i32"}
+    assert machine_code.compiled(kernels.scale_kernel, arch, types, {"BLOCK": 4096}, set(), num_warps=8).asm
 
 
 def test_nothing_but_the_layout_of_a_row_is_compiled_for(kernels: ModuleType) -> None:
