@@ -1,6 +1,7 @@
 """The two things that flow: `Rollout`, one sampled response, and `Batch`, packed tensors; and `pack`, where the shift happens.
 
 Shapes: N sequences, T packed token positions, J reasoning steps, K kept ids of a top-k filter, L tokens of one response.
+Of experts (`routed`): P prompt tokens, D decoder layers, K experts of a token.
 """
 
 from __future__ import annotations
@@ -38,6 +39,13 @@ class Rollout:
     verdicts: tuple[bool | float | None, ...] | None = None  # [J] all that the judge said, used or not; None where not asked
     # [L, K] int32 ids that each token was drawn from, -1 fills up; None where the engine was not asked. Not in rollouts.jsonl
     support: np.ndarray | None = field(default=None, compare=False, repr=False)
+    # [P + L - 1, D, K] int16 experts that prompt and response tokens went to, -1 unknown; None and rollouts.jsonl: as support.
+    # The last token of a response is never an input, so it goes nowhere
+    routed: np.ndarray | None = field(default=None, compare=False, repr=False)
+
+    def bare(self) -> Rollout:
+        """Without what is large and not in rollouts.jsonl."""
+        return replace(self, support=None, routed=None)
 
     @property
     def step_lengths(self) -> tuple[int, ...]:
@@ -49,8 +57,8 @@ def write_rollouts(path: Path, rollouts: Iterable[Rollout], step: int) -> None:
     """Append rollouts to a JSON Lines file, each with the optimizer step it was used in."""
     with path.open("a", encoding="utf-8") as file:
         for rollout in rollouts:
-            row = {"step": step, **asdict(replace(rollout, support=None))}
-            del row["support"]
+            row = {"step": step, **asdict(rollout.bare())}
+            del row["support"], row["routed"]
             file.write(json.dumps(row, ensure_ascii=False) + "\n")
 
 
@@ -82,6 +90,7 @@ class Batch:
     ref_logprobs: torch.Tensor | None = None  # [T] fp32
     kept_ids: torch.Tensor | None = None  # [T, K] int64 support of the behaviour policy's top-k filter; negative ids fill up
     importance: torch.Tensor | None = None  # [T] fp32, weights are multiplied by it (`srpo.policy.mismatch`); None: not known yet
+    routed_experts: torch.Tensor | None = None  # [T, D, K] int16 that the engine sent a row's input token to; -1 unknown
 
     @property
     def num_sequences(self) -> int:
@@ -157,6 +166,7 @@ def _pack_chunk(rollouts: list[Rollout], step_advantages: torch.Tensor, sequence
     input_ids, labels, position_ids, weights, sampling_logprobs, step_ends = [], [], [], [], [], []
     lengths = [0]
     supports: list[tuple[int, np.ndarray]] = []  # (first row, [L, K])
+    routed: list[tuple[int, np.ndarray]] = []  # (first row, [P + L - 1, D, K])
     for rollout, weight in zip(rollouts, sequence_weights.tolist(), strict=True):
         tokens = (*rollout.prompt_ids, *rollout.response_ids)
         ignored = len(rollout.prompt_ids) - 1  # these rows predict prompt tokens
@@ -167,11 +177,14 @@ def _pack_chunk(rollouts: list[Rollout], step_advantages: torch.Tensor, sequence
         weights += [0.0] * ignored + [weight] * num_response
         if rollout.support is not None:
             supports.append((lengths[-1] + ignored, rollout.support))
+        if rollout.routed is not None:
+            routed.append((lengths[-1], rollout.routed))
         sampling_logprobs += [0.0] * ignored + list(rollout.sampling_logprobs)
         step_ends.append([ignored + end for end in rollout.step_ends])
         lengths.append(lengths[-1] + len(tokens) - 1)
     return Batch(
-        kept_ids=_kept_ids(supports, len(input_ids)) if len(supports) == len(rollouts) else None,
+        kept_ids=_table(supports, len(input_ids), np.int64) if len(supports) == len(rollouts) else None,
+        routed_experts=_table(routed, len(input_ids), np.int16) if routed else None,
         input_ids=torch.tensor(input_ids, dtype=torch.long),
         labels=torch.tensor(labels, dtype=torch.long),
         position_ids=torch.tensor(position_ids, dtype=torch.long),
@@ -183,9 +196,10 @@ def _pack_chunk(rollouts: list[Rollout], step_advantages: torch.Tensor, sequence
     )
 
 
-def _kept_ids(supports: Sequence[tuple[int, np.ndarray]], num_rows: int) -> torch.Tensor:
-    """[T, K] from the supports [L, K] of responses and the rows that they begin at; -1 elsewhere."""
-    kept = np.full((num_rows, max(ids.shape[1] for _, ids in supports)), -1, dtype=np.int64)
-    for first, ids in supports:
-        kept[first : first + len(ids), : ids.shape[1]] = ids
-    return torch.from_numpy(kept)
+def _table(parts: Sequence[tuple[int, np.ndarray]], num_rows: int, dtype: type[np.integer]) -> torch.Tensor:
+    """[T, ..., K] from parts [rows, ..., K] and the rows that they begin at; -1 elsewhere."""
+    shape = parts[0][1].shape[1:-1]
+    table = np.full((num_rows, *shape, max(ids.shape[-1] for _, ids in parts)), -1, dtype=dtype)
+    for first, ids in parts:
+        table[first : first + len(ids), ..., : ids.shape[-1]] = ids
+    return torch.from_numpy(table)

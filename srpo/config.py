@@ -35,6 +35,7 @@ class PolicyConfig:
 class VllmConfig:
     """Of rollout.engine "vllm" and, as `[reward.judge_vllm]`, of reward.judge_engine "vllm"."""
 
+    tensor_parallel_size: int = 1  # consecutive ranks of a host that share one vLLM, split over their devices; 1: one each
     max_num_seqs: int = 256  # responses that are decoded at once
     kv_cache_mib: int = 0  # of key-value cache; 0: 1024 on a CPU, what gpu_memory_frac leaves on a GPU
     gpu_memory_frac: float = 0.45  # of a GPU's memory for weights and key-value cache; the trainer needs the rest
@@ -54,6 +55,7 @@ class RolloutConfig:
     top_k: int = 100  # 0: no filter
     ratio: Literal["filtered", "unfiltered"] = "filtered"  # the distribution that importance ratios are taken on
     support: Literal["recompute", "replay"] = "recompute"  # its top_k ids: the trainer's own, or those that the engine drew from
+    routing: Literal["recompute", "replay"] = "recompute"  # experts of each token: the trainer's own choice, or the engine's
     overlap: Literal["auto", "on", "off"] = "auto"  # score groups while others are sampled; auto: where the engine is vllm
     oversample: float = 0.0  # share of further prompts that are started; those that finish last are aborted. 0: none
     cut_tail: float = 0.0  # share of num_prompts that is aborted when the rest has finished; 0: none

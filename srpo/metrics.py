@@ -59,6 +59,7 @@ METRICS: dict[str, str] = {
     "rollout/mismatch_ratio_p99": "the same, 99th percentile over the tokens of all ranks (nearest rank, exact)",
     "rollout/mismatch_ratio_max": "the same, largest",
     "rollout/importance_clip_frac": "fraction of tokens whose weight loss.importance has bounded (truncate) or set to 0 (mask)",
+    "rollout/routing_flip_frac": "share of (token, layer) whose router would have chosen other experts than the replayed ones",
     "rollout/response_length": "mean response length, tokens",
     "rollout/response_length/{step}": "mean length of one reasoning step, tokens",
     "rollout/prompt_length": "mean prompt length, tokens",

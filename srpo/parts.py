@@ -24,6 +24,7 @@ from srpo.optim import make_optimizer
 from srpo.policy.checkpoint import latest_checkpoint, load_checkpoint, save_checkpoint
 from srpo.policy.model import Policy, load_policy
 from srpo.policy.parallel import Parallel
+from srpo.policy.routing import Routers
 from srpo.policy.scalar import load_scalar
 from srpo.policy.update import Objective
 from srpo.ppo import Ppo
@@ -74,6 +75,9 @@ def build(cfg: Config, parallel: Parallel) -> Parts:
     tokenizer = load_tokenizer(cfg.policy.path)
     loaded = load_policy(cfg.policy.path, experts=cfg.policy.experts)
     check_support(cfg, loaded.config.vocab_size)
+    replay = cfg.rollout.routing == "replay"
+    if replay:
+        Routers(loaded)  # ValueError for a model whose routing cannot be replayed
     engine = open_engine(cfg, loaded, parallel)
     for some in (examples, eval_examples):
         prompts = [encode(tokenizer, build_prompt(example, cfg.data.prompt)) for example in some]
@@ -85,7 +89,7 @@ def build(cfg: Config, parallel: Parallel) -> Parts:
     if cfg.loss.kl_coef:
         frozen = load_policy(cfg.policy.reference or cfg.policy.path, experts=cfg.policy.experts).requires_grad_(False)
         reference = parallel.shard(Policy(frozen), dtype=cfg.policy.dtype)
-    policy = Policy(loaded, activation_checkpointing=cfg.policy.activation_checkpointing)
+    policy = Policy(loaded, activation_checkpointing=cfg.policy.activation_checkpointing, replay_routing=replay)
     policy = parallel.shard(policy, dtype=cfg.policy.dtype)
     ppo = Ppo.of(cfg, parallel)
     claim_run_dir(Path(cfg.run_dir), cfg, parallel.is_main, OF_THE_SERVER)
@@ -139,6 +143,7 @@ def sampling_params(cfg: Config, tokenizer: Any) -> SamplingParams:
         group_size=cfg.rollout.group_size,
         stop_ids=(tokenizer.eos_token_id,),
         support=cfg.rollout.support == "replay",
+        routing=cfg.rollout.routing == "replay",
     )
 
 

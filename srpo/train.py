@@ -52,22 +52,18 @@ def train(cfg: Config, parallel: Parallel) -> Path:
             clock.lap("rollout")
             engine.sync_weights(policy, version=step)  # pi_old <- pi_theta
             clock.lap("sync")
-            examples, rollouts = taken or draw(parts, cfg, step, parallel)  # lines 2, 4 and 6-9, Eq. 5
+            examples, rollouts, metrics = collect(parts, cfg, step, parallel, taken)  # lines 2, 4 and 6-9, Eq. 5
             clock.lap("rollout")
-            examples, rollouts, num_cut = keep_finished(parts, examples, rollouts, cfg, parallel)
-            examples, rollouts, rounds = refill_step(parts, examples, rollouts, cfg, step, parallel)  # 4.2.1
-            everyone = [r for share in parallel.all_gather_object([replace(r, support=None) for r in rollouts]) for r in share]
-            check_age(everyone, step, cfg.rollout.off_policy_steps)
+            everyone = gather(rollouts, cfg, step, parallel)
             audited = audit(state.audit, everyone, examples, parts.schema, cfg.reward)  # the judge against gold labels
-            window = sampler.stage.settings
-            longest = cfg.rollout.max_new_tokens
+            window, longest = sampler.stage.settings, cfg.rollout.max_new_tokens
             credit = assign_credit(everyone, parts.schema, cfg.advantage, cfg.loss, window, longest)  # lines 10-13
             sampler.observe([e.example_id for e in examples], [credit.group_scores[g] for g in range(len(examples))])  # 4.2.1
             state = state.after(credit, window, audited.state)
-            clock.lap("score")
+            metrics |= rollout_metrics(everyone, parts.schema, credit, cfg.advantage.clip) | audited.metrics(parts.schema)
+            metrics |= sampler.metrics() | judge_metrics(parts.judge, parallel)
             batches = pack_mine(rollouts, credit, cfg, parallel)
-            metrics = rollout_metrics(everyone, parts.schema, credit, cfg.advantage.clip) | audited.metrics(parts.schema)
-            metrics |= sampler.metrics() | {"rollout/num_refill_rounds": rounds} | num_cut | judge_metrics(parts.judge, parallel)
+            clock.lap("score")
             if cfg.rollout.off_policy_steps and step + 1 < cfg.num_steps:
                 ahead.start(cfg.rollout.num_started, step + 1)
             else:
@@ -75,8 +71,7 @@ def train(cfg: Config, parallel: Parallel) -> Path:
             if credit.num_in_window:
                 metrics |= policy_update(parts, batches, cfg, step, parallel)  # line 16, Eq. 6
             clock.lap("update")
-            due = (step + 1) % cfg.train.eval_every == 0 if cfg.train.eval_every else False
-            if parts.eval_examples and (due or step + 1 == cfg.num_steps):
+            if parts.eval_examples and evaluation_due(cfg, step + 1):
                 ahead.wait()
                 metrics |= evaluate_now(parts, cfg, step + 1, parallel)
                 clock.lap("eval")
@@ -103,10 +98,20 @@ def train(cfg: Config, parallel: Parallel) -> Path:
 # ---- the phases ----------------------------------------------------------------------------------------------------------------
 
 
-def draw(parts: Parts, cfg: Config, step: int, parallel: Parallel) -> tuple[list[Example], list[Rollout]]:
-    """(the prompts of an optimizer step by stage, difficulty and diversity, this rank's scored rollouts of them)."""
-    examples = parts.sampler.next(cfg.rollout.num_started)
-    return examples, sample(parts, cfg, parallel, examples, step)
+def collect(
+    parts: Parts, cfg: Config, step: int, parallel: Parallel, taken: tuple[list[Example], list[Rollout]] | None = None
+) -> tuple[list[Example], list[Rollout], dict[str, float]]:
+    """(the prompts of an optimizer step by stage, difficulty and diversity, this rank's scored rollouts of them, metrics).
+
+    taken: what was sampled beside the last update, in place of a draw. Groups that were cut are gone, and up to `sampler.refill`
+    rounds of further prompts have been sampled for those that do not train (4.2.1).
+    """
+    if taken is None:
+        examples = parts.sampler.next(cfg.rollout.num_started)
+        taken = examples, sample(parts, cfg, parallel, examples, step)
+    examples, rollouts, num_cut = keep_finished(parts, *taken, cfg, parallel)
+    examples, rollouts, num_rounds = refill_step(parts, examples, rollouts, cfg, step, parallel)
+    return examples, rollouts, {"rollout/num_refill_rounds": num_rounds} | num_cut
 
 
 def sample(
@@ -189,6 +194,13 @@ def refill_step(
     )
 
 
+def gather(rollouts: Sequence[Rollout], cfg: Config, step: int, parallel: Parallel) -> list[Rollout]:
+    """The rollouts of all ranks, rank by rank, without their supports. ValueError where one is of older weights than allowed."""
+    everyone = [r for share in parallel.all_gather_object([r.bare() for r in rollouts]) for r in share]
+    check_age(everyone, step, cfg.rollout.off_policy_steps)
+    return everyone
+
+
 def pack_mine(rollouts: Sequence[Rollout], credit: Credit, cfg: Config, parallel: Parallel) -> list[Batch]:
     """Micro-batches of those of this rank's rollouts that train. `credit` has the rows of all ranks, rank by rank."""
     counts = parallel.all_gather_object(len(rollouts))
@@ -223,6 +235,11 @@ def policy_update(parts: Parts, batches: Sequence[Batch], cfg: Config, step: int
         )
         mismatch = mismatch or {k: v for k, v in metrics.items() if k.startswith("rollout/")}
     return metrics | mismatch
+
+
+def evaluation_due(cfg: Config, step: int) -> bool:
+    """Whether the policy is evaluated after this many optimizer steps: every `train.eval_every`, and at the end."""
+    return step == cfg.num_steps or (cfg.train.eval_every > 0 and step % cfg.train.eval_every == 0)
 
 
 def evaluate_now(parts: Parts, cfg: Config, version: int, parallel: Parallel) -> dict[str, float]:

@@ -15,6 +15,8 @@ import torch
 from torch import nn
 from transformers import AttentionInterface, PreTrainedModel
 
+from srpo.policy.routing import Routers, Routing
+
 ATTENTION = "srpo_decode"
 _UNSUPPORTED = ("s_aux", "softcap", "position_bias")  # attention variants that would be ignored without a word
 
@@ -123,27 +125,43 @@ class Decoder:
         model.set_attn_implementation(ATTENTION)
         self.head: nn.Module = model.lm_head
         self.device = next(model.parameters()).device
+        self._routers: Routers | None = None
+
+    def open_routers(self) -> Routers:
+        """From now on forwards take a `Routing`. Raises ValueError for a model without experts."""
+        if self._routers is None:
+            self._routers = Routers(self.model).open()
+        return self._routers
 
     @property
     def max_context(self) -> int:
         """Longest sequence that the model was made for, in tokens."""
         return int(self.model.config.max_position_embeddings)
 
-    def _forward(self, input_ids: torch.Tensor, position_ids: torch.Tensor, key_values: KeyValues) -> torch.Tensor:
-        out = self.model.base_model(input_ids=input_ids, position_ids=position_ids, use_cache=False, key_values=key_values)
-        return out.last_hidden_state
+    def _forward(
+        self, input_ids: torch.Tensor, position_ids: torch.Tensor, key_values: KeyValues, routing: Routing | None
+    ) -> torch.Tensor:
+        more = {} if routing is None else {"routing": routing}
+        return self.model.base_model(
+            input_ids=input_ids, position_ids=position_ids, use_cache=False, key_values=key_values, **more
+        ).last_hidden_state
 
     def _logits(self, hidden: torch.Tensor) -> torch.Tensor:
         return self.head(hidden).float()
 
-    def prefill(self, prompts: Sequence[Sequence[int]], group_size: int, capacity: int) -> tuple[torch.Tensor, KeyValues]:
-        """(logits of the first tokens [len(prompts) * group_size, V] fp32, the store, with `capacity` tokens of room)."""
+    def prefill(
+        self, prompts: Sequence[Sequence[int]], group_size: int, capacity: int, routing: Routing | None = None
+    ) -> tuple[torch.Tensor, KeyValues]:
+        """(logits of the first tokens [len(prompts) * group_size, V] fp32, the store, with `capacity` tokens of room).
+
+        routing: after `open_routers`; its tokens are those of the prompts [len(prompts) * P], padding included.
+        """
         lengths = torch.tensor([len(p) for p in prompts])
         longest = int(lengths.max())
         ids = torch.tensor([[*p, *[0] * (longest - len(p))] for p in prompts]).to(self.device)
         key_values = KeyValues(lengths.to(self.device), group_size, capacity)
         positions = torch.arange(longest, device=self.device)
-        hidden = self._forward(ids, positions[None], key_values)
+        hidden = self._forward(ids, positions[None], key_values, routing)
         logits = self._logits(hidden[torch.arange(len(prompts), device=self.device), key_values.prompt_lengths - 1])
         if int(lengths.min()) < longest:
             padding = positions[None] >= key_values.prompt_lengths[:, None]
@@ -152,9 +170,9 @@ class Decoder:
         key_values.prefilling = False
         return logits.repeat_interleave(group_size, 0), key_values
 
-    def step(self, tokens: torch.Tensor, key_values: KeyValues) -> torch.Tensor:
+    def step(self, tokens: torch.Tensor, key_values: KeyValues, routing: Routing | None = None) -> torch.Tensor:
         """Logits of the next token [S, V] fp32 after one more token [S] of each response."""
         positions = (key_values.prompt_lengths + key_values.num_response).repeat_interleave(key_values.group_size)
-        hidden = self._forward(tokens[:, None], positions[:, None], key_values)
+        hidden = self._forward(tokens[:, None], positions[:, None], key_values, routing)
         key_values.num_response += 1
         return self._logits(hidden[:, 0])

@@ -17,6 +17,7 @@ from srpo.batch import IGNORE, Batch
 from srpo.policy.attention import ATTENTION, PadLayout, needs_padding
 from srpo.policy.experts import registered_name
 from srpo.policy.parallel import current_rank, iter_full_params, unwrap
+from srpo.policy.routing import Routers, Routing
 
 logging.disable_progress_bar()  # of reading and writing weights: the programs show their own progress
 
@@ -91,8 +92,11 @@ def load_policy(path: str | Path, *, experts: str = "grouped_mm", dtype: torch.d
     )
 
 
-def hidden_states(model: PreTrainedModel, batch: Batch) -> torch.Tensor:
-    """Last hidden states [T, H] (after the final norm) of packed sequences that never see each other."""
+def hidden_states(model: PreTrainedModel, batch: Batch, routing: Routing | None = None) -> torch.Tensor:
+    """Last hidden states [T, H] (after the final norm) of packed sequences that never see each other.
+
+    routing: for a model whose `Routers` are open.
+    """
     max_length = batch.max_seqlen
     padded = needs_padding(batch.input_ids.device, next(model.parameters()).dtype)
     return model.base_model(
@@ -104,6 +108,7 @@ def hidden_states(model: PreTrainedModel, batch: Batch) -> torch.Tensor:
         max_length_k=max_length,
         pad_layout=PadLayout.of(batch.cu_seqlens, max_length) if padded else None,
         use_cache=False,
+        **({} if routing is None else {"routing": routing}),
     ).last_hidden_state[0]
 
 
@@ -113,11 +118,17 @@ def head(model: PreTrainedModel, hidden: torch.Tensor) -> torch.Tensor:
 
 
 class Policy(nn.Module):
-    """A causal LM whose forward takes a `Batch`: embedding, layers and head run in one forward, under the hooks of FSDP2."""
+    """A causal LM whose forward takes a `Batch`: embedding, layers and head run in one forward, under the hooks of FSDP2.
 
-    def __init__(self, model: PreTrainedModel, *, activation_checkpointing: bool = False) -> None:
+    replay_routing: tokens go to the experts of `batch.routed_experts`, where it has any; otherwise nobody reads them. Raises
+    ValueError then for a model without experts.
+    """
+
+    def __init__(self, model: PreTrainedModel, *, activation_checkpointing: bool = False, replay_routing: bool = False) -> None:
         super().__init__()
         self.model = model
+        self.routers = Routers(model).open() if replay_routing else None
+        self._flips: torch.Tensor | None = None
         if activation_checkpointing:
             model.gradient_checkpointing_enable({"use_reentrant": False})
         self.train()  # layers are recomputed only in training mode; nothing else depends on it, attention never drops
@@ -129,8 +140,19 @@ class Policy(nn.Module):
 
     def forward(self, batch: Batch, *, hidden_only: bool = False) -> torch.Tensor:
         """Logits [R, V] of the rows of `batch.rows()` in the dtype of the forward; with `hidden_only` hidden states [R, H]."""
-        hidden = hidden_states(self.model, batch)[batch.labels != IGNORE]
+        routing = None
+        if self.routers is not None and batch.routed_experts is not None:
+            routing = self.routers.replay(batch.routed_experts)
+        hidden = hidden_states(self.model, batch, routing)[batch.labels != IGNORE]
+        if routing is not None and routing.flips is not None:
+            self._flips = routing.flips if self._flips is None else self._flips + routing.flips
         return hidden if hidden_only else self.model.lm_head(hidden)
+
+    def take_flips(self) -> torch.Tensor:
+        """[2] float64: of all forwards since the last call of this, the number of (token, layer) whose router would have chosen
+        another set of experts than it was told, and the number that were told any."""
+        flips, self._flips = self._flips, None
+        return torch.zeros(2, dtype=torch.float64) if flips is None else flips
 
 
 def save_policy(model: nn.Module, tokenizer: PreTrainedTokenizerBase, path: str | Path) -> None:

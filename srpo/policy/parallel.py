@@ -50,7 +50,7 @@ class Parallel:
         precision = MixedPrecisionPolicy()
         if dtype == "bfloat16":
             precision = MixedPrecisionPolicy(param_dtype=torch.bfloat16, reduce_dtype=torch.float32)
-        for unit in (*_decoder_layers(policy), policy):
+        for unit in (*decoder_layers(policy), policy):
             # The root, too, is resharded after its forward, so that whatever reads parameters then sees the master weights.
             fully_shard(unit, mesh=mesh, mp_policy=precision, reshard_after_forward=True)
             assert isinstance(unit, FSDPModule)
@@ -119,7 +119,7 @@ def unwrap(policy: nn.Module) -> PreTrainedModel:
     return next(module for module in policy.modules() if isinstance(module, PreTrainedModel))
 
 
-def _decoder_layers(policy: nn.Module) -> list[nn.Module]:
+def decoder_layers(policy: nn.Module) -> list[nn.Module]:
     """What transformers says must not be split: the decoder layers."""
     model = unwrap(policy)
     names = set(model._no_split_modules or ())

@@ -20,6 +20,7 @@ from torch.optim import Optimizer
 from srpo.batch import IGNORE, Batch
 from srpo.config import LossConfig, RolloutConfig
 from srpo.policy.mismatch import Mismatch, importance_weights
+from srpo.policy.model import Policy
 from srpo.policy.parallel import Parallel, clip_grad_norm, to_local
 from srpo.policy.token_advantages import TokenBatch, loss_tables
 
@@ -272,12 +273,16 @@ def update(
     """One optimizer step on Eq. 6 (Algorithm 1 line 16); returns the `train/*`, `policy/*` and mismatch metrics (`rollout/*`).
 
     batches: this rank's, from `with_logprobs`; without old_logprobs the update is on-policy (the ratio is 1). `reference` is
-    needed with a kl_coef unless `objective.reference_ahead`. The mismatch compares the policy's log-probabilities
-    before this step's first update with the engine's, on the distribution that was sampled. Only the first of several updates
-    can do so where the ratio is unfiltered: take the metric from there. With `objective.importance` the weight of each token, and
-    so also its KL, is multiplied by `importance_weights`. Raises NonFiniteError, see `optimizer_step`. Collective.
+    needed with a kl_coef unless `objective.reference_ahead`; it routes by itself, also where the policy replays routing. The
+    mismatch compares the policy's log-probabilities before this step's first update with the engine's, on the distribution that
+    was sampled. Only the first of several updates can do so where the ratio is unfiltered: take the metric from there, as that of
+    flipped experts. With `objective.importance` the weight of each token, and so also its KL, is multiplied by
+    `importance_weights`. Raises NonFiniteError, see `optimizer_step`. Collective.
     """
     sums = _Sums(len(step_names), objective, parallel.device)
+    replays = policy if isinstance(policy, Policy) and policy.routers is not None else None
+    if replays is not None:
+        replays.take_flips()  # those of other forwards
 
     def loss_of(batch: Batch) -> torch.Tensor:
         _, rows = batch.rows()
@@ -326,4 +331,8 @@ def update(
 
     info = {"objective": asdict(objective), **(info or {})}
     result = optimizer_step(policy, optimizer, batches, loss_of, parallel, grad_clip=grad_clip, dump=dump, info=info)
-    return {"train/loss": result.loss, "train/grad_norm": result.grad_norm, **sums.metrics(step_names, parallel)}
+    metrics = {"train/loss": result.loss, "train/grad_norm": result.grad_norm, **sums.metrics(step_names, parallel)}
+    if replays is not None:
+        num_flips, num_told = parallel.all_reduce_sum(replays.take_flips().to(parallel.device)).tolist()
+        metrics["rollout/routing_flip_frac"] = num_flips / max(num_told, 1.0)
+    return metrics

@@ -38,6 +38,7 @@ def to_rollouts(
                 finish=sample.finish,
                 policy_version=version,
                 support=sample.support,
+                routed=sample.routed,
             )
         )
     return rollouts

@@ -88,10 +88,16 @@ class CudaSender:
             add_sums(sums, [(name, bit_sum(tensor)) for name, tensor in bucket])
             torch.cuda.synchronize(self._device)
             handles = {gpu: handle for shared in self._exchange({uuid: arguments}) for gpu, handle in shared.items()}
+            problem = None
             if process is not None:
-                process.send("handles", update={**describe(bucket), "ipc_handles": handles})
-                process.receive()
-            self._exchange(None)  # now every worker has read its rank's staging buffer
+                try:
+                    process.send("handles", update={**describe(bucket), "ipc_handles": handles})
+                    process.receive()
+                except EngineError as error:
+                    problem = error
+            for error in self._exchange(problem):  # now every worker has read its rank's staging buffer
+                if error is not None:
+                    raise error
             self.num_bytes += staging.nbytes
             del staging
         torch.cuda.ipc_collect()

@@ -22,6 +22,7 @@ class SamplingParams:
     greedy: bool = False  # the most likely token; log-probabilities are still those of the filtered distribution
     ignore_eos: bool = False  # exactly max_new_tokens tokens, for benchmarks
     support: bool = False  # report the ids that each token was drawn from
+    routing: bool = False  # report the experts that each token went to
 
     def __post_init__(self) -> None:
         if self.max_new_tokens < 1:
@@ -46,6 +47,8 @@ class Sample:
     finish: str  # stop | length
     policy_version: int = field(default=-1, compare=False)  # of the weights that it was drawn from
     support: np.ndarray | None = field(default=None, compare=False, repr=False)  # [L, K] int32, -1 fills up; only when asked for
+    # [P + L - 1, layers, K] int16 experts of each token of prompt and response but the last, -1 unknown; only when asked for
+    routed: np.ndarray | None = field(default=None, compare=False, repr=False)
 
 
 Groups = Generator[tuple[int, list[Sample]], None, None]  # (prompt index, its group_size samples)
@@ -61,6 +64,11 @@ class Engine(Protocol):
     """Samples responses from a copy of the policy. `policy_version` is the number stamped on it by the last weight sync."""
 
     policy_version: int
+
+    @property
+    def max_context(self) -> int:
+        """Longest prompt plus response, in tokens."""
+        ...
 
     def stream(
         self, prompts: Sequence[tuple[int, ...]], params: SamplingParams, seed: int, numbers: Sequence[int] | None = None

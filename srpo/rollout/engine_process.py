@@ -93,8 +93,8 @@ class EngineProcess:
             raise self._failure("died") from error
         self._sent.add(key)
 
-    def receive(self, timeout_s: float | None = None) -> dict[str, Any]:
-        """The next reply that is more than a sign of life.
+    def receive(self, timeout_s: float | None = None, *, signs: bool = False) -> dict[str, Any]:
+        """The next reply that is more than a sign of life; with `signs` also one of those, `{"alive": True}`.
 
         Raises EngineError where the child reports an error, EngineFailure where it died or hangs.
         """
@@ -108,7 +108,7 @@ class EngineProcess:
                 raise self._failure("died") from error
             if "error" in reply:
                 raise EngineError(f"{reply['error']}\nThe engine's log is {self.log}:\n{self._tail()}")
-            if "alive" not in reply:
+            if signs or "alive" not in reply:
                 return reply
 
     def _hangs(self, timeout_s: float) -> EngineFailure:

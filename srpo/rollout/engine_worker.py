@@ -27,8 +27,10 @@ from srpo.rollout.weight_sync import Bucket, half_the_threads, map_segment
 ALIVE_EVERY_S = 1.0
 _ORPHAN_POLL_S = 1.0
 
-# (response ids, log-probabilities, finish, support: [L, K] int32 in base64 where it was asked for)
-Response = tuple[list[int], list[float], str] | tuple[list[int], list[float], str, str]
+# (response ids, log-probabilities, finish) and, where one of them was asked for, support: [L, K] int32 in base64, and routed:
+# (layers, experts of a token, [tokens, layers, experts] int16 in base64)
+Routed = tuple[int, int, str]
+Response = tuple[list[int], list[float], str] | tuple[list[int], list[float], str, str | None, Routed | None]
 Group = tuple[int, Sequence[Response]]  # (prompt index, its responses)
 
 

@@ -42,6 +42,11 @@ def open_vllm_judge(
 ) -> GenerativeJudge:
     """The same with vLLM in a process of its own (`reward.judge_vllm`), which ends with the judge. It keeps its checkpoint's
     weights: nothing is ever synced into it. Raises ValueError, ImportError and EngineError as `VllmEngine` does."""
+    if cfg.judge_vllm.tensor_parallel_size != 1:
+        raise ValueError(
+            f"reward.judge_vllm.tensor_parallel_size is {cfg.judge_vllm.tensor_parallel_size}: only the policy's vLLM is split "
+            "over ranks. Leave it at 1, or serve the judge elsewhere (reward.judge_engine 'url')"
+        )
     try:
         engine = VllmEngine(path, device=device, dtype=dtype, max_context=cfg.judge_max_context, config=cfg.judge_vllm)
     except (ValueError, ImportError) as error:

@@ -15,6 +15,7 @@ from torch.distributed.tensor import DTensor
 from srpo.policy.decode import Decoder, KeyValues
 from srpo.policy.model import unwrap
 from srpo.policy.parallel import iter_full_params
+from srpo.policy.routing import Routing
 from srpo.rollout.engine import Groups, Sample, SamplingParams, check_prompts, in_order
 from srpo.rollout.sampling import choose_with_support
 
@@ -67,7 +68,8 @@ class LocalEngine:
         """See `Engine.stream`. Groups come wave by wave, those with the shortest prompts first; closed early, it ends between two
         waves. Each (prompt's number, sample, position) has its own random number, whatever runs beside it.
 
-        Raises ValueError also where the policy's logits are not finite, and for a support where top_k filters nothing.
+        Raises ValueError also where the policy's logits are not finite, for a support where top_k filters nothing, and for the
+        routing of a model without experts.
         """
         check_prompts(prompts, params, self.max_context)
         vocab_size: int = unwrap(self.model).config.vocab_size
@@ -76,6 +78,8 @@ class LocalEngine:
                 f"rollout.support is 'replay' and rollout.top_k {params.top_k} keeps the whole vocabulary of "
                 f"{vocab_size}: lower rollout.top_k, or set rollout.support to 'recompute'"
             )
+        if params.routing:
+            self._decoder.open_routers()
         return self._groups(prompts, params, seed, range(len(prompts)) if numbers is None else numbers)
 
     def _groups(self, prompts: Sequence[tuple[int, ...]], params: SamplingParams, seed: int, numbers: Sequence[int]) -> Groups:
@@ -97,13 +101,13 @@ class LocalEngine:
             self._stats |= {"num_tokens": float(num_tokens), "generate_s": seconds, "tokens_per_s": num_tokens / seconds}
             for place, i in enumerate(wave):
                 mine = rows[place * params.group_size : (place + 1) * params.group_size]
-                yield i, [Sample(i, *row[:3], self.policy_version, row[3]) for row in mine]
+                yield i, [Sample(i, *row[:3], self.policy_version, *row[3:]) for row in mine]
             start = time.perf_counter()  # what is done with a wave is not the engine's time
 
     def _wave(
         self, prompts: Sequence[tuple[int, ...]], params: SamplingParams, uniforms: torch.Tensor
-    ) -> list[tuple[tuple[int, ...], tuple[float, ...], str, np.ndarray | None]]:
-        """(response ids, log-probabilities, finish, support) of each row, prompt-major. uniforms: [rows, max_new_tokens]."""
+    ) -> list[tuple[tuple[int, ...], tuple[float, ...], str, np.ndarray | None, np.ndarray | None]]:
+        """(response ids, log-probabilities, finish, support, routed) of each row, prompt-major. uniforms: [rows, tokens]."""
         num_rows, capacity = uniforms.shape
         device = self._decoder.device
         check_every = 1 if device.type == "cpu" else 8  # asking a GPU whether a row has finished stalls it
@@ -119,7 +123,11 @@ class LocalEngine:
         alive = torch.ones(num_rows, dtype=torch.bool, device=device)  # of each slot
         num_alive = num_rows
 
-        logits, key_values = self._decoder.prefill(prompts, params.group_size, capacity)
+        routes = _Routes(self._decoder.open_routers().num_layers, num_rows + 1, capacity) if params.routing else None
+        routing = None if routes is None else Routing(keep_own=True)
+        logits, key_values = self._decoder.prefill(prompts, params.group_size, capacity, routing)
+        if routes is not None and routing is not None:
+            routes.put_prompts(routing, len(prompts))
         for t in range(capacity):
             tokens, chosen, kept_ids = choose_with_support(
                 logits, uniforms[rows, t], temperature=params.temperature, top_k=params.top_k, greedy=params.greedy
@@ -140,7 +148,9 @@ class LocalEngine:
                             break
                         rows, alive, tokens = _compact(key_values, keep, rows, alive, tokens, num_rows)
             if t + 1 < capacity:
-                logits = self._decoder.step(tokens, key_values)
+                logits = self._decoder.step(tokens, key_values, routing)
+                if routes is not None and routing is not None:
+                    routes.put(routing, rows, t)
 
         if not bool(logprobs[:num_rows].isfinite().all()):
             raise ValueError(
@@ -156,6 +166,7 @@ class LocalEngine:
                 tuple(out_logprobs[r][:n]),
                 "stop" if stops[r] else "length",
                 None if kept is None else kept[r, :n].copy(),
+                None if routes is None else routes.of(r, n, r // params.group_size, len(prompts[r // params.group_size])),
             )
             for r, n in enumerate(lengths[:num_rows])
         ]
@@ -196,6 +207,28 @@ class LocalEngine:
     def close(self) -> None:
         """Drop the weights."""
         del self._decoder
+
+
+class _Routes:
+    """The experts of the tokens of one wave: of each prompt once, and of each row of responses."""
+
+    def __init__(self, num_layers: int, num_rows: int, capacity: int) -> None:
+        self._num_layers, self._shape = num_layers, (num_rows, capacity)
+        self._prompts = self._responses = torch.zeros(0)
+
+    def put_prompts(self, routing: Routing, num_prompts: int) -> None:
+        """Of the forward over the prompts, padded to one length."""
+        table = routing.table(self._num_layers)
+        self._prompts = table.view(num_prompts, -1, *table.shape[1:]).cpu()
+        self._responses = table.new_zeros(*self._shape, *table.shape[1:])
+
+    def put(self, routing: Routing, rows: torch.Tensor, t: int) -> None:
+        """Of the forward of token t of the responses `rows`."""
+        self._responses[rows, t] = routing.table(self._num_layers)
+
+    def of(self, row: int, length: int, prompt: int, prompt_length: int) -> np.ndarray:
+        """See `Sample.routed`; the last of a response's `length` tokens is left out."""
+        return torch.cat((self._prompts[prompt, :prompt_length], self._responses[row, : length - 1].cpu())).numpy()
 
 
 def plan_compaction(alive: list[list[bool]]) -> tuple[list[int], list[list[int]]] | None:

@@ -23,13 +23,14 @@ from srpo.policy.checkpoint_names import Layouts, iter_checkpoint_blocks
 from srpo.rollout.cuda_ipc import CudaSender, Exchange
 from srpo.rollout.engine import Groups, Sample, SamplingParams, check_prompts, in_order
 from srpo.rollout.engine_process import EngineError, EngineFailure, EngineProcess
-from srpo.rollout.engine_stream import ask
-from srpo.rollout.vllm_settings import bucket_bytes, check_vllm_settings, derive_seed, worker_environment
+from srpo.rollout.engine_stream import Replies, ask, samples_of
+from srpo.rollout.vllm_settings import bucket_bytes, check_split, check_vllm_settings, derive_seed, worker_environment
 from srpo.rollout.weight_sync import Bucket, WeightStore, half_the_threads
 from srpo.rollout.weights import differing_groups
 
 MAX_ATTEMPTS = 3  # at one `generate` or `sync_weights`, before a failing engine ends the run
 WORKER = ("-m", "srpo.rollout.vllm_worker")
+SHARDS_WORKER = ("-m", "srpo.rollout.vllm_shards")  # where it is split over several devices
 STATS = (
     "num_tokens",
     "generate_s",
@@ -66,25 +67,33 @@ class VllmEngine:
         command: Sequence[str] = WORKER,
         devices: Sequence[str] = (),
         exchange: Exchange | None = None,
+        routing: bool = False,
     ) -> None:
         self._config = config or VllmConfig()
         self._device = device or torch.device("cpu")
         self._devices = devices
         check_vllm_settings(self._config)
+        size = self._config.tensor_parallel_size
+        if self._on_gpu and len(set(devices)) != size > 1:
+            raise ValueError(f"rollout.vllm.tensor_parallel_size is {size}: it takes so many ranks of this host, with a GPU each")
         if not (Path(path) / "config.json").is_file():
             raise ValueError(f"no model in {str(path)!r}: vLLM starts from a folder with config.json and safetensors files")
         if tuple(command) == WORKER and importlib.util.find_spec("vllm") is None:
             raise ImportError("rollout.engine = 'vllm' needs vLLM: 'make vllm', or take 'local'")
-        self._command = command
+        if size > 1:
+            check_split(path, size)
+        self._command = SHARDS_WORKER if size > 1 and tuple(command) == WORKER else command
         self._settings = {
             "path": str(Path(path).resolve()),
             "dtype": str(dtype).removeprefix("torch."),
             "device": self._device.type,
+            "tensor_parallel_size": size,
             "max_context": max_context,
             "max_num_seqs": self._config.max_num_seqs,
             "kv_cache_bytes": (self._config.kv_cache_mib or (0 if self._on_gpu else _CPU_KV_CACHE_MIB)) * _MIB,
             "gpu_memory_frac": self._config.gpu_memory_frac,
             "enforce_eager": self._config.enforce_eager or not self._on_gpu,
+            "routing": routing,  # whether it reports the experts of each token
         }
         self._store = WeightStore(num_bytes := bucket_bytes(self._config, self._device), dtype)
         self._layouts: Layouts = {}
@@ -99,7 +108,7 @@ class VllmEngine:
             self.max_context = self._start()
         except EngineFailure as failure:
             raise EngineError(str(failure)) from failure
-        if self.loads not in ("", "direct") and not self._on_gpu:
+        if self.loads not in ("", "direct") and size == 1 and not self._on_gpu:
             warnings.warn(f"weight syncs take vLLM's own, slower reload: {self.loads}", RuntimeWarning, stacklevel=2)
 
     @property
@@ -163,31 +172,34 @@ class VllmEngine:
 
         Raises EngineError when MAX_ATTEMPTS processes have failed, or after a sync that was interrupted.
         """
+        return samples_of(self.replies(prompts, params, seed, numbers), self.policy_version, self._stats)
+
+    def replies(
+        self, prompts: Sequence[tuple[int, ...]], params: SamplingParams, seed: int, numbers: Sequence[int] | None = None
+    ) -> Replies:
+        """The same as the process says it, with None as a sign of life."""
         check_prompts(prompts, params, self.max_context)
         if not self._whole:
             raise EngineError("the last weight sync was interrupted: sync_weights again before sampling")
         seeds = [derive_seed(seed, number) for number in (range(len(prompts)) if numbers is None else numbers)]
-        return self._groups(prompts, params, seeds)
+        return self._replies(prompts, params, seeds)
 
-    def _groups(self, prompts: Sequence[tuple[int, ...]], params: SamplingParams, seeds: Sequence[int]) -> Groups:
+    def _replies(self, prompts: Sequence[tuple[int, ...]], params: SamplingParams, seeds: Sequence[int]) -> Replies:
         missing = list(range(len(prompts)))
-        start, num_tokens = time.perf_counter(), 0
         attempt = 0
         while missing:
             attempt += 1
             try:
-                with closing(ask(self.process, prompts, params, seeds, missing, self.policy_version)) as groups:
-                    for i, samples in groups:
-                        if not all(math.isfinite(x) for sample in samples for x in sample.sampling_logprobs):
+                with closing(ask(self.process, prompts, params, seeds, missing, self.policy_version)) as replies:
+                    for group in replies:
+                        if group is not None and not all(math.isfinite(x) for row in group[1] for x in row[1]):
                             raise ValueError(
                                 "the policy computes logits that are not finite: check the checkpoint in policy.path, or resume "
                                 "from an earlier one with a lower optimizer.lr"
                             )
-                        missing.remove(i)
-                        num_tokens, seconds = num_tokens + sum(len(s.response_ids) for s in samples), time.perf_counter() - start
-                        self._stats |= {"num_tokens": float(num_tokens), "generate_s": seconds}
-                        self._stats["tokens_per_s"] = num_tokens / seconds
-                        yield i, samples
+                        if group is not None:
+                            missing.remove(group[0])
+                        yield group
             except EngineFailure as failure:
                 if attempt == MAX_ATTEMPTS:
                     raise

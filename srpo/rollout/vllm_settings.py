@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import json
 import os
 from collections.abc import Sequence
+from pathlib import Path
 
 import numpy as np
 import torch
@@ -11,6 +13,8 @@ import torch
 from srpo.config import VllmConfig
 
 _CPU_BUCKET_MIB, _GPU_BUCKET_MIB = 16, 512
+# Sizes of config.json that vLLM splits, each evenly.
+_SPLIT = ("num_attention_heads", "num_key_value_heads", "intermediate_size", "moe_intermediate_size")
 
 
 def derive_seed(seed: int, prompt_index: int) -> int:
@@ -57,7 +61,7 @@ def worker_environment(device: torch.device, devices: Sequence[str] = ()) -> dic
 
 def check_vllm_settings(config: VllmConfig) -> None:
     """Raise ValueError for a setting that cannot work."""
-    for key in ("max_num_seqs", "timeout_s", "start_timeout_s"):
+    for key in ("tensor_parallel_size", "max_num_seqs", "timeout_s", "start_timeout_s"):
         if getattr(config, key) <= 0:
             raise ValueError(f"rollout.vllm.{key} is {getattr(config, key)}: set it above 0")
     for key in ("kv_cache_mib", "bucket_mib"):
@@ -65,3 +69,16 @@ def check_vllm_settings(config: VllmConfig) -> None:
             raise ValueError(f"rollout.vllm.{key} is {getattr(config, key)}: set it to 0 (chosen by the device) or more")
     if not 0 < config.gpu_memory_frac < 1:
         raise ValueError(f"rollout.vllm.gpu_memory_frac is {config.gpu_memory_frac}: set it between 0 and 1")
+
+
+def check_split(path: str | Path, size: int) -> None:
+    """Raise ValueError where the model in `path` cannot be split over `size` devices.
+
+    vLLM would repeat key-value heads of which there are too few; their weights could not be counted then.
+    """
+    config = json.loads((Path(path) / "config.json").read_text(encoding="utf-8"))
+    for key in _SPLIT:
+        if config.get(key) and config[key] % size:
+            raise ValueError(
+                f"rollout.vllm.tensor_parallel_size is {size} and {key} of {str(path)!r} is {config[key]}: take a divisor of it"
+            )

@@ -17,7 +17,7 @@ import numpy as np
 import torch
 
 from srpo.rollout.engine import SamplingParams
-from srpo.rollout.engine_worker import Group, Response, serve
+from srpo.rollout.engine_worker import Group, Response, Routed, serve
 from srpo.rollout.vllm_reload import KernelWatch, Reloader
 
 
@@ -28,11 +28,12 @@ class VllmBackend:
         self._llm: Any = None
         self._reloader: Any = None
         self._vocab_size = 0
+        self._reports_experts = False
         self._native = False  # weights come through vLLM's own transfer engine, by CUDA IPC
         self._packed_in_update = False  # whether its wire format says `packed` with each update, and not once at the beginning
 
     def start(self, settings: dict[str, Any]) -> dict[str, Any]:
-        """settings: path, dtype, device, max_context, max_num_seqs, kv_cache_bytes, gpu_memory_frac, enforce_eager."""
+        """settings: path, dtype, device, max_context, max_num_seqs, kv_cache_bytes, gpu_memory_frac, enforce_eager, routing."""
         from vllm.model_executor.model_loader import get_model_loader
 
         watch = KernelWatch()
@@ -69,18 +70,29 @@ class VllmBackend:
             options["gpu_memory_utilization"] = settings["gpu_memory_frac"]
             options["weight_transfer_config"] = WeightTransferConfig(backend="ipc")
             options["enable_sleep_mode"] = True
-        self._llm = LLM(
-            settings["path"],
-            dtype=settings["dtype"],
-            enforce_eager=settings["enforce_eager"],
-            max_num_seqs=settings["max_num_seqs"],
-            skip_tokenizer_init=True,
-            generation_config="vllm",  # nothing of the checkpoint's sampling defaults
-            logprobs_mode="processed_logprobs",  # of the distribution that is sampled, not of the raw logits
-            max_logprobs=-1,
-            seed=0,
-            **(options | more),
-        )
+        self._reports_experts = bool(settings.get("routing"))
+        if self._reports_experts:
+            options["enable_return_routed_experts"] = True
+        try:
+            self._llm = LLM(
+                settings["path"],
+                dtype=settings["dtype"],
+                enforce_eager=settings["enforce_eager"],
+                max_num_seqs=settings["max_num_seqs"],
+                skip_tokenizer_init=True,
+                generation_config="vllm",  # nothing of the checkpoint's sampling defaults
+                logprobs_mode="processed_logprobs",  # of the distribution that is sampled, not of the raw logits
+                max_logprobs=-1,
+                seed=0,
+                **(options | more),
+            )
+        except (TypeError, ValueError) as error:  # of an option that is unknown, or that it has not for this device or model
+            if not self._reports_experts:
+                raise
+            raise ValueError(
+                "vLLM does not start where it has to report the experts of each token (rollout.routing 'replay'; it takes vLLM "
+                f"0.26 or later on CUDA): set rollout.routing to 'recompute', or rollout.engine to 'local'. vLLM says: {error}"
+            ) from error
         config = self._llm.llm_engine.vllm_config
         self._vocab_size = config.model_config.get_vocab_size()
         if on_cpu:
@@ -116,6 +128,8 @@ class VllmBackend:
         self, prompts: Sequence[tuple[int, list[int]]], params: SamplingParams, seeds: Sequence[int]
     ) -> Generator[Group | None, None, None]:
         engine = self._llm.llm_engine
+        if params.routing and not self._reports_experts:
+            raise ValueError("vLLM was started with rollout.routing 'recompute': it does not know the experts of each token")
         running: set[str] = set()
         try:
             for (index, prompt), seed in zip(prompts, seeds, strict=True):
@@ -126,7 +140,7 @@ class VllmBackend:
                 running -= {output.request_id for output in finished}
                 for output in finished:
                     outputs = sorted(output.outputs, key=lambda completion: completion.index)
-                    samples = [_sample(completion, params) for completion in outputs]
+                    samples = [_sample(completion, params, len(output.prompt_token_ids)) for completion in outputs]
                     yield int(output.request_id), samples * params.group_size if params.greedy else samples
                 if not finished:
                     yield None
@@ -174,7 +188,7 @@ class VllmBackend:
             self._llm.wake_up(tags)
 
 
-def _sample(completion: Any, params: SamplingParams) -> Response:
+def _sample(completion: Any, params: SamplingParams, prompt_length: int) -> Response:
     """One response. Anything but stop and length is an aborted one."""
     ids = [int(token) for token in completion.token_ids]
     logprobs = []
@@ -185,9 +199,11 @@ def _sample(completion: Any, params: SamplingParams) -> Response:
         logprobs.append(float(value))
     if completion.finish_reason not in ("stop", "length"):
         raise RuntimeError(f"vLLM ended a response for the reason {completion.finish_reason!r}")
-    if params.support:
-        return ids, logprobs, completion.finish_reason, _support(completion.logprobs, params.top_k)
-    return ids, logprobs, completion.finish_reason
+    if not (params.support or params.routing):
+        return ids, logprobs, completion.finish_reason
+    support = _support(completion.logprobs, params.top_k) if params.support else None
+    routed = _routed(completion.routed_experts, prompt_length + len(ids) - 1) if params.routing else None
+    return ids, logprobs, completion.finish_reason, support, routed
 
 
 def _support(reported: Sequence[dict[int, Any]], top_k: int) -> str:
@@ -197,6 +213,16 @@ def _support(reported: Sequence[dict[int, Any]], top_k: int) -> str:
     width = max(top_k, max(map(len, kept), default=0))
     table = np.array([row + [-1] * (width - len(row)) for row in kept], dtype="<i4").reshape(len(kept), width)
     return base64.b64encode(table.tobytes()).decode()
+
+
+def _routed(reported: np.ndarray | None, num_tokens: int) -> Routed:
+    """The experts of the first `num_tokens` tokens, all but a response's last. reported: [tokens, layers, K] of prompt and
+    response; vLLM numbers all layers and has zeros in those without experts."""
+    if reported is None or reported.ndim != 3 or len(reported) < num_tokens:
+        shape = None if reported is None else reported.shape
+        raise RuntimeError(f"vLLM reports experts of shape {shape} for {num_tokens} tokens")
+    table = np.ascontiguousarray(reported[:num_tokens], dtype="<i2")
+    return table.shape[1], table.shape[2], base64.b64encode(table.tobytes()).decode()
 
 
 def _filtered(logprob: float, kept: Sequence[float], temperature: float) -> float:

@@ -83,11 +83,13 @@ class FakeBackend:
             self.note("g")
             time.sleep(self.tricks.get("pause_s", 0.0))
             repeats = params.group_size - int(self.tricks.get("lose", 0))
-            support = [base64.b64encode(b"".join(k.to_bytes(4, "little") for k in (index, 7, 8, 9))).decode()] * params.support
+            support = base64.b64encode(b"".join(k.to_bytes(4, "little") for k in (index, 7, 8, 9))).decode()
+            routed = 1, 2, base64.b64encode(b"".join(k.to_bytes(2, "little") for k in (index, 3, 4, 5))).decode()
+            tables = (support if params.support else None, routed if params.routing else None)
             try:
                 yield None
                 response = ([index, seed % 1000], [-total, -total], "stop")
-                yield index, [(*response, *support)] * repeats  # pyright: ignore[reportReturnType]
+                yield index, [(*response, *tables) if params.support or params.routing else response] * repeats
             except GeneratorExit:
                 self.note("a")
                 raise

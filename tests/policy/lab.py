@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import sys
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, cast
 
@@ -77,13 +78,24 @@ def rollouts(seed: int, lengths: Sequence[tuple[int, int]]) -> list[Rollout]:
     return made
 
 
-def batches(seed: int, max_tokens: int | None = None, part: slice = slice(None)) -> list[Batch]:
-    """Micro-batches of `part` of eight random rollouts; weights and advantages are those of all eight."""
+def batches(seed: int, max_tokens: int | None = None, part: slice = slice(None), *, routed: bool = False) -> list[Batch]:
+    """Micro-batches of `part` of eight random rollouts; weights and advantages are those of all eight.
+
+    routed: with experts drawn at random for half of the tokens of each layer, the others -1.
+    """
     random = torch.Generator().manual_seed(seed)
     lengths = torch.randint(1, 12, (8, 2), generator=random).tolist()
     advantages = torch.randn(8, len(STEPS), generator=random)
     weights = torch.rand(8, generator=random) / 8
-    return pack(rollouts(seed, lengths)[part], advantages[part], weights[part], max_tokens)
+    made = rollouts(seed, lengths)
+    if routed:
+        shape = (CONFIG.num_layers, CONFIG.num_experts)
+        for i, rollout in enumerate(made):
+            size = len(rollout.prompt_ids) + len(rollout.response_ids) - 1
+            table = torch.rand(size, *shape, generator=random).topk(CONFIG.experts_per_token).indices.to(torch.int16)
+            table[torch.rand(size, CONFIG.num_layers, generator=random) < 0.5] = -1
+            made[i] = replace(rollout, routed=table.numpy())
+    return pack(made[part], advantages[part], weights[part], max_tokens)
 
 
 class Recorder(torch.optim.SGD):
@@ -103,10 +115,15 @@ def full(tensor: Any) -> torch.Tensor:
 
 
 def gradients(
-    parts: Sequence[Batch], parallel: Parallel, dump: Path, objective: Objective = ON_POLICY, dtype: str = "float32"
+    parts: Sequence[Batch],
+    parallel: Parallel,
+    dump: Path,
+    objective: Objective = ON_POLICY,
+    dtype: str = "float32",
+    **options: bool,
 ) -> tuple[dict[str, torch.Tensor], dict[str, float]]:
-    """(whole gradients by parameter, metrics) of one update."""
-    policy = parallel.shard(Policy(tiny(1)), dtype=dtype)
+    """(whole gradients by parameter, metrics) of one update. options: of the `Policy`."""
+    policy = parallel.shard(Policy(tiny(1), **options), dtype=dtype)
     reference = parallel.shard(Policy(tiny(2)), dtype=dtype)
     recorder = Recorder(policy)
     ready = with_logprobs(parts, policy, reference, objective, parallel)
@@ -153,6 +170,8 @@ def main(out: Path) -> None:
         mine = batches(7, max_tokens, part)
         saved[name] = gradients(mine, parallel, out / "unused.pt", objective, dtype)
         results[f"{name}_micro_batches"] = parallel.all_gather_object(len(mine))
+    mine = batches(7, 23, uneven, routed=True)
+    saved["routing"] = gradients(mine, parallel, out / "unused.pt", replay_routing=True, activation_checkpointing=True)
 
     policy = parallel.shard(Policy(tiny(3)))
     optimizer = torch.optim.AdamW(policy.parameters(), lr=1e-2)

@@ -8,6 +8,7 @@ import signal
 import time
 from collections.abc import Callable, Iterator
 from contextlib import closing
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -118,12 +119,34 @@ def test_the_support_is_what_a_token_was_drawn_from(local: LocalEngine, greedy: 
     assert all(s.support is None for s in local.generate(PROMPTS, bare, seed=2))
 
 
+@pytest.mark.parametrize("greedy", [False, True])
+def test_the_experts_are_those_that_each_token_went_to(local: LocalEngine, greedy: bool) -> None:
+    """Against the router logits of a plain forward over the whole response; rows finish at different times, in three waves."""
+    params = SamplingParams(15, 0.8, 6, group_size=2, stop_ids=(1, 5, 9), greedy=greedy, routing=True)
+    bare = replace(params, routing=False)
+    samples = local.generate(PROMPTS, params, seed=2)
+    assert samples == local.generate(PROMPTS, bare, seed=2)  # asking changes nothing
+    assert greedy or len({len(s.response_ids) for s in samples}) > 1
+    for sample in samples:
+        ids = torch.tensor([[*PROMPTS[sample.prompt_index], *sample.response_ids[:-1]]])
+        with torch.no_grad():
+            logits = plain_copy(local)(ids, output_router_logits=True).router_logits
+        want = torch.stack([layer.topk(2).indices.sort().values for layer in logits], 1)
+        assert sample.routed is not None and sample.routed.dtype == np.int16
+        assert torch.from_numpy(sample.routed).long().sort().values.equal(want)  # [prompt + response - 1, layers, 2]
+    assert all(s.routed is None for s in local.generate(PROMPTS, bare, seed=2))
+
+
 def tiny_forward(local: LocalEngine, ids: torch.Tensor) -> torch.Tensor:
     """[tokens, V] logits of a plain copy of the engine's model."""
+    return plain_copy(local)(ids).logits[0]
+
+
+def plain_copy(local: LocalEngine) -> Any:
     plain: Any = Qwen3MoeForCausalLM(local.model.config).eval()
     plain.config._attn_implementation = "eager"
     plain.load_state_dict(local.model.state_dict())
-    return plain(ids).logits[0]
+    return plain
 
 
 def test_a_support_of_everything_is_refused(local: LocalEngine) -> None:
@@ -182,6 +205,15 @@ def test_a_process_s_support_arrives(engine: VllmEngine) -> None:
     for sample in engine.generate(PROMPTS, params, seed=5):
         assert sample.support is not None and sample.support.tolist() == [[sample.prompt_index, 7], [8, 9]]
     assert all(s.support is None for s in engine.generate(PROMPTS, PARAMS, seed=5))
+
+
+@pytest.mark.parametrize("support", [False, True])
+def test_a_process_s_experts_arrive(engine: VllmEngine, support: bool) -> None:
+    params = SamplingParams(max_new_tokens=4, group_size=2, top_k=2, support=support, routing=True)
+    for sample in engine.generate(PROMPTS, params, seed=5):
+        assert sample.routed is not None and sample.routed.tolist() == [[[sample.prompt_index, 3]], [[4, 5]]]
+        assert (sample.support is not None) == support
+    assert all(s.routed is None for s in engine.generate(PROMPTS, PARAMS, seed=5))
 
 
 def test_a_process_that_dies_while_it_stops_is_replaced_when_it_is_needed(engine: VllmEngine) -> None:

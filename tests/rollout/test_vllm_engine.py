@@ -107,6 +107,11 @@ def test_samples_come_from_the_weights_of_the_last_sync(engine_with, policy, upd
     assert not log.exists()
 
 
+def test_replies_have_signs_of_life_between_groups(engine_with):
+    replies = list(engine_with(pause_s=1.1).replies(PROMPTS[:2], PARAMS, 0))
+    assert None in replies and [reply[0] for reply in replies if reply is not None] == [1, 0]
+
+
 def test_a_process_killed_while_it_samples_is_replaced(engine_with, policy, update):
     """The replacement has the weights of the sync, although the trainer's have moved on, and is asked for what was missing."""
     engine = engine_with(die="generate:3")

@@ -108,6 +108,9 @@ def test_settings_of_the_judge_s_engine_are_called_by_their_names(checkpoint: Pa
     cfg = settings(checkpoint, judge_vllm=VllmConfig(max_num_seqs=0))
     with pytest.raises(ValueError, match=r"the judge's engine: reward\.judge_vllm\.max_num_seqs is 0"):
         open_vllm_judge(checkpoint, None, SCHEMA, cfg, device=torch.device("cpu"), dtype=torch.float32)
+    cfg = settings(checkpoint, judge_vllm=VllmConfig(tensor_parallel_size=2))
+    with pytest.raises(ValueError, match=r"reward\.judge_vllm\.tensor_parallel_size is 2"):
+        open_vllm_judge(checkpoint, None, SCHEMA, cfg, device=torch.device("cpu"), dtype=torch.float32)
 
 
 @contextmanager

@@ -78,13 +78,19 @@ def tied(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Pair]:
     yield from opened(tmp_path_factory.mktemp("tied"), tied=True)
 
 
-def opened(folder: Path, tied: bool) -> Iterator[Pair]:
-    engine = VllmEngine(make_checkpoint(folder, tied), config=CONFIG)
+@pytest.fixture(scope="module")
+def split(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Pair]:
+    """The same split over two processes (rollout.vllm.tensor_parallel_size)."""
+    yield from opened(tmp_path_factory.mktemp("split"), tied=True, config=replace(CONFIG, tensor_parallel_size=2))
+
+
+def opened(folder: Path, tied: bool, config: VllmConfig = CONFIG) -> Iterator[Pair]:
+    engine = VllmEngine(make_checkpoint(folder, tied), config=config)
     yield engine, Policy(load_policy(folder))
     engine.close()
 
 
-@pytest.fixture(params=["untied", "tied"])
+@pytest.fixture(params=["untied", "tied", "split"])
 def pair(request: pytest.FixtureRequest) -> Pair:
     return request.getfixturevalue(request.param)
 
@@ -208,8 +214,9 @@ def test_a_seed_is_a_batch(pair):
 @pytest.mark.parametrize(
     "how", [pytest.param(signal.SIGKILL, id="killed"), pytest.param(signal.SIGSTOP, id="hangs", marks=pytest.mark.slow)]
 )
-def test_a_process_that_fails_while_it_samples_loses_and_doubles_nothing(untied, how):
-    engine, policy = untied
+@pytest.mark.parametrize("kind", ["untied", pytest.param("split", marks=pytest.mark.slow)])
+def test_a_process_that_fails_while_it_samples_loses_and_doubles_nothing(request, kind, how):
+    engine, policy = request.getfixturevalue(kind)
     randomize(policy, 50)
     engine.sync_weights(policy, 50)
     params = replace(PARAMS, max_new_tokens=190, ignore_eos=True, stop_ids=())

@@ -1,0 +1,92 @@
+"""Run under torchrun: every two ranks share an engine, and sample on a thread beside the main one.
+`python shared_ranks.py FOLDER [real]` with a checkpoint in it; writes rank<r>.json.
+
+Without "real" it is 4 ranks and the fake engine, and the second engine's process dies meanwhile; at the end rank 1 ends, whose
+engine rank 0 has, and rank 2, which has that of rank 3."""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+import warnings
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+from torch.distributed.tensor import DTensor
+
+from srpo.config import VllmConfig
+from srpo.policy.model import Policy, load_policy
+from srpo.policy.parallel import Parallel, init_parallel
+from srpo.rollout.engine import SamplingParams
+from srpo.rollout.engine_process import EngineError
+from srpo.rollout.shared_engine import SharedEngine
+from srpo.rollout.sharing import open_shared
+from srpo.rollout.vllm_engine import WORKER
+
+PROMPTS = [(5, 6, 7), (8,), (9, 10), (11, 12)]
+PARAMS = SamplingParams(max_new_tokens=8, group_size=4)
+
+
+def sample(engine: SharedEngine, policy: nn.Module, parallel: Parallel) -> list[list[Any]]:
+    """This rank's share of the prompts after each of two syncs: [response ids, log-probabilities]."""
+    mine = list(range(parallel.rank, len(PROMPTS), parallel.world_size))
+    found = []
+    with ThreadPoolExecutor(1) as pool:
+        for version in (1, 2):
+            engine.sync_weights(policy, version)
+            ahead = pool.submit(engine.generate, [PROMPTS[i] for i in mine], PARAMS, 5, mine)
+            parallel.barrier()  # the main thread's collectives go on beside it
+            with torch.no_grad():
+                for parameter in policy.parameters():
+                    parameter.mul_(2)
+            found += [[s.response_ids, s.sampling_logprobs] for s in ahead.result()]
+    return found
+
+
+def last_words(engine: SharedEngine, policy: nn.Module, rank: int) -> str:
+    """What the ranks that are left say when those end with which they share an engine."""
+    if rank in (1, 2):
+        os._exit(0)
+    try:
+        if rank == 0:
+            engine.sync_weights(policy, 3)
+        else:
+            engine.generate([(1,)], PARAMS, 0)
+    except EngineError as error:
+        return str(error)
+    return ""
+
+
+def main(folder: Path, real: bool) -> None:
+    parallel = init_parallel()
+    whole = load_policy(folder)
+    total = sum(float(p.detach().double().sum()) for p in whole.parameters())
+    policy = parallel.shard(Policy(whole))
+    assert any(isinstance(p, DTensor) for p in policy.parameters())
+    tricks = {"marker": str(folder / "failed")} | ({"die": "generate:2"} if parallel.rank >= 2 else {})
+    command = WORKER if real else (str(Path(__file__).with_name("fake_engine.py")), json.dumps(tricks))
+    config = VllmConfig(bucket_mib=1, tensor_parallel_size=2, kv_cache_mib=64, max_num_seqs=16)
+    engine = open_shared(folder, parallel, dtype=torch.float32, max_context=0, config=config, command=command)
+    warnings.simplefilter("ignore")
+    result = {
+        "leads": engine._server is not None,
+        "total": total,
+        "samples": sample(engine, policy, parallel),
+        "num_restarts": engine.stats()["num_restarts"],
+    }
+    path = folder / f"rank{parallel.rank}.json"
+    path.write_text(json.dumps(result), encoding="utf-8")
+    if not real:
+        said = last_words(engine, policy, parallel.rank)
+        path.write_text(json.dumps({**result, "said": said}), encoding="utf-8")
+    engine.close()
+    sys.stdout.flush()
+    os._exit(0)  # the process group has lost ranks
+
+
+if __name__ == "__main__":
+    main(Path(sys.argv[1]), real=sys.argv[2:] == ["real"])
