@@ -69,6 +69,7 @@ def test_the_headline_compares_curves(small: ModuleType, tmp_path: Path, capsys:
     (found,) = reproduce(settings(tmp_path, "headline"), small.ONE)
     assert [num for num, _ in found["curves"]["srpo"][0]] == [16, 32]
     assert (tmp_path / "headline.png").is_file()
+    assert set(found["rivals"]) == {"srpo", "srpo_discounted"}
     assert "seed 0: macro F1 ends for grpo" in capsys.readouterr().out
 
 

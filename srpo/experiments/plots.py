@@ -13,7 +13,11 @@ from matplotlib.figure import Figure
 from srpo.experiments.tables import Table
 from srpo.plots import COLORS, FAINT, STYLE
 
-LABELS = {"srpo": "SRPO, hybrid step rewards", "grpo": "GRPO, reward of the verdict"}
+LABELS = {
+    "srpo": "SRPO, hybrid step rewards",
+    "srpo_discounted": "SRPO, each step against its group, gamma 0.5",
+    "grpo": "GRPO, reward of the verdict",
+}
 
 
 def plot_table(path: Path, table: Table, summary: Mapping[str, Any]) -> None:

@@ -79,7 +79,7 @@ RECIPES: Mapping[str, Recipe] = MappingProxyType(
         "step_reward": Recipe(settings={"advantage": {"method": "grpo_step_sum"}}),
         "srpo": Recipe(curve=True),
         "srpo_group_step": Recipe(settings={"advantage": {"normalize": "group_step"}}),
-        "srpo_discounted": Recipe(settings={"advantage": {"normalize": "group_step", "gamma": 0.5}}),
+        "srpo_discounted": Recipe(settings={"advantage": {"normalize": "group_step", "gamma": 0.5}}, curve=True),
         "grpo_diverse": Recipe(settings=_GRPO | {"sampler": {"balance": ["query_type", "grade"]}}),
         "grpo_easier": Recipe(settings=_stages(("easier", _EASY | _LABELS))),
         "grpo_harder": Recipe(settings=_stages(("harder", _HARD | _LABELS))),

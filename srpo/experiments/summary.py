@@ -87,30 +87,36 @@ def table_text(table: Table, summary: Mapping[str, Any], num_seeds: int) -> str:
 
 
 def headline(
-    curves: Mapping[str, Sequence[Sequence[tuple[int, float]]]], rivals: tuple[str, str] = ("srpo", "grpo")
+    curves: Mapping[str, Sequence[Sequence[tuple[int, float]]]], tests: Mapping[str, Sequence[float]], reference: str = "grpo"
 ) -> dict[str, Any]:
-    """Whether the first rival beats the second, and with how many of its responses it reaches its final macro F1.
+    """Of every other recipe, whether it beats `reference`, and with how many of its responses it reaches its final macro F1.
 
-    curves: name -> of each seed [(responses sampled, macro F1)]. `share` is the number of responses at which a curve of the first
-    is at or above the mean of the last three points of the second, over all responses of the second; None where it never is.
+    curves: recipe -> of each seed [(responses sampled, macro F1 of some pairs)], whose end is the mean of its last three points;
+    tests: recipe -> of each seed the last policy's macro F1 of the whole test set. `share` is the number of responses at which a
+    curve is at or above the end of the reference's, over all responses of that; None where it never is. `margin`: twice the
+    standard error of `test_gap_mean` over seeds, which share data and starting checkpoint.
     """
-    first, second = rivals
-    seeds = []
-    for ours, theirs in zip(curves[first], curves[second], strict=True):
-        final = float(np.mean([f1 for _, f1 in theirs[-3:]]))
-        reached = next((num for num, f1 in ours if f1 >= final), None)
-        seeds.append(
-            {
-                f"{first}_final": float(np.mean([f1 for _, f1 in ours[-3:]])),
-                f"{second}_final": final,
-                "responses": reached,
-                "share": None if reached is None else reached / theirs[-1][0],
-            }
-        )
-    gaps = [seed[f"{first}_final"] - seed[f"{second}_final"] for seed in seeds]
+    ends = {name: [float(np.mean([f1 for _, f1 in curve[-3:]])) for curve in by_seed] for name, by_seed in curves.items()}
+    rivals = {}
+    for name in (name for name in curves if name != reference):
+        seeds = []
+        for i, (ours, theirs) in enumerate(zip(curves[name], curves[reference], strict=True)):
+            reached = next((num for num, f1 in ours if f1 >= ends[reference][i]), None)
+            share = None if reached is None else reached / theirs[-1][0]
+            seeds.append({"end": ends[name][i], "test": tests[name][i], "responses": reached, "share": share})
+        gaps = np.subtract(ends[name], ends[reference])
+        test_gaps = np.subtract(tests[name], tests[reference])
+        several = len(gaps) > 1
+        rivals[name] = {
+            "per_seed": seeds,
+            "gap_mean": float(gaps.mean()),
+            "gap_std": float(gaps.std(ddof=1)) if several else 0.0,
+            "test_gap_mean": float(test_gaps.mean()),
+            "margin": 2 * float(test_gaps.std(ddof=1)) / math.sqrt(len(gaps)) if several else math.inf,
+        }
     return {
-        "per_seed": seeds,
-        "gap_mean": float(np.mean(gaps)),
-        "gap_std": float(np.std(gaps, ddof=1)) if len(gaps) > 1 else 0.0,
+        "reference": reference,
+        "per_seed": [{"end": end, "test": test} for end, test in zip(ends[reference], tests[reference], strict=True)],
+        "rivals": rivals,
         "curves": {name: [list(map(list, curve)) for curve in by_seed] for name, by_seed in curves.items()},
     }

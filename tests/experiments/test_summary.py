@@ -61,8 +61,11 @@ def test_the_headline_says_when_a_curve_reaches_the_other_ones_end() -> None:
     slow = [(100, 0.1), (200, 0.2), (300, 0.3), (400, 0.4), (500, 0.5)]  # ends at the mean of its last three: 0.4
     fast = [(100, 0.3), (200, 0.41), (300, 0.6), (400, 0.6), (500, 0.6)]
     never = [(100 * i, 0.39) for i in range(1, 6)]
-    found = headline({"srpo": [fast, never], "grpo": [slow, slow]}, ("srpo", "grpo"))
-    assert found["per_seed"][0]["share"] == pytest.approx(0.4) and found["per_seed"][0]["responses"] == 200
-    assert found["per_seed"][1]["share"] is None
-    assert found["per_seed"][0]["srpo_final"] == pytest.approx(0.6) and found["per_seed"][0]["grpo_final"] == pytest.approx(0.4)
-    assert found["gap_mean"] == pytest.approx((0.2 - 0.01) / 2)
+    tests = {"srpo": [0.7, 0.3], "grpo": [0.5, 0.2]}
+    found = headline({"srpo": [fast, never], "grpo": [slow, slow]}, tests, "grpo")
+    first, second = found["rivals"]["srpo"]["per_seed"]
+    assert first["share"] == pytest.approx(0.4) and first["responses"] == 200 and second["share"] is None
+    assert first["end"] == pytest.approx(0.6) and found["per_seed"][0] == pytest.approx({"end": 0.4, "test": 0.5})
+    assert found["rivals"]["srpo"]["gap_mean"] == pytest.approx((0.2 - 0.01) / 2)
+    assert found["rivals"]["srpo"]["test_gap_mean"] == pytest.approx(0.15)
+    assert found["rivals"]["srpo"]["margin"] == pytest.approx(2 * 0.05 * 2**0.5 / 2**0.5)  # gaps of 0.2 and 0.1
