@@ -105,9 +105,9 @@ def make_headline(cfg: ReproduceConfig, parallel: Parallel) -> dict[str, Any]:
         for seed, ours, theirs in zip(cfg.seeds, rival["per_seed"], found["per_seed"], strict=True):
             share = ours["share"]
             words = "never gets there" if share is None else f"gets there with {100 * share:.0f} % of the responses"
-            ends, tests = ((100 * theirs[of], 100 * ours[of]) for of in ("end", "test"))
-            print(f"seed {seed}: macro F1 ends for grpo at {ends[0]:.1f}, for {name} at {ends[1]:.1f}, which {words};", end=" ")
-            print(f"on the test set {tests[0]:.1f} and {tests[1]:.1f}")
+            end, test = ([f"{100 * side[of]:.1f}" for side in (theirs, ours)] for of in ("end", "test"))
+            print(f"seed {seed}: macro F1 ends for grpo at {end[0]}, for {name} at {end[1]}, which {words};", end=" ")
+            print(f"on the test set {test[0]} and {test[1]}")
     plot_headline(Path(cfg.run_dir) / "headline.png", curves)
     return found
 

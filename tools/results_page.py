@@ -11,6 +11,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
+from srpo.experiments.plots import LABELS
 from srpo.reproduce import NAMES
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -23,8 +24,7 @@ row starts. The paper's numbers are those of a 42 B-parameter policy on Taobao's
 the rows can. "Ours" is the mean and the standard deviation over seeds, in percent. A pair of rows *agrees* or *opposes* where
 the difference, seed by seed, is beyond twice its standard error, else it is undecided.
 
-Each result says its commit. Those below are of a teacher that misreads no words, with a learning rate of 1e-4; the recipes have
-changed since, and why is in `bench/LOG.md`.
+Each result says its commit.
 """
 
 
@@ -52,37 +52,37 @@ def table_section(result: dict[str, Any]) -> list[str]:
 
 
 def headline_section(result: dict[str, Any]) -> list[str]:
-    """Curves of SRPO and GRPO."""
+    """Curves of SRPO and GRPO, and the last policies on the whole test set."""
+    pairs, whole = result["scale"]["eval_examples"], result["scale"]["num_eval"]
     lines = [
         "## SRPO against GRPO at equal samples",
         "",
-        "| seed | GRPO ends at | SRPO ends at | to reach it |",
-    ]
-    lines.append("|---|---|---|---|")
-    for seed, found in zip(result["seeds"], result["per_seed"], strict=True):
-        share = "never" if found["share"] is None else f"{100 * found['share']:.0f} % of GRPO's"
-        lines.append(f"| {seed} | {100 * found['grpo_final']:.1f} | {100 * found['srpo_final']:.1f} | {share} |")
-    mean, std = 100 * result["gap_mean"], 100 * result["gap_std"]
-    pairs = result["scale"]["eval_examples"]
-    lines += [
+        f"Macro F1 on {pairs} held-out pairs during training (ends are means of the last three points), and of the last policies "
+        f"on all {whole:,}. *To reach it*: the share of GRPO's responses after which a curve is at GRPO's end.",
         "",
-        f"Ends are means of the last three points of each curve, on {pairs} held-out pairs: SRPO {mean:+.1f} points, standard",
     ]
-    lines += [f"deviation over seeds {std:.1f}. {larger_set()}"]
+    names = list(result["rivals"])
+    header = ["seed", "GRPO ends at", *(f"{LABELS[name]}, to reach it" for name in names), "GRPO, all pairs"]
+    header += [f"{LABELS[name]}, all pairs" for name in names]
+    lines += ["| " + " | ".join(header) + " |", "|---" * len(header) + "|"]
+    for i, (seed, theirs) in enumerate(zip(result["seeds"], result["per_seed"], strict=True)):
+        ours = [result["rivals"][name]["per_seed"][i] for name in names]
+        shares = ["never" if of["share"] is None else f"{100 * of['share']:.0f} %" for of in ours]
+        cells = [
+            str(seed),
+            f"{100 * theirs['end']:.1f}",
+            *(f"{100 * of['end']:.1f}, {s}" for of, s in zip(ours, shares, strict=True)),
+        ]
+        cells += [f"{100 * theirs['test']:.1f}", *(f"{100 * of['test']:.1f}" for of in ours)]
+        lines.append("| " + " | ".join(cells) + " |")
+    lines.append("")
+    for name in names:
+        gap, margin = 100 * result["rivals"][name]["test_gap_mean"], 100 * result["rivals"][name]["margin"]
+        verdict = "undecided" if abs(gap) <= margin else "beyond it"
+        lines.append(
+            f"- {LABELS[name]}: {gap:+.1f} points over GRPO on all pairs, twice its standard error {margin:.1f}: {verdict}."
+        )
     return lines
-
-
-def larger_set() -> str:
-    """What Table 1 says of the same policies on its larger test set."""
-    path = RESULTS / "table1.json"
-    if not path.is_file():
-        return "Table 1 has not judged these policies yet."
-    table = json.loads(path.read_text(encoding="utf-8"))
-    of = {row["recipe"]: row["ours"]["macro_f1"]["values"] for row in table["rows"]}
-    gaps = ", ".join(f"{ours - theirs:+.1f}" for ours, theirs in zip(of["srpo"], of["grpo"], strict=True))
-    pairs = [p for p in table["order"]["pairs"] if (p["first"], p["second"]) == ("GRPO", "TaoSR-SHE")]
-    verdict = pairs[0]["verdict"] if pairs else "not compared"
-    return f"On the {table['scale']['num_eval']:,} pairs of Table 1 the last policies differ by {gaps}: {verdict}."
 
 
 def main() -> None:
