@@ -15,11 +15,14 @@ def claim_run_dir(run_dir: Path, cfg: Any, is_main: bool, may_change: Collection
 
     Raises ValueError where the folder already holds a run of another configuration, naming the first setting that differs: a
     resumed run has to be the run that was started. `run_dir` itself may differ, so folders can be moved, and so may the settings
-    of `may_change`, dotted keys; the file keeps those that the run began with.
+    of `may_change`, dotted keys; the file keeps those that the run began with. A setting that is younger than the folder had its
+    default there.
     """
     path = run_dir / "config.toml"
     if path.is_file():
-        ours, theirs = (_leaves(tomllib.loads(text)) for text in (dump_toml(cfg), path.read_text(encoding="utf-8")))
+        texts = dump_toml(cfg), path.read_text(encoding="utf-8"), dump_toml(type(cfg)())
+        ours, theirs, defaults = (_leaves(tomllib.loads(text)) for text in texts)
+        theirs = {key: defaults[key] for key in ours.keys() & defaults.keys()} | theirs
         for key in sorted(ours.keys() | theirs.keys()):
             if key != "run_dir" and key not in may_change and ours.get(key) != theirs.get(key):
                 raise ValueError(

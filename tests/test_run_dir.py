@@ -38,6 +38,19 @@ def test_other_settings_are_refused_by_name_and_change_nothing(tmp_path: Path, i
     assert (tmp_path / "config.toml").read_bytes() == before
 
 
+def test_a_setting_that_is_younger_than_the_folder_had_its_default(tmp_path: Path) -> None:
+    claim_run_dir(tmp_path, Config(), is_main=True)
+    path = tmp_path / "config.toml"
+    old = [line for line in path.read_text().splitlines() if not line.startswith(("kl_coef", "tensor_parallel_size"))]
+    path.write_text("\n".join(old))
+    claim_run_dir(tmp_path, Config(), is_main=True)
+    with pytest.raises(ValueError, match=r"loss\.kl_coef = 0\.001, this one has 0\.5"):
+        claim_run_dir(tmp_path, Config(loss=LossConfig(kl_coef=0.5)), is_main=True)
+    path.write_text("\n".join([*old, "", "[unheard]", "of = 1"]))
+    with pytest.raises(ValueError, match=r"unheard\.of = 1, this one has None"):
+        claim_run_dir(tmp_path, Config(), is_main=True)
+
+
 def test_a_folder_of_another_program_is_refused(tmp_path: Path) -> None:
     claim_run_dir(tmp_path, SftConfig(), is_main=True)
     with pytest.raises(ValueError, match="give another run_dir"):
