@@ -33,9 +33,10 @@ class Scale:
     eval_examples: int = 512
     num_eval: int = 4096  # pairs of each test set that the tables are made of
     judge_error_rate: float = 0.1  # of the simulated annotator that stands for R_phi: what Table 2 leaves it
-    dpo_prompts: int = 1000  # of which the SFT policy samples group_size responses each, for pairs and for judges
+    dpo_prompts: int = 1000  # of which the SFT policy samples group_size responses each, for its pairs
     dpo_steps: int = 60
     dpo_lr: float = 2e-5
+    judge_pairs: int = 16_000  # with a response of the SFT policy each, judged by the annotator
     judge_sft_steps: int = 500
     judge_grpo_steps: int = 40
     judge_lr: float = 1e-4

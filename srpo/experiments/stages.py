@@ -1,8 +1,9 @@
 """What the tables are made from, for one seed: shared starting checkpoints, trained rows, scores. Everything is made once.
 
     start/data, start/base, start/sft    as `srpo.demo` makes them: pairs, tokenizer and model, the policy after SFT
-    start/responses                      of the SFT policy, scored: what pairs of DPO and judgments are made from
+    start/responses                      of the SFT policy, scored: what pairs of DPO are made from
     start/dpo                            the policy that reinforcement starts from (5.1.7)
+    start/judge_pairs, judge_responses   other pairs with a response of the SFT policy each: what judgments are made from
     start/judge-generative, -scalar      R_phi and its rival; start/select: training data chosen by the judge
     <recipe>/                            a run of srpo.train, and its scores on a test set, `wild.json` or `balanced.json`
 
@@ -12,7 +13,7 @@ Killed at any moment and started again, a stage goes on where it was.
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from contextlib import suppress
 from dataclasses import dataclass, replace
 from itertools import islice
@@ -21,11 +22,13 @@ from typing import Any
 
 from srpo.batch import Rollout, write_rollouts
 from srpo.config import LossConfig, OptimizerConfig, PolicyConfig, RolloutConfig, TrainConfig
+from srpo.data.examples import Example
 from srpo.data.preferences import PairRules
 from srpo.data.prompts import build_prompt
 from srpo.data.readers import load_examples, read_examples, write_examples
 from srpo.data.selection import Criteria
 from srpo.data.tokenizer import encode, load_tokenizer
+from srpo.data.world import World
 from srpo.demo import PROMPT, DemoConfig, make_base, make_data, sft_config, stage
 from srpo.dpo import DpoConfig, dpo
 from srpo.evaluate import evaluate_policy
@@ -101,19 +104,36 @@ class Lab:
 
     def responses(self) -> Path:
         """rollouts.jsonl of the SFT policy on the first `dpo_prompts` training pairs, with the rewards of training."""
-        policy, data = self.sft(), self.data()
+        examples = islice(read_examples(self.data(), len(PAPER_STEPS)), self.scale.dpo_prompts)
+        return self._respond("responses", examples, self.scale.group_size)
+
+    def judge_pairs(self) -> Path:
+        """Pairs that nothing else is trained on: a judge needs many queries, and must not know those of the policy's training."""
+        out = self.start / "judge_pairs"
+        first = self.scale.num_demonstrations + self.scale.num_train
+        pairs = World(self.seed).examples("train", self.scale.judge_pairs, start=first)
+
+        def make(out: Path) -> None:
+            write_examples(out / "pairs.jsonl", pairs)
+
+        stage(out, "making pairs for judges", make)
+        return out / "pairs.jsonl"
+
+    def _respond(self, name: str, examples: Iterable[Example], group_size: int) -> Path:
+        """rollouts.jsonl in `start/name`: responses of the SFT policy, with the rewards of training."""
+        policy = self.sft()
 
         def make(out: Path) -> None:
             with suppress(FileNotFoundError):  # of a stage that was stopped
                 (out / "rollouts.jsonl").unlink()
-            examples = list(islice(read_examples(data, len(PAPER_STEPS)), self.scale.dpo_prompts))
+            asked = list(examples)
             engine, schema = LocalEngine(load_policy(policy)), StepSchema(PAPER_STEPS)
             tokenizer: Any = load_tokenizer(policy)
-            params = SamplingParams(MAX_NEW_TOKENS, 0.99, 100, self.scale.group_size, (tokenizer.eos_token_id,))
+            params = SamplingParams(MAX_NEW_TOKENS, 0.99, 100, group_size, (tokenizer.eos_token_id,))
             judge = OracleJudge(self.scale.judge_error_rate, self.seed, schema)
-            with Progress("sampling the SFT policy", len(examples)) as bar:
-                for first in range(0, len(examples), CHUNK):
-                    some = examples[first : first + CHUNK]
+            with Progress("sampling the SFT policy", len(asked)) as bar:
+                for first in range(0, len(asked), CHUNK):
+                    some = asked[first : first + CHUNK]
                     prompts = [encode(tokenizer, build_prompt(example, PROMPT)) for example in some]
                     samples = engine.generate(prompts, params, derive_seed(self.seed, first))
                     made = to_rollouts(some, samples, prompts, schema, tokenizer, 0, first_group=first)
@@ -121,8 +141,8 @@ class Lab:
                     write_rollouts(out / "rollouts.jsonl", scored, step=1)
                     bar.advance(len(some))
 
-        stage(self.start / "responses", "sampling responses", make)
-        return self.start / "responses" / "rollouts.jsonl"
+        stage(self.start / name, "sampling responses", make)
+        return self.start / name / "rollouts.jsonl"
 
     def dpo(self) -> Path:
         """The policy after DPO on pairs of a right and a wrong verdict: where reinforcement starts."""
@@ -141,15 +161,15 @@ class Lab:
         return done if done.is_dir() else dpo(cfg, self.parallel)
 
     def judge(self, kind: str) -> dict[str, Any]:
-        """`judge.json` of R_phi ("generative") or its rival ("scalar"), trained on judgments of the responses (5.1.6)."""
+        """`judge.json` of R_phi ("generative") or its rival ("scalar"), trained on judged responses of the SFT policy (5.1.6)."""
         run_dir = self.start / f"judge-{kind}"
         small = TrainConfig(micro_batch_tokens=4096, checkpoint_every=20, keep_checkpoints=1, log_rollouts=False)
         optimizer = OptimizerConfig(lr=self.scale.judge_lr, warmup_steps=3, schedule="linear")
         cfg = JudgeConfig(
             run_dir=str(run_dir),
             kind="scalar" if kind == "scalar" else "generative",
-            data=str(self.data()),
-            rollouts=str(self.responses()),
+            data=str(self.judge_pairs()),
+            rollouts=str(self._respond("judge_responses", read_examples(self.judge_pairs(), len(PAPER_STEPS)), 1)),
             held_out=1000,
             sft=SftConfig(
                 seed=self.seed,
