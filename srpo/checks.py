@@ -9,9 +9,10 @@ from srpo.config import Config
 from srpo.data.curriculum import check_curriculum
 from srpo.data.examples import Example
 from srpo.rewards.hybrid import score
-from srpo.rewards.judge import Judge
+from srpo.rewards.judge import Judge, OracleJudge
 from srpo.rewards.judge_service import check_service
 from srpo.rollout.engine import SamplingParams, check_prompts
+from srpo.rollout.stream import quota
 from srpo.scores.evaluation import true_grades
 from srpo.steps import StepSchema
 
@@ -35,7 +36,7 @@ def check_settings(cfg: Config, world_size: int = 1) -> None:
             f"rollout.group_size is {cfg.rollout.group_size}, but {baseline} compares the rollouts of a group: "
             "use 2 or more, or advantage.method srpo with advantage.normalize batch"
         )
-    _check_rollout(cfg)
+    check_rollout(cfg)
     _check_sampler(cfg)
     low, high = cfg.sampler.difficulty_low, cfg.sampler.difficulty_high
     if not (low < high and low < 1 and high > 0):
@@ -46,6 +47,12 @@ def check_settings(cfg: Config, world_size: int = 1) -> None:
     if cfg.rollout.num_prompts % world_size:
         raise ValueError(
             f"rollout.num_prompts {cfg.rollout.num_prompts} cannot be shared by {world_size} processes: use a multiple"
+        )
+    share = cfg.rollout.num_prompts // world_size
+    if cfg.rollout.cut_tail and quota(cfg.rollout.num_prompts, world_size, cfg.rollout.cut_tail) == share:
+        raise ValueError(
+            f"rollout.cut_tail {cfg.rollout.cut_tail} of the {share} prompts of a process is less than one: nothing would be "
+            f"cut, set it to {1 / share:.3g} or more, or to 0"
         )
     if not cfg.data.train and not (cfg.curriculum and all(stage.data for stage in cfg.curriculum)):
         raise ValueError("data.train is not set: name a file of judged pairs (docs/data.md)")
@@ -86,12 +93,17 @@ def check_judge(cfg: Config) -> None:
         )
 
 
-def _check_rollout(cfg: Config) -> None:
+def check_rollout(cfg: Config) -> None:
     """The part of `check_settings` on when sampling ends, what it runs beside, and what makes up for it."""
     rollout, loss = cfg.rollout, cfg.loss
     _at_least(cfg, "rollout.oversample", 0)
     if not 0 <= rollout.cut_tail < 1:
         raise ValueError(f"rollout.cut_tail is {rollout.cut_tail}: it is a share of the groups, from 0 to below 1")
+    if rollout.cut_tail and cfg.sampler.refill:
+        raise ValueError(
+            f"rollout.cut_tail {rollout.cut_tail} gives prompts up and sampler.refill {cfg.sampler.refill} samples others in "
+            "their place: set one of them to 0"
+        )
     if rollout.off_policy_steps not in (0, 1):
         raise ValueError(f"rollout.off_policy_steps is {rollout.off_policy_steps}: set it to 0, or to 1 for one step of age")
     if rollout.off_policy_steps and loss.importance == "off":
@@ -180,7 +192,7 @@ def check_examples(
     examples: Sequence[Example], eval_examples: Sequence[Example], schema: StepSchema, judge: Judge | None, cfg: Config
 ) -> None:
     """Raise ValueError where there are fewer examples than prompts in a step, where nothing can grade a step of a training
-    example, and where an evaluation example has no grade."""
+    example (the simulated annotator only where the example has a truth), and where an evaluation example has no grade."""
     if len(examples) < cfg.rollout.num_started:
         more = f" with rollout.oversample {cfg.rollout.oversample} of them" if cfg.rollout.oversample else ""
         raise ValueError(
@@ -189,8 +201,24 @@ def check_examples(
         )
     silence = [_silence(example, schema.num_steps) for example in examples]
     score(silence, examples, schema, judge, cfg.reward.missing_verdict)  # a judge is not asked about missing answers
+    if isinstance(judge, OracleJudge):
+        _check_truths(examples, schema)
     if eval_examples:
         true_grades(eval_examples)
+
+
+def _check_truths(examples: Sequence[Example], schema: StepSchema) -> None:
+    """Raise ValueError where the simulated annotator is all that could grade a step, and does not know the right answer."""
+    nothing = (None,) * schema.num_steps
+    for example in examples:
+        for spec, label, truth in zip(schema.specs, example.gold or nothing, example.truth or nothing, strict=True):
+            others = {"skip", "rule"} | ({"gold"} if label is not None else set())
+            if truth is None and others.isdisjoint(spec.sources):
+                raise ValueError(
+                    f"reward.judge is oracle, which reads right answers from `truth`, and {example.example_id} has none for step "
+                    f"{spec.name!r}: it would earn nothing. Give the example one, train a judge (srpo.train_judge), or end the "
+                    "step's sources with 'skip'"
+                )
 
 
 def _silence(example: Example, num_steps: int) -> Rollout:

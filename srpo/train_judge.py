@@ -17,7 +17,7 @@ from __future__ import annotations
 import json
 import os
 from collections.abc import Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -41,7 +41,15 @@ from srpo.steps import PAPER_STEPS, StepSchema, StepSpec
 from srpo.train import train
 
 QUEUE = "judge_queue.jsonl"
-LATER = ("stage", "verified", "unverified", "simulate_human", "human_error_rate", "mine", "grpo")  # may change between stages
+LATER = (
+    "stage",
+    "verified",
+    "unverified",
+    "simulate_human",
+    "human_error_rate",
+    "mine",
+    "grpo",
+)  # may change between stages; each has its own claim
 
 
 @dataclass(frozen=True)
@@ -242,9 +250,12 @@ def run_sft(work: Work) -> None:
 
 def run_mine(work: Work) -> None:
     """The queue of hard cases, those to be looked at first at its head; how many there are of what in mine.json."""
+    cfg, settings = work.cfg.mine, json.loads(json.dumps(asdict(work.cfg.mine)))
     if work.is_done(QUEUE):
+        path = work.run_dir / "mine.json"
+        if path.is_file() and json.loads(path.read_text(encoding="utf-8")).get("settings", settings) != settings:
+            raise ValueError(f"{work.run_dir / QUEUE} was made with other settings of mine, see {path}: give those, or remove it")
         return
-    cfg = work.cfg.mine
     judge = _judge(work, work.run_dir / "sft" / "policy")
     assert isinstance(judge, GenerativeJudge)
     cases = vote_on(judge, work.pool, work.examples, work.schema, cfg.num_votes, work.cfg.sft.seed, work.parallel)
@@ -254,19 +265,18 @@ def run_mine(work: Work) -> None:
             f"{numbers['num_hard']} of {numbers['num_responses']} responses are hard cases, none of them inside the window: "
             "mine other responses (--mine.pool), or widen mine.solve_low and mine.solve_high"
         )
-    work.write("mine.json", json.dumps(numbers, indent=1) + "\n")
+    work.write("mine.json", json.dumps(numbers | {"settings": settings}, indent=1) + "\n")
     work.write(QUEUE, queue_lines(chosen, work.examples, work.schema))
     if work.parallel.is_main:
         print(f"{len(chosen)} hard cases of {len(cases)} responses in {work.run_dir / QUEUE}")
 
 
 def run_grpo(work: Work) -> None:
-    """Second stage, and its scores in grpo.json."""
-    if work.is_done("grpo.json"):
-        return
+    """Second stage, and its scores in grpo.json. ValueError where it is done, or has begun, with other verdicts or settings."""
     cfg, run_dir, schema = work.cfg, work.run_dir, work.schema
+    done = work.is_done("grpo.json") and work.is_done("grpo/config.toml")
     verified = Path(cfg.verified) if cfg.verified else run_dir / "judge_verified.jsonl"
-    if not cfg.verified:
+    if not (cfg.verified or done):
         queue = read_queue(run_dir / QUEUE, schema).values()
         human = OracleJudge(cfg.human_error_rate, cfg.sft.seed + 1, schema)
         said = human.judge(
@@ -283,24 +293,26 @@ def run_grpo(work: Work) -> None:
         write_examples(fresh, cases)
         if (run_dir / "grpo" / "config.toml").is_file() and fresh.read_bytes() != data.read_bytes():
             raise ValueError(f"{run_dir / 'grpo'} has begun with other verdicts ({data}): give back those, or remove that folder")
-        os.replace(fresh, data)
-        write_whole(run_dir / "verified.json", json.dumps(numbers, indent=1) + "\n")
-        print(", ".join(f"{count} {name.removeprefix('num_').replace('_', ' ')}" for name, count in numbers.items()))
+        if done:
+            fresh.unlink()
+        else:
+            os.replace(fresh, data)
+            write_whole(run_dir / "verified.json", json.dumps(numbers, indent=1) + "\n")
+            print(", ".join(f"{count} {name.removeprefix('num_').replace('_', ' ')}" for name, count in numbers.items()))
     work.parallel.barrier()
-    policy = replace(cfg.sft.policy, path=str(run_dir / "sft" / "policy"), reference="")
-    path = train(
-        grpo_config(
-            cfg.grpo,
-            run_dir=run_dir / "grpo",
-            data=data,
-            policy=policy,
-            schema=schema,
-            max_new_tokens=cfg.max_new_tokens,
-            seed=cfg.sft.seed,
-        ),
-        work.parallel,
+    settings = grpo_config(
+        cfg.grpo,
+        run_dir=run_dir / "grpo",
+        data=data,
+        policy=replace(cfg.sft.policy, path=str(run_dir / "sft" / "policy"), reference=""),
+        schema=schema,
+        max_new_tokens=cfg.max_new_tokens,
+        seed=cfg.sft.seed,
     )
-    _evaluate(work, "grpo", path)
+    if done:
+        claim_run_dir(run_dir / "grpo", settings, work.parallel.is_main)
+    else:
+        _evaluate(work, "grpo", train(settings, work.parallel))
 
 
 def _judge(work: Work, path: Path) -> Any:

@@ -45,6 +45,11 @@ def test_the_defaults_with_data_pass() -> None:
         ({"loss": {"dual_clip": 3.0, "clip_form": "cispo"}}, "loss.dual_clip bounds the surrogate of clip_form ppo, not cispo"),
         ({"rollout": {"oversample": -0.1}}, "rollout.oversample is -0.1: set it to 0 or more"),
         ({"rollout": {"cut_tail": 1.0}}, "rollout.cut_tail is 1.0: it is a share of the groups"),
+        (
+            {"rollout": {"cut_tail": 0.01}},
+            "cut_tail 0.01 of the 64 prompts of a process is less than one: .* set it to 0.0156 or more",
+        ),
+        ({"rollout": {"cut_tail": 0.25}, "sampler": {"refill": 1}}, "cut_tail 0.25 gives prompts up and sampler.refill 1"),
         ({"rollout": {"off_policy_steps": 2}}, "rollout.off_policy_steps is 2: set it to 0, or to 1"),
         (
             {"rollout": {"off_policy_steps": 1}},
@@ -107,6 +112,17 @@ def check(examples: list[Example], eval_examples: list[Example] | None = None, j
 
 def test_examples_that_can_be_trained_on_pass() -> None:
     check([LABELLED], [LABELLED])
+
+
+def test_the_simulated_annotator_needs_a_truth_where_nothing_else_grades() -> None:
+    silent = replace(LABELLED, truth=None)
+    judged = [spec.name for spec in SCHEMA.specs if not {"gold", "rule", "skip"} & set(spec.sources)]
+    with pytest.raises(ValueError, match=f"{silent.example_id} has none for step '{judged[0]}': it would earn nothing"):
+        check([LABELLED, silent])
+    skipped = StepSchema(tuple(replace(spec, sources=(*spec.sources, "skip")) for spec in SCHEMA.specs))
+    check_examples(
+        [silent], [], skipped, OracleJudge(0.0, 0, skipped), replace(GOOD, rollout=replace(GOOD.rollout, num_prompts=1))
+    )
 
 
 def test_examples_have_to_fill_a_step() -> None:

@@ -214,6 +214,10 @@ def test_what_is_done_is_not_done_again_and_what_is_lost_comes_out_the_same(
     assert files_of(tmp_path / "copy" / "sft") == sft_files and (tmp_path / "copy" / "grpo" / "policy").is_dir()
     with pytest.raises(ValueError, match=r"holds a run with sft\.num_steps = 80"):
         train_judge(replace(cfg, sft=replace(cfg.sft, num_steps=81)), small.ONE)
+    with pytest.raises(ValueError, match=r"judge_queue\.jsonl was made with other settings of mine"):
+        train_judge(replace(cfg, mine=replace(cfg.mine, num_cases=5)), small.ONE)
+    with pytest.raises(ValueError, match=r"grpo holds a run with num_steps = "):
+        train_judge(replace(cfg, grpo=replace(cfg.grpo, num_steps=cfg.grpo.num_steps + 1)), small.ONE)
 
 
 def test_humans_verify_between_the_stages(

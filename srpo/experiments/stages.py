@@ -189,8 +189,6 @@ class Lab:
                 train=small,
             ),
         )
-        if (run_dir / "judge.json").is_file():
-            return json.loads((run_dir / "judge.json").read_text(encoding="utf-8"))
         return train_judge(cfg, self.parallel)
 
     def training_data(self, recipe: Recipe) -> Path:
@@ -239,8 +237,8 @@ class Lab:
     def results(self, name: str, recipe: Recipe, test_set: str) -> dict[str, Any]:
         """Scores of a row on a test set ("wild" or "balanced"), decoded greedily."""
         path = self.root / name / f"{test_set}.json"
+        policy = self.policy(name, recipe)  # also where its scores are there: ValueError for those of other settings
         if not path.is_file():
-            policy = self.policy(name, recipe)
             examples = load_examples(self.data(TEST_SETS[test_set]), len(PAPER_STEPS), self.scale.num_eval)
             results, _ = evaluate_policy(
                 LocalEngine(load_policy(policy)),
