@@ -26,6 +26,12 @@ the difference, seed by seed, is beyond twice its standard error, else it is und
 
 Each result says its commit.
 """
+REMARKS = {
+    "table3": """\
+SRPO as printed whitens advantages over the whole batch, while GRPO and "+ step reward" compare a response with its group. That
+is what puts SRPO below "+ step reward" here: with each step compared with its group, and nothing else changed, it comes out as
+high, and with gamma 0.5 above every other row on every seed (`advantage.normalize = "group_step"`, `advantage.gamma = 0.5`).""",
+}
 
 
 def table_section(result: dict[str, Any]) -> list[str]:
@@ -101,6 +107,7 @@ def main() -> None:
             continue
         result = json.loads(path.read_text(encoding="utf-8"))
         lines = headline_section(result) if name == "headline" else table_section(result)
+        lines += ["", REMARKS[name]] if name in REMARKS else []
         if (DOCS / f"reproduce_{name}.png").is_file():
             lines += ["", f"![{result.get('title', 'Curves')}](reproduce_{name}.png)"]
         seeds = ", ".join(map(str, result["seeds"]))
