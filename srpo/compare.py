@@ -24,7 +24,7 @@ from srpo.scores.paired import compare_systems
 from srpo.scores.responses import Responses, from_file, verdicts_alone
 from srpo.scores.side_by_side import side_by_side
 from srpo.scores.tally import true_grades
-from srpo.settings import run_program
+from srpo.settings import check_one_process, run_program
 from srpo.steps import StepSchema
 from srpo.tables import percent, text_table
 
@@ -47,6 +47,7 @@ class CompareConfig:
 
 def main(config: CompareConfig) -> None:
     """The program. Raises ValueError for settings that do not say what to compare, before anything is written."""
+    check_one_process("srpo.compare", "it only counts, and has nothing for ranks to share")
     pages = config.pages
     if bool(config.a) != bool(config.b) or not (config.a or pages.file):
         raise ValueError("give two systems, --a X --b Y, or their ranked lists, --pages.file FILE, or all of these")

@@ -14,7 +14,7 @@ from srpo.steps import PAPER_STEPS, StepSpec
 
 @dataclass(frozen=True)
 class DataConfig:
-    train: str = ""  # JSON Lines or Parquet of examples (docs/data.md), or a folder of official ESCI Parquet files
+    train: str = ""  # JSON Lines or Parquet of examples, a folder of such files, or of the official ESCI release (docs/data.md)
     eval: str = ""  # the same, held out; empty: no evaluation during training
     prompt: str = (
         "Query: {query}\nItem: {item}\n"  # {query}, {item} (title and fields, one per line) or {title} and any field's name
@@ -25,9 +25,9 @@ class DataConfig:
 class PolicyConfig:
     path: str = ""  # folder of a Hugging Face checkpoint with its tokenizer: where training starts from
     reference: str = ""  # the same for pi_ref of Eq. 6; empty: the starting policy. Not loaded when loss.kl_coef is 0
-    experts: Literal["grouped_mm", "loop", "megablocks"] = "grouped_mm"
-    dtype: Literal["float32", "bfloat16"] = "float32"  # of the forward and backward; master weights are always fp32
-    activation_checkpointing: bool = False
+    experts: Literal["grouped_mm", "loop", "megablocks"] = "grouped_mm"  # torch's grouped products, a plain loop, or MegaBlocks
+    dtype: Literal["float32", "bfloat16"] = "float32"  # of forward, backward and sampling; master weights are always fp32
+    activation_checkpointing: bool = False  # layers are computed again in the backward: slower, less memory
     max_context: int = 0  # longest prompt plus response in tokens; 0: what the model was made for
 
 
@@ -50,8 +50,8 @@ class RolloutConfig:
     engine: Literal["local", "vllm"] = "local"  # vllm: in a process of its own, on the same device
     num_prompts: int = 64  # over all ranks, "rollout batch size"
     group_size: int = 16  # G
-    max_new_tokens: int = 512
-    temperature: float = 0.99
+    max_new_tokens: int = 512  # longest response
+    temperature: float = 0.99  # of sampling, and so of ratios, KL and entropy
     top_k: int = 100  # 0: no filter
     ratio: Literal["filtered", "unfiltered"] = "filtered"  # the distribution that importance ratios are taken on
     support: Literal["recompute", "replay"] = "recompute"  # its top_k ids: the trainer's own, or those that the engine drew from
@@ -90,7 +90,7 @@ class RewardConfig:
     judge_backoff_s: float = 1.0  # pause before the second attempt; it doubles with each, up to a minute
     judge_fallback: Literal["stop", "missing"] = "stop"  # a call without an answer at last stops the run, or is a missing verdict
     judge_cache: int = 65536  # questions whose verdicts are remembered; 0: none
-    judge_error_rate: float = 0.0  # of the oracle (a simulated annotator): how often a verdict is turned around
+    judge_error_rate: float = 0.0  # of the oracle, an annotator simulated from truths: how often a verdict is turned around
     scalar: Literal["threshold", "probability"] = "threshold"  # a scalar judge's verdict: whether p >= 0.5, or p of the reward
     missing_verdict: float = 0.0  # reward fraction of a step whose judge gave no verdict
     audit: Literal["off", "log", "warn", "stop"] = (
@@ -115,10 +115,10 @@ class AdvantageConfig:
 
 @dataclass(frozen=True)
 class LossConfig:
-    clip_eps_low: float = 0.2
-    clip_eps_high: float = 0.2
+    clip_eps_low: float = 0.2  # epsilon of Eq. 6: ratios are clipped to 1 - this ...
+    clip_eps_high: float = 0.2  # ... and 1 + this
     kl_coef: float = 0.001  # beta; 0 loads no reference model
-    kl_estimator: Literal["k1", "k2", "k3", "full"] = "k3"
+    kl_estimator: Literal["k1", "k2", "k3", "full"] = "k3"  # full: exact, over all candidates for a token
     # Eq. 6's 1/|o_i|; token_mean: one mean over all tokens (DAPO); constant: 1/rollout.max_new_tokens for |o_i| (Dr. GRPO)
     denominator: Literal["sequence_mean", "token_mean", "constant"] = "sequence_mean"
     ratio_over: Literal["token", "step", "sequence"] = "token"  # one ratio for each of these; sequence: GSPO
@@ -126,20 +126,21 @@ class LossConfig:
     dual_clip: float = 0.0  # where A < 0 the ratio counts as at most this, above 1 (dual-clip PPO); 0: no bound
     # A token's weight by its ratio trainer / engine before the update. truncate: times min(ratio, cap); mask: 0 beyond 1/cap..cap
     importance: Literal["off", "truncate", "mask"] = "off"
-    importance_cap: float = 2.0
+    importance_cap: float = 2.0  # 1 or more
     overlong: Literal["train", "mask"] = "train"  # mask: what was cut at max_new_tokens is in the baseline, not the loss (DAPO)
-    num_updates: int = 1  # optimizer steps per rollout batch
-    impl: Literal["auto", "reference", "cpu", "triton", "cuda"] = "auto"
+    num_updates: int = 1  # per rollout batch; together they count as one optimizer step
+    inputs: Literal["logits", "hidden"] = "logits"  # hidden: states before the head, so that logits exist for some rows at a time
+    impl: Literal["auto", "reference", "cpu", "triton", "cuda"] = "auto"  # of the loss; auto: the best that exists here
 
 
 @dataclass(frozen=True)
 class OptimizerConfig:
-    lr: float = 1e-6
-    betas: tuple[float, float] = (0.9, 0.95)
-    weight_decay: float = 0.0
+    lr: float = 1e-6  # of AdamW, over all parameters
+    betas: tuple[float, float] = (0.9, 0.95)  # of AdamW
+    weight_decay: float = 0.0  # of AdamW
     grad_clip: float = 1.0  # of the global norm; 0: no clip
-    warmup_steps: int = 0
-    schedule: Literal["constant", "linear", "cosine"] = "constant"
+    warmup_steps: int = 0  # optimizer steps in which the learning rate rises linearly
+    schedule: Literal["constant", "linear", "cosine"] = "constant"  # how it falls over the whole run
     min_lr_frac: float = 0.1  # of lr, at the last step of linear and cosine
 
 
@@ -150,16 +151,16 @@ class CriticConfig:
     path: str = ""  # checkpoint of its backbone; empty: policy.path
     rewards: Literal["step_ends", "end"] = "step_ends"  # a step's reward on its last token, or the sum on the response's last
     gamma: float = 1.0  # discount per token
-    gae_lambda: float = 0.95
+    gae_lambda: float = 0.95  # of generalized advantage estimates
     value_clip: float = 0.2  # a value moves at most so far in one optimizer step's updates; 0: no clip
-    num_updates: int = 1  # optimizer steps of the critic per rollout batch
+    num_updates: int = 1  # of the critic per rollout batch
     optimizer: OptimizerConfig = field(default_factory=lambda: OptimizerConfig(lr=1e-5))
 
 
 @dataclass(frozen=True)
 class SamplerConfig:
     difficulty_low: float = 0.01  # a group trains when its score lies strictly between (4.2.1, 5.1.5)
-    difficulty_high: float = 0.90
+    difficulty_high: float = 0.90  # and this
     difficulty_score: Literal["total", "final"] = "total"  # group mean of total reward / maximum, or of verdict accuracy
     # Tags of the examples (query_type, domain, grade), or one: prompts are drawn evenly over all combinations of values (4.1.2)
     balance: tuple[str, ...] | str = ()
@@ -175,13 +176,13 @@ class SamplerConfig:
 class StageConfig:
     """A stage of a curriculum (4.2.2): `[[curriculum]]` in TOML. It ends with the first of its ends; the last has none."""
 
-    name: str
+    name: str  # its own, shown when it begins
     data: str = ""  # examples of its own; empty: data.train
     tags: dict[str, tuple[str, ...]] = field(default_factory=dict)  # only examples with one of these values of each tag
     solve_rate: tuple[float, float] | None = None  # only examples whose tag solve_rate, a number, lies from .. to
     balance: tuple[str, ...] | str | None = None  # unset: that of `sampler`, as the next two
-    difficulty_low: float | None = None
-    difficulty_high: float | None = None
+    difficulty_low: float | None = None  # as in `sampler`
+    difficulty_high: float | None = None  # as in `sampler`
     num_steps: int = 0  # it ends after so many optimizer steps; 0: not by their number
     metric: str = ""  # it ends when this metric (reward/total, eval/macro_f1; higher is better) stops rising; empty: not so
     min_gain: float = 0.0  # that a value has to be above the best of the stage so far, to count as a rise
@@ -200,24 +201,24 @@ def _names(value: tuple[str, ...] | str) -> tuple[str, ...]:
 @dataclass(frozen=True)
 class TrainConfig:
     micro_batch_tokens: int = 16384  # rows in one forward and backward
-    checkpoint_every: int = 50
-    keep_checkpoints: int = 2
-    eval_every: int = 0  # 0: only after the last step
-    eval_examples: int = 512  # 0: all
-    log_rollouts: bool = True
-    tensorboard: bool = False
-    wandb: bool = False
-    trackio: bool = False
+    checkpoint_every: int = 50  # optimizer steps; also after the last one
+    keep_checkpoints: int = 2  # the newest so many stay
+    eval_every: int = 0  # optimizer steps; 0: only after the last one
+    eval_examples: int = 512  # the first so many of data.eval; 0: all
+    log_rollouts: bool = True  # every response into run_dir/rollouts.jsonl
+    tensorboard: bool = False  # metrics into run_dir/tensorboard, too
+    wandb: bool = False  # and to Weights & Biases, project srpo
+    trackio: bool = False  # and to trackio, project srpo
 
 
 @dataclass(frozen=True)
 class Config:
     """`python -m srpo.train @ configs/x.toml --loss.kl-coef 0`"""
 
-    run_dir: str = "runs/train"
-    seed: int = 0
-    num_steps: int = 200
-    steps: tuple[StepSpec, ...] = PAPER_STEPS
+    run_dir: str = "runs/train"  # all that the run writes; it belongs to one configuration
+    seed: int = 0  # of all randomness
+    num_steps: int = 200  # optimizer steps: rollout batches, each with loss.num_updates updates
+    steps: tuple[StepSpec, ...] = PAPER_STEPS  # of a response, [[steps]] in TOML; a file replaces all of them
     data: DataConfig = field(default_factory=DataConfig)
     policy: PolicyConfig = field(default_factory=PolicyConfig)
     rollout: RolloutConfig = field(default_factory=RolloutConfig)

@@ -22,7 +22,8 @@ from srpo.config import OptimizerConfig, PolicyConfig
 from srpo.data.preferences import PairRules, Preference, pairs_from_rollouts, read_preferences
 from srpo.data.readers import load_examples
 from srpo.data.tokenizer import encode, load_tokenizer
-from srpo.policy.model import Policy, load_policy, save_policy
+from srpo.policy.loading import load_to_shard
+from srpo.policy.model import Policy, save_policy
 from srpo.policy.parallel import Parallel, init_parallel
 from srpo.policy.update import level
 from srpo.progress import Progress
@@ -190,7 +191,8 @@ def dpo(cfg: DpoConfig, parallel: Parallel) -> Path:
     tokenizer = load_tokenizer(cfg.policy.path)
     pairs, counts = load_preferences(cfg, tokenizer)
     policy = Policy(
-        load_policy(cfg.policy.path, experts=cfg.policy.experts), activation_checkpointing=cfg.policy.activation_checkpointing
+        load_to_shard(cfg.policy.path, parallel, experts=cfg.policy.experts),
+        activation_checkpointing=cfg.policy.activation_checkpointing,
     )
     _check_lengths(cfg, pairs, policy.max_context)
     policy = parallel.shard(policy, dtype=cfg.policy.dtype)
@@ -255,7 +257,8 @@ def _reference(
     model = policy
     if cfg.policy.reference:
         model = parallel.shard(
-            Policy(load_policy(cfg.policy.reference, experts=cfg.policy.experts).requires_grad_(False)), dtype=cfg.policy.dtype
+            Policy(load_to_shard(cfg.policy.reference, parallel, experts=cfg.policy.experts).requires_grad_(False)),
+            dtype=cfg.policy.dtype,
         )
     logprobs = reference_logprobs(model, pairs, cfg.micro_batch_tokens, parallel)
     if parallel.is_main:

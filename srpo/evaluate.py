@@ -1,8 +1,8 @@
-"""How right a judge is on graded pairs: `python -m srpo.evaluate --checkpoint DIR --data FILE`.
+"""How right a judge is on graded pairs: `python -m srpo.evaluate --checkpoint DIR --data FILE`, or the same under torchrun.
 
-Decodes greedily with the local engine, or scores what is there already: `--rollouts FILE` or `--predictions FILE`. Prints the
-scores of 5.1.2, the accuracy of each step and how verdict and steps go together, with bootstrap intervals over queries, for all
-pairs and each query type; writes `results.json`, `predictions.jsonl` and `rollouts.jsonl`.
+Decodes greedily, or scores what is there already: `--rollouts FILE` or `--predictions FILE`. Prints the scores of 5.1.2, the
+accuracy of each step and how verdict and steps go together, with bootstrap intervals over queries, for all pairs and each query
+type; writes `results.json`, `predictions.jsonl` and `rollouts.jsonl`.
 """
 
 from __future__ import annotations
@@ -12,29 +12,29 @@ import tomllib
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
-from torch import nn
 
 from srpo.batch import Rollout, write_rollouts
-from srpo.config import Config
+from srpo.config import Config, VllmConfig
 from srpo.data.examples import Example
 from srpo.data.prompts import build_prompt
 from srpo.data.readers import load_examples
 from srpo.data.tokenizer import encode, load_tokenizer
 from srpo.policy.model import load_policy
-from srpo.policy.parallel import Parallel
+from srpo.policy.parallel import Parallel, init_parallel
 from srpo.progress import Progress
 from srpo.report import results_table
 from srpo.rollout.collect import to_rollouts
-from srpo.rollout.engine import Engine, SamplingParams
+from srpo.rollout.engine import Engine, SamplingParams, check_prompts
 from srpo.rollout.local import LocalEngine
+from srpo.rollout.open import open_vllm
 from srpo.run_dir import write_whole
 from srpo.scores.bootstrap import BootstrapConfig
 from srpo.scores.evaluation import predicted_grade, results_dict, true_grades
 from srpo.scores.responses import from_predictions, from_rollouts, load_rollouts, read_predictions
-from srpo.settings import apply_toml, run_program
+from srpo.settings import apply_toml, check_one_process, run_program
 from srpo.steps import StepSchema
 
 
@@ -51,6 +51,8 @@ class EvaluateConfig:
     limit: int = 0  # only the first so many examples; 0: all
     batch_size: int = 256
     max_new_tokens: int = 0  # 0: as in the run's settings
+    engine: Literal["local", "vllm"] = "local"  # that decodes a checkpoint; vllm: in a process of its own
+    vllm: VllmConfig = field(default_factory=lambda: VllmConfig(gpu_memory_frac=0.85))  # of engine vllm; no trainer is beside it
     by: tuple[str, ...] = ("query_type",)  # tags of the examples: all scores again for each of their values
     bootstrap: BootstrapConfig = field(default_factory=BootstrapConfig)
 
@@ -96,15 +98,20 @@ def evaluate_policy(
     return results_dict(ordered, examples, schema, by=by, bootstrap=bootstrap), ordered
 
 
-def main(config: EvaluateConfig) -> None:
-    """The program. Raises ValueError for settings that do not say what to evaluate."""
+def evaluate(config: EvaluateConfig, parallel: Parallel) -> None:
+    """Decode or read, score, print and write; the ranks decode a share each, and the first one says and writes what they found.
+
+    Raises ValueError for settings that do not say what to evaluate.
+    """
     sources = [source for source in (config.checkpoint, config.rollouts, config.predictions) if source]
     if len(sources) != 1:
         raise ValueError("give one of --checkpoint DIR, --rollouts FILE and --predictions FILE")
+    if config.engine != "local" and not config.checkpoint:
+        raise ValueError(f"engine is {config.engine} and nothing is decoded: give --checkpoint DIR, or leave the engine out")
     source = Path(sources[0])
     if not source.exists():
         raise ValueError(f"no such file or folder: {source}")
-    run = run_settings(source, config.config)
+    run = run_settings(source, config.config, say=parallel.is_main)
     schema = StepSchema(run.steps)
     data = config.data or run.data.eval
     if not data:
@@ -114,23 +121,12 @@ def main(config: EvaluateConfig) -> None:
     check_tags((example.tags for example in examples), config.by)
     true_grades(examples[: config.limit or None])
     out = Path(config.out) if config.out else source.resolve().parent / "evaluation"
+    if out.exists() and not out.is_dir():
+        raise ValueError(f"out is {out}, which is a file: name a folder")
 
     rollouts: list[Rollout] = []
     if config.checkpoint:
-        device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-        model = load_policy(source, experts=run.policy.experts, dtype=getattr(torch, run.policy.dtype))
-        engine = LocalEngine(nn.Module.to(model, device), max_context=run.policy.max_context)
-        results, rollouts = evaluate_policy(
-            engine,
-            load_tokenizer(source),
-            schema,
-            examples,
-            prompt_template=run.data.prompt,
-            max_new_tokens=config.max_new_tokens or run.rollout.max_new_tokens,
-            batch_size=config.batch_size,
-            by=config.by,
-            bootstrap=config.bootstrap,
-        )
+        results, rollouts = decode(config, run, schema, examples, parallel)
     else:
         if config.predictions:
             found = from_predictions(read_predictions(source, schema), examples, schema, config.limit)
@@ -141,8 +137,53 @@ def main(config: EvaluateConfig) -> None:
             print(f"{found.num_others:,} rollouts are of pairs that are not evaluated, and are left out")
         schema = found.schema
         results = results_dict(found.rollouts, found.examples, schema, by=config.by, bootstrap=config.bootstrap)
-    print(results_table(results, schema))
-    print(f"written to {write_evaluation(out, results, rollouts, examples)}")
+    if parallel.is_main:
+        print(results_table(results, schema))
+        print(f"written to {write_evaluation(out, results, rollouts, examples)}")
+
+
+def decode(
+    config: EvaluateConfig, run: Config, schema: StepSchema, examples: Sequence[Example], parallel: Parallel
+) -> tuple[dict[str, Any], list[Rollout]]:
+    """`evaluate_policy` of the checkpoint, under the settings of its run. Collective.
+
+    Raises ValueError for a prompt that does not fit, on all ranks and before any is decoded.
+    """
+    tokenizer = load_tokenizer(config.checkpoint)
+    max_new_tokens = config.max_new_tokens or run.rollout.max_new_tokens
+    engine = open_engine(config, run, parallel)
+    prompts = [encode(tokenizer, build_prompt(example, run.data.prompt)) for example in examples]
+    check_prompts(prompts, SamplingParams(max_new_tokens), engine.max_context, [example.example_id for example in examples])
+    made = evaluate_policy(
+        engine,
+        tokenizer,
+        schema,
+        examples,
+        prompt_template=run.data.prompt,
+        max_new_tokens=max_new_tokens,
+        batch_size=config.batch_size,
+        parallel=parallel,
+        by=config.by,
+        bootstrap=config.bootstrap,
+    )
+    engine.close()  # not after an error: one that ranks share waits for all of them
+    return made
+
+
+def open_engine(config: EvaluateConfig, run: Config, parallel: Parallel) -> Engine:
+    """The engine that decodes, with the weights of the checkpoint: nothing is ever synced into it. Collective where it is shared.
+
+    Raises ValueError for settings that cannot work, ImportError where the engine is not installed.
+    """
+    dtype, max_context = getattr(torch, run.policy.dtype), run.policy.max_context
+    if config.engine == "local":
+        model = load_policy(config.checkpoint, experts=run.policy.experts, dtype=dtype)
+        return LocalEngine(model, device=parallel.device, max_context=max_context)
+    try:
+        return open_vllm(config.checkpoint, parallel, dtype=dtype, max_context=max_context, config=config.vllm)
+    except (ValueError, ImportError) as error:
+        said = str(error).replace("rollout.vllm.", "vllm.").replace("rollout.engine", "engine")
+        raise (ImportError if isinstance(error, ImportError) else ValueError)(said) from error
 
 
 def check_tags(tags: Iterable[Mapping[str, str]], by: Sequence[str]) -> None:
@@ -153,8 +194,8 @@ def check_tags(tags: Iterable[Mapping[str, str]], by: Sequence[str]) -> None:
             raise ValueError(f"by: nothing carries the tag {tag!r}; tags of the data: {', '.join(known) or 'none'}")
 
 
-def run_settings(source: Path, config: str) -> Config:
-    """The settings that `source` is evaluated under; prints whence they are.
+def run_settings(source: Path, config: str, say: bool = True) -> Config:
+    """The settings that `source` is evaluated under; prints whence they are, where it may `say` so.
 
     Those of the TOML `config`; else of the training run in whose folder `source` lies (up to three folders deep); else the
     defaults.
@@ -164,9 +205,11 @@ def run_settings(source: Path, config: str) -> Config:
     for folder in source.resolve().parents[:4]:
         path = folder / "config.toml"
         if path.is_file() and tomllib.loads(path.read_text(encoding="utf-8")).keys() >= {"steps", "rollout"}:
-            print(f"steps, prompt and lengths as in {path}")
+            if say:
+                print(f"steps, prompt and lengths as in {path}")
             return apply_toml(Config(), path)
-    print("no config.toml of a training run around it: steps, prompt and lengths are the defaults")
+    if say:
+        print("no config.toml of a training run around it: steps, prompt and lengths are the defaults")
     return Config()
 
 
@@ -184,6 +227,17 @@ def write_evaluation(out: Path, results: dict[str, Any], rollouts: Sequence[Roll
         (out / "rollouts.jsonl").unlink(missing_ok=True)
         write_rollouts(out / "rollouts.jsonl", rollouts, step=0)
     return out
+
+
+def main(config: EvaluateConfig) -> None:
+    """The program."""
+    if not config.checkpoint:
+        check_one_process("srpo.evaluate on --rollouts or --predictions", "nothing is decoded that ranks could share")
+    parallel = init_parallel()
+    try:
+        evaluate(config, parallel)
+    finally:
+        parallel.close()
 
 
 if __name__ == "__main__":

@@ -22,7 +22,8 @@ from srpo.data.tokenizer import encode, load_tokenizer
 from srpo.metrics import MetricsLogger
 from srpo.optim import make_optimizer
 from srpo.policy.checkpoint import latest_checkpoint, load_checkpoint, save_checkpoint
-from srpo.policy.model import Policy, load_policy
+from srpo.policy.loading import load_to_shard
+from srpo.policy.model import Policy, check_head, load_policy
 from srpo.policy.parallel import Parallel
 from srpo.policy.routing import Routers
 from srpo.policy.scalar import load_scalar
@@ -73,11 +74,12 @@ def build(cfg: Config, parallel: Parallel) -> Parts:
     limit = cfg.train.eval_examples
     eval_examples = load_examples(cfg.data.eval, schema.num_steps, limit, options=options) if cfg.data.eval else []
     tokenizer = load_tokenizer(cfg.policy.path)
-    loaded = load_policy(cfg.policy.path, experts=cfg.policy.experts)
+    loaded = load_to_shard(cfg.policy.path, parallel, experts=cfg.policy.experts)
     check_support(cfg, loaded.config.vocab_size)
     replay = cfg.rollout.routing == "replay"
     if replay:
         Routers(loaded)  # ValueError for a model whose routing cannot be replayed
+    check_head(loaded, cfg.loss.inputs)
     engine = open_engine(cfg, loaded, parallel)
     for some in (examples, eval_examples):
         prompts = [encode(tokenizer, build_prompt(example, cfg.data.prompt)) for example in some]
@@ -85,12 +87,13 @@ def build(cfg: Config, parallel: Parallel) -> Parts:
     judge = make_judge(cfg, schema, parallel)
     check_examples(examples, eval_examples, schema, judge, cfg)
     sampler = Curriculum(stages, cfg.seed)
+    policy = Policy(loaded, activation_checkpointing=cfg.policy.activation_checkpointing, replay_routing=replay)
+    policy = parallel.shard(policy, dtype=cfg.policy.dtype)  # before the next is read, so that rank 0 holds one whole model
     reference = None
     if cfg.loss.kl_coef:
-        frozen = load_policy(cfg.policy.reference or cfg.policy.path, experts=cfg.policy.experts).requires_grad_(False)
-        reference = parallel.shard(Policy(frozen), dtype=cfg.policy.dtype)
-    policy = Policy(loaded, activation_checkpointing=cfg.policy.activation_checkpointing, replay_routing=replay)
-    policy = parallel.shard(policy, dtype=cfg.policy.dtype)
+        frozen = load_to_shard(cfg.policy.reference or cfg.policy.path, parallel, experts=cfg.policy.experts)
+        check_head(frozen, cfg.loss.inputs)
+        reference = parallel.shard(Policy(frozen.requires_grad_(False)), dtype=cfg.policy.dtype)
     ppo = Ppo.of(cfg, parallel)
     claim_run_dir(Path(cfg.run_dir), cfg, parallel.is_main, OF_THE_SERVER)
     return Parts(

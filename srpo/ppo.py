@@ -13,7 +13,7 @@ from srpo.config import Config
 from srpo.optim import learning_rate, make_optimizer, set_learning_rate
 from srpo.policy.checkpoint import load_checkpoint, save_checkpoint
 from srpo.policy.critic import Critic, update_critic, with_token_advantages
-from srpo.policy.model import load_policy
+from srpo.policy.loading import load_to_shard
 from srpo.policy.parallel import Parallel
 from srpo.policy.token_advantages import TokenBatch
 
@@ -31,7 +31,7 @@ class Ppo:
         """As configured; None where the method has no critic. Raises ValueError where critic.path holds no model."""
         if cfg.advantage.method != "ppo":
             return None
-        backbone = load_policy(cfg.critic.path or cfg.policy.path, experts=cfg.policy.experts)
+        backbone = load_to_shard(cfg.critic.path or cfg.policy.path, parallel, experts=cfg.policy.experts)
         critic = Critic(backbone, activation_checkpointing=cfg.policy.activation_checkpointing)
         critic = parallel.shard(critic, dtype=cfg.policy.dtype)
         return cls(cfg, critic, make_optimizer(critic.parameters(), cfg.critic.optimizer))

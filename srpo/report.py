@@ -16,7 +16,7 @@ from srpo.config import Config
 from srpo.metrics import read_metrics
 from srpo.plots import write_plots
 from srpo.scores.evaluation import Results, consistency_rows, score_rows
-from srpo.settings import apply_toml, run_program
+from srpo.settings import apply_toml, check_one_process, run_program
 from srpo.steps import StepSchema
 from srpo.tables import percent, text_table
 
@@ -107,6 +107,8 @@ def write_report(run_dir: Path) -> tuple[str, list[Path]]:
 
 
 def main(config: ReportConfig) -> None:
+    """The program."""
+    check_one_process("srpo.report", "it only draws, and has nothing for ranks to share")
     if not config.run_dir:
         raise ValueError("name a run folder: python -m srpo.report runs/demo")
     table, files = write_report(Path(config.run_dir))

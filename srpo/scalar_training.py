@@ -12,7 +12,7 @@ import torch
 from srpo.batch import Batch
 from srpo.data.examples import Example
 from srpo.data.tokenizer import load_tokenizer
-from srpo.policy.model import load_policy
+from srpo.policy.loading import load_to_shard
 from srpo.policy.parallel import Parallel
 from srpo.policy.scalar import ScalarModel, save_scalar, scalar_loss, scored_batches
 from srpo.rewards.judgments import Judgment
@@ -42,7 +42,8 @@ def train_scalar(
     run_dir = Path(cfg.run_dir)
     tokenizer: Any = load_tokenizer(cfg.policy.path)
     model = ScalarModel(
-        load_policy(cfg.policy.path, experts=cfg.policy.experts), activation_checkpointing=cfg.policy.activation_checkpointing
+        load_to_shard(cfg.policy.path, parallel, experts=cfg.policy.experts),
+        activation_checkpointing=cfg.policy.activation_checkpointing,
     )
     cases = [scalar_case(examples[j.example_id], j.response, tokenizer, schema) for j in judgments]
     limit = min(cfg.policy.max_context or model.max_context, model.max_context, cfg.micro_batch_tokens)

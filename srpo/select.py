@@ -16,8 +16,8 @@ from itertools import groupby
 from pathlib import Path
 from typing import Any, Literal
 
-from srpo.checks import check_judge
-from srpo.config import Config
+from srpo.checks import check_judge, check_rollout
+from srpo.config import Config, RolloutConfig
 from srpo.data.curriculum import SOLVE_RATE
 from srpo.data.examples import Example
 from srpo.data.prompts import build_prompt
@@ -41,6 +41,8 @@ from srpo.selection_report import report_json, report_of, report_text
 from srpo.settings import run_program
 from srpo.steps import StepSchema
 
+# How training samples beside its updates, and what it is told for its loss: here it would be for nothing, or thrown away.
+_OF_TRAINING = ("overlap", "oversample", "cut_tail", "off_policy_steps", "support", "routing")
 _POLL_S = 0.5  # how often the first process looks whether the others have finished their shards
 
 
@@ -76,11 +78,19 @@ class Parts:
 
 
 def open_parts(cfg: SelectConfig, schema: StepSchema, parallel: Parallel) -> Parts:
-    """Tokenizer, engine with the starting policy, and judge, as training has them."""
+    """Tokenizer, engine with the starting policy, and judge, as training has them, but for `ignored_settings`."""
+    cfg = replace(cfg, rollout=replace(cfg.rollout, **{name: getattr(RolloutConfig(), name) for name in _OF_TRAINING}))
     tokenizer = load_tokenizer(cfg.policy.path)
+    params = sampling_params(cfg, tokenizer)
     loaded = load_policy(cfg.policy.path, experts=cfg.policy.experts)
     engine = open_engine(cfg, loaded, parallel)
-    return Parts(tokenizer, engine, make_judge(cfg, schema, parallel), sampling_params(cfg, tokenizer), engine.max_context)
+    return Parts(tokenizer, engine, make_judge(cfg, schema, parallel), params, engine.max_context)
+
+
+def ignored_settings(cfg: SelectConfig) -> list[str]:
+    """Settings of the training run that were set and mean nothing here."""
+    default = RolloutConfig()
+    return [f"rollout.{name}" for name in _OF_TRAINING if getattr(cfg.rollout, name) != getattr(default, name)]
 
 
 def run(
@@ -116,6 +126,8 @@ def sample(
     missing = survey(cfg, schema, done, parts)
     if not missing:
         return
+    if parallel.is_main and (names := ignored_settings(cfg)):
+        print(f"not used here, training alone has a use for them: {', '.join(names)}", flush=True)
     _claim(*_claims(cfg)[0], parallel.is_main)
     parallel.barrier()
     if not (folder / "config.toml").is_file():
@@ -147,6 +159,7 @@ def check_settings(cfg: SelectConfig) -> None:
         )
     if cfg.select.score in ("best", "uncertain") and cfg.reward.judge == "none":
         raise ValueError(f"select.score {cfg.select.score!r} goes by what a judge says of the steps: set reward.judge")
+    check_rollout(cfg)
     check_judge(cfg)
     for folder, name in ((records_dir(cfg), "records_dir"), (out_dir(cfg), "out")):
         if folder.exists() and not folder.is_dir():

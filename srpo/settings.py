@@ -106,6 +106,12 @@ def run_program(main: Callable[[T], int | None], cls: type[T], argv: Sequence[st
         sys.exit(130)
 
 
+def check_one_process(program: str, instead: str) -> None:
+    """Raise ValueError where torchrun has started this process with others; `instead` is what to do, or why."""
+    if int(os.environ.get("WORLD_SIZE", 1)) > 1:
+        raise ValueError(f"start {program} without torchrun: {instead}")
+
+
 # ---- names ---------------------------------------------------------------------------------------------------------------------
 
 

@@ -18,7 +18,8 @@ from srpo.algorithm.losses import sft_weights
 from srpo.batch import Batch, Rollout, pack
 from srpo.config import OptimizerConfig, PolicyConfig
 from srpo.data.tokenizer import encode, load_tokenizer
-from srpo.policy.model import Policy, load_policy, save_policy
+from srpo.policy.loading import load_to_shard
+from srpo.policy.model import Policy, save_policy
 from srpo.policy.parallel import Parallel, init_parallel
 from srpo.progress import Progress
 from srpo.settings import run_program
@@ -152,7 +153,8 @@ def sft(cfg: SftConfig, parallel: Parallel) -> Path:
     _check_settings(cfg)
     tokenizer = load_tokenizer(cfg.policy.path)
     policy = Policy(
-        load_policy(cfg.policy.path, experts=cfg.policy.experts), activation_checkpointing=cfg.policy.activation_checkpointing
+        load_to_shard(cfg.policy.path, parallel, experts=cfg.policy.experts),
+        activation_checkpointing=cfg.policy.activation_checkpointing,
     )
     pairs = tokenized_pairs(cfg, tokenizer, policy.max_context, parallel.is_main)
     policy = parallel.shard(policy, dtype=cfg.policy.dtype)

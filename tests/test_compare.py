@@ -76,6 +76,15 @@ def test_program_compares_responses_to_the_same_pairs(tmp_path: Path, two: dict[
     assert max(map(len, shown.splitlines()[2:-1])) <= 130
 
 
+def test_one_of_several_processes_is_refused(tmp_path: Path, two: dict[str, Any], monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setenv("WORLD_SIZE", "3")
+    with pytest.raises(ValueError, match=r"start srpo\.compare without torchrun: it only counts"):
+        run(tmp_path, "--a", two["a"], "--b", two["b"], "--data", two["data"])
+    assert not (tmp_path / "made").exists()
+    monkeypatch.setenv("WORLD_SIZE", "1")  # torchrun with one process
+    assert run(tmp_path, "--a", two["a"], "--b", two["b"], "--data", two["data"])["offline"]
+
+
 def test_verdicts_alone_are_compared_with_the_verdicts_of_responses(tmp_path: Path, two: dict[str, Any]):
     rows = [{"example_id": r.example_id, "prediction": predicted_grade(r)} for r in two["rollouts"][1]]
     alone = run(tmp_path, "--a", two["a"], "--b", written(tmp_path / "p.jsonl", *rows), "--data", two["data"])["offline"]

@@ -2,22 +2,23 @@ from __future__ import annotations
 
 import json
 import threading
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
-from types import SimpleNamespace
+from types import ModuleType, SimpleNamespace
 from typing import Any
 
 import pytest
+import torch
 
 from srpo.batch import Rollout, read_rollouts
-from srpo.config import Config, DataConfig, RolloutConfig
+from srpo.config import Config, DataConfig, PolicyConfig, RolloutConfig, VllmConfig
 from srpo.data.examples import Example
 from srpo.data.readers import write_examples
 from srpo.data.tokenizer import train_tokenizer
-from srpo.evaluate import EvaluateConfig, evaluate_policy, main
+from srpo.evaluate import EvaluateConfig, evaluate, evaluate_policy, main
 from srpo.policy.model import TinyConfig, make_tiny, save_policy
 from srpo.rollout.engine import Sample, SamplingParams
 from srpo.rollout.local import LocalEngine
@@ -52,6 +53,7 @@ class Scripted:
     """An engine whose answer to prompt number i is grade 1 + i % 4, and no text at all to every tenth."""
 
     policy_version = 7
+    max_context = 500
 
     def __init__(self) -> None:
         self.calls: list[tuple[int, SamplingParams]] = []
@@ -75,6 +77,30 @@ class Scripted:
     def close(self) -> None: ...
 
 
+class Ranks:
+    """Threads that meet as ranks do; `shares` is what each gave at last."""
+
+    def __init__(self, world_size: int) -> None:
+        self.world_size, self.shares = world_size, dict[int, Any]()
+        self.barrier = threading.Barrier(world_size, timeout=60)
+
+    def run(self, program: Callable[[Any], Any]) -> list[Any]:
+        """What `program(parallel)` returns on each rank."""
+        with ThreadPoolExecutor(self.world_size) as pool:
+            return list(pool.map(lambda rank: program(self.parallel(rank)), range(self.world_size)))
+
+    def parallel(self, rank: int) -> Any:
+        gather = partial(self.all_gather_object, rank)
+        return SimpleNamespace(
+            rank=rank, world_size=self.world_size, is_main=rank == 0, device=torch.device("cpu"), all_gather_object=gather
+        )
+
+    def all_gather_object(self, rank: int, x: Any) -> list[Any]:
+        self.shares[rank] = x
+        self.barrier.wait()
+        return [self.shares[r] for r in range(self.world_size)]
+
+
 def evaluated(engine: Any, **changes: Any) -> tuple[dict[str, Any], list[Rollout]]:
     options = {"prompt_template": TEMPLATE, "max_new_tokens": 40, "batch_size": 4, **changes}
     return evaluate_policy(engine, TOKENIZER, SCHEMA, EXAMPLES, **options)
@@ -95,22 +121,10 @@ def test_greedy_responses_are_scored_in_the_order_of_the_examples():
 
 @pytest.mark.parametrize("world_size", [2, 3])
 def test_ranks_decode_their_share_and_agree(world_size: int):
-    shares: dict[int, Any] = {}
-    barrier = threading.Barrier(world_size, timeout=60)
-
-    def all_gather_object(rank: int, x: Any) -> list[Any]:
-        shares[rank] = x
-        barrier.wait()
-        return [shares[r] for r in range(world_size)]
-
-    def run(rank: int) -> Any:
-        gather = partial(all_gather_object, rank)
-        return evaluated(Scripted(), parallel=SimpleNamespace(rank=rank, world_size=world_size, all_gather_object=gather))
-
-    with ThreadPoolExecutor(world_size) as pool:
-        ranks = list(pool.map(run, range(world_size)))
-    assert all(made == evaluated(Scripted()) for made in ranks)
-    assert [len(shares[r]) for r in range(world_size)] == [len(range(r, 10, world_size)) for r in range(world_size)]
+    ranks = Ranks(world_size)
+    found = ranks.run(lambda parallel: evaluated(Scripted(), parallel=parallel))
+    assert found == [evaluated(Scripted())] * world_size
+    assert [len(ranks.shares[r]) for r in range(world_size)] == [len(range(r, 10, world_size)) for r in range(world_size)]
 
 
 def test_local_engine_answers_the_same_whatever_the_batches():
@@ -182,6 +196,8 @@ def written(path: Path, *rows: Any) -> Path:
         ),
         (["--predictions", "PREDICTIONS", "--data", "DATA", "--limit", "1"], "are of no example of the data, such as other"),
         (["--rollouts", "FILE", "--data", "UNGRADED"], "e0 has no grade"),
+        (["--rollouts", "FILE", "--data", "DATA", "--engine", "vllm"], "engine is vllm and nothing is decoded"),
+        (["--rollouts", "FILE", "--data", "DATA", "--out", "FILE"], "out is .*x.jsonl, which is a file"),
     ],
 )
 def test_program_says_what_is_wrong(tmp_path: Path, argv: list[str], message: str):
@@ -193,3 +209,125 @@ def test_program_says_what_is_wrong(tmp_path: Path, argv: list[str], message: st
     names["UNGRADED"] = str(tmp_path / "ungraded.jsonl")
     with pytest.raises(ValueError, match=message):
         main(load(EvaluateConfig, [names.get(word, word) for word in argv]))
+
+
+@pytest.mark.parametrize("mode", ["--rollouts", "--predictions"])
+def test_what_decodes_nothing_is_refused_to_several_processes(tmp_path: Path, mode: str, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    with pytest.raises(ValueError, match=r"start srpo\.evaluate on --rollouts or --predictions without torchrun"):
+        main(load(EvaluateConfig, [mode, str(written(tmp_path / "x.jsonl", {"a": 1}))]))
+
+
+def checkpoint_of(folder: Path, **changes: Any) -> tuple[Path, Path]:
+    """(a checkpoint, which answers in 24 tokens at most and in bfloat16 where `changes` of its policy settings say so; pairs)."""
+    torch.manual_seed(4)
+    size = TinyConfig(hidden_size=64, num_layers=2, num_heads=2, num_kv_heads=2, head_dim=32, num_experts=4, expert_size=64)
+    model = make_tiny(TOKENIZER, size, seed=3)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if parameter.ndim > 1:
+                parameter.normal_(0, 0.1)
+    save_policy(model, TOKENIZER, folder / "run" / "policy")
+    write_examples(folder / "held_out.jsonl", EXAMPLES)
+    run = replace(Config(), policy=PolicyConfig(**changes), data=DataConfig(prompt=TEMPLATE))
+    (folder / "run" / "config.toml").write_text(dump_toml(replace(run, rollout=RolloutConfig(max_new_tokens=24))))
+    return folder / "run" / "policy", folder / "held_out.jsonl"
+
+
+def said(capsys: pytest.CaptureFixture[str]) -> list[str]:
+    """What was printed, but for progress, which is of a rank's own share."""
+    return [line for line in capsys.readouterr().out.splitlines() if not line.startswith("evaluation ")]
+
+
+def files(folder: Path) -> dict[str, bytes]:
+    return {path.name: path.read_bytes() for path in folder.iterdir()}
+
+
+def test_of_several_ranks_the_first_one_writes_what_one_process_does(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+):
+    checkpoint, data = checkpoint_of(tmp_path)
+    monkeypatch.setattr("srpo.evaluate.open_engine", lambda *_: Scripted())
+    cfg = EvaluateConfig(checkpoint=str(checkpoint), data=str(data), bootstrap=BootstrapConfig(num_draws=20))
+    main(replace(cfg, out=str(tmp_path / "one")))
+    one = said(capsys)
+    Ranks(3).run(lambda parallel: evaluate(replace(cfg, out=str(tmp_path / str(parallel.rank))), parallel))
+    assert said(capsys) == [line.replace(str(tmp_path / "one"), str(tmp_path / "0")) for line in one]
+    assert files(tmp_path / "0") == files(tmp_path / "one") and len(files(tmp_path / "one")) == 3
+    assert not (tmp_path / "1").exists() and not (tmp_path / "2").exists()
+
+
+def test_a_prompt_that_does_not_fit_stops_every_rank_before_anything_is_decoded(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    """Although it is in the share of one."""
+    checkpoint, data = checkpoint_of(tmp_path)
+    write_examples(data, [*EXAMPLES, replace(EXAMPLES[0], example_id="long", title="title " * 200)])
+    engines = [Scripted(), Scripted()]
+    monkeypatch.setattr("srpo.evaluate.open_engine", lambda *args: engines[args[-1].rank])
+
+    def refused(parallel: Any) -> str:
+        with pytest.raises(ValueError, match="the prompt of example long has") as error:
+            evaluate(EvaluateConfig(checkpoint=str(checkpoint), data=str(data), out=str(tmp_path / "out")), parallel)
+        return str(error.value)
+
+    assert len(Ranks(2).run(refused)) == 2
+    assert not engines[0].calls and not engines[1].calls and not (tmp_path / "out").exists()
+
+
+def test_vllm_starts_from_the_checkpoint_with_settings_of_its_own(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    checkpoint, data = checkpoint_of(tmp_path, dtype="bfloat16", max_context=222)
+    opened: list[Any] = []
+    monkeypatch.setattr("srpo.evaluate.open_vllm", lambda *args, **options: (opened.append((args, options)), Scripted())[1])
+    argv = ["--checkpoint", str(checkpoint), "--data", str(data), "--engine", "vllm", "--bootstrap.num-draws", "0"]
+    main(load(EvaluateConfig, [*argv, "--vllm.max-num-seqs", "17"]))
+    ((path, parallel), options) = opened[0]
+    assert (path, parallel.world_size) == (str(checkpoint), 1)
+    assert options == {"dtype": torch.bfloat16, "max_context": 222, "config": VllmConfig(max_num_seqs=17, gpu_memory_frac=0.85)}
+    assert json.loads((tmp_path / "run" / "evaluation" / "results.json").read_text())["accuracy"] == 0.9
+
+
+@pytest.mark.parametrize(
+    ("flag", "message"),
+    [("max-num-seqs", r"^vllm\.max_num_seqs is 0: set"), ("tensor-parallel-size", r"^vllm\.tensor_parallel_size is 0: set")],
+)
+def test_settings_of_vllm_are_called_by_their_names(tmp_path: Path, flag: str, message: str):
+    checkpoint, data = checkpoint_of(tmp_path)
+    with pytest.raises(ValueError, match=message):
+        argv = ["--checkpoint", str(checkpoint), "--data", str(data), "--engine", "vllm", f"--vllm.{flag}", "0"]
+        main(load(EvaluateConfig, argv))
+
+
+def test_ranks_that_cannot_share_a_vllm_are_told(tmp_path: Path):
+    checkpoint, data = checkpoint_of(tmp_path)
+    argv = ["--checkpoint", str(checkpoint), "--data", str(data), "--engine", "vllm", "--vllm.tensor-parallel-size", "2"]
+    with pytest.raises(ValueError, match=r"^vllm\.tensor_parallel_size is 2 and .* has 1 ranks"):
+        main(load(EvaluateConfig, argv))
+
+
+def answers(folder: Path) -> list[tuple[str, tuple[int, ...]]]:
+    return [(rollout.example_id, rollout.response_ids) for _, rollout in read_rollouts(folder / "rollouts.jsonl")]
+
+
+@pytest.mark.slow
+def test_two_processes_decode_what_one_does(small: ModuleType, tmp_path: Path):
+    checkpoint, data = checkpoint_of(tmp_path)
+    cfg = EvaluateConfig(checkpoint=str(checkpoint), data=str(data), bootstrap=BootstrapConfig(num_draws=20))
+    main(replace(cfg, out=str(tmp_path / "one")))
+    small.Program("srpo.evaluate", replace(cfg, out=str(tmp_path / "two")), tmp_path, num_ranks=2).finish()
+    assert answers(tmp_path / "two") == answers(tmp_path / "one") and len(answers(tmp_path / "one")) == 10
+    assert (tmp_path / "two" / "results.json").read_text() == (tmp_path / "one" / "results.json").read_text()
+    assert (tmp_path / "output.txt").read_text().count("written to") == 1
+
+
+@pytest.mark.slow
+@pytest.mark.vllm
+@pytest.mark.parametrize("num_ranks", [1, 2])
+def test_vllm_decodes_what_the_local_engine_does(small: ModuleType, tmp_path: Path, num_ranks: int):
+    """The real one; two processes share one that is split in two."""
+    checkpoint, data = checkpoint_of(tmp_path, max_context=256)
+    cfg = EvaluateConfig(checkpoint=str(checkpoint), data=str(data), bootstrap=BootstrapConfig(num_draws=0))
+    main(replace(cfg, out=str(tmp_path / "local")))
+    vllm = VllmConfig(kv_cache_mib=64, max_num_seqs=16, timeout_s=120, tensor_parallel_size=num_ranks)
+    cfg = replace(cfg, out=str(tmp_path / "vllm"), engine="vllm", vllm=vllm)
+    small.Program("srpo.evaluate", cfg, tmp_path, num_ranks).finish(timeout=280)
+    assert answers(tmp_path / "vllm") == answers(tmp_path / "local")
+    assert len({ids for _, ids in answers(tmp_path / "local")}) > 5  # there was something to get wrong

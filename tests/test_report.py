@@ -124,3 +124,9 @@ def test_a_folder_that_is_no_run_is_refused(tmp_path: Path):
         main(ReportConfig(str(tmp_path)))
     with pytest.raises(ValueError, match="name a run folder"):
         main(ReportConfig())
+
+
+def test_one_of_several_processes_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    with pytest.raises(ValueError, match=r"start srpo\.report without torchrun: it only draws"):
+        main(ReportConfig(str(tmp_path)))

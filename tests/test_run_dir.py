@@ -1,7 +1,7 @@
 from __future__ import annotations
 
 import shutil
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import pytest
@@ -49,6 +49,21 @@ def test_a_setting_that_is_younger_than_the_folder_had_its_default(tmp_path: Pat
     path.write_text("\n".join([*old, "", "[unheard]", "of = 1"]))
     with pytest.raises(ValueError, match=r"unheard\.of = 1, this one has None"):
         claim_run_dir(tmp_path, Config(), is_main=True)
+
+
+@dataclass(frozen=True)
+class Claim:
+    """Settings without defaults, as those of `srpo.select`'s folders."""
+
+    seed: int
+    data: str
+
+
+def test_settings_without_defaults_claim_a_folder_again(tmp_path: Path) -> None:
+    claim_run_dir(tmp_path, Claim(3, "x"), is_main=True)
+    claim_run_dir(tmp_path, Claim(3, "x"), is_main=True)
+    with pytest.raises(ValueError, match="data = 'x', this one has 'y'"):
+        claim_run_dir(tmp_path, Claim(3, "y"), is_main=True)
 
 
 def test_a_folder_of_another_program_is_refused(tmp_path: Path) -> None:

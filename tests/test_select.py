@@ -31,7 +31,7 @@ from select_cases import (
     results,
 )
 
-from srpo.config import Config, DataConfig, StageConfig
+from srpo.config import Config, DataConfig, LossConfig, StageConfig
 from srpo.credit import group_scores
 from srpo.data.curriculum import SOLVE_RATE
 from srpo.data.examples import Example
@@ -46,7 +46,7 @@ from srpo.rewards.judge import OracleJudge
 from srpo.rollout.collect import to_rollouts
 from srpo.rollout.engine import Sample, SamplingParams
 from srpo.run_dir import claim_run_dir
-from srpo.select import SelectConfig, choose, out_dir, records_dir, run, sample
+from srpo.select import SelectConfig, choose, open_parts, out_dir, records_dir, run, sample
 from srpo.settings import load
 from srpo.train import train
 
@@ -246,6 +246,43 @@ def test_an_output_of_this_program_is_data_for_training(small: ModuleType, world
     stage = StageConfig("all of it", solve_rate=(min(known), max(known)))
     train(replace(base, data=DataConfig(train=str(selected)), curriculum=(stage,)), small.ONE)
     assert len(small.metrics_of(tmp_path / "run")) == 1
+
+
+def test_what_only_training_does_while_it_samples_is_named_and_changes_nothing(
+    never_killed: SelectConfig, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    rollout = replace(never_killed.rollout, oversample=0.5, off_policy_steps=1, support="replay", routing="replay")
+    cfg = config(tmp_path, rollout=rollout, loss=LossConfig(importance="mask"))
+    run(cfg, ONE, parts_with(Scripted()))
+    named = "rollout.oversample, rollout.off_policy_steps, rollout.support, rollout.routing"
+    assert f"training alone has a use for them: {named}\n" in capsys.readouterr().out
+    assert results(cfg) == results(never_killed)
+    run(config(tmp_path), ONE, parts_with(Scripted(dies_after=0)))  # the same records
+    assert "training alone" not in capsys.readouterr().out
+
+
+def test_engines_are_not_asked_for_reports_that_nobody_reads(
+    small: ModuleType, world: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A top_k as large as the vocabulary leaves nothing to replay, and vLLM's CPU build cannot report experts."""
+    rollout = {"top_k": 100_000, "support": "replay", "routing": "replay"}
+    cfg = SelectConfig(**vars(world.config(world.folder / "unused", rollout=rollout)))
+    parts = open_parts(cfg, SCHEMA, small.ONE)
+    (first, *others) = parts.engine.generate([(5, 6)], parts.params, 0)
+    assert len(others) == cfg.rollout.group_size - 1 and first.response_ids
+    assert first.support is None and first.routed is None
+    asked: dict[str, Any] = {}
+
+    class Recorder(Scripted):
+        max_context = 99
+
+        def __init__(self, path: str, **options: Any) -> None:
+            super().__init__()
+            asked.update(options, path=path)
+
+    monkeypatch.setattr("srpo.rollout.open.VllmEngine", Recorder)
+    parts = open_parts(replace(cfg, rollout=replace(cfg.rollout, engine="vllm")), SCHEMA, small.ONE)
+    assert (asked["path"], asked["routing"], parts.max_context) == (cfg.policy.path, False, 99)
 
 
 def test_the_command_line(tmp_path: Path) -> None:

@@ -12,7 +12,7 @@ import pytest
 import torch
 from select_cases import ONE, Killed, Ranks, Scripted, config, contents, parts_with, results
 
-from srpo.config import DataConfig, RewardConfig, RolloutConfig
+from srpo.config import DataConfig, LossConfig, RewardConfig, RolloutConfig
 from srpo.data.selection import Criteria
 from srpo.data.shards import finished_shards
 from srpo.select import SelectConfig, out_dir, records_dir, run
@@ -40,6 +40,10 @@ def with_(**changes: Any) -> Change:
         (with_(data=DataConfig(train="no/such")), "no such file or folder: no/such: check data.train"),
         (with_(shard_examples=0), "shard_examples is 0 .* at least 1"),
         (with_(rollout=RolloutConfig(group_size=1)), "group_size is 1: .*use 2 or more"),
+        (with_(rollout=RolloutConfig(oversample=-1.0)), "rollout.oversample is -1.0: set it to 0 or more"),
+        (with_(rollout=RolloutConfig(off_policy_steps=1)), "off_policy_steps is 1 and loss.importance off"),
+        (with_(rollout=RolloutConfig(support="replay", top_k=0)), "support is 'replay' with rollout.top_k 0"),
+        (with_(loss=LossConfig(importance_cap=0.5)), "loss.importance_cap is 0.5"),
         (with_(reward=RewardConfig(), select=Criteria(score="best")), "select.score 'best' .*: set reward.judge"),
         (with_(reward=RewardConfig(judge="generative")), "reward.judge_path is not set"),
         (with_(select=Criteria(balance=("grade", "domain"))), "example e0 has no tag 'domain' .its tags: grade, query_type."),

@@ -5,8 +5,10 @@ Letters: T packed rows, R rows that have a label, H hidden, V vocabulary.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import nn
@@ -18,6 +20,9 @@ from srpo.policy.attention import ATTENTION, PadLayout, needs_padding
 from srpo.policy.experts import registered_name
 from srpo.policy.parallel import current_rank, iter_full_params, unwrap
 from srpo.policy.routing import Routers, Routing
+
+_LOGIT_CAPS = ("final_logit_softcapping", "logits_soft_cap")  # transformers' names of what is done to logits after the head
+_LOGIT_SCALES = ("logit_scale", "logits_scaling", "lm_head_multiplier", "output_multiplier")
 
 logging.disable_progress_bar()  # of reading and writing weights: the programs show their own progress
 
@@ -81,8 +86,7 @@ def load_policy(path: str | Path, *, experts: str = "grouped_mm", dtype: torch.d
 
     Raises ValueError where the folder holds no model.
     """
-    if not (Path(path) / "config.json").is_file():
-        raise ValueError(f"no model in {str(path)!r}: policy.path must be a folder with config.json and safetensors files")
+    check_folder(path)
     return AutoModelForCausalLM.from_pretrained(
         path,
         dtype=dtype,
@@ -90,6 +94,12 @@ def load_policy(path: str | Path, *, experts: str = "grouped_mm", dtype: torch.d
         experts_implementation=registered_name(experts),
         local_files_only=True,
     )
+
+
+def check_folder(path: str | Path) -> None:
+    """Raise ValueError for a folder without a model."""
+    if not (Path(path) / "config.json").is_file():
+        raise ValueError(f"no model in {str(path)!r}: policy.path must be a folder with config.json and safetensors files")
 
 
 def hidden_states(model: PreTrainedModel, batch: Batch, routing: Routing | None = None) -> torch.Tensor:
@@ -117,6 +127,25 @@ def head(model: PreTrainedModel, hidden: torch.Tensor) -> torch.Tensor:
     return model.lm_head(hidden).float()
 
 
+def check_head(model: PreTrainedModel, inputs: str) -> None:
+    """Raise ValueError where more is done to hidden states than `inputs` of the loss knows of: "logits" takes what the head
+    gives, "hidden" only one that is a matrix."""
+    config, name = model.config.get_text_config(), type(model).__name__
+    after = [key for key in _LOGIT_CAPS if getattr(config, key, None) not in (None, 0)]
+    after += [key for key in _LOGIT_SCALES if getattr(config, key, None) not in (None, 1)]
+    if after:
+        raise ValueError(
+            f"{name} changes its logits after the head ({', '.join(after)}), which srpo does not: take another model"
+        )
+    plain = type(model.lm_head) is nn.Linear and model.lm_head.bias is None
+    if inputs == "hidden" and not plain:
+        what = "has a bias" if isinstance(model.lm_head, nn.Linear) else f"is a {type(model.lm_head).__name__}"
+        raise ValueError(
+            f"loss.inputs is 'hidden', which takes a head that is one matrix, but that of {name} {what}: "
+            "set loss.inputs to 'logits'"
+        )
+
+
 class Policy(nn.Module):
     """A causal LM whose forward takes a `Batch`: embedding, layers and head run in one forward, under the hooks of FSDP2.
 
@@ -138,15 +167,20 @@ class Policy(nn.Module):
         """Longest prompt plus response that the model was made for, in tokens."""
         return int(self.model.config.max_position_embeddings)
 
-    def forward(self, batch: Batch, *, hidden_only: bool = False) -> torch.Tensor:
-        """Logits [R, V] of the rows of `batch.rows()` in the dtype of the forward; with `hidden_only` hidden states [R, H]."""
+    def forward(self, batch: Batch, *, through: Callable[[torch.Tensor, torch.Tensor], Any] | None = None) -> Any:
+        """Logits [R, V] of the rows of `batch.rows()` in the dtype of the forward; or what `through` makes of their hidden states
+        [R, H] and the head's weight [V, H], for a model that passes `check_head`.
+
+        `through` is called in the forward since FSDP2 has the whole weight only there: what is kept of it has to be a copy.
+        Gradient flows to both from the tensors that it returns, alone or in a tuple, where FSDP2 finds them.
+        """
         routing = None
         if self.routers is not None and batch.routed_experts is not None:
             routing = self.routers.replay(batch.routed_experts)
         hidden = hidden_states(self.model, batch, routing)[batch.labels != IGNORE]
         if routing is not None and routing.flips is not None:
             self._flips = routing.flips if self._flips is None else self._flips + routing.flips
-        return hidden if hidden_only else self.model.lm_head(hidden)
+        return self.model.lm_head(hidden) if through is None else through(hidden, self.model.lm_head.weight)
 
     def take_flips(self) -> torch.Tensor:
         """[2] float64: of all forwards since the last call of this, the number of (token, layer) whose router would have chosen

@@ -40,12 +40,15 @@ class Parallel:
         """The policy on this process's device, its parameters split over all ranks (FSDP2), each decoder layer one unit.
 
         Master weights keep their dtype; with `bfloat16` the forward and backward run in it and gradients are reduced in fp32.
-        A run of one process in fp32 is left unwrapped.
+        A run of one process in fp32 is left unwrapped. In a larger one the weights are rank 0's, whatever the other ranks' policy
+        holds: it may be on the meta device (`srpo.policy.loading`). Beside its shards such a rank has one whole parameter at a
+        time. Collective.
         """
         if self.world_size == 1 and dtype == "float32":
             return policy.to(self.device)
         if not dist.is_initialized():  # mixed precision is FSDP's, also for one process
             dist.init_process_group(_backend(self.device), store=dist.HashStore(), rank=0, world_size=1)
+        whole = {name: p.detach() for name, p in policy.named_parameters()} if self.is_main and self.world_size > 1 else {}
         mesh = init_device_mesh(self.device.type, (self.world_size,))
         precision = MixedPrecisionPolicy()
         if dtype == "bfloat16":
@@ -56,7 +59,20 @@ class Parallel:
             assert isinstance(unit, FSDPModule)
             unit.set_gradient_divide_factor(1.0)
             unit.set_force_sum_reduction_for_comms(True)
-        return policy.to(self.device)  # buffers
+        policy._apply(lambda t: torch.empty_like(t, device=self.device) if t.is_meta else t.to(self.device))
+        if self.world_size > 1:
+            for name, param in policy.named_parameters():
+                self._fill(param, whole.pop(name, None))  # given up one by one
+        return policy
+
+    @torch.no_grad()
+    def _fill(self, param: nn.Parameter, whole: torch.Tensor | None) -> None:
+        """Write `whole`, which rank 0 has, into the shards of all ranks."""
+        empty = {"dtype": param.dtype, "device": self.device}
+        whole = torch.empty(param.shape, **empty) if whole is None else whole.to(self.device)
+        dist.broadcast(whole, src=0)
+        for mine in whole.chunk(self.world_size)[self.rank : self.rank + 1]:  # a short one has none for the last ranks
+            to_local(param).copy_(mine)
 
     def all_reduce_sum(self, tensor: torch.Tensor) -> torch.Tensor:
         """Sum of a tensor over all ranks, a new tensor on the same device."""

@@ -10,10 +10,10 @@ import math
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
-from srpo_kernels import PolicyLoss, StepStats, policy_loss, token_logprobs, topk_support
+from srpo_kernels import PolicyLoss, StepStats
 from torch import nn
 from torch.optim import Optimizer
 
@@ -21,6 +21,7 @@ from srpo.batch import IGNORE, Batch
 from srpo.config import LossConfig, RolloutConfig
 from srpo.policy.mismatch import Mismatch, importance_weights
 from srpo.policy.model import Policy
+from srpo.policy.outputs import Hidden, Logits, of_outputs
 from srpo.policy.parallel import Parallel, clip_grad_norm, to_local
 from srpo.policy.token_advantages import TokenBatch, loss_tables
 
@@ -47,6 +48,7 @@ class Objective:
     dual_clip: float | None = None
     importance: str = "off"  # off | truncate | mask: what becomes of a token's weight by the trainer's ratio to the engine
     importance_cap: float = 2.0
+    inputs: Literal["logits", "hidden"] = "logits"  # of the loss, and of all log-probabilities
 
     @property
     def reference_ahead(self) -> bool:
@@ -76,6 +78,7 @@ class Objective:
             dual_clip=loss.dual_clip or None,
             importance=loss.importance,
             importance_cap=loss.importance_cap,
+            inputs=loss.inputs,
         )
 
 
@@ -118,37 +121,42 @@ def with_logprobs(
     for batch in level(batches, parallel):
         if objective.num_updates > 1:
             index, rows = batch.rows()
-            logits = policy(batch)
-            kept_ids = rows.kept_ids
-            if kept_ids is None and objective.top_k is not None:
-                kept_ids = topk_support(logits, objective.top_k)
-            old = _logprobs(logits, rows.labels, kept_ids, objective)
-            importance = None
-            if objective.importance != "off":
-                trainer = old if objective.top_k == objective.sampling_top_k else _of_sampled(logits, rows, objective)
-                importance = _importance(trainer, rows, objective)
-            batch = batch.with_(
-                old_logprobs=_spread(old, index, batch),
-                kept_ids=_spread(kept_ids, index, batch),
-                importance=_spread(importance, index, batch),
-            )
+            fixed = of_outputs(policy, batch, objective.inputs, lambda out, rows=rows: _fixed(out, rows, objective))
+            batch = batch.with_(**{name: _spread(values, index, batch) for name, values in fixed.items()})
         if reference is not None and objective.reference_ahead:
             index, rows = batch.rows()
-            ref = _logprobs(reference(batch), rows.labels, rows.kept_ids, objective)
+            ref = _reference_logprobs(reference, batch, rows.kept_ids, objective)
             batch = batch.with_(ref_logprobs=_spread(ref, index, batch))
         filled.append(batch)
     return filled[: len(batches)]
 
 
-def _logprobs(logits: torch.Tensor, labels: torch.Tensor, kept_ids: torch.Tensor | None, objective: Objective) -> torch.Tensor:
-    """[R] fp32, of the objective's distribution; filtered to `kept_ids` [R, K] if given."""
-    return token_logprobs(logits, labels, temperature=objective.temperature, kept_ids=kept_ids, impl=objective.impl)[0]
+def _fixed(out: Logits | Hidden, rows: Batch, objective: Objective) -> dict[str, torch.Tensor | None]:
+    """What the policy says before the first of several updates: fields of `Batch`, of the labelled rows [R, ...]."""
+    kept_ids = rows.kept_ids
+    if kept_ids is None and objective.top_k is not None:
+        kept_ids = out.support(objective.top_k)
+    old = _logprobs(out, rows, objective, kept_ids=kept_ids)
+    importance = None
+    if objective.importance != "off":
+        trainer = old
+        if objective.top_k != objective.sampling_top_k:  # ratios are taken on another distribution than was sampled
+            trainer = _logprobs(out, rows, objective, top_k=objective.sampling_top_k)
+        importance = _importance(trainer, rows, objective)
+    return {"old_logprobs": old, "kept_ids": kept_ids, "importance": importance}
 
 
-def _of_sampled(logits: torch.Tensor, rows: Batch, objective: Objective) -> torch.Tensor:
-    """[R] fp32, of the distribution that was sampled, where ratios are taken on another."""
-    kept_ids = topk_support(logits, objective.sampling_top_k) if objective.sampling_top_k is not None else None
-    return _logprobs(logits.detach(), rows.labels, kept_ids, objective)
+def _logprobs(
+    out: Logits | Hidden, rows: Batch, objective: Objective, *, kept_ids: torch.Tensor | None = None, top_k: int | None = None
+) -> torch.Tensor:
+    """[R] fp32, filtered to `kept_ids` [R, K] if given, else to the largest `top_k` if given; without gradient."""
+    return out.logprobs(rows.labels, temperature=objective.temperature, kept_ids=kept_ids, top_k=top_k, impl=objective.impl)
+
+
+def _reference_logprobs(reference: nn.Module, batch: Batch, kept_ids: torch.Tensor | None, objective: Objective) -> torch.Tensor:
+    """[R] fp32, on the policy's support."""
+    rows = batch.rows()[1]
+    return of_outputs(reference, batch, objective.inputs, lambda out: _logprobs(out, rows, objective, kept_ids=kept_ids))
 
 
 def _importance(trainer: torch.Tensor, rows: Batch, objective: Objective) -> torch.Tensor:
@@ -285,28 +293,32 @@ def update(
         replays.take_flips()  # those of other forwards
 
     def loss_of(batch: Batch) -> torch.Tensor:
-        _, rows = batch.rows()
-        logits = policy(batch)
-        support, ref_logprobs, ref_logits = rows.kept_ids, rows.ref_logprobs, None
-        if support is None and objective.top_k is not None:
-            support = topk_support(logits, objective.top_k)
-        if reference is not None and objective.kl_coef and not objective.reference_ahead:
+        return of_outputs(policy, batch, objective.inputs, lambda out: loss_of_outputs(out, batch))
+
+    def loss_of_outputs(out: Logits | Hidden, batch: Batch) -> torch.Tensor:
+        rows = batch.rows()[1]
+        support, ref_logprobs, ref = rows.kept_ids, rows.ref_logprobs, None
+        ask_reference = reference is not None and bool(objective.kl_coef) and not objective.reference_ahead
+        # From hidden states the support is a product more, which is saved where the loss alone needs it.
+        if support is None and objective.top_k is not None and (ask_reference or isinstance(out, Logits)):
+            support = out.support(objective.top_k)
+        if reference is not None and ask_reference:
             with torch.no_grad():
-                ref_logits = reference(batch)
-                if objective.kl_estimator != "full":
-                    ref_logprobs, ref_logits = _logprobs(ref_logits, rows.labels, support, objective), None
+                if objective.kl_estimator == "full":
+                    ref = of_outputs(reference, batch, objective.inputs, lambda out: out.kept())
+                else:
+                    ref_logprobs = _reference_logprobs(reference, batch, support, objective)
         # Before the loss: an implementation may write the gradient over the logits.
         trainer = rows.old_logprobs
         if objective.top_k != objective.sampling_top_k:
-            trainer = _of_sampled(logits, rows, objective)
+            trainer = _logprobs(out, rows, objective, top_k=objective.sampling_top_k)
         weights = rows.weights
         if objective.importance != "off":
             if trainer is None:
-                trainer = _logprobs(logits.detach(), rows.labels, support, objective)
+                trainer = _logprobs(out, rows, objective, kept_ids=support, top_k=objective.top_k)
             weights = weights * (_importance(trainer, rows, objective) if rows.importance is None else rows.importance)
         tables = loss_tables(rows)
-        out = policy_loss(
-            logits,
+        found = out.loss(
             rows.labels,
             tables.step_advantages,
             tables.step_ends,
@@ -317,17 +329,18 @@ def update(
             clip_eps_low=objective.clip_eps_low,
             clip_eps_high=objective.clip_eps_high,
             kl_coef=objective.kl_coef,
-            kl_estimator=objective.kl_estimator,  # pyright: ignore[reportArgumentType]
+            kl_estimator=objective.kl_estimator,
             temperature=objective.temperature,
+            top_k=objective.top_k,
             kept_ids=support,
-            ref_logits=ref_logits,
+            reference=ref,
             dual_clip=objective.dual_clip,
-            clip_form=objective.clip_form,  # pyright: ignore[reportArgumentType]
-            ratio_over=objective.ratio_over,  # pyright: ignore[reportArgumentType]
+            clip_form=objective.clip_form,
+            ratio_over=objective.ratio_over,
             impl=objective.impl,
         )
-        sums.add(out, out.logprobs if trainer is None else trainer, rows.sampling_logprobs)
-        return out.loss
+        sums.add(found, found.logprobs if trainer is None else trainer, rows.sampling_logprobs)
+        return found.loss
 
     info = {"objective": asdict(objective), **(info or {})}
     result = optimizer_step(policy, optimizer, batches, loss_of, parallel, grad_clip=grad_clip, dump=dump, info=info)

@@ -27,6 +27,7 @@ class LocalEngine:
     """Decodes waves of at most `max_rows` responses with its own copy of the model's weights.
 
     model: a transformers causal LM or a `Policy`, not yet sharded; it is copied, to `device` and parameters in `dtype` if given.
+    Where its parameters are on the meta device the engine has none before the first sync, and nothing can be sampled.
     max_context: longest prompt plus response; 0: what the model was made for. `policy_version` is -1 until the first sync.
     """
 
@@ -41,10 +42,12 @@ class LocalEngine:
     ) -> None:
         if any(isinstance(param, DTensor) for param in model.parameters()):
             raise ValueError("the local engine copies a whole model: make it before the policy is sharded, then sync_weights")
-        own = copy.deepcopy(unwrap(model))
+        # Each parameter is copied in its own dtype and place at once. Buffers keep their precision: rotary frequencies do not
+        # survive bfloat16.
+        copied = {id(param): _copy(param, device, dtype) for param in model.parameters()}
+        own = copy.deepcopy(unwrap(model), copied)
         nn.Module.to(own, device)
-        for param in own.parameters():  # buffers keep their precision: rotary frequencies do not survive bfloat16
-            param.data = param.data.to(dtype)
+        self._has_weights = not any(param.is_meta for param in model.parameters())
         self._decoder = Decoder(own)
         self.max_context = min(max_context or self._decoder.max_context, self._decoder.max_context)
         self.max_rows = max_rows
@@ -71,6 +74,7 @@ class LocalEngine:
         Raises ValueError also where the policy's logits are not finite, for a support where top_k filters nothing, and for the
         routing of a model without experts.
         """
+        assert self._has_weights, "made from a model without weights: sync_weights comes first"
         check_prompts(prompts, params, self.max_context)
         vocab_size: int = unwrap(self.model).config.vocab_size
         if params.support and params.top_k >= vocab_size:
@@ -192,7 +196,7 @@ class LocalEngine:
                 f"after the weight sync {len(wrong)} parameters differ from the policy's, first {wrong[0]}: "
                 "start the engine from the policy's own checkpoint"
             )
-        self.policy_version = version
+        self.policy_version, self._has_weights = version, True
         self._stats["sync_s"] = time.perf_counter() - start
 
     def sleep(self) -> None:
@@ -271,6 +275,13 @@ def _compact(
     key_values.select(chunks, slots)
     slots = slots.flatten()
     return rows[slots].masked_fill(filler, filler_row), alive[slots] & ~filler, tokens[slots]
+
+
+def _copy(param: nn.Parameter, device: torch.device | None, dtype: torch.dtype | None) -> nn.Parameter:
+    """Without gradient; of a parameter on the meta device the memory alone, on the CPU where no device is given."""
+    place = device or (torch.device("cpu") if param.is_meta else param.device)
+    new = torch.empty_like(param, dtype=dtype or param.dtype, device=place, requires_grad=False)
+    return nn.Parameter(new if param.is_meta else new.copy_(param.detach()), requires_grad=False)
 
 
 def _checksum(tensor: torch.Tensor) -> int:

@@ -35,6 +35,15 @@ ON_POLICY = Objective(
     num_updates=1,
     impl="reference",
 )
+# From hidden states: (objective, options of `gradients`).
+HIDDEN: dict[str, tuple[Objective, dict[str, Any]]] = {
+    "untied": (replace(ON_POLICY, inputs="hidden", impl="auto"), {}),
+    "tied": (replace(ON_POLICY, inputs="hidden", impl="auto"), {"tied": True, "activation_checkpointing": True}),
+    "idle_rank": (replace(ON_POLICY, inputs="hidden"), {"tied": True}),
+    "several_updates": (replace(ON_POLICY, inputs="hidden", num_updates=2), {}),
+    "full": (replace(ON_POLICY, inputs="hidden", kl_estimator="full"), {}),
+    "bfloat16": (replace(ON_POLICY, inputs="hidden"), {"tied": True, "dtype": "bfloat16"}),
+}
 
 
 def tokenizer(size: int = VOCAB) -> PreTrainedTokenizerFast:
@@ -43,8 +52,11 @@ def tokenizer(size: int = VOCAB) -> PreTrainedTokenizerFast:
     return PreTrainedTokenizerFast(tokenizer_object=words, pad_token="<pad>", bos_token="<s>", eos_token="</s>")
 
 
-def tiny(seed: int = 0, config: TinyConfig = CONFIG, **options: Any) -> Qwen3MoeForCausalLM:
-    return make_tiny(tokenizer(), config, seed, **options)
+def tiny(seed: int = 0, config: TinyConfig = CONFIG, *, tied: bool = False, **options: Any) -> Qwen3MoeForCausalLM:
+    model = make_tiny(tokenizer(), config, seed, **options)
+    if tied:  # head and embedding are one parameter
+        model.lm_head.weight = model.model.embed_tokens.weight
+    return model
 
 
 def one_process() -> Parallel:
@@ -120,11 +132,12 @@ def gradients(
     dump: Path,
     objective: Objective = ON_POLICY,
     dtype: str = "float32",
+    tied: bool = False,
     **options: bool,
 ) -> tuple[dict[str, torch.Tensor], dict[str, float]]:
     """(whole gradients by parameter, metrics) of one update. options: of the `Policy`."""
-    policy = parallel.shard(Policy(tiny(1), **options), dtype=dtype)
-    reference = parallel.shard(Policy(tiny(2)), dtype=dtype)
+    policy = parallel.shard(Policy(tiny(1, tied=tied), **options), dtype=dtype)
+    reference = parallel.shard(Policy(tiny(2, tied=tied)), dtype=dtype)
     recorder = Recorder(policy)
     ready = with_logprobs(parts, policy, reference, objective, parallel)
     metrics = update(
@@ -170,6 +183,9 @@ def main(out: Path) -> None:
         mine = batches(7, max_tokens, part)
         saved[name] = gradients(mine, parallel, out / "unused.pt", objective, dtype)
         results[f"{name}_micro_batches"] = parallel.all_gather_object(len(mine))
+    for name, (objective, options) in HIDDEN.items():
+        mine = batches(7, 23, uneven) if name != "idle_rank" else batches(7, 40, slice(0, 8 if parallel.is_main else 0))
+        saved[f"hidden_{name}"] = gradients(mine, parallel, out / "unused.pt", objective, **options)
     mine = batches(7, 23, uneven, routed=True)
     saved["routing"] = gradients(mine, parallel, out / "unused.pt", replay_routing=True, activation_checkpointing=True)
 

@@ -52,7 +52,7 @@ def test_policy_gives_logits_of_labelled_rows_only(lab: ModuleType) -> None:
     policy = Policy(lab.tiny())
     (batch,) = lab.batches(1)
     index, rows = batch.rows()
-    logits, hidden = policy(batch), policy(batch, hidden_only=True)
+    logits, hidden = policy(batch), policy(batch, through=lambda hidden, weight: hidden)
     assert logits.shape == (len(rows.labels), lab.VOCAB)
     assert torch.equal(logits, policy.model.lm_head(hidden))
     assert torch.allclose(logits, head(policy.model, hidden_states(policy.model, batch))[index], atol=1e-6)

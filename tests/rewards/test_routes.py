@@ -1,13 +1,18 @@
-"""configs/hybrid.toml and configs/reward_model_only.toml: Table 3's two settings, one table of sources apart."""
+"""configs/hybrid.toml and configs/reward_model_only.toml: Table 3's two settings, one table of sources apart. And
+configs/verdict_only.toml, for pairs without labels of steps."""
 
 from __future__ import annotations
 
 from dataclasses import replace
 from pathlib import Path
 
+from srpo.batch import Rollout
 from srpo.config import Config
+from srpo.data.examples import Example
+from srpo.demo import DemoConfig, train_config
+from srpo.rewards.hybrid import score
 from srpo.settings import load
-from srpo.steps import PAPER_STEPS
+from srpo.steps import PAPER_STEPS, StepSchema
 
 CONFIGS = Path(__file__).resolve().parents[2] / "configs"
 
@@ -20,3 +25,17 @@ def test_the_two_settings_differ_in_who_grades_s3_and_s4() -> None:
     pairs = zip(judge_only.steps, PAPER_STEPS, strict=True)
     assert [replace(ours, sources=theirs.sources) for ours, theirs in pairs] == list(PAPER_STEPS)
     assert replace(judge_only, steps=hybrid.steps, run_dir=hybrid.run_dir) == hybrid
+
+
+def test_pairs_with_a_grade_alone_are_rewarded_by_it_as_in_demo_esci() -> None:
+    cfg = load(Config, ["@", str(CONFIGS / "verdict_only.toml")])
+    esci = train_config(DemoConfig(data="pairs.jsonl"), Path("policy"))
+    assert cfg.steps == esci.steps and cfg.reward.judge == esci.reward.judge == "none"
+    schema = StepSchema(cfg.steps)
+    answers = ("shoes", "boots", "match", "match")
+    graded = Example("e", "q", "query", "title", gold=(None, None, None, None, "L2"), truth=(None,) * 5)
+    labelled = replace(graded, gold=(None, None, None, "conflict", "L2"))
+    rollouts = [Rollout("e", 0, (), (), (), (0,) * 5, (*answers, verdict), "", "stop", 0) for verdict in ("L2", "L3")]
+    scored = score(rollouts * 2, [graded] * 2 + [labelled] * 2, schema, None)
+    assert [r.step_rewards for r in scored] == [(0.0, 0.0, 0.0, 0.0, earned) for earned in (1.0, 0.0)] * 2
+    assert [r.reward_sources for r in scored] == [("skip",) * 4 + ("gold",)] * 2 + [("skip",) * 3 + ("gold",) * 2] * 2

@@ -191,6 +191,16 @@ def test_sync_from_a_sharded_policy():
     assert all(torch.equal(param, whole[name]) for name, param in engine.model.named_parameters())
 
 
+def test_the_copy_is_cast_and_the_original_is_not():
+    model = tiny(seed=3, tie_word_embeddings=True)
+    before = {name: tensor.clone() for name, tensor in (*model.named_parameters(), *model.named_buffers())}
+    own: Any = LocalEngine(model, dtype=torch.bfloat16).model
+    assert all(torch.equal(p, before[name].bfloat16()) for name, p in own.named_parameters())
+    assert all(b.dtype == torch.float32 and torch.equal(b, before[name]) for name, b in own.named_buffers())
+    assert own.lm_head.weight is own.get_input_embeddings().weight
+    assert all(p.requires_grad and torch.equal(p, before[name]) for name, p in model.named_parameters())
+
+
 def test_sync_refuses_another_model():
     engine = LocalEngine(tiny())
     with pytest.raises(ValueError, match="does not fit"):

@@ -1,0 +1,138 @@
+"""`load_to_shard`: rank 0 reads a checkpoint, and after `Parallel.shard` every rank has its part of it."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from dataclasses import replace
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import pytest
+import torch
+from transformers import Glm4MoeConfig, Glm4MoeForCausalLM
+
+from srpo.policy.loading import _parameters_on_meta, load_to_shard
+from srpo.policy.model import load_policy, make_tiny
+from srpo.rollout.engine import SamplingParams
+from srpo.rollout.local import LocalEngine
+
+LAB = Path(__file__).with_name("loading_lab.py")
+CASES = ("untied", "tied", "with_bias")
+
+
+def write_checkpoints(lab: ModuleType, folder: Path) -> None:
+    """Experts and vocabulary are odd numbers: two ranks get unequal parts."""
+    config = replace(lab.CONFIG, num_experts=5)
+    make_tiny(lab.tokenizer(51), config, 1).save_pretrained(folder / "untied")
+    tied = make_tiny(lab.tokenizer(51), config, 2)
+    tied.config.tie_word_embeddings = True
+    tied.tie_weights()
+    tied.save_pretrained(folder / "tied")
+    make_tiny(lab.tokenizer(51), config, 3).save_pretrained(folder / "wrongly_tied")
+    settings = json.loads((folder / "wrongly_tied" / "config.json").read_text()) | {"tie_word_embeddings": True}
+    (folder / "wrongly_tied" / "config.json").write_text(json.dumps(settings))
+    with_bias = Glm4MoeForCausalLM(
+        Glm4MoeConfig(
+            vocab_size=51,
+            hidden_size=32,
+            intermediate_size=48,
+            moe_intermediate_size=24,
+            num_hidden_layers=2,
+            first_k_dense_replace=1,
+            num_attention_heads=4,
+            num_key_value_heads=2,
+            n_routed_experts=6,
+            num_experts_per_tok=2,
+            pad_token_id=0,
+        )
+    )
+    for name, buffer in with_bias.named_buffers():
+        if name.endswith("e_score_correction_bias"):  # of the router: a buffer that checkpoints have
+            buffer.copy_(torch.rand(buffer.shape) + 1)
+    with_bias.save_pretrained(folder / "with_bias")
+
+
+@pytest.fixture(scope="module")
+def folder(lab: ModuleType, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The checkpoints, and beside them what two ranks have written."""
+    out, root = tmp_path_factory.mktemp("loading"), LAB.parents[2]
+    write_checkpoints(lab, out)
+    env = {**os.environ, "PYTHONPATH": f"{root}:{root / 'kernels'}", "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
+    launch = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node=2", "--rdzv-backend=c10d"]
+    command = [*launch, "--rdzv-endpoint=127.0.0.1:0", "--local-addr=127.0.0.1", str(LAB), str(out)]
+    done = subprocess.run(command, env=env, cwd=root, capture_output=True, text=True, timeout=240, check=False)
+    assert done.returncode == 0, done.stderr[-6000:]
+    return out
+
+
+@pytest.fixture(scope="module")
+def found(folder: Path) -> list[dict[str, Any]]:
+    """Of each rank."""
+    return [torch.load(folder / f"rank{rank}.pt", weights_only=True) for rank in range(2)]
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_every_rank_has_the_checkpoint(name: str, lab: ModuleType, folder: Path, found: list[dict[str, Any]]) -> None:
+    whole = load_policy(folder / name)
+    want, buffers = dict(whole.named_parameters()), dict(whole.named_buffers())
+    assert buffers.keys() >= {"model.rotary_emb.inv_freq"}
+    for rank, of_rank in enumerate(found):
+        assert lab.same_bits(of_rank[name]["whole"], want)
+        assert lab.same_bits(of_rank[name]["buffers"], buffers)
+        for key, part in of_rank[name]["parts"].items():
+            assert torch.equal(part, want[key].chunk(2)[rank])
+
+
+def test_the_biased_routers_have_buffers_of_the_checkpoint(found: list[dict[str, Any]]) -> None:
+    biases = [b for name, b in found[1]["with_bias"]["buffers"].items() if name.endswith("e_score_correction_bias")]
+    assert len(biases) == 1 and bool((biases[0] >= 1).all())
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_only_rank_0_reads_weights_and_has_memory_for_them(name: str, found: list[dict[str, Any]]) -> None:
+    assert [of_rank[name]["num_reads"] for of_rank in found] == [1, 0]
+    assert not any(found[0][name]["on_meta"]) and all(found[1][name]["on_meta"])
+    # One at a time; each of gloo's two threads may still hold the last that it has sent.
+    assert 1 <= found[1][name]["most"] <= 3 < len(found[1][name]["on_meta"]) / 4
+    assert [of_rank[name]["tied"] for of_rank in found] == [name == "tied"] * 2
+
+
+@pytest.mark.parametrize("name", ["untied", "tied"])
+def test_the_local_engine_starts_without_weights(name: str, folder: Path, found: list[dict[str, Any]]) -> None:
+    assert "sync_weights comes first" in found[1][name]["before_sync"]
+    engine = LocalEngine(load_policy(folder / name))
+    samples = engine.generate([(5, 6, 7), (8, 9)], SamplingParams(max_new_tokens=6, group_size=2), seed=1)
+    want = [sample.response_ids for sample in samples]
+    assert [of_rank[name]["samples"] for of_rank in found] == [want, want]
+
+
+def test_a_head_that_every_rank_made_is_that_of_rank_0(folder: Path, found: list[dict[str, Any]]) -> None:
+    backbone = load_policy(folder / "untied").base_model.state_dict()
+    for of_rank in found:
+        whole = dict(of_rank["critic"]["whole"])
+        assert torch.equal(whole.pop("value_head.weight"), torch.ones(1, 32))
+        assert torch.equal(whole.pop("value_head.bias"), torch.zeros(1))
+        assert whole.keys() == backbone.keys() and all(torch.equal(whole[name], backbone[name]) for name in backbone)
+    assert [of_rank["critic"]["parts"]["value_head.weight"].shape[0] for of_rank in found] == [1, 0]
+
+
+def test_a_config_that_ties_what_differs_is_refused_on_every_rank(found: list[dict[str, Any]]) -> None:
+    for of_rank in found:
+        assert "differ in 1 parameters or buffers, first lm_head.weight" in of_rank["refused"]
+
+
+def test_one_process_loads_as_ever(lab: ModuleType, folder: Path) -> None:
+    model = load_to_shard(folder / "tied", lab.one_process())
+    assert lab.same_bits(model.state_dict(), load_policy(folder / "tied").state_dict())
+    with pytest.raises(ValueError, match=r"no model in .*config\.json"):
+        load_to_shard(folder / "absent", replace(lab.one_process(), rank=1, world_size=2))
+
+
+def test_modules_made_later_have_memory_again() -> None:
+    with _parameters_on_meta():
+        assert torch.nn.Linear(2, 3).weight.is_meta
+    assert not torch.nn.Linear(2, 3).weight.is_meta
