@@ -145,7 +145,7 @@ def test_a_support_table_and_a_prompt_that_does_not_fit(pair_with, policy):
     check(pair, policy, 0)
 
 
-@pytest.mark.parametrize("where", ["die", "hang"])
+@pytest.mark.parametrize("where", ["die", pytest.param("hang", marks=pytest.mark.slow)])
 def test_a_follower_gets_its_samples_from_the_engine_that_replaces_a_failed_one(pair_with, policy, where):
     pair = pair_with(timeout_s=60.0 if where == "die" else 2.0, **{where: "generate:2"})
     sync(pair, policy, 0)
