@@ -60,16 +60,14 @@ def stop(process: EngineProcess) -> None:
     """Have it drop what it still samples, and read what it had sent before it heard. One that fails at that is started again when
     it is needed next."""
     try:
-        process.send("abort")
-        while "done" not in process.receive():
-            pass
+        with process.killed_unless_done():
+            process.send("abort")
+            while "done" not in process.receive():
+                pass
     except EngineFailure as failure:
         warnings.warn(
             f"vLLM failed while it stopped sampling, and will be started again: {failure}", RuntimeWarning, stacklevel=2
         )
-    except BaseException:
-        process.kill()
-        raise
 
 
 def samples_of(replies: Replies, version: int, stats: dict[str, float]) -> Groups:
