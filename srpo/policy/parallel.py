@@ -7,6 +7,7 @@ averaging is switched off (`set_gradient_divide_factor(1)` with plain sum reduct
 from __future__ import annotations
 
 import os
+import time
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any, TypeVar
@@ -21,6 +22,7 @@ from transformers import PreTrainedModel
 
 X = TypeVar("X")
 Module = TypeVar("Module", bound=nn.Module)
+LAST_TENSORS = 0.2  # seconds that gloo's threads get to let go of theirs
 
 
 @dataclass(frozen=True)
@@ -109,9 +111,14 @@ class Parallel:
             dist.barrier()
 
     def close(self) -> None:
-        """Leave the process group."""
+        """Leave the process group.
+
+        FSDP's mesh outlives it, and with it gloo's threads: one that lets go of its last tensor while the interpreter ends
+        aborts a process whose work is done (Python before 3.14). They have done so when this returns.
+        """
         if dist.is_initialized():
             dist.destroy_process_group()
+            time.sleep(LAST_TENSORS)
 
 
 def init_parallel() -> Parallel:

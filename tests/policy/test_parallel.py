@@ -1,6 +1,9 @@
 from __future__ import annotations
 
 import json
+import os
+import subprocess
+import sys
 from pathlib import Path
 from types import ModuleType
 
@@ -11,6 +14,7 @@ from transformers import AutoModelForCausalLM
 from srpo.policy.model import Policy
 from srpo.policy.parallel import clip_grad_norm, init_parallel, iter_full_params, unwrap
 
+LAB = Path(__file__).with_name("exit_lab.py")
 TOLERANCE = 1e-5
 
 
@@ -71,6 +75,25 @@ def test_one_process_without_torchrun(lab: ModuleType, monkeypatch: pytest.Monke
     assert lab.one_process().shard(policy) is policy
     parallel.barrier()
     parallel.close()
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(sys.platform != "linux", reason="needs /proc and SCHED_IDLE")
+def test_ranks_end_well_when_gloo_threads_come_late(tmp_path: Path) -> None:
+    """Without a wait in `close` about every second of these processes is aborted by the end of its interpreter."""
+    env = {**os.environ, "PYTHONPATH": str(LAB.parents[2])}
+    for i in range(4):
+        command = [sys.executable, str(LAB), str(tmp_path / f"meeting{i}")]
+        ranks = [
+            subprocess.Popen([*command, str(rank), "2"], env=env, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+            for rank in range(2)
+        ]
+        try:
+            said = [rank.communicate(timeout=120)[0] for rank in ranks]
+        finally:
+            for rank in ranks:
+                rank.kill()
+        assert [rank.returncode for rank in ranks] == [0, 0], said
 
 
 def test_full_params_have_transformers_names(lab: ModuleType) -> None:
