@@ -16,6 +16,7 @@ from srpo_kernels.native import DTYPES, ROW_FIELDS, RowArgs, row_args
 HUGE_PAGE = 2**21
 MADV_HUGEPAGE = 14  # of <linux/mman.h>
 LEVELS = ("portable", "avx2", "avx512")
+any_gradient_dtype = False
 
 forced_level: str | None = None  # tests run every instruction set that the machine has
 

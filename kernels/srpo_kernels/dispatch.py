@@ -16,11 +16,14 @@ def implementations(logits: torch.Tensor) -> tuple[str, ...]:
 
 
 @torch.compiler.assume_constant_result
-def choose(op: str, impl: str, device: torch.device, dtype: torch.dtype) -> str:
-    """The best implementation for logits of this kind, or the named one."""
+def choose(op: str, impl: str, device: torch.device, dtype: torch.dtype, *, narrow: bool = False) -> str:
+    """The best implementation for logits of this kind, or the named one. narrow: a gradient of another dtype than theirs is
+    wanted, and what can write it comes first."""
     logits = torch.empty(0, 1, device=device, dtype=dtype)
     if impl == "auto":
-        return implementations(logits)[0]
+        names = implementations(logits)
+        able = (name for name in names if name in operators.BACKENDS and operators.BACKENDS[name].any_gradient_dtype)
+        return next(able, names[0]) if narrow else names[0]
     if impl == "reference":
         return impl
     if impl not in operators.BACKENDS:

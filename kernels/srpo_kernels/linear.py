@@ -77,7 +77,9 @@ def linear_policy_loss(
         its product. Rows whose label has a probability below 2^-60 are taken again by way of logits; to know of them a GPU is
         waited for, once.
 
-    impl: "reference" holds all logits. "auto" takes it for fp64 inputs, and where there is no other implementation.
+    impl: "reference" holds all logits. "auto" takes it for fp64 inputs, and where there is no other implementation. For bf16
+        inputs on a GPU it takes "triton", which writes the gradient of a chunk in 16 bits at once; "cuda" writes it in fp32,
+        over the logits, and a copy is made.
 
     Raises ValueError as `policy_loss` does, and for hidden states, weights or a chunk_rows that do not fit.
     """
@@ -95,7 +97,8 @@ def linear_policy_loss(
     if kl_coef and ref_logprobs is None and ref_hidden is None:
         wanted = "ref_hidden and ref_weight" if kl_estimator == "full" else "ref_logprobs"
         raise ValueError(f"kl_coef is {kl_coef} but there is no reference: give {wanted}, or set kl_coef to 0")
-    name = choose("linear_policy_loss", impl, hidden.device, _math_dtype(hidden))
+    narrow = hidden.is_cuda and hidden.dtype == torch.bfloat16
+    name = choose("linear_policy_loss", impl, hidden.device, _math_dtype(hidden), narrow=narrow)
     if ratio_over != "token" and old_logprobs is not None:
         with torch.no_grad():
             options = {"temperature": temperature, "top_k": top_k, "kept_ids": kept_ids, "chunk_rows": chunk_rows}

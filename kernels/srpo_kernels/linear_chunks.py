@@ -34,6 +34,12 @@ def as_factor(tensor: Tensor) -> Tensor:
     return tensor.to(factor_dtype(tensor))
 
 
+def gradient_dtype(factor: Tensor, backend: operators.Backend) -> torch.dtype:
+    """The dtype in which the gradient of a chunk's logits is written. Where the backend can, that in which it enters the
+    products: it is then written in 16 bits once, instead of in 32, read and written again. Not in fp16, see `to_factor`."""
+    return torch.bfloat16 if backend.any_gradient_dtype and factor.dtype == torch.bfloat16 else torch.float32
+
+
 def put_product(out: Tensor, a: Tensor, b: Tensor, *, add: bool = False, scale: float = 1.0) -> None:
     """out = scale * a @ b, or out += that; `out` is fp32, and so is the sum whatever the dtype of the factors. Autocast leaves
     products with `out=` alone."""
@@ -59,7 +65,8 @@ class Chunks:
     """Iterates over (start, stop): slices of the selected rows, as equal in length as can be. One buffer serves all of them.
 
     hidden [T, H]; factor [V, H], the weight as a factor; rows [R] indices into T; num_rows: the most that a chunk may have, 0:
-    the default; holds: the dtype of the buffer, None: there is none.
+    the default; holds: the dtype of the buffer, None: there is none; gradient: the dtype of a second one, for the gradient of
+    the logits, None: it goes over the logits.
     """
 
     def __init__(
@@ -72,6 +79,7 @@ class Chunks:
         *,
         matrices: int = 1,
         holds: torch.dtype | None = torch.float32,
+        gradient: torch.dtype | None = None,
     ) -> None:
         self.hidden, self.factor, self.rows = hidden, factor, rows
         total, vocab = rows.shape[0], factor.shape[0]
@@ -80,8 +88,13 @@ class Chunks:
         count = -(-total // (num_rows or default_rows(vocab, factor.device, matrices)))
         self.edges = [i * total // max(count, 1) for i in range(count + 1)]
         self.num_rows = max((stop - start for start, stop in self), default=0)
-        height = 0 if holds is None else self.num_rows
-        self.buffer = backend.new_gradient(hidden.new_empty((), dtype=holds or torch.float32).expand(height, vocab))
+
+        def new_buffer(dtype: torch.dtype | None) -> Tensor:
+            shape = (0 if dtype is None else self.num_rows, vocab)
+            return backend.new_gradient(hidden.new_empty((), dtype=dtype or torch.float32).expand(shape))
+
+        self.buffer = new_buffer(holds)
+        self.gradients = self.buffer if gradient is None else new_buffer(gradient)
 
     def __iter__(self) -> Iterator[tuple[int, int]]:
         return zip(self.edges[:-1], self.edges[1:], strict=True)
@@ -90,13 +103,13 @@ class Chunks:
         """The hidden states as a factor, [C, H]."""
         return self.hidden[self.rows[start:stop]].to(self.factor.dtype)
 
-    def matrix(self, start: int, stop: int) -> Tensor:
-        """As much of the buffer as these rows need, [C, V]."""
-        return self.buffer[: stop - start]
+    def gradient(self, start: int, stop: int) -> Tensor:
+        """Where the gradient of the logits of these rows is to be written, [C, V]."""
+        return self.gradients[: stop - start]
 
     def logits(self, start: int, stop: int) -> tuple[Tensor, Tensor]:
         """(the hidden states as a factor [C, H], the logits [C, V] fp32: valid until the next call)."""
-        x, logits = self.hidden_rows(start, stop), self.matrix(start, stop)
+        x, logits = self.hidden_rows(start, stop), self.buffer[: stop - start]
         put_product(logits, x, self.factor.T)
         return x, logits
 

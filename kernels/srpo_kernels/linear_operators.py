@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from srpo_kernels import linear_exponentials, operators, reference
-from srpo_kernels.linear_chunks import Chunks, Gradient, as_factor
+from srpo_kernels.linear_chunks import Chunks, Gradient, as_factor, gradient_dtype
 from srpo_kernels.native import ROW_FIELDS
 from srpo_kernels.segments import IGNORE, compact, step_of_row
 
@@ -65,10 +65,12 @@ def policy_loss(
         if with_grad and kl_coef == 0:
             sequence, step = step_of_row(edges, ends, torch.arange(rows.shape[0], device=rows.device))
             maybe = (weights[rows] != 0) & (step_advantages[sequence, step] != 0)
-        holds = torch.float32
+        holds, dtype = torch.float32, gradient_dtype(factor, backend)
         if exponentials:
             holds = factor.dtype if with_grad else None
-        chunks = Chunks(hidden, factor, rows, chunk_rows, backend, matrices=1 if ref_hidden is None else 2, holds=holds)
+        beside = dtype if with_grad and not exponentials and dtype != holds else None
+        matrices = 1 if ref_hidden is None else 2
+        chunks = Chunks(hidden, factor, rows, chunk_rows, backend, matrices=matrices, holds=holds, gradient=beside)
         ref_chunks = None
         if ref_hidden is not None and ref_weight is not None:
             ref_chunks = Chunks(ref_hidden, as_factor(ref_weight), rows, chunks.num_rows, backend)
@@ -77,17 +79,18 @@ def policy_loss(
             own = rows[start:stop]
             tables = {**whole, **{name: None if table is None else table[own] for name, table in by_row.items()}}
             local = {**options, "first_row": start}
+            matrix = chunks.gradient(start, stop) if with_grad else None
             if exponentials:
-                x, matrix = chunks.hidden_rows(start, stop), chunks.matrix(start, stop) if with_grad else None
+                x = chunks.hidden_rows(start, stop)
                 values[:, start:stop], scales = linear_exponentials.rows(x, factor, matrix, tables, local)
             else:
-                x, matrix = chunks.logits(start, stop)
+                x, logits = chunks.logits(start, stop)
                 tables["ref_logits"] = None if ref_chunks is None else ref_chunks.logits(start, stop)[1]
                 if top_k:
-                    tables["kept_ids"] = reference.topk_support(matrix, top_k)
-                values[:, start:stop] = backend.rows("policy_loss", matrix, matrix if with_grad else None, tables, local)
+                    tables["kept_ids"] = reference.topk_support(logits, top_k)
+                values[:, start:stop] = backend.rows("policy_loss", logits, matrix, tables, local)
                 scales = None
-            if matrix is not None and with_grad:
+            if matrix is not None:
                 alive = None if maybe is None else maybe[start:stop]
                 if alive is not None and clip_form == "ppo":
                     alive &= values[ROW_FIELDS.index("clipped"), start:stop] == 0

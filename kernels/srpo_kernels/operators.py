@@ -27,6 +27,8 @@ class Backend(Protocol):
     grad_logprobs and grad_lse as well.
     """
 
+    any_gradient_dtype: bool  # whether `dlogits` may have another dtype than the logits
+
     def why_not(self, logits: Tensor) -> str | None:
         """Why these logits cannot be taken (device, dtype, a compiler that is missing); None if they can."""
         ...

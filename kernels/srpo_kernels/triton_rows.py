@@ -19,6 +19,7 @@ from srpo_kernels.native import DEFAULTS, DTYPES, POINTERS, ROW_FIELDS
 
 OLDEST = (3, 6)
 OLDEST_CAPABILITY = (8, 0)
+any_gradient_dtype = True
 TABLES = {name: dtype for name, dtype in POINTERS.items() if dtype is not None and name != "rows"}
 
 
@@ -91,7 +92,7 @@ def rows(
     tables: dict[str, torch.Tensor | None],
     options: dict[str, Any],
 ) -> torch.Tensor:
-    """See `operators.Backend`; `dlogits` may also have a dtype of its own."""
+    """See `operators.Backend`."""
     num_rows, vocab = logits.shape
     values = logits.new_empty(len(ROW_FIELDS), num_rows, dtype=torch.float32)
     if num_rows == 0:

@@ -28,6 +28,7 @@ class Model:
     library: ctypes.CDLL
     num_ctas: int
     fine: bool
+    any_gradient_dtype = False
 
     def why_not(self, logits: torch.Tensor) -> str | None:
         return None if logits.dtype == torch.float32 else f"logits are {logits.dtype}"

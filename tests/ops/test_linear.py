@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import torch
 from linear_cases import DEVICES, OPTIONS, Case, chunked, relative, rounding, two_roundings
-from srpo_kernels import IGNORE, linear_chunks
+from srpo_kernels import IGNORE, cpu, dispatch, linear_chunks, operators
 from torch import Tensor
 
 
@@ -88,6 +88,52 @@ def test_rounded_gradients_of_logits(dtype: torch.dtype, option: str, scale: flo
     _, *grads = case.run(upstream=1 / scale, chunk_rows=70)
     for got, expected in zip(grads, exact, strict=True):
         assert relative(got, expected / scale) <= two_roundings(dtype)
+
+
+class Narrow:
+    """The CPU's rows, rounding the gradient as they write it. Knows the dtypes that it was asked for."""
+
+    any_gradient_dtype = True
+    why_not, new_gradient, scaled = staticmethod(cpu.why_not), staticmethod(cpu.new_gradient), staticmethod(cpu.scaled)
+
+    def __init__(self) -> None:
+        self.asked: list[tuple[torch.dtype, torch.dtype]] = []
+
+    def rows(self, mode: str, logits: Tensor, dlogits: Tensor | None, *more: Any) -> Tensor:
+        assert dlogits is not None
+        self.asked.append((logits.dtype, dlogits.dtype))
+        before, wide = logits.clone(), torch.empty_like(logits)
+        values = cpu.rows(mode, logits, wide, *more)
+        dlogits.copy_(wide)
+        assert torch.equal(logits, before) == (dlogits.data_ptr() != logits.data_ptr())
+        return values
+
+
+@chunked
+@pytest.mark.usefixtures("as_on_a_gpu")
+@pytest.mark.parametrize("option", ["plain", "k3", "full", "top_k"])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_gradient_of_logits_written_in_16_bits(dtype: torch.dtype, option: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Where the rows can, and bit for bit what writing it in fp32 and rounding it gives. fp16 has to be moved first."""
+    narrow = Narrow()
+    monkeypatch.setitem(operators.BACKENDS, "narrow", narrow)
+    case = Case(3, 150, 70, 801, option, dtype, grid=True)
+    out, *grads = case.run(chunk_rows=40, impl="narrow")
+    wide, *wide_grads = case.run(chunk_rows=40, impl="cpu")
+    assert narrow.asked == [(torch.float32, dtype if dtype == torch.bfloat16 else torch.float32)] * len(narrow.asked) != []
+    assert torch.equal(out.logprobs, wide.logprobs)
+    for got, expected in zip(grads, wide_grads, strict=True):
+        assert expected.norm() > 0 and torch.equal(got, expected)
+
+
+def test_a_backend_that_writes_16_bits_comes_first_where_they_are_wanted(monkeypatch: pytest.MonkeyPatch) -> None:
+    able, other = Narrow(), Narrow()
+    other.any_gradient_dtype = False
+    monkeypatch.setattr(operators, "BACKENDS", {"other": other, "able": able})
+    kind = ("op", "auto", torch.device("cpu"), torch.float32)
+    assert (dispatch.choose(*kind), dispatch.choose(*kind, narrow=True)) == ("other", "able")
+    able.any_gradient_dtype = False
+    assert dispatch.choose(*kind, narrow=True) == "other"
 
 
 def test_fp16_waits_for_the_scale_of_a_scaled_loss() -> None:
