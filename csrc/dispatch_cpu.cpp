@@ -7,13 +7,21 @@ bool rows_portable(const RowArgs&);
 bool rows_avx2(const RowArgs&);
 bool rows_avx512(const RowArgs&);
 #endif
+#ifdef SRPO_AVX512BF16  // a compiler that knows it
+bool rows_avx512bf16(const RowArgs&);
+#endif
 }  // namespace srpo
 
-// 2 AVX-512, 1 AVX2, 0 neither.
+// 3 AVX-512 with BF16, 2 AVX-512, 1 AVX2, 0 none of them.
 extern "C" int srpo_cpu_level() {
 #ifdef SRPO_X86
   __builtin_cpu_init();
-  if (__builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512vl")) return 2;
+  if (__builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512vl")) {
+#ifdef SRPO_AVX512BF16
+    if (__builtin_cpu_supports("avx512bf16")) return 3;
+#endif
+    return 2;
+  }
   if (__builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && __builtin_cpu_supports("f16c")) return 1;
 #endif
   return 0;
@@ -26,6 +34,9 @@ extern "C" int srpo_cpu_rows(const srpo::RowArgs* args, int level) {
   if (level > best) return 1;
   bool good;
   switch (level < 0 ? best : level) {
+#ifdef SRPO_AVX512BF16
+    case 3: good = srpo::rows_avx512bf16(*args); break;
+#endif
 #ifdef SRPO_X86
     case 2: good = srpo::rows_avx512(*args); break;
     case 1: good = srpo::rows_avx2(*args); break;

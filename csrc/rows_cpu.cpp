@@ -140,10 +140,21 @@ Tile exp_tile(const T* x, int64_t n, const Factor& c, float* e, Out out) {
   return exp_tile_at<kKeep>(exponent_of(x, n, c), x, n, c, e, none);
 }
 
+// Floats from a multiple of 64 bytes on: no vector lies in two cache lines.
+class Buffer {
+ public:
+  float* data() { return reinterpret_cast<float*>((reinterpret_cast<uintptr_t>(floats_.data()) + 63) / 64 * 64); }
+  const float* data() const { return const_cast<Buffer*>(this)->data(); }
+  void hold(int64_t n) { if (int64_t(floats_.size()) < n + 16) floats_.resize(n + 16); }  // what was in it is lost
+
+ private:
+  std::vector<float> floats_;
+};
+
 // A row's logits as powers, and what is known of it. Of a row that waits for its second sweep, also where the gradient goes.
 struct Powers {
   std::vector<Tile> tiles;
-  std::vector<float> e;
+  Buffer e;
 };
 
 struct Scratch {  // one per thread, kept
@@ -160,7 +171,7 @@ struct RowSum {
 template <bool kKeep, class T, class MakeWriter>
 RowSum exp_row(const T* x, int64_t n, const Factor& c, Powers& to, const MakeWriter& writer) {
   to.tiles.clear();
-  if (kKeep) to.e.resize(std::max<int64_t>(to.e.size(), n + kTile));
+  if (kKeep) to.e.hold(n + kTile);
   float* e = to.e.data();
   for (int64_t i = 0; i < n; i += kTile) {
     const int64_t count = std::min(kTile, n - i), padded = (count + kUnroll - 1) / kUnroll * kUnroll;

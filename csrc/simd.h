@@ -1,4 +1,4 @@
-// The few vector operations that rows_cpu.cpp needs beyond + - *, for AVX-512, AVX2 with FMA, and any other machine.
+// The few vector operations that rows_cpu.cpp needs beyond + - *, for AVX-512 (with BF16), AVX2 with FMA, and any other machine.
 //   store_pair, stream_pair: two vectors in a row, without a NaN; stream_pair goes past the caches, to multiples of kPairBytes.
 //   fraction(x, c, whole): x c - whole, rounded once. scale(a, n): a * 2^n for integer n >= -161, at least a * 2^120 above n = 120.
 //   larger(a, b): b where one is NaN.
@@ -66,6 +66,9 @@ inline __m256i narrow(Vec v, BFloat16*) {
 }
 inline __m256i narrow(Vec v, Float16*) { return _mm512_cvtps_ph(v, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC); }
 template <class T> inline void store(T* p, Vec v) { _mm256_storeu_si256(reinterpret_cast<__m256i*>(p), narrow(v, p)); }
+#if defined(__AVX512BF16__)  // in one instruction, to which gradients below 2^-126 are 0
+inline __m512i narrow_pair(Vec a, Vec b, BFloat16*) { return reinterpret_cast<__m512i>(_mm512_cvtne2ps_pbh(b, a)); }
+#else
 inline __m512i narrow_pair(Vec a, Vec b, BFloat16*) {
   const __m512i u = _mm512_castps_si512(a), v = _mm512_castps_si512(b), one = _mm512_set1_epi32(1), half = _mm512_set1_epi32(0x7fff);
   const __m512i ru = _mm512_add_epi32(_mm512_add_epi32(u, half), _mm512_and_si512(_mm512_srli_epi32(u, 16), one));
@@ -74,6 +77,7 @@ inline __m512i narrow_pair(Vec a, Vec b, BFloat16*) {
                                                 21, 19, 17, 15, 13, 11, 9, 7, 5, 3, 1);
   return _mm512_permutex2var_epi16(ru, upper_halves, rv);
 }
+#endif
 inline __m512i narrow_pair(Vec a, Vec b, Float16* p) {
   return _mm512_inserti64x4(_mm512_castsi256_si512(narrow(a, p)), narrow(b, p), 1);
 }

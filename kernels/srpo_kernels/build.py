@@ -25,6 +25,7 @@ _ISA_FLAGS = {
     "portable": (),
     "avx2": ("-mavx2", "-mfma", "-mf16c"),
     "avx512": ("-mavx512f", "-mavx512bw", "-mavx512vl", "-mfma", "-mf16c"),
+    "avx512bf16": ("-mavx512f", "-mavx512bw", "-mavx512vl", "-mavx512bf16", "-mfma", "-mf16c"),
 }
 
 
@@ -71,11 +72,22 @@ def _version(compiler: str) -> str:
     return done.stdout
 
 
+@cache
+def _takes(compiler: str, flag: str) -> bool:
+    """Whether the compiler knows a flag."""
+    done = subprocess.run([compiler, flag, "-E", "-x", "c++", os.devnull], capture_output=True, check=False)
+    return done.returncode == 0
+
+
 def cpu_commands() -> list[list[str]]:
-    """One object per instruction set, then the library. It takes OpenMP from whoever has loaded it, which is torch."""
+    """One object per instruction set, then the library. It takes OpenMP from whoever has loaded it, which is torch. Compilers of
+    before 2020 do not know the last set and leave it out. Raises BuildError where there is no compiler."""
     compiler = os.environ.get("CXX") or "g++"
+    _version(compiler)
     x86 = platform.machine().lower() in ("x86_64", "amd64")
     names = list(_ISA_FLAGS) if x86 else ["portable"]
+    if x86 and not _takes(compiler, "-mavx512bf16"):
+        names.remove("avx512bf16")
     objects = {
         name: [
             compiler,
@@ -89,13 +101,14 @@ def cpu_commands() -> list[list[str]]:
         ]
         for name in names
     }
-    link = [compiler, *_CXX_FLAGS[:3], "-shared", *(["-DSRPO_X86"] if x86 else []), "{src}/dispatch_cpu.cpp"]
+    defined = ["-DSRPO_X86"] * x86 + ["-DSRPO_AVX512BF16"] * ("avx512bf16" in names)
+    link = [compiler, *_CXX_FLAGS[:3], "-shared", *defined, "{src}/dispatch_cpu.cpp"]
     return [*objects.values(), [*link, *(f"{{tmp}}/{name}.o" for name in names), "-o", "{out}"]]
 
 
 def build_cpu() -> Path:
     """The CPU library. Raises BuildError."""
-    return compile_once("srpo_cpu", ["rows.h", "simd.h", "rows_cpu.cpp", "dispatch_cpu.cpp"], cpu_commands())
+    return compile_once("srpo_cpu", ["rows.h", "row_math.h", "simd.h", "rows_cpu.cpp", "dispatch_cpu.cpp"], cpu_commands())
 
 
 def build_cuda() -> Path:

@@ -1,4 +1,4 @@
-"""The C++ kernels of csrc/rows_cpu.cpp: AVX-512, AVX2 or portable, chosen at run time; fp32, bf16 and fp16 logits."""
+"""The C++ kernels of csrc/rows_cpu.cpp: AVX-512 (with BF16), AVX2 or portable, chosen at run time; fp32, bf16, fp16 logits."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from srpo_kernels.native import DTYPES, ROW_FIELDS, RowArgs, row_args
 
 HUGE_PAGE = 2**21
 MADV_HUGEPAGE = 14  # of <linux/mman.h>
-LEVELS = ("portable", "avx2", "avx512")
+LEVELS = ("portable", "avx2", "avx512", "avx512bf16")
 any_gradient_dtype = False
 
 forced_level: str | None = None  # tests run every instruction set that the machine has

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import os
 import random
+import re
 from itertools import product
+from pathlib import Path
 from typing import Any
 
 import loss_cases as cases
@@ -213,3 +215,28 @@ def test_nothing_is_compiled_twice(level: str) -> None:
     library = build.build_cpu()
     stamp = library.stat().st_mtime_ns
     assert build.build_cpu() == library and library.stat().st_mtime_ns == stamp
+
+
+@pytest.mark.parametrize("make", [build.build_cpu, build.build_cuda])
+def test_a_library_is_named_by_all_that_it_is_made_from(make: Any, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """Else a change of a header would go unnoticed by the cache."""
+    known: set[str] = set()
+    monkeypatch.setenv("NVCC", "true")
+
+    def compile_once(name: str, sources: list[str], commands: object) -> Path:
+        known.update(sources)
+        return tmp_path
+
+    monkeypatch.setattr(build, "compile_once", compile_once)
+    make()
+    assert known
+    for source in known:
+        included = re.findall(r'#include "(.*)"', (build.CSRC / source).read_text(encoding="utf-8"))
+        assert known.issuperset(included), source
+
+
+def test_a_compiler_from_before_bf16(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The other instruction sets are built."""
+    monkeypatch.setattr(build, "_takes", lambda compiler, flag: False)
+    text = repr(build.cpu_commands())
+    assert "avx512bf16" not in text and "AVX512BF16" not in text and "rows_cpu.cpp" in text
