@@ -37,7 +37,7 @@ class Scale:
     dpo_steps: int = 60
     dpo_lr: float = 2e-5
     judge_pairs: int = 16_000  # with a response of the SFT policy each, judged by the annotator
-    judge_sft_steps: int = 500
+    judge_sft_steps: int = 1500
     judge_grpo_steps: int = 40
     judge_lr: float = 1e-4
 
@@ -86,6 +86,10 @@ RECIPES: Mapping[str, Recipe] = MappingProxyType(
         "grpo_harder": Recipe(settings=_stages(("harder", _HARD | _LABELS))),
         "grpo_labels": Recipe(settings=_stages(("labels", _LABELS))),
         "grpo_easier_harder": Recipe(settings=_stages(("easier", _EASY | _LABELS), ("harder", _HARD | _LABELS))),
+        "grpo_harder_half_run": Recipe(settings=_stages(("harder", _HARD | _LABELS)), share=0.5),
+        "grpo_easier_harder_double": Recipe(
+            settings=_stages(("easier", _EASY | _LABELS), ("harder", _HARD | _LABELS)), share=2.0
+        ),
         "grpo_queries": Recipe(settings=_stages(("queries", _QUERIES))),
         "grpo_queries_labels": Recipe(settings=_stages(("queries", _QUERIES), ("labels", _LABELS))),
         "grpo_selected": Recipe(settings=_GRPO, data="selected", share=0.5),
