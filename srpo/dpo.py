@@ -101,6 +101,9 @@ def _check_settings(cfg: DpoConfig) -> None:
             raise ValueError(f"{key} is {getattr(cfg, key)}: set it to 1 or more")
     if bool(cfg.pairs) == bool(cfg.rollouts):
         raise ValueError("set either pairs, a file of preferences, or rollouts, responses to make them from")
+    if cfg.pairs and (cfg.data or cfg.rules.balance):
+        named, off = ("data", 'data to ""') if cfg.data else ("rules.balance", "rules.balance to false")
+        raise ValueError(f"{named} is of pairs that are made from rollouts; those of a file are taken as they are: set {off}")
     if not cfg.beta > 0:
         raise ValueError(f"beta is {cfg.beta}: it must be above 0")
     if not 0 <= cfg.label_smoothing < 0.5:

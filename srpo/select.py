@@ -182,7 +182,10 @@ def survey(cfg: SelectConfig, schema: StepSchema, done: frozenset[int], parts: C
     complaint = ""
     for number, examples in shards_of(_examples(cfg, check_duplicates=True), cfg.shard_examples):
         num_shards += 1
-        strata.update(stratum(example, cfg.select.balance) for example in examples)
+        try:
+            strata.update(stratum(example, cfg.select.balance) for example in examples)
+        except ValueError as error:
+            raise ValueError(f"select.balance: {error}") from error
         if number in done:
             check_shard(records_dir(cfg), number, examples)
             continue

@@ -9,17 +9,17 @@ from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from functools import lru_cache
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
-from srpo_kernels import policy_loss
 
 from srpo.algorithm.losses import sft_weights
 from srpo.batch import Batch, Rollout, pack
 from srpo.config import OptimizerConfig, PolicyConfig
 from srpo.data.tokenizer import encode, load_tokenizer
 from srpo.policy.loading import load_to_shard
-from srpo.policy.model import Policy, save_policy
+from srpo.policy.model import Policy, check_head, save_policy
+from srpo.policy.outputs import Hidden, Logits, of_outputs
 from srpo.policy.parallel import Parallel, init_parallel
 from srpo.progress import Progress
 from srpo.settings import run_program
@@ -39,6 +39,7 @@ class SftConfig:
     batch_size: int = 64  # responses per optimizer step, over all ranks
     micro_batch_tokens: int = 16384
     checkpoint_every: int = 500
+    inputs: Literal["logits", "hidden"] = "logits"  # of the loss; hidden: as loss.inputs of srpo.train
     policy: PolicyConfig = field(default_factory=PolicyConfig)
     optimizer: OptimizerConfig = field(
         default_factory=lambda: OptimizerConfig(lr=2e-3, warmup_steps=30, schedule="linear", min_lr_frac=0.1)
@@ -125,19 +126,19 @@ def _check_settings(cfg: SftConfig) -> None:
         raise ValueError('data is not set: name a JSON Lines file of {"prompt": "...", "response": "..."}')
 
 
-def sft_loss(logits: torch.Tensor, rows: Batch) -> torch.Tensor:
-    """-sum of weight * logprob over the rows of `Batch.rows()`, differentiable in `logits` [R, V].
+def sft_loss(outputs: Logits | Hidden, rows: Batch) -> torch.Tensor:
+    """-sum of weight * logprob over the rows of `Batch.rows()`, differentiable in the model's outputs.
 
     The gradient is the policy gradient of the teacher's own tokens with advantage 1, so the loss kernel forms it in its one pass
     over the logits (and may overwrite them).
     """
-    out = policy_loss(
-        logits,
+    out = outputs.loss(
         rows.labels,
         torch.ones_like(rows.step_advantages),
         rows.step_ends,
         rows.cu_seqlens,
         rows.weights,
+        reference=None,
         clip_eps_low=0.0,
         clip_eps_high=0.0,
         kl_coef=0.0,
@@ -152,10 +153,9 @@ def sft(cfg: SftConfig, parallel: Parallel) -> Path:
     run_dir = Path(cfg.run_dir)
     _check_settings(cfg)
     tokenizer = load_tokenizer(cfg.policy.path)
-    policy = Policy(
-        load_to_shard(cfg.policy.path, parallel, experts=cfg.policy.experts),
-        activation_checkpointing=cfg.policy.activation_checkpointing,
-    )
+    model = load_to_shard(cfg.policy.path, parallel, experts=cfg.policy.experts)
+    check_head(model, cfg.inputs)
+    policy = Policy(model, activation_checkpointing=cfg.policy.activation_checkpointing)
     pairs = tokenized_pairs(cfg, tokenizer, policy.max_context, parallel.is_main)
     policy = parallel.shard(policy, dtype=cfg.policy.dtype)
 
@@ -165,10 +165,12 @@ def sft(cfg: SftConfig, parallel: Parallel) -> Path:
 
     def loss_of(batch: Batch) -> tuple[torch.Tensor, torch.Tensor]:
         _, rows = batch.rows()
-        logits = policy(batch)
-        num_hits = (logits.detach().argmax(-1) == rows.labels).sum()  # tokens that were the first choice
-        counts = torch.stack([num_hits, torch.tensor(len(logits), device=logits.device)]).double()
-        return sft_loss(logits, rows), counts
+
+        def ask(outputs: Logits | Hidden) -> tuple[torch.Tensor, torch.Tensor]:
+            num_hits = outputs.num_hits(rows.labels)  # tokens that were the first choice, before the loss overwrites the logits
+            return sft_loss(outputs, rows), torch.stack([num_hits, torch.full_like(num_hits, len(rows.labels))]).double()
+
+        return of_outputs(policy, batch, cfg.inputs, ask)
 
     def metrics_of(sums: list[float]) -> tuple[dict[str, float], float]:
         num_hits, num_tokens = sums

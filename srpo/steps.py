@@ -46,6 +46,7 @@ class StepSpec:
     options: tuple[str, ...] = ()  # canonical answers; empty: free text
     sources: tuple[str, ...] = ("judge",)  # who grades the step, the first that can: gold | judge | rule | skip
     reward: float = 0.2  # of a correct step (Appendix B)
+    missing_verdict: float | None = None  # share of it where the judge gives no verdict; unset: reward.missing_verdict
 
     def __post_init__(self) -> None:
         for key in ("options", "sources"):
@@ -74,6 +75,8 @@ class StepSpec:
             raise ValueError(f"{where}: source 'rule' rewards an answer that is an option; give options or another source")
         if not (math.isfinite(self.reward) and self.reward >= 0):
             raise ValueError(f"{where}: reward {self.reward} must be a finite number of at least 0")
+        if self.missing_verdict is not None and not 0 <= self.missing_verdict <= 1:
+            raise ValueError(f"{where}: missing_verdict {self.missing_verdict} is a fraction of the step's reward, from 0 to 1")
 
     def canonical(self, text: str) -> str | None:
         """The answer that `text` stands for: the option that equals it up to case and spaces, else the only option that ends with

@@ -159,6 +159,8 @@ def prepare(cfg: JudgeConfig, parallel: Parallel) -> Work:
         raise ValueError(
             "num_votes and mine.num_cases have to be at least 1, mine.num_votes at least 2 (verdicts that can differ)"
         )
+    if cfg.mine.num_responses < 0:
+        raise ValueError(f"mine.num_responses is {cfg.mine.num_responses}: set it to 1 or more, or to 0 for all of the pool")
     if not cfg.mine.solve_low < cfg.mine.solve_high:
         raise ValueError(
             f"no solve rate lies between mine.solve_low {cfg.mine.solve_low} and mine.solve_high {cfg.mine.solve_high}"

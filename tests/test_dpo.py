@@ -244,6 +244,8 @@ def test_rollouts_of_another_tokenizer_are_refused(small: ModuleType, world: Any
     [
         ({}, "set either pairs, a file of preferences, or rollouts"),
         ({"pairs": "a", "rollouts": "b"}, "set either pairs"),
+        ({"pairs": "PAIRS", "rules": {"balance": True}}, "rules.balance is of pairs .* from rollouts.*balance to false"),
+        ({"pairs": "PAIRS", "data": "EVAL"}, "data is of pairs that are made from rollouts"),
         ({"pairs": "PAIRS", "batch_size": 0}, "batch_size is 0: set it to 1 or more"),
         ({"pairs": "PAIRS", "beta": 0.0}, "beta is 0.0"),
         ({"pairs": "PAIRS", "label_smoothing": 0.5}, "label_smoothing is 0.5"),

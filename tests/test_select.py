@@ -31,6 +31,7 @@ from select_cases import (
     results,
 )
 
+from srpo.batch import Rollout
 from srpo.config import Config, DataConfig, LossConfig, StageConfig
 from srpo.credit import group_scores
 from srpo.data.curriculum import SOLVE_RATE
@@ -42,7 +43,7 @@ from srpo.data.shards import finished_shards, read_shard, shards_of
 from srpo.data.tokenizer import encode
 from srpo.records import RecordSettings
 from srpo.rewards.hybrid import score
-from srpo.rewards.judge import OracleJudge
+from srpo.rewards.judge import OracleJudge, Verdicts
 from srpo.rollout.collect import to_rollouts
 from srpo.rollout.engine import Sample, SamplingParams
 from srpo.run_dir import claim_run_dir
@@ -142,6 +143,41 @@ def test_killed_while_the_examples_are_written(
         run(cfg, ONE, parts_with(Scripted()))
     monkeypatch.undo()
     run(cfg, ONE, parts_with(Scripted(dies_after=0)))
+    assert results(cfg) == results(never_killed)
+
+
+class Asked:
+    """The annotator of the tests, who keeps what they were asked about and goes after so many shards."""
+
+    def __init__(self, goes_after: int = 10**9) -> None:
+        self.left, self.seen = goes_after, Counter[tuple[str, str]]()
+
+    def judge(self, rollouts: Sequence[Rollout], examples: Sequence[Example]) -> list[Verdicts]:
+        if not self.left:
+            raise Killed
+        self.left -= 1
+        self.seen.update((rollout.example_id, rollout.text) for rollout in rollouts)
+        return OracleJudge(0.1, 0, SCHEMA).judge(rollouts, examples)
+
+
+@pytest.mark.parametrize("k", [0, 2, 5])
+def test_nothing_is_judged_twice(never_killed: SelectConfig, tmp_path: Path, k: int) -> None:
+    """Killed while the judge has the responses of a shard: they are sampled again, and judged once all the same."""
+
+    def judged(cfg: SelectConfig, *judges: Asked) -> Counter[tuple[str, str]]:
+        for judge in judges:
+            parts = replace(parts_with(Scripted())(), judge=judge)
+            if judge.left < 6:
+                with pytest.raises(Killed):
+                    run(cfg, ONE, lambda *_, parts=parts: parts)
+            else:
+                run(cfg, ONE, lambda *_, parts=parts: parts)
+        return sum((judge.seen for judge in judges), Counter())
+
+    whole = judged(config(tmp_path / "whole"), Asked())
+    assert whole.total() == 6 * NUM
+    cfg = config(tmp_path / "killed")
+    assert judged(cfg, Asked(goes_after=k), Asked()) == whole
     assert results(cfg) == results(never_killed)
 
 
@@ -297,19 +333,24 @@ def test_the_command_line(tmp_path: Path) -> None:
 
 
 def test_shards_are_read_as_they_are_needed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Never more than one shard ahead of the engine, and never all examples at once."""
+    """Never more than one shard ahead of the engine, and never all examples at once, in sampling as in choosing."""
     alive, most, num_read = 0, 0, 0
 
     class Counted(Example):
+        def __new__(cls, *_: Any, **__: Any) -> Example:
+            nonlocal alive, most
+            alive += 1
+            most = max(most, alive)
+            return super().__new__(cls)
+
         def __del__(self) -> None:
             nonlocal alive
             alive -= 1
 
     def stream(*_: Any, **__: Any) -> Iterator[Example]:
-        nonlocal alive, most, num_read
+        nonlocal num_read
         for i in range(400):
-            alive, num_read = alive + 1, num_read + 1
-            most = max(most, alive)
+            num_read += 1
             values: dict[str, Any] = {**vars(example(i % NUM)), "example_id": f"n{i}"}
             yield Counted(**values)
 
@@ -321,6 +362,9 @@ def test_shards_are_read_as_they_are_needed(tmp_path: Path, monkeypatch: pytest.
             sampled.append(num_read)
             return super().generate(prompts, params, seed)
 
-    sample(config(tmp_path), ONE, parts_with(Reads()))
+    cfg = config(tmp_path)
+    sample(cfg, ONE, parts_with(Reads()))
     assert sampled == [400 + 8 * (k + 1) for k in range(50)]  # all once to check them, then shard by shard
-    assert most <= 3 * 8
+    assert 8 <= most <= 3 * 8
+    most = 0
+    assert choose(cfg)["num_selected"] > 24 and most <= 4

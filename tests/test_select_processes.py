@@ -3,13 +3,18 @@
 from __future__ import annotations
 
 import time
+from dataclasses import replace
 from pathlib import Path
 from types import ModuleType
 from typing import Any
 
 import pytest
 
-from srpo.data.shards import finished_shards
+from srpo.config import PolicyConfig, VllmConfig
+from srpo.data.selection import Criteria
+from srpo.data.shards import finished_shards, read_shard
+from srpo.data.tokenizer import load_tokenizer
+from srpo.policy.model import make_tiny
 from srpo.select import SelectConfig, records_dir
 
 pytestmark = pytest.mark.slow
@@ -68,3 +73,24 @@ def test_one_process_goes_on_where_two_were_killed(
     assert 2 <= len(done) < 8, "the kill came too late to say anything"
     small.Program("srpo.select", cfg, tmp_path).finish()
     assert files(cfg) == files(never_killed)
+
+
+@pytest.mark.vllm
+def test_two_ranks_with_a_vllm_each(small: ModuleType, world: Any, tmp_path: Path) -> None:
+    """The real one. The policy has learned nothing, so everything is kept."""
+    tokenizer = load_tokenizer(world.policy)
+    make_tiny(tokenizer, replace(small.TINY, head_dim=32), 0).save_pretrained(tmp_path / "policy")
+    tokenizer.save_pretrained(tmp_path / "policy")
+    cfg = settings(world, tmp_path)
+    vllm = VllmConfig(kv_cache_mib=64, max_num_seqs=16, timeout_s=120)
+    cfg = replace(
+        cfg,
+        policy=PolicyConfig(path=str(tmp_path / "policy")),
+        rollout=replace(cfg.rollout, engine="vllm", max_new_tokens=16, vllm=vllm),
+        select=Criteria(difficulty_low=-1, difficulty_high=2, uniform="keep"),
+    )
+    small.Program("srpo.select", cfg, tmp_path, num_ranks=2).finish(timeout=400)
+    records = [record for number in range(8) for record in read_shard(records_dir(cfg), number)]
+    assert [record.example_id for record in records] == [example.example_id for example in world.examples()]
+    assert all(record.num_responses == 3 and record.num_different > 1 for record in records)
+    assert "64 of 64 examples written" in (tmp_path / "output.txt").read_text()

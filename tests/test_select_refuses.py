@@ -46,7 +46,10 @@ def with_(**changes: Any) -> Change:
         (with_(loss=LossConfig(importance_cap=0.5)), "loss.importance_cap is 0.5"),
         (with_(reward=RewardConfig(), select=Criteria(score="best")), "select.score 'best' .*: set reward.judge"),
         (with_(reward=RewardConfig(judge="generative")), "reward.judge_path is not set"),
-        (with_(select=Criteria(balance=("grade", "domain"))), "example e0 has no tag 'domain' .its tags: grade, query_type."),
+        (
+            with_(select=Criteria(balance=("grade", "domain"))),
+            "^select.balance: example e0 has no tag 'domain' .its tags: grade, ",
+        ),
         (with_(select=Criteria(num_examples=50)), "num_examples cannot be met: all has 41 of 50 .9 short.*take_all"),
         (
             with_(select=Criteria(balance=("query_type",), num_examples=42)),

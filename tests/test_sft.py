@@ -77,9 +77,10 @@ def test_shares_of_the_ranks_add_up_to_one_mean(world_size: int) -> None:
     assert sum(int((batch.labels == IGNORE).sum()) for batch in batches) == sum(len(prompt) - 1 for prompt, _ in pairs)
 
 
-def test_the_loss_is_the_mean_cross_entropy_of_the_responses(small: ModuleType, world: Any, tmp_path: Path) -> None:
+@pytest.mark.parametrize("inputs", ["logits", "hidden"])
+def test_the_loss_is_the_mean_cross_entropy_of_the_responses(small: ModuleType, world: Any, tmp_path: Path, inputs: str) -> None:
     """Held against transformers' own loss, one pair at a time."""
-    cfg = world.sft_config(tmp_path, num_steps=1, batch_size=8, micro_batch_tokens=200)
+    cfg = world.sft_config(tmp_path, num_steps=1, batch_size=8, micro_batch_tokens=200, inputs=inputs)
     sft(cfg, small.ONE)
     tokenizer = load_tokenizer(world.base)
     model = AutoModelForCausalLM.from_pretrained(world.base, attn_implementation="sdpa")
@@ -96,6 +97,16 @@ def test_the_loss_is_the_mean_cross_entropy_of_the_responses(small: ModuleType, 
     (line,) = small.metrics_of(tmp_path)
     assert line["train/loss"] == pytest.approx(total / count, rel=1e-5)
     assert line["train/num_tokens"] == count and line["train/token_accuracy"] == pytest.approx(hits / count)
+
+
+def test_hidden_states_teach_what_logits_teach(small: ModuleType, world: Any, tmp_path: Path) -> None:
+    settings = {"num_steps": 5, "batch_size": 8, "micro_batch_tokens": 400}
+    for inputs in ("logits", "hidden"):
+        sft(world.sft_config(tmp_path / inputs, inputs=inputs, **settings), small.ONE)
+    want, got = (small.parameters_of(tmp_path / inputs / "policy") for inputs in ("logits", "hidden"))
+    before = small.parameters_of(world.base)
+    moved = max(float((want[name] - before[name]).abs().max()) for name in want)
+    assert max(float((got[name] - want[name]).abs().max()) for name in want) < 0.01 * moved
 
 
 def test_the_small_world_learns_the_format(small: ModuleType, world: Any) -> None:

@@ -53,6 +53,7 @@ def test_judgments_as_written(tmp_path: Path) -> None:
         (json.dumps({**ROW, "verdicts": [True] * 4}), r"give 5 of true, false or null, one per step"),
         (json.dumps({**ROW, "verdicts": [1, 0, 1, 1, 0]}), r"give 5 of true, false or null"),
         (json.dumps({**ROW, "verdicts": "TTFTF"}), r"give 5 of true, false or null"),
+        (json.dumps({**ROW, "verdicts": ["correct", "wrong", None, True, False]}), r"'wrong'.*give 5 of true, false or null"),
         (json.dumps({**ROW, "reasons": ["a"]}), "give 5 texts, one per step"),
         (json.dumps({**ROW, "reasons": "abcde"}), "give 5 texts, one per step"),
     ],
@@ -163,6 +164,9 @@ def test_a_judge_is_trained_twice_and_measured(judged: tuple[JudgeConfig, dict[s
     assert all(None not in parse_verdicts(target, 5) for _, target in pairs)
 
     queue = read_queue(run_dir / "judge_queue.jsonl", SCHEMA)
+    rows = [json.loads(line) for line in (run_dir / "judge_queue.jsonl").read_text().split("\n") if line]
+    disagreements = [len(row["disagrees"]) for row in rows]
+    assert disagreements == sorted(disagreements, reverse=True) and disagreements[0] > 0  # for people to look at first
     told = {case_id: line.human for case_id, line in read_queue(run_dir / "judge_verified.jsonl", SCHEMA).items()}
     assert 6 <= len(queue) == report["mine"]["num_chosen"] <= 16
     assert told.keys() == queue.keys() and None not in told.values()
@@ -310,6 +314,7 @@ def test_a_judge_without_room_for_prompts_is_refused(small: ModuleType, world: A
         ({"verified": "nowhere.jsonl"}, "nowhere.jsonl"),
         ({"mine": MineConfig(balance=("flavour",))}, "mine.balance: .* no tag 'flavour' .*--mine.balance alone names none"),
         ({"mine": MineConfig(num_votes=1)}, "mine.num_votes at least 2"),
+        ({"mine": MineConfig(num_responses=-1)}, "mine.num_responses is -1: .* 0 for all"),
         ({"mine": MineConfig(solve_low=0.9, solve_high=0.1)}, "no solve rate lies between mine.solve_low 0.9 and"),
     ],
 )

@@ -53,7 +53,8 @@ def pairs_from_rollouts(
     set of its responses, not on their order.
 
     Paper: it says "pairwise preference labels" and not how they were had; by the verdict.
-    Raises ValueError for labels or rewards that are needed and not there, and where no example has a pair.
+    Raises ValueError for labels or rewards that are needed and not there, where no example has a pair, and where `balance` asks
+    for pairs of every grade and the examples of one have none.
     """
     _check(rules, labels)
     sampled: dict[tuple[str, Tokens], dict[Tokens, list[float]]] = {}
@@ -88,6 +89,7 @@ def pairs_from_rollouts(
             "always answered right nor always wrong"
         )
     if rules.balance:
+        _check_grades(pairs, Counter(str((labels or {}).get(example_id) or "") for example_id, _ in sampled))
         counts["by_grade_drawn"] = dict(sorted(Counter(pair.grade for pair in pairs).items()))
         pairs = _balanced(pairs, rules.seed)
     return pairs, counts | {"num_pairs": len(pairs), "by_grade": dict(sorted(Counter(pair.grade for pair in pairs).items()))}
@@ -132,6 +134,19 @@ def _draw(
             before, i = before + counts[i], i + 1
         pairs.append((i, firsts[i] + number - before))
     return pairs
+
+
+def _check_grades(pairs: Sequence[Preference], num_prompts: Mapping[str, int]) -> None:
+    """ValueError where the prompts of a grade, of which `num_prompts` says how many there are, have no pair to balance with."""
+    num_pairs = Counter(pair.grade for pair in pairs)
+    if without := sorted(grade for grade in num_prompts if not num_pairs[grade]):
+        named = {grade: grade or "no grade" for grade in sorted(num_prompts)}
+        told = ", ".join(f"{name}: {num_pairs[grade]} / {num_prompts[grade]}" for grade, name in named.items())
+        raise ValueError(
+            f"rules.balance asks for as many pairs of every grade, and {' and '.join(named[grade] for grade in without)} "
+            f"{'has' if len(without) == 1 else 'have'} none (pairs / prompts of {told}): sample more responses "
+            "(rollout.group_size) or more prompts of the kind, leave such prompts out, or set rules.balance to false"
+        )
 
 
 def _balanced(pairs: Sequence[Preference], seed: int) -> list[Preference]:

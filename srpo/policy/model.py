@@ -141,8 +141,8 @@ def check_head(model: PreTrainedModel, inputs: str) -> None:
     if inputs == "hidden" and not plain:
         what = "has a bias" if isinstance(model.lm_head, nn.Linear) else f"is a {type(model.lm_head).__name__}"
         raise ValueError(
-            f"loss.inputs is 'hidden', which takes a head that is one matrix, but that of {name} {what}: "
-            "set loss.inputs to 'logits'"
+            f"inputs of the loss are 'hidden', which takes a head that is one matrix, but that of {name} {what}: "
+            "set inputs to 'logits'"
         )
 
 

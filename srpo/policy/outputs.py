@@ -6,7 +6,7 @@ Letters: R labelled rows, H hidden, V vocabulary, K kept ids.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any, Literal, TypeVar
 
@@ -32,8 +32,12 @@ class Logits:
         return topk_support(self.logits, top_k)
 
     @torch.no_grad()
+    def num_hits(self, labels: torch.Tensor) -> torch.Tensor:
+        """[] int64: of the labels [R], those whose logit is the largest."""
+        return (self.logits.argmax(-1) == labels).sum()
+
     def logprobs(self, labels: torch.Tensor, **options: Any) -> torch.Tensor:
-        """[R] fp32, without gradient. options: those of `srpo_kernels.token_logprobs`."""
+        """[R] fp32, differentiable. options: those of `srpo_kernels.token_logprobs`."""
         return token_logprobs(self.logits, labels, **options)[0]
 
     def loss(self, *tables: torch.Tensor | None, reference: Logits | None, **options: Any) -> PolicyLoss:
@@ -55,10 +59,19 @@ class Hidden:
     @torch.no_grad()
     def support(self, top_k: int) -> torch.Tensor:
         """As of `Logits`. One more product with the head: a loss that is given `top_k` alone finds the ids on its way."""
-        rows = self.hidden.split(default_rows(self.weight.shape[0], self.weight.device, 1))
-        return torch.cat([topk_support(nn.functional.linear(some, self.weight), top_k) for some in rows])
+        return torch.cat([topk_support(logits, top_k) for logits in self._chunks()])
 
     @torch.no_grad()
+    def num_hits(self, labels: torch.Tensor) -> torch.Tensor:
+        """As of `Logits`. One more product with the head."""
+        found = [logits.argmax(-1) for logits in self._chunks()]
+        return (torch.cat([labels[:0], *found]) == labels).sum()
+
+    def _chunks(self) -> Iterator[torch.Tensor]:
+        """The logits of some rows at a time."""
+        for rows in self.hidden.split(default_rows(self.weight.shape[0], self.weight.device, 1)):
+            yield nn.functional.linear(rows, self.weight)
+
     def logprobs(self, labels: torch.Tensor, **options: Any) -> torch.Tensor:
         """As of `Logits`."""
         return linear_token_logprobs(self.hidden, self.weight, labels, **options)[0]

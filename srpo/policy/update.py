@@ -146,6 +146,7 @@ def _fixed(out: Logits | Hidden, rows: Batch, objective: Objective) -> dict[str,
     return {"old_logprobs": old, "kept_ids": kept_ids, "importance": importance}
 
 
+@torch.no_grad()
 def _logprobs(
     out: Logits | Hidden, rows: Batch, objective: Objective, *, kept_ids: torch.Tensor | None = None, top_k: int | None = None
 ) -> torch.Tensor:

@@ -27,9 +27,9 @@ def score(
     The sources of a step are asked in order: "gold" where the example has a label (right if the answer states the same facts),
     "judge" where it gives a verdict (a probability earns that share of the reward), "rule" (right if the answer is one of the
     options), "skip" (earns 0 and is not counted).
-    A step without an answer earns 0, source "missing"; one whose judge does not say earns `missing_verdict` of its reward, source
-    "no_verdict". The judge is called at most once, for the rollouts that need it; they keep its `verdicts` [J] on all steps,
-    whoever graded them, for `srpo.rewards.audit`.
+    A step without an answer earns 0, source "missing"; one whose judge does not say earns a share of its reward, source
+    "no_verdict": `StepSpec.missing_verdict` where the step has one, else `missing_verdict`. The judge is called at most once, for
+    the rollouts that need it; they keep its `verdicts` [J] on all steps, whoever graded them, for `srpo.rewards.audit`.
 
     Raises ValueError where lengths or ids do not fit together, and where nothing can ever grade a step: no label and no judge.
     Paper: Eq. 5 has fixed sources (judge for S1, S2; labels for S3, S4) and does not say what an unreadable verdict earns.
@@ -114,4 +114,5 @@ def _grade(
             return spec.reward * (answer is not None and spec.canonical(answer) is not None), source
         if source == "skip":
             return 0.0, source
-    return missing_verdict * spec.reward, NO_VERDICT
+    share = missing_verdict if spec.missing_verdict is None else spec.missing_verdict
+    return share * spec.reward, NO_VERDICT

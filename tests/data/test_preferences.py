@@ -92,6 +92,16 @@ def test_balance_leaves_as_many_of_each_grade() -> None:
         pairs_from_rollouts(rollouts, None, PairRules(balance=True))
 
 
+def test_a_grade_without_pairs_cannot_be_balanced() -> None:
+    """L3 is answered wrong by all, L1 right by all: neither has a pair, and both are named with what there is."""
+    labels: dict[str, str | None] = {"a": "L4", "b": "L4", "c": "L3", "d": "L1", "unsampled": "L2"}
+    rollouts = [rollout(name, (7,), "L4") for name in "abc"] + [rollout(name, (8,), "L1") for name in "abcd"]
+    assert pairs_from_rollouts(rollouts, labels, PairRules())[1]["by_grade"] == {"L4": 2}
+    message = r"L1 and L3 have none \(pairs / prompts of L1: 0 / 1, L3: 0 / 1, L4: 2 / 2\): .*group_size.*rules\.balance to false"
+    with pytest.raises(ValueError, match=message):
+        pairs_from_rollouts(rollouts, labels, PairRules(balance=True))
+
+
 def test_without_labels_the_last_step_s_reward_says_who_is_right() -> None:
     rollouts = [rollout("a", (1, 9), "L4"), rollout("a", (2, 9), "L2"), rollout("a", (3, 9), None), rollout("b", (1, 9), "L4")]
     pairs, counts = pairs_from_rollouts(rollouts, None, PairRules())

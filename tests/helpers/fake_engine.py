@@ -107,5 +107,9 @@ class FakeBackend:
         self.here(f"wake {tags}")
 
 
+def main(argv: Sequence[str]) -> None:
+    serve(FakeBackend(json.loads(argv[1])), argv)
+
+
 if __name__ == "__main__":
-    serve(FakeBackend(json.loads(sys.argv[1])), sys.argv)
+    main(sys.argv)

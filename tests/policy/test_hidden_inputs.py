@@ -169,5 +169,5 @@ def test_a_head_that_is_more_than_a_matrix_is_refused(lab: ModuleType) -> None:
             setattr(model.config, name, plain)
     model.lm_head = nn.Linear(32, lab.VOCAB)
     check_head(model, "logits")
-    with pytest.raises(ValueError, match=r"loss\.inputs is 'hidden'.*has a bias: set loss\.inputs to 'logits'"):
+    with pytest.raises(ValueError, match=r"inputs of the loss are 'hidden'.*has a bias: set inputs to 'logits'"):
         check_head(model, "hidden")

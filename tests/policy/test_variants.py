@@ -26,6 +26,11 @@ from variant_cases import (
     verdicts,
 )
 
+from srpo.config import Config
+from srpo.settings import apply_toml
+
+BASELINES = Path(__file__).resolve().parents[2] / "configs" / "baselines"
+
 
 def grpo(drawn: Drawn, logprobs: Terms) -> torch.Tensor:
     advantages = of_groups(drawn, verdicts(drawn))
@@ -171,3 +176,20 @@ def test_a_variant_is_its_paper_s_formula(small: ModuleType, tmp_path: Path, nam
         assert loss == pytest.approx(want.item(), rel=1e-6, abs=1e-7)  # weights and advantages are fp32
         assert metrics["policy/clip_frac"] > 0.05
     assert float(want_gradient.norm()) > 1e-3
+
+
+@pytest.mark.parametrize("name", [name for name in CASES if name != "srpo"])
+def test_the_file_of_a_variant_asks_for_its_formula(name: str) -> None:
+    """How wide a bound is, and what reward DAPO's advantage is of, are the file's own."""
+    cfg = apply_toml(Config(), BASELINES / f"{name}.toml")
+    for section, changes in CASES[name][1].items():
+        for key, value in changes.items():
+            got = getattr(getattr(cfg, section), key)
+            if key in ("clip_eps_low", "clip_eps_high", "dual_clip"):
+                assert got > 0, key
+            elif key != "normalize" and (name, key) != ("dapo", "method"):
+                assert got == value, key
+    if name == "dapo":
+        assert cfg.loss.clip_eps_high > cfg.loss.clip_eps_low and cfg.sampler.refill
+    group_step = apply_toml(Config(), BASELINES / "srpo_group_step.toml")
+    assert (group_step.advantage.method, group_step.advantage.normalize) == ("srpo", "group_step")

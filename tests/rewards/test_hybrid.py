@@ -82,6 +82,18 @@ def test_a_judge_that_does_not_say_earns_the_fraction_for_missing_verdicts(fract
     assert scored.reward_sources == ("no_verdict", "judge", "gold", "gold", "gold")
 
 
+def test_a_step_may_say_itself_what_a_missing_verdict_earns() -> None:
+    first, second, *others = PAPER_STEPS
+    schema = StepSchema([replace(first, missing_verdict=0.25), replace(second, missing_verdict=0.0), *others])
+    example = make_example((None, None, None, "match", "L4"))
+    (scored,) = score([make_rollout()], [example], schema, Says(None, None, None, None, None), missing_verdict=0.5)
+    assert scored.step_rewards == (pytest.approx(0.05), 0.0, pytest.approx(0.1), 0.2, 1.0)
+    assert scored.reward_sources == ("no_verdict",) * 3 + ("gold",) * 2
+    for share in (-0.1, 1.1, float("nan")):
+        with pytest.raises(ValueError, match=r"step 'query_intent': missing_verdict .* from 0 to 1"):
+            replace(first, missing_verdict=share)
+
+
 # What one step with reward 2 earns: by its sources, the label (the answer is "yes"), the judge's verdict and the answer.
 GOLD, VERDICT = [None, "yes", "no"], [None, True, False]
 

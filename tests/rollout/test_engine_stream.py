@@ -51,7 +51,7 @@ def local() -> LocalEngine:
 
 
 @pytest.fixture(scope="module")
-def process(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Process]:
+def process(tmp_path_factory: pytest.TempPathFactory, forks: None) -> Iterator[Process]:
     """One engine on the fake for all tests, that takes 50 ms for each group."""
     folder = tmp_path_factory.mktemp("engine")
     (folder / "config.json").write_text("{}")

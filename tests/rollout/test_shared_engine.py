@@ -69,7 +69,7 @@ def policy(world) -> nn.Module:
 
 
 @pytest.fixture
-def pair_with(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[..., Pair]]:
+def pair_with(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, forks: None) -> Iterator[Callable[..., Pair]]:
     """A function that opens the engines of two ranks that share a fake one with these tricks; the first has it."""
     monkeypatch.setattr("tempfile.tempdir", str(tmp_path))
     (tmp_path / "config.json").write_text("{}")
@@ -271,6 +271,7 @@ def open_both(
     return both(partial(one, 0), partial(one, 1))
 
 
+@pytest.mark.usefixtures("forks")
 def test_ranks_find_one_another_and_leave_no_socket(tmp_path, policy, monkeypatch):
     monkeypatch.setattr("tempfile.tempdir", str(tmp_path))
     (tmp_path / "config.json").write_text("{}")

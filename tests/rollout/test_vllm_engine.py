@@ -40,14 +40,16 @@ def policy(world) -> nn.Module:
 
 
 @pytest.fixture
-def engine_with(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
-    """A function that opens an engine on the fake with these tricks; they are closed at the end."""
+def engine_with(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, forks: None):
+    """A function that opens an engine on the fake with these tricks; they are closed at the end. `fork=False`: in an interpreter
+    of its own, which costs seconds."""
     monkeypatch.setattr("tempfile.tempdir", str(tmp_path))  # logs of failed processes stay
     opened: list[VllmEngine] = []
     (tmp_path / "config.json").write_text("{}")
 
-    def make(timeout_s: float = 60.0, **tricks: object) -> VllmEngine:
+    def make(timeout_s: float = 60.0, fork: bool = True, **tricks: object) -> VllmEngine:
         command = (str(FAKE), json.dumps({"marker": str(tmp_path / f"failed{len(opened)}"), **tricks}))
+        command = command if fork else ("-u", *command)
         opened.append(VllmEngine(tmp_path, config=VllmConfig(bucket_mib=1, timeout_s=timeout_s), command=command))
         opened[-1]._store.bucket_bytes = 20_000  # several buckets for a small model
         return opened[-1]
@@ -81,7 +83,7 @@ def update(policy: nn.Module) -> Callable[[], None]:
 
 
 def test_samples_come_from_the_weights_of_the_last_sync(engine_with, policy, update):
-    engine = engine_with()
+    engine = engine_with(fork=False)
     assert engine.policy_version == -1 and engine.max_context == 64
     assert engine.generate([], PARAMS, 0) == []
     for version in (0, 1, 4):

@@ -1,0 +1,93 @@
+"""A `subprocess.Popen` for tests that start tests/helpers/fake_engine.py again and again: it forks a process that has imported
+torch already, where a new interpreter takes seconds. Everything else is as `EngineProcess` has it: sockets, log, environment, a
+session of its own, signals, exit codes."""
+
+from __future__ import annotations
+
+import multiprocessing
+import os
+import subprocess
+import sys
+import threading
+from collections.abc import Mapping, Sequence
+from multiprocessing import reduction
+from multiprocessing.connection import Connection
+from pathlib import Path
+from typing import Any
+
+FAKE = str(Path(__file__).with_name("fake_engine.py"))
+CONTEXT = multiprocessing.get_context("forkserver")
+CONTEXT.set_forkserver_preload(["pytest", "srpo.rollout.engine_worker"])  # pytest: __main__ of the process that asks
+
+
+def popen(command: Sequence[str], **options: Any) -> Any:
+    """Of `python fake_engine.py ...` a fork, of any other command a process as ever."""
+    return Forked(command, **options) if command[1] == FAKE else subprocess.Popen(command, **options)
+
+
+class Descriptor:
+    """Goes to the process that is being started, where it is a number."""
+
+    def __init__(self, fd: int) -> None:
+        self.fd = fd
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return _number, (reduction.DupFd(self.fd),)
+
+
+def _number(descriptor: Any) -> int:
+    return descriptor.detach()
+
+
+class Forked:
+    """What `EngineProcess` uses of `subprocess.Popen`."""
+
+    def __init__(
+        self, command: Sequence[str], *, env: Mapping[str, str], stdout: Any, pass_fds: tuple[int, int], **options: Any
+    ) -> None:
+        assert options == {"stdin": subprocess.DEVNULL, "stderr": subprocess.STDOUT, "start_new_session": True}
+        assert tuple(command[-2:]) == tuple(map(str, pass_fds))
+        descriptors = [Descriptor(fd) for fd in (*pass_fds, stdout.fileno())]
+        begun, theirs = multiprocessing.Pipe(duplex=False)
+        arguments = (list(command[1:-2]), dict(env), descriptors, theirs)
+        self._process = CONTEXT.Process(target=_serve, args=arguments, daemon=True)
+        self._lock = threading.Lock()  # an exit code can be read once
+        self._process.start()
+        theirs.close()
+        with begun:
+            begun.recv_bytes()  # it leads a process group from now on, so that killpg finds it
+        assert self._process.pid is not None
+        self.pid = self._process.pid
+
+    def poll(self) -> int | None:
+        with self._lock:
+            return self._process.exitcode
+
+    def wait(self, timeout: float | None = None) -> int:
+        with self._lock:
+            self._process.join(timeout)
+            code = self._process.exitcode
+        if code is None:
+            assert timeout is not None
+            raise subprocess.TimeoutExpired("fake_engine.py", timeout)
+        return code
+
+    def send_signal(self, number: int) -> None:
+        os.kill(self.pid, number)
+
+
+def _serve(argv: list[str], env: dict[str, str], descriptors: list[int], begun: Connection) -> None:
+    *sockets, log = descriptors
+    os.setsid()
+    os.environ.clear()
+    os.environ.update(env)
+    with open(os.devnull, "rb") as nothing:
+        os.dup2(nothing.fileno(), 0)
+    os.dup2(log, 1)
+    os.dup2(log, 2)
+    sys.stdout, sys.stderr = (open(fd, "w", buffering=1, closefd=False) for fd in (1, 2))  # noqa: SIM115
+    begun.send_bytes(b"x")
+    begun.close()
+    import fake_engine
+
+    fake_engine.main([*argv, *map(str, sockets)])
