@@ -11,10 +11,10 @@ import json
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
-from srpo_kernels import step_of_row, token_logprobs
+from srpo_kernels import step_of_row
 
 from srpo.algorithm.losses import dpo_loss
 from srpo.batch import Batch, Rollout, pack, read_rollouts
@@ -23,7 +23,8 @@ from srpo.data.preferences import PairRules, Preference, pairs_from_rollouts, re
 from srpo.data.readers import load_examples
 from srpo.data.tokenizer import encode, load_tokenizer
 from srpo.policy.loading import load_to_shard
-from srpo.policy.model import Policy, save_policy
+from srpo.policy.model import Policy, check_head, save_policy
+from srpo.policy.outputs import Hidden, Logits, of_outputs
 from srpo.policy.parallel import Parallel, init_parallel
 from srpo.policy.update import level
 from srpo.progress import Progress
@@ -51,6 +52,7 @@ class DpoConfig:
     batch_size: int = 32  # pairs per optimizer step, over all ranks
     micro_batch_tokens: int = 16384
     checkpoint_every: int = 100
+    inputs: Literal["logits", "hidden"] = "logits"  # of the loss; hidden: as loss.inputs of srpo.train
     beta: float = 0.1  # how dear it is to leave the reference
     label_smoothing: float = 0.0  # how often a preference is taken to be wrong
     policy: PolicyConfig = field(default_factory=PolicyConfig)
@@ -160,9 +162,9 @@ def _pack_whole(pairs: Sequence[Preference], reference: torch.Tensor) -> Batch:
     return batch.with_(ref_logprobs=torch.zeros(len(batch.labels)).index_copy(0, starts, reference.reshape(-1).float()))
 
 
-def response_logprobs(logits: torch.Tensor, rows: Batch) -> torch.Tensor:
+def response_logprobs(outputs: Logits | Hidden, rows: Batch) -> torch.Tensor:
     """Log-probabilities of whole responses, [N] fp32: of the unfiltered softmax at temperature 1; differentiable."""
-    return _by_sequence(token_logprobs(logits, rows.labels, temperature=1.0)[0], rows)
+    return _by_sequence(outputs.logprobs(rows.labels, temperature=1.0), rows)
 
 
 def _by_sequence(values: torch.Tensor, rows: Batch) -> torch.Tensor:
@@ -173,14 +175,24 @@ def _by_sequence(values: torch.Tensor, rows: Batch) -> torch.Tensor:
 
 
 @torch.no_grad()
-def reference_logprobs(model: torch.nn.Module, pairs: Sequence[Preference], max_tokens: int, parallel: Parallel) -> torch.Tensor:
+def reference_logprobs(
+    model: torch.nn.Module,
+    pairs: Sequence[Preference],
+    max_tokens: int,
+    parallel: Parallel,
+    inputs: Literal["logits", "hidden"] = "logits",
+) -> torch.Tensor:
     """[P, 2] fp32, the same on every rank: log-probabilities of the chosen and the rejected responses. Collective."""
+
+    def sums_of(batch: Batch) -> torch.Tensor:
+        return of_outputs(model, batch, inputs, lambda outputs: response_logprobs(outputs, batch.rows()[1]))
+
     found = torch.zeros(len(pairs), 2, device=parallel.device)
     with Progress("reference", len(pairs), enabled=parallel.is_main) as bar:
         for first in range(0, len(pairs), REFERENCE_BATCH):
             mine = range(first + parallel.rank, min(first + REFERENCE_BATCH, len(pairs)), parallel.world_size)
             batches = pack_preferences([pairs[i] for i in mine], torch.zeros(len(mine), 2), max_tokens)
-            sums = [response_logprobs(model(batch), batch.rows()[1]) for batch in level(batches, parallel)][: len(batches)]
+            sums = [sums_of(batch) for batch in level(batches, parallel)][: len(batches)]
             if sums:
                 found[torch.tensor(mine, device=parallel.device)] = torch.cat(sums).reshape(-1, 2)
             bar.advance(min(REFERENCE_BATCH, len(pairs) - first))
@@ -193,10 +205,9 @@ def dpo(cfg: DpoConfig, parallel: Parallel) -> Path:
     _check_settings(cfg)
     tokenizer = load_tokenizer(cfg.policy.path)
     pairs, counts = load_preferences(cfg, tokenizer)
-    policy = Policy(
-        load_to_shard(cfg.policy.path, parallel, experts=cfg.policy.experts),
-        activation_checkpointing=cfg.policy.activation_checkpointing,
-    )
+    loaded = load_to_shard(cfg.policy.path, parallel, experts=cfg.policy.experts)
+    check_head(loaded, cfg.inputs)
+    policy = Policy(loaded, activation_checkpointing=cfg.policy.activation_checkpointing)
     _check_lengths(cfg, pairs, policy.max_context)
     policy = parallel.shard(policy, dtype=cfg.policy.dtype)
     claim_run_dir(run_dir, cfg, main)
@@ -214,11 +225,9 @@ def dpo(cfg: DpoConfig, parallel: Parallel) -> Path:
     def loss_of(batch: Batch) -> tuple[torch.Tensor, torch.Tensor]:
         _, rows = batch.rows()
         assert rows.ref_logprobs is not None
+        logprobs = of_outputs(policy, batch, cfg.inputs, lambda outputs: response_logprobs(outputs, rows))
         # The last sequence is cut off where there is an odd one: an empty batch of `level` is a single sequence without rows.
-        logprobs, ref = (
-            x[: len(x) // 2 * 2].reshape(-1, 2)
-            for x in (response_logprobs(policy(batch), rows), _by_sequence(rows.ref_logprobs, rows))
-        )
+        logprobs, ref = (x[: len(x) // 2 * 2].reshape(-1, 2) for x in (logprobs, _by_sequence(rows.ref_logprobs, rows)))
         out = dpo_loss(
             logprobs[:, 0], logprobs[:, 1], ref[:, 0], ref[:, 1], cfg.beta, cfg.batch_size, label_smoothing=cfg.label_smoothing
         )
@@ -259,11 +268,10 @@ def _reference(
         return stored["logprobs"]
     model = policy
     if cfg.policy.reference:
-        model = parallel.shard(
-            Policy(load_to_shard(cfg.policy.reference, parallel, experts=cfg.policy.experts).requires_grad_(False)),
-            dtype=cfg.policy.dtype,
-        )
-    logprobs = reference_logprobs(model, pairs, cfg.micro_batch_tokens, parallel)
+        frozen = load_to_shard(cfg.policy.reference, parallel, experts=cfg.policy.experts).requires_grad_(False)
+        check_head(frozen, cfg.inputs)
+        model = parallel.shard(Policy(frozen), dtype=cfg.policy.dtype)
+    logprobs = reference_logprobs(model, pairs, cfg.micro_batch_tokens, parallel, cfg.inputs)
     if parallel.is_main:
         aside = path.with_name(f".{path.name}.part")
         torch.save({"data": data, "logprobs": logprobs}, aside)

@@ -155,6 +155,8 @@ def prepare(cfg: JudgeConfig, parallel: Parallel) -> Work:
         raise ValueError("set one of judgments (human verdicts) and rollouts (to be judged by the simulated annotator)")
     if cfg.kind == "scalar" and cfg.stage in ("mine", "grpo"):
         raise ValueError(f"stage {cfg.stage} is of the generative judge: a scalar one has no verdicts to sample; use --stage sft")
+    if cfg.kind == "scalar" and cfg.sft.inputs != "logits":
+        raise ValueError("sft.inputs is of a loss over the vocabulary, which a scalar judge does not have: set it to 'logits'")
     if cfg.num_votes < 1 or cfg.mine.num_votes < 2 or cfg.mine.num_cases < 1:
         raise ValueError(
             "num_votes and mine.num_cases have to be at least 1, mine.num_votes at least 2 (verdicts that can differ)"

@@ -21,6 +21,7 @@ from srpo.data.tokenizer import load_tokenizer
 from srpo.dpo import DpoConfig, dpo, load_preferences, num_rows, pack_preferences, reference_logprobs, response_logprobs
 from srpo.metrics import check_key
 from srpo.policy.model import Policy, load_policy
+from srpo.policy.outputs import Logits
 from srpo.sft import batch_indices, read_pairs
 from srpo.train import train
 
@@ -137,7 +138,7 @@ def test_a_pair_is_never_split(small: ModuleType, world: Any, pairs_file: Path, 
     assert not limit or all(len(batch.labels) <= limit for batch in batches)
     model = Policy(load_policy(world.policy))
     with torch.no_grad():
-        got = torch.cat([response_logprobs(model(batch), batch.rows()[1]) for batch in batches]).reshape(-1, 2)
+        got = torch.cat([response_logprobs(Logits(model(batch)), batch.rows()[1]) for batch in batches]).reshape(-1, 2)
         plain = AutoModelForCausalLM.from_pretrained(world.policy, attn_implementation="sdpa")
         for pair, values in zip(pairs, got, strict=True):
             for ids, value in zip((pair.chosen_ids, pair.rejected_ids), values, strict=True):
@@ -145,7 +146,8 @@ def test_a_pair_is_never_split(small: ModuleType, world: Any, pairs_file: Path, 
     cut = [batch.rows()[1] for batch in batches]
     carried = [srpo.dpo._by_sequence(rows.ref_logprobs, rows) for rows in cut if rows.ref_logprobs is not None]
     assert torch.equal(torch.cat(carried).reshape(-1, 2), reference)
-    assert torch.allclose(reference_logprobs(model, pairs, limit or 10**6, small.ONE), got, atol=1e-4)
+    for inputs in ("logits", "hidden"):
+        assert torch.allclose(reference_logprobs(model, pairs, limit or 10**6, small.ONE, inputs), got, atol=1e-4)
 
 
 def test_micro_batches_change_nothing(small: ModuleType, world: Any, pairs_file: Path, tmp_path: Path) -> None:
@@ -157,9 +159,9 @@ def test_micro_batches_change_nothing(small: ModuleType, world: Any, pairs_file:
         assert one == pytest.approx(other, rel=2e-4, abs=2e-5)
 
 
-def test_two_ranks_change_nothing(small: ModuleType, world: Any, pairs_file: Path, tmp_path: Path) -> None:
+def test_two_ranks_and_hidden_states_change_nothing(small: ModuleType, world: Any, pairs_file: Path, tmp_path: Path) -> None:
     cfg = settings(small, world, tmp_path / "two", pairs=str(pairs_file), batch_size=7, num_steps=2)
-    small.Program("srpo.dpo", cfg, tmp_path / "launch", num_ranks=2).finish()
+    small.Program("srpo.dpo", replace(cfg, inputs="hidden"), tmp_path / "launch", num_ranks=2).finish()
     dpo(replace(cfg, run_dir=str(tmp_path / "one")), small.ONE)
     for one, two in zip(small.metrics_of(tmp_path / "one"), small.metrics_of(tmp_path / "two"), strict=True):
         assert one == pytest.approx(two, rel=2e-4, abs=2e-5)
@@ -167,15 +169,22 @@ def test_two_ranks_change_nothing(small: ModuleType, world: Any, pairs_file: Pat
     torch.testing.assert_close(*stored, rtol=1e-5, atol=1e-3)
 
 
+FIVE_STEPS = {"num_steps": 5, "micro_batch_tokens": 2000}
+
+
+@pytest.fixture(scope="module")
+def whole(small: ModuleType, world: Any, pairs_file: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The folder of a run that was never stopped."""
+    run_dir = tmp_path_factory.mktemp("dpo") / "whole"
+    dpo(settings(small, world, run_dir, pairs=str(pairs_file), **FIVE_STEPS), small.ONE)
+    return run_dir
+
+
 @pytest.mark.parametrize("where", ["reference_logprobs", "learning_rate", "save_checkpoint", "save_policy"])
 def test_stopped_anywhere_it_ends_the_same(
-    small: ModuleType, world: Any, pairs_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, where: str
+    small: ModuleType, world: Any, pairs_file: Path, whole: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, where: str
 ) -> None:
-    whole, stopped = (
-        settings(small, world, tmp_path / name, pairs=str(pairs_file), num_steps=5, micro_batch_tokens=2000)
-        for name in ("whole", "stopped")
-    )
-    dpo(whole, small.ONE)
+    stopped = settings(small, world, tmp_path / "stopped", pairs=str(pairs_file), **FIVE_STEPS)
     module = srpo.supervised if where in ("learning_rate", "save_checkpoint") else srpo.dpo
     original, calls = getattr(module, where), []
 
@@ -190,8 +199,8 @@ def test_stopped_anywhere_it_ends_the_same(
         dpo(stopped, small.ONE)
     dpo(stopped, small.ONE)
     assert len(calls) > 1
-    assert (tmp_path / "whole/metrics.jsonl").read_bytes() == (tmp_path / "stopped/metrics.jsonl").read_bytes()
-    assert small.same_bits(*(small.parameters_of(tmp_path / name / "policy") for name in ("whole", "stopped")))
+    assert (whole / "metrics.jsonl").read_bytes() == (tmp_path / "stopped/metrics.jsonl").read_bytes()
+    assert small.same_bits(*(small.parameters_of(run / "policy") for run in (whole, tmp_path / "stopped")))
 
 
 def test_pairs_come_from_the_rollouts_of_a_run(small: ModuleType, world: Any, sampled: Path, tmp_path: Path) -> None:

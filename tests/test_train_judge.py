@@ -315,6 +315,7 @@ def test_a_judge_without_room_for_prompts_is_refused(small: ModuleType, world: A
         ({"mine": MineConfig(balance=("flavour",))}, "mine.balance: .* no tag 'flavour' .*--mine.balance alone names none"),
         ({"mine": MineConfig(num_votes=1)}, "mine.num_votes at least 2"),
         ({"mine": MineConfig(num_responses=-1)}, "mine.num_responses is -1: .* 0 for all"),
+        ({"kind": "scalar", "sft": SftConfig(inputs="hidden")}, "sft.inputs is of a loss over the vocabulary"),
         ({"mine": MineConfig(solve_low=0.9, solve_high=0.1)}, "no solve rate lies between mine.solve_low 0.9 and"),
     ],
 )
