@@ -25,7 +25,7 @@ from srpo.rewards.judgments import Judgment, hold_out, read_judgments, simulate_
 from srpo.rewards.verdicts import judge_prompt, parse_verdicts
 from srpo.rewards.verification import read_queue
 from srpo.rollout.judging import open_judge
-from srpo.sft import read_pairs
+from srpo.sft import SftConfig, read_pairs
 from srpo.steps import PAPER_STEPS, StepSchema
 from srpo.train import train
 from srpo.train_judge import JudgeConfig, MineConfig, train_judge
