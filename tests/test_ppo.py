@@ -89,15 +89,23 @@ def test_the_critic_s_first_advantages_are_the_rewards_to_go(small: ModuleType, 
     assert lines[0] == pytest.approx({key: lines[1][key] for key in lines[0]}, rel=1e-5, abs=1e-6)
 
 
+def five_steps(world: Any, run_dir: Path) -> Config:
+    return world.config(run_dir, num_steps=5, train={"checkpoint_every": 1, "keep_checkpoints": 1}, **PPO)
+
+
+@pytest.fixture(scope="module")
+def whole(small: ModuleType, world: Any, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The folder of a run that was never stopped."""
+    run_dir = tmp_path_factory.mktemp("ppo") / "whole"
+    train(five_steps(world, run_dir), small.ONE)
+    return run_dir
+
+
 @pytest.mark.parametrize("where", ["assign_credit", "policy checkpoint", "save_policy"])
 def test_stopped_anywhere_ppo_ends_the_same(
-    small: ModuleType, world: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, where: str
+    small: ModuleType, world: Any, whole: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, where: str
 ) -> None:
-    whole, stopped = (
-        world.config(tmp_path / name, num_steps=5, train={"checkpoint_every": 1, "keep_checkpoints": 1}, **PPO)
-        for name in ("whole", "stopped")
-    )
-    train(whole, small.ONE)
+    stopped = five_steps(world, tmp_path / "stopped")
     name = "save_checkpoint" if where == "policy checkpoint" else where  # of the policy: the critic's is there by then
     module = srpo.parts if where == "policy checkpoint" else srpo.train
     original, calls = getattr(module, name), []
@@ -116,8 +124,8 @@ def test_stopped_anywhere_ppo_ends_the_same(
         assert critic is not None and policy is not None and (critic.name, policy.name) == ("step_000003", "step_000002")
     train(stopped, small.ONE)
     for file in ("metrics.jsonl", "rollouts.jsonl"):
-        assert (tmp_path / "whole" / file).read_bytes() == (tmp_path / "stopped" / file).read_bytes()
-    assert small.same_bits(*(small.parameters_of(tmp_path / run / "policy") for run in ("whole", "stopped")))
+        assert (whole / file).read_bytes() == (tmp_path / "stopped" / file).read_bytes()
+    assert small.same_bits(*(small.parameters_of(run / "policy") for run in (whole, tmp_path / "stopped")))
     assert len(list((tmp_path / "stopped" / "critic").iterdir())) == 2
 
 
@@ -158,8 +166,9 @@ def toy(small: ModuleType, world: Any, folder: Path, **changes: Any) -> Config:
     return small.changed(cfg, changes)
 
 
-@pytest.mark.parametrize("method", ["reinforce", "rloo", "ppo"])
+@pytest.mark.parametrize("method", [pytest.param("reinforce", marks=pytest.mark.slow), "rloo", "ppo"])
 def test_rewards_rise(small: ModuleType, world: Any, tmp_path: Path, method: str) -> None:
+    """REINFORCE is slow for being PPO in a special case: test_the_critic_s_first_advantages_are_the_rewards_to_go[end]."""
     train(toy(small, world, tmp_path, advantage={"method": method}, critic={"optimizer": {"lr": 1e-3}}), small.ONE)
     rewards = [line["reward/total"] for line in small.metrics_of(tmp_path / "run")]
     assert sum(rewards[-3:]) / 3 > sum(rewards[:3]) / 3 + 0.2, rewards

@@ -118,13 +118,22 @@ def test_the_small_world_learns_the_format(small: ModuleType, world: Any) -> Non
         assert key == "step" or check_key(key) is None
 
 
+SIX_STEPS = {"num_steps": 6, "checkpoint_every": 2, "batch_size": 8}
+
+
+@pytest.fixture(scope="module")
+def whole(small: ModuleType, world: Any, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The folder of a run that was never stopped."""
+    run_dir = tmp_path_factory.mktemp("sft") / "whole"
+    sft(world.sft_config(run_dir, **SIX_STEPS), small.ONE)
+    return run_dir
+
+
 @pytest.mark.parametrize("where", ["learning_rate", "save_checkpoint", "save_policy"])
 def test_stopped_anywhere_it_ends_the_same(
-    small: ModuleType, world: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, where: str
+    small: ModuleType, world: Any, whole: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, where: str
 ) -> None:
-    changes = {"num_steps": 6, "checkpoint_every": 2, "batch_size": 8}
-    whole, stopped = (world.sft_config(tmp_path / name, **changes) for name in ("whole", "stopped"))
-    sft(whole, small.ONE)
+    stopped = world.sft_config(tmp_path / "stopped", **SIX_STEPS)
     module = srpo.supervised if where in ("learning_rate", "save_checkpoint") else srpo.sft
     original, calls = getattr(module, where), []
 
@@ -139,8 +148,8 @@ def test_stopped_anywhere_it_ends_the_same(
         sft(stopped, small.ONE)
     sft(stopped, small.ONE)
     assert len(calls) > 1
-    assert (tmp_path / "whole/metrics.jsonl").read_bytes() == (tmp_path / "stopped/metrics.jsonl").read_bytes()
-    assert small.same_bits(*(small.parameters_of(tmp_path / name / "policy") for name in ("whole", "stopped")))
+    assert (whole / "metrics.jsonl").read_bytes() == (tmp_path / "stopped/metrics.jsonl").read_bytes()
+    assert small.same_bits(*(small.parameters_of(run / "policy") for run in (whole, tmp_path / "stopped")))
     before = (tmp_path / "stopped/metrics.jsonl").read_bytes()
     sft(stopped, small.ONE)  # once more, with nothing left to do
     assert (tmp_path / "stopped/metrics.jsonl").read_bytes() == before

@@ -22,6 +22,9 @@ DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 @pytest.fixture(params=cpu.LEVELS, autouse=True)
 def level(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
+    """Sets it; "all" is for a test that does so itself."""
+    if request.param == "all":
+        return "all"
     if request.param not in cpu.levels():
         pytest.skip(f"this machine has no {request.param}, or no compiler")
     monkeypatch.setattr(cpu, "forced_level", request.param)
@@ -34,14 +37,21 @@ def a_seed() -> int:
     return seed
 
 
+@pytest.mark.parametrize("level", ["all"], indirect=True)
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize(
     ("shape", "name"), [*product(SMALL, OPTIONS), *product(LARGE, ("k3", "full"))], ids=lambda x: str(x).replace(", ", "x")
 )
-def test_equals_fp64(shape: tuple[int, int], name: str, dtype: torch.dtype) -> None:
+def test_equals_fp64(shape: tuple[int, int], name: str, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
+    if not cpu.levels():
+        pytest.skip("no compiler")
     case = cases.draw(a_seed(), *shape, dtype, name)
-    cases.check(case, "cpu", in_place=False)
-    cases.check(case, "cpu", in_place=True)
+    fp64 = case.exact()
+    for level in cpu.levels():
+        print(level)
+        monkeypatch.setattr(cpu, "forced_level", level)
+        cases.check(case, "cpu", in_place=False, fp64=fp64)
+        cases.check(case, "cpu", in_place=True, fp64=fp64)
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)

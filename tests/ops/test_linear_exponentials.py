@@ -7,56 +7,29 @@ is rounded by `as_on_a_gpu`.
 
 from __future__ import annotations
 
-import importlib.metadata
-import importlib.util
 import math
-import os
 import random
-import subprocess
-import sys
-from pathlib import Path
 from typing import Any
 
 import pytest
 import srpo_kernels
 import torch
+from interpreter import DEVICE, INTERPRETED, on_device, run_interpreted
 from linear_cases import Case, grad_of, relative, same
-from srpo_kernels import IGNORE, linear_chunks, linear_exponentials, operators, triton_rows
+from srpo_kernels import IGNORE, linear_chunks, linear_exponentials, triton_rows
 from torch import Tensor
 
-INTERPRETED = os.environ.get("TRITON_INTERPRET", "0") not in ("", "0")
-DEVICE = "cpu" if INTERPRETED else "cuda"
 DTYPE = torch.float32 if INTERPRETED else torch.bfloat16
-ROOT = Path(__file__).resolve().parents[2]
 HELD: dict[str, Any] = {"impl": "triton", "chunk_holds": "exponentials"}
 OPTIONS = ("plain", "k3", "dual", "cispo", "on_policy", "by_step", "by_sequence")
 THREE_ROUNDINGS = 2.0**-8  # E, v times hidden states, result: sqrt(3) times 2^-8 / sqrt(3), all just above a power of two
 
-on_device = pytest.mark.usefixtures("triton_backend") if INTERPRETED else pytest.mark.gpu
 interpreted = pytest.mark.skipif(not INTERPRETED, reason="emulates a GPU in the interpreter")
-
-
-@pytest.fixture(autouse=not INTERPRETED and torch.cuda.is_available())
-def triton_backend(monkeypatch: pytest.MonkeyPatch) -> None:
-    reason = triton_rows.why_not(torch.empty(0, 1, device=DEVICE))
-    if reason is not None:
-        pytest.skip(reason)
-    monkeypatch.setitem(operators.BACKENDS, "triton", triton_rows)
 
 
 @pytest.mark.skipif(INTERPRETED, reason="this is the interpreter")
 def test_in_the_interpreter() -> None:
-    if importlib.util.find_spec("triton") is None:
-        pytest.skip("triton is not installed")
-    if tuple(map(int, importlib.metadata.version("triton").split(".")[:2])) < (3, 9):
-        pytest.skip("before Triton 3.9 the interpreter rounds a fused multiply-add twice, which spoils large logits")
-    flags = ["-q", "-p", "no:cacheprovider", "-m", "not gpu", "-k", "not in_the_interpreter and not without_a_gpu"]
-    command = [sys.executable, "-m", "pytest", *flags, str(Path(__file__).resolve())]
-    done = subprocess.run(
-        command, env={**os.environ, "TRITON_INTERPRET": "1"}, cwd=ROOT, capture_output=True, text=True, check=False
-    )
-    print(done.stdout[-20000:], done.stderr[-2000:])
-    assert done.returncode == 0 and " passed" in done.stdout and " skipped" not in done.stdout
+    run_interpreted(__file__, "not in_the_interpreter and not without_a_gpu")
 
 
 def draw(num_rows: int = 83, size: int = 37, vocab: int = 211, option: str = "plain", **more: Any) -> Case:

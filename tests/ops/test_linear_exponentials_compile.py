@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 from machine_code import TARGETS, amd_use, compiled, disassemble
-from srpo_kernels import linear_exponentials, triton_rows
+from srpo_kernels import linear_exponentials
 
 NVIDIA = [arch for arch in TARGETS if arch.startswith("sm")]
 LAYOUT = {"hidden", "weight", "exponentials", "hidden_stride", "weight_stride", "exponentials_stride", "vocab", "size"}
@@ -24,12 +24,8 @@ FINISH_REGISTERS = 64
 
 
 @pytest.fixture(scope="module")
-def kernels() -> ModuleType:
-    module = triton_rows.kernels()
-    if isinstance(module, str):
-        pytest.skip(module)
-    if triton_rows.interpreted():
-        pytest.skip("TRITON_INTERPRET is set")
+def kernels(kernels: ModuleType) -> ModuleType:
+    """Those of `linear_exponentials`."""
     return linear_exponentials.kernels()
 
 

@@ -7,56 +7,29 @@ how threads interleave, and rounding to bf16, which it does by truncation.
 
 from __future__ import annotations
 
-import importlib.metadata
-import importlib.util
 import math
-import os
 import random
-import subprocess
 import sys
 from itertools import product
-from pathlib import Path
 from typing import Any
 
 import loss_cases as cases
 import pytest
 import torch
-from srpo_kernels import IGNORE, operators, policy_loss, token_logprobs, triton_rows
+from interpreter import DEVICE, INTERPRETED, on_device, run_interpreted
+from srpo_kernels import IGNORE, policy_loss, token_logprobs, triton_rows
 from srpo_kernels.native import ROW_FIELDS
 
-INTERPRETED = os.environ.get("TRITON_INTERPRET", "0") not in ("", "0")
-DEVICE = "cpu" if INTERPRETED else "cuda"
-ROOT = Path(__file__).resolve().parents[2]
 OPTIONS = ("plain", "k1", "k2", "k3", "full", "kept", "kept_full", "cispo", "on_policy", "on_policy_kl")
 SMALL = [(3, 7), (7, 1000)]
 # A held tile alone, several, and with streamed ones before; widths that are no multiple of anything
 LARGE = [(0, 7), (1, 1), (33, 30), (3, 5003), (2, 50257)]
 
-on_device = pytest.mark.usefixtures("triton_backend") if INTERPRETED else pytest.mark.gpu
-
-
-@pytest.fixture(autouse=not INTERPRETED and torch.cuda.is_available())
-def triton_backend(monkeypatch: pytest.MonkeyPatch) -> None:
-    reason = triton_rows.why_not(torch.empty(0, 1, device=DEVICE))
-    if reason is not None:
-        pytest.skip(reason)
-    monkeypatch.setitem(operators.BACKENDS, "triton", triton_rows)
-
 
 @pytest.mark.skipif(INTERPRETED, reason="this is the interpreter")
 @pytest.mark.parametrize("which", ["equals_fp64", "not equals_fp64"])
 def test_in_the_interpreter(which: str) -> None:
-    if importlib.util.find_spec("triton") is None:
-        pytest.skip("triton is not installed")
-    if tuple(map(int, importlib.metadata.version("triton").split(".")[:2])) < (3, 9):
-        pytest.skip("before Triton 3.9 the interpreter rounds a fused multiply-add twice, which spoils large logits")
-    flags = ["-q", "-p", "no:cacheprovider", "-m", "not gpu", "-k", f"{which} and not in_the_interpreter and not why_not"]
-    command = [sys.executable, "-m", "pytest", *flags, str(Path(__file__).resolve())]
-    done = subprocess.run(
-        command, env={**os.environ, "TRITON_INTERPRET": "1"}, cwd=ROOT, capture_output=True, text=True, check=False
-    )
-    print(done.stdout[-20000:], done.stderr[-2000:])
-    assert done.returncode == 0 and " passed" in done.stdout and " skipped" not in done.stdout
+    run_interpreted(__file__, f"{which} and not in_the_interpreter and not why_not")
 
 
 def draw(*args: Any, **kw: Any) -> cases.Case:

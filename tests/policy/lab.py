@@ -1,9 +1,8 @@
-"""What the tests of srpo.policy share; as a program under torchrun, the part of them that needs several ranks."""
+"""What the tests of srpo.policy share, and the part of them that needs several ranks (`main`, called by ranks.py)."""
 
 from __future__ import annotations
 
 import json
-import sys
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -16,7 +15,7 @@ from transformers import PreTrainedTokenizerFast, Qwen3MoeForCausalLM
 from srpo.batch import Batch, Rollout, pack
 from srpo.policy.checkpoint import latest_checkpoint, load_checkpoint, save_checkpoint
 from srpo.policy.model import Policy, TinyConfig, make_tiny, save_policy
-from srpo.policy.parallel import Parallel, init_parallel, iter_full_params, to_local
+from srpo.policy.parallel import Parallel, iter_full_params, to_local
 from srpo.policy.update import NonFiniteError, Objective, update, with_logprobs
 
 VOCAB = 50
@@ -166,9 +165,8 @@ def same_bits(a: dict[str, torch.Tensor], b: dict[str, torch.Tensor]) -> bool:
     return a.keys() == b.keys() and all(a[k].dtype == b[k].dtype and torch.equal(a[k], b[k]) for k in a)
 
 
-def main(out: Path) -> None:
+def main(out: Path, parallel: Parallel) -> None:
     """Two ranks. Rank 0 writes what the tests look at."""
-    parallel = init_parallel()
     results: dict[str, Any] = {}
     saved = {}
     # Rank 0 has six sequences in several micro-batches, rank 1 two in one.
@@ -221,8 +219,3 @@ def main(out: Path) -> None:
     if parallel.is_main:
         torch.save({"updates": saved, "parameters": parameters}, out / "tensors.pt")
         (out / "results.json").write_text(json.dumps(results))
-    parallel.close()
-
-
-if __name__ == "__main__":
-    main(Path(sys.argv[1]))

@@ -1,28 +1,62 @@
-"""Under torchrun: `load_to_shard` on two ranks. `python loading_lab.py FOLDER` with one checkpoint in each subfolder that
-test_loading.py names; each rank writes rank<r>.pt with what it has found."""
+"""On two ranks (ranks.py): `load_to_shard` of the checkpoints of `write_checkpoints`. Each rank writes rank<r>.pt with what it
+has found."""
 
 from __future__ import annotations
 
-import sys
+import json
 import weakref
+from dataclasses import replace
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 from unittest import mock
 
 import torch
 import torch.distributed as dist
 from torch import nn
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, Glm4MoeConfig, Glm4MoeForCausalLM
 
 from srpo.policy.critic import Critic
 from srpo.policy.loading import load_to_shard
-from srpo.policy.model import Policy
-from srpo.policy.parallel import Parallel, init_parallel, iter_full_params, to_local, unwrap
+from srpo.policy.model import Policy, make_tiny
+from srpo.policy.parallel import Parallel, iter_full_params, to_local, unwrap
 from srpo.rollout.engine import SamplingParams
 from srpo.rollout.local import LocalEngine
 
 PROMPTS = [(5, 6, 7), (8, 9)]
 PARAMS = SamplingParams(max_new_tokens=6, group_size=2)
+
+
+def write_checkpoints(lab: ModuleType, folder: Path) -> None:
+    """Experts and vocabulary are odd numbers: two ranks get unequal parts."""
+    config = replace(lab.CONFIG, num_experts=5)
+    make_tiny(lab.tokenizer(51), config, 1).save_pretrained(folder / "untied")
+    tied = make_tiny(lab.tokenizer(51), config, 2)
+    tied.config.tie_word_embeddings = True
+    tied.tie_weights()
+    tied.save_pretrained(folder / "tied")
+    make_tiny(lab.tokenizer(51), config, 3).save_pretrained(folder / "wrongly_tied")
+    settings = json.loads((folder / "wrongly_tied" / "config.json").read_text()) | {"tie_word_embeddings": True}
+    (folder / "wrongly_tied" / "config.json").write_text(json.dumps(settings))
+    with_bias = Glm4MoeForCausalLM(
+        Glm4MoeConfig(
+            vocab_size=51,
+            hidden_size=32,
+            intermediate_size=48,
+            moe_intermediate_size=24,
+            num_hidden_layers=2,
+            first_k_dense_replace=1,
+            num_attention_heads=4,
+            num_key_value_heads=2,
+            n_routed_experts=6,
+            num_experts_per_tok=2,
+            pad_token_id=0,
+        )
+    )
+    for name, buffer in with_bias.named_buffers():
+        if name.endswith("e_score_correction_bias"):  # of the router: a buffer that checkpoints have
+            buffer.copy_(torch.rand(buffer.shape) + 1)
+    with_bias.save_pretrained(folder / "with_bias")
 
 
 class Broadcasts:
@@ -68,8 +102,7 @@ def case(folder: Path, parallel: Parallel) -> dict[str, Any]:
     return found
 
 
-def main(folder: Path) -> None:
-    parallel = init_parallel()
+def main(folder: Path, parallel: Parallel) -> None:
     found: dict[str, Any] = {name: case(folder / name, parallel) for name in ("untied", "tied", "with_bias")}
     critic = Critic(load_to_shard(folder / "untied", parallel))
     critic._head().weight.data.fill_(parallel.rank + 1)  # fewer rows than ranks
@@ -79,8 +112,3 @@ def main(folder: Path) -> None:
     except ValueError as error:
         found["refused"] = str(error)
     torch.save(found, folder / f"rank{parallel.rank}.pt")
-    parallel.close()
-
-
-if __name__ == "__main__":
-    main(Path(sys.argv[1]))

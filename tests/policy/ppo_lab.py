@@ -1,9 +1,8 @@
-"""Under torchrun: PPO's advantages, the critic's gradient and its checkpoint on two ranks. Rank 0 writes what tests look at."""
+"""On two ranks (ranks.py): PPO's advantages, the critic's gradient and its checkpoint. Rank 0 writes what tests look at."""
 
 from __future__ import annotations
 
 import importlib.util
-import sys
 from collections.abc import Sequence
 from pathlib import Path
 from types import ModuleType
@@ -14,7 +13,7 @@ import torch
 from srpo.batch import Batch
 from srpo.policy.checkpoint import load_checkpoint, save_checkpoint
 from srpo.policy.critic import Critic, update_critic, with_token_advantages
-from srpo.policy.parallel import Parallel, init_parallel
+from srpo.policy.parallel import Parallel
 
 
 def load_lab() -> ModuleType:
@@ -46,8 +45,8 @@ def step(lab: ModuleType, parts: Sequence[Batch], parallel: Parallel, dump: Path
     return {"advantages": torch.cat(shares), "gradients": recorder.gradients, "metrics": metrics}
 
 
-def main(out: Path) -> None:
-    lab, parallel = load_lab(), init_parallel()
+def main(out: Path, parallel: Parallel) -> None:
+    lab = load_lab()
     saved: dict[str, Any] = {
         "uneven": step(lab, lab.batches(7, 23, slice(0, 6) if parallel.is_main else slice(6, 8)), parallel, out / "dump.pt"),
         "idle": step(lab, lab.batches(7, 40, slice(0, 8) if parallel.is_main else slice(0, 0)), parallel, out / "dump.pt"),
@@ -67,8 +66,3 @@ def main(out: Path) -> None:
     saved["same"] = parallel.all_gather_object(same)
     if parallel.is_main:
         torch.save(saved, out / "saved.pt")
-    parallel.close()
-
-
-if __name__ == "__main__":
-    main(Path(sys.argv[1]))

@@ -2,10 +2,6 @@
 
 from __future__ import annotations
 
-import json
-import os
-import subprocess
-import sys
 from dataclasses import replace
 from pathlib import Path
 from types import ModuleType
@@ -13,60 +9,19 @@ from typing import Any
 
 import pytest
 import torch
-from transformers import Glm4MoeConfig, Glm4MoeForCausalLM
 
 from srpo.policy.loading import _parameters_on_meta, load_to_shard
-from srpo.policy.model import load_policy, make_tiny
+from srpo.policy.model import load_policy
 from srpo.rollout.engine import SamplingParams
 from srpo.rollout.local import LocalEngine
 
-LAB = Path(__file__).with_name("loading_lab.py")
 CASES = ("untied", "tied", "with_bias")
 
 
-def write_checkpoints(lab: ModuleType, folder: Path) -> None:
-    """Experts and vocabulary are odd numbers: two ranks get unequal parts."""
-    config = replace(lab.CONFIG, num_experts=5)
-    make_tiny(lab.tokenizer(51), config, 1).save_pretrained(folder / "untied")
-    tied = make_tiny(lab.tokenizer(51), config, 2)
-    tied.config.tie_word_embeddings = True
-    tied.tie_weights()
-    tied.save_pretrained(folder / "tied")
-    make_tiny(lab.tokenizer(51), config, 3).save_pretrained(folder / "wrongly_tied")
-    settings = json.loads((folder / "wrongly_tied" / "config.json").read_text()) | {"tie_word_embeddings": True}
-    (folder / "wrongly_tied" / "config.json").write_text(json.dumps(settings))
-    with_bias = Glm4MoeForCausalLM(
-        Glm4MoeConfig(
-            vocab_size=51,
-            hidden_size=32,
-            intermediate_size=48,
-            moe_intermediate_size=24,
-            num_hidden_layers=2,
-            first_k_dense_replace=1,
-            num_attention_heads=4,
-            num_key_value_heads=2,
-            n_routed_experts=6,
-            num_experts_per_tok=2,
-            pad_token_id=0,
-        )
-    )
-    for name, buffer in with_bias.named_buffers():
-        if name.endswith("e_score_correction_bias"):  # of the router: a buffer that checkpoints have
-            buffer.copy_(torch.rand(buffer.shape) + 1)
-    with_bias.save_pretrained(folder / "with_bias")
-
-
 @pytest.fixture(scope="module")
-def folder(lab: ModuleType, tmp_path_factory: pytest.TempPathFactory) -> Path:
+def folder(ranks: Path) -> Path:
     """The checkpoints, and beside them what two ranks have written."""
-    out, root = tmp_path_factory.mktemp("loading"), LAB.parents[2]
-    write_checkpoints(lab, out)
-    env = {**os.environ, "PYTHONPATH": f"{root}:{root / 'kernels'}", "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
-    launch = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node=2", "--rdzv-backend=c10d"]
-    command = [*launch, "--rdzv-endpoint=127.0.0.1:0", "--local-addr=127.0.0.1", str(LAB), str(out)]
-    done = subprocess.run(command, env=env, cwd=root, capture_output=True, text=True, timeout=240, check=False)
-    assert done.returncode == 0, done.stderr[-6000:]
-    return out
+    return ranks / "loading_lab"
 
 
 @pytest.fixture(scope="module")

@@ -10,6 +10,7 @@ import time
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -154,18 +155,22 @@ def test_sampler_and_trainer_agree_over_successive_syncs(pair):
     assert engine.stats()["num_restarts"] == 0
 
 
+WAYS: list[dict[str, Any]] = [
+    {"greedy": True},
+    {"greedy": True, "top_k": 0, "temperature": 1.0},
+    {"greedy": True, "top_k": 0},
+    {"top_k": 0},
+    {"top_k": 1},
+    {"temperature": 0.5},
+    {"top_k": VOCAB + 1, "group_size": 1},
+    {"ignore_eos": True, "stop_ids": ()},
+]
+
+
 @pytest.mark.parametrize(
-    "change",
-    [
-        {"greedy": True},
-        {"greedy": True, "top_k": 0, "temperature": 1.0},
-        {"greedy": True, "top_k": 0},
-        {"top_k": 0},
-        {"top_k": 1},
-        {"temperature": 0.5},
-        {"top_k": VOCAB + 1, "group_size": 1},
-        {"ignore_eos": True, "stop_ids": ()},
-    ],
+    ("pair", "change"),
+    [*(("untied", way) for way in WAYS), *((kind, way) for kind in ("tied", "split") for way in (WAYS[0], WAYS[3]))],
+    indirect=["pair"],
     ids=str,
 )
 def test_every_way_to_sample_reports_its_own_distribution(pair, change):
@@ -279,7 +284,11 @@ def test_a_tied_head_that_stays_behind_is_found_at_the_sync(tmp_path):
     engine.close()
 
 
-@pytest.mark.parametrize("num_cycles", [30, pytest.param(110, marks=pytest.mark.slow)])
+@pytest.mark.parametrize(
+    ("pair", "num_cycles"),
+    [("untied", 30), ("split", 30), *(pytest.param(kind, 110, marks=pytest.mark.slow) for kind in ("untied", "tied", "split"))],
+    indirect=["pair"],
+)
 def test_cycles_of_sync_and_sampling_leave_memory_flat(pair, num_cycles):
     engine, policy = pair
 
