@@ -18,7 +18,8 @@ def main(meeting: str, rank: int, world_size: int) -> None:
     os.sched_setaffinity(0, {sorted(os.sched_getaffinity(0))[0]})  # a thread of low priority waits for the main thread
     torch.set_num_threads(1)
     dist.init_process_group("gloo", init_method=f"file://{meeting}", rank=rank, world_size=world_size)
-    layer = fully_shard(torch.nn.Linear(8, 8), mesh=init_device_mesh("cpu", (world_size,)))
+    layer = torch.nn.Linear(8, 8)
+    fully_shard(layer, mesh=init_device_mesh("cpu", (world_size,)))
     layer(torch.ones(2, 8)).sum().backward()
     for task in Path("/proc/self/task").iterdir():
         if "gloo_run" in (task / "comm").read_text():
