@@ -39,7 +39,7 @@ class Scale:
     judge_pairs: int = 16_000  # with a response of the SFT policy each, judged by the annotator
     judge_sft_steps: int = 1500
     judge_grpo_steps: int = 40
-    judge_lr: float = 1e-4
+    judge_lr: float = 3e-5
 
 
 @dataclass(frozen=True)
