@@ -313,8 +313,8 @@ def test_what_it_says_without_a_gpu() -> None:
 
 @on_device
 def test_opcheck() -> None:
-    """With a loss above 0. In the backward pass opcheck multiplies by its sign, which Triton does in place, to the saved gradient,
-    an output that only autograd is given: opcheck would compare it with one that is not negated."""
+    """With a loss above 0. In its backward pass opcheck multiplies by the sign, which Triton does in place, to the saved
+    gradient, an output that only autograd is given: opcheck would compare it with one that is not negated."""
     case = draw(9, 5, 11, ignored=False)
     case.tables["step_advantages"], case.tables["weights"][:] = -1 - case.tables["step_advantages"].abs(), 1
     t, factors = case.tables, (case.hidden.requires_grad_(), case.weight.requires_grad_())
