@@ -54,7 +54,7 @@ types: $(VENV)/.ready-test ## pyright
 	$(RUN) -m pyright --pythonpath $(RUN)
 
 unit: $(VENV)/.ready-test ## the tests for any machine; what is skipped is listed with the reason
-	$(PYTEST) -q -rs -m "$(ORDINARY)" $(TEST_ARGS)
+	$(PYTEST) -q -rs --durations=25 --durations-min=2 -m "$(ORDINARY)" $(TEST_ARGS)
 
 nightly: $(VENV)/.ready-test ## every test that this machine can run, with the long property tests
 	HYPOTHESIS_PROFILE=nightly $(PYTEST) -q $(TEST_ARGS)

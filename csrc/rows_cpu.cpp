@@ -143,8 +143,7 @@ Tile exp_tile(const T* x, int64_t n, const Factor& c, float* e, Out out) {
 // Floats from a multiple of 64 bytes on: no vector lies in two cache lines.
 class Buffer {
  public:
-  float* data() { return reinterpret_cast<float*>((reinterpret_cast<uintptr_t>(floats_.data()) + 63) / 64 * 64); }
-  const float* data() const { return const_cast<Buffer*>(this)->data(); }
+  float* data() const { return reinterpret_cast<float*>((reinterpret_cast<uintptr_t>(floats_.data()) + 63) / 64 * 64); }
   void hold(int64_t n) { if (int64_t(floats_.size()) < n + 16) floats_.resize(n + 16); }  // what was in it is lost
 
  private:
