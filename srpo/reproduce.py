@@ -52,13 +52,8 @@ class ReproduceConfig:
 
 def reproduce(cfg: ReproduceConfig, parallel: Parallel) -> list[dict[str, Any]]:
     """Make the tables asked for; returns what was written to `run_dir/<table>.json` of each."""
-    names = NAMES if cfg.table == "all" else (cfg.table,)
-    if unknown := [name for name in names if name not in NAMES]:
-        raise ValueError(f"there is no table {unknown[0]!r}: give one of {', '.join(NAMES)}, or all")
-    if not cfg.seeds or len(set(cfg.seeds)) < len(cfg.seeds):
-        raise ValueError(f"seeds is {list(cfg.seeds)}: give one or more, each once")
     run_dir, made = Path(cfg.run_dir), []
-    for name in names:
+    for name in wanted(cfg):
         start = time.monotonic()
         outcome = make_headline(cfg, parallel) if name == "headline" else make_table(cfg, name, parallel)
         if cfg.train_only:
@@ -68,6 +63,16 @@ def reproduce(cfg: ReproduceConfig, parallel: Parallel) -> list[dict[str, Any]]:
         write_whole(run_dir / f"{name}.json", json.dumps(result, indent=1) + "\n")
         made.append(result)
     return made
+
+
+def wanted(cfg: ReproduceConfig) -> tuple[str, ...]:
+    """Names of the tables asked for. ValueError where there is none of that name, or where seeds are wrong."""
+    names = NAMES if cfg.table == "all" else (cfg.table,)
+    if unknown := [name for name in names if name not in NAMES]:
+        raise ValueError(f"there is no table {unknown[0]!r}: give one of {', '.join(NAMES)}, or all")
+    if not cfg.seeds or len(set(cfg.seeds)) < len(cfg.seeds):
+        raise ValueError(f"seeds is {list(cfg.seeds)}: give one or more, each once")
+    return names
 
 
 def make_table(cfg: ReproduceConfig, name: str, parallel: Parallel) -> dict[str, Any]:
@@ -144,7 +149,8 @@ def evidence(minutes: float) -> dict[str, Any]:
 
 
 def start_in_background(cfg: ReproduceConfig) -> None:
-    """The same command as a process of its own session; prints its id and where its output goes."""
+    """The same command as a process of its own session; prints its id and where its output goes. ValueError as of `wanted`."""
+    wanted(cfg)
     run_dir = Path(cfg.run_dir)
     run_dir.mkdir(parents=True, exist_ok=True)
     log = run_dir / f"{cfg.table}.log"

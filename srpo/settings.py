@@ -89,15 +89,17 @@ def dump_toml(config: Any) -> str:
 def run_program(main: Callable[[T], int | None], cls: type[T], argv: Sequence[str] | None = None) -> NoReturn:
     """Load `cls`, run `main` on it and exit with what it returns (None: 0).
 
-    What a user can get wrong (ValueError, a path that is not there) becomes `error: ...` and exit code 2; SRPO_DEBUG=1 shows
-    where it was raised. Any other exception is our bug and passes through with its traceback.
+    What a user can get wrong (ValueError, a path that is not there, a package that the settings ask for and that is not installed)
+    becomes `error: ...` and exit code 2; SRPO_DEBUG=1 shows where it was raised. Any other exception is our bug and passes through
+    with its traceback.
     """
     spec = getattr(sys.modules.get("__main__"), "__spec__", None)
     prog = f"python -m {spec.name}" if spec else None
     try:
         sys.exit(main(load(cls, argv, prog)) or 0)
-    except _USER_ERRORS as error:
-        if os.environ.get(DEBUG, "0") not in ("", "0"):
+    except (*_USER_ERRORS, ImportError) as error:
+        is_import = isinstance(error, ImportError) and error.name is not None  # Python's own; ours say what to install
+        if is_import or os.environ.get(DEBUG, "0") not in ("", "0"):
             raise
         print(f"error: {error}", file=sys.stderr, flush=True)
         sys.exit(2)

@@ -86,6 +86,7 @@ def test_bad_input_gets_an_error_that_says_what_to_change(
         return small.complaint(main, config, tmp_path, capsys)
 
     assert "table7" in told(settings(tmp_path, "table7")) and all(name in told(settings(tmp_path, "table7")) for name in TABLES)
+    assert "table7" in told(settings(tmp_path, "table7", background=True)) and not (tmp_path / "table7.log").exists()
     assert "each once" in told(settings(tmp_path, "table4", seeds=(1, 1)))
     (tmp_path / "seed-0").mkdir()
     with (tmp_path / "seed-0" / "lock").open("w") as lock:

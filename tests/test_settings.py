@@ -223,6 +223,10 @@ def main(settings):
         raise ValueError("seed 1 is taken: choose another")
     if settings.seed == 2:
         open("/nonexistent/file")
+    if settings.seed == 3:
+        raise ImportError("seed 3 needs dice: pip install dice")
+    if settings.seed == 4:
+        import no_such_package
     raise KeyError("a bug")
 
 if __name__ == "__main__":
@@ -236,6 +240,8 @@ if __name__ == "__main__":
         (["--seed", "1"], "", 2, "error: seed 1 is taken: choose another", False),
         (["--seed", "1"], "1", 1, "ValueError: seed 1 is taken: choose another", True),
         (["--seed", "2"], "", 2, "error: [Errno 2] No such file or directory: '/nonexistent/file'", False),
+        (["--seed", "3"], "", 2, "error: seed 3 needs dice: pip install dice", False),
+        (["--seed", "4"], "", 1, "ModuleNotFoundError: No module named 'no_such_package'", True),
         (["--sead", "2"], "", 2, "error: unknown flag '--sead'; the nearest is --seed (-h lists all)", False),
         ([], "", 1, "KeyError: 'a bug'", True),
     ],
