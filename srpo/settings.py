@@ -89,9 +89,9 @@ def dump_toml(config: Any) -> str:
 def run_program(main: Callable[[T], int | None], cls: type[T], argv: Sequence[str] | None = None) -> NoReturn:
     """Load `cls`, run `main` on it and exit with what it returns (None: 0).
 
-    What a user can get wrong (ValueError, a path that is not there, a package that the settings ask for and that is not installed)
-    becomes `error: ...` and exit code 2; SRPO_DEBUG=1 shows where it was raised. Any other exception is our bug and passes through
-    with its traceback.
+    What a user can get wrong (ValueError, a path that is not there, a package that the settings ask for and that is missing)
+    becomes `error: ...` and exit code 2; SRPO_DEBUG=1 shows where it was raised. Any other exception is our bug and passes
+    through with its traceback.
     """
     spec = getattr(sys.modules.get("__main__"), "__spec__", None)
     prog = f"python -m {spec.name}" if spec else None
