@@ -17,6 +17,7 @@ from srpo.config import OptimizerConfig, RolloutConfig
 from srpo.data.examples import Example
 from srpo.data.readers import load_examples
 from srpo.data.tokenizer import load_tokenizer
+from srpo.judge_inputs import JudgeConfig, MineConfig
 from srpo.judge_stages import JudgeGrpoConfig
 from srpo.metrics import read_metrics
 from srpo.policy.model import load_policy, make_tiny
@@ -28,7 +29,7 @@ from srpo.rollout.judging import open_judge
 from srpo.sft import SftConfig, read_pairs
 from srpo.steps import PAPER_STEPS, StepSchema
 from srpo.train import train
-from srpo.train_judge import JudgeConfig, MineConfig, train_judge
+from srpo.train_judge import train_judge
 
 SCHEMA = StepSchema(PAPER_STEPS)
 ROW = {"example_id": "e1", "response": "1. Query intent: x", "verdicts": [True, False, None, True, False]}

@@ -33,6 +33,7 @@ from srpo.demo import PROMPT, DemoConfig, make_base, make_data, sft_config, stag
 from srpo.dpo import DpoConfig, dpo
 from srpo.evaluate import evaluate_policy
 from srpo.experiments.recipes import Recipe, Scale, base, config_of
+from srpo.judge_inputs import JudgeConfig, MineConfig
 from srpo.judge_stages import JudgeGrpoConfig
 from srpo.metrics import read_metrics
 from srpo.parts import derive_seed
@@ -50,7 +51,7 @@ from srpo.select import run as run_selection
 from srpo.sft import SftConfig, sft
 from srpo.steps import PAPER_STEPS, StepSchema
 from srpo.train import train
-from srpo.train_judge import JudgeConfig, MineConfig, train_judge
+from srpo.train_judge import train_judge
 
 TEST_SETS = {"wild": "eval.jsonl", "balanced": "eval_balanced.jsonl"}
 CHUNK = 64  # prompts that are answered at once
