@@ -32,9 +32,10 @@ SRPO as printed whitens advantages over the whole batch, while GRPO and "+ step 
 is what puts SRPO below "+ step reward" here: with each step compared with its group, and nothing else changed, it comes out as
 high, and with gamma 0.5 above every other row on every seed (`advantage.normalize = "group_step"`, `advantage.gamma = 0.5`).""",
     "table5": """\
-The last two rows say why the curriculum fails here: half as many steps on the harder half alone do as well as a whole run on it, and
-twice the steps of the curriculum do not help it. The world's easier half has next to no pairs whose categories are related: training on it
-drives that conclusion of S3 out, and the responses of the harder stage hardly try it any more (`bench/LOG.md`).""",
+The last two rows say why the curriculum fails here: half as many steps on the harder half alone do about as well as a whole run
+on it, and twice the steps of the curriculum help it little. The world's easier half has next to no pairs whose categories are
+related: training on it drives that conclusion of S3 out, and the responses of the harder stage hardly try it any more
+(`bench/LOG.md`).""",
 }
 
 
