@@ -114,7 +114,7 @@ class Parallel:
         """Leave the process group.
 
         FSDP's mesh outlives it, and with it gloo's threads: one that lets go of its last tensor while the interpreter ends
-        aborts a process whose work is done (Python before 3.14). They have done so when this returns.
+        aborts a process whose work is done (Python before 3.14). Nothing tells when they have; they get LAST_TENSORS seconds.
         """
         if dist.is_initialized():
             dist.destroy_process_group()
