@@ -58,6 +58,12 @@ class Case:
         assert view.grad is not None
         return out, view.grad
 
+    def error(self, gradient: torch.Tensor, exact: torch.Tensor) -> float:
+        """Relative error of a gradient in the L2 norm. Rows with a nearly certain label, without advantage, or whose clip and KL
+        terms cancel have next to no gradient; their error is still that of the terms. So what is smaller than one term of size
+        `weights` for every row is measured against that: a draw may consist of such rows."""
+        return relative(gradient, exact, float(self.tables["weights"].norm()) + 1e-12)
+
 
 def draw(seed: int, num_rows: int, vocab: int, dtype: torch.dtype, name: str, *, scale: float = 3.0, nan: bool = True) -> Case:
     """Sequences of random lengths (some empty), steps with random ends (some empty, some beyond the end), ignored rows full of
@@ -115,8 +121,5 @@ def check(case: Case, impl: str, *, in_place: bool, fp64: tuple[PolicyLoss, torc
     torch.testing.assert_close(out.stats.stack(), exact.stats.stack(), rtol=2e-6, atol=2e-5)
     assert not bool(grad[case.tables["labels"] == IGNORE].any())
     fp32 = case.logits.dtype == torch.float32
-    # Rows with a nearly certain label, or whose clip and KL terms cancel, have next to no gradient; their error is still that of
-    # the terms. So what is smaller than one term of size `weights` for every row is measured against that.
-    floor = float(case.tables["weights"].norm()) + 1e-12
-    limit = 3e-7 if fp32 else max(1.05 * relative(exact_grad.to(case.logits.dtype), exact_grad, floor), 1e-7)
-    assert relative(grad, exact_grad, floor) <= limit, (relative(grad, exact_grad, floor), limit)
+    limit = 3e-7 if fp32 else max(1.05 * case.error(exact_grad.to(case.logits.dtype), exact_grad), 1e-7)
+    assert case.error(grad, exact_grad) <= limit, (case.error(grad, exact_grad), limit)
