@@ -42,6 +42,7 @@ sys.path.insert(0, str(Path(__file__).parent))  # the default, but not under PYT
 from arms import ARMS, Absent, Arm, Run, failures, finish, gradient_error
 from chart import draw
 from problem import BETA, CLIP, LENGTH, STEPS, TEMPERATURE, Form, Problem
+from srpo_kernels import cpu
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 BOUNDS = {"logits": "copy", "hidden": "matmul"}
@@ -90,6 +91,7 @@ def peak_extra_bytes(call: Callable[[], Any], device: torch.device) -> int | Non
     trim = getattr(ctypes.CDLL(None), "malloc_trim", None)  # glibc has it
     if trim is not None:
         trim(0)  # memory that is free but still ours would be used again unseen
+    cpu.empty_cache()  # likewise
     try:
         Path("/proc/self/clear_refs").write_text("5")  # the high-water mark is what there is now
     except OSError:

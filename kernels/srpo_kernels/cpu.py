@@ -3,21 +3,23 @@
 from __future__ import annotations
 
 import ctypes
-import sys
 import warnings
+import weakref
 from functools import cache
 from typing import Any
 
+import numpy as np
 import torch
 
 from srpo_kernels.build import BuildError, build_cpu, load_with_openmp
 from srpo_kernels.native import DTYPES, ROW_FIELDS, RowArgs, row_args
 
 HUGE_PAGE = 2**21
-MADV_HUGEPAGE = 14  # of <linux/mman.h>
+KEPT_BYTES = 2**24  # gradients of this size and more leave their memory to the next
 LEVELS = ("portable", "avx2", "avx512", "avx512bf16")
 any_gradient_dtype = False
 
+_kept: list[np.ndarray] = []  # at most one block
 forced_level: str | None = None  # tests run every instruction set that the machine has
 
 
@@ -51,14 +53,32 @@ def levels() -> tuple[str, ...]:
 
 
 def new_gradient(logits: torch.Tensor) -> torch.Tensor:
-    """An empty tensor like the logits. On Linux in huge pages where the kernel has them: on a fresh gradient of hundreds of
-    megabytes page faults cost more than the loss does."""
-    gradient = torch.empty_like(logits, memory_format=torch.contiguous_format)
-    start, end = gradient.data_ptr(), gradient.data_ptr() + gradient.nbytes
-    start, end = -(-start // HUGE_PAGE) * HUGE_PAGE, end // HUGE_PAGE * HUGE_PAGE
-    if sys.platform == "linux" and end > start:
-        ctypes.CDLL(None).madvise(ctypes.c_void_p(start), ctypes.c_size_t(end - start), MADV_HUGEPAGE)  # advice: may fail
-    return gradient
+    """An empty tensor like the logits. The memory of a large one comes from the last such gradient that was freed, if it fits:
+    page faults on hundreds of megabytes cost more than the loss does. `empty_cache` gives that memory back."""
+    if logits.nbytes < KEPT_BYTES:
+        return torch.empty_like(logits, memory_format=torch.contiguous_format)
+    try:
+        block = _kept.pop()
+    except IndexError:  # and no test before, which another thread could make stale
+        block = np.empty(0, np.uint8)
+    if not logits.nbytes <= block.nbytes <= 2 * logits.nbytes:
+        del block  # freed before the next is taken
+        block = np.empty(logits.nbytes + HUGE_PAGE, np.uint8)  # numpy asks for huge pages
+        start = -block.ctypes.data % HUGE_PAGE
+        block = block[start : start + logits.nbytes]
+    used = block[: logits.nbytes]
+    weakref.finalize(used, _keep, block).atexit = False
+    return torch.from_numpy(used).view(logits.dtype).view(logits.shape)
+
+
+def _keep(block: np.ndarray) -> None:
+    """Takes back what `new_gradient` gave, once no tensor has it; the larger of two stays."""
+    _kept[:] = [max([*_kept, block], key=lambda kept: kept.nbytes)]
+
+
+def empty_cache() -> None:
+    """Frees the memory that is kept for the next large gradient."""
+    _kept.clear()
 
 
 def rows(

@@ -250,3 +250,41 @@ def test_a_compiler_from_before_bf16(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(build, "_takes", lambda compiler, flag: False)
     text = repr(build.cpu_commands())
     assert "avx512bf16" not in text and "AVX512BF16" not in text and "rows_cpu.cpp" in text
+
+
+@pytest.mark.parametrize("level", ["all"], indirect=True)
+def test_a_gradient_leaves_its_memory_to_the_next(level: str) -> None:
+    """And only then: not while a tensor, a view or an array still has it, nor to one that is much smaller, or larger."""
+    cpu.empty_cache()
+    rows = cpu.KEPT_BYTES // 4000
+    logits = torch.zeros(1, 1000).expand(rows + 1, 1000)
+
+    def fresh(like: torch.Tensor) -> torch.Tensor:
+        gradient = cpu.new_gradient(like)
+        assert gradient.shape == like.shape and gradient.dtype == like.dtype and gradient.is_contiguous()
+        return gradient.fill_(1)
+
+    first = fresh(logits)
+    address, last_row, array = first.data_ptr(), first[-1], first.numpy()
+    del first
+    second = fresh(logits)
+    addresses = {address, second.data_ptr()}
+    assert len(addresses) == 2
+    second[:] = 2
+    assert bool((last_row == 1).all()) and bool((array == 1).all())
+    del second, last_row, array
+    third = fresh(logits.bfloat16()[:-1])
+    assert third.nbytes < cpu.KEPT_BYTES and len(cpu._kept) == 1  # too small to be worth it
+    fourth = fresh(logits.bfloat16().expand(2, rows + 1, 1000).reshape(-1, 500))  # of the same size in another shape and dtype
+    assert fourth.data_ptr() in addresses and not cpu._kept
+    del fourth
+    large = fresh(logits.expand(3, rows + 1, 1000).reshape(-1, 1000))
+    assert large.nbytes > 2 * logits.nbytes
+    del large
+    assert cpu._kept[0].nbytes > 2 * logits.nbytes
+    small = fresh(logits)  # does not hold on to three times of what it needs
+    assert not cpu._kept
+    del small
+    assert cpu._kept[0].nbytes < 2 * logits.nbytes
+    cpu.empty_cache()
+    assert not cpu._kept
