@@ -95,14 +95,14 @@ def policy_loss(
     an `impl` that does not exist here, and, in the CPU kernels, labels and ids that are no columns (the reference raises torch's
     own error for them; on a GPU nobody looks).
     """
-    check_logits(logits, labels, temperature, kept_ids)
+    check_logits(logits, labels, temperature, top_k, kept_ids)
     check_segments(labels.shape[0], step_advantages, step_ends, cu_seqlens)
     check_rows(labels, weights=weights, old_logprobs=old_logprobs, ref_logprobs=ref_logprobs)
     if in_place and logits.shape[1] > 1 and logits.stride(1) != 1:
         raise ValueError(f"logits have strides {logits.stride()}: in place a row has to be contiguous; leave in_place at None")
     if ref_logits is not None and ref_logits.shape != logits.shape:
         raise ValueError(f"ref_logits has shape {tuple(ref_logits.shape)}: give that of logits, {tuple(logits.shape)}")
-    check_options(clip_eps_low, clip_eps_high, dual_clip, clip_form, kl_estimator)
+    check_options(clip_eps_low, clip_eps_high, dual_clip, clip_form, kl_estimator, ratio_over)
     reference_name = "ref_logits" if kl_estimator == "full" else "ref_logprobs"
     if kl_coef and (ref_logits if kl_estimator == "full" else ref_logprobs) is None:
         raise ValueError(f"kl_coef is {kl_coef} but there is no reference: give {reference_name}, or set kl_coef to 0")
@@ -161,7 +161,7 @@ def token_logprobs(
     Both fp32 (fp64 for fp64 logits) and differentiable in `logits`. Arguments as in `policy_loss`; with a filter both are those
     of the filtered distribution.
     """
-    check_logits(logits, labels, temperature, kept_ids)
+    check_logits(logits, labels, temperature, top_k, kept_ids)
     name = choose("token_logprobs", impl, logits.device, logits.dtype)
     if name == "reference":
         return reference.token_logprobs(logits, labels, temperature=temperature, top_k=top_k, kept_ids=kept_ids)

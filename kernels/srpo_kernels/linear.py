@@ -83,12 +83,12 @@ def linear_policy_loss(
 
     Raises ValueError as `policy_loss` does, and for hidden states, weights or a chunk_rows that do not fit.
     """
-    _check(hidden, weight, labels, temperature, kept_ids, chunk_rows)
+    _check(hidden, weight, labels, temperature, top_k, kept_ids, chunk_rows)
     if chunk_holds != "logits":
         _check_exponentials(chunk_holds, hidden, impl, filtered=bool(top_k) or kept_ids is not None, full=kl_estimator == "full")
     check_segments(labels.shape[0], step_advantages, step_ends, cu_seqlens)
     check_rows(labels, weights=weights, old_logprobs=old_logprobs, ref_logprobs=ref_logprobs)
-    check_options(clip_eps_low, clip_eps_high, dual_clip, clip_form, kl_estimator)
+    check_options(clip_eps_low, clip_eps_high, dual_clip, clip_form, kl_estimator, ratio_over)
     if kl_estimator == "full":
         ref_logprobs = None
         _check_reference_head(ref_hidden, ref_weight, weight, labels)
@@ -176,7 +176,7 @@ def linear_token_logprobs(
     The backward pass makes the logits again, of those rows alone whose gradient is not zero; it holds a chunk's gradient beside
     the chunk's logits, so that the default of `chunk_rows` is half as large there. All else as in `linear_policy_loss`.
     """
-    _check(hidden, weight, labels, temperature, kept_ids, chunk_rows)
+    _check(hidden, weight, labels, temperature, top_k, kept_ids, chunk_rows)
     name = choose("linear_token_logprobs", impl, hidden.device, _math_dtype(hidden))
     if name == "reference":
         rows = (labels != IGNORE).nonzero()[:, 0]
@@ -202,10 +202,16 @@ def _math_dtype(hidden: Tensor) -> torch.dtype:
 
 
 def _check(
-    hidden: Tensor, weight: Tensor, labels: Tensor, temperature: float, kept_ids: Tensor | None, chunk_rows: int | None
+    hidden: Tensor,
+    weight: Tensor,
+    labels: Tensor,
+    temperature: float,
+    top_k: int | None,
+    kept_ids: Tensor | None,
+    chunk_rows: int | None,
 ) -> None:
     _check_head(hidden, weight, labels, "")
-    check_softmax(labels, temperature, kept_ids)
+    check_softmax(labels, temperature, top_k, kept_ids)
     if chunk_rows is not None and chunk_rows < 1:
         raise ValueError(f"chunk_rows is {chunk_rows}: give at least 1, or None for the default")
 

@@ -217,7 +217,8 @@ def _hand_out(ctx: Any, grad_loss: Tensor, *_: Tensor) -> tuple[Tensor | None, .
 
 def times(impl: str, gradient: Tensor, grad_loss: Tensor) -> Tensor:
     """The saved gradient times that of the loss. Where it is being traced, by torch.compile, an ordinary product."""
-    return BACKENDS[impl].scaled(gradient, grad_loss) if type(grad_loss) is Tensor else gradient * grad_loss
+    traced = type(grad_loss) is not Tensor or torch.compiler.is_compiling()
+    return gradient * grad_loss if traced else BACKENDS[impl].scaled(gradient, grad_loss)
 
 
 torch.library.register_autograd("srpo::policy_loss", _hand_out, setup_context=_save_gradient)

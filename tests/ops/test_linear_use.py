@@ -340,6 +340,8 @@ def test_activation_checkpointing(option: str) -> None:
         ({"chunk_rows": 0}, "chunk_rows is 0: give at least 1"),
         ({"temperature": 0.0}, "temperature is 0.0"),
         ({"kept_ids": torch.ones(3, 2)}, "kept_ids has shape"),
+        ({"top_k": -3}, "top_k is -3"),
+        ({"ratio_over": "response"}, "token, step, sequence"),
         ({"weights": torch.ones(3)}, "weights has shape"),
         ({"step_ends": torch.ones(2, 3)}, r"step_ends \(2, 3\)"),
         ({"cu_seqlens": torch.tensor([0, 1, 2, 3, 4])}, "its last entry is T"),

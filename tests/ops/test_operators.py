@@ -60,6 +60,32 @@ def test_compiled_as_one_graph() -> None:
         torch.testing.assert_close(got, expected, rtol=1e-5, atol=1e-6)
 
 
+@pytest.mark.parametrize(
+    ("name", "more"),
+    [
+        ("k3", {"in_place": True}),
+        ("k3", {"ratio_over": "sequence"}),
+        ("kept_full", {"ratio_over": "step"}),
+        ("cispo", {"top_k": 4}),
+    ],
+    ids=str,
+)
+def test_compiled_options_give_the_same_bits(name: str, more: dict[str, Any]) -> None:
+    """And the number of tokens may change from call to call."""
+    weight = torch.randn(50, 16)
+    cells = [cases.draw(seed, num_rows, 50, torch.float32, name, nan=False) for seed, num_rows in ((7, 20), (8, 33), (9, 47))]
+
+    def loss(hidden: torch.Tensor, case: Any) -> torch.Tensor:
+        return -2.0 * policy_loss(hidden @ weight.T, **case.tables, **case.options, **more, impl="cpu").loss
+
+    compiled = torch.compile(loss, fullgraph=True, backend="aot_eager", dynamic=True)
+    for case in cells:
+        hidden = torch.randn(len(case.logits), 16, requires_grad=True)
+        (expected,) = torch.autograd.grad(loss(hidden, case), hidden)
+        (got,) = torch.autograd.grad(compiled(hidden, case), hidden)
+        assert expected.any() and torch.equal(got, expected)
+
+
 def test_under_activation_checkpointing() -> None:
     case = cases.draw(2, 20, 50, torch.float32, "k3", nan=False)
     hidden = torch.randn(20, 16)
