@@ -97,6 +97,15 @@ def test_the_same_bits_in_place_again_and_in_another_batch(dtype: torch.dtype, v
     assert torch.equal(one[:, 0], rows[:, 100]) and torch.equal(lone[0], poisoned[100])
 
 
+@pytest.mark.parametrize("name", ["plain", "full"])
+def test_without_a_reference(name: str) -> None:
+    case = draw(30, 32000, torch.float32, name)
+    case.tables["ref_logprobs"] = case.tables["ref_logits"] = None
+    case.options["kl_coef"] = 0.0
+    cases.check(case, "cuda", in_place=False)
+    assert not bool(case.measured("cuda")[0].stats.sum_kl.any())
+
+
 @pytest.mark.parametrize("name", ["k3", "full", "kept"])
 @pytest.mark.parametrize("scale", [1e4, 1e-4, 0.0])
 def test_huge_tiny_and_equal_logits(name: str, scale: float) -> None:
@@ -175,6 +184,31 @@ def test_a_graph_can_be_captured_and_replayed() -> None:
         graph.replay()
         expected = torch.empty_like(dlogits)
         assert torch.equal(rows_of(case, source, expected), rows) and torch.equal(expected, dlogits)
+
+
+@pytest.mark.parametrize("impl", ["cuda", "triton"])
+def test_loss_and_gradient_in_one_graph(impl: str) -> None:
+    """The public op waits for nothing: forward and backward are captured together, and follow what changes in their inputs."""
+    case, other = (draw(50, 32000, torch.bfloat16, "k3", nan=False) for _ in range(2))
+    logits = case.logits.clone().requires_grad_()
+
+    def run(logits: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        loss = case.run(logits, impl, in_place=False).loss
+        return loss.detach(), torch.autograd.grad(loss, logits)[0]
+
+    stream = torch.cuda.Stream()
+    stream.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(stream):
+        run(logits)
+    torch.cuda.current_stream().wait_stream(stream)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        captured = run(logits)
+    for source in (case.logits, other.logits):
+        logits.data.copy_(source)
+        graph.replay()
+        expected = run(source.clone().requires_grad_())
+        assert all(torch.equal(got, wanted) for got, wanted in zip(captured, expected, strict=True))
 
 
 def test_many_rows_and_all_ignored() -> None:

@@ -80,12 +80,25 @@ def a_seed() -> int:
 
 @pytest.mark.parametrize(
     ("shape", "name"),
-    [*product([(0, 8), (1, 4), (7, 1), (40, 7), (60, 1000)], OPTIONS), *product([(6, 32000), (3, 50257)], ("k3", "full"))],
+    [
+        *product([(0, 8), (1, 4), (7, 1), (40, 7), (60, 1000)], OPTIONS),
+        *product([(6, 32000), (3, 50257)], ("k3", "full")),
+        *product([(257, 64), (3, 151643), (3, 151936), (2, 262144)], ("k3",)),
+    ],
     ids=str,
 )
 def test_equals_fp64(model: str, shape: tuple[int, int], name: str) -> None:
     cases.check(cases.draw(a_seed(), *shape, torch.float32, name, nan=False), model, in_place=False)
     cases.check(cases.draw(a_seed(), *shape, torch.float32, name, nan=False), model, in_place=True)
+
+
+@pytest.mark.parametrize("name", ["plain", "full"])
+def test_without_a_reference(model: str, name: str) -> None:
+    case = cases.draw(a_seed(), 30, 1000, torch.float32, name, nan=False)
+    case.tables["ref_logprobs"] = case.tables["ref_logits"] = None
+    case.options["kl_coef"] = 0.0
+    cases.check(case, model, in_place=False)
+    assert not bool(case.measured(model)[0].stats.sum_kl.any())
 
 
 @pytest.mark.parametrize("scale", [1e4, 1e-4, 0.0])

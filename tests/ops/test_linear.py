@@ -63,6 +63,20 @@ def test_low_precision(option: str, dtype: torch.dtype, device: str) -> None:
         assert relative(got, expected) <= bound <= 3.2e-3
 
 
+@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize("vocab", [32000, 50257, 151643, 151936, 262144])
+@pytest.mark.parametrize("option", ["k3", "full"])
+def test_large_vocabularies(option: str, vocab: int, device: str) -> None:
+    case = Case(6, 5, 8, vocab, option, device=device, grid=True, ignored=False)
+    exact, *exact_grads = case.exact()
+    out, *grads = case.run(chunk_rows=2)
+    torch.testing.assert_close(out.logprobs.double(), exact.logprobs, rtol=6e-8, atol=2e-6)
+    torch.testing.assert_close(out.stats.stack(), exact.stats.stack(), rtol=2e-6, atol=2e-5)
+    assert relative(grads[1], exact_grads[1]) <= 1e-6
+    _, plain, _ = case.run(impl="reference")  # sums over the vocabulary are the BLAS's
+    assert relative(grads[0], exact_grads[0]) <= max(1e-6, 2 * relative(plain, exact_grads[0]))
+
+
 @pytest.fixture
 def as_on_a_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
     """Factors in 16 bits, whose products are exact and summed in fp32, as tensor cores do."""
@@ -88,6 +102,28 @@ def test_rounded_gradients_of_logits(dtype: torch.dtype, option: str, scale: flo
     _, *grads = case.run(upstream=1 / scale, chunk_rows=70)
     for got, expected in zip(grads, exact, strict=True):
         assert relative(got, expected / scale) <= two_roundings(dtype)
+
+
+@chunked
+@pytest.mark.usefixtures("as_on_a_gpu")
+@pytest.mark.parametrize("option", ["plain", "on_policy"])
+def test_the_weights_gradient_is_summed_over_chunks_in_fp32(option: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What its one rounding to bf16 at the end finds errs by no more than the gradient of the logits. A sum in bf16 would err by
+    2.9e-3 after two chunks, and by more after each."""
+    sums: list[Tensor] = []
+    finish = linear_chunks.Gradient.finish
+
+    def watch(self: linear_chunks.Gradient) -> tuple[Tensor, Tensor]:
+        sums.append(self.weight.clone())
+        return finish(self)
+
+    monkeypatch.setattr(linear_chunks.Gradient, "finish", watch)
+    seed = torch.Generator().seed() % 2**31
+    print("seed", seed)
+    case = Case(seed, 2000, 70, 1501, option, torch.bfloat16, grid=True)
+    _, _, exact = case.exact()
+    case.run(chunk_rows=130)
+    assert len(sums) == 1 and sums[0].dtype == torch.float32 and relative(sums[0], exact) <= 2.4e-3
 
 
 class Narrow:

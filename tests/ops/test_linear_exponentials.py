@@ -28,6 +28,7 @@ interpreted = pytest.mark.skipif(not INTERPRETED, reason="emulates a GPU in the 
 
 
 @pytest.mark.skipif(INTERPRETED, reason="this is the interpreter")
+@pytest.mark.timeout(900)  # minutes, on a busy machine
 def test_in_the_interpreter() -> None:
     run_interpreted(__file__, "not in_the_interpreter and not without_a_gpu")
 
@@ -144,6 +145,22 @@ def test_edges_of_tiles(num_rows: int, vocab: int) -> None:
     floor = float(case.tables["weights"].norm()) + 1e-12
     for got, expected in zip(grads, exact_grads, strict=True):
         assert (got.double() - expected).norm() <= (1e-6 if INTERPRETED else 5e-3) * max(floor, float(expected.norm()))
+
+
+@on_device
+def test_offsets_of_more_than_32_bits() -> None:
+    """Rows 2^30 elements apart, between which nothing is touched: the last one begins at element 2^31."""
+    case = draw(3, 64, 304, "k3", ignored=False)
+    options = {"dual_clip": math.inf, "clip_form": "ppo", "first_row": 0, **case.options}
+
+    def run(exponentials: Tensor) -> tuple[Tensor, Tensor]:
+        return linear_exponentials.rows(case.hidden, case.weight, exponentials, case.tables, options)
+
+    near = torch.full((3, 304), math.nan, dtype=torch.bfloat16, device=DEVICE)
+    far = torch.empty(2**31 + 304, dtype=torch.bfloat16, device=DEVICE).as_strided((3, 304), (2**30, 1))
+    (rows, scales), (far_rows, far_scales) = run(near), run(far)
+    assert torch.equal(rows, far_rows) and torch.equal(scales, far_scales) and torch.equal(near, far)
+    assert rows.isfinite().all() and near.isfinite().all()
 
 
 @on_device

@@ -24,9 +24,13 @@ OPTIONS = ("plain", "k1", "k2", "k3", "full", "kept", "kept_full", "cispo", "on_
 SMALL = [(3, 7), (7, 1000)]
 # A held tile alone, several, and with streamed ones before; widths that are no multiple of anything
 LARGE = [(0, 7), (1, 1), (33, 30), (3, 5003), (2, 50257)]
+VAST = [(3, 32000), (2, 151643), (2, 151936), (2, 262144)]
+# Many rows take the interpreter too long.
+MANY = [] if INTERPRETED else [*product(OPTIONS, [(257, 1000)]), *product(("k3", "full"), [(300, 32000), (200, 151936)])]
 
 
 @pytest.mark.skipif(INTERPRETED, reason="this is the interpreter")
+@pytest.mark.timeout(900)  # minutes, on a busy machine
 @pytest.mark.parametrize("which", ["equals_fp64", "not equals_fp64"])
 def test_in_the_interpreter(which: str) -> None:
     run_interpreted(__file__, f"{which} and not in_the_interpreter and not why_not")
@@ -62,7 +66,11 @@ def rounded(x: torch.Tensor) -> torch.Tensor:
 
 
 @on_device
-@pytest.mark.parametrize(("name", "shape"), [*product(OPTIONS, SMALL), *product(("k3", "full", "kept"), LARGE)], ids=str)
+@pytest.mark.parametrize(
+    ("name", "shape"),
+    [*product(OPTIONS, SMALL), *product(("k3", "full", "kept"), LARGE), *product(("k3",), VAST), *MANY],
+    ids=str,
+)
 def test_equals_fp64(name: str, shape: tuple[int, int]) -> None:
     case = draw(*shape, torch.float32, name)
     cases.check(case, "triton", in_place=False)
@@ -122,6 +130,29 @@ def test_a_slice_of_the_batch_is_that_of_the_whole(name: str) -> None:
         part = cases.Case(case.logits[start:end], tables, case.options)
         d = poisoned(part.logits, torch.float32)
         assert torch.equal(rows_of(part, d, first_row=start), rows[:, start:end]) and torch.equal(d, whole[start:end])
+
+
+@on_device
+def test_offsets_of_more_than_32_bits() -> None:
+    """Rows 2^30 elements apart, between which nothing is touched: the last one begins at element 2^31."""
+    case = draw(3, 304, torch.float16, "k3", nan=False)
+    assert case.tables["labels"] is not None
+    case.tables["labels"].clamp_(min=0)
+    near = poisoned(case.logits, torch.float16)
+    rows = rows_of(case, near)
+    far = torch.empty(2**31 + 304, dtype=torch.float16, device=DEVICE).as_strided((3, 304), (2**30, 1))
+    far.copy_(case.logits)
+    assert torch.equal(rows_of(cases.Case(far, case.tables, case.options), far), rows) and torch.equal(far, near)
+    assert torch.equal(triton_rows.scale_(far, torch.full((), 0.5, device=DEVICE)), near / 2)
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(INTERPRETED, reason="takes the interpreter too long")
+def test_more_rows_than_a_grid_may_have_in_its_other_dimensions() -> None:
+    logits, labels = torch.randn(70_001, 16, device=DEVICE), torch.randint(16, (70_001,), device=DEVICE)
+    logprobs = token_logprobs(logits, labels, temperature=1.0, impl="triton")[0]
+    expected = logits.double().log_softmax(1).gather(1, labels[:, None])[:, 0]
+    torch.testing.assert_close(logprobs.double(), expected, rtol=0, atol=2e-6)
 
 
 @on_device
