@@ -4,12 +4,14 @@
 #   ACCELERATOR=cpu          auto (default: looks for an NVIDIA GPU), cpu or gpu
 #   TORCH_CPU_INDEX=URL      where the CPU build of torch comes from if the package index serves only the CUDA build
 #   DEMO_ARGS, TEST_ARGS     further flags of `srpo.demo`, `pytest`
+#   TEST_JOBS=2              so many files of tests run at once; each test takes one core, two where it starts two ranks
 
 PYTHON ?= python3
 VENV ?= .venv
 ACCELERATOR ?= auto
 DEMO_ARGS ?=
 TEST_ARGS ?=
+TEST_JOBS ?= 2
 
 # The commands behind `make demo` and `make demo-esci`.
 DEMO = $(RUN) -m srpo.demo $(DEMO_ARGS)
@@ -54,7 +56,7 @@ types: $(VENV)/.ready-test ## pyright
 	$(RUN) -m pyright --pythonpath $(RUN)
 
 unit: $(VENV)/.ready-test ## the tests for any machine; what is skipped is listed with the reason
-	$(PYTEST) -q -rs --durations=25 --durations-min=2 -m "$(ORDINARY)" $(TEST_ARGS)
+	$(PYTEST) -q -rs --durations=25 --durations-min=2 -n $(TEST_JOBS) --dist loadfile -m "$(ORDINARY)" $(TEST_ARGS)
 
 nightly: $(VENV)/.ready-test ## every test that this machine can run, with the long property tests
 	HYPOTHESIS_PROFILE=nightly $(PYTEST) -q $(TEST_ARGS)

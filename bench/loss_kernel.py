@@ -88,10 +88,10 @@ def peak_extra_bytes(call: Callable[[], Any], device: torch.device) -> int | Non
         return torch.cuda.max_memory_allocated() - before
     if sys.platform != "linux":
         return None
-    trim = getattr(ctypes.CDLL(None), "malloc_trim", None)  # glibc has it
+    cpu.empty_cache()  # memory that is free but still ours would be used again unseen
+    trim = getattr(ctypes.CDLL(None), "malloc_trim", None)  # glibc has it; likewise
     if trim is not None:
-        trim(0)  # memory that is free but still ours would be used again unseen
-    cpu.empty_cache()  # likewise
+        trim(0)
     try:
         Path("/proc/self/clear_refs").write_text("5")  # the high-water mark is what there is now
     except OSError:

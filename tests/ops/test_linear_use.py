@@ -322,8 +322,7 @@ def test_activation_checkpointing(option: str) -> None:
             hidden = torch.tanh(x @ inner)
             return case.loss(hidden, w).loss + case.logprobs(hidden, w)[1].mean()
 
-        loss = checkpoint(block, case.hidden, weight, use_reentrant=False) if checkpointed else None
-        loss = block(case.hidden, weight) if loss is None else loss
+        loss: Any = checkpoint(block, case.hidden, weight, use_reentrant=False) if checkpointed else block(case.hidden, weight)
         return loss, *torch.autograd.grad(loss, (inner, weight))
 
     assert all(torch.equal(a, b) for a, b in zip(run(True), run(False), strict=True))
