@@ -328,12 +328,12 @@ def test_a_step_does_not_loop_over_the_examples():
     drawn = sampler(examples, max_age=1000)
     rng = random.Random(0)
     drawn.observe([f"e{i}" for i in range(90_000)], [rng.choice([0.0, 1.0, 0.99]) for _ in range(90_000)])
-    start = time.perf_counter()
+    start = time.process_time()
     for _ in range(5):
         batch = ids(drawn.next(64) + drawn.more(20))
         drawn.observe(batch, [0.5] * len(batch))
         drawn.metrics()
-    assert (time.perf_counter() - start) / 5 < 0.05
+    assert (time.process_time() - start) / 5 < 0.05
 
 
 @pytest.mark.parametrize(

@@ -169,12 +169,13 @@ class Slow(Writes):
     """Takes a while, and counts its calls and the most that were in it at once."""
 
     num_calls = num_inside = most_inside = 0
+    pause_s = 0.05
 
     def generate(self, prompts: Sequence[tuple[int, ...]], params: SamplingParams, seed: int) -> list[Sample]:
         self.num_calls += 1
         self.num_inside += 1
         self.most_inside = max(self.most_inside, self.num_inside)
-        time.sleep(0.05)
+        time.sleep(self.pause_s)
         try:
             if any("fails" in CharTokenizer().decode(prompt) for prompt in prompts):
                 raise ValueError("no logits")
@@ -185,6 +186,7 @@ class Slow(Writes):
 
 def test_small_calls_of_several_threads_share_the_engine_s_batches() -> None:
     engine = Slow({"": "Step 1 is [Correct]"})
+    engine.pause_s = 0.3
     judge = judge_on(engine)
     with ThreadPoolExecutor(16) as threads:
         told = list(threads.map(lambda i: judge.judge([make_rollout(text=f"text {i}")], [EXAMPLE]), range(16)))

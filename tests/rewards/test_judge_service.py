@@ -81,17 +81,20 @@ def test_votes_are_calls_of_their_own(judge_at: Any) -> None:
 
 
 def test_threads_share_one_budget_of_calls(judge_at: Any) -> None:
-    with serving(lambda asked: takes(0.03, chat("Step 1 is [Correct]"))) as server:
-        judge = judge_at(server, judge_concurrency=5)
+    together = threading.Barrier(5, timeout=20)  # breaks where fewer than the budget are asked at once
+
+    def answer(asked: Asked) -> Answer:
+        together.wait()
+        return chat("Step 1 is [Correct]")
+
+    with serving(answer) as server:
+        judge = judge_at(server, judge_concurrency=5, judge_timeout_s=60.0)
         start = time.monotonic()
         with ThreadPoolExecutor(8) as threads:
-            told = list(threads.map(lambda i: ask(judge, *(f"{i} {j}" for j in range(5))), range(8)))
-        small_calls_s = time.monotonic() - start
-        assert told == [[GOOD] * 5] * 8
+            told = list(threads.map(lambda i: ask(judge, str(i)), range(40)))
+        assert told == [[GOOD]] * 40
         assert server.most_at_once == 5  # never more, and small calls together use all of it
-        assert small_calls_s < 0.6 * 40 * 0.03
-        busy = judge.take_counts()["busy_s"]
-        assert busy <= small_calls_s + 0.01
+        assert judge.take_counts()["busy_s"] <= time.monotonic() - start
 
 
 @pytest.mark.parametrize(
@@ -163,8 +166,8 @@ def test_an_answer_that_is_none_is_asked_for_again(judge_at: Any, failure: Answe
 def test_any_text_is_read_and_gives_at_most_verdicts(judge_at: Any, text: Any, told: Any) -> None:
     with serving(lambda asked: chat(text)) as server:
         judge = judge_at(server)
-        start = time.monotonic()
-        assert ask(judge, "x") == [told] and time.monotonic() - start < 2
+        start = time.process_time()
+        assert ask(judge, "x") == [told] and time.process_time() - start < 2
         assert counts(judge) == {"num_calls": 1, "num_responses": 1, "num_asked": 1}  # not asked again
 
 
@@ -172,7 +175,7 @@ def test_a_server_that_asks_to_wait_is_waited_for(judge_at: Any) -> None:
     with serving(failing(1, Answer(b"", 429, {"Retry-After": "0.4"}))) as server:
         start = time.monotonic()
         assert ask(judge_at(server), "x") == [GOOD]
-        assert 0.4 <= time.monotonic() - start < 2
+        assert time.monotonic() - start >= 0.4
 
 
 @pytest.mark.parametrize("pause_at", ["head", "body"])
@@ -180,14 +183,13 @@ def test_a_slow_server_is_given_up_on(judge_at: Any, pause_at: str) -> None:
     def answer(asked: Asked) -> Answer:
         if asked.number:
             return chat("Step 1 is [Correct]")
-        return replace(chat("x"), pause_s=3) if pause_at == "body" else takes(0.5, chat("x"))
+        return replace(chat("x"), pause_s=20) if pause_at == "body" else takes(3.0, chat("x"))
 
     with serving(answer) as server:
-        judge = judge_at(server, judge_timeout_s=0.2)
+        judge = judge_at(server, judge_timeout_s=1.0)
         start = time.monotonic()
         assert ask(judge, "x") == [GOOD]
-        assert time.monotonic() - start < 1.5 and counts(judge)["num_retries"] == 1
-        late = judge_at(server, judge_timeout_s=0.2, judge_retries=0)
+        assert time.monotonic() - start < 15 and counts(judge)["num_retries"] == 1
     with serving(lambda asked: takes(0.3, chat("x"))) as server, pytest.raises(JudgeServiceError, match=r"within 0\.2 s"):
         late = judge_at(server, judge_timeout_s=0.2, judge_retries=0)
         ask(late, "x")

@@ -78,6 +78,14 @@ def ask(rank: Connection, numbers: list[int], params: SamplingParams = PARAMS, s
     say(rank, {"prompts": [[40 + n] for n in numbers], "numbers": numbers, "how": how})
 
 
+def until(happened: Callable[[], object]) -> None:
+    """Waits for something in the server's thread."""
+    deadline = time.monotonic() + 20
+    while not happened():
+        assert time.monotonic() < deadline, "it never happened"
+        time.sleep(0.01)
+
+
 def hear(rank: Connection) -> dict[str, Any]:
     assert rank.poll(10), "nothing came"
     return json.loads(rank.recv_bytes())
@@ -129,7 +137,7 @@ def test_a_late_rank_is_served_after_the_window(serve, engine):
     first, second = serve(2, gather_s=0.05)
     engine.go = threading.Semaphore(0)
     ask(first, [0])
-    time.sleep(0.3)
+    until(lambda: engine.calls)
     ask(second, [1])
     engine.go.release(2)
     assert read(first) == {0: [40, 0]} and read(second) == {0: [41, 1]} and engine.calls == [[0], [1]]
@@ -162,6 +170,7 @@ def test_what_a_rank_asks_while_its_last_request_still_runs_is_another_one(serve
     first, second = serve(2)
     ask(first, [0])
     ask(second, [1])
+    until(lambda: engine.calls)
     say(first, None)
     assert read(first) == {}
     ask(first, [8])

@@ -21,34 +21,45 @@ def rollout(group: int, number: int = 0, version: int = 3) -> Rollout:
 class Source:
     """Groups in a given order; remembers how many were asked for and whether it was closed before its end."""
 
-    def __init__(self, order: Sequence[int], pause_s: float = 0.0, fails_at: int = -1) -> None:
+    def __init__(
+        self, order: Sequence[int], pause_s: float = 0.0, fails_at: int = -1, wait_for: threading.Event | None = None
+    ) -> None:
         self.given, self.closed, self.ended = 0, False, False
+        self.wait_for, self.last_given = wait_for, threading.Event()
         self.order, self.pause_s, self.fails_at = order, pause_s, fails_at
 
     def groups(self) -> Generator[list[Rollout], None, None]:
         try:
             for place, group in enumerate(self.order):
                 time.sleep(self.pause_s)
+                if self.wait_for is not None and place == len(self.order) - 1:
+                    assert self.wait_for.wait(20), "nobody has begun to score"
                 if place == self.fails_at:
+                    self.last_given.set()
                     raise OSError("the engine is gone")
                 self.given += 1
                 yield [rollout(group, number) for number in range(3)]
+                if place == len(self.order) - 1:
+                    self.last_given.set()
             self.ended = True
         finally:
             self.closed = True
 
 
 class Scorer:
-    """Pays each rollout by its text, slowly; keeps which thread asked for which groups."""
+    """Pays each rollout by its text, slowly; keeps which thread asked for which groups. Its first call waits for an event."""
 
-    def __init__(self, pause_s: float = 0.0, fails_at: int = -1) -> None:
-        self.pause_s, self.fails_at = pause_s, fails_at
+    def __init__(self, pause_s: float = 0.0, fails_at: int = -1, wait_for: threading.Event | None = None) -> None:
+        self.pause_s, self.fails_at, self.wait_for = pause_s, fails_at, wait_for
+        self.begun = threading.Event()
         self.calls: list[list[int]] = []
         self.threads: set[int] = set()
 
     def __call__(self, rollouts: Sequence[Rollout]) -> list[Rollout]:
         self.threads.add(threading.get_ident())
         self.calls.append([r.group for r in rollouts])
+        self.begun.set()
+        assert self.wait_for is None or self.wait_for.wait(20), "the rest never came"
         if len(self.calls) - 1 == self.fails_at:
             raise ValueError("the judge is gone")
         time.sleep(self.pause_s)
@@ -71,18 +82,18 @@ def test_all_come_scored_in_the_order_of_their_groups(seed: int, overlap: bool) 
 
 
 def test_groups_are_scored_while_others_are_sampled() -> None:
-    """Ten groups of 20 ms each, scored in 20 ms a call: one after the other that is 400 ms, side by side little over 220."""
-    source, scorer = Source(range(10), pause_s=0.02), Scorer(0.02)
-    start = time.perf_counter()
+    """The last group comes only when the first are being scored, and those are done only when the last has come."""
+    scorer = Scorer()
+    source = Source(range(10), wait_for=scorer.begun)
+    scorer.wait_for = source.last_given
     stream_scored(source.groups(), scorer, overlap=True)
-    seconds = time.perf_counter() - start
-    assert len(scorer.calls) > 4 and len(scorer.threads) == 1 and threading.get_ident() not in scorer.threads
-    assert seconds < 0.37, seconds
+    assert source.ended and len(scorer.threads) == 1 and threading.get_ident() not in scorer.threads
 
 
 def test_what_has_piled_up_is_one_call() -> None:
-    scorer = Scorer(0.1)
-    stream_scored(Source(range(8)).groups(), scorer, overlap=True)
+    source = Source(range(8))
+    scorer = Scorer(wait_for=source.last_given)
+    stream_scored(source.groups(), scorer, overlap=True)
     assert len(scorer.calls) <= 3
 
 
@@ -97,7 +108,8 @@ def test_enough_is_the_first_to_finish_and_closes_the_source(overlap: bool) -> N
 
 @pytest.mark.parametrize("overlap", [True, False])
 def test_an_engine_s_error_ends_scoring(overlap: bool) -> None:
-    source, scorer = Source(range(50), pause_s=0.001, fails_at=4), Scorer(0.02)
+    source = Source(range(50), fails_at=4)
+    scorer = Scorer(wait_for=source.last_given)
     with pytest.raises(OSError, match="the engine is gone"):
         stream_scored(source.groups(), scorer, overlap=overlap)
     calls = len(scorer.calls)
