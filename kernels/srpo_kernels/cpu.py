@@ -5,6 +5,7 @@ from __future__ import annotations
 import ctypes
 import warnings
 import weakref
+from collections import deque
 from functools import cache
 from typing import Any
 
@@ -19,7 +20,7 @@ KEPT_BYTES = 2**24  # gradients of this size and more leave their memory to the 
 LEVELS = ("portable", "avx2", "avx512", "avx512bf16")
 any_gradient_dtype = False
 
-_kept: list[np.ndarray] = []  # at most one block
+_kept: deque[np.ndarray] = deque(maxlen=1)  # the last one freed; any thread may take it, or free another
 forced_level: str | None = None  # tests run every instruction set that the machine has
 
 
@@ -59,7 +60,7 @@ def new_gradient(logits: torch.Tensor) -> torch.Tensor:
         return torch.empty_like(logits, memory_format=torch.contiguous_format)
     try:
         block = _kept.pop()
-    except IndexError:  # and no test before, which another thread could make stale
+    except IndexError:  # rather than a test before, which another thread could make stale
         block = np.empty(0, np.uint8)
     if not logits.nbytes <= block.nbytes <= 2 * logits.nbytes:
         del block  # freed before the next is taken
@@ -67,13 +68,8 @@ def new_gradient(logits: torch.Tensor) -> torch.Tensor:
         start = -block.ctypes.data % HUGE_PAGE
         block = block[start : start + logits.nbytes]
     used = block[: logits.nbytes]
-    weakref.finalize(used, _keep, block).atexit = False
+    weakref.finalize(used, _kept.append, block).atexit = False
     return torch.from_numpy(used).view(logits.dtype).view(logits.shape)
-
-
-def _keep(block: np.ndarray) -> None:
-    """Takes back what `new_gradient` gave, once no tensor has it; the larger of two stays."""
-    _kept[:] = [max([*_kept, block], key=lambda kept: kept.nbytes)]
 
 
 def empty_cache() -> None:
