@@ -100,9 +100,20 @@ SRPO_HD Partial merge(Partial a, Partial b) {
   return {a.k, a.sum + b.sum, a.dot + b.dot, a.gap + b.gap};
 }
 
-// Adds n logits. Their own sums come first, so that what is added up is added in few roundings. kGap: also against x_ref.
+// A sum with one more term (Kahan); `lost` is how much too large rounding has made it so far. A thread adds hundreds of terms to one
+// that may outweigh them all, so their roundings need not average out. 16-bit logits notice nothing.
+template <bool fine>
+SRPO_HD float add_term(float sum, float term, float& lost) {
+  if (!fine) return sum + term;
+  const float owed = term - lost, next = sum + owed;
+  lost = (next - sum) - owed;
+  return next;
+}
+
+// Adds n logits. Their own sums come first, so that what is added up is added in few roundings. kGap: also against x_ref. `lost`:
+// that of p.sum, 0 at the start.
 template <bool fine, bool kGap, int n>
-SRPO_HD void add_logits(Partial& p, const float (&x)[n], const float (&x_ref)[n], Scale c) {
+SRPO_HD void add_logits(Partial& p, float& lost, const float (&x)[n], const float (&x_ref)[n], Scale c) {
   float sum[2] = {0, 0}, dot[2] = {0, 0}, gap = 0;
   for (int j = 0; j < n; ++j) {
     float t;
@@ -111,19 +122,22 @@ SRPO_HD void add_logits(Partial& p, const float (&x)[n], const float (&x_ref)[n]
     dot[j % 2] = fmaf(e, fmaxf(t, -150.0f), dot[j % 2]);  // 0 * -150, not 0 * -inf
     if (kGap && e != 0) gap = fmaf(e, x[j] - x_ref[j], gap);
   }
-  p.sum += sum[0] + sum[1];
+  p.sum = add_term<fine>(p.sum, sum[0] + sum[1], lost);
   p.dot += dot[0] + dot[1];
   p.gap += gap;
 }
 
 // The same while the largest logit is still unknown: k rises as need be.
 template <bool fine, bool kGap, int n>
-SRPO_HD void add_more_logits(Partial& p, const float (&x)[n], const float (&x_ref)[n], Scale c) {
+SRPO_HD void add_more_logits(Partial& p, float& lost, const float (&x)[n], const float (&x_ref)[n], Scale c) {
   float most = x[0];
   for (int j = 1; j < n; ++j) most = fmaxf(most, x[j]);
   const float k = exponent_near(most, c, p.k);
-  if (k > p.k) raise(p, k);
-  add_logits<fine, kGap>(p, x, x_ref, c);
+  if (k > p.k) {
+    lost *= power_of_two(p.k - k);
+    raise(p, k);
+  }
+  add_logits<fine, kGap>(p, lost, x, x_ref, c);
 }
 
 // The columns that a softmax is taken over: all, or with a filter the label and then the other kept ids.

@@ -106,10 +106,11 @@ __device__ __forceinline__ Partial sum_slice(const uint4* slice, int first, int 
   const float k = exponent_near(most, c, 0.0f);
 
   Partial p = {k, 0, 0, 0};
+  float lost = 0;
 #pragma unroll 2
   for (int i = first; i < num_vectors; i += kThreads) {
     read<T>(slice + i).unpack(x);
-    add_logits<kFine<T>, false>(p, x, x, c);
+    add_logits<kFine<T>, false>(p, lost, x, x, c);
   }
 #pragma unroll
   for (int lane = 16; lane; lane /= 2) {

@@ -41,6 +41,7 @@ __global__ void __launch_bounds__(kPlainThreads, 2) rows_two_reads(const __grid_
       for (int i = thread; i < (num_ids + 31) / 32; i += kPlainThreads) is_kept[i] = 0;
 
     Partial p = nothing(), q = nothing();
+    float lost = 0, ref_lost = 0;
     bool found = !filtered;
     for (int start = thread; start < candidates.count; start += kChunk * kPlainThreads) {
       float x[kChunk], y[kChunk];
@@ -51,10 +52,10 @@ __global__ void __launch_bounds__(kPlainThreads, 2) rows_two_reads(const __grid_
         if (ref) y[j] = id < 0 ? -INFINITY : float(ref[id]);
       }
       if (ref) {
-        add_more_logits<kFine<T>, true>(p, x, y, c);
-        add_more_logits<kFine<T>, false>(q, y, y, c);
+        add_more_logits<kFine<T>, true>(p, lost, x, y, c);
+        add_more_logits<kFine<T>, false>(q, ref_lost, y, y, c);
       } else {
-        add_more_logits<kFine<T>, false>(p, x, x, c);
+        add_more_logits<kFine<T>, false>(p, lost, x, x, c);
       }
     }
     if (filtered)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib.metadata
 import importlib.util
 import os
+import random
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -31,13 +32,19 @@ hypothesis.settings.register_profile("nightly", max_examples=1000, deadline=None
 hypothesis.settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "ordinary"))
 
 
+@pytest.hookimpl(tryfirst=True)
 def pytest_runtest_setup(item: pytest.Item) -> None:
-    """Skip what this machine cannot run."""
+    """Skip what this machine cannot run. Tests draw fresh inputs; a failed one shows the seed with which it draws
+    the same again."""
     needed = 2 if item.get_closest_marker("multigpu") else 1 if item.get_closest_marker("gpu") else 0
     if torch.cuda.device_count() < needed:
         pytest.skip(f"needs {needed} CUDA device(s), found {torch.cuda.device_count()}")
     if item.get_closest_marker("vllm") and not has_cpu_vllm():
         pytest.skip("needs vLLM's CPU build: `make vllm` installs it or says why it cannot")
+    seed = int(os.environ.get("SRPO_TEST_SEED") or random.SystemRandom().randrange(2**31))
+    print(f"SRPO_TEST_SEED={seed}")
+    random.seed(seed)
+    torch.manual_seed(seed)
 
 
 def has_cpu_vllm() -> bool:

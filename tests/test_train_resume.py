@@ -132,8 +132,7 @@ def start_and_kill(small: ModuleType, cfg: Config, folder: Path, seed: int, num_
 
 def test_killed_and_started_again_it_ends_the_same(small: ModuleType, world: Any, tmp_path: Path, whole: dict[str, Any]) -> None:
     killed = settings(world, tmp_path / "killed")
-    seed = random.SystemRandom().randrange(10**6)
-    print("seed", seed)
+    seed = random.randrange(10**6)
     assert start_and_kill(small, killed, tmp_path / "log", seed, num_ranks=1, extra_kills=0) >= 2
     train(killed, small.ONE)  # what one more process would do, without its seconds of imports
     assert differences(tmp_path / "killed", whole, tmp_path) == []
@@ -145,8 +144,7 @@ def test_killed_and_started_again_it_ends_the_same(small: ModuleType, world: Any
 def test_killed_often(small: ModuleType, world: Any, tmp_path: Path, num_ranks: int) -> None:
     whole, killed = settings(world, tmp_path / "whole"), settings(world, tmp_path / "killed")
     small.Program("srpo.train", whole, tmp_path / "log", num_ranks).finish()
-    seed = random.SystemRandom().randrange(10**6)
-    print("seed", seed)
+    seed = random.randrange(10**6)
     assert start_and_kill(small, killed, tmp_path / "log", seed, num_ranks, extra_kills=4) >= 3
     small.Program("srpo.train", killed, tmp_path / "log", num_ranks).finish()
     assert differences(tmp_path / "killed", outcome(tmp_path / "whole", tmp_path / "flat.pt"), tmp_path) == []
@@ -161,8 +159,7 @@ def test_stopped_before_every_phase_it_ends_the_same(
     small: ModuleType, world: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, whole: dict[str, Any]
 ) -> None:
     """The same in one process: one run that breaks off before each phase of the loop in turn, in a random order and step."""
-    seed = random.SystemRandom().randrange(10**6)
-    print("seed", seed)
+    seed = random.randrange(10**6)
     rng, cfg = random.Random(seed), settings(world, tmp_path / "stopped")
     past_one = rng.choice([phase for phase in PHASES if phase != "evaluate_now"])
     for phase in [*rng.sample(PHASES, len(PHASES)), *AT_THE_END]:

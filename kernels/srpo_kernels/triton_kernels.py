@@ -49,13 +49,28 @@ def _fold(x, FOLD: tl.constexpr):
 
 
 @triton.jit
-def _add_tile(x, ref_logits, columns, valid, c, sums, FOLD: tl.constexpr):
-    """(offset, total, dot, ref_offset, ref_total, gap) with one more tile. Every thread keeps sums of its own: a tile costs one
-    reduction over the threads, that of its maximum.
+def _add_terms(total, lost, scale, terms, FINE: tl.constexpr):
+    """(total scale + terms, by how much rounding has made that too large so far): Kahan's sum, `scale` a power of two. A thread
+    adds dozens of terms to one that may outweigh them all, so their roundings need not average out. Without FINE a plain sum."""
+    scaled = total * scale
+    if FINE:
+        owed = terms - lost * scale
+        total = scaled + owed
+        lost = (total - scaled) - owed
+    else:
+        total = scaled + terms
+    return total, lost
 
-    total: of E; dot: of E log2 E; ref_total: of the reference's E; gap: of E (log2 E - log2 of the reference's E).
+
+@triton.jit
+def _add_tile(x, ref_logits, columns, valid, c, sums, FOLD: tl.constexpr):
+    """(offset, total, lost, dot, ref_offset, ref_total, gap) with one more tile. Every thread keeps sums of its own: a tile costs
+    one reduction over the threads, that of its maximum.
+
+    total: of E; lost: see `_add_terms`; dot: of E log2 E; ref_total: of the reference's E; gap: of E (log2 E - log2 of the
+    reference's E).
     """
-    offset, total, dot, ref_offset, ref_total, gap = sums
+    offset, total, lost, dot, ref_offset, ref_total, gap = sums
     offset, drop, y = _exponents(x.to(tl.float32), c, offset)
     scale = tl.exp2(drop)
     e = tl.exp2(y)
@@ -66,8 +81,8 @@ def _add_tile(x, ref_logits, columns, valid, c, sums, FOLD: tl.constexpr):
         ref_offset, ref_drop, ref_y = _exponents(ref_x, c, ref_offset)
         gap = tl.fma(total, drop - ref_drop, gap) * scale + _fold(tl.where(e != 0, e * (y - ref_y), 0.0), FOLD)
         ref_total = tl.fma(ref_total, tl.exp2(ref_drop), _fold(tl.exp2(ref_y), FOLD))
-    total = tl.fma(total, scale, _fold(e, FOLD))
-    return offset, total, dot, ref_offset, ref_total, gap
+    total, lost = _add_terms(total, lost, scale, _fold(e, FOLD), x.dtype == tl.float32)
+    return offset, total, lost, dot, ref_offset, ref_total, gap
 
 
 @triton.jit
@@ -103,7 +118,7 @@ def _row_sums(logits, ref_logits, held, columns, head, vocab, c, BLOCK: tl.const
     lanes = tl.arange(0, BLOCK)
     zeros = tl.zeros([BLOCK // FOLD], tl.float32)
     lowest = tl.max(zeros, 0) + LOWEST
-    sums = (lowest, zeros, zeros, lowest, zeros, zeros)
+    sums = (lowest, zeros, zeros, zeros, lowest, zeros, zeros)
     x = _load(logits, lanes, lanes < head, "evict_last")
     for i in tl.static_range(NUM_HELD):
         own = columns + i * BLOCK
@@ -113,7 +128,7 @@ def _row_sums(logits, ref_logits, held, columns, head, vocab, c, BLOCK: tl.const
         next_x = _load(logits, ahead + lanes, lanes < head - ahead, "evict_last")
         sums = _add_tile(x, ref_logits, start + lanes, lanes < head - start, c, sums, FOLD)
         x = next_x
-    offset, total, dot, ref_offset, ref_total, gap = sums
+    offset, total, _, dot, ref_offset, ref_total, gap = sums
     return offset, tl.sum(total, 0), tl.sum(dot, 0), ref_offset, tl.sum(ref_total, 0), tl.sum(gap, 0)
 
 

@@ -176,7 +176,7 @@ def test_the_next_stage_has_a_plateau_of_its_own() -> None:
 def test_the_earliest_end_that_the_checks_know_is_the_real_one() -> None:
     """A run of one step more than that is accepted and its last step is the last stage's; one step less is refused."""
     for _ in range(30):
-        rng = random.Random(seed := random.SystemRandom().randrange(10**6))
+        rng = random.Random(seed := random.randrange(10**6))
         every = rng.randint(1, 6)
         plateau = StageConfig("b", metric=rng.choice(["eval/accuracy", "reward/total"]), patience=rng.randint(1, 4))
         stages = (StageConfig("a", num_steps=rng.randint(1, 9)), plateau, LAST)
@@ -196,7 +196,7 @@ def test_the_earliest_end_that_the_checks_know_is_the_real_one() -> None:
 @pytest.mark.parametrize("through", [through_json, through_torch])
 def test_resumed_anywhere_it_goes_on_the_same(through: Any) -> None:
     """In the middle of a stage and of a plateau, at the step of a switch, in the last stage: 40 steps, stopped after each."""
-    seed = random.SystemRandom().randrange(10**6)
+    seed = random.randrange(10**6)
     stages = (
         StageConfig("a", metric="eval/macro_f1", min_gain=0.05, patience=2, balance="query_type"),
         StageConfig("b", num_steps=7, metric="reward/total", patience=3, data="others"),

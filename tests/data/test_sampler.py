@@ -63,7 +63,7 @@ def test_epochs_and_seeds_differ_and_runs_repeat():
 @pytest.mark.parametrize(("size", "n"), [(7, 5), (7, 6), (7, 7), (10, 3), (13, 8)])
 def test_a_batch_across_epochs_repeats_nothing_and_leaves_nobody_out(size, n):
     """Whatever the place of the batch in its epoch, no example gets two visits ahead of another."""
-    seed = random.SystemRandom().randrange(10**6)
+    seed = random.randrange(10**6)
     drawn, counts = sampler(make(size), seed=seed), Counter(dict.fromkeys(ids(make(size)), 0))
     for _ in range(size * 3):
         batch = ids(drawn.next(n))
@@ -263,7 +263,7 @@ class Plain:
 
 
 def test_it_draws_what_the_slow_way_draws():
-    seed = random.SystemRandom().randrange(10**6)
+    seed = random.randrange(10**6)
     rng = random.Random(seed)
     for _ in range(20):
         examples, max_age = make(rng.randint(5, 40)), rng.randint(0, 12)
@@ -294,7 +294,7 @@ def through_torch(state: dict) -> dict:
 @pytest.mark.parametrize("balance", [(), ("kind",), ("grade", "kind")])
 @pytest.mark.parametrize("through", [through_json, through_torch])
 def test_resuming_anywhere_continues_the_same_sequence(balance, through):
-    seed = random.SystemRandom().randrange(10**6)
+    seed = random.randrange(10**6)
     rng = random.Random(seed)
     examples = make(rng.randint(12, 40), "aaabbc")
     options = {"seed": seed, "balance": balance, "max_age": rng.randint(2, 9), "new_weight": 0.4}

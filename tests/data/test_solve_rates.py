@@ -59,7 +59,7 @@ def test_an_estimate_outside_the_window_skips_until_max_age(max_age):
 
 
 def test_the_state_holds_what_was_scored_and_nothing_else():
-    seed = random.SystemRandom().randrange(10**6)
+    seed = random.randrange(10**6)
     rng, one, two = random.Random(seed), rates(50), rates(50)
     two.observe(["e7"], [0.3])  # of a life before the load
     for _ in range(30):

@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 import srpo_kernels
 import torch
+from loss_cases import off_the_edges
 from srpo_kernels import IGNORE, PolicyLoss
 from srpo_kernels.linear import linear_policy_loss, linear_token_logprobs
 from torch import Tensor
@@ -84,7 +85,7 @@ class Case:
         noise = 0.3 * torch.randn(2, num_rows, generator=gen).to(device)
         near, _ = self.logprobs(self.hidden.double(), self.weight.double())
         if old:
-            self.tables["old_logprobs"] = (near + noise[0]).float()
+            self.tables["old_logprobs"] = off_the_edges((near + noise[0]).float(), near, self.options)
         if self.options["kl_estimator"] != "full":
             self.tables["ref_logprobs"] = (near + noise[1]).float()
 

@@ -62,10 +62,11 @@ void one_read(const RowArgs& a, int64_t row, int num_ctas) {
       const float k = ks[cta * kWarps + warp] = exponent_near(most, c, 0);
       Partial lanes[kLanes];
       std::fill(lanes, lanes + kLanes, Partial{k, 0, 0, 0});
+      float lost[kLanes] = {};
       share(first, width(cta), warp, [&](int lane, int64_t at) {
         float v[kCount];
         std::copy(x + at, x + at + kCount, v);
-        add_logits<fine, false>(lanes[lane], v, v, c);
+        add_logits<fine, false>(lanes[lane], lost[lane], v, v, c);
       });
       for (int lane = 0; lane < kLanes; ++lane) sums[lane] = lanes[lane].sum, dots[lane] = lanes[lane].dot;
       const auto plus = [](float u, float v) { return u + v; };
@@ -103,6 +104,7 @@ void two_reads(const RowArgs& a, int64_t row) {
     Partial p[kLanes], q[kLanes];
     for (int lane = 0; lane < kLanes; ++lane) {
       p[lane] = q[lane] = nothing();
+      float lost = 0, ref_lost = 0;
       for (int start = warp * kLanes + lane; start < all.count; start += kChunk * kThreads) {
         float u[kChunk], v[kChunk];
         for (int j = 0; j < kChunk; ++j) {
@@ -110,8 +112,8 @@ void two_reads(const RowArgs& a, int64_t row) {
           u[j] = id < 0 ? -INFINITY : x[id];
           v[j] = id < 0 || !ref ? -INFINITY : ref[id];
         }
-        if (ref) add_more_logits<fine, true>(p[lane], u, v, c), add_more_logits<fine, false>(q[lane], v, v, c);
-        else add_more_logits<fine, false>(p[lane], u, u, c);
+        if (ref) add_more_logits<fine, true>(p[lane], lost, u, v, c), add_more_logits<fine, false>(q[lane], ref_lost, v, v, c);
+        else add_more_logits<fine, false>(p[lane], lost, u, u, c);
       }
     }
     parts[warp] = over_lanes(p, merge), ref_parts[warp] = over_lanes(q, merge);

@@ -32,9 +32,7 @@ def level(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> st
 
 
 def a_seed() -> int:
-    seed = random.SystemRandom().randrange(2**31)
-    print("seed", seed)
-    return seed
+    return random.randrange(2**31)
 
 
 @pytest.mark.parametrize("level", ["all"], indirect=True)
@@ -77,6 +75,11 @@ def test_a_gradient_that_bypasses_the_caches_is_the_same(num_rows: int) -> None:
     exact = case.exact()[1]
     assert case.error(grad, exact) <= 3e-7
     assert bool((grad[case.tables["labels"] == IGNORE] == 0).all())
+
+
+@pytest.mark.parametrize("power", [23, 24, 25, 26, 27])
+def test_small_terms_are_not_lost_in_a_large_sum(power: int) -> None:
+    cases.check_small_terms("cpu", power)
 
 
 @pytest.mark.parametrize("scale", [1e4, 1e-4, 0.0])

@@ -41,9 +41,7 @@ def forced(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> i
 
 
 def a_seed() -> int:
-    seed = random.SystemRandom().randrange(2**31)
-    print("seed", seed)
-    return seed
+    return random.randrange(2**31)
 
 
 def draw(*args: Any, **kw: Any) -> Any:
@@ -104,6 +102,11 @@ def test_without_a_reference(name: str) -> None:
     case.options["kl_coef"] = 0.0
     cases.check(case, "cuda", in_place=False)
     assert not bool(case.measured("cuda")[0].stats.sum_kl.any())
+
+
+@pytest.mark.parametrize("power", [23, 24, 25, 26, 27])
+def test_small_terms_are_not_lost_in_a_large_sum(power: int) -> None:
+    cases.check_small_terms("cuda", power, DEVICE)
 
 
 @pytest.mark.parametrize("name", ["k3", "full", "kept"])

@@ -73,9 +73,7 @@ def model(request: pytest.FixtureRequest, library: ctypes.CDLL, monkeypatch: pyt
 
 
 def a_seed() -> int:
-    seed = random.SystemRandom().randrange(2**31)
-    print("seed", seed)
-    return seed
+    return random.randrange(2**31)
 
 
 @pytest.mark.parametrize(
@@ -99,6 +97,11 @@ def test_without_a_reference(model: str, name: str) -> None:
     case.options["kl_coef"] = 0.0
     cases.check(case, model, in_place=False)
     assert not bool(case.measured(model)[0].stats.sum_kl.any())
+
+
+@pytest.mark.parametrize("power", [23, 24, 25, 26, 27])
+def test_small_terms_are_not_lost_in_a_large_sum(model: str, power: int) -> None:
+    cases.check_small_terms(model, power)
 
 
 @pytest.mark.parametrize("scale", [1e4, 1e-4, 0.0])

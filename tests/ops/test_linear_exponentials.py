@@ -35,9 +35,7 @@ def test_in_the_interpreter() -> None:
 
 def draw(num_rows: int = 83, size: int = 37, vocab: int = 211, option: str = "plain", **more: Any) -> Case:
     """Hidden states and weights that bf16 holds exactly."""
-    seed = random.SystemRandom().randrange(2**31)
-    print("seed", seed)
-    return Case(seed, num_rows, size, vocab, option, DTYPE, DEVICE, **{"grid": True, **more})
+    return Case(random.randrange(2**31), num_rows, size, vocab, option, DTYPE, DEVICE, **{"grid": True, **more})
 
 
 def num_taken_again(monkeypatch: pytest.MonkeyPatch) -> list[int]:
@@ -124,7 +122,7 @@ def test_on_policy_ratio_is_one(impl: str) -> None:
     """Of old log-probabilities that another product has made. A step per row, so that the sums by step show each row's ratio."""
     if impl not in srpo_kernels.implementations(torch.empty(0, 1, device=DEVICE)):
         pytest.skip(f"{impl} is not here")
-    case = draw(30, 200, 3000, std=4.0, grid=False)
+    case = draw(30, 200, 3000, grid=False)
     tables = {"cu_seqlens": torch.tensor([0, 30]), "step_ends": torch.arange(1, 31)[None], "step_advantages": torch.ones(1, 30)}
     case.tables |= {name: table.to(DEVICE) for name, table in tables.items()}
     case.tables["old_logprobs"] = case.logprobs(case.hidden, case.weight, impl=impl)[0]

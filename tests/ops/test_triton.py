@@ -37,9 +37,7 @@ def test_in_the_interpreter(which: str) -> None:
 
 
 def draw(*args: Any, **kw: Any) -> cases.Case:
-    seed = random.SystemRandom().randrange(2**31)
-    print("seed", seed)
-    case = cases.draw(seed, *args, **kw)
+    case = cases.draw(random.randrange(2**31), *args, **kw)
     tables = {name: None if table is None else table.to(DEVICE) for name, table in case.tables.items()}
     return cases.Case(case.logits.to(DEVICE), tables, case.options)
 
@@ -153,6 +151,12 @@ def test_more_rows_than_a_grid_may_have_in_its_other_dimensions() -> None:
     logprobs = token_logprobs(logits, labels, temperature=1.0, impl="triton")[0]
     expected = logits.double().log_softmax(1).gather(1, labels[:, None])[:, 0]
     torch.testing.assert_close(logprobs.double(), expected, rtol=0, atol=2e-6)
+
+
+@on_device
+@pytest.mark.parametrize("power", [23, 24, 25, 26, 27])
+def test_small_terms_are_not_lost_in_a_large_sum(power: int) -> None:
+    cases.check_small_terms("triton", power, DEVICE)
 
 
 @on_device
