@@ -10,6 +10,7 @@ import sys
 from collections.abc import Callable
 from pathlib import Path
 from types import ModuleType
+from typing import Any
 
 # One thread: what is promised bit for bit is promised for a fixed order of sums, and the models here are too small to need two.
 THREADS = os.environ.get("OMP_NUM_THREADS", "1")
@@ -26,9 +27,11 @@ import torch
 GOLDEN = Path(__file__).parent / "golden"
 
 torch.set_num_threads(int(THREADS))
+# A clock decides nothing, for a machine may be slow.
 # A test that asks for more than the default multiplies it: `settings(max_examples=20 * settings.default.max_examples)`.
-hypothesis.settings.register_profile("ordinary", max_examples=100, deadline=None, print_blob=True)
-hypothesis.settings.register_profile("nightly", max_examples=1000, deadline=None, print_blob=True)
+PROFILE: dict[str, Any] = {"deadline": None, "suppress_health_check": [hypothesis.HealthCheck.too_slow], "print_blob": True}
+hypothesis.settings.register_profile("ordinary", max_examples=100, **PROFILE)
+hypothesis.settings.register_profile("nightly", max_examples=1000, **PROFILE)
 hypothesis.settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "ordinary"))
 
 
