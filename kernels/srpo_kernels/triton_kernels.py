@@ -64,13 +64,14 @@ def _add_terms(total, lost, scale, terms, FINE: tl.constexpr):
 
 @triton.jit
 def _add_tile(x, ref_logits, columns, valid, c, sums, FOLD: tl.constexpr):
-    """(offset, total, lost, dot, ref_offset, ref_total, gap) with one more tile. Every thread keeps sums of its own: a tile costs
-    one reduction over the threads, that of its maximum.
+    """(offset, total, lost, dot, ref_offset, ref_total, ref_lost, gap) with one more tile. Every thread keeps sums of its own: a
+    tile costs one reduction over the threads, that of its maximum.
 
-    total: of E; lost: see `_add_terms`; dot: of E log2 E; ref_total: of the reference's E; gap: of E (log2 E - log2 of the
+    total: of E; lost: see `_add_terms`; dot: of E log2 E; ref_*: of the reference's E; gap: of E (log2 E - log2 of the
     reference's E).
     """
-    offset, total, lost, dot, ref_offset, ref_total, gap = sums
+    offset, total, lost, dot, ref_offset, ref_total, ref_lost, gap = sums
+    fine = x.dtype == tl.float32
     offset, drop, y = _exponents(x.to(tl.float32), c, offset)
     scale = tl.exp2(drop)
     e = tl.exp2(y)
@@ -80,9 +81,9 @@ def _add_tile(x, ref_logits, columns, valid, c, sums, FOLD: tl.constexpr):
         ref_x = _load(ref_logits, columns, valid, "evict_last").to(tl.float32)
         ref_offset, ref_drop, ref_y = _exponents(ref_x, c, ref_offset)
         gap = tl.fma(total, drop - ref_drop, gap) * scale + _fold(tl.where(e != 0, e * (y - ref_y), 0.0), FOLD)
-        ref_total = tl.fma(ref_total, tl.exp2(ref_drop), _fold(tl.exp2(ref_y), FOLD))
-    total, lost = _add_terms(total, lost, scale, _fold(e, FOLD), x.dtype == tl.float32)
-    return offset, total, lost, dot, ref_offset, ref_total, gap
+        ref_total, ref_lost = _add_terms(ref_total, ref_lost, tl.exp2(ref_drop), _fold(tl.exp2(ref_y), FOLD), fine)
+    total, lost = _add_terms(total, lost, scale, _fold(e, FOLD), fine)
+    return offset, total, lost, dot, ref_offset, ref_total, ref_lost, gap
 
 
 @triton.jit
@@ -118,7 +119,7 @@ def _row_sums(logits, ref_logits, held, columns, head, vocab, c, BLOCK: tl.const
     lanes = tl.arange(0, BLOCK)
     zeros = tl.zeros([BLOCK // FOLD], tl.float32)
     lowest = tl.max(zeros, 0) + LOWEST
-    sums = (lowest, zeros, zeros, zeros, lowest, zeros, zeros)
+    sums = (lowest, zeros, zeros, zeros, lowest, zeros, zeros, zeros)
     x = _load(logits, lanes, lanes < head, "evict_last")
     for i in tl.static_range(NUM_HELD):
         own = columns + i * BLOCK
@@ -128,7 +129,7 @@ def _row_sums(logits, ref_logits, held, columns, head, vocab, c, BLOCK: tl.const
         next_x = _load(logits, ahead + lanes, lanes < head - ahead, "evict_last")
         sums = _add_tile(x, ref_logits, start + lanes, lanes < head - start, c, sums, FOLD)
         x = next_x
-    offset, total, _, dot, ref_offset, ref_total, gap = sums
+    offset, total, _, dot, ref_offset, ref_total, _, gap = sums
     return offset, tl.sum(total, 0), tl.sum(dot, 0), ref_offset, tl.sum(ref_total, 0), tl.sum(gap, 0)
 
 

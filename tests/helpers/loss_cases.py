@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import random
 from dataclasses import dataclass
 from typing import Any
 
@@ -66,12 +67,16 @@ class Case:
         return relative(gradient, exact, float(self.tables["weights"].norm()) + 1e-12)
 
 
+def a_seed() -> int:
+    return random.randrange(2**31)
+
+
 def off_the_edges(old_logprobs: torch.Tensor, logprobs: torch.Tensor, options: dict[str, Any]) -> torch.Tensor:
     """Old log-probabilities, moved where a row is so near the edge of a clip that rounding would decide on its gradient.
     One row in a million is; what happens exactly on an edge is for tests of its own."""
-    edges = torch.tensor([1 - options["clip_eps_low"], 1 + options["clip_eps_high"], options.get("dual_clip", 1.0)])
-    log_ratio = logprobs - old_logprobs.double()
-    near = (log_ratio[:, None] - edges.double().log().to(log_ratio.device)).abs().amin(1) < 1e-5
+    low, high = 1 - options["clip_eps_low"], 1 + options["clip_eps_high"]
+    edges = torch.tensor([low, high, options.get("dual_clip", high)], dtype=torch.float64, device=logprobs.device)
+    near = (logprobs[:, None] - old_logprobs[:, None].double() - edges.log()).abs().amin(1) < 1e-5
     return torch.where(near, old_logprobs + 1e-3, old_logprobs)
 
 
@@ -118,13 +123,18 @@ def draw(seed: int, num_rows: int, vocab: int, dtype: torch.dtype, name: str, *,
 
 def check_small_terms(impl: str, power: int, device: str = "cpu") -> None:
     """Asserts that a sum which begins or ends with 1 loses none of 151,935 terms of 2^-power, though each by itself is rounded to
-    nothing or to twice its size."""
+    nothing or to twice its size, and that the sums of the policy and of an equal reference come out the same."""
     logits = torch.full((4, 151936), -power * math.log(2))
     logits[:2, 0] = logits[2:, -1] = 0
     labels = torch.tensor([0, 7, 151935, 7])
     exact = token_logprobs(logits.double(), labels, temperature=1.0, impl="reference")
-    for got, wanted in zip(token_logprobs(logits.to(device), labels.to(device), temperature=1.0, impl=impl), exact, strict=True):
+    logits, labels = logits.to(device), labels.to(device)
+    for got, wanted in zip(token_logprobs(logits, labels, temperature=1.0, impl=impl), exact, strict=True):
         torch.testing.assert_close(got.cpu().double(), wanted, rtol=6e-8, atol=1e-6)
+    tables = [x.to(device) for x in (torch.ones(1, 1), torch.tensor([[4]]), torch.tensor([0, 4]), torch.ones(4))]
+    options = {"clip_eps_low": 0.2, "clip_eps_high": 0.2, "kl_coef": 0.1, "kl_estimator": "full", "temperature": 1.0}
+    out = policy_loss(logits, labels, *tables, old_logprobs=None, ref_logits=logits.clone(), **options, in_place=False, impl=impl)
+    assert not bool(out.stats.sum_kl.any()), out.stats.sum_kl
 
 
 def relative(got: torch.Tensor, exact: torch.Tensor, floor: float = 1e-12) -> float:

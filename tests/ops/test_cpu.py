@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import random
 import re
 from itertools import product
 from pathlib import Path
@@ -31,10 +30,6 @@ def level(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> st
     return request.param
 
 
-def a_seed() -> int:
-    return random.randrange(2**31)
-
-
 @pytest.mark.parametrize("level", ["all"], indirect=True)
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize(
@@ -43,7 +38,7 @@ def a_seed() -> int:
 def test_equals_fp64(shape: tuple[int, int], name: str, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
     if not cpu.levels():
         pytest.skip("no compiler")
-    case = cases.draw(a_seed(), *shape, dtype, name)
+    case = cases.draw(cases.a_seed(), *shape, dtype, name)
     fp64 = case.exact()
     for level in cpu.levels():
         print(level)
@@ -54,7 +49,7 @@ def test_equals_fp64(shape: tuple[int, int], name: str, dtype: torch.dtype, monk
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_the_same_bits_in_place_and_again_and_with_more_threads(dtype: torch.dtype) -> None:
-    case = cases.draw(a_seed(), 61, 3001, dtype, "k3")
+    case = cases.draw(cases.a_seed(), 61, 3001, dtype, "k3")
     out, grad = case.measured("cpu")
     again, same = case.measured("cpu", in_place=True)
     assert torch.equal(grad, same) and torch.equal(out.logprobs, again.logprobs) and out.loss == again.loss
@@ -70,7 +65,7 @@ def test_the_same_bits_in_place_and_again_and_with_more_threads(dtype: torch.dty
 @pytest.mark.parametrize("num_rows", [60, 4500])
 def test_a_gradient_that_bypasses_the_caches_is_the_same(num_rows: int) -> None:
     """Large gradients are written past the caches (4,500 x 1,500 in fp32 is 27 MB); each row is what it is alone."""
-    case = cases.draw(a_seed(), num_rows, 1500, torch.float32, "plain")
+    case = cases.draw(cases.a_seed(), num_rows, 1500, torch.float32, "plain")
     _, grad = case.measured("cpu", in_place=True)
     exact = case.exact()[1]
     assert case.error(grad, exact) <= 3e-7
@@ -85,7 +80,7 @@ def test_small_terms_are_not_lost_in_a_large_sum(power: int) -> None:
 @pytest.mark.parametrize("scale", [1e4, 1e-4, 0.0])
 @pytest.mark.parametrize("name", ["k3", "full", "kept"])
 def test_huge_tiny_and_equal_logits(name: str, scale: float) -> None:
-    case = cases.draw(a_seed(), 40, 3000, torch.float32, name, scale=scale)
+    case = cases.draw(cases.a_seed(), 40, 3000, torch.float32, name, scale=scale)
     case.tables["old_logprobs"] = None  # one of -20,000 is stored to 1e-3, and a ratio is no better than that
     if name != "full":
         case.options["kl_coef"] = 0.0
@@ -96,7 +91,7 @@ def test_huge_tiny_and_equal_logits(name: str, scale: float) -> None:
 
 
 def test_columns_of_minus_infinity() -> None:
-    case = cases.draw(a_seed(), 30, 5000, torch.float32, "k3", nan=False)
+    case = cases.draw(cases.a_seed(), 30, 5000, torch.float32, "k3", nan=False)
     labels = case.tables["labels"]
     blocked = torch.rand(30, 5000) < 0.5
     blocked[:, 2048:4096] = True  # a tile with nothing in it
@@ -107,7 +102,7 @@ def test_columns_of_minus_infinity() -> None:
 
 
 def test_a_single_finite_entry() -> None:
-    case = cases.draw(a_seed(), 12, 2500, torch.float32, "on_policy", nan=False)
+    case = cases.draw(cases.a_seed(), 12, 2500, torch.float32, "on_policy", nan=False)
     labels = case.tables["labels"]
     case.logits.fill_(-torch.inf)[torch.arange(12), labels.clamp(min=0)] = 3.0
     out, grad = case.measured("cpu")
@@ -152,7 +147,7 @@ def test_labels_on_the_edges_of_tiles_and_vectors() -> None:
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("kept", [False, True])
 def test_logprobs_and_their_gradient(dtype: torch.dtype, kept: bool) -> None:
-    case = cases.draw(a_seed(), 50, 3000, dtype, "kept" if kept else "plain")
+    case = cases.draw(cases.a_seed(), 50, 3000, dtype, "kept" if kept else "plain")
     options: dict[str, Any] = {"temperature": 0.8, "kept_ids": case.tables["kept_ids"]}
     upstream, upstream_lse = torch.randn(50), torch.randn(50)
 
@@ -170,7 +165,7 @@ def test_logprobs_and_their_gradient(dtype: torch.dtype, kept: bool) -> None:
 
 
 def test_a_token_that_has_not_moved_has_ratio_one() -> None:
-    case = cases.draw(a_seed(), 100, 3000, torch.bfloat16, "plain")
+    case = cases.draw(cases.a_seed(), 100, 3000, torch.bfloat16, "plain")
     options = {"temperature": case.options["temperature"], "impl": "cpu"}
     case.tables["old_logprobs"] = token_logprobs(case.logits, case.tables["labels"], **options)[0]
     case.options |= {"clip_eps_low": 0.0, "clip_eps_high": 0.0}  # any other ratio would be clipped
@@ -203,7 +198,7 @@ def test_more_logits_than_32_bits_count(level: str) -> None:
         pytest.skip("takes long on the lesser instruction sets")
     if os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") < 8 * 2**30:
         pytest.skip("less than 8 GiB of memory are free")
-    part = 3 * torch.randn(period, vocab, generator=torch.Generator().manual_seed(a_seed()))
+    part = 3 * torch.randn(period, vocab, generator=torch.Generator().manual_seed(cases.a_seed()))
     labels = torch.randint(vocab, (period,))
 
     def run(times: int) -> tuple[torch.Tensor, torch.Tensor]:

@@ -8,7 +8,6 @@ with `--tool racecheck`, `synccheck` and `initcheck`.
 from __future__ import annotations
 
 import math
-import random
 from itertools import product
 from typing import Any
 
@@ -40,13 +39,9 @@ def forced(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> i
     return request.param
 
 
-def a_seed() -> int:
-    return random.randrange(2**31)
-
-
 def draw(*args: Any, **kw: Any) -> Any:
     """A case of loss_cases.py on the GPU."""
-    case = cases.draw(a_seed(), *args, **kw)
+    case = cases.draw(cases.a_seed(), *args, **kw)
     tables = {name: None if table is None else table.to(DEVICE) for name, table in case.tables.items()}
     return cases.Case(case.logits.to(DEVICE), tables, case.options)
 
@@ -267,7 +262,7 @@ def test_tables_on_another_device() -> None:
 
 @pytest.mark.multigpu
 def test_a_device_that_is_not_the_current_one() -> None:
-    case = cases.draw(a_seed(), 20, 4096, torch.bfloat16, "k3")
+    case = cases.draw(cases.a_seed(), 20, 4096, torch.bfloat16, "k3")
     results = []
     for device in ("cuda:0", "cuda:1"):
         tables = {name: None if table is None else table.to(device) for name, table in case.tables.items()}

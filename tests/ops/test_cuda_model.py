@@ -4,7 +4,6 @@ test_cuda_protocol.py; what only a GPU shows in test_cuda.py."""
 from __future__ import annotations
 
 import ctypes
-import random
 import shutil
 import subprocess
 from dataclasses import dataclass
@@ -72,10 +71,6 @@ def model(request: pytest.FixtureRequest, library: ctypes.CDLL, monkeypatch: pyt
     return "cuda_model"
 
 
-def a_seed() -> int:
-    return random.randrange(2**31)
-
-
 @pytest.mark.parametrize(
     ("shape", "name"),
     [
@@ -86,13 +81,13 @@ def a_seed() -> int:
     ids=str,
 )
 def test_equals_fp64(model: str, shape: tuple[int, int], name: str) -> None:
-    cases.check(cases.draw(a_seed(), *shape, torch.float32, name, nan=False), model, in_place=False)
-    cases.check(cases.draw(a_seed(), *shape, torch.float32, name, nan=False), model, in_place=True)
+    cases.check(cases.draw(cases.a_seed(), *shape, torch.float32, name, nan=False), model, in_place=False)
+    cases.check(cases.draw(cases.a_seed(), *shape, torch.float32, name, nan=False), model, in_place=True)
 
 
 @pytest.mark.parametrize("name", ["plain", "full"])
 def test_without_a_reference(model: str, name: str) -> None:
-    case = cases.draw(a_seed(), 30, 1000, torch.float32, name, nan=False)
+    case = cases.draw(cases.a_seed(), 30, 1000, torch.float32, name, nan=False)
     case.tables["ref_logprobs"] = case.tables["ref_logits"] = None
     case.options["kl_coef"] = 0.0
     cases.check(case, model, in_place=False)
@@ -107,7 +102,7 @@ def test_small_terms_are_not_lost_in_a_large_sum(model: str, power: int) -> None
 @pytest.mark.parametrize("scale", [1e4, 1e-4, 0.0])
 @pytest.mark.parametrize("name", ["k3", "full", "kept"])
 def test_huge_tiny_and_equal_logits(model: str, name: str, scale: float) -> None:
-    case = cases.draw(a_seed(), 40, 3000, torch.float32, name, scale=scale, nan=False)
+    case = cases.draw(cases.a_seed(), 40, 3000, torch.float32, name, scale=scale, nan=False)
     case.tables["old_logprobs"] = None  # one of -20,000 is stored to 1e-3, and a ratio is no better than that
     if name != "full":
         case.options["kl_coef"] = 0.0
@@ -118,7 +113,7 @@ def test_huge_tiny_and_equal_logits(model: str, name: str, scale: float) -> None
 
 
 def test_columns_of_minus_infinity(model: str) -> None:
-    case = cases.draw(a_seed(), 30, 5000, torch.float32, "k3", nan=False)
+    case = cases.draw(cases.a_seed(), 30, 5000, torch.float32, "k3", nan=False)
     labels = case.tables["labels"]
     blocked = torch.rand(30, 5000) < 0.5
     blocked[:, 1250:2504] = True  # whole slices with nothing in them
@@ -130,7 +125,7 @@ def test_columns_of_minus_infinity(model: str) -> None:
 
 
 def test_a_single_finite_entry(model: str) -> None:
-    case = cases.draw(a_seed(), 12, 2500, torch.float32, "on_policy", nan=False)
+    case = cases.draw(cases.a_seed(), 12, 2500, torch.float32, "on_policy", nan=False)
     labels = case.tables["labels"]
     case.logits.fill_(-torch.inf)[torch.arange(12), labels.clamp(min=0)] = 3.0
     out, grad = case.measured(model)
@@ -162,7 +157,7 @@ def test_16_bit_logits_notice_nothing_of_the_faster_exponential(
 ) -> None:
     """It is off by up to 2^-22.5: log-probabilities stay within 2e-6, and gradients round to what they should, nearly always."""
     monkeypatch.setitem(operators.BACKENDS, "cuda_model", Model(library, num_ctas, fine=False))
-    case = cases.draw(a_seed(), 30, 3000, dtype, name, nan=False)
+    case = cases.draw(cases.a_seed(), 30, 3000, dtype, name, nan=False)
     case.logits = case.logits.float()
     exact, exact_grad = case.exact()
     out, grad = case.measured("cuda_model")

@@ -8,7 +8,6 @@ how threads interleave, and rounding to bf16, which it does by truncation.
 from __future__ import annotations
 
 import math
-import random
 import sys
 from itertools import product
 from typing import Any
@@ -37,7 +36,7 @@ def test_in_the_interpreter(which: str) -> None:
 
 
 def draw(*args: Any, **kw: Any) -> cases.Case:
-    case = cases.draw(random.randrange(2**31), *args, **kw)
+    case = cases.draw(cases.a_seed(), *args, **kw)
     tables = {name: None if table is None else table.to(DEVICE) for name, table in case.tables.items()}
     return cases.Case(case.logits.to(DEVICE), tables, case.options)
 
