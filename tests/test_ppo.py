@@ -171,4 +171,4 @@ def test_rewards_rise(small: ModuleType, world: Any, tmp_path: Path, method: str
     """REINFORCE is slow for being PPO in a special case: test_the_critic_s_first_advantages_are_the_rewards_to_go[end]."""
     train(toy(small, world, tmp_path, advantage={"method": method}, critic={"optimizer": {"lr": 1e-3}}), small.ONE)
     rewards = [line["reward/total"] for line in small.metrics_of(tmp_path / "run")]
-    assert sum(rewards[-3:]) / 3 > sum(rewards[:3]) / 3 + 0.2, rewards
+    assert sum(rewards[-12:]) / 12 > sum(rewards[:6]) / 6 + 0.1, rewards  # the noise of one step is 0.08

@@ -12,8 +12,9 @@ import torch
 
 from srpo.batch import Batch
 from srpo.policy.checkpoint import load_checkpoint, save_checkpoint
-from srpo.policy.critic import Critic, update_critic, with_token_advantages
+from srpo.policy.critic import Critic
 from srpo.policy.parallel import Parallel
+from srpo.ppo import update_critic, with_token_advantages
 
 
 def load_lab() -> ModuleType:

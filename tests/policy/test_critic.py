@@ -14,9 +14,10 @@ from variant_cases import NAMES, ONE, Drawn, Terms, clipped, draw, mean_of_means
 
 from srpo.batch import Batch, pack
 from srpo.policy.checkpoint import load_checkpoint, save_checkpoint
-from srpo.policy.critic import Critic, update_critic, with_token_advantages
+from srpo.policy.critic import Critic
 from srpo.policy.token_advantages import TokenBatch, loss_tables
 from srpo.policy.update import NonFiniteError, read_dump
+from srpo.ppo import update_critic, with_token_advantages
 
 
 class Values(nn.Module):
