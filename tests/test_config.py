@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import ast
 import importlib
 import re
 from pathlib import Path
 
 import pytest
+from programs import programs
 
 from srpo.config import Config
 from srpo.settings import apply_toml, dump_toml, flags, load
@@ -15,16 +15,6 @@ from srpo.steps import StepSpec
 
 ROOT = Path(__file__).resolve().parents[1]
 CONFIGS = sorted((ROOT / "configs").rglob("*.toml"))
-
-
-def programs() -> dict[str, str]:
-    """{module: name of its settings} of every file of srpo/ that calls `run_program(main, Settings)`."""
-    found = {}
-    for path in sorted((ROOT / "srpo").rglob("*.py")):
-        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
-            if isinstance(node, ast.Call) and ast.unparse(node.func) == "run_program":
-                found[".".join(path.relative_to(ROOT).with_suffix("").parts)] = ast.unparse(node.args[1])
-    return found
 
 
 def settings_of(module: str) -> type:

@@ -178,4 +178,5 @@ def test_no_large_or_generated_file_is_tracked() -> None:
         pytest.skip("not a git checkout")
     paths = [ROOT / name for name in listed.stdout.split("\0") if name]
     assert [relative(p) for p in paths if p.is_file() and p.stat().st_size > 1_000_000] == []
-    assert [relative(p) for p in paths if p.suffix in {".pyc", ".so", ".safetensors", ".pt"}] == []
+    generated = [relative(p) for p in paths if p.suffix in {".pyc", ".so", ".safetensors", ".pt"}]
+    assert generated == ["tests/golden/start/model.safetensors"]  # 300 KB: what the golden runs start from
