@@ -31,19 +31,19 @@ from typing import Any
 import torch
 from transformers import PreTrainedTokenizerBase, TrainerCallback
 
-from srpo.batch import Rollout, pack
-from srpo.config import AdvantageConfig, LossConfig, OptimizerConfig, RolloutConfig, SamplerConfig
-from srpo.credit import assign_credit
+from srpo.core.batch import Rollout, pack
+from srpo.core.config.train import AdvantageConfig, LossConfig, OptimizerConfig, RolloutConfig, SamplerConfig
+from srpo.core.steps import PAPER_STEPS, StepSchema
 from srpo.data.examples import Example
 from srpo.data.tokenizer import encode, load_tokenizer, train_tokenizer
-from srpo.optim import make_optimizer
 from srpo.policy.model import Policy, TinyConfig, load_policy, make_tiny, save_policy
 from srpo.policy.parallel import init_parallel
-from srpo.policy.update import Objective, update, with_logprobs
-from srpo.rollout.collect import to_rollouts
 from srpo.rollout.engine import SamplingParams
 from srpo.rollout.local import LocalEngine
-from srpo.steps import PAPER_STEPS, StepSchema
+from srpo.rollout.rollouts import to_rollouts
+from srpo.training.credit import assign_credit
+from srpo.training.optim import make_optimizer
+from srpo.training.update import Objective, update, with_logprobs
 
 NUM_PROMPTS, GROUP_SIZE, NEW_TOKENS, KL_COEF, LR, VOCAB = 16, 8, 96, 0.01, 1e-5, 2048
 MODEL = TinyConfig(expert_size=104)

@@ -31,16 +31,16 @@ from typing import Any, cast
 
 import torch
 
-from srpo.ahead import Ahead
-from srpo.batch import Rollout, pack
-from srpo.config import LossConfig, RolloutConfig, VllmConfig
+from srpo.core.batch import Rollout, pack
+from srpo.core.config.train import LossConfig, RolloutConfig, VllmConfig
 from srpo.policy.model import Policy, load_policy
 from srpo.policy.parallel import Parallel
-from srpo.policy.update import Objective, update, with_logprobs
 from srpo.rollout.engine import Engine, SamplingParams
 from srpo.rollout.local import LocalEngine
-from srpo.rollout.stream import quota, stream_scored
-from srpo.rollout.vllm_engine import VllmEngine
+from srpo.rollout.vllm.engine import VllmEngine
+from srpo.training.prefetch import Ahead
+from srpo.training.stream import quota, stream_scored
+from srpo.training.update import Objective, update, with_logprobs
 
 ONE = Parallel(0, 1, 0, torch.device("cpu"))
 Prompts = list[tuple[int, ...]]

@@ -2,7 +2,7 @@
 
 Ways from the trainer's parameters to a running vLLM, interleaved, each counted at the end. `shared` is `VllmEngine.sync_weights`:
 buckets in shared memory, kernels made straight from them. `disk` is a safetensors file, written and read, with kernels made as in
-`shared`. With `_reload` vLLM's own layerwise reload takes the place of `srpo.rollout.vllm_direct`; `tensors_reload` is one
+`shared`. With `_reload` vLLM's own layerwise reload takes the place of `srpo.rollout.vllm.direct_load`; `tensors_reload` is one
 message and one `load_weights` per tensor. Weights change before every sync. Of the seconds in vLLM's process (load and finish)
 `experts_s` and `linear_s` go into making kernels, `count_s` into the proof. Needs vLLM: pip install 'srpo[vllm]'.
 """
@@ -28,13 +28,14 @@ import torch
 from safetensors.torch import load_file, save_file
 from transformers import Qwen3MoeConfig, Qwen3MoeForCausalLM
 
-from srpo.config import VllmConfig
+from srpo.core.config.train import VllmConfig
 from srpo.policy.checkpoint_names import iter_checkpoint_params
 from srpo.policy.model import load_policy
-from srpo.rollout import engine_worker, vllm_reload
-from srpo.rollout.vllm_engine import VllmEngine
-from srpo.rollout.vllm_worker import VllmBackend
-from srpo.rollout.weights import add_sums, bit_sum
+from srpo.rollout.vllm import reload as vllm_reload
+from srpo.rollout.vllm import server as engine_worker
+from srpo.rollout.vllm.engine import VllmEngine
+from srpo.rollout.vllm.worker import VllmBackend
+from srpo.rollout.weights.buckets import add_sums, bit_sum
 
 # (hidden, layers, experts, intermediate size of an expert, vocabulary)
 SIZES = {

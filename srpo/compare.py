@@ -13,10 +13,13 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from srpo.core.run_dir import write_whole
+from srpo.core.settings import check_one_process, run_program
+from srpo.core.steps import StepSchema
+from srpo.core.tables import percent, text_table
 from srpo.data.examples import Example
 from srpo.data.readers import load_examples
 from srpo.evaluate import check_tags, run_settings
-from srpo.run_dir import write_whole
 from srpo.scores.bootstrap import BootstrapConfig
 from srpo.scores.evaluation import Results, consistency_rows, results_dict, score_rows
 from srpo.scores.pages import Pages, PagesConfig, judged_examples, read_judgments, read_pages, read_verdicts, shown_grades
@@ -24,9 +27,6 @@ from srpo.scores.paired import compare_systems
 from srpo.scores.responses import Responses, from_file, verdicts_alone
 from srpo.scores.side_by_side import side_by_side
 from srpo.scores.tally import true_grades
-from srpo.settings import check_one_process, run_program
-from srpo.steps import StepSchema
-from srpo.tables import percent, text_table
 
 
 @dataclass(frozen=True)

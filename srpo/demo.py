@@ -19,7 +19,7 @@ from typing import Any
 
 import torch
 
-from srpo.config import (
+from srpo.core.config.train import (
     AdvantageConfig,
     Config,
     DataConfig,
@@ -31,6 +31,11 @@ from srpo.config import (
     SamplerConfig,
     TrainConfig,
 )
+from srpo.core.metrics import read_metrics
+from srpo.core.progress import Progress
+from srpo.core.run_dir import claim_run_dir, write_whole
+from srpo.core.settings import run_program
+from srpo.core.steps import PAPER_STEPS, StepSchema
 from srpo.data.examples import Example
 from srpo.data.prompts import build_prompt
 from srpo.data.readers import load_examples, read_examples, split_by_query, write_examples
@@ -39,18 +44,13 @@ from srpo.data.teacher import TeacherBias, teach
 from srpo.data.tokenizer import load_tokenizer, train_tokenizer
 from srpo.data.world import World
 from srpo.evaluate import evaluate_policy
-from srpo.metrics import read_metrics
-from srpo.plots import write_plots
 from srpo.policy.model import TinyConfig, load_policy, make_tiny
 from srpo.policy.parallel import Parallel, init_parallel
-from srpo.progress import Progress
 from srpo.report import before_after_table
 from srpo.rollout.local import LocalEngine
-from srpo.run_dir import claim_run_dir, write_whole
 from srpo.scores.evaluation import true_grades
-from srpo.settings import run_program
+from srpo.scores.plots import write_plots
 from srpo.sft import SftConfig, read_pairs, sft, write_pairs
-from srpo.steps import PAPER_STEPS, StepSchema
 from srpo.train import train
 
 PROMPT = DataConfig().prompt

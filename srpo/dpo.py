@@ -17,22 +17,22 @@ import torch
 from srpo_kernels import step_of_row
 
 from srpo.algorithm.losses import dpo_loss
-from srpo.batch import Batch, Rollout, pack, read_rollouts
-from srpo.config import OptimizerConfig, PolicyConfig
+from srpo.core.batch import Batch, Rollout, pack, read_rollouts
+from srpo.core.config.train import OptimizerConfig, PolicyConfig
+from srpo.core.progress import Progress
+from srpo.core.run_dir import claim_run_dir, write_whole
+from srpo.core.settings import run_program
+from srpo.core.steps import PAPER_STEPS, StepSchema, StepSpec
 from srpo.data.preferences import PairRules, Preference, pairs_from_rollouts, read_preferences
 from srpo.data.readers import load_examples
 from srpo.data.tokenizer import encode, load_tokenizer
 from srpo.policy.loading import load_to_shard
 from srpo.policy.model import Policy, check_head, save_policy
-from srpo.policy.outputs import Hidden, Logits, of_outputs
 from srpo.policy.parallel import Parallel, init_parallel
-from srpo.policy.update import level
-from srpo.progress import Progress
-from srpo.run_dir import claim_run_dir, write_whole
-from srpo.settings import run_program
 from srpo.sft import batch_indices
-from srpo.steps import PAPER_STEPS, StepSchema, StepSpec
-from srpo.supervised import fit
+from srpo.training.outputs import Hidden, Logits, of_outputs
+from srpo.training.supervised import fit
+from srpo.training.update import level
 
 REFERENCE_BATCH = 256  # pairs between two updates of the progress bar while the reference is scored
 

@@ -16,26 +16,26 @@ from typing import Any, Literal
 
 import torch
 
-from srpo.batch import Rollout, write_rollouts
-from srpo.config import Config, VllmConfig
+from srpo.core.batch import Rollout, write_rollouts
+from srpo.core.config.train import Config, VllmConfig
+from srpo.core.progress import Progress
+from srpo.core.run_dir import write_whole
+from srpo.core.settings import apply_toml, check_one_process, run_program
+from srpo.core.steps import StepSchema
 from srpo.data.examples import Example
 from srpo.data.prompts import build_prompt
 from srpo.data.readers import load_examples
 from srpo.data.tokenizer import encode, load_tokenizer
 from srpo.policy.model import load_policy
 from srpo.policy.parallel import Parallel, init_parallel
-from srpo.progress import Progress
 from srpo.report import results_table
-from srpo.rollout.collect import to_rollouts
+from srpo.rollout.build import open_vllm
 from srpo.rollout.engine import Engine, SamplingParams, check_prompts
 from srpo.rollout.local import LocalEngine
-from srpo.rollout.open import open_vllm
-from srpo.run_dir import write_whole
+from srpo.rollout.rollouts import to_rollouts
 from srpo.scores.bootstrap import BootstrapConfig
 from srpo.scores.evaluation import predicted_grade, results_dict, true_grades
 from srpo.scores.responses import from_predictions, from_rollouts, load_rollouts, read_predictions
-from srpo.settings import apply_toml, check_one_process, run_program
-from srpo.steps import StepSchema
 
 
 @dataclass(frozen=True)

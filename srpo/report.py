@@ -12,13 +12,13 @@ from pathlib import Path
 
 from tyro.conf import Positional
 
-from srpo.config import Config
-from srpo.metrics import read_metrics
-from srpo.plots import write_plots
+from srpo.core.config.train import Config
+from srpo.core.metrics import read_metrics
+from srpo.core.settings import apply_toml, check_one_process, run_program
+from srpo.core.steps import StepSchema
+from srpo.core.tables import percent, text_table
 from srpo.scores.evaluation import Results, consistency_rows, score_rows
-from srpo.settings import apply_toml, check_one_process, run_program
-from srpo.steps import StepSchema
-from srpo.tables import percent, text_table
+from srpo.scores.plots import write_plots
 
 
 @dataclass(frozen=True)

@@ -24,14 +24,14 @@ from typing import Any
 import torch
 from tyro.conf import Positional
 
+from srpo.core.run_dir import claim_run_dir, write_whole
+from srpo.core.settings import run_program
+from srpo.experiments.lab import Lab
 from srpo.experiments.plots import plot_headline, plot_table
 from srpo.experiments.recipes import RECIPES, Scale
-from srpo.experiments.stages import Lab
 from srpo.experiments.summary import headline, judge_scores_of, scores_of, summarize, table_text
 from srpo.experiments.tables import TABLES
 from srpo.policy.parallel import Parallel, init_parallel
-from srpo.run_dir import claim_run_dir, write_whole
-from srpo.settings import run_program
 
 HEADLINE = ("srpo", "srpo_discounted", "grpo")  # the last one is what the others are to beat
 NAMES = (*TABLES, "headline")

@@ -16,30 +16,30 @@ from itertools import groupby
 from pathlib import Path
 from typing import Any, Literal
 
-from srpo.checks import check_judge, check_rollout
-from srpo.config import Config, RolloutConfig
+from srpo.core.config.train import Config, RolloutConfig
+from srpo.core.progress import Progress
+from srpo.core.run_dir import claim_run_dir, write_whole
+from srpo.core.settings import run_program
+from srpo.core.steps import StepSchema
 from srpo.data.curriculum import SOLVE_RATE
 from srpo.data.examples import Example
 from srpo.data.prompts import build_prompt
 from srpo.data.readers import read_examples, write_examples
-from srpo.data.selection import Criteria, check_quotas, collect_scores, rates, select
-from srpo.data.shards import Record, check_shard, finished_shards, read_shard, shard_seed, shards_of, write_shard
 from srpo.data.strata import stratum, tags_with_grade
 from srpo.data.tokenizer import encode, load_tokenizer
-from srpo.parts import derive_seed, make_judge, sampling_params
 from srpo.policy.model import load_policy
 from srpo.policy.parallel import Parallel, init_parallel
-from srpo.progress import Progress
-from srpo.records import RecordSettings, record_of, unsampled
 from srpo.rewards.hybrid import score
 from srpo.rewards.judge import Judge
-from srpo.rollout.collect import to_rollouts
+from srpo.rollout.build import open_engine
 from srpo.rollout.engine import Engine, Sample, SamplingParams, check_prompts
-from srpo.rollout.open import open_engine
-from srpo.run_dir import claim_run_dir, write_whole
-from srpo.selection_report import report_json, report_of, report_text
-from srpo.settings import run_program
-from srpo.steps import StepSchema
+from srpo.rollout.rollouts import to_rollouts
+from srpo.selection.criteria import Criteria, check_quotas, collect_scores, rates, select
+from srpo.selection.records import RecordSettings, record_of, unsampled
+from srpo.selection.report import report_json, report_of, report_text
+from srpo.selection.shards import Record, check_shard, finished_shards, read_shard, shard_seed, shards_of, write_shard
+from srpo.training.checks import check_judge, check_rollout
+from srpo.training.run import derive_seed, make_judge, sampling_params
 
 # How training samples beside its updates, and what it is told for its loss: here it would be for nothing, or thrown away.
 _OF_TRAINING = ("overlap", "oversample", "cut_tail", "off_policy_steps", "support", "routing")

@@ -14,16 +14,16 @@ from typing import Any, Literal
 import torch
 
 from srpo.algorithm.losses import sft_weights
-from srpo.batch import Batch, Rollout, pack
-from srpo.config import OptimizerConfig, PolicyConfig
+from srpo.core.batch import Batch, Rollout, pack
+from srpo.core.config.train import OptimizerConfig, PolicyConfig
+from srpo.core.progress import Progress
+from srpo.core.settings import run_program
 from srpo.data.tokenizer import encode, load_tokenizer
 from srpo.policy.loading import load_to_shard
 from srpo.policy.model import Policy, check_head, save_policy
-from srpo.policy.outputs import Hidden, Logits, of_outputs
 from srpo.policy.parallel import Parallel, init_parallel
-from srpo.progress import Progress
-from srpo.settings import run_program
-from srpo.supervised import fit
+from srpo.training.outputs import Hidden, Logits, of_outputs
+from srpo.training.supervised import fit
 
 Pair = tuple[tuple[int, ...], tuple[int, ...]]  # token ids of a prompt and of its response, which ends with the end of text
 

@@ -15,27 +15,27 @@ from threading import Event
 import numpy as np
 import torch
 
-from srpo.ahead import Ahead
-from srpo.batch import Batch, Rollout, pack, write_rollouts
-from srpo.config import Config
-from srpo.credit import Credit, assign_credit, rollout_metrics, training_groups
+from srpo.core.batch import Batch, Rollout, pack, write_rollouts
+from srpo.core.config.train import Config
+from srpo.core.metrics import evaluation_metrics
+from srpo.core.progress import Progress
+from srpo.core.settings import run_program
 from srpo.data.examples import Example
 from srpo.data.prompts import build_prompt
 from srpo.data.tokenizer import encode
 from srpo.evaluate import evaluate_policy
-from srpo.metrics import evaluation_metrics
-from srpo.optim import learning_rate, set_learning_rate
-from srpo.parts import Clock, Parts, build, derive_seed, judge_metrics, open_logger, resume, sampling_params, save
 from srpo.policy.model import save_policy
 from srpo.policy.parallel import Parallel, init_parallel
-from srpo.policy.update import update, with_logprobs
-from srpo.progress import Progress
 from srpo.rewards.audit import audit
 from srpo.rewards.hybrid import score
-from srpo.rollout.collect import to_rollouts
-from srpo.rollout.refill import refill
-from srpo.rollout.stream import check_age, quota, stream_scored
-from srpo.settings import run_program
+from srpo.rollout.rollouts import to_rollouts
+from srpo.training.credit import Credit, assign_credit, rollout_metrics, training_groups
+from srpo.training.optim import learning_rate, set_learning_rate
+from srpo.training.prefetch import Ahead
+from srpo.training.refill import refill
+from srpo.training.run import Clock, Parts, build, derive_seed, judge_metrics, open_logger, resume, sampling_params, save
+from srpo.training.stream import check_age, quota, stream_scored
+from srpo.training.update import update, with_logprobs
 
 
 def train(cfg: Config, parallel: Parallel) -> Path:

@@ -20,19 +20,19 @@ from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
+from srpo.core.run_dir import claim_run_dir, write_whole
+from srpo.core.settings import run_program
 from srpo.data.readers import write_examples
-from srpo.judge_inputs import QUEUE, JudgeConfig, Work, prepare, simulates
-from srpo.judge_stages import evaluate_judge, grpo_config, load_judge, vote_on
+from srpo.judge_training.evaluation import judge_table, reliability_table
+from srpo.judge_training.hard_cases import case_example, mine
+from srpo.judge_training.human_queue import fill_in, queue_lines, read_queue, verified_cases
+from srpo.judge_training.inputs import QUEUE, JudgeConfig, Work, prepare, simulates
+from srpo.judge_training.judgments import as_rollout
+from srpo.judge_training.scalar import train_scalar
+from srpo.judge_training.stages import evaluate_judge, grpo_config, load_judge, vote_on
 from srpo.policy.parallel import Parallel, init_parallel
-from srpo.rewards.cases import case_example, mine
 from srpo.rewards.judge import GenerativeJudge, OracleJudge
-from srpo.rewards.judgments import as_rollout
 from srpo.rewards.verdicts import judge_prompt, render_verdicts
-from srpo.rewards.verification import fill_in, queue_lines, read_queue, verified_cases
-from srpo.run_dir import claim_run_dir, write_whole
-from srpo.scalar_training import train_scalar
-from srpo.scores.judge_evaluation import judge_table, reliability_table
-from srpo.settings import run_program
 from srpo.sft import sft, write_pairs
 from srpo.train import train
 

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import importlib.metadata
-import importlib.util
 import os
 import random
+import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -21,10 +21,15 @@ os.environ.setdefault("WANDB_MODE", "offline")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 
 import hypothesis
+import loading_lab
+import policy_lab
+import policy_ranks
 import pytest
+import small_world
 import torch
 
-GOLDEN = Path(__file__).parent / "golden"
+ROOT = Path(__file__).resolve().parents[1]
+GOLDEN, HELPERS = ROOT / "tests" / "golden", ROOT / "tests" / "helpers"
 
 torch.set_num_threads(int(THREADS))
 # A clock decides nothing, for a machine may be slow.
@@ -71,24 +76,42 @@ def golden() -> Callable[[str, str], None]:
     return check
 
 
-def load_helper(path: Path) -> ModuleType:
-    """A module of helpers beside the tests, which cannot be imported by name: the folders of tests are not on sys.path."""
-    name = path.stem
-    if name not in sys.modules:
-        spec = importlib.util.spec_from_file_location(name, path)
-        assert spec is not None and spec.loader is not None
-        sys.modules[name] = importlib.util.module_from_spec(spec)
-        spec.loader.exec_module(sys.modules[name])
-    return sys.modules[name]
-
-
 @pytest.fixture(scope="session")
 def small() -> ModuleType:
     """The module small_world.py."""
-    return load_helper(Path(__file__).with_name("small_world.py"))
+    return small_world
 
 
 @pytest.fixture(scope="session")
-def world(small: ModuleType, tmp_path_factory: pytest.TempPathFactory):
-    """A `SmallWorld`: data and a tiny policy on disk, made once."""
-    return small.SmallWorld.make(tmp_path_factory.mktemp("small_world"))
+def world(tmp_path_factory: pytest.TempPathFactory) -> small_world.SmallWorld:
+    """Data and a tiny policy on disk, made once."""
+    return small_world.SmallWorld.make(tmp_path_factory.mktemp("small_world"))
+
+
+@pytest.fixture(scope="session")
+def lab() -> ModuleType:
+    """The module policy_lab.py."""
+    return policy_lab
+
+
+@pytest.fixture(scope="session")
+def ranks(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Folder with what two ranks under torchrun wrote, in a subfolder for each lab. One launch does for all: most of its time is
+    that of imports."""
+    out = tmp_path_factory.mktemp("ranks")
+    for name in policy_ranks.LABS:
+        (out / name).mkdir()
+    loading_lab.write_checkpoints(out / "loading_lab")
+    paths = os.pathsep.join(map(str, (ROOT, ROOT / "kernels", HELPERS)))
+    env = {**os.environ, "PYTHONPATH": paths, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
+    launch = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node=2", "--rdzv-backend=c10d"]
+    command = [*launch, "--rdzv-endpoint=127.0.0.1:0", "--local-addr=127.0.0.1", str(HELPERS / "policy_ranks.py"), str(out)]
+    done = subprocess.run(command, env=env, cwd=ROOT, capture_output=True, text=True, timeout=280, check=False)
+    assert done.returncode == 0, done.stderr[-6000:]
+    return out
+
+
+@pytest.fixture(scope="session")
+def two_ranks(ranks: Path) -> Path:
+    """Folder with what policy_lab.py wrote."""
+    return ranks / "policy_lab"

@@ -13,17 +13,17 @@ import torch
 from transformers import AutoModelForCausalLM
 
 import srpo.dpo
-import srpo.supervised
-from srpo.batch import read_rollouts
-from srpo.config import OptimizerConfig, PolicyConfig
+import srpo.training.supervised
+from srpo.core.batch import read_rollouts
+from srpo.core.config.train import OptimizerConfig, PolicyConfig
+from srpo.core.metrics import check_key
 from srpo.data.preferences import PairRules, Preference
 from srpo.data.tokenizer import load_tokenizer
 from srpo.dpo import DpoConfig, dpo, load_preferences, num_rows, pack_preferences, reference_logprobs, response_logprobs
-from srpo.metrics import check_key
 from srpo.policy.model import Policy, load_policy
-from srpo.policy.outputs import Logits
 from srpo.sft import batch_indices, read_pairs
 from srpo.train import train
+from srpo.training.outputs import Logits
 
 NAMES = ("accuracy", "margin", "chosen_reward", "rejected_reward")
 
@@ -185,7 +185,7 @@ def test_stopped_anywhere_it_ends_the_same(
     small: ModuleType, world: Any, pairs_file: Path, whole: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, where: str
 ) -> None:
     stopped = settings(small, world, tmp_path / "stopped", pairs=str(pairs_file), **FIVE_STEPS)
-    module = srpo.supervised if where in ("learning_rate", "save_checkpoint") else srpo.dpo
+    module = srpo.training.supervised if where in ("learning_rate", "save_checkpoint") else srpo.dpo
     original, calls = getattr(module, where), []
 
     def killed(*args: Any, **kwargs: Any) -> Any:

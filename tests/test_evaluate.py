@@ -13,8 +13,10 @@ from typing import Any
 import pytest
 import torch
 
-from srpo.batch import Rollout, read_rollouts
-from srpo.config import Config, DataConfig, PolicyConfig, RolloutConfig, VllmConfig
+from srpo.core.batch import Rollout, read_rollouts
+from srpo.core.config.train import Config, DataConfig, PolicyConfig, RolloutConfig, VllmConfig
+from srpo.core.settings import dump_toml, load
+from srpo.core.steps import PAPER_STEPS, StepSchema
 from srpo.data.examples import Example
 from srpo.data.readers import write_examples
 from srpo.data.tokenizer import train_tokenizer
@@ -23,8 +25,6 @@ from srpo.policy.model import TinyConfig, make_tiny, save_policy
 from srpo.rollout.engine import Sample, SamplingParams
 from srpo.rollout.local import LocalEngine
 from srpo.scores.bootstrap import BootstrapConfig
-from srpo.settings import dump_toml, load
-from srpo.steps import PAPER_STEPS, StepSchema
 
 SCHEMA = StepSchema(PAPER_STEPS)
 RESPONSE = """1. Query intent: shoes

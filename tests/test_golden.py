@@ -20,8 +20,8 @@ import pytest
 import same_numbers
 from programs import programs
 
+from srpo.core.settings import load
 from srpo.demo import DemoConfig, make_data
-from srpo.settings import load
 
 ROOT = Path(__file__).resolve().parents[1]
 GOLDEN = ROOT / "tests" / "golden"

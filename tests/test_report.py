@@ -7,11 +7,11 @@ from typing import Any
 
 import pytest
 
-from srpo.config import Config
+from srpo.core.config.train import Config
+from srpo.core.settings import dump_toml
+from srpo.core.steps import PAPER_STEPS, StepSchema, StepSpec
 from srpo.report import ReportConfig, before_after_table, main, results_table, write_report
 from srpo.scores.evaluation import evaluate_predictions
-from srpo.settings import dump_toml
-from srpo.steps import PAPER_STEPS, StepSchema, StepSpec
 
 SCHEMA = StepSchema(PAPER_STEPS)
 

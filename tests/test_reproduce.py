@@ -11,9 +11,9 @@ from typing import Any
 
 import pytest
 
-from srpo.experiments import stages
+from srpo.experiments import lab as stages
+from srpo.experiments.lab import Lab
 from srpo.experiments.recipes import Scale
-from srpo.experiments.stages import Lab
 from srpo.experiments.tables import TABLES
 from srpo.reproduce import ReproduceConfig, lab_of, main, reproduce
 

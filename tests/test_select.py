@@ -31,25 +31,25 @@ from select_cases import (
     results,
 )
 
-from srpo.batch import Rollout
-from srpo.config import Config, DataConfig, LossConfig, StageConfig
-from srpo.credit import group_scores
+from srpo.core.batch import Rollout
+from srpo.core.config.train import Config, DataConfig, LossConfig, StageConfig
+from srpo.core.run_dir import claim_run_dir
+from srpo.core.settings import load
 from srpo.data.curriculum import SOLVE_RATE
 from srpo.data.examples import Example
 from srpo.data.prompts import build_prompt
 from srpo.data.readers import load_examples, write_examples
-from srpo.data.selection import Criteria
-from srpo.data.shards import finished_shards, read_shard, shards_of
 from srpo.data.tokenizer import encode
-from srpo.records import RecordSettings
 from srpo.rewards.hybrid import score
 from srpo.rewards.judge import OracleJudge, Verdicts
-from srpo.rollout.collect import to_rollouts
 from srpo.rollout.engine import Sample, SamplingParams
-from srpo.run_dir import claim_run_dir
+from srpo.rollout.rollouts import to_rollouts
 from srpo.select import SelectConfig, choose, open_parts, out_dir, records_dir, run, sample
-from srpo.settings import load
+from srpo.selection.criteria import Criteria
+from srpo.selection.records import RecordSettings
+from srpo.selection.shards import finished_shards, read_shard, shards_of
 from srpo.train import train
+from srpo.training.credit import group_scores
 
 
 @pytest.fixture(scope="module")
@@ -120,7 +120,7 @@ def test_killed_while_a_shard_is_written(never_killed: SelectConfig, tmp_path: P
             raise Killed
 
     write = pq.write_table
-    monkeypatch.setattr("srpo.data.shards.pq.write_table", write_half)
+    monkeypatch.setattr("srpo.selection.shards.pq.write_table", write_half)
     with pytest.raises(Killed):
         run(cfg, ONE, parts_with(Scripted()))
     assert finished_shards(records_dir(cfg)) == {0, 1}
@@ -316,7 +316,7 @@ def test_engines_are_not_asked_for_reports_that_nobody_reads(
             super().__init__()
             asked.update(options, path=path)
 
-    monkeypatch.setattr("srpo.rollout.open.VllmEngine", Recorder)
+    monkeypatch.setattr("srpo.rollout.build.VllmEngine", Recorder)
     parts = open_parts(replace(cfg, rollout=replace(cfg.rollout, engine="vllm")), SCHEMA, small.ONE)
     assert (asked["path"], asked["routing"], parts.max_context) == (cfg.policy.path, False, 99)
 

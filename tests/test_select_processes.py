@@ -10,12 +10,12 @@ from typing import Any
 
 import pytest
 
-from srpo.config import PolicyConfig, VllmConfig
-from srpo.data.selection import Criteria
-from srpo.data.shards import finished_shards, read_shard
+from srpo.core.config.train import PolicyConfig, VllmConfig
 from srpo.data.tokenizer import load_tokenizer
 from srpo.policy.model import make_tiny
 from srpo.select import SelectConfig, records_dir
+from srpo.selection.criteria import Criteria
+from srpo.selection.shards import finished_shards, read_shard
 
 pytestmark = pytest.mark.slow
 

@@ -12,10 +12,10 @@ import pytest
 import torch
 from select_cases import ONE, Killed, Ranks, Scripted, config, contents, parts_with, results
 
-from srpo.config import DataConfig, LossConfig, RewardConfig, RolloutConfig
-from srpo.data.selection import Criteria
-from srpo.data.shards import finished_shards
+from srpo.core.config.train import DataConfig, LossConfig, RewardConfig, RolloutConfig
 from srpo.select import SelectConfig, out_dir, records_dir, run
+from srpo.selection.criteria import Criteria
+from srpo.selection.shards import finished_shards
 
 
 @pytest.fixture(scope="module")

@@ -11,10 +11,10 @@ import torch
 from transformers import AutoModelForCausalLM
 
 import srpo.sft
-import srpo.supervised
-from srpo.batch import IGNORE
+import srpo.training.supervised
+from srpo.core.batch import IGNORE
+from srpo.core.metrics import check_key
 from srpo.data.tokenizer import encode, load_tokenizer
-from srpo.metrics import check_key
 from srpo.policy.parallel import Parallel
 from srpo.sft import batch_indices, pack_pairs, read_pairs, sft, write_pairs
 
@@ -135,7 +135,7 @@ def test_stopped_anywhere_it_ends_the_same(
     small: ModuleType, world: Any, whole: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, where: str
 ) -> None:
     stopped = world.sft_config(tmp_path / "stopped", **SIX_STEPS)
-    module = srpo.supervised if where in ("learning_rate", "save_checkpoint") else srpo.sft
+    module = srpo.training.supervised if where in ("learning_rate", "save_checkpoint") else srpo.sft
     original, calls = getattr(module, where), []
 
     def killed(*args: Any, **kwargs: Any) -> Any:

@@ -14,20 +14,20 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
-import srpo.parts
 import srpo.train
-from srpo.batch import read_rollouts
-from srpo.config import Config
-from srpo.credit import Credit, assign_credit
+import srpo.training.run
+from srpo.core.batch import read_rollouts
+from srpo.core.config.train import Config
+from srpo.core.metrics import check_key
+from srpo.core.settings import run_program
 from srpo.data.readers import write_examples
 from srpo.data.tokenizer import load_tokenizer
 from srpo.data.world import World
-from srpo.metrics import check_key
 from srpo.policy.model import Policy, load_policy, make_tiny, save_policy
 from srpo.policy.parallel import Parallel
-from srpo.policy.update import NonFiniteError, Objective, read_dump, update
-from srpo.settings import run_program
 from srpo.train import build, pack_mine, policy_update, sample, train
+from srpo.training.credit import Credit, assign_credit
+from srpo.training.update import NonFiniteError, Objective, read_dump, update
 
 
 def run(small: ModuleType, cfg: Config) -> list[dict[str, float]]:
@@ -327,7 +327,7 @@ def test_other_training_data_cannot_continue_a_run(
 def test_a_window_that_lets_nothing_through_stops_the_run(
     small: ModuleType, world: Any, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(srpo.parts, "MAX_EMPTY_STEPS", 3)
+    monkeypatch.setattr(srpo.training.run, "MAX_EMPTY_STEPS", 3)
     window = {"difficulty_low": 0.985, "difficulty_high": 0.99}
     cfg = world.config(tmp_path / "run", num_steps=9, sampler=window, train={"checkpoint_every": 1})
     line = small.complaint(srpo.train.main, cfg, tmp_path, capsys)

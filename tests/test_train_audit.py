@@ -9,11 +9,11 @@ from typing import Any
 
 import pytest
 
-import srpo.parts
-from srpo.batch import Rollout, read_rollouts
+import srpo.training.run
+from srpo.core.batch import Rollout, read_rollouts
+from srpo.core.steps import PAPER_STEPS, StepSchema, same_answer
 from srpo.data.examples import Example
 from srpo.rewards.judge import OracleJudge, Verdicts
-from srpo.steps import PAPER_STEPS, StepSchema, same_answer
 from srpo.train import train
 
 SCHEMA = StepSchema(PAPER_STEPS)
@@ -65,7 +65,7 @@ def test_a_judge_that_begins_to_pass_everything(
     audit: str,
 ) -> None:
     judge = Drifts(turns_at=3)
-    monkeypatch.setattr(srpo.parts, "make_judge", lambda *_: judge)
+    monkeypatch.setattr(srpo.training.run, "make_judge", lambda *_: judge)
     cfg = world.config(tmp_path, num_steps=4, reward={"audit": audit, "audit_warmup": 2, "audit_bound": 0.02, "audit_min": 1})
     if audit == "stop":
         with pytest.raises(ValueError, match=r"the judge errs on .* after 0\.0% at the start .*audit_bound = 0\.02"):
@@ -89,7 +89,7 @@ def test_the_average_survives_a_broken_run(
         cfg = world.config(tmp_path / name, num_steps=5, reward={"audit_warmup": 2}, train={"checkpoint_every": 1})
         for judge in judges:
             made.append(judge)
-            monkeypatch.setattr(srpo.parts, "make_judge", lambda *_, judge=judge: judge)
+            monkeypatch.setattr(srpo.training.run, "make_judge", lambda *_, judge=judge: judge)
             if judge.breaks_at < 99:
                 with pytest.raises(ValueError, match="the judge has gone"):
                     train(cfg, small.ONE)

@@ -10,8 +10,8 @@ from typing import Any
 
 import pytest
 
-from srpo.policy import outputs
 from srpo.train import main, train
+from srpo.training import outputs
 
 
 @pytest.mark.parametrize("num_updates", [1, 2])

@@ -11,12 +11,12 @@ from typing import Any
 import pytest
 from judge_server import Answer, Asked, chat, free_port, serving
 
-from srpo.batch import read_rollouts
-from srpo.metrics import read_metrics
-from srpo.parts import judge_metrics, make_judge
+from srpo.core.batch import read_rollouts
+from srpo.core.metrics import read_metrics
+from srpo.core.steps import StepSchema
 from srpo.rewards.verdicts import render_verdicts
-from srpo.steps import StepSchema
 from srpo.train import main, train
+from srpo.training.run import judge_metrics, make_judge
 
 ERROR_500 = Answer(b'{"error": {"message": "out of memory"}}', 500)
 
@@ -113,7 +113,7 @@ def test_what_the_judge_did_is_counted_and_the_key_is_in_no_file(
         assert metrics["service/num_calls"] == num_different
         assert metrics["service/cache_hit_frac"] == pytest.approx(1 - num_different / 24)
         assert judge_metrics(None, small.ONE) == {}
-    from srpo.metrics import MetricsLogger
+    from srpo.core.metrics import MetricsLogger
 
     with MetricsLogger(tmp_path / "log") as logger:
         logger.log(1, metrics | {"reward/total": 1.0})

@@ -14,10 +14,10 @@ import torch
 from torch.distributed.checkpoint.format_utils import dcp_to_torch_save
 from transformers import AutoModelForCausalLM
 
-from srpo.batch import Rollout, read_rollouts
-from srpo.config import Config
-from srpo.credit import assign_credit, rollout_metrics
+from srpo.core.batch import Rollout, read_rollouts
+from srpo.core.config.train import Config
 from srpo.train import build, pack_mine, policy_update, train
+from srpo.training.credit import assign_credit, rollout_metrics
 
 CHANGES = {
     "num_steps": 2,

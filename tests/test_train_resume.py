@@ -14,7 +14,7 @@ import torch
 from torch.distributed.checkpoint.format_utils import dcp_to_torch_save
 
 import srpo.train
-from srpo.config import Config, StageConfig
+from srpo.core.config.train import Config, StageConfig
 from srpo.policy.checkpoint import COMPLETE, latest_checkpoint
 from srpo.train import train
 

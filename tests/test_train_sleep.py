@@ -8,8 +8,8 @@ from typing import Any
 
 import pytest
 
-import srpo.parts
 import srpo.train
+import srpo.training.run
 from srpo.rollout.local import LocalEngine
 from srpo.train import train
 
@@ -42,7 +42,7 @@ def journal(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     """What happens in a run, in order."""
     found: list[str] = []
     monkeypatch.setattr(
-        srpo.parts,
+        srpo.training.run,
         "open_engine",
         lambda cfg, model, parallel: Sleeper(found, model, device=parallel.device, max_context=cfg.policy.max_context),
     )

@@ -12,12 +12,12 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, TypedDict
 
-from srpo.config import Config, SamplerConfig, StageConfig
+from srpo.core.config.train import Config, SamplerConfig, StageConfig
+from srpo.core.metrics import METRICS
 from srpo.data.examples import Example
 from srpo.data.sampler import PromptSampler, SamplerState
 from srpo.data.solve_rates import SolveRates, SolveRateState
 from srpo.data.strata import tags_with_grade
-from srpo.metrics import METRICS
 
 SOLVE_RATE = "solve_rate"  # the tag that StageConfig.solve_rate reads
 _AREAS = ("reward", "advantage", "train", "policy", "rollout", "sampler", "eval")  # whose metrics may end a stage

@@ -11,8 +11,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-from srpo.batch import Rollout
-from srpo.steps import same_answer
+from srpo.core.batch import Rollout
+from srpo.core.steps import same_answer
 
 _ROUNDING = 1e-9  # sums of step rewards are compared, and 0.1 + 0.2 is not 0.3
 

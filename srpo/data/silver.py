@@ -103,7 +103,7 @@ class Lexicon:
 
 
 def silver_response(example: Example, lexicon: Lexicon) -> str:
-    """The silver response to a graded pair, in the form that `srpo.steps.PAPER_STEPS` parses: a pure function of its arguments.
+    """The silver response to a graded pair, in the form that `PAPER_STEPS` parses: a pure function of its arguments.
 
     About 30 words, seldom over 45, lower case but for the verdict. ValueError where the pair is not graded or has not five steps.
     """

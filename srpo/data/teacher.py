@@ -29,7 +29,7 @@ NO_BIAS = TeacherBias(0.0, 0.0, 0.0, 0.0, 0.0)
 
 
 def format_response(query: str, item: str, category: str, attributes: str, verdict: str) -> str:
-    """The five steps as text, in the form that `srpo.steps.PAPER_STEPS` parses."""
+    """The five steps as text, in the form that `srpo.core.steps.PAPER_STEPS` parses."""
     return (
         f"1. Query intent: {query}\n2. Item: {item}\n3. Category match: {category}\n"
         f"4. Attribute match: {attributes}\n5. Verdict: {verdict}"

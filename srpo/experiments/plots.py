@@ -11,7 +11,7 @@ import numpy as np
 from matplotlib.figure import Figure
 
 from srpo.experiments.tables import Table
-from srpo.plots import COLORS, FAINT, STYLE
+from srpo.scores.plots import COLORS, FAINT, STYLE
 
 LABELS = {
     "srpo": "SRPO, hybrid step rewards",

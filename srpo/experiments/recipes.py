@@ -8,11 +8,20 @@ from pathlib import Path
 from types import MappingProxyType
 from typing import Any, Literal
 
-from srpo.config import Config, DataConfig, LossConfig, OptimizerConfig, PolicyConfig, RewardConfig, RolloutConfig, TrainConfig
+from srpo.core.config.train import (
+    Config,
+    DataConfig,
+    LossConfig,
+    OptimizerConfig,
+    PolicyConfig,
+    RewardConfig,
+    RolloutConfig,
+    TrainConfig,
+)
+from srpo.core.settings import apply_table
+from srpo.core.steps import PAPER_STEPS, StepSpec
 from srpo.data.teacher import TeacherBias
 from srpo.policy.model import TinyConfig
-from srpo.settings import apply_table
-from srpo.steps import PAPER_STEPS, StepSpec
 
 
 @dataclass(frozen=True)

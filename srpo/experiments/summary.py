@@ -9,8 +9,8 @@ from typing import Any
 
 import numpy as np
 
+from srpo.core.tables import text_table
 from srpo.experiments.tables import CLASSES, STEPS, Table
-from srpo.tables import text_table
 
 
 def scores_of(results: Mapping[str, Any]) -> dict[str, float]:

@@ -9,7 +9,7 @@ import torch
 from torch import nn
 from transformers import PreTrainedModel
 
-from srpo.batch import IGNORE, Batch
+from srpo.core.batch import IGNORE, Batch
 from srpo.policy.model import hidden_states
 
 

@@ -15,7 +15,7 @@ from torch import nn
 from transformers import AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerBase, Qwen3MoeConfig, Qwen3MoeForCausalLM
 from transformers.utils import logging
 
-from srpo.batch import IGNORE, Batch
+from srpo.core.batch import IGNORE, Batch
 from srpo.policy.attention import ATTENTION, PadLayout, needs_padding
 from srpo.policy.experts import registered_name
 from srpo.policy.parallel import current_rank, iter_full_params, unwrap

@@ -18,7 +18,7 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from srpo.batch import Batch, Rollout, pack
+from srpo.core.batch import Batch, Rollout, pack
 from srpo.policy.model import hidden_states, load_policy
 from srpo.policy.parallel import current_rank, iter_full_params, unwrap
 

@@ -16,10 +16,10 @@ from typing import Any
 
 import numpy as np
 
-from srpo.batch import Rollout
-from srpo.config import RewardConfig
+from srpo.core.batch import Rollout
+from srpo.core.config.train import RewardConfig
+from srpo.core.steps import StepSchema, same_answer
 from srpo.data.examples import Example
-from srpo.steps import StepSchema, same_answer
 
 NUM, ERRORS, WRONG, FALSE_CORRECT = range(4)  # rows of the counts
 

@@ -5,10 +5,10 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import replace
 
-from srpo.batch import Rollout
+from srpo.core.batch import Rollout
+from srpo.core.steps import StepSchema, StepSpec, same_answer
 from srpo.data.examples import Example
 from srpo.rewards.judge import Judge, Verdicts
-from srpo.steps import StepSchema, StepSpec, same_answer
 
 # Beside the sources of `StepSpec`, `Rollout.reward_sources` says why nobody graded a step:
 MISSING = "missing"  # the response has no answer for it: 0

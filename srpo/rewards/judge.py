@@ -8,11 +8,11 @@ from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any, Protocol
 
-from srpo.batch import Rollout
+from srpo.core.batch import Rollout
+from srpo.core.steps import StepSchema, same_answer
 from srpo.data.examples import Example
 from srpo.rewards.verdict_cache import Told, VerdictCache, WorkCounts, question_key
 from srpo.rewards.verdicts import PROMPT, judge_prompt, parse_verdicts
-from srpo.steps import StepSchema, same_answer
 
 # [J] whether each step is right, or with what probability (a graded scalar model); None where the judge does not say
 Verdicts = tuple[bool | float | None, ...]

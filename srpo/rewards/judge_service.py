@@ -13,7 +13,7 @@ from typing import Any
 
 import httpx2
 
-from srpo.config import RewardConfig
+from srpo.core.config.train import RewardConfig
 from srpo.rewards.http_reply import (
     MAX_REPLY_BYTES,
     NotAReply,

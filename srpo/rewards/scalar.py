@@ -5,18 +5,18 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any, Protocol
 
-from srpo.batch import Rollout
+from srpo.core.batch import Rollout
+from srpo.core.steps import StepSchema, parse_response
 from srpo.data.examples import Example
 from srpo.data.prompts import build_prompt
 from srpo.rewards.judge import Verdicts
 from srpo.rewards.verdicts import PROMPT
-from srpo.steps import StepSchema, parse_response
 
 ScalarCase = tuple[tuple[int, ...], tuple[int, ...], tuple[int, ...]]  # ids of the prompt and of the response, step ends [J]
 
 
 class Scorer(Protocol):
-    """What computes probabilities (`srpo.rollout.judging` has one on a model)."""
+    """What computes probabilities (`srpo.rewards.build` has one on a model)."""
 
     def __call__(self, cases: Sequence[ScalarCase]) -> Sequence[Sequence[float]]:
         """[N][J] probabilities that each step is correct."""

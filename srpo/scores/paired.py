@@ -13,12 +13,12 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from srpo.batch import Rollout
+from srpo.core.batch import Rollout
+from srpo.core.steps import StepSchema
 from srpo.data.examples import Example
 from srpo.scores.bootstrap import BootstrapConfig, cluster_sums, percentile_interval, resampled_sums
 from srpo.scores.evaluation import parts_by, shaped
 from srpo.scores.tally import predicted_grade, scores, tally
-from srpo.steps import StepSchema
 
 _ROUNDING = 1e-12  # of a difference of two scores
 

@@ -8,9 +8,9 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from srpo.batch import Rollout, read_rollouts
+from srpo.core.batch import Rollout, read_rollouts
+from srpo.core.steps import StepSchema, StepSpec
 from srpo.data.examples import GRADES, Example
-from srpo.steps import StepSchema, StepSpec
 
 # The steps of predictions that are verdicts alone.
 VERDICT_ONLY = StepSchema([StepSpec("verdict", r"\S")])

@@ -13,9 +13,9 @@ from collections.abc import Sequence
 import numpy as np
 from numpy.typing import NDArray
 
-from srpo.batch import Rollout
+from srpo.core.batch import Rollout
+from srpo.core.steps import StepSchema, same_answer
 from srpo.data.examples import GRADES, Example
-from srpo.steps import StepSchema, same_answer
 
 NUM_CLASSES = len(GRADES)
 NO_VERDICT = NUM_CLASSES  # column of the confusion matrix for a response whose verdict cannot be read
@@ -66,7 +66,7 @@ def tally(rollouts: Sequence[Rollout], examples: Sequence[Example], schema: Step
 
     In order: the cell of the confusion matrix [4 x 5] it falls into; whether it parses; its share of `CONSISTENCY` [4], none
     where no step before the verdict has a reference; whether all of them have one; for each step, whether it is right [J] and
-    whether that is known [J]. Answers are compared as sets of facts (`srpo.steps.same_answer`); a missing one is wrong.
+    whether that is known [J]. Answers are compared as sets of facts (`srpo.core.steps.same_answer`); a missing one is wrong.
     """
     num_steps = schema.num_steps
     counts = np.zeros((len(rollouts), _STEPS + 2 * num_steps), dtype=np.int64)

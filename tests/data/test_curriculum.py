@@ -13,11 +13,11 @@ from typing import Any
 import pytest
 import torch
 
-from srpo.config import Config, DataConfig, RolloutConfig, SamplerConfig, StageConfig, TrainConfig
+from srpo.core.config.train import Config, DataConfig, RolloutConfig, SamplerConfig, StageConfig, TrainConfig
+from srpo.core.settings import apply_toml, dump_toml, load
 from srpo.data.curriculum import Curriculum, Stage, all_examples, check_curriculum, load_stages
 from srpo.data.examples import Example
 from srpo.data.world import World
-from srpo.settings import apply_toml, dump_toml, load
 
 ROOT = Path(__file__).resolve().parents[2]
 

@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 
-from srpo.batch import Rollout
+from srpo.core.batch import Rollout
 from srpo.data.preferences import PairRules, Preference, pairs_from_rollouts, read_preferences
 
 PROMPT = (1, 2, 3)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from srpo.config import DataConfig
+from srpo.core.config.train import DataConfig
 from srpo.data.examples import Example
 from srpo.data.prompts import build_prompt
 

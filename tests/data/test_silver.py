@@ -9,11 +9,11 @@ from pathlib import Path
 
 import pytest
 
+from srpo.core.steps import PAPER_STEPS, StepSchema
 from srpo.data.examples import Example
 from srpo.data.readers import load_examples, split_by_query
 from srpo.data.silver import Lexicon, silver_response
 from srpo.data.world import GRADE_TABLE
-from srpo.steps import PAPER_STEPS, StepSchema
 
 SHARED = Path(os.environ.get("SRPO_SHARED_DATA") or Path(__file__).parents[2].parent / "shared" / "data")
 DUMP = SHARED / "esci_us"

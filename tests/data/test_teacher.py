@@ -6,11 +6,11 @@ import secrets
 
 import pytest
 
+from srpo.core.steps import PAPER_STEPS, StepSchema
 from srpo.data.catalogue import ATTRIBUTES, CATALOGUE
 from srpo.data.examples import Example
 from srpo.data.teacher import NO_BIAS, TeacherBias, teach
 from srpo.data.world import Facts, World
-from srpo.steps import PAPER_STEPS, StepSchema
 
 SCHEMA = StepSchema(PAPER_STEPS)
 

@@ -7,10 +7,10 @@ from pathlib import Path
 
 import pytest
 
-from srpo.checks import check_settings
-from srpo.config import Config
+from srpo.core.config.train import Config
 from srpo.experiments.recipes import RECIPES, Scale, base, config_of
 from srpo.experiments.tables import STEPS, TABLES
+from srpo.training.checks import check_settings
 
 COMMON = base(Scale(), Path("run"), Path("train.jsonl"), Path("eval.jsonl"), Path("policy"), seed=3)
 

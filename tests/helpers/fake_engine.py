@@ -17,8 +17,8 @@ from typing import Any
 import torch
 
 from srpo.rollout.engine import SamplingParams
-from srpo.rollout.engine_worker import Group, serve
-from srpo.rollout.weights import add_sums, bit_sum
+from srpo.rollout.vllm.server import Group, serve
+from srpo.rollout.weights.buckets import add_sums, bit_sum
 
 
 class FakeBackend:

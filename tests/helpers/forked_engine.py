@@ -17,7 +17,7 @@ from typing import Any
 
 FAKE = str(Path(__file__).with_name("fake_engine.py"))
 CONTEXT = multiprocessing.get_context("forkserver")
-CONTEXT.set_forkserver_preload(["pytest", "srpo.rollout.engine_worker"])  # pytest: __main__ of the process that asks
+CONTEXT.set_forkserver_preload(["pytest", "srpo.rollout.vllm.server"])  # pytest: __main__ of the process that asks
 
 
 def popen(command: Sequence[str], **options: Any) -> Any:

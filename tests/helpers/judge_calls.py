@@ -4,11 +4,11 @@ from __future__ import annotations
 
 from typing import Any
 
-from srpo.batch import Rollout
-from srpo.config import RewardConfig
+from srpo.core.batch import Rollout
+from srpo.core.config.train import RewardConfig
+from srpo.core.steps import PAPER_STEPS, StepSchema
 from srpo.data.examples import Example
 from srpo.rewards.judge import GenerativeJudge
-from srpo.steps import PAPER_STEPS, StepSchema
 
 SCHEMA = StepSchema(PAPER_STEPS)
 EXAMPLE = Example("a", "q", "boots", "Red boots")

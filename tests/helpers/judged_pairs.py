@@ -8,7 +8,7 @@ from typing import Any
 
 from sklearn.metrics import f1_score
 
-from srpo.batch import Rollout
+from srpo.core.batch import Rollout
 from srpo.data.examples import Example
 
 SHARES = (

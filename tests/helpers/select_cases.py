@@ -11,7 +11,8 @@ from typing import Any
 
 import torch
 
-from srpo.config import DataConfig, RewardConfig, RolloutConfig
+from srpo.core.config.train import DataConfig, RewardConfig, RolloutConfig
+from srpo.core.steps import PAPER_STEPS, StepSchema
 from srpo.data.examples import Example
 from srpo.data.prompts import build_prompt
 from srpo.data.readers import write_examples
@@ -20,7 +21,6 @@ from srpo.policy.parallel import Parallel
 from srpo.rewards.judge import OracleJudge
 from srpo.rollout.engine import Sample, SamplingParams
 from srpo.select import Parts, SelectConfig, records_dir
-from srpo.steps import PAPER_STEPS, StepSchema
 
 SCHEMA = StepSchema(PAPER_STEPS)
 RESPONSE = """1. Query intent: {}

@@ -18,14 +18,14 @@ import torch
 from torch import nn
 from torch.distributed.tensor import DTensor
 
-from srpo.config import VllmConfig
+from srpo.core.config.train import VllmConfig
 from srpo.policy.model import Policy, load_policy
 from srpo.policy.parallel import Parallel, init_parallel
 from srpo.rollout.engine import SamplingParams
-from srpo.rollout.engine_process import EngineError
-from srpo.rollout.shared_engine import SharedEngine
-from srpo.rollout.sharing import open_shared
-from srpo.rollout.vllm_engine import WORKER
+from srpo.rollout.vllm.engine import WORKER
+from srpo.rollout.vllm.process import EngineError
+from srpo.rollout.vllm.shared_engine import SharedEngine
+from srpo.rollout.vllm.shared_start import open_shared
 
 PROMPTS = [(5, 6, 7), (8,), (9, 10), (11, 12)]
 PARAMS = SamplingParams(max_new_tokens=8, group_size=4)

@@ -13,12 +13,12 @@ from typing import Any
 import torch
 from torch import nn
 
-from srpo.batch import Batch, Rollout, pack
-from srpo.config import Config
-from srpo.credit import assign_credit
+from srpo.core.batch import Batch, Rollout, pack
+from srpo.core.config.train import Config
+from srpo.core.steps import PAPER_STEPS, StepSchema
 from srpo.policy.parallel import Parallel
-from srpo.policy.update import Objective, update
-from srpo.steps import PAPER_STEPS, StepSchema
+from srpo.training.credit import assign_credit
+from srpo.training.update import Objective, update
 
 SCHEMA = StepSchema(PAPER_STEPS)
 NAMES = [spec.name for spec in PAPER_STEPS]

@@ -11,11 +11,11 @@ from pathlib import Path
 import torch
 from torch.distributed.tensor import DTensor
 
-from srpo.config import VllmConfig
+from srpo.core.config.train import VllmConfig
 from srpo.policy.model import Policy, load_policy
 from srpo.policy.parallel import init_parallel
 from srpo.rollout.engine import SamplingParams
-from srpo.rollout.vllm_engine import VllmEngine
+from srpo.rollout.vllm.engine import VllmEngine
 
 
 def main(folder: Path) -> None:

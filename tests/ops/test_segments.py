@@ -10,7 +10,7 @@ import torch
 from srpo_kernels import StepStats, policy_loss, step_of_row
 
 from srpo.algorithm.losses import sequence_weights
-from srpo.batch import Rollout, pack
+from srpo.core.batch import Rollout, pack
 
 OPTIONS: dict[str, Any] = {"clip_eps_low": 0.2, "clip_eps_high": 0.3, "kl_coef": 0.0, "kl_estimator": "k3", "temperature": 0.9}
 

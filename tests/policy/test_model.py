@@ -7,7 +7,7 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from srpo.batch import pack
+from srpo.core.batch import pack
 from srpo.policy.model import Policy, TinyConfig, head, hidden_states, load_policy, make_tiny, save_policy
 from srpo.policy.parallel import iter_full_params
 

@@ -14,7 +14,7 @@ from transformers import AutoModelForCausalLM
 from srpo.policy.model import Policy
 from srpo.policy.parallel import clip_grad_norm, init_parallel, iter_full_params, unwrap
 
-LAB = Path(__file__).with_name("exit_lab.py")
+LAB = Path(__file__).resolve().parents[1] / "helpers" / "exit_lab.py"
 TOLERANCE = 1e-5
 
 

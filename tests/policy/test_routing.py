@@ -24,12 +24,12 @@ from transformers import (
     PhimoeForCausalLM,
 )
 
-from srpo.batch import Batch, Rollout, pack
+from srpo.core.batch import Batch, Rollout, pack
 from srpo.policy.model import Policy
 from srpo.policy.routing import UNKNOWN, Routers, Routing
-from srpo.policy.update import Objective, update
 from srpo.rollout.engine import SamplingParams
 from srpo.rollout.local import LocalEngine
+from srpo.training.update import Objective, update
 
 SIZES: dict[str, Any] = {
     "vocab_size": 50,

@@ -9,11 +9,11 @@ from dataclasses import replace
 import numpy as np
 import pytest
 
-from srpo.batch import Rollout
-from srpo.config import RewardConfig
+from srpo.core.batch import Rollout
+from srpo.core.config.train import RewardConfig
+from srpo.core.steps import PAPER_STEPS, StepSchema
 from srpo.data.examples import Example
 from srpo.rewards.audit import Audit, audit, audit_counts
-from srpo.steps import PAPER_STEPS, StepSchema
 
 SCHEMA = StepSchema(PAPER_STEPS)
 GOLD = (None, None, "match", "unclear", "L3")

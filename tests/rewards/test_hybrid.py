@@ -8,11 +8,11 @@ from dataclasses import replace
 
 import pytest
 
-from srpo.batch import Rollout
+from srpo.core.batch import Rollout
+from srpo.core.steps import PAPER_STEPS, StepSchema, StepSpec
 from srpo.data.examples import Example
 from srpo.rewards.hybrid import score
 from srpo.rewards.judge import Verdicts
-from srpo.steps import PAPER_STEPS, StepSchema, StepSpec
 
 SCHEMA = StepSchema(PAPER_STEPS)
 RIGHT = ("shoes; color red", "shoes; color red", "match", "match", "L4")

@@ -11,7 +11,8 @@ from typing import Any
 
 import pytest
 
-from srpo.batch import Rollout
+from srpo.core.batch import Rollout
+from srpo.core.steps import PAPER_STEPS, StepSchema
 from srpo.data.examples import Example
 from srpo.rewards.engine_writer import EngineWriter
 from srpo.rewards.hybrid import score
@@ -19,7 +20,6 @@ from srpo.rewards.judge import GenerativeJudge, OracleJudge
 from srpo.rewards.verdict_cache import VerdictCache
 from srpo.rewards.verdicts import judge_prompt
 from srpo.rollout.engine import Sample, SamplingParams
-from srpo.steps import PAPER_STEPS, StepSchema
 
 SCHEMA = StepSchema(PAPER_STEPS)
 TRUTH = ("shoes/boots; color not red; size 4", "shoes/boots", "match", "unclear", "L3")

@@ -17,10 +17,10 @@ import pytest
 from judge_calls import EXAMPLE, GOOD, KEY, SCHEMA, SETTINGS, SILENT, ask, counts, make_rollout
 from judge_server import Answer, Asked, JudgeServer, chat, completion, free_port, serving, takes
 
+from srpo.rewards.build import service_judge
 from srpo.rewards.judge import GenerativeJudge
 from srpo.rewards.judge_service import JudgeService, JudgeServiceError
 from srpo.rewards.verdicts import judge_prompt, render_verdicts
-from srpo.rollout.judging import service_judge
 
 Answers = Callable[[Asked], Answer]
 

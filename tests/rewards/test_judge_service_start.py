@@ -10,8 +10,8 @@ import pytest
 from judge_calls import GOOD, KEY, SCHEMA, SETTINGS, SILENT, ask, counts
 from judge_server import Answer, Asked, chat, free_port, models, serving
 
+from srpo.rewards.build import open_service_judge
 from srpo.rewards.judge_service import JudgeService, JudgeServiceError
-from srpo.rollout.judging import open_service_judge
 
 
 def test_opening_asks_for_the_name_and_one_token(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -6,13 +6,13 @@ from __future__ import annotations
 from dataclasses import replace
 from pathlib import Path
 
-from srpo.batch import Rollout
-from srpo.config import Config
+from srpo.core.batch import Rollout
+from srpo.core.config.train import Config
+from srpo.core.settings import load
+from srpo.core.steps import PAPER_STEPS, StepSchema
 from srpo.data.examples import Example
 from srpo.demo import DemoConfig, train_config
 from srpo.rewards.hybrid import score
-from srpo.settings import load
-from srpo.steps import PAPER_STEPS, StepSchema
 
 CONFIGS = Path(__file__).resolve().parents[2] / "configs"
 

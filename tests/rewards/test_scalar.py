@@ -6,10 +6,10 @@ from collections.abc import Sequence
 
 import pytest
 
-from srpo.batch import Rollout
+from srpo.core.batch import Rollout
+from srpo.core.steps import StepSchema, StepSpec
 from srpo.data.examples import Example
 from srpo.rewards.scalar import ScalarCase, ScalarJudge, is_there, scalar_case
-from srpo.steps import StepSchema, StepSpec
 
 SCHEMA = StepSchema([StepSpec("a", "^a:"), StepSpec("b", "^b:"), StepSpec("c", "^c:")])
 PAIR = Example("e", "q", "boots", "Boots")

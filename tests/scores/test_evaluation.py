@@ -10,12 +10,12 @@ import pytest
 from judged_pairs import SHARES, flat, random_examples, random_rollouts, slow_interval, slow_scores
 from sklearn.metrics import accuracy_score, confusion_matrix, f1_score
 
-from srpo.batch import Rollout
+from srpo.core.batch import Rollout
+from srpo.core.steps import PAPER_STEPS, StepSchema
 from srpo.data.examples import Example
 from srpo.scores.bootstrap import BootstrapConfig
 from srpo.scores.evaluation import consistency_rows, evaluate_predictions, results_dict, score_rows
 from srpo.scores.tally import parses, predicted_grade
-from srpo.steps import PAPER_STEPS, StepSchema
 
 SCHEMA = StepSchema(PAPER_STEPS)
 RIGHT = ("shoes/boots; color not red", "shoes/boots; color blue", "match", "match", "L4")

@@ -7,7 +7,8 @@ from typing import Any
 
 import pytest
 
-from srpo.batch import Rollout, write_rollouts
+from srpo.core.batch import Rollout, write_rollouts
+from srpo.core.steps import PAPER_STEPS, StepSchema
 from srpo.data.examples import Example
 from srpo.scores.evaluation import results_dict
 from srpo.scores.responses import (
@@ -19,7 +20,6 @@ from srpo.scores.responses import (
     read_predictions,
     verdicts_alone,
 )
-from srpo.steps import PAPER_STEPS, StepSchema
 
 SCHEMA = StepSchema(PAPER_STEPS)
 ANSWERS = ("shoes", "boots; color red", "related", "match")

@@ -1,0 +1,205 @@
+"""The two things that flow: `Rollout`, one sampled response, and `Batch`, packed tensors; and `pack`, where the shift happens.
+
+Shapes: N sequences, T packed token positions, J reasoning steps, K kept ids of a top-k filter, L tokens of one response.
+Of experts (`routed`): P prompt tokens, D decoder layers, K experts of a token.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import asdict, dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from srpo_kernels.segments import IGNORE, compact  # IGNORE: label of a position whose next token is not trained on
+
+
+@dataclass(frozen=True)
+class Rollout:
+    """One sampled response; one line of `rollouts.jsonl`.
+
+    `step_ends[j]` is the exclusive end of step j in response tokens: nondecreasing, the last one equals len(response_ids).
+    """
+
+    example_id: str
+    group: int  # rollouts of one prompt in one optimizer step share it
+    prompt_ids: tuple[int, ...]
+    response_ids: tuple[int, ...]  # [L]
+    sampling_logprobs: tuple[float, ...]  # [L] nats, of the distribution that was sampled: after temperature and top-k
+    step_ends: tuple[int, ...]  # [J]
+    answers: tuple[str | None, ...]  # [J] parsed answer of each step, None where the step is missing
+    text: str  # the decoded response
+    finish: str  # stop | length | abort
+    policy_version: int  # number of the weight sync that it was sampled after
+    step_rewards: tuple[float, ...] | None = None  # [J] Eq. 5; None until scored
+    reward_sources: tuple[str, ...] | None = None  # [J] gold | judge | rule | skip, or why nobody graded: missing | no_verdict
+    verdicts: tuple[bool | float | None, ...] | None = None  # [J] all that the judge said, used or not; None where not asked
+    # [L, K] int32 ids that each token was drawn from, -1 fills up; None where the engine was not asked. Not in rollouts.jsonl
+    support: np.ndarray | None = field(default=None, compare=False, repr=False)
+    # [P + L - 1, D, K] int16 experts that prompt and response tokens went to, -1 unknown; None and rollouts.jsonl: as support.
+    # The last token of a response is never an input, so it goes nowhere
+    routed: np.ndarray | None = field(default=None, compare=False, repr=False)
+
+    def bare(self) -> Rollout:
+        """Without what is large and not in rollouts.jsonl."""
+        return replace(self, support=None, routed=None)
+
+    @property
+    def step_lengths(self) -> tuple[int, ...]:
+        """Number of response tokens in each step, [J]."""
+        return tuple(b - a for a, b in zip((0, *self.step_ends[:-1]), self.step_ends, strict=True))
+
+
+def write_rollouts(path: Path, rollouts: Iterable[Rollout], step: int) -> None:
+    """Append rollouts to a JSON Lines file, each with the optimizer step it was used in."""
+    with path.open("a", encoding="utf-8") as file:
+        for rollout in rollouts:
+            row = {"step": step, **asdict(rollout.bare())}
+            del row["support"], row["routed"]
+            file.write(json.dumps(row, ensure_ascii=False) + "\n")
+
+
+def read_rollouts(path: Path) -> Iterator[tuple[int, Rollout]]:
+    """(optimizer step, rollout) of every line of a `rollouts.jsonl`."""
+    with path.open(encoding="utf-8") as file:
+        for line in file:
+            row: dict[str, Any] = {k: tuple(v) if isinstance(v, list) else v for k, v in json.loads(line).items()}
+            yield row.pop("step"), Rollout(**row)
+
+
+@dataclass(frozen=True)
+class Batch:
+    """Sequences packed end to end. Row t holds the input token t and, in `labels`, the token that it has to predict.
+
+    All per-row tensors are aligned with the row that *predicts* the token they speak of, so nothing downstream shifts.
+    `step_ends` counts rows from the first row of the sequence (prompt included); rows past the last end belong to the last step.
+    """
+
+    input_ids: torch.Tensor  # [T] int64
+    labels: torch.Tensor  # [T] int64, IGNORE where the next token is not a response token
+    position_ids: torch.Tensor  # [T] int64, from 0 in each sequence
+    cu_seqlens: torch.Tensor  # [N+1] int32
+    step_ends: torch.Tensor  # [N, J] int32
+    step_advantages: torch.Tensor  # [N, J] fp32
+    weights: torch.Tensor  # [T] fp32, carries every denominator of Eq. 6; 0 where ignored
+    sampling_logprobs: torch.Tensor  # [T] fp32, 0 where ignored
+    old_logprobs: torch.Tensor | None = None  # [T] fp32, of the trainer before this step's first update
+    ref_logprobs: torch.Tensor | None = None  # [T] fp32
+    kept_ids: torch.Tensor | None = None  # [T, K] int64 support of the behaviour policy's top-k filter; negative ids fill up
+    importance: torch.Tensor | None = None  # [T] fp32, multiplies the weights (`srpo.training.mismatch`); None: not known yet
+    routed_experts: torch.Tensor | None = None  # [T, D, K] int16 that the engine sent a row's input token to; -1 unknown
+
+    @property
+    def num_sequences(self) -> int:
+        return self.cu_seqlens.numel() - 1
+
+    @property
+    def max_seqlen(self) -> int:
+        return int((self.cu_seqlens[1:] - self.cu_seqlens[:-1]).max()) if self.num_sequences else 0
+
+    def to(self, device: torch.device) -> Batch:
+        """The same batch on another device."""
+        moved = {k: v.to(device) for k, v in vars(self).items() if isinstance(v, torch.Tensor)}
+        return replace(self, **moved)
+
+    def with_(self, **tensors: torch.Tensor | None) -> Batch:
+        """The same batch with some tensors replaced."""
+        return replace(self, **tensors)
+
+    def rows(self) -> tuple[torch.Tensor, Batch]:
+        """(indices of the rows that have a label [R], the batch cut down to those rows).
+
+        The output head runs on these rows alone: prompts and padding never reach the vocabulary. Step ends are counted anew from
+        the first kept row of each sequence.
+        """
+        keep = self.labels != IGNORE
+        index = keep.nonzero()[:, 0]
+        cu_seqlens, step_ends = compact(keep, self.cu_seqlens, self.step_ends)
+        cut = {
+            k: v[index]
+            for k, v in vars(self).items()
+            if isinstance(v, torch.Tensor) and k not in ("cu_seqlens", "step_ends", "step_advantages")
+        }
+        return index, replace(self, cu_seqlens=cu_seqlens, step_ends=step_ends, **cut)
+
+
+def pack(
+    rollouts: Sequence[Rollout],
+    step_advantages: np.ndarray | torch.Tensor,
+    sequence_weights: np.ndarray | torch.Tensor,
+    max_tokens: int | None = None,
+) -> list[Batch]:
+    """Pack rollouts into micro-batches of at most `max_tokens` rows, in the order given. The shift by one happens here, once.
+
+    step_advantages: [N, J]; sequence_weights: [N], the weight of every response token of that sequence (see
+    `srpo.algorithm.losses.sequence_weights`). The last token of a sequence is never an input, so a sequence has
+    len(prompt) + len(response) - 1 rows. Raises ValueError for an empty prompt or one longer than `max_tokens`.
+    """
+    step_advantages = torch.as_tensor(step_advantages, dtype=torch.float32)
+    sequence_weights = torch.as_tensor(sequence_weights, dtype=torch.float32)
+    batches: list[Batch] = []
+    chunk: list[int] = []
+    rows = 0
+    for i, rollout in enumerate(rollouts):
+        if not rollout.prompt_ids:
+            raise ValueError(f"rollout of {rollout.example_id} has an empty prompt: a prompt needs at least one token")
+        num_rows = len(rollout.prompt_ids) + len(rollout.response_ids) - 1
+        if max_tokens is not None and num_rows > max_tokens:
+            raise ValueError(
+                f"rollout of {rollout.example_id} has {num_rows} tokens, more than a micro-batch of {max_tokens}: "
+                "raise train.micro_batch_tokens or lower rollout.max_new_tokens"
+            )
+        if chunk and max_tokens is not None and rows + num_rows > max_tokens:
+            batches.append(_pack_chunk([rollouts[k] for k in chunk], step_advantages[chunk], sequence_weights[chunk]))
+            chunk, rows = [], 0
+        chunk.append(i)
+        rows += num_rows
+    if chunk:
+        batches.append(_pack_chunk([rollouts[k] for k in chunk], step_advantages[chunk], sequence_weights[chunk]))
+    return batches
+
+
+def _pack_chunk(rollouts: list[Rollout], step_advantages: torch.Tensor, sequence_weights: torch.Tensor) -> Batch:
+    input_ids, labels, position_ids, weights, sampling_logprobs, step_ends = [], [], [], [], [], []
+    lengths = [0]
+    supports: list[tuple[int, np.ndarray]] = []  # (first row, [L, K])
+    routed: list[tuple[int, np.ndarray]] = []  # (first row, [P + L - 1, D, K])
+    for rollout, weight in zip(rollouts, sequence_weights.tolist(), strict=True):
+        tokens = (*rollout.prompt_ids, *rollout.response_ids)
+        ignored = len(rollout.prompt_ids) - 1  # these rows predict prompt tokens
+        num_response = len(rollout.response_ids)
+        input_ids += tokens[:-1]
+        labels += [IGNORE] * ignored + list(rollout.response_ids)
+        position_ids += range(len(tokens) - 1)
+        weights += [0.0] * ignored + [weight] * num_response
+        if rollout.support is not None:
+            supports.append((lengths[-1] + ignored, rollout.support))
+        if rollout.routed is not None:
+            routed.append((lengths[-1], rollout.routed))
+        sampling_logprobs += [0.0] * ignored + list(rollout.sampling_logprobs)
+        step_ends.append([ignored + end for end in rollout.step_ends])
+        lengths.append(lengths[-1] + len(tokens) - 1)
+    return Batch(
+        kept_ids=_table(supports, len(input_ids), np.int64) if len(supports) == len(rollouts) else None,
+        routed_experts=_table(routed, len(input_ids), np.int16) if routed else None,
+        input_ids=torch.tensor(input_ids, dtype=torch.long),
+        labels=torch.tensor(labels, dtype=torch.long),
+        position_ids=torch.tensor(position_ids, dtype=torch.long),
+        cu_seqlens=torch.tensor(lengths, dtype=torch.int32),
+        step_ends=torch.tensor(step_ends, dtype=torch.int32).reshape(len(rollouts), -1),
+        step_advantages=step_advantages.contiguous(),
+        weights=torch.tensor(weights, dtype=torch.float32),
+        sampling_logprobs=torch.tensor(sampling_logprobs, dtype=torch.float32),
+    )
+
+
+def _table(parts: Sequence[tuple[int, np.ndarray]], num_rows: int, dtype: type[np.integer]) -> torch.Tensor:
+    """[T, ..., K] from parts [rows, ..., K] and the rows that they begin at; -1 elsewhere."""
+    shape = parts[0][1].shape[1:-1]
+    table = np.full((num_rows, *shape, max(ids.shape[-1] for _, ids in parts)), -1, dtype=dtype)
+    for first, ids in parts:
+        table[first : first + len(ids), ..., : ids.shape[-1]] = ids
+    return torch.from_numpy(table)

@@ -1,0 +1,1 @@
+"""The settings of each program: frozen dataclasses that import neither torch nor transformers."""

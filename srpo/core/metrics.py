@@ -1,0 +1,301 @@
+"""Every metric key of the project, and where metrics are written.
+
+`metrics.jsonl` holds nothing that depends on the clock, so that a run killed and resumed writes the same file, byte for byte, as
+one never killed. What does depend on it, or on what a process has cached (`time/*`, `service/*`), goes to `timing.jsonl`.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import re
+import uuid
+from collections.abc import Callable, Mapping
+from importlib import import_module
+from pathlib import Path
+from types import ModuleType, TracebackType
+from typing import Any, Protocol, SupportsFloat
+
+# {step} is the name of a reasoning step, {class} a grade 1..4, {phase} a phase of the loop. docs/metrics.md repeats this table.
+METRICS: dict[str, str] = {
+    "reward/total": "mean over responses of the sum of step rewards (Eq. 5)",
+    "reward/total_std": "standard deviation of the same, over all responses of the optimizer step",
+    "reward/step/{step}": "mean reward of one reasoning step",
+    "reward/missing_frac": "fraction of judged steps whose judge gave no verdict",
+    "judge/error_rate/{step}": "audit: fraction of the judge's verdicts on a step that its gold label contradicts",
+    "judge/false_correct_rate/{step}": "audit: fraction of wrong answers to a step that the judge calls correct (reward hacking)",
+    "judge/num_audited/{step}": "audit: verdicts on a step that were held against a gold label",
+    "judge/drift/{step}": "audit: averaged error rate of a step less that of the first reward.audit_warmup optimizer steps",
+    "advantage/abs_mean": "mean over tokens of |advantage|, after normalization and clipping",
+    "advantage/clip_frac": "fraction of tokens whose advantage was clipped to +-advantage.clip",
+    "train/loss": "the loss that was minimized: Eq. 6 in RL, cross-entropy per token in SFT, per pair in DPO",
+    "train/grad_norm": "global gradient norm before clipping",
+    "train/lr": "learning rate of this optimizer step",
+    "train/num_tokens": "tokens that carried a loss, over all ranks",
+    "train/token_accuracy": "SFT: fraction of target tokens that are the policy's first choice",
+    "train/verdict_accuracy": "scalar reward model: fraction of verdicts on the right side of 0.5",
+    "critic/loss": "PPO: half the squared error of the critic's values, mean over tokens",
+    "critic/grad_norm": "PPO: global norm of the critic's gradient before clipping",
+    "critic/lr": "PPO: learning rate of the critic",
+    "critic/value": "PPO: mean value of a token, before this optimizer step's updates",
+    "critic/explained_var": "PPO: 1 - var(return - value) / var(return) over tokens, before this optimizer step's updates",
+    "critic/clip_frac": "PPO: fraction of tokens whose value was held by critic.value_clip",
+    "dpo/accuracy": "DPO: fraction of pairs whose chosen response has the larger implicit reward",
+    "dpo/margin": "DPO: mean of the chosen less the rejected response's implicit reward, beta * log(pi / pi_ref)",
+    "dpo/chosen_reward": "DPO: mean implicit reward of the chosen responses",
+    "dpo/rejected_reward": "DPO: mean implicit reward of the rejected responses",
+    "policy/entropy": "entropy of the policy per response token, nats",
+    "policy/entropy/{step}": "the same, tokens of one reasoning step",
+    "policy/kl": "KL of the policy from the reference policy per token, by loss.kl_estimator, nats",
+    "policy/kl/{step}": "the same, tokens of one reasoning step",
+    "policy/clip_frac": "fraction of tokens where Eq. 6 takes the clipped branch",
+    "policy/clip_frac/{step}": "the same, tokens of one reasoning step",
+    "policy/ratio": "mean importance ratio pi_theta / pi_old",
+    "policy/ratio/{step}": "the same, tokens of one reasoning step",
+    "rollout/mismatch_kl": "KL per token of the trainer's distribution from the engine's (k3 on the sampled tokens), nats",
+    "rollout/mismatch_max": "largest |trainer logprob - engine logprob| of any sampled token, nats",
+    "rollout/mismatch_ratio_mean": "trainer's probability of a sampled token before the update, over the engine's: mean",
+    "rollout/mismatch_ratio_p99": "the same, 99th percentile over the tokens of all ranks (nearest rank, exact)",
+    "rollout/mismatch_ratio_max": "the same, largest",
+    "rollout/importance_clip_frac": "fraction of tokens whose weight loss.importance has bounded (truncate) or set to 0 (mask)",
+    "rollout/routing_flip_frac": "share of (token, layer) whose router would have chosen other experts than the replayed ones",
+    "rollout/response_length": "mean response length, tokens",
+    "rollout/response_length/{step}": "mean length of one reasoning step, tokens",
+    "rollout/prompt_length": "mean prompt length, tokens",
+    "rollout/parse_rate": "fraction of responses with an answer to every step",
+    "rollout/truncated_frac": "fraction of responses cut at rollout.max_new_tokens",
+    "rollout/num_responses": "sampled responses",
+    "rollout/num_masked": "responses within the window that were cut and kept out of the loss (loss.overlong mask)",
+    "rollout/num_groups": "sampled groups: prompts with rollout.group_size responses each",
+    "rollout/num_groups_in_window": "groups trained on: in the difficulty window (4.2.1), with sampler.refill of unequal reward",
+    "rollout/group_score": "mean difficulty score of the groups, 0 (nobody right) to 1 (everybody right)",
+    "rollout/num_cut_groups": "prompts whose groups were aborted unfinished (rollout.oversample, rollout.cut_tail)",
+    "rollout/num_refill_rounds": "extra generation rounds of this optimizer step (sampler.refill)",
+    "sampler/stage": "number of the curriculum stage, from 1 (4.2.2)",
+    "sampler/in_window_frac": "fraction of the stage's scored examples whose solve-rate estimate lies in the difficulty window",
+    "sampler/coverage_frac": "fraction of the stage's examples that the run has scored at least once",
+    "sampler/num_skipped": "examples of the stage that sit out now: estimated outside the window, the estimate not aged out",
+    "sampler/num_early": "prompts of this optimizer step drawn although they sit out: too few others were left",
+    "eval/macro_f1": "mean F1 of the four classes (5.1.2)",
+    "eval/accuracy": "fraction of verdicts equal to the human grade",
+    "eval/good_f1": "F1 of classes 3 and 4 merged into one positive class",
+    "eval/class_f1/{class}": "F1 of one class",
+    "eval/step_accuracy/{step}": "fraction of right answers to one reasoning step",
+    "eval/parse_rate": "fraction of evaluated responses with an answer to every step",
+    "eval/num_examples": "evaluated pairs",
+    "service/num_calls": "texts asked of the generative judge, over all ranks; equal questions and those in the cache are none",
+    "service/num_retries": "further attempts at calls of the judge's server that got no answer",
+    "service/num_failed": "calls of the judge's server without an answer at last: missing verdicts (reward.judge_fallback)",
+    "service/num_too_long": "responses that do not fit into the judge's context: missing verdicts",
+    "service/cache_hit_frac": "fraction of judged responses whose question was not asked: in the cache, or equal to another's",
+    "service/busy_s": "wall-clock seconds in which the generative judge was at work, of the slowest rank",
+    "time/{phase}_s": "wall-clock seconds of one phase of the loop (step: all of it)",
+    "time/rollout_tokens_per_s": "sampled tokens per second of the rollout phase",
+}
+CLOCK_AREAS = ("time", "service")  # of the clock, or of what this process has seen: a run that was resumed has other numbers
+FILES = ("metrics.jsonl", "timing.jsonl", "rollouts.jsonl")  # cut back together when a run resumes
+
+_PLACEHOLDERS = {"step": "[a-z][a-z0-9_]*", "class": "[1-4]", "phase": "[a-z_]+"}
+_PATTERNS = [
+    re.compile("".join(_PLACEHOLDERS[p[1:-1]] if p.startswith("{") else re.escape(p) for p in re.split(r"(\{\w+\})", key)))
+    for key in METRICS
+    if "{" in key
+]
+
+
+def check_key(key: str) -> None:
+    """Raises ValueError when `key` is not in METRICS (its `{...}` parts filled in)."""
+    if key not in METRICS and not any(pattern.fullmatch(key) for pattern in _PATTERNS):
+        raise ValueError(
+            f"metric {key!r} is not declared: add it with one line of description to METRICS in srpo/core/metrics.py"
+        )
+
+
+def evaluation_metrics(results: Mapping[str, Any], step_names: tuple[str, ...]) -> dict[str, float]:
+    """The `eval/*` metrics of a results dict of `evaluation.results_dict`; a step accuracy that is not known has no key."""
+    metrics: dict[str, float] = {
+        f"eval/{key}": results[key] for key in ("macro_f1", "accuracy", "good_f1", "parse_rate", "num_examples")
+    }
+    metrics |= {f"eval/class_f1/{grade}": f1 for grade, f1 in enumerate(results["class_f1"], start=1)}
+    accuracy = zip(step_names, results["step_accuracy"], strict=True)
+    return metrics | {f"eval/step_accuracy/{name}": value for name, value in accuracy if value is not None}
+
+
+def truncate_jsonl(path: Path, last_step: int | None) -> None:
+    """Cut a file of `{"step": n, ...}` lines, n nondecreasing, to its lines with n <= last_step; None cuts it to nothing.
+
+    Everything from the first later or broken line on goes, so a half-written last line does too. It is one truncate(2): a kill at
+    any moment leaves the old file or the new one. A file that does not exist stays absent.
+    """
+    if not path.exists():
+        return
+    end = 0
+    with path.open("rb") as file:
+        for line in file if last_step is not None else ():
+            step = _line_step(line)
+            if step is None or last_step is None or step > last_step:
+                break
+            end += len(line)
+    os.truncate(path, end)
+
+
+def _line_step(line: bytes) -> int | None:
+    """The step of a complete line, None for a broken one. Does not parse a line of the usual form: rollout files are large."""
+    if not line.endswith(b"}\n"):
+        return None
+    if usual := re.match(rb'\{"step": (\d+)[,}]', line):
+        return int(usual[1])
+    try:
+        step = json.loads(line).get("step")
+    except ValueError:
+        return None
+    return step if isinstance(step, int) else None
+
+
+def read_metrics(path: Path) -> list[dict[str, float]]:
+    """The lines of a `metrics.jsonl` or `timing.jsonl`, in order, without a half-written last one (of a run that goes on)."""
+    with path.open("rb") as file:
+        return [json.loads(line) for line in file if _line_step(line) is not None]
+
+
+class Tracker(Protocol):
+    """What a tracker is asked to do."""
+
+    def log(self, step: int, metrics: dict[str, float]) -> None: ...
+    def close(self) -> None: ...
+
+
+class MetricsLogger:
+    """Writes one line per optimizer step to `metrics.jsonl` and `timing.jsonl` of a run folder, and to the trackers asked for.
+
+    Only one process of a run owns one (rank 0). `resume_step` is the step of the checkpoint that the run continues from: the two
+    files and `rollouts.jsonl` are cut back to it; None is a new run, which starts them empty. Raises ImportError with the pip
+    command when a tracker that is asked for is not installed.
+    """
+
+    def __init__(
+        self,
+        run_dir: Path,
+        *,
+        resume_step: int | None = None,
+        tensorboard: bool = False,
+        wandb: bool = False,
+        trackio: bool = False,
+        config: Mapping[str, Any] | None = None,
+    ) -> None:
+        self.run_dir = Path(run_dir)
+        self.run_dir.mkdir(parents=True, exist_ok=True)
+        self._step = resume_step
+        for name in FILES:
+            truncate_jsonl(self.run_dir / name, resume_step)
+        self._metrics = (self.run_dir / "metrics.jsonl").open("a", encoding="utf-8")
+        self._timing = (self.run_dir / "timing.jsonl").open("a", encoding="utf-8")
+        makers: list[tuple[bool, Callable[..., Tracker]]] = [(tensorboard, _TensorBoard), (wandb, _WandB), (trackio, _Trackio)]
+        self._trackers = [maker(self.run_dir, resume_step, dict(config or {})) for wanted, maker in makers if wanted]
+
+    def log(self, step: int, metrics: Mapping[str, SupportsFloat | None]) -> None:
+        """Write the line of one optimizer step: `{"step": n, ...}` with sorted keys and exact numbers.
+
+        Values are numbers or one-element tensors and arrays; None leaves the key out, a number that is not finite becomes null.
+        Raises ValueError for an undeclared key and for a step that is not later than the last one.
+        """
+        if self._step is not None and step <= self._step:
+            raise ValueError(f"step {step} is logged after step {self._step}: each optimizer step is logged once, in order")
+        numbers = {key: _number(value) for key, value in sorted(metrics.items()) if value is not None}
+        for key in numbers:
+            check_key(key)
+        self._step = step
+        for file, timing in ((self._metrics, False), (self._timing, True)):
+            line = {key: _finite(value) for key, value in numbers.items() if (key.partition("/")[0] in CLOCK_AREAS) == timing}
+            if line or not timing:
+                file.write(json.dumps({"step": step, **line}, allow_nan=False) + "\n")
+                file.flush()
+        for tracker in self._trackers:
+            tracker.log(step, numbers)
+
+    def sync(self) -> None:
+        """Force what was logged to the disk. Called before each checkpoint, so that none is ever ahead of these files."""
+        for name in FILES:
+            path = self.run_dir / name
+            if path.exists():
+                with path.open("rb") as file:
+                    os.fsync(file.fileno())
+
+    def close(self) -> None:
+        """Close the files and the trackers."""
+        self._metrics.close()
+        self._timing.close()
+        for tracker in self._trackers:
+            tracker.close()
+
+    def __enter__(self) -> MetricsLogger:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+        self.close()
+
+
+def _number(value: SupportsFloat) -> float:
+    """A Python int or float with exactly the value of `value`."""
+    item = getattr(value, "item", None)  # of a tensor or an array
+    number = item() if item is not None else value
+    return int(number) if isinstance(number, int) else float(number)
+
+
+def _finite(value: float) -> float | None:
+    return value if math.isfinite(value) else None
+
+
+def _tracker_module(name: str, package: str) -> ModuleType:
+    try:
+        return import_module(name)
+    except ImportError as error:
+        raise ImportError(f"train.{package} is on but {package} is not installed: pip install {package}") from error
+
+
+class _TensorBoard:
+    def __init__(self, run_dir: Path, resume_step: int | None, config: dict[str, Any]) -> None:
+        module = _tracker_module("torch.utils.tensorboard", "tensorboard")
+        purge = None if resume_step is None else resume_step + 1
+        self._writer = module.SummaryWriter(log_dir=str(run_dir / "tensorboard"), purge_step=purge)
+        self._writer.add_text("config", f"```\n{json.dumps(config, indent=2, default=str)}\n```")
+
+    def log(self, step: int, metrics: dict[str, float]) -> None:
+        for key, value in metrics.items():
+            self._writer.add_scalar(key, value, step)
+
+    def close(self) -> None:
+        self._writer.close()
+
+
+class _WandB:
+    """The run id is kept in the run folder, so that a resumed run goes on in the same W&B run."""
+
+    def __init__(self, run_dir: Path, resume_step: int | None, config: dict[str, Any]) -> None:
+        id_file = run_dir / "wandb_id.txt"
+        if resume_step is None or not id_file.exists():
+            id_file.write_text(uuid.uuid4().hex)
+        module = _tracker_module("wandb", "wandb")
+        self._run = module.init(
+            project="srpo", name=run_dir.name, id=id_file.read_text(), resume="allow", dir=str(run_dir), config=config
+        )
+
+    def log(self, step: int, metrics: dict[str, float]) -> None:
+        self._run.log(metrics, step=step)
+
+    def close(self) -> None:
+        self._run.finish()
+
+
+class _Trackio:
+    def __init__(self, run_dir: Path, resume_step: int | None, config: dict[str, Any]) -> None:
+        module = _tracker_module("trackio", "trackio")
+        resume = "never" if resume_step is None else "allow"
+        self._run = module.init(project="srpo", name=run_dir.name, config=config, resume=resume)
+
+    def log(self, step: int, metrics: dict[str, float]) -> None:
+        self._run.log(metrics, step=step)
+
+    def close(self) -> None:
+        self._run.finish()

@@ -1,0 +1,312 @@
+"""Reasoning steps as configuration: what the J steps of a response are, and the total parser that finds them (pi_Sj of Eq. 5).
+
+A response is a sequence of J steps, each opened by a header. `StepSpec` describes one step, `StepSchema` a response, and
+`parse_response` cuts the tokens of a sampled response into step spans and reads the answer of each step. Parsing never raises.
+"""
+
+from __future__ import annotations
+
+import math
+import re
+from bisect import bisect_left
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, fields
+from functools import cached_property
+from itertools import groupby
+from typing import Any
+
+from srpo.core.token_spans import Decoder, decode_with_ends
+from srpo.core.token_spans import token_char_ends as token_char_ends
+
+SOURCES = ("gold", "judge", "rule", "skip")
+REGEX_FLAGS = re.MULTILINE | re.IGNORECASE
+
+
+def _fold(text: str) -> str:
+    return " ".join(text.split()).casefold()
+
+
+def _compile(where: str, key: str, pattern: str) -> re.Pattern[str]:
+    try:
+        return re.compile(pattern, REGEX_FLAGS)
+    except re.error as error:
+        raise ValueError(f"{where}: {key} {pattern!r} is no regular expression: {error} (TOML: use 'single quotes')") from error
+
+
+@dataclass(frozen=True)
+class StepSpec:
+    """One reasoning step S_j. Lists are taken for tuples, so a TOML table can be splatted in.
+
+    Raises ValueError that says the fix for anything that could not work.
+    """
+
+    name: str  # lower case; part of metric keys
+    header: str  # regex that opens the step; multi-line, case-insensitive
+    answer: str = ""  # regex with one group, read in the step's text, last match wins; empty: all of the text
+    options: tuple[str, ...] = ()  # canonical answers; empty: free text
+    sources: tuple[str, ...] = ("judge",)  # who grades the step, the first that can: gold | judge | rule | skip
+    reward: float = 0.2  # of a correct step (Appendix B)
+    missing_verdict: float | None = None  # share of it where the judge gives no verdict; unset: reward.missing_verdict
+
+    def __post_init__(self) -> None:
+        for key in ("options", "sources"):
+            value = getattr(self, key)
+            if isinstance(value, str):
+                raise ValueError(f"step {self.name!r}: {key} is the string {value!r}; write a list: [{value!r}]")
+            object.__setattr__(self, key, tuple(value))
+        where = f"step {self.name!r}"
+        if not re.fullmatch(r"[a-z][a-z0-9_]*", self.name):
+            raise ValueError(f"{where}: a name is lower-case letters, digits and _, starting with a letter")
+        if not self.header:
+            raise ValueError(f"{where}: header is empty; give a regular expression that opens the step")
+        if _compile(where, "header", self.header).search(""):
+            raise ValueError(f"{where}: header {self.header!r} matches the empty text, so it opens a step anywhere; be stricter")
+        if self.answer and (groups := _compile(where, "answer", self.answer).groups) != 1:
+            raise ValueError(f"{where}: answer {self.answer!r} has {groups} groups; mark the answer with exactly one")
+        folded = [_fold(option) for option in self.options]
+        if len(set(folded)) < len(folded) or "" in folded:
+            raise ValueError(f"{where}: options {list(self.options)} must be non-empty and differ by more than case and spaces")
+        if not self.sources or not set(self.sources) <= set(SOURCES) or len(set(self.sources)) < len(self.sources):
+            raise ValueError(f"{where}: sources {list(self.sources)} must be some of {', '.join(SOURCES)}, each at most once")
+        for always in ("rule", "skip"):
+            if always in self.sources[:-1]:
+                raise ValueError(f"{where}: source {always!r} always applies, so nothing after it is asked; put it last")
+        if "rule" in self.sources and not self.options:
+            raise ValueError(f"{where}: source 'rule' rewards an answer that is an option; give options or another source")
+        if not (math.isfinite(self.reward) and self.reward >= 0):
+            raise ValueError(f"{where}: reward {self.reward} must be a finite number of at least 0")
+        if self.missing_verdict is not None and not 0 <= self.missing_verdict <= 1:
+            raise ValueError(f"{where}: missing_verdict {self.missing_verdict} is a fraction of the step's reward, from 0 to 1")
+
+    def canonical(self, text: str) -> str | None:
+        """The answer that `text` stands for: the option that equals it up to case and spaces, else the only option that ends with
+        it ("4" is "L4"), else None. Without options the text itself, bold marks and extra spaces dropped; None where empty."""
+        text = " ".join(text.replace("**", " ").split())
+        if not self.options or not text:
+            return text or None
+        folded = _fold(text)
+        equal = [option for option in self.options if _fold(option) == folded]
+        ending = [option for option in self.options if _fold(option).endswith(folded)]
+        return equal[0] if equal else ending[0] if len(ending) == 1 else None
+
+
+# Headers stand at the start of a line, after any decoration ("- ", "**", "## ") and number ("3.", "S3:", "Step 3 -"), and end in
+# a colon, a dash, closing bold or the end of the line. Possessive quantifiers keep the search linear in the text.
+_DECOR = r"(?:[^\w\n]|_)*+"
+_OPEN = rf"^{_DECOR}(?:(?:step|s)?[^\S\n]*+\d{{1,2}}{_DECOR})?+"
+_CLOSE = r"(?:(?:[^\S\n]|[*_`\])])*+(?:[:=\uff1a\u2010-\u2015]++|-++(?:>|(?!\w))|$)|[^\S\n]*+\*\*)"
+
+
+def _header(words: str) -> str:
+    return _OPEN + words + _CLOSE
+
+
+def _words(*alternatives: str) -> str:
+    return rf"(?:[^\S\n]+(?:{'|'.join(alternatives)}))"
+
+
+def _last_option(*options: str) -> str:
+    """Regex of the option that the last arrow points at, or of the last option word where no arrow points at one."""
+    words = "|".join(options)
+    arrow = rf"[\s\S]*(?:->|=>|\u2192)\W{{0,8}}+(?:{words})\b"  # greedy: runs to the last one
+    return rf"\A(?:(?={arrow})[\s\S]*(?:->|=>|\u2192)\W{{0,8}}+|(?!{arrow})[\s\S]*)\b({words})\b"
+
+
+_ANALYZE = r"(?:(?:analy[sz]e|identify|interpret|understand)[^\S\n]+(?:the[^\S\n]+)?)"
+
+PAPER_STEPS: tuple[StepSpec, ...] = (
+    StepSpec(
+        "query_intent",
+        _header(
+            rf"(?:{_ANALYZE}query{_words('intent', 'text')}*"
+            rf"|query{_words('intent', 'interpretation', 'analysis', 'understanding')}{_words('identification', 'analysis')}*)"
+        ),
+    ),
+    StepSpec(
+        "item",
+        _header(rf"{_ANALYZE}?item{_words('information', 'text', 'content', 'analysis', 'interpretation', 'understanding')}*"),
+    ),
+    StepSpec(
+        "category_match",
+        _header(rf"category{_words('match', 'matching', 'relevance', 'relation')}{_words('analysis', 'evaluation')}*"),
+        answer=_last_option("match", "related", "mismatch"),
+        options=("match", "related", "mismatch"),
+        sources=("gold", "judge"),
+    ),
+    StepSpec(
+        "attribute_match",
+        _header(rf"attributes?{_words('match', 'matching', 'relevance', 'relation')}{_words('analysis', 'evaluation')}*"),
+        answer=_last_option("match", "unclear", "conflict"),
+        options=("match", "unclear", "conflict"),
+        sources=("gold", "judge"),
+    ),
+    StepSpec(
+        "verdict",
+        _header(rf"(?:(?:final|overall)[^\S\n]+)?(?:verdict|judge?ment|ranking){_words('reason(?:ing)?', 'determination')}*"),
+        answer=r"\b(L[1-4]\b|[1-4](?=[ \t]*[-\u2010-\u2015][ \t]*(?:irrelevant|(?:partial[ \t]+)?mismatch|related|excellent)\b))",
+        options=("L1", "L2", "L3", "L4"),
+        sources=("gold",),
+        reward=1.0,
+    ),
+)
+
+
+@dataclass(frozen=True)
+class ParsedText:
+    """What was found in a text. Step j is text[char_ends[j-1]:char_ends[j]]; the J spans partition the text.
+
+    Text before the first header belongs to step 1; a step whose header is missing has an empty span (step 1: that text alone).
+    """
+
+    char_ends: tuple[int, ...]  # [J] nondecreasing, the last one is len(text)
+    answers: tuple[str | None, ...]  # [J] None where the step is missing or says nothing that can be read
+    found: tuple[bool, ...]  # [J] whether the header of the step is there
+    problems: frozenset[str]  # missing | unanswered | duplicate | out_of_order
+
+
+@dataclass(frozen=True)
+class ParsedResponse:
+    """`ParsedText` of a sampled response, with spans in tokens: step j is response_ids[step_ends[j-1]:step_ends[j]]."""
+
+    text: str
+    step_ends: tuple[int, ...]  # [J] nondecreasing, the last one is the number of tokens
+    answers: tuple[str | None, ...]
+    found: tuple[bool, ...]
+    problems: frozenset[str]
+
+
+@dataclass(frozen=True)
+class _Header:
+    start: int
+    end: int
+    step: int
+
+
+class StepSchema:
+    """The J steps of a response. Raises ValueError where they cannot be a schema."""
+
+    def __init__(self, specs: Iterable[StepSpec]) -> None:
+        self.specs = tuple(specs)
+        if not self.specs:
+            raise ValueError("a step schema needs at least one step; leave `steps` out for the paper's five")
+        names = [spec.name for spec in self.specs]
+        if twice := sorted({name for name in names if names.count(name) > 1}):
+            raise ValueError(f"two steps are called {twice[0]!r}; give every step its own name")
+        if not self.max_reward > 0:
+            raise ValueError("no step can earn a reward; give one a positive reward and a source other than 'skip'")
+        self._headers = [re.compile(spec.header, REGEX_FLAGS) for spec in self.specs]
+        self._answers = [re.compile(spec.answer, REGEX_FLAGS) if spec.answer else None for spec in self.specs]
+
+    @classmethod
+    def from_tables(cls, tables: Sequence[Mapping[str, Any]]) -> StepSchema:
+        """The schema of a list of TOML tables (`[[steps]]`), each with the fields of `StepSpec`."""
+        known = {f.name for f in fields(StepSpec)}
+        for i, table in enumerate(tables):
+            if unknown := sorted(set(table) - known):
+                raise ValueError(f"steps[{i}] has an unknown key {unknown[0]!r}; keys are {', '.join(sorted(known))}")
+            if lacking := sorted({"name", "header"} - set(table)):
+                raise ValueError(f"steps[{i}] has no {lacking[0]!r}; every step needs a name and a header")
+        return cls(StepSpec(**table) for table in tables)
+
+    @property
+    def num_steps(self) -> int:
+        return len(self.specs)
+
+    @cached_property
+    def max_reward(self) -> float:
+        """Reward of a response that is right in every step that can be graded (1.8 in Appendix B)."""
+        return math.fsum(spec.reward for spec in self.specs if spec.sources != ("skip",))
+
+    def parse_text(self, text: str) -> ParsedText:
+        """Find the steps of a text. Total: never raises.
+
+        Of all headers, the ones adopted are the longest chain that goes forward both in the text and in the steps, so that one
+        stray header cannot hide the steps after it. Between chains of the same length the one with the earlier steps wins (of
+        "1 3 2 4", step 3 came before its predecessor and is the one out of order), then the one whose headers come first. Any
+        other header is a "duplicate" where its step was adopted before it, else "out_of_order"; it moves no span. It does end
+        the text that an answer is read from: the answer of a step is that of its adopted header, or of the first repetition
+        within its span where that one says nothing.
+
+        Paper: it says only that pi_Sj is deterministic.
+        """
+        headers = self._find_headers(text)
+        adopted = _longest_chain(headers)
+        starts = [adopted[j].start if j in adopted else None for j in range(self.num_steps)]
+        char_ends, end = [], len(text)
+        for start in reversed(starts):
+            char_ends.append(end)
+            end = end if start is None else start
+        char_ends.reverse()
+
+        answers: list[str | None] = [None] * self.num_steps
+        problems = set()
+        for i, header in enumerate(headers):
+            j, own = header.step, adopted.get(header.step)
+            if own is None or header.start < own.start:
+                problems.add("out_of_order")
+                continue
+            if header is not own:
+                problems.add("duplicate")
+            if answers[j] is None and header.start < char_ends[j]:
+                limit = headers[i + 1].start if i + 1 < len(headers) else len(text)
+                answers[j] = self._read_answer(j, text[header.end : limit])
+        if len(adopted) < self.num_steps:
+            problems.add("missing")
+        if any(answers[j] is None for j in adopted):
+            problems.add("unanswered")
+        return ParsedText(tuple(char_ends), tuple(answers), tuple(start is not None for start in starts), frozenset(problems))
+
+    def _find_headers(self, text: str) -> list[_Header]:
+        found = [_Header(*m.span(), j) for j, header in enumerate(self._headers) for m in header.finditer(text)]
+        return sorted(found, key=lambda h: (h.start, h.step))
+
+    def _read_answer(self, j: int, body: str) -> str | None:
+        spec, pattern = self.specs[j], self._answers[j]
+        if pattern is None:
+            return spec.canonical(body)
+        told = [spec.canonical(m.group(1)) for m in pattern.finditer(body) if m.group(1)]
+        return next((answer for answer in reversed(told) if answer is not None), None)
+
+
+def parse_response(schema: StepSchema, tokenizer: Decoder, response_ids: Sequence[int]) -> ParsedResponse:
+    """Decode a response and cut its tokens into steps. Total for any ids that the tokenizer decodes.
+
+    A token that straddles a boundary belongs to the earlier step. Special tokens at the end (those in
+    `tokenizer.all_special_ids`) are not part of the text; they belong to the step that the text ends in.
+    """
+    special = frozenset(getattr(tokenizer, "all_special_ids", None) or ())
+    length = len(response_ids)
+    while length and response_ids[length - 1] in special:
+        length -= 1
+    text, token_ends = decode_with_ends(tokenizer, response_ids[:length])
+    parsed = schema.parse_text(text)
+    step_ends = []
+    starts = [0, *token_ends[:-1]]
+    for char_end in parsed.char_ends:
+        step_ends.append(len(response_ids) if char_end == len(text) else bisect_left(starts, char_end))
+    return ParsedResponse(text, tuple(step_ends), parsed.answers, parsed.found, parsed.problems)
+
+
+def _longest_chain(headers: Sequence[_Header]) -> dict[int, _Header]:
+    """{step: header} of the longest chain of headers with increasing start and step; ties as in `StepSchema.parse_text`."""
+    best: dict[int, tuple[_Header, ...]] = {}  # first step -> best chain of the headers seen so far, from the right
+
+    def rank(chain: tuple[_Header, ...]) -> tuple[int, tuple[int, ...]]:
+        return -len(chain), tuple(header.step for header in chain)
+
+    for _, group in groupby(reversed(headers), key=lambda header: header.start):
+        chains = [(h, *min((c for j, c in best.items() if j > h.step), key=rank, default=())) for h in group]
+        for chain in chains:  # headers at one place are alternatives
+            if chain[0].step not in best or rank(chain) <= rank(best[chain[0].step]):
+                best[chain[0].step] = chain
+    return {header.step: header for header in min(best.values(), key=rank, default=())}
+
+
+def facts(answer: str) -> frozenset[str]:
+    """The `;`-separated facts of an answer, without case, order, repetition or extra spaces."""
+    return frozenset(fact for part in answer.split(";") if (fact := _fold(part).strip(" .")))
+
+
+def same_answer(answer: str | None, truth: str | None) -> bool:
+    """Whether two answers state the same facts; False where either is missing."""
+    return answer is not None and truth is not None and facts(answer) == facts(truth)

@@ -1,0 +1,144 @@
+"""The queue for human verification (4.3.1): mined cases as lines to be edited, and read back as right verdicts.
+
+A line is one case. The human writes into its field "human" one word per step, "correct", "incorrect", or null where nobody can
+say; a line whose field is left empty ([], "" or null) is not verified.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+from srpo.core.steps import StepSchema
+from srpo.data.examples import Example
+from srpo.data.prompts import build_prompt
+from srpo.judge_training.hard_cases import Case
+from srpo.rewards.verdicts import WORDS
+
+Labels = tuple[bool | None, ...]  # [J]
+COUNTS = ("verified", "corrected", "unverified", "unverified_used", "dropped")  # what `verified_cases` counts, as num_*
+
+
+def queue_lines(cases: Iterable[Case], examples: dict[str, Example], schema: StepSchema) -> str:
+    """The text of a queue file, in the order of `cases`: those to be looked at first at the head."""
+    return "".join(json.dumps(_row(c, examples[c.example_id], schema), ensure_ascii=False) + "\n" for c in cases)
+
+
+def _row(case: Case, example: Example, schema: StepSchema) -> dict[str, Any]:
+    return {
+        "id": case.case_id,
+        "example_id": case.example_id,
+        "query": example.query,
+        "item": build_prompt(example, "{item}"),
+        "response": case.response,
+        "steps": [spec.name for spec in schema.specs],
+        "judge": [_word(case.verdict(j)) for j in range(schema.num_steps)],
+        "votes": list(case.shares),
+        "num_votes": list(case.num_votes),
+        "labels": [_word(label) for label in case.labels],
+        "disagrees": [schema.specs[j].name for j in range(schema.num_steps) if case.disagrees(j)],
+        "solve_rate": case.solve_rate,
+        "judge_wrote": case.reason,
+        "human": [],
+    }
+
+
+def _word(verdict: bool | None) -> str | None:
+    return None if verdict is None else WORDS[verdict]
+
+
+def fill_in(queue: str, verdicts: Iterable[Sequence[bool | None]]) -> str:
+    """The text of a queue with the field "human" of each line filled in, as the simulated annotator does it."""
+    rows = [json.loads(line) for line in queue.split("\n") if line]  # not splitlines: a response may hold other separators
+    return "".join(
+        json.dumps({**row, "human": [_word(v) for v in said]}, ensure_ascii=False) + "\n"
+        for row, said in zip(rows, verdicts, strict=True)
+    )
+
+
+@dataclass(frozen=True)
+class QueueLine:
+    """One line of a queue as read back."""
+
+    example_id: str
+    response: str
+    labels: Labels  # of the machine: an annotator's verdict or what a gold label says
+    human: Labels | None  # None where the line is not filled in
+    where: str  # file and line, for errors
+
+
+def read_queue(path: str | Path, schema: StepSchema) -> dict[str, QueueLine]:
+    """case id -> its line. Blank lines are ignored.
+
+    ValueError with file and line for what is no line of a queue, an unknown verdict word, a wrong number of steps, an id twice.
+    """
+    read: dict[str, QueueLine] = {}
+    with Path(path).open("rb") as file:
+        for number, line in enumerate(file, start=1):
+            where = f"{path}, line {number}"
+            if not line.strip():
+                continue
+            try:
+                row = json.loads(line)
+                case_id, human = row["id"], row["human"]
+                texts = row["example_id"], row["response"]
+                labels = _labels(row["labels"], "labels", where, schema)
+            except (KeyError, TypeError, json.JSONDecodeError, UnicodeDecodeError) as error:
+                raise ValueError(
+                    f"{where}: want a line of judge_queue.jsonl with id, example_id, response, labels and human ({error!r})"
+                ) from error
+            if not isinstance(case_id, str) or case_id in read:
+                raise ValueError(f"{where}: id is {case_id!r}, which is no text or came before: keep one line per case")
+            told = _labels(human, "human", where, schema) if human not in ([], "", None) else None
+            read[case_id] = QueueLine(*texts, labels, told, where)
+    return read
+
+
+def _labels(words: Any, key: str, where: str, schema: StepSchema) -> Labels:
+    if not isinstance(words, list) or len(words) != schema.num_steps:
+        got = f"{len(words)} verdicts" if isinstance(words, list) else repr(words)
+        names = ", ".join(spec.name for spec in schema.specs)
+        raise ValueError(f"{where}: {key} has {got}: give a list of {schema.num_steps}, one per step ({names})")
+    labels: list[bool | None] = []
+    for word in words:
+        folded = word.strip().casefold() if isinstance(word, str) else word
+        if folded is not None and folded not in WORDS:
+            raise ValueError(f"{where}: {key} has {word!r}: a verdict is correct, incorrect, or null where nobody can say")
+        labels.append(None if folded is None else folded == WORDS[True])
+    return tuple(labels)
+
+
+def verified_cases(
+    queue: str | Path, verified: str | Path, schema: StepSchema, unverified: Literal["drop", "use"]
+) -> tuple[dict[str, tuple[QueueLine, Labels]], dict[str, int]]:
+    """(case id -> (its line in `queue`, the right verdicts [J]); how many were verified, corrected, not verified, dropped ...).
+
+    The human's verdicts in `verified` replace the machine's labels, null meaning that the step trains nothing. A case that is not
+    filled in or not there is dropped, or with "use" keeps its labels; a case without any verdict is dropped.
+    ValueError with file and line for a case that is not in the queue, and as `read_queue`; and when no case is left.
+    """
+    cases, filled = read_queue(queue, schema), read_queue(verified, schema)
+    for case_id, line in filled.items():
+        if case_id not in cases:
+            raise ValueError(f"{line.where}: case {case_id!r} is not in {queue}: give the file that was made of this queue")
+    chosen: dict[str, tuple[QueueLine, Labels]] = {}
+    numbers: dict[str, int] = dict.fromkeys((f"num_{what}" for what in COUNTS), 0)
+    for case_id, line in cases.items():
+        human = filled[case_id].human if case_id in filled else None
+        right = line.labels if human is None else human
+        numbers["num_unverified" if human is None else "num_verified"] += 1
+        if (human is None and unverified == "drop") or all(label is None for label in right):
+            numbers["num_dropped"] += 1
+            continue
+        numbers["num_unverified_used"] += human is None
+        numbers["num_corrected"] += right != line.labels
+        chosen[case_id] = line, right
+    if not chosen:
+        raise ValueError(
+            f"none of the {len(cases)} cases of {queue} has a verdict to train on: fill in the field human in {verified}, "
+            "or take the machine's labels with --unverified use"
+        )
+    return chosen, numbers

@@ -1,0 +1,175 @@
+"""Settings of `srpo.train_judge`, and what they name: read and checked as a whole, before anything is written."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Literal
+
+from srpo.core.run_dir import write_whole
+from srpo.core.steps import PAPER_STEPS, StepSchema, StepSpec
+from srpo.data.examples import Example
+from srpo.data.readers import load_examples
+from srpo.data.strata import stratum
+from srpo.evaluate import load_rollouts
+from srpo.judge_training.human_queue import read_queue
+from srpo.judge_training.judgments import Judgment, hold_out, read_judgments, simulate_judgments
+from srpo.judge_training.stages import JudgeGrpoConfig
+from srpo.policy.parallel import Parallel
+from srpo.sft import SftConfig
+
+QUEUE = "judge_queue.jsonl"
+
+
+@dataclass(frozen=True)
+class MineConfig:
+    """Of the hard cases between the stages."""
+
+    pool: str = ""  # a rollouts.jsonl of further responses; empty: the judgments that the first stage trained on
+    num_responses: int = 0  # of the pool, the first so many; 0: all
+    num_votes: int = 8  # verdicts sampled on each response
+    num_cases: int = 13_000  # at most so many are chosen (5.1.6)
+    solve_low: float = 0.01  # a case is chosen when its share of right verdicts lies strictly between
+    solve_high: float = 0.99
+    balance: tuple[str, ...] = ("query_type",)  # tags whose values, with step and verdict, come equally often; may be empty
+
+
+@dataclass(frozen=True)
+class JudgeConfig:
+    """`python -m srpo.train_judge --data train.jsonl --judgments judged.jsonl --sft.policy.path base`"""
+
+    run_dir: str = "runs/judge"
+    kind: Literal["generative", "scalar"] = "generative"  # scalar: a probability per step (Appendix A), by the settings of sft
+    stage: Literal["all", "sft", "mine", "grpo"] = "all"  # all: every one whose result is not there
+    data: str = ""  # the examples that the judgments speak of
+    judgments: str = ""  # JSON Lines, see above
+    rollouts: str = ""  # instead of judgments: a rollouts.jsonl, judged by a simulated annotator (needs truths, as the world has)
+    annotator_error_rate: float = 0.0  # of the simulated annotator
+    annotator_reasons: bool = True  # whether it says why, from the truth
+    verified: str = ""  # judge_queue.jsonl with its field "human" filled in
+    unverified: Literal["drop", "use"] = "drop"  # lines that are not filled in: dropped, or used with the labels that they have
+    simulate_human: bool = True  # with rollouts and without verified: the annotator fills in the queue
+    human_error_rate: float = 0.0  # of the annotator who does
+    max_new_tokens: int = 256  # of the verdicts on one response
+    held_out: int = 200  # the last so many judgments measure the judge instead of training it
+    num_votes: int = 8  # verdicts sampled on each held-out response: their share of "correct" is the judge's confidence
+    steps: tuple[StepSpec, ...] = PAPER_STEPS
+    sft: SftConfig = field(default_factory=lambda: SftConfig(num_steps=500))
+    mine: MineConfig = field(default_factory=MineConfig)
+    grpo: JudgeGrpoConfig = field(default_factory=JudgeGrpoConfig)
+
+
+@dataclass(frozen=True)
+class Work:
+    """What the stages share."""
+
+    cfg: JudgeConfig
+    parallel: Parallel
+    schema: StepSchema
+    examples: dict[str, Example]
+    shown: list[Judgment]
+    held_out: list[Judgment]
+    num_left_out: int
+    pool: list[Judgment]
+
+    @property
+    def run_dir(self) -> Path:
+        return Path(self.cfg.run_dir)
+
+    def is_done(self, name: str) -> bool:
+        """Whether the result of a stage is there; the same on all ranks."""
+        return self.parallel.broadcast_object((self.run_dir / name).is_file())
+
+    def write(self, name: str, text: str) -> None:
+        """Rank 0 writes a file of the run folder as a whole."""
+        if self.parallel.is_main:
+            write_whole(self.run_dir / name, text)
+        self.parallel.barrier()
+
+
+def simulates(cfg: JudgeConfig) -> bool:
+    """Whether the simulated annotator verifies the queue."""
+    return bool(cfg.rollouts) and cfg.simulate_human and not cfg.verified
+
+
+def prepare(cfg: JudgeConfig, parallel: Parallel) -> Work:
+    """Read and check everything; writes nothing."""
+    schema = StepSchema(cfg.steps)
+    if not cfg.data:
+        raise ValueError("data is not set: name the examples that the judgments speak of")
+    if bool(cfg.judgments) == bool(cfg.rollouts):
+        raise ValueError("set one of judgments (human verdicts) and rollouts (to be judged by the simulated annotator)")
+    if cfg.kind == "scalar" and cfg.stage in ("mine", "grpo"):
+        raise ValueError(f"stage {cfg.stage} is of the generative judge: a scalar one has no verdicts to sample; use --stage sft")
+    if cfg.kind == "scalar" and cfg.sft.inputs != "logits":
+        raise ValueError("sft.inputs is of a loss over the vocabulary, which a scalar judge does not have: set it to 'logits'")
+    if cfg.num_votes < 1 or cfg.mine.num_votes < 2 or cfg.mine.num_cases < 1:
+        raise ValueError(
+            "num_votes and mine.num_cases have to be at least 1, mine.num_votes at least 2 (verdicts that can differ)"
+        )
+    if cfg.mine.num_responses < 0:
+        raise ValueError(f"mine.num_responses is {cfg.mine.num_responses}: set it to 1 or more, or to 0 for all of the pool")
+    if not cfg.mine.solve_low < cfg.mine.solve_high:
+        raise ValueError(
+            f"no solve rate lies between mine.solve_low {cfg.mine.solve_low} and mine.solve_high {cfg.mine.solve_high}"
+        )
+    if cfg.stage == "grpo" and not (cfg.verified or simulates(cfg)):
+        raise ValueError(f"stage grpo needs --verified FILE: a copy of {QUEUE} with its field human filled in")
+    for stage, needs in (("mine", "sft.json"), ("grpo", QUEUE)):
+        if cfg.stage == stage and not (Path(cfg.run_dir) / needs).is_file():
+            raise ValueError(
+                f"stage {stage} goes on from {Path(cfg.run_dir) / needs}, which is not there: run the stages before it"
+            )
+    if cfg.verified:
+        read_queue(cfg.verified, schema)
+    examples = {e.example_id: e for e in load_examples(cfg.data, schema.num_steps)}
+    if cfg.judgments:
+        judgments = list(read_judgments(cfg.judgments, schema.num_steps))
+    else:
+        judgments = simulate_judgments(
+            load_rollouts(Path(cfg.rollouts)),
+            examples,
+            schema,
+            cfg.annotator_error_rate,
+            cfg.sft.seed,
+            cfg.annotator_reasons,
+        )
+    if unknown := [j.example_id for j in judgments if j.example_id not in examples]:
+        raise ValueError(f"{len(unknown)} judgments speak of examples that are not in {cfg.data}, the first of {unknown[0]}")
+    judgments = [j for j in judgments if any(verdict is not None for verdict in j.verdicts)]
+    if cfg.held_out < 1:
+        raise ValueError(f"held_out is {cfg.held_out}: hold out some judgments, or nothing is known of the judge")
+    shown, held_out, num_left_out = hold_out(judgments, examples, cfg.held_out)
+    if not shown:
+        raise ValueError(
+            f"{len(judgments)} judgments have a verdict and held_out is {cfg.held_out}, which with the judgments of the same "
+            "queries leaves none to train on: lower held_out, or judge more responses (the simulated annotator needs examples "
+            "with a truth)"
+        )
+    pool = _pool(cfg, examples, schema, held_out) if cfg.mine.pool else shown
+    pool = pool[: cfg.mine.num_responses or None]
+    if cfg.kind == "generative" and cfg.stage != "sft":
+        for judgment in pool:
+            _check_tags(examples[judgment.example_id], cfg.mine.balance)
+    return Work(cfg, parallel, schema, examples, shown, held_out, num_left_out, pool)
+
+
+def _check_tags(example: Example, tags: Sequence[str]) -> None:
+    try:
+        stratum(example, tags)
+    except ValueError as error:
+        raise ValueError(f"mine.balance: {error}; --mine.balance alone names none") from error
+
+
+def _pool(cfg: JudgeConfig, examples: dict[str, Example], schema: StepSchema, held_out: Sequence[Judgment]) -> list[Judgment]:
+    """Responses without judgments, of queries that are not held out."""
+    queries = {examples[j.example_id].query_id for j in held_out}
+    nothing = (None,) * schema.num_steps
+    found = {(r.example_id, r.text): None for r in load_rollouts(Path(cfg.mine.pool)) if r.example_id in examples}
+    pool = [Judgment(*key, nothing, nothing) for key in found if examples[key[0]].query_id not in queries]
+    if not pool:
+        raise ValueError(
+            f"{cfg.mine.pool} has no response to a query of {cfg.data} that is not held out: sample on the same data"
+        )
+    return pool

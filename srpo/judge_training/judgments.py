@@ -1,0 +1,91 @@
+"""Judgments: what an annotator said of each step of a response. Read from a file, or made by the simulated annotator."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from srpo.core.batch import Rollout
+from srpo.core.steps import StepSchema
+from srpo.data.examples import Example
+from srpo.judge_training.reasons import simulated_reasons
+from srpo.rewards.judge import OracleJudge
+
+
+@dataclass(frozen=True)
+class Judgment:
+    """One response with what an annotator said of each of its steps."""
+
+    example_id: str
+    response: str
+    verdicts: tuple[bool | None, ...]  # [J]
+    reasons: tuple[str | None, ...]  # [J]
+
+
+def read_judgments(path: str | Path, num_steps: int) -> Iterator[Judgment]:
+    """The judgments of a file. ValueError with file and line for one that is malformed."""
+    with Path(path).open("rb") as file:
+        for number, line in enumerate(file, start=1):
+            yield _judgment(line, f"{path}, line {number}", num_steps)
+
+
+def _judgment(line: bytes, where: str, num_steps: int) -> Judgment:
+    try:
+        row = json.loads(line)
+        example_id, response, verdicts = row["example_id"], row["response"], row["verdicts"]
+    except (ValueError, KeyError, TypeError) as error:
+        raise ValueError(f'{where}: want {{"example_id": ..., "response": ..., "verdicts": [true, ...]}} ({error})') from error
+    if not isinstance(response, str):
+        raise ValueError(f"{where}: response is {response!r}: give the text that was judged")
+    if not (
+        isinstance(verdicts, list) and len(verdicts) == num_steps and all(v is None or isinstance(v, bool) for v in verdicts)
+    ):
+        raise ValueError(f"{where}: verdicts is {verdicts!r}: give {num_steps} of true, false or null, one per step")
+    reasons = row.get("reasons") or [None] * num_steps
+    if not (isinstance(reasons, list) and len(reasons) == num_steps and all(r is None or isinstance(r, str) for r in reasons)):
+        raise ValueError(f"{where}: reasons is {reasons!r}: give {num_steps} texts, one per step, null where there is none")
+    return Judgment(str(example_id), response, tuple(verdicts), tuple(reasons))
+
+
+def simulate_judgments(
+    rollouts: Iterable[Rollout],
+    examples: dict[str, Example],
+    schema: StepSchema,
+    error_rate: float,
+    seed: int,
+    with_reasons: bool = True,
+) -> list[Judgment]:
+    """What a simulated annotator says of sampled responses, each different response once; rollouts of other data are left out."""
+    unique = list({(r.example_id, r.text): r for r in rollouts if r.example_id in examples}.values())
+    verdicts = OracleJudge(error_rate, seed, schema).judge(unique, [examples[r.example_id] for r in unique])
+    nothing = (None,) * schema.num_steps
+    judgments = []
+    for rollout, said in zip(unique, verdicts, strict=True):
+        truth = examples[rollout.example_id].truth or nothing
+        reasons = simulated_reasons(rollout.answers, truth, said, schema) if with_reasons else nothing
+        plain = tuple(None if v is None else bool(v) for v in said)
+        judgments.append(Judgment(rollout.example_id, rollout.text, plain, reasons))
+    return judgments
+
+
+def as_rollout(example_id: str, response: str, schema: StepSchema) -> Rollout:
+    """The response as a rollout of no tokens, with the answers that are read from its text: what a judge is asked about."""
+    answers = schema.parse_text(response).answers
+    return Rollout(example_id, 0, (), (), (), (0,) * schema.num_steps, answers, response, "stop", 0)
+
+
+def hold_out(
+    judgments: Sequence[Judgment], examples: dict[str, Example], num_held_out: int
+) -> tuple[list[Judgment], list[Judgment], int]:
+    """(to train on, held out, how many were left out): the last `num_held_out` measure the judge.
+
+    Judgments of a query that is held out do not train it either, since the query's intent would be known: they are left out and
+    counted.
+    """
+    cut = max(len(judgments) - num_held_out, 0)
+    held_out = list(judgments[cut:])
+    queries = {examples[j.example_id].query_id for j in held_out}
+    shown = [j for j in judgments[:cut] if examples[j.example_id].query_id not in queries]
+    return shown, held_out, cut - len(shown)

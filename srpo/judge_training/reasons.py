@@ -1,0 +1,34 @@
+"""Reasons of the simulated annotator: a few words from the truth, so that a judge learns to reason first (Figure 4)."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from srpo.core.steps import StepSchema, same_answer
+
+# What the annotator says of the paper's steps; of any other step it says that the right answer is so and so.
+SAYINGS = {
+    "query_intent": "the query wants {facts}",
+    "item": "the item shows {facts}",
+    "category_match": "the categories are a {facts}",
+    "attribute_match": "the attributes are a {facts}",
+    "verdict": "the grade is {facts}",
+}
+OTHERWISE = "the right answer is {facts}"
+
+
+def simulated_reasons(
+    answers: Sequence[str | None], truth: Sequence[str | None], verdicts: Sequence[bool | float | None], schema: StepSchema
+) -> tuple[str | None, ...]:
+    """Why each verdict was given, [J]; a pure function of the arguments. None where there is no verdict.
+
+    The reason states the truth. An annotator who wrongly passes a step takes what it says for the truth; one who wrongly rejects
+    a step has no reason to give.
+    """
+    reasons: list[str | None] = []
+    for spec, answer, true, verdict in zip(schema.specs, answers, truth, verdicts, strict=True):
+        right = same_answer(answer, true)
+        facts = true if bool(verdict) == right else answer if verdict else None
+        known = verdict is not None and facts is not None
+        reasons.append(SAYINGS.get(spec.name, OTHERWISE).format(facts=facts) if known else None)
+    return tuple(reasons)

@@ -1,0 +1,89 @@
+"""Training of the scalar reward model (Appendix A) on judgments: binary cross-entropy per step. A part of `srpo.train_judge`."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from srpo.core.batch import Batch
+from srpo.core.steps import StepSchema
+from srpo.data.examples import Example
+from srpo.data.tokenizer import load_tokenizer
+from srpo.judge_training.judgments import Judgment
+from srpo.policy.loading import load_to_shard
+from srpo.policy.parallel import Parallel
+from srpo.policy.scalar import ScalarModel, save_scalar, scalar_loss, scored_batches
+from srpo.rewards.scalar import ScalarCase, is_there, scalar_case
+from srpo.sft import SftConfig, batch_indices
+from srpo.training.supervised import fit
+
+
+def signed_targets(cases: Sequence[ScalarCase], judgments: Sequence[Judgment]) -> torch.Tensor:
+    """[N, J]: 1 where the annotator says "correct", -1 for "incorrect", 0 where nobody judged or the response lacks the step."""
+    signs = [
+        [0.0 if v is None or not is_there(case, j) else 1.0 if v else -1.0 for j, v in enumerate(judgment.verdicts)]
+        for case, judgment in zip(cases, judgments, strict=True)
+    ]
+    return torch.tensor(signs)
+
+
+def train_scalar(
+    cfg: SftConfig, judgments: Sequence[Judgment], examples: dict[str, Example], schema: StepSchema, parallel: Parallel
+) -> Path:
+    """Train from `cfg.policy` and return the folder of the resulting scalar reward model, `run_dir/policy`.
+
+    Resumes like SFT; `cfg.data` is not read. The loss is the mean over the verdicts of an optimizer step, over all ranks.
+    ValueError for a case that fits neither into the context nor into a micro-batch.
+    """
+    run_dir = Path(cfg.run_dir)
+    tokenizer: Any = load_tokenizer(cfg.policy.path)
+    model = ScalarModel(
+        load_to_shard(cfg.policy.path, parallel, experts=cfg.policy.experts),
+        activation_checkpointing=cfg.policy.activation_checkpointing,
+    )
+    cases = [scalar_case(examples[j.example_id], j.response, tokenizer, schema) for j in judgments]
+    limit = min(cfg.policy.max_context or model.max_context, model.max_context, cfg.micro_batch_tokens)
+    for case, judgment in zip(cases, judgments, strict=True):
+        if len(case[0]) + len(case[1]) > limit:
+            raise ValueError(
+                f"a response to {judgment.example_id} has with its prompt {len(case[0]) + len(case[1])} tokens, more than "
+                f"{limit}, the lower of the context and sft.micro_batch_tokens: raise that or leave it out"
+            )
+    targets = signed_targets(cases, judgments)
+    model = parallel.shard(model, dtype=cfg.policy.dtype)
+
+    def batches_of(step: int) -> list[Batch]:
+        chosen = batch_indices(len(cases), cfg.batch_size, step, cfg.seed)
+        mine = chosen[parallel.rank :: parallel.world_size]
+        weighted = targets[mine] / targets[chosen].abs().sum().clamp(min=1)
+        return scored_batches([cases[i] for i in mine], weighted, tokenizer.eos_token_id, cfg.micro_batch_tokens)
+
+    def loss_of(batch: Batch) -> tuple[torch.Tensor, torch.Tensor]:
+        logits = model(batch)
+        given = batch.step_advantages != 0
+        right = ((logits.detach() >= 0) == (batch.step_advantages > 0)) & given  # verdicts on the right side of 0.5
+        return scalar_loss(logits, batch.step_advantages), torch.stack([right.sum(), given.sum()]).double()
+
+    def metrics_of(sums: list[float]) -> tuple[dict[str, float], float]:
+        num_right, num_given = sums
+        accuracy = num_right / max(num_given, 1)
+        return {"train/verdict_accuracy": accuracy}, accuracy
+
+    fit(
+        model,
+        cfg,
+        parallel,
+        title="scalar reward model",
+        data=hashlib.blake2b(repr((cases, targets.tolist())).encode(), digest_size=16).hexdigest(),
+        subject="the judgments are",
+        batches_of=batches_of,
+        loss_of=loss_of,
+        metrics_of=metrics_of,
+    )
+    save_scalar(model, tokenizer, run_dir / "policy")
+    parallel.barrier()  # no rank returns, or ends, while another still gathers or writes
+    return run_dir / "policy"

@@ -1,0 +1,163 @@
+"""What `srpo.train_judge` does around its trainings: ask a judge over all ranks, score it, mine, make the second stage.
+
+Every function that takes `parallel` is called by all ranks and returns the same on all of them.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any, TypeVar
+
+from torch import nn
+
+from srpo.core.batch import Rollout
+from srpo.core.config.train import (
+    AdvantageConfig,
+    Config,
+    DataConfig,
+    LossConfig,
+    OptimizerConfig,
+    PolicyConfig,
+    RewardConfig,
+    RolloutConfig,
+    SamplerConfig,
+    TrainConfig,
+)
+from srpo.core.progress import Progress
+from srpo.core.steps import StepSchema
+from srpo.data.examples import Example
+from srpo.data.tokenizer import load_tokenizer
+from srpo.judge_training.evaluation import judge_scores, vote_shares
+from srpo.judge_training.hard_cases import CASE_PROMPT, Case, make_case, verdict_steps
+from srpo.judge_training.judgments import Judgment, as_rollout
+from srpo.policy.model import load_policy
+from srpo.policy.parallel import Parallel
+from srpo.policy.scalar import load_scalar
+from srpo.rewards.build import open_judge, open_scalar_judge
+from srpo.rewards.judge import GenerativeJudge, Verdicts
+from srpo.rewards.scalar import ScalarJudge
+from srpo.rewards.verdicts import parse_verdicts
+
+X = TypeVar("X")
+CHUNK = 64  # responses that are asked about at once, between two advances of the bar
+
+
+def over_ranks(title: str, num: int, work: Callable[[Sequence[int], int], Sequence[X]], parallel: Parallel) -> list[X]:
+    """[num] results of `work(indices, number of the chunk)` on chunks of 0..num-1, shared by the ranks.
+
+    Chunks are cut before they are shared, so the results do not depend on the number of ranks.
+    """
+    chunks = [range(first, min(first + CHUNK, num)) for first in range(0, num, CHUNK)]
+    done: dict[int, X] = {}
+    with Progress(title, num, enabled=parallel.is_main) as bar:
+        for number in range(parallel.rank, len(chunks), parallel.world_size):
+            done |= dict(zip(chunks[number], work(chunks[number], number), strict=True))
+            bar.advance(len(chunks[number]) * parallel.world_size)
+    merged = {i: result for share in parallel.all_gather_object(done) for i, result in share.items()}
+    return [merged[i] for i in range(num)]
+
+
+def load_judge(
+    kind: str, path: Path, schema: StepSchema, max_new_tokens: int, policy: PolicyConfig, parallel: Parallel
+) -> GenerativeJudge | ScalarJudge:
+    """The judge in a folder, on this rank's device."""
+    tokenizer = load_tokenizer(path)
+    if kind == "scalar":
+        return open_scalar_judge(load_scalar(path, experts=policy.experts).to(parallel.device), tokenizer, schema)
+    model = nn.Module.to(load_policy(path, experts=policy.experts), parallel.device)
+    return open_judge(model, tokenizer, schema, max_new_tokens)
+
+
+def evaluate_judge(
+    judge: GenerativeJudge | ScalarJudge,
+    judgments: Sequence[Judgment],
+    examples: dict[str, Example],
+    schema: StepSchema,
+    num_votes: int,
+    seed: int,
+    parallel: Parallel,
+) -> dict[str, Any]:
+    """`judge_scores` of a judge on judgments (Table 2).
+
+    Its probability of "correct" is the share among `num_votes` sampled verdicts of a generative judge, p of a scalar one.
+    """
+
+    def work(indices: Sequence[int], chunk: int) -> list[tuple[Verdicts, tuple[float | None, ...]]]:
+        rollouts, pairs = asked_about([judgments[i] for i in indices], examples, schema)
+        told = judge.judge(rollouts, pairs)
+        if isinstance(judge, ScalarJudge):
+            return list(zip(told, judge.probabilities(rollouts, pairs), strict=True))
+        return list(zip(told, vote_shares(judge.votes(rollouts, pairs, num_votes, seed + chunk)), strict=True))
+
+    told, shares = zip(*over_ranks("judging held-out responses", len(judgments), work, parallel), strict=True)
+    return judge_scores(told, [j.verdicts for j in judgments], shares, [spec.name for spec in schema.specs])
+
+
+def asked_about(
+    judgments: Sequence[Judgment], examples: dict[str, Example], schema: StepSchema
+) -> tuple[list[Rollout], list[Example]]:
+    """What a judge is given: the responses as rollouts, and their pairs."""
+    return [as_rollout(j.example_id, j.response, schema) for j in judgments], [examples[j.example_id] for j in judgments]
+
+
+def vote_on(
+    judge: GenerativeJudge,
+    pool: Sequence[Judgment],
+    examples: dict[str, Example],
+    schema: StepSchema,
+    num_votes: int,
+    seed: int,
+    parallel: Parallel,
+) -> list[Case]:
+    """The judge's sampled opinions on each response of a pool, as cases (`hard_cases.mine` chooses among them)."""
+
+    def work(indices: Sequence[int], chunk: int) -> list[Case]:
+        chosen = [pool[i] for i in indices]
+        rollouts, pairs = asked_about(chosen, examples, schema)
+        params = replace(judge.params, group_size=num_votes, greedy=False)
+        cases = []
+        for judgment, pair, texts in zip(chosen, pairs, judge.write(rollouts, pairs, params, seed + chunk), strict=True):
+            votes = [parse_verdicts(text, schema.num_steps) for text in texts]
+            cases.append(make_case(pair, judgment.response, judgment.verdicts, votes, schema, reason=texts[0]))
+        return cases
+
+    return over_ranks("sampling verdicts", len(pool), work, parallel)
+
+
+@dataclass(frozen=True)
+class JudgeGrpoConfig:
+    """The second stage. Everything else of `srpo.train` has its default; the policy's settings are those of `sft.policy`."""
+
+    num_steps: int = 100
+    rollout: RolloutConfig = field(default_factory=RolloutConfig)  # its max_new_tokens is the judge's own
+    loss: LossConfig = field(default_factory=LossConfig)
+    optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
+    # Mined cases are neither solved nor hopeless, so only groups that are all right or all wrong are left out.
+    sampler: SamplerConfig = field(default_factory=lambda: SamplerConfig(difficulty_low=0.0, difficulty_high=1.0))
+    train: TrainConfig = field(default_factory=TrainConfig)
+
+
+def grpo_config(
+    cfg: JudgeGrpoConfig, *, run_dir: Path, data: Path, policy: PolicyConfig, schema: StepSchema, max_new_tokens: int, seed: int
+) -> Config:
+    """The second stage as a run of `srpo.train`: GRPO (Eq. 2-4) with the judge as policy on the cases in `data`.
+
+    Its steps are the verdicts, its reward the share of right ones (`grpo_step_sum` over J rewards of 1/J).
+    """
+    return Config(
+        run_dir=str(run_dir),
+        seed=seed,
+        num_steps=cfg.num_steps,
+        steps=verdict_steps(schema),
+        data=DataConfig(train=str(data), prompt=CASE_PROMPT),
+        policy=policy,
+        rollout=replace(cfg.rollout, max_new_tokens=max_new_tokens),
+        reward=RewardConfig(judge="none", audit="off"),
+        advantage=AdvantageConfig(method="grpo_step_sum"),
+        loss=cfg.loss,
+        optimizer=cfg.optimizer,
+        sampler=cfg.sampler,
+        train=cfg.train,
+    )

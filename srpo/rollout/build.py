@@ -1,0 +1,43 @@
+"""The engine that a configuration asks for."""
+
+from __future__ import annotations
+
+from functools import partial
+from pathlib import Path
+
+import torch
+from torch import nn
+
+from srpo.core.config.train import Config, VllmConfig
+from srpo.policy.parallel import Parallel
+from srpo.rollout.engine import Engine
+from srpo.rollout.local import LocalEngine
+from srpo.rollout.vllm.engine import VllmEngine
+from srpo.rollout.vllm.shared_start import open_shared
+
+
+def open_engine(cfg: Config, model: nn.Module, parallel: Parallel) -> Engine:
+    """The engine of `rollout.engine` on this rank's device: each rank samples its own share of the prompts. Collective where
+    ranks share a vLLM.
+
+    model: the policy as it was loaded, not yet sharded; vLLM reads the same checkpoint, `policy.path`, by itself. One without
+    weights (`srpo.policy.loading`) will do for an engine that is synced before it samples.
+    Raises ValueError for settings that cannot work, ImportError where the engine is not installed.
+    """
+    dtype = getattr(torch, cfg.policy.dtype)
+    if cfg.rollout.engine == "vllm":
+        path, config, routing = cfg.policy.path, cfg.rollout.vllm, cfg.rollout.routing == "replay"
+        return open_vllm(path, parallel, dtype=dtype, max_context=cfg.policy.max_context, config=config, routing=routing)
+    return LocalEngine(model, device=parallel.device, dtype=dtype, max_context=cfg.policy.max_context)
+
+
+def open_vllm(
+    path: str | Path, parallel: Parallel, *, dtype: torch.dtype, max_context: int, config: VllmConfig, routing: bool = False
+) -> Engine:
+    """vLLM with the weights of the checkpoint in `path`, this rank's own or, where `config` splits it, one that ranks share.
+
+    Raises as `open_engine`.
+    """
+    shared = config.tensor_parallel_size != 1
+    start = partial(open_shared, parallel=parallel) if shared else partial(VllmEngine, device=parallel.device)
+    return start(path, dtype=dtype, max_context=max_context, config=config, routing=routing)

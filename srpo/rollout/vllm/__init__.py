@@ -1,0 +1,1 @@
+"""The vLLM engine: its process, the protocol to it, and loading weights into its model."""

@@ -1,0 +1,321 @@
+"""The `vllm` engine: vLLM in a process of its own, that samples from the trainer's weights without a copy on disk.
+
+On a CPU the weights travel through shared memory, on a GPU as CUDA IPC handles (`srpo/rollout/weights/`). A process that dies or
+hangs is started again, given the weights it had, and asked for what is still missing.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import math
+import time
+import warnings
+from collections.abc import Callable, Sequence
+from contextlib import closing, nullcontext
+from functools import partial
+from pathlib import Path
+
+import torch
+from torch import nn
+
+from srpo.core.config.train import VllmConfig
+from srpo.policy.checkpoint_names import Layouts, iter_checkpoint_blocks
+from srpo.rollout.engine import Groups, Sample, SamplingParams, check_prompts, in_order
+from srpo.rollout.vllm.client import Replies, ask, samples_of
+from srpo.rollout.vllm.process import EngineError, EngineFailure, EngineProcess
+from srpo.rollout.vllm.settings import bucket_bytes, check_split, check_vllm_settings, derive_seed, worker_environment
+from srpo.rollout.weights.buckets import differing_groups
+from srpo.rollout.weights.cuda_ipc import CudaSender, Exchange
+from srpo.rollout.weights.shared_memory import Bucket, WeightStore, half_the_threads
+
+MAX_ATTEMPTS = 3  # at one `generate` or `sync_weights`, before a failing engine ends the run
+WORKER = ("-m", "srpo.rollout.vllm.worker")
+SHARDS_WORKER = ("-m", "srpo.rollout.vllm.shards")  # where it is split over several devices
+STATS = (
+    "num_tokens",
+    "generate_s",
+    "tokens_per_s",
+    "sync_s",
+    "sync_write_s",
+    "sync_load_s",
+    "sync_finish_s",
+    "sync_bytes",
+    "num_restarts",
+)
+_CPU_KV_CACHE_MIB = 1024
+_MIB = 1 << 20
+
+
+class VllmEngine:
+    """A vLLM of the checkpoint in `path`, with the policy's weights from the first `sync_weights` on.
+
+    device, dtype: where and in what it computes. max_context: longest prompt plus response; 0: what the model was made for.
+    `policy_version` is -1 until the first sync. command: what serves instead of vLLM, in tests.
+    devices, exchange: of the ranks that share it, where it is split over their GPUs (`shared_engine`): see `visible_device` and
+    `CudaSender`.
+    Raises ValueError for settings that cannot work, ImportError where vLLM is not installed, EngineError where it does not start.
+    """
+
+    def __init__(
+        self,
+        path: str | Path,
+        *,
+        device: torch.device | None = None,
+        dtype: torch.dtype = torch.float32,
+        max_context: int = 0,
+        config: VllmConfig | None = None,
+        command: Sequence[str] = WORKER,
+        devices: Sequence[str] = (),
+        exchange: Exchange | None = None,
+        routing: bool = False,
+    ) -> None:
+        self._config = config or VllmConfig()
+        self._device = device or torch.device("cpu")
+        self._devices = devices
+        check_vllm_settings(self._config)
+        size = self._config.tensor_parallel_size
+        if self._on_gpu and len(set(devices)) != size > 1:
+            raise ValueError(f"rollout.vllm.tensor_parallel_size is {size}: it takes so many ranks of this host, with a GPU each")
+        if not (Path(path) / "config.json").is_file():
+            raise ValueError(f"no model in {str(path)!r}: vLLM starts from a folder with config.json and safetensors files")
+        if tuple(command) == WORKER and importlib.util.find_spec("vllm") is None:
+            raise ImportError("rollout.engine = 'vllm' needs vLLM: 'make vllm', or take 'local'")
+        if size > 1:
+            check_split(path, size)
+        self._command = SHARDS_WORKER if size > 1 and tuple(command) == WORKER else command
+        self._settings = {
+            "path": str(Path(path).resolve()),
+            "dtype": str(dtype).removeprefix("torch."),
+            "device": self._device.type,
+            "tensor_parallel_size": size,
+            "max_context": max_context,
+            "max_num_seqs": self._config.max_num_seqs,
+            "kv_cache_bytes": (self._config.kv_cache_mib or (0 if self._on_gpu else _CPU_KV_CACHE_MIB)) * _MIB,
+            "gpu_memory_frac": self._config.gpu_memory_frac,
+            "enforce_eager": self._config.enforce_eager or not self._on_gpu,
+            "routing": routing,  # whether it reports the experts of each token
+        }
+        self._store = WeightStore(num_bytes := bucket_bytes(self._config, self._device), dtype)
+        self._layouts: Layouts = {}
+        self._sender = CudaSender(num_bytes, dtype, self._device, exchange) if self._on_gpu else None
+        self._stats: dict[str, float] = dict.fromkeys(STATS, 0.0)
+        self.policy_version = -1
+        self._whole = True  # False from the beginning of a sync until its proof
+        self._asleep = False
+        self._process: EngineProcess | None = None
+        self.loads = ""  # how weights get into vLLM's kernels: "direct", or why through its own reload
+        try:
+            self.max_context = self._start()
+        except EngineFailure as failure:
+            raise EngineError(str(failure)) from failure
+        if self.loads not in ("", "direct") and size == 1 and not self._on_gpu:
+            warnings.warn(f"weight syncs take vLLM's own, slower reload: {self.loads}", RuntimeWarning, stacklevel=2)
+
+    @property
+    def _on_gpu(self) -> bool:
+        return self._device.type == "cuda"
+
+    @property
+    def process(self) -> EngineProcess:
+        """The engine's process, which runs."""
+        if self._process is None or not self._process.running:
+            self._restart()
+        assert self._process is not None
+        return self._process
+
+    @property
+    def _environment(self) -> dict[str, str]:
+        return worker_environment(self._device, self._devices)
+
+    def _start(self) -> int:
+        """Start a process and return its longest context."""
+        self._process = EngineProcess(self._command, timeout_s=self._config.timeout_s, env=self._environment)
+        with self._process.killed_unless_done():
+            self._process.send("start", settings=self._settings)
+            facts = self._process.receive(self._config.start_timeout_s)
+            self.loads = facts.get("loads", "")
+            return int(facts["max_context"])
+
+    def _restart(self) -> None:
+        """A new process with the weights of the last sync."""
+        if self._process is not None:
+            self._process.kill()
+        self._stats["num_restarts"] += 1
+        self._asleep = False
+        self._start()
+        if self.policy_version >= 0 and self._whole:
+            self._send_again()
+
+    def _send_again(self) -> None:
+        """The last sync's weights, from where they still are, to a new process."""
+        assert self._process is not None
+        version = self.policy_version
+        if self._sender is not None:
+            self._prove(self._process, self._sender.send_again(self._process, version), version)
+            return
+        assert self._store.version == version
+        self._process.send("begin")
+        for bucket in self._store.buckets:
+            self._send_bucket(self._process, bucket)
+        self._finish(self._process, version)
+
+    def generate(
+        self, prompts: Sequence[tuple[int, ...]], params: SamplingParams, seed: int, numbers: Sequence[int] | None = None
+    ) -> list[Sample]:
+        """See `Engine.generate`."""
+        return in_order(self.stream(prompts, params, seed, numbers))
+
+    def stream(
+        self, prompts: Sequence[tuple[int, ...]], params: SamplingParams, seed: int, numbers: Sequence[int] | None = None
+    ) -> Groups:
+        """See `Engine.stream`. A process that fails is replaced, and asked only for the groups that it has not given.
+
+        Raises EngineError when MAX_ATTEMPTS processes have failed, or after a sync that was interrupted.
+        """
+        return samples_of(self.replies(prompts, params, seed, numbers), self.policy_version, self._stats)
+
+    def replies(
+        self, prompts: Sequence[tuple[int, ...]], params: SamplingParams, seed: int, numbers: Sequence[int] | None = None
+    ) -> Replies:
+        """The same as the process says it, with None as a sign of life."""
+        check_prompts(prompts, params, self.max_context)
+        if not self._whole:
+            raise EngineError("the last weight sync was interrupted: sync_weights again before sampling")
+        seeds = [derive_seed(seed, number) for number in (range(len(prompts)) if numbers is None else numbers)]
+        return self._replies(prompts, params, seeds)
+
+    def _replies(self, prompts: Sequence[tuple[int, ...]], params: SamplingParams, seeds: Sequence[int]) -> Replies:
+        missing = list(range(len(prompts)))
+        attempt = 0
+        while missing:
+            attempt += 1
+            try:
+                with closing(ask(self.process, prompts, params, seeds, missing, self.policy_version)) as replies:
+                    for group in replies:
+                        if group is not None and not all(math.isfinite(x) for row in group[1] for x in row[1]):
+                            raise ValueError(
+                                "the policy computes logits that are not finite: check the checkpoint in policy.path, or resume "
+                                "from an earlier one with a lower optimizer.lr"
+                            )
+                        if group is not None:
+                            missing.remove(group[0])
+                        yield group
+            except EngineFailure as failure:
+                if attempt == MAX_ATTEMPTS:
+                    raise
+                left = len(missing)
+                warnings.warn(f"restarting vLLM for {left} of {len(prompts)} prompts: {failure}", RuntimeWarning, stacklevel=2)
+
+    def sync_weights(self, policy: nn.Module, version: int) -> None:
+        """See `Engine.sync_weights`. The process counts the weights that its kernels use and has to arrive at the trainer's sums.
+
+        Raises EngineError where it does not; nothing is sampled then before another sync has succeeded.
+        """
+        start = time.perf_counter()
+        self._whole = False
+        if self._sender is not None:
+            self._sync_gpu(self._sender, policy, version)
+        else:
+            self._sync_cpu(policy, version)
+        self.policy_version, self._whole = version, True
+        self._stats["sync_s"] = time.perf_counter() - start
+
+    def _sync_cpu(self, policy: nn.Module, version: int) -> None:
+        """Buckets are loaded while the next ones are written. Whatever happens to the process, the store becomes whole: under
+        torchrun the other ranks gather with this one."""
+        start = time.perf_counter()
+        process = _survivor(self._begin)
+        with process.killed_unless_done() if process is not None else nullcontext():
+            with half_the_threads():
+                for bucket in self._store.write(iter_checkpoint_blocks(policy, self._layouts), version):
+                    if process is not None:
+                        process = _survivor(partial(self._send_bucket, process, bucket))
+            self._stats |= {"sync_bytes": float(self._store.num_bytes), "sync_write_s": time.perf_counter() - start}
+            if process is not None:
+                process = _survivor(partial(self._finish, process, version))
+        if process is None:
+            self.policy_version, self._whole = version, True
+            self._restart()
+
+    def _sync_gpu(self, sender: CudaSender, policy: nn.Module, version: int) -> None:
+        process = self.process
+        with process.killed_unless_done():
+            if self._asleep:
+                self._wake(["weights"])
+            start = time.perf_counter()
+            sums = sender.send(process, policy, version)
+            self._stats |= {"sync_bytes": float(sender.num_bytes), "sync_write_s": time.perf_counter() - start}
+            self._prove(process, sums, version)
+            if self._asleep:
+                self._wake(["kv_cache"])
+                self._asleep = False
+
+    def _begin(self) -> EngineProcess:
+        process = self.process
+        process.send("begin")
+        return process
+
+    def _send_bucket(self, process: EngineProcess, bucket: Bucket) -> EngineProcess:
+        process.send_descriptor(bucket.segment, self._store.descriptor(bucket))
+        process.send("bucket", bucket=bucket)
+        return process
+
+    def _finish(self, process: EngineProcess, version: int) -> EngineProcess:
+        process.send("finish", version=version, keep=[segment.key for segment in self._store.segments])
+        self._prove(process, self._store.sums, version)
+        return process
+
+    def _prove(self, process: EngineProcess, expected: dict[str, int], version: int) -> None:
+        """Read the answer to a sync. Raises EngineError where the engine's weights are not the trainer's."""
+        reply = process.receive()
+        self._stats |= {"sync_load_s": reply["load_s"], "sync_finish_s": reply["finish_s"]}
+        wrong = differing_groups(expected, reply["sums"])
+        if reply["version"] != version or wrong:
+            process.kill()
+            raise EngineError(
+                f"after the sync of version {version} vLLM (which answers {reply['version']}) holds other weights than the "
+                f"trainer in {len(wrong)} of {len(expected)} groups, first {wrong[:1]}: rollout.engine 'local' takes any model"
+            )
+
+    def sleep(self) -> None:
+        """Give weights and key-value cache back; the next sync brings them again, and nothing is sampled before it. vLLM's CPU
+        backend cannot: nothing happens."""
+        if self._sender is None or self._asleep:
+            return
+        process = self.process
+        try:
+            with process.killed_unless_done():
+                process.send("sleep")
+                process.receive()
+        except EngineFailure as failure:  # its memory is free, too; the next sync starts another
+            warnings.warn(f"vLLM fell asleep for good and will be started again: {failure}", RuntimeWarning, stacklevel=2)
+        self._asleep, self._whole = True, False
+
+    def wake(self) -> None:
+        """Nothing: the next `sync_weights` wakes the weights first and the key-value cache after the sync, when there is room.
+        Woken before, weights would be there twice."""
+
+    def _wake(self, tags: list[str]) -> None:
+        self.process.send("wake", tags=tags)
+        self.process.receive()
+
+    def stats(self) -> dict[str, float]:
+        """Also, of the last sync, sync_bytes, seconds that the trainer took to gather and write (sync_write_s) and the engine to
+        load (sync_load_s, beside it on a CPU) and to repack and count (sync_finish_s); and num_restarts so far."""
+        return dict(self._stats)
+
+    def close(self) -> None:
+        if self._process is not None:
+            self._process.close()
+            self._process = None
+        self._store.close()
+
+
+def _survivor(request: Callable[[], EngineProcess]) -> EngineProcess | None:
+    """The process that a request of a weight sync went to, or None, with a warning, where it failed."""
+    try:
+        return request()
+    except EngineFailure as failure:
+        text = f"vLLM failed during a weight sync and will be started again: {failure}"
+        warnings.warn(text, RuntimeWarning, stacklevel=4)
+        return None

@@ -1,0 +1,168 @@
+"""An engine's process, from the trainer's side: started, spoken to over private sockets, watched, killed.
+
+Requests are pickled (they may carry CUDA handles) and go one way, from parent to child. Replies are JSON: the trainer unpickles
+nothing. Descriptors of shared memory go over a second socket. Nothing listens on a port.
+"""
+
+from __future__ import annotations
+
+import atexit
+import contextlib
+import json
+import os
+import signal
+import socket
+import struct
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from multiprocessing.connection import Connection
+from pathlib import Path
+from typing import Any
+
+LAUNCHER_VARIABLES = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "GROUP_RANK", "GROUP_WORLD_SIZE")
+_LAUNCHER_PREFIXES = ("MASTER_", "TORCHELASTIC_", "ROLE_")
+_DUMP_S = 2.0  # that a hanging process has to write its stacks
+_TAIL = 3000  # characters of the process's log that an error shows
+
+
+class EngineError(ValueError):
+    """The engine cannot do what it was asked to; the text has the end of its log."""
+
+
+class EngineFailure(EngineError):
+    """The engine's process died or hangs: it has been killed, and a new one may do better."""
+
+
+class EngineProcess:
+    """A child `python *command SOCKET SOCKET`, that serves `srpo.rollout.vllm.server.serve`.
+
+    timeout_s: without any sign of life for that long, a process that was asked something is taken for hanging.
+    Used as: `send`, then `receive` until the reply that ends the request.
+    """
+
+    def __init__(self, command: Sequence[str], *, timeout_s: float, env: Mapping[str, str] | None = None) -> None:
+        self.timeout_s = timeout_s
+        self._log = tempfile.NamedTemporaryFile("w+", prefix="srpo-engine-", suffix=".log", delete=False)  # noqa: SIM115
+        self.log = Path(self._log.name)
+        ours, theirs = socket.socketpair()
+        # A request that nobody reads fills the socket: writing it gives up, too.
+        ours.setsockopt(socket.SOL_SOCKET, socket.SO_SNDTIMEO, struct.pack("ll", int(timeout_s), int(timeout_s % 1 * 1e6)))
+        self._descriptors, their_descriptors = socket.socketpair()
+        self._channel = Connection(ours.detach())
+        self._sent: set[int] = set()
+        atexit.register(self.close)
+        with theirs, their_descriptors:
+            self._process = subprocess.Popen(
+                [sys.executable, *command, str(theirs.fileno()), str(their_descriptors.fileno())],
+                env=child_environment(env or {}),
+                stdin=subprocess.DEVNULL,
+                stdout=self._log,
+                stderr=subprocess.STDOUT,
+                pass_fds=(theirs.fileno(), their_descriptors.fileno()),
+                start_new_session=True,  # Ctrl-C is the trainer's: it closes the engine
+            )
+
+    @property
+    def pid(self) -> int:
+        return self._process.pid
+
+    @property
+    def running(self) -> bool:
+        return self._process.poll() is None
+
+    def send(self, op: str, **arguments: Any) -> None:
+        """A request. Raises EngineFailure where nobody reads."""
+        try:
+            self._channel.send((op, arguments))
+        except BlockingIOError as error:
+            raise self._hangs(self.timeout_s) from error
+        except OSError as error:
+            raise self._failure("died") from error
+
+    def send_descriptor(self, key: int, fd: int) -> None:
+        """Give the child a descriptor, once for each key."""
+        if key in self._sent:
+            return
+        try:
+            self._channel.send(("descriptor", {"key": key}))
+            socket.send_fds(self._descriptors, [b"x"], [fd])
+        except OSError as error:
+            raise self._failure("died") from error
+        self._sent.add(key)
+
+    def receive(self, timeout_s: float | None = None, *, signs: bool = False) -> dict[str, Any]:
+        """The next reply that is more than a sign of life; with `signs` also one of those, `{"alive": True}`.
+
+        Raises EngineError where the child reports an error, EngineFailure where it died or hangs.
+        """
+        timeout_s = self.timeout_s if timeout_s is None else timeout_s
+        while True:
+            try:
+                if not self._channel.poll(timeout_s):
+                    raise self._hangs(timeout_s)
+                reply = json.loads(self._channel.recv_bytes())
+            except (EOFError, OSError) as error:
+                raise self._failure("died") from error
+            if "error" in reply:
+                raise EngineError(f"{reply['error']}\nThe engine's log is {self.log}:\n{self._tail()}")
+            if signs or "alive" not in reply:
+                return reply
+
+    def _hangs(self, timeout_s: float) -> EngineFailure:
+        with contextlib.suppress(ProcessLookupError):
+            self._process.send_signal(signal.SIGUSR1)  # the child writes the stacks of all threads into its log
+        time.sleep(_DUMP_S)
+        return self._failure(f"gave no sign of life for {timeout_s:g} s (rollout.vllm.timeout_s)")
+
+    def _failure(self, what: str) -> EngineFailure:
+        with contextlib.suppress(subprocess.TimeoutExpired):  # it closes its sockets a moment before it has ended
+            self._process.wait(timeout=1.0 if what == "died" else 0.0)
+        code = self._process.poll()
+        self.kill()
+        ending = f" with exit code {code}" if code is not None else ""
+        return EngineFailure(f"the engine's process {self.pid} {what}{ending}; its log is {self.log}:\n{self._tail()}")
+
+    def _tail(self) -> str:
+        return self.log.read_text(encoding="utf-8", errors="replace")[-_TAIL:] if self.log.exists() else ""
+
+    @contextlib.contextmanager
+    def killed_unless_done(self) -> Iterator[None]:
+        """A block that has to come to its end: left by any exception, it leaves the process in a state that nobody knows, and its
+        replies would be taken for those to the next request."""
+        done = False
+        try:
+            yield
+            done = True
+        finally:
+            if not done:
+                self.kill()
+
+    def kill(self) -> None:
+        """End it at once, with whatever processes it has started. The log stays. A second time it does nothing."""
+        if self._channel.closed:
+            return  # its number may be somebody else's by now
+        atexit.unregister(self.close)
+        with contextlib.suppress(ProcessLookupError, PermissionError):
+            os.killpg(self._process.pid, signal.SIGKILL)
+        self._process.wait()
+        self._channel.close()
+        self._descriptors.close()
+        self._log.close()
+
+    def close(self) -> None:
+        """End it and remove its log."""
+        self.kill()
+        self.log.unlink(missing_ok=True)
+
+
+def child_environment(extra: Mapping[str, str]) -> dict[str, str]:
+    """The environment of an engine's process: ours, without what torchrun says of this rank, and `extra`.
+
+    The child finds the packages that this process finds, also where they were put on sys.path by hand.
+    """
+    env = {k: v for k, v in os.environ.items() if k not in LAUNCHER_VARIABLES and not k.startswith(_LAUNCHER_PREFIXES)}
+    env["PYTHONPATH"] = os.pathsep.join(path for path in sys.path if path)
+    return env | {"PYTHONSAFEPATH": "1", "PYTHONUNBUFFERED": "1"} | dict(extra)

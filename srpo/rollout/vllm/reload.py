@@ -1,0 +1,235 @@
+"""New weights into a running vLLM model, and the proof that its kernels use them. Runs in the engine's process.
+
+On a CPU `direct_load` makes the kernels from the arrived weights; a model that it does not know goes through vLLM's own reload.
+vLLM's layerwise reload (`initialize_layerwise_reload`, `load_weights`, `finalize_layerwise_reload`) has holes on its CPU backend:
+experts come back without the repacking that their kernel expects, and a head tied to the embedding keeps the old weights that
+it had packed. Both are closed here; whether anything else is left open is tested at every start (`Reloader.prove`) and at every
+sync (`Reloader.sums`).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import nn
+
+from srpo.rollout.vllm.direct_load import DirectLoader, UnknownLayoutError
+from srpo.rollout.weights.buckets import add_sums, bit_sum, place_sum
+
+STALE = " (packed)"  # ends the name of a weight that a kernel was not brought to
+_HELD = "_srpo_held"  # attribute of a layer: (bit sum, place sum or None) of the weight that its CPU kernel was made from
+
+
+class KernelWatch:
+    """Notes what each linear CPU kernel is made from: it keeps a packed copy, and the weight itself is thrown away.
+
+    Has to exist before the model is loaded. `places`: also note place sums.
+    """
+
+    def __init__(self) -> None:
+        from vllm.model_executor.layers import utils
+
+        self.places = True
+        dispatch: Callable[..., None] = utils.dispatch_cpu_unquantized_gemm
+
+        def noting(layer: nn.Module, remove_weight: bool) -> None:
+            weight = layer.weight
+            if isinstance(weight, torch.Tensor) and not weight.is_meta:
+                setattr(layer, _HELD, (bit_sum(weight), place_sum(weight) if self.places else None))
+            dispatch(layer, remove_weight)
+
+        utils.dispatch_cpu_unquantized_gemm = noting
+        self._dispatch = noting
+
+    def dispatch_again(self, layer: nn.Module) -> None:
+        """A new kernel from the layer's present weight."""
+        self._dispatch(layer, remove_weight=False)
+
+
+class Reloader:
+    """Loads weights into the model of a vLLM worker of this process."""
+
+    def __init__(self, worker: Any, watch: KernelWatch) -> None:
+        self._worker = worker
+        self._watch = watch
+        self.model: nn.Module = worker.model_runner.get_model()
+        self._repacked: set[int] = set()  # ids of fused experts that the reload itself repacked
+        self._undo: list[Callable[[], None]] = []
+        self._direct: DirectLoader | None = None  # loads in place of vLLM's reload
+
+    @contextmanager
+    def _vllm_config(self) -> Iterator[None]:
+        from vllm.config import set_current_vllm_config
+
+        with set_current_vllm_config(self._worker.vllm_config):
+            yield
+
+    def begin(self, *, native: bool = False) -> None:
+        """Open the bracket; with `native` vLLM's weight transfer engine has opened it."""
+        if self._direct is not None:
+            self._direct.begin()
+            return
+        from vllm.model_executor.model_loader.reload import initialize_layerwise_reload
+
+        self._repacked.clear()
+        for _, fused in self._fused_experts():
+            self._note_repacking(fused)
+        if not native:
+            with self._vllm_config():
+                initialize_layerwise_reload(self.model)
+
+    def load(self, named: Iterable[tuple[str, torch.Tensor]]) -> None:
+        """Some tensors, by checkpoint name."""
+        with self._vllm_config():
+            if self._direct is not None:
+                self._direct.load(named)
+            else:
+                self.model.load_weights(named)  # pyright: ignore[reportCallIssue]
+
+    @torch.no_grad()
+    def finish(self, *, native: bool = False) -> None:
+        """Close the bracket, and bring every kernel to the weights that were loaded."""
+        with self._vllm_config():
+            if self._direct is not None:
+                self._direct.finish()
+                written = self._direct.written
+                stale = [layer for layer, _ in self._kernels() if id(layer.weight) in written]
+            else:
+                self._finish_reload(native)
+                stale = [layer for layer, held in self._kernels() if layer.weight.numel() and bit_sum(layer.weight) != held[0]]
+            for layer in stale:
+                self._watch.dispatch_again(layer)
+
+    def _finish_reload(self, native: bool) -> None:
+        from vllm.model_executor.model_loader.reload import finalize_layerwise_reload
+
+        if not native:
+            finalize_layerwise_reload(self.model, self._worker.model_config)
+        for layer, fused in self._fused_experts():
+            if id(fused) not in self._repacked:
+                fused.process_weights_after_loading(layer)
+        for undo in self._undo:
+            undo()
+        self._undo.clear()
+
+    def _fused_experts(self) -> Iterator[tuple[nn.Module, Any]]:
+        """(layer, its kernel) of experts on the CPU backend."""
+        from vllm.model_executor.layers.fused_moe.experts.cpu_moe import CPUUnquantizedExperts
+
+        for layer in self.model.modules():
+            kernel = getattr(getattr(layer, "quant_method", None), "moe_kernel", None)
+            fused = getattr(kernel, "fused_experts", None)
+            if isinstance(fused, CPUUnquantizedExperts):
+                yield layer, fused
+
+    def _note_repacking(self, fused: Any) -> None:
+        process = fused.process_weights_after_loading
+
+        def noting(layer: nn.Module) -> None:
+            self._repacked.add(id(fused))
+            process(layer)
+
+        fused.process_weights_after_loading = noting
+        self._undo.append(lambda: delattr(fused, "process_weights_after_loading"))
+
+    def _kernels(self) -> Iterator[tuple[Any, tuple[int, int | None]]]:
+        """(layer, what its kernel was made from) of linear layers and heads on the CPU backend."""
+        for layer in self.model.modules():
+            held = getattr(layer, _HELD, None)
+            if held is not None:
+                yield layer, held
+
+    def sums(self) -> dict[str, int]:
+        """The bit sum of each group of the weights that the kernels use."""
+        found = self.parameter_sums()
+        sums = {name: value for name, value in found.items() if name.endswith(STALE)}
+        add_sums(sums, [item for item in found.items() if item[0] not in sums])
+        return sums
+
+    def parameter_sums(self) -> dict[str, int]:
+        """The same of each parameter of vLLM's model; and, under a name with STALE, of what a kernel uses in its place."""
+        sums: dict[str, int] = {}
+        thrown_away: dict[int, int] = {}
+        kept: dict[int, set[int]] = {}
+        for layer, (held, _) in self._kernels():
+            if layer.weight.numel():
+                kept.setdefault(id(layer.weight), set()).add(held)
+            else:
+                thrown_away[id(layer.weight)] = held
+        for name, parameter in self.model.named_parameters():
+            found = thrown_away[id(parameter)] if id(parameter) in thrown_away else bit_sum(parameter)
+            sums[name] = found
+            for held in kept.get(id(parameter), set()) - {found}:
+                sums[name + STALE] = held  # a kernel that stayed behind: the trainer has no such group
+        return sums
+
+    def places(self) -> dict[str, int | None]:
+        """The place sum of each parameter, or of what its kernel was made from; as long as `prove` goes on, and just after it."""
+        thrown_away = {id(layer.weight): held[1] for layer, held in self._kernels() if not layer.weight.numel()}
+        named = self.model.named_parameters()
+        return {name: thrown_away[id(p)] if id(p) in thrown_away else place_sum(p) for name, p in named}
+
+    def _layout(self) -> dict[str, int | None]:
+        """The place sum of every parameter that a kernel reads, and of what every packed kernel was made from."""
+        layout: dict[str, int | None] = {name: place_sum(p) for name, p in self.model.named_parameters() if p.numel()}
+        names = {id(module): name for name, module in self.model.named_modules()}
+        return layout | {names[id(layer)] + STALE: held[1] for layer, held in self._kernels()}
+
+    def prove(self, checkpoint: Callable[[], Iterable[tuple[str, torch.Tensor]]], *, direct: bool) -> str:
+        """Load the checkpoint that the model was started from a second time, and find every kernel's memory as it was.
+
+        direct: by `DirectLoader`, if that knows the model and passes. Returns "direct", or why it is vLLM's own reload.
+        Raises RuntimeError where this version of vLLM lays weights out otherwise the second time: every sync would be wrong.
+        """
+        self._watch.places = True
+        before = self._layout()
+        why = self._prove_direct(checkpoint, before) if direct else "this device takes vLLM's own reload"
+        if why != "direct":
+            wrong = self._load_again(checkpoint(), before)
+            if wrong:
+                raise RuntimeError(
+                    f"this vLLM does not restore {len(wrong)} of {len(before)} weights when they are loaded again, first "
+                    f"{wrong[0]}: its samples would be wrong after the first weight sync. Use rollout.engine 'local', or another "
+                    "version of vLLM"
+                )
+        self._watch.places = False
+        return why
+
+    def _prove_direct(self, checkpoint: Callable[[], Iterable[tuple[str, torch.Tensor]]], before: dict[str, int | None]) -> str:
+        """Choose the direct way if it restores every weight; else say why not."""
+        from vllm.platforms import current_platform
+
+        if current_platform.is_zen_cpu():
+            return "zentorch's kernels may read weights where they arrive"
+        try:
+            shapes = {name: tensor.shape for name, tensor in checkpoint()}
+            self._direct = DirectLoader(self.model, shapes, self._fused_experts())
+        except UnknownLayoutError as error:
+            return str(error)
+        wrong = self._load_again(checkpoint(), before)
+        if wrong:
+            self._direct = None
+            return f"written directly, {len(wrong)} of {len(before)} weights are not as vLLM had loaded them, first {wrong[0]}"
+        self._drop_unused_kernels()
+        return "direct"
+
+    def _load_again(self, checkpoint: Iterable[tuple[str, torch.Tensor]], before: dict[str, int | None]) -> list[str]:
+        """Weights that are not as before, sorted."""
+        self.begin()
+        self.load(checkpoint)
+        self.finish()
+        after = self._layout()
+        return sorted(name for name in before.keys() | after.keys() if before.get(name) != after.get(name))
+
+    def _drop_unused_kernels(self) -> None:
+        """vLLM packs an embedding for a matrix product as well, which only a head computes: not to be done at every sync."""
+        names: dict[int, int] = {}
+        for _, module in self.model.named_modules(remove_duplicate=False):
+            names[id(module)] = names.get(id(module), 0) + 1
+        for layer, _ in list(self._kernels()):
+            if type(layer).__name__ == "VocabParallelEmbedding" and names[id(layer)] == 1 and layer.weight.numel():
+                del layer.cpu_linear  # whoever calls it after all fails
+                delattr(layer, _HELD)

@@ -1,0 +1,199 @@
+"""The engine's process, from the inside: a loop that serves one parent over the sockets it was started with.
+
+What does the work is a `Backend` (vLLM's is `srpo.rollout.vllm.worker`). The loop keeps the promise that matters most: once a
+sync has begun, nothing is sampled before all of it has arrived and the weights in use have been counted.
+"""
+
+from __future__ import annotations
+
+import faulthandler
+import json
+import os
+import signal
+import socket
+import sys
+import threading
+import time
+from collections.abc import Collection, Generator, Sequence
+from contextlib import closing
+from multiprocessing.connection import Connection
+from typing import Any, Protocol
+
+import torch
+
+from srpo.rollout.engine import SamplingParams
+from srpo.rollout.weights.shared_memory import Bucket, half_the_threads, map_segment
+
+ALIVE_EVERY_S = 1.0
+_ORPHAN_POLL_S = 1.0
+
+# (response ids, log-probabilities, finish) and, where one of them was asked for, support: [L, K] int32 in base64, and routed:
+# (layers, experts of a token, [tokens, layers, experts] int16 in base64)
+Routed = tuple[int, int, str]
+Response = tuple[list[int], list[float], str] | tuple[list[int], list[float], str, str | None, Routed | None]
+Group = tuple[int, Sequence[Response]]  # (prompt index, its responses)
+
+
+class Backend(Protocol):
+    """An inference engine in this process."""
+
+    def start(self, settings: dict[str, Any]) -> dict[str, Any]:
+        """Load the model. Returns what the parent should know: max_context at least."""
+        ...
+
+    def begin_weights(self) -> None: ...
+
+    def load_weights(self, named: list[tuple[str, torch.Tensor]]) -> None:
+        """Some of the tensors, under checkpoint names. They stay as they are until `finish_weights` has returned."""
+        ...
+
+    def load_handles(self, update: dict[str, Any]) -> None:
+        """The same from CUDA handles; they are read before this returns."""
+        ...
+
+    def finish_weights(self) -> dict[str, int]:
+        """The bit sum of each group (`srpo.rollout.weights.buckets.group_of`) of the weights that are now used."""
+        ...
+
+    def generate(
+        self, prompts: Sequence[tuple[int, list[int]]], params: SamplingParams, seeds: Sequence[int]
+    ) -> Generator[Group | None, None, None]:
+        """Whole groups as they finish; None between them as a sign of life. Closed early, it drops what is unfinished."""
+        ...
+
+    def sleep(self) -> None: ...
+
+    def wake(self, tags: list[str] | None) -> None: ...
+
+
+class Server:
+    """State of the loop: which version the weights have (None: in doubt), and the shared memory that is mapped."""
+
+    def __init__(self, channel: Connection, descriptors: socket.socket, backend: Backend) -> None:
+        self._channel = channel
+        self._descriptors = descriptors
+        self._backend = backend
+        self._buffers: dict[int, torch.Tensor] = {}
+        self._version: int | None = None
+        self._last_sign = 0.0
+        self._load_s = 0.0  # spent on the buckets of the present sync
+
+    def reply(self, **content: Any) -> None:
+        self._last_sign = time.monotonic()
+        self._channel.send_bytes(json.dumps(content).encode())
+
+    def alive(self) -> None:
+        """A sign of life, at most once a second."""
+        if time.monotonic() - self._last_sign > ALIVE_EVERY_S:
+            self.reply(alive=True)
+
+    def run(self) -> None:
+        """Serve until the parent hangs up or says close."""
+        while True:
+            try:
+                op, arguments = self._channel.recv()
+            except EOFError:
+                return
+            if op == "close":
+                return
+            try:
+                getattr(self, f"on_{op}")(**arguments)
+            except Exception as error:
+                self.reply(error=f"{type(error).__name__}: {error}")
+                raise  # the state of the backend is unknown: this process ends, with a traceback in its log
+
+    def on_start(self, settings: dict[str, Any]) -> None:
+        facts = self._backend.start(settings)
+        self._version = -1
+        self.reply(started=True, **facts)
+
+    def on_descriptor(self, key: int) -> None:
+        _, fds, _, _ = socket.recv_fds(self._descriptors, 1, 1)
+        self.map_segment(key, fds[0])
+        os.close(fds[0])
+
+    def map_segment(self, key: int, fd: int) -> None:
+        """Shared memory that a sync will write its buckets to; the descriptor is closed when this returns."""
+        self._buffers[key] = map_segment(fd, os.fstat(fd).st_size)
+
+    def on_begin(self) -> None:
+        self._version = None
+        start = time.perf_counter()
+        self._backend.begin_weights()
+        self._load_s = time.perf_counter() - start
+
+    def on_bucket(self, bucket: Bucket) -> None:
+        start = time.perf_counter()
+        with half_the_threads():
+            self.load_bucket(bucket)
+        self._load_s += time.perf_counter() - start
+        self.alive()
+
+    def load_bucket(self, bucket: Bucket) -> None:
+        buffer = self._buffers[bucket.segment]
+        self._backend.load_weights([(entry.name, entry.view(buffer)) for entry in bucket.entries])
+
+    def on_handles(self, update: dict[str, Any]) -> None:
+        start = time.perf_counter()
+        self._backend.load_handles(update)
+        self._load_s += time.perf_counter() - start
+        self.reply(loaded=True)
+
+    def on_finish(self, version: int, keep: list[int]) -> None:
+        start = time.perf_counter()
+        sums = self.finish_weights(keep)
+        finish_s = time.perf_counter() - start
+        self._version = version
+        self.reply(version=version, sums=sums, load_s=self._load_s, finish_s=finish_s)
+
+    def finish_weights(self, keep: Collection[int]) -> dict[str, int]:
+        """The bit sums of the weights in use. Segments that are not in `keep` are let go of."""
+        sums = self._backend.finish_weights()
+        self._buffers = {key: buffer for key, buffer in self._buffers.items() if key in keep}
+        return sums
+
+    def on_generate(self, prompts: list[tuple[int, list[int]]], params: SamplingParams, seeds: list[int], version: int) -> None:
+        if self._version != version:
+            raise RuntimeError(f"asked to sample with weights of version {version}, but this process has {self._version}")
+        with closing(self._backend.generate(prompts, params, seeds)) as groups:
+            for group in groups:
+                if group is None:
+                    self.alive()
+                else:
+                    self.reply(prompt=group[0], samples=group[1])
+                if self._channel.poll():
+                    op, _ = self._channel.recv()
+                    if op != "abort":
+                        raise RuntimeError(f"asked to {op} while it samples")
+                    break
+        self.reply(done=True)
+
+    def on_abort(self) -> None:
+        """It came too late: what it is about has ended."""
+
+    def on_sleep(self) -> None:
+        self._version = None
+        self._backend.sleep()
+        self.reply(asleep=True)
+
+    def on_wake(self, tags: list[str] | None) -> None:
+        self._backend.wake(tags)
+        self.reply(awake=True)
+
+
+def serve(backend: Backend, argv: Sequence[str], server: type[Server] = Server) -> None:
+    """Serve the parent whose sockets are the two last arguments; ends with it."""
+    channel, descriptors = Connection(int(argv[-2])), socket.socket(fileno=int(argv[-1]))
+    faulthandler.register(signal.SIGUSR1, all_threads=True)
+    threading.Thread(target=_end_with_parent, args=(os.getppid(),), daemon=True).start()
+    server(channel, descriptors, backend).run()
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(0)  # the parent waits for no destructors of an inference engine
+
+
+def _end_with_parent(parent: int) -> None:
+    """A killed parent leaves nobody behind, also where this process is busy and does not read its socket."""
+    while os.getppid() == parent:
+        time.sleep(_ORPHAN_POLL_S)
+    os._exit(1)

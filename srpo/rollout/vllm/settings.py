@@ -1,0 +1,84 @@
+"""What vLLM is started with: its environment, the checks of its settings, the seed of each prompt."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from srpo.core.config.train import VllmConfig
+
+_CPU_BUCKET_MIB, _GPU_BUCKET_MIB = 16, 512
+# Sizes of config.json that vLLM splits, each evenly.
+_SPLIT = ("num_attention_heads", "num_key_value_heads", "intermediate_size", "moe_intermediate_size")
+
+
+def derive_seed(seed: int, prompt_index: int) -> int:
+    """62 bits for one prompt; vLLM adds the sample's number."""
+    return int(np.random.SeedSequence((seed, prompt_index)).generate_state(1, np.uint64)[0] >> 2)
+
+
+def bucket_bytes(config: VllmConfig, device: torch.device) -> int:
+    """Bytes of weights that travel at once."""
+    return (config.bucket_mib or (_GPU_BUCKET_MIB if device.type == "cuda" else _CPU_BUCKET_MIB)) << 20
+
+
+def visible_device(device: torch.device) -> str:
+    """A GPU as CUDA_VISIBLE_DEVICES names it, "" for a CPU."""
+    if device.type != "cuda":
+        return ""
+    visible = os.environ.get("CUDA_VISIBLE_DEVICES")
+    return visible.split(",")[device.index or 0] if visible else str(device.index or 0)
+
+
+def worker_environment(device: torch.device, devices: Sequence[str] = ()) -> dict[str, str]:
+    """What vLLM reads from the environment; what the user has set stays.
+
+    devices: where vLLM is split over several, as `visible_device` names them, in the order of their ranks.
+    """
+    mine = {
+        "VLLM_WORKER_MULTIPROC_METHOD": "spawn",  # a forked worker would hold this process's sockets open
+        "VLLM_ENABLE_V1_MULTIPROCESSING": "0",
+        "GLOO_SOCKET_IFNAME": "lo",  # its process group of one listens on the loopback device
+        "VLLM_HOST_IP": "127.0.0.1",
+    }
+    defaults = {
+        "VLLM_CPU_OMP_THREADS_BIND": "nobind",  # ranks of one host would all bind to the same cores
+        "VLLM_LOGGING_LEVEL": "WARNING",
+        "VLLM_NO_USAGE_STATS": "1",
+        "HF_HUB_OFFLINE": "1",
+        "TOKENIZERS_PARALLELISM": "false",
+    }
+    env = {k: os.environ.get(k, v) for k, v in defaults.items()}
+    if device.type == "cuda":
+        env["CUDA_VISIBLE_DEVICES"] = ",".join(devices or [visible_device(device)])
+    return env | mine
+
+
+def check_vllm_settings(config: VllmConfig) -> None:
+    """Raise ValueError for a setting that cannot work."""
+    for key in ("tensor_parallel_size", "max_num_seqs", "timeout_s", "start_timeout_s"):
+        if getattr(config, key) <= 0:
+            raise ValueError(f"rollout.vllm.{key} is {getattr(config, key)}: set it above 0")
+    for key in ("kv_cache_mib", "bucket_mib"):
+        if getattr(config, key) < 0:
+            raise ValueError(f"rollout.vllm.{key} is {getattr(config, key)}: set it to 0 (chosen by the device) or more")
+    if not 0 < config.gpu_memory_frac < 1:
+        raise ValueError(f"rollout.vllm.gpu_memory_frac is {config.gpu_memory_frac}: set it between 0 and 1")
+
+
+def check_split(path: str | Path, size: int) -> None:
+    """Raise ValueError where the model in `path` cannot be split over `size` devices.
+
+    vLLM would repeat key-value heads of which there are too few; their weights could not be counted then.
+    """
+    config = json.loads((Path(path) / "config.json").read_text(encoding="utf-8"))
+    for key in _SPLIT:
+        if config.get(key) and config[key] % size:
+            raise ValueError(
+                f"rollout.vllm.tensor_parallel_size is {size} and {key} of {str(path)!r} is {config[key]}: take a divisor of it"
+            )

@@ -1,0 +1,72 @@
+"""One of the processes that a vLLM is split over: its share of the weights, and the proof that its kernels use it.
+
+vLLM's worker processes import this module before they load the model, and call `ShardWorker` on their worker (its
+`worker_extension_cls`). Nobody else imports it: that takes vLLM.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import os
+from collections.abc import Collection
+from typing import Any
+
+import torch
+from vllm.model_executor.model_loader import get_model_loader
+
+from srpo.rollout.vllm.reload import KernelWatch, Reloader
+from srpo.rollout.weights.buckets import add_sums, bit_sum
+from srpo.rollout.weights.shared_memory import Bucket, map_segment
+
+WATCH = KernelWatch()  # has to exist before the model is loaded
+
+
+class ShardWorker:
+    """Methods of vLLM's worker. Its loaders take from every tensor what is this worker's."""
+
+    def srpo_prove(self) -> dict[str, Any]:
+        """Load the checkpoint a second time, see `Reloader.prove`. Returns the bit sum and the place sum of each parameter and,
+        on the first worker, the bit sums of the checkpoint's groups."""
+        worker: Any = self
+        self._srpo_reloader = Reloader(worker, WATCH)
+        self._srpo_segments: dict[int, torch.Tensor] = {}
+        config = worker.vllm_config
+        loader: Any = get_model_loader(config.load_config)
+
+        def checkpoint() -> Any:
+            return loader.get_all_weights(config.model_config, self._srpo_reloader.model)
+
+        self._srpo_reloader.prove(checkpoint, direct=False)
+        whole: dict[str, int] = {}
+        if worker.rank == 0:
+            dtype = config.model_config.dtype
+            add_sums(whole, ((name, bit_sum(t.to(dtype) if t.is_floating_point() else t)) for name, t in checkpoint()))
+        return {"sums": self._srpo_reloader.parameter_sums(), "places": self._srpo_reloader.places(), "checkpoint": whole}
+
+    def srpo_transfer_fields(self) -> tuple[list[str], list[str]]:
+        """What vLLM's weight transfer wants to be told at its beginning, and with each update."""
+        transfer = getattr(self, "weight_transfer_engine")  # noqa: B009
+        kinds = transfer.init_info_cls, transfer.update_info_cls
+        at_init, at_update = ([field.name for field in dataclasses.fields(kind)] for kind in kinds)
+        return at_init, at_update
+
+    def srpo_map(self, key: int, path: str) -> None:
+        """Map a segment of shared memory that another process of this user holds open."""
+        fd = os.open(path, os.O_RDWR)
+        try:
+            self._srpo_segments[key] = map_segment(fd, os.fstat(fd).st_size)
+        finally:
+            os.close(fd)
+
+    def srpo_begin(self, native: bool) -> None:
+        self._srpo_reloader.begin(native=native)
+
+    def srpo_load(self, bucket: Bucket) -> None:
+        buffer = self._srpo_segments[bucket.segment]
+        self._srpo_reloader.load([(entry.name, entry.view(buffer)) for entry in bucket.entries])
+
+    def srpo_finish(self, native: bool, keep: Collection[int]) -> dict[str, int]:
+        """Returns the bit sum of each parameter in use. Segments that are not in `keep` are let go of."""
+        self._srpo_reloader.finish(native=native)
+        self._srpo_segments = {key: buffer for key, buffer in self._srpo_segments.items() if key in keep}
+        return self._srpo_reloader.parameter_sums()

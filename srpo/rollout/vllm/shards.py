@@ -1,0 +1,129 @@
+"""A vLLM that is split over several devices, in processes of its own: `python -m srpo.rollout.vllm.shards SOCKET SOCKET`,
+started by `srpo.rollout.vllm.engine` where rollout.vllm.tensor_parallel_size is above 1.
+
+This process has vLLM's scheduler; each device has a worker process of vLLM's (`shard_worker`), which maps the trainer's shared
+memory, or opens the CUDA handle of its own GPU, and loads its share. The proof of a sync adds their bit sums up.
+"""
+
+from __future__ import annotations
+
+import os
+import socket
+import sys
+from collections.abc import Collection, Mapping, Sequence
+from typing import Any
+
+import torch
+
+from srpo.rollout.vllm.reload import STALE
+from srpo.rollout.vllm.server import Server, serve
+from srpo.rollout.vllm.worker import VllmBackend
+from srpo.rollout.weights.buckets import add_sums, differing_groups
+from srpo.rollout.weights.shared_memory import Bucket
+
+WORKER_EXTENSION = "srpo.rollout.vllm.shard_worker.ShardWorker"
+DIFFERS = " (differs between shards)"
+
+
+def repeated(places: Sequence[Mapping[str, int | None]]) -> frozenset[str]:
+    """Parameters that every shard has whole, by the place sums of each shard: those that are the same on all."""
+    return frozenset(name for name in places[0] if len({shard.get(name) for shard in places}) == 1)
+
+
+def add_shards(shards: Sequence[Mapping[str, int]], whole: Collection[str]) -> dict[str, int]:
+    """The bit sum of each group of the model, from those of each shard's parameters.
+
+    Parameters in `whole` are on every shard and count once; where they are not the same there, and where a kernel was left
+    behind, the result has a name that no trainer has.
+    """
+    sums: dict[str, int] = {}
+    for name in {name: None for shard in shards for name in shard}:
+        found = [shard[name] for shard in shards if name in shard]
+        if name.endswith(STALE):
+            sums[name] = found[0]
+        elif name not in whole:
+            add_sums(sums, [(name, value) for value in found])
+        elif len(found) == len(shards) and len(set(found)) == 1:
+            add_sums(sums, [(name, found[0])])
+        else:
+            sums[name + DIFFERS] = found[-1]
+    return sums
+
+
+class ShardsBackend(VllmBackend):
+    """See `srpo.rollout.vllm.server.Backend`; weights come as `map_segment` and `load_bucket`, or as handles."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self._whole: frozenset[str] = frozenset()
+
+    def _each(self, method: str, *args: Any) -> list[Any]:
+        """What every worker returns, in order of rank."""
+        return self._llm.llm_engine.collective_rpc(method, args=args)
+
+    def start(self, settings: dict[str, Any]) -> dict[str, Any]:
+        """settings: those of `VllmBackend.start` and tensor_parallel_size.
+
+        Raises RuntimeError where the shards of the checkpoint that it has read do not add up to it.
+        """
+        size = settings["tensor_parallel_size"]
+        options = {"tensor_parallel_size": size, "worker_extension_cls": WORKER_EXTENSION, "distributed_executor_backend": "mp"}
+        config = self._open(settings, **options)
+        found = self._each("srpo_prove")
+        self._whole = repeated([shard["places"] for shard in found])
+        sums = add_shards([shard["sums"] for shard in found], self._whole)
+        # A checkpoint may have more than the model reads, such as a head that is tied.
+        wrong = differing_groups({group: value for group, value in found[0]["checkpoint"].items() if group in sums}, sums)
+        if wrong:
+            raise RuntimeError(
+                f"the shards of {len(wrong)} groups of weights, first {wrong[0]}, do not add up to the checkpoint: this vLLM "
+                "splits the model in a way that a weight sync could not prove. Set rollout.vllm.tensor_parallel_size to 1"
+            )
+        if self._native:
+            self._open_transfer(*self._each("srpo_transfer_fields")[0])
+        self._llm.reset_prefix_cache()
+        return {"max_context": config.model_config.max_model_len, "loads": f"vLLM is split over {size} devices"}
+
+    def begin_weights(self) -> None:
+        if self._native:
+            self._llm.start_weight_update()
+        self._each("srpo_begin", self._native)
+
+    def load_weights(self, named: list[tuple[str, torch.Tensor]]) -> None:
+        raise AssertionError("the workers read shared memory by themselves")
+
+    def map_segment(self, key: int, path: str) -> None:
+        """Have every worker map a segment that this process holds open."""
+        self._each("srpo_map", key, path)
+
+    def load_bucket(self, bucket: Bucket) -> None:
+        """Have every worker load its share of a bucket's tensors."""
+        self._each("srpo_load", bucket)
+
+    def finish_weights(self, keep: Collection[int] = ()) -> dict[str, int]:
+        if self._native:
+            self._llm.finish_weight_update()
+        shards = self._each("srpo_finish", self._native, list(keep))
+        self._llm.reset_prefix_cache()  # keys and values of the old weights
+        return add_shards(shards, self._whole)
+
+
+class ShardsServer(Server):
+    """Hands the trainer's shared memory on to the workers, as files of this process under /proc."""
+
+    def __init__(self, channel: Any, descriptors: socket.socket, backend: ShardsBackend) -> None:
+        super().__init__(channel, descriptors, backend)
+        self._shards = backend
+
+    def map_segment(self, key: int, fd: int) -> None:
+        self._shards.map_segment(key, f"/proc/{os.getpid()}/fd/{fd}")
+
+    def load_bucket(self, bucket: Bucket) -> None:
+        self._shards.load_bucket(bucket)
+
+    def finish_weights(self, keep: Collection[int]) -> dict[str, int]:
+        return self._shards.finish_weights(keep)
+
+
+if __name__ == "__main__":
+    serve(ShardsBackend(), sys.argv, ShardsServer)

@@ -1,0 +1,123 @@
+"""One vLLM for several ranks of a host, on the rank that has it: what they ask at about the same time becomes one request."""
+
+from __future__ import annotations
+
+import json
+import threading
+import time
+from collections.abc import Sequence
+from contextlib import closing
+from dataclasses import dataclass
+from multiprocessing.connection import Connection, wait
+from typing import Any
+
+from srpo.rollout.engine import SamplingParams
+from srpo.rollout.vllm.engine import VllmEngine
+from srpo.rollout.vllm.process import EngineError
+
+GATHER_S = 0.2  # ranks come out of a weight sync together: so long the others are waited for before the first is served alone
+
+
+@dataclass(eq=False)
+class Request:
+    """What one rank waits for. `how`: its sampling parameters, seed and version of the weights; requests alike can be one."""
+
+    channel: Connection
+    prompts: list[list[int]]
+    numbers: list[int]
+    how: dict[str, Any]
+
+
+class SharedServer:
+    """Serves the ranks behind `channels` from `engine`, on a thread, until all of them have hung up.
+
+    Messages are JSON, in both directions: nothing is unpickled. A rank asks for one thing at a time, a request as `Request` has
+    it, and gets {"prompt": its index, "samples": rows} as groups finish, and {"done"} or {"error"} in the end; `null` says
+    that it does not want the rest. One that does not read what it is sent holds the others up.
+    """
+
+    def __init__(self, engine: VllmEngine, channels: Sequence[Connection]) -> None:
+        self.engine = engine
+        self._channels = list(channels)
+        self._requests: list[Request] = []
+        self.busy = threading.Lock()  # held while the engine samples; whoever else wants it takes this
+        self._thread = threading.Thread(target=self._run, name="shared vllm", daemon=True)
+        self._thread.start()
+
+    def join(self) -> None:
+        """Return when every rank has hung up."""
+        self._thread.join()
+
+    def _run(self) -> None:
+        try:
+            while self._channels:
+                self._listen(0 if self._requests else None)
+                until = time.monotonic() + GATHER_S
+                while 0 < len(self._requests) < len(self._channels) and time.monotonic() < until:
+                    self._listen(until - time.monotonic())
+                if self._requests:
+                    with self.busy:
+                        self._serve([request for request in self._requests if request.how == self._requests[0].how])
+        finally:  # also where a bug of ours ends this thread, with a traceback: nobody waits for it
+            for channel in self._channels:
+                channel.close()
+
+    def _listen(self, timeout_s: float | None) -> None:
+        """Read what ranks have to say; without a word for `timeout_s` (None: for ever) nothing."""
+        for channel in wait(self._channels, timeout_s):
+            assert isinstance(channel, Connection)
+            try:
+                message = json.loads(channel.recv_bytes())
+            except (EOFError, OSError):
+                self._drop(channel)
+                continue
+            if message is None:
+                self._end([request for request in self._requests if request.channel is channel], done=True)
+            else:
+                self._requests.append(Request(channel, **message))
+
+    def _drop(self, channel: Connection) -> None:
+        """A rank has hung up."""
+        self._requests = [request for request in self._requests if request.channel is not channel]
+        if channel in self._channels:
+            self._channels.remove(channel)
+            channel.close()
+
+    def _end(self, requests: Sequence[Request], **outcome: Any) -> None:
+        """The last word on those of these requests that are still waited for."""
+        for request in requests:
+            if request in self._requests:
+                self._requests.remove(request)
+                self._say(request, outcome)
+
+    def _say(self, request: Request, message: dict[str, Any]) -> None:
+        try:
+            request.channel.send_bytes(json.dumps(message).encode())
+        except OSError:
+            self._drop(request.channel)
+
+    def _serve(self, batch: Sequence[Request]) -> None:
+        """Sample for these requests as for one, until all have come or nobody wants the rest."""
+        try:
+            self._sample(batch)
+        except (ValueError, RuntimeError, OSError) as error:  # all that an engine raises; EngineError is a ValueError
+            self._end(batch, error=str(error))
+        self._end(batch, done=True)
+
+    def _sample(self, batch: Sequence[Request]) -> None:
+        how, version = batch[0].how, self.engine.policy_version
+        if how["version"] != version:
+            raise EngineError(f"asked to sample with weights of version {how['version']}, the shared vLLM has {version}")
+        params = SamplingParams(**{**how["params"], "stop_ids": tuple(how["params"]["stop_ids"])})
+        owners = [(request, i) for request in batch for i in range(len(request.prompts))]
+        prompts = [tuple(request.prompts[i]) for request, i in owners]
+        numbers = [request.numbers[i] for request, i in owners]
+        with closing(self.engine.replies(prompts, params, how["seed"], numbers)) as replies:
+            for group in replies:
+                if group is not None:
+                    request, i = owners[group[0]]
+                    if request in self._requests:
+                        self._say(request, {"prompt": i, "samples": group[1]})
+                self._listen(0)
+                if not any(request in self._requests for request in batch):
+                    return

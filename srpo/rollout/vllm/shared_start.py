@@ -1,0 +1,119 @@
+"""Which ranks share a vLLM, and how they are brought together. Collective: every rank of the run opens its engine here."""
+
+from __future__ import annotations
+
+import os
+import socket
+import tempfile
+from collections import Counter
+from collections.abc import Sequence
+from contextlib import ExitStack
+from datetime import timedelta
+from functools import partial
+from multiprocessing.connection import Client, Connection, Listener
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+
+from srpo.core.config.train import VllmConfig
+from srpo.policy.parallel import Parallel
+from srpo.rollout.vllm.engine import WORKER, VllmEngine
+from srpo.rollout.vllm.process import EngineError
+from srpo.rollout.vllm.settings import bucket_bytes, check_vllm_settings, visible_device
+from srpo.rollout.vllm.shared_engine import SharedEngine
+from srpo.rollout.vllm.shared_server import SharedServer
+from srpo.rollout.weights.cuda_ipc import CudaSender, Exchange
+
+
+def check_groups(hosts: Sequence[str], size: int) -> None:
+    """Raise ValueError where ranks on these hosts do not fall into groups of `size` consecutive ones on one host."""
+    for host, count in Counter(hosts).items():
+        if count % size:
+            raise ValueError(
+                f"rollout.vllm.tensor_parallel_size is {size} and {host} has {count} ranks: so many consecutive ranks of a host "
+                "share one vLLM. Set it to a divisor, or start a multiple of it (torchrun --nproc-per-node)"
+            )
+    for first in range(0, len(hosts), size):
+        if len(set(hosts[first : first + size])) > 1:
+            raise ValueError(
+                f"ranks {first} to {first + size - 1} are to share a vLLM (rollout.vllm.tensor_parallel_size {size}) and are on "
+                f"{sorted(set(hosts[first : first + size]))}: start torchrun with the ranks of a host one behind the other"
+            )
+
+
+def open_shared(
+    path: str | Path,
+    parallel: Parallel,
+    *,
+    dtype: torch.dtype,
+    max_context: int,
+    config: VllmConfig,
+    command: Sequence[str] = WORKER,
+    routing: bool = False,
+) -> SharedEngine:
+    """This rank's engine, of which `config.tensor_parallel_size` consecutive ranks have one together; see `VllmEngine`.
+
+    Raises ValueError on all ranks where they do not fall into such groups, and on those of a group whose engine does not start.
+    """
+    check_vllm_settings(config)
+    size = config.tensor_parallel_size
+    facts = parallel.all_gather_object((socket.gethostname(), visible_device(parallel.device)))
+    check_groups([host for host, _ in facts], size)
+    exchange = _exchange(parallel, config)
+    first = parallel.rank - parallel.rank % size
+    started: VllmEngine | ValueError | ImportError | None = None
+    if parallel.rank == first:
+        devices = [device for _, device in facts[first : first + size] if device]
+        open_engine = partial(VllmEngine, path, device=parallel.device, dtype=dtype, max_context=max_context, config=config)
+        try:
+            started = open_engine(command=command, devices=devices, exchange=exchange, routing=routing)
+        except (ValueError, ImportError) as error:
+            started = error
+    engine = started if isinstance(started, VllmEngine) else None
+    problem, found = exchange((str(started) if isinstance(started, Exception) else "", engine.max_context if engine else 0))[0]
+    if isinstance(started, Exception):
+        raise started
+    if problem:
+        raise EngineError(f"the vLLM of rank {first}, which rank {parallel.rank} shares, does not start: {problem}")
+    channel, channels = _connect(exchange, size if engine else 0)
+    if engine is not None:
+        return SharedEngine(channel, found, exchange, server=SharedServer(engine, channels))
+    on_gpu = parallel.device.type == "cuda"
+    sender = CudaSender(bucket_bytes(config, parallel.device), dtype, parallel.device, exchange) if on_gpu else None
+    return SharedEngine(channel, found, exchange, sender=sender)
+
+
+def _exchange(parallel: Parallel, config: VllmConfig) -> Exchange:
+    """What the ranks of this one's group tell one another; for as long as an engine takes to start they wait for one another."""
+    size, timeout = config.tensor_parallel_size, timedelta(seconds=2 * config.start_timeout_s)
+    ranks = [list(range(first, first + size)) for first in range(0, parallel.world_size, size)]
+    group = [dist.new_group(some, timeout=timeout, backend="gloo") for some in ranks][parallel.rank // size]
+
+    def exchange(x: Any) -> list[Any]:
+        found: list[Any] = [None] * size
+        try:
+            dist.all_gather_object(found, x, group=group)
+        except RuntimeError as error:
+            raise EngineError(f"a rank that shares this one's vLLM has ended, see that rank's errors: {error}") from error
+        return found
+
+    return exchange
+
+
+def _connect(exchange: Exchange, num_ranks: int) -> tuple[Connection, list[Connection]]:
+    """(to the server, the server's to all `num_ranks` of its ranks), over a socket in a folder that only this user may enter and
+    that is gone when all are connected. The server's rank comes with the number, and the others with 0."""
+    with ExitStack() as stack:
+        path, listener = "", None
+        if num_ranks:
+            path = os.path.join(stack.enter_context(tempfile.TemporaryDirectory(prefix="srpo-")), "vllm")  # of mode 700
+            listener = stack.enter_context(Listener(path, "AF_UNIX", backlog=num_ranks))
+        path = exchange(path)[0]
+        try:
+            channel = Client(path, "AF_UNIX")
+        except OSError as error:
+            raise EngineError(f"no way to the rank whose vLLM this one shares, at {path}: {error}") from error
+        exchange(None)  # all of them are in the listener's queue
+        return channel, [listener.accept() for _ in range(num_ranks)] if listener is not None else []

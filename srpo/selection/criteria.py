@@ -1,0 +1,291 @@
+"""Which examples to train on, from numbers alone: rejection sampling (paper 4.1.1), balance (4.1.2), judge scores (5.5).
+
+Held per example are the numbers of `Scores`, about 60 bytes; never a text or an id.
+"""
+
+from __future__ import annotations
+
+import difflib
+import hashlib
+import math
+from collections import Counter
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from fractions import Fraction
+from itertools import product
+from typing import Literal
+
+import numpy as np
+
+from srpo.data.strata import values_of
+from srpo.selection.shards import Record
+
+REASONS = (
+    "selected",
+    "ungradable",  # no step of any response could be graded
+    "uniform_right",  # all responses of the group are the same in rewards, and right
+    "uniform_wrong",
+    "too_easy",
+    "too_hard",
+    "not_judged",  # `score` asks for the judge, and the judge saw no step
+    "not_chosen_by_score",
+    "over_quota",
+)
+_SELECTED = REASONS.index("selected")
+_ELIGIBLE = 255  # not decided yet
+
+Stratum = tuple[str, ...]  # values of the tags of `Criteria.balance`
+
+
+@dataclass(frozen=True)
+class Criteria:
+    """What is kept. ValueError for settings that contradict each other."""
+
+    difficulty_low: float = 0.01  # kept when the solve rate lies strictly between (5.1.5); -1 and 2 let every rate pass
+    difficulty_high: float = 0.90
+    difficulty_score: Literal["total", "final"] = "total"  # solve rate: total reward / maximum, or verdict accuracy
+    # Dropped wherever its mean lies: reward: a group that is equal in every step's reward; verdict: in right or wrong verdicts
+    uniform: Literal["reward", "verdict", "keep"] = "reward"
+    # Who comes first where not all can be kept. best: the judge found most steps right; uncertain: about half; disagree: verdict
+    # and the steps before it contradict each other most often; none: a draw from (seed, example_id)
+    score: Literal["none", "best", "uncertain", "disagree"] = "none"
+    num_examples: int = 0  # in all; 0: as many as can be
+    keep_frac: float = 0.0  # instead of num_examples: this share of what rejection sampling leaves (Table 8: 0.5)
+    balance: tuple[str, ...] = ()  # tags (query_type, grade, ...): as many examples for every combination of their values
+    # Share of num_examples of each named stratum ("negation", with two tags "negation/L4") and no others; without num_examples
+    # the number itself. Empty: equal shares
+    quotas: dict[str, float] = field(default_factory=dict)
+    short: Literal["error", "take_all"] = "error"  # of a stratum that has too few: stop, or take what it has and say so
+
+    def __post_init__(self) -> None:
+        if not self.difficulty_low < self.difficulty_high:
+            raise ValueError(
+                f"no solve rate lies between {self.difficulty_low} and {self.difficulty_high}: set select.difficulty_low below "
+                "select.difficulty_high"
+            )
+        if self.num_examples < 0 or not 0 <= self.keep_frac <= 1:
+            raise ValueError(
+                f"select.num_examples is {self.num_examples} and select.keep_frac {self.keep_frac}: a number of 0 or more and a "
+                "share from 0 to 1"
+            )
+        if self.num_examples and self.keep_frac:
+            raise ValueError("select.num_examples and select.keep_frac both say how many examples are kept: set one of them")
+        if len(set(self.balance)) < len(self.balance):
+            raise ValueError(f"select.balance names a tag twice: {', '.join(self.balance)}")
+        if self.quotas and not self.balance:
+            raise ValueError('select.quotas has no tag to count by: name it, as in select.balance = ["query_type"]')
+        numbers = self.quotas.values()
+        if not all(math.isfinite(q) and q >= 0 for q in numbers) or (numbers and not any(numbers)):
+            raise ValueError(f"select.quotas is {self.quotas}: give numbers of 0 or more, not all 0")
+        counted = not self.num_examples and not self.keep_frac
+        if counted and any(q != int(q) for q in numbers):
+            raise ValueError(
+                "select.quotas has fractions and there is no total that they are shares of: set select.num_examples or keep_frac"
+            )
+
+
+@dataclass(frozen=True)
+class Scores:
+    """What selection knows of each example, in the order of the data; NaN where nothing of the kind was graded."""
+
+    solve_rate: np.ndarray  # [N]
+    verdict_accuracy: np.ndarray  # [N]
+    judge_score: np.ndarray  # [N]
+    disagreement: np.ndarray  # [N] share of responses whose verdict and steps contradict each other
+    uniform: np.ndarray  # [N] bool: one row of step rewards in the whole group
+    draw: np.ndarray  # [N] uint64, by (seed, example_id): the order where nothing else says one
+    stratum: np.ndarray  # [N] index into strata
+    strata: tuple[Stratum, ...]  # as they came
+
+
+@dataclass(frozen=True)
+class Selection:
+    """Which examples are kept and why the others are not."""
+
+    reasons: np.ndarray  # [N] uint8, index into REASONS
+    quotas: dict[Stratum, int]  # what each stratum was to give
+    shortfall: dict[Stratum, int]  # what it could not; empty unless short = "take_all"
+
+    @property
+    def keep(self) -> np.ndarray:
+        """[N] bool."""
+        return self.reasons == _SELECTED
+
+
+def collect_scores(records: Iterable[Record], balance: Sequence[str], seed: int) -> Scores:
+    """The numbers of a stream of records. ValueError where one lacks a tag of `balance`, or there is none."""
+    codes: dict[Stratum, int] = {}
+    columns: list[np.ndarray] = []
+    rows: list[tuple[float, ...]] = []
+    draws: list[np.ndarray] = []
+    pending: list[int] = []
+    for record in records:
+        code = codes.setdefault(values_of(record.tags, balance, record.example_id), len(codes))
+        rows.append((*_numbers(record), record.num_reward_patterns == 1, code))
+        pending.append(_draw(seed, record.example_id))
+        if len(rows) == 4096:  # lists of Python numbers take ten times the room
+            columns.append(np.array(rows, dtype=np.float64))
+            draws.append(np.array(pending, dtype=np.uint64))
+            rows, pending = [], []
+    columns.append(np.array(rows, dtype=np.float64).reshape(-1, 6))
+    draws.append(np.array(pending, dtype=np.uint64))
+    table = np.concatenate(columns)
+    if not len(table):
+        raise ValueError("there are no records to select from: check data.train")
+    solve, verdict, judge, disagreement, uniform, code = table.T
+    return Scores(solve, verdict, judge, disagreement, uniform > 0, np.concatenate(draws), code.astype(np.int32), tuple(codes))
+
+
+def _numbers(record: Record) -> tuple[float, float, float, float]:
+    fracs = (record.right_verdict_wrong_steps_frac, record.wrong_verdict_right_steps_frac)
+    disagreement = None if fracs[0] is None or fracs[1] is None else fracs[0] + fracs[1]
+    told = (record.solve_rate, record.verdict_accuracy, record.judge_score, disagreement)
+    solve, verdict, judge, disagreement = (math.nan if value is None else value for value in told)
+    return solve, verdict, judge, disagreement
+
+
+def _draw(seed: int, example_id: str) -> int:
+    key = f"{seed}|{example_id}".encode("utf-8", "backslashreplace")
+    return int.from_bytes(hashlib.blake2b(key, digest_size=8).digest(), "big")
+
+
+def select(scores: Scores, criteria: Criteria) -> Selection:
+    """What `criteria` keeps, the same in whatever order the examples come.
+
+    ValueError where nothing is left, where no step was judged and `score` asks for the judge, and where a stratum has too few
+    examples (with `short` "error"), naming each and by how much.
+
+    Paper: 4.1.1 drops groups that are "either entirely correct or entirely incorrect" because their advantage is zero; here a
+    group goes when all its responses earn the same in every step. 5.5 does not say by which score the reward model selects, so
+    `score` does; ties go by the draw.
+    """
+    reasons = reject(scores, criteria)
+    left = np.bincount(scores.stratum[reasons == _ELIGIBLE], minlength=len(scores.strata))
+    available = {value: int(n) for value, n in zip(scores.strata, left, strict=True)}
+    if not any(available.values()):
+        raise ValueError(_nothing_left(reasons, criteria))
+    quotas = quotas_of(available, criteria)
+    shortfall = {value: n - available.get(value, 0) for value, n in quotas.items() if n > available.get(value, 0)}
+    if shortfall and criteria.short == "error":
+        raise ValueError(_too_few(quotas, available, criteria))
+    lost = REASONS.index("over_quota" if criteria.score == "none" else "not_chosen_by_score")
+    rank = _rank(scores, criteria.score)
+    for code, value in enumerate(scores.strata):
+        members = np.flatnonzero((reasons == _ELIGIBLE) & (scores.stratum == code))
+        members = members[np.lexsort((scores.draw[members], rank[members]))]
+        reasons[members[: quotas.get(value, 0)]] = _SELECTED
+        reasons[members[quotas.get(value, 0) :]] = lost if quotas.get(value, 0) else REASONS.index("over_quota")
+    if not (reasons == _SELECTED).any():
+        raise ValueError("the quotas leave no example: raise select.num_examples, select.keep_frac or select.quotas")
+    return Selection(reasons, quotas, shortfall)
+
+
+def rates(scores: Scores, criteria: Criteria) -> np.ndarray:
+    """The solve rate of each example that the criteria go by, [N]; NaN where nothing graded it."""
+    return scores.solve_rate if criteria.difficulty_score == "total" else scores.verdict_accuracy
+
+
+def reject(scores: Scores, criteria: Criteria) -> np.ndarray:
+    """The reason of each example that the difficulty alone (4.1.1) drops, [N] uint8; 255 for those that pass."""
+    rate = rates(scores, criteria)
+    uniform, right = scores.uniform, np.where(np.isnan(scores.verdict_accuracy), rate, scores.verdict_accuracy) >= 0.5
+    if criteria.uniform == "verdict":
+        uniform = (scores.verdict_accuracy == 0) | (scores.verdict_accuracy == 1)
+    if criteria.uniform == "keep":
+        uniform = np.zeros_like(scores.uniform)
+    tests = {
+        "ungradable": np.isnan(rate),
+        "uniform_right": uniform & right,
+        "uniform_wrong": uniform & ~right,
+        "too_easy": rate >= criteria.difficulty_high,
+        "too_hard": rate <= criteria.difficulty_low,
+        "not_judged": np.isnan(_rank(scores, criteria.score)),
+    }
+    reasons = np.full(len(rate), _ELIGIBLE, dtype=np.uint8)
+    for name, failed in tests.items():
+        reasons[failed & (reasons == _ELIGIBLE)] = REASONS.index(name)
+    return reasons
+
+
+def _rank(scores: Scores, score: str) -> np.ndarray:
+    """[N]: the lowest comes first; NaN where the score is not known."""
+    if score == "none":
+        return np.zeros(len(scores.draw))
+    return {
+        "best": -scores.judge_score,
+        "uncertain": np.abs(scores.judge_score - 0.5),
+        "disagree": -scores.disagreement,
+    }[score]
+
+
+def quotas_of(available: Mapping[Stratum, int], criteria: Criteria) -> dict[Stratum, int]:
+    """How many examples each stratum is to give; `available` says how many each has.
+
+    Without quotas every combination of the values that occur has an equal share, also one that no example has. Without a total
+    each gives as many as the smallest has that is not empty; without balance, all. ValueError for a quota of a stratum that does
+    not occur.
+    """
+    total = criteria.num_examples
+    if criteria.keep_frac:
+        total = max(1, math.floor(criteria.keep_frac * sum(available.values()) + 0.5))
+    if criteria.quotas:
+        named = {"/".join(value): value for value in available}
+        for name in criteria.quotas:
+            if name not in named:
+                near = difflib.get_close_matches(name, named, n=1)
+                raise ValueError(
+                    f"select.quotas names {name!r}, which no example is of: there are {', '.join(sorted(named)[:20])}"
+                    + (f"; the nearest is {near[0]!r}" if near else "")
+                )
+        shares = {named[name]: quota for name, quota in criteria.quotas.items()}
+        return apportion(total, shares) if total else {value: int(quota) for value, quota in shares.items()}
+    seen = [sorted(set(values)) for values in zip(*available, strict=True)]
+    cells = list(product(*seen))
+    if total:
+        return apportion(total, dict.fromkeys(cells, 1.0))
+    smallest = min(n for n in available.values() if n)
+    return dict.fromkeys(cells, smallest)
+
+
+def apportion(total: int, shares: Mapping[Stratum, float]) -> dict[Stratum, int]:
+    """`total` split in proportion to `shares` by largest remainders; equal remainders go to the first in sorted order."""
+    exact = {value: Fraction(repr(float(share))) for value, share in sorted(shares.items())}  # 0.1 is a tenth
+    whole = sum(exact.values())
+    wanted = {value: total * share / whole for value, share in exact.items()}
+    split = {value: math.floor(want) for value, want in wanted.items()}
+    for value in sorted(wanted, key=lambda v: split[v] - wanted[v])[: total - sum(split.values())]:
+        split[value] += 1
+    return split
+
+
+def check_quotas(counts: Counter[Stratum], criteria: Criteria) -> None:
+    """Raise ValueError where not even all examples together, none rejected, could meet a quota that is a number."""
+    if criteria.keep_frac:
+        return
+    quotas = quotas_of(counts, criteria)
+    if criteria.short == "error" and any(n > counts[value] for value, n in quotas.items()):
+        raise ValueError(_too_few(quotas, counts, criteria))
+
+
+def stratum_name(value: Stratum) -> str:
+    """How a stratum is called in settings and reports: "negation/L4"; "all" where nothing is balanced."""
+    return "/".join(value) or "all"
+
+
+def _too_few(quotas: Mapping[Stratum, int], available: Mapping[Stratum, int], criteria: Criteria) -> str:
+    short = {value: (n, available.get(value, 0)) for value, n in quotas.items() if n > available.get(value, 0)}
+    told = [f"{stratum_name(v)} has {have} of {want} ({want - have} short)" for v, (want, have) in sorted(short.items())]
+    by = f"select.balance = {list(criteria.balance)}" if criteria.balance else "select.num_examples"
+    return (
+        f"{by} cannot be met: {', '.join(told[:10])}{', ...' if len(told) > 10 else ''}. Lower select.num_examples or "
+        'select.quotas, give more data, or set select.short = "take_all"'
+    )
+
+
+def _nothing_left(reasons: np.ndarray, criteria: Criteria) -> str:
+    counts = Counter(REASONS[code] for code in reasons.tolist())
+    told = ", ".join(f"{counts[name]} {name.replace('_', ' ')}" for name in REASONS if counts[name])
+    fix = "widen select.difficulty_low and difficulty_high, raise rollout.group_size, or start from another policy"
+    if counts["not_judged"]:
+        fix = f"select.score {criteria.score!r} needs steps that a judge grades: set reward.judge and the steps' sources"
+    return f"rejection sampling leaves none of {len(reasons)} examples ({told}): {fix}"

@@ -1,0 +1,126 @@
+"""What a scored group of responses says of its example, as one `Record`, and the settings that records depend on."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+from srpo.core.batch import Rollout
+from srpo.core.config.train import Config
+from srpo.core.steps import StepSchema, StepSpec
+from srpo.selection.shards import Record
+from srpo.training.credit import group_scores
+
+_NOT_GRADED = ("skip", "no_verdict")
+
+
+@dataclass(frozen=True)
+class RecordSettings:
+    """What the records depend on: a folder of records belongs to one of these."""
+
+    seed: int
+    shard_examples: int
+    data: str
+    prompt: str
+    policy: str
+    dtype: str
+    max_context: int
+    engine: str
+    group_size: int
+    max_new_tokens: int
+    temperature: float
+    top_k: int
+    judge: str
+    judge_path: str
+    judge_max_new_tokens: int
+    judge_error_rate: float
+    scalar: str
+    missing_verdict: float
+    steps: tuple[StepSpec, ...]
+
+    @classmethod
+    def of(cls, cfg: Config, shard_examples: int) -> RecordSettings:
+        """Those of a training run's settings."""
+        rollout, reward = cfg.rollout, cfg.reward
+        by_url = reward.judge == "generative" and reward.judge_engine == "url"
+        return cls(
+            seed=cfg.seed,
+            shard_examples=shard_examples,
+            data=cfg.data.train,
+            prompt=cfg.data.prompt,
+            policy=cfg.policy.path,
+            dtype=cfg.policy.dtype,
+            max_context=cfg.policy.max_context,
+            engine=rollout.engine,
+            group_size=rollout.group_size,
+            max_new_tokens=rollout.max_new_tokens,
+            temperature=rollout.temperature,
+            top_k=rollout.top_k,
+            judge=reward.judge,
+            judge_path=f"{reward.judge_model or reward.judge_url} ({reward.judge_api})" if by_url else reward.judge_path,
+            judge_max_new_tokens=reward.judge_max_new_tokens,
+            judge_error_rate=reward.judge_error_rate,
+            scalar=reward.scalar,
+            missing_verdict=reward.missing_verdict,
+            steps=cfg.steps,
+        )
+
+
+def record_of(group: Sequence[Rollout], schema: StepSchema, tags: Mapping[str, str]) -> Record:
+    """The record of the example that the scored responses `group` answer.
+
+    A response contradicts itself where its verdict is right and a graded step before it is wrong, or the reverse; a step without
+    an answer is wrong, and one counts as right that earns half of its reward or more.
+    """
+    assert len({rollout.group for rollout in group}) == 1
+    verdicts = [rollout.verdicts for rollout in group if rollout.verdicts is not None]
+    judged = [[float(said) for said in column if said is not None] for column in zip(*verdicts, strict=True)]
+    rights = [_right(rollout, schema) for rollout in group]
+    both = [(bool(right[-1]), all(step for step in right[:-1] if step is not None)) for right in rights if _comparable(right)]
+    counts = [_counts(rollout, schema) for rollout in group]
+    return Record(
+        example_id=group[0].example_id,
+        solve_rate=_of_group(group, schema, "total") if any(map(any, counts)) else None,
+        verdict_accuracy=_of_group(group, schema, "final") if any(each[-1] for each in counts) else None,
+        step_rewards=tuple(_mean(column) or 0.0 for column in zip(*(r.step_rewards or () for r in group), strict=True)),
+        judge_score=_mean([value for values in judged for value in values]),
+        judge_scores=tuple(map(_mean, judged)) or (None,) * schema.num_steps,
+        right_verdict_wrong_steps_frac=_mean([verdict and not steps for verdict, steps in both]),
+        wrong_verdict_right_steps_frac=_mean([not verdict and steps for verdict, steps in both]),
+        num_responses=len(group),
+        num_different=len({rollout.text for rollout in group}),
+        num_reward_patterns=len({rollout.step_rewards for rollout in group}),
+        num_verdicts=sum(source in ("judge", "no_verdict") for rollout in group for source in rollout.reward_sources or ()),
+        num_no_verdict=sum(source == "no_verdict" for rollout in group for source in rollout.reward_sources or ()),
+        tags=dict(tags),
+    )
+
+
+def unsampled(example_id: str, num_steps: int, tags: Mapping[str, str]) -> Record:
+    """The record of an example that nothing can grade."""
+    return Record(example_id, None, None, (0.0,) * num_steps, None, (None,) * num_steps, None, None, 0, 0, 0, 0, 0, dict(tags))
+
+
+def _of_group(group: Sequence[Rollout], schema: StepSchema, which: str) -> float:
+    return group_scores(group, schema, which)[group[0].group]
+
+
+def _counts(rollout: Rollout, schema: StepSchema) -> list[bool]:
+    """Whether each step of a response counts towards the maximum, [J]."""
+    assert rollout.reward_sources is not None, "rollouts are scored before they become a record"
+    return [source != "skip" and spec.reward > 0 for spec, source in zip(schema.specs, rollout.reward_sources, strict=True)]
+
+
+def _right(rollout: Rollout, schema: StepSchema) -> list[bool | None]:
+    """Whether each step is right, [J]; None where nobody said."""
+    steps = zip(schema.specs, rollout.step_rewards or (), rollout.reward_sources or (), strict=True)
+    return [None if source in _NOT_GRADED or not spec.reward else reward >= spec.reward / 2 for spec, reward, source in steps]
+
+
+def _comparable(right: Sequence[bool | None]) -> bool:
+    """Whether there are both a graded verdict and a graded step before it."""
+    return right[-1] is not None and any(step is not None for step in right[:-1])
+
+
+def _mean(values: Sequence[float]) -> float | None:
+    return sum(values) / len(values) if values else None

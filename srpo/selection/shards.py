@@ -1,0 +1,136 @@
+"""Work over a stream of examples in shards, each a run of consecutive examples and one Parquet file of what was found of them.
+
+Where a shard begins and ends follows from the stream and the size alone, so whoever works and however often it is started again,
+the same shards come out. A shard's file appears whole, so its being there means that its work is done.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import os
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import asdict, dataclass, fields
+from itertools import islice
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from srpo.data.examples import Example
+
+_FINGERPRINT = b"srpo.examples"
+
+
+@dataclass(frozen=True)
+class Record:
+    """What a group of responses to one example says of it: means over the group, None where nothing of the kind was graded."""
+
+    example_id: str
+    solve_rate: float | None  # total reward / the maximum (`srpo.training.credit.group_scores`)
+    verdict_accuracy: float | None  # the same of the last step alone
+    step_rewards: tuple[float, ...]  # [J]
+    judge_score: float | None  # share of the steps that the judge spoke of which it called right, whoever graded them
+    judge_scores: tuple[float | None, ...]  # [J] the same, step by step
+    right_verdict_wrong_steps_frac: float | None  # share of responses with a right verdict and a wrong step before it
+    wrong_verdict_right_steps_frac: float | None  # share of responses with a wrong verdict and no wrong step before it
+    num_responses: int
+    num_different: int  # different texts among them
+    num_reward_patterns: int  # different rows of step rewards among them; 1: nothing to compare
+    num_verdicts: int  # steps of responses that the judge was to grade
+    num_no_verdict: int  # of them, those that it said nothing of
+    tags: dict[str, str]  # `srpo.data.strata.tags_with_grade`
+
+
+_TYPES: dict[str, pa.DataType] = {
+    "example_id": pa.string(),
+    "step_rewards": pa.list_(pa.float64()),
+    "judge_scores": pa.list_(pa.float64()),
+    "tags": pa.map_(pa.string(), pa.string()),
+}
+_SCHEMA = pa.schema(
+    [(f.name, _TYPES.get(f.name, pa.int32() if f.name.startswith("num_") else pa.float64())) for f in fields(Record)]
+)
+
+
+def shards_of(examples: Iterable[Example], size: int) -> Iterator[tuple[int, list[Example]]]:
+    """(number, examples) of consecutive shards of `size` examples, the last one perhaps smaller; one is held at a time."""
+    stream, number = iter(examples), 0
+    while shard := list(islice(stream, size)):
+        yield number, shard
+        number += 1
+
+
+def fingerprint(examples: Sequence[Example]) -> str:
+    """A hash of everything that the examples say."""
+    digest = hashlib.blake2b(digest_size=16)
+    for example in examples:
+        digest.update(repr(example).encode("utf-8", "backslashreplace") + b"\n")
+    return digest.hexdigest()
+
+
+def shard_seed(seed: int, examples: Sequence[Example]) -> tuple[int, ...]:
+    """What the randomness of a shard is drawn from: the run's seed and the ids of its examples, as numbers."""
+    names = "\n".join(example.example_id for example in examples).encode("utf-8", "backslashreplace")
+    return seed, int.from_bytes(hashlib.blake2b(names, digest_size=8).digest(), "big")
+
+
+def shard_path(folder: Path, number: int) -> Path:
+    """The file of a shard."""
+    return folder / f"records-{number:06d}.parquet"
+
+
+def finished_shards(folder: Path) -> frozenset[int]:
+    """Numbers of the shards that are done."""
+    return frozenset(int(path.stem.removeprefix("records-")) for path in folder.glob("records-*.parquet"))
+
+
+def write_shard(folder: Path, number: int, examples: Sequence[Example], records: Sequence[Record]) -> Path:
+    """Write the records of a shard, record i of example i; the file is there whole or not at all, also after a power cut."""
+    assert [record.example_id for record in records] == [example.example_id for example in examples]
+    folder.mkdir(parents=True, exist_ok=True)
+    path = shard_path(folder, number)
+    aside = path.with_name(f".{path.name}.part")
+    rows: list[dict[str, Any]] = [{**asdict(record), "tags": list(record.tags.items())} for record in records]
+    table = pa.Table.from_pylist(rows, schema=_SCHEMA.with_metadata({_FINGERPRINT: fingerprint(examples).encode()}))
+    with aside.open("wb") as file:
+        pq.write_table(table, file)
+        file.flush()
+        os.fsync(file.fileno())
+    aside.replace(path)
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+    return path
+
+
+def read_shard(folder: Path, number: int) -> list[Record]:
+    """The records of a shard. ValueError where its file is missing or unreadable."""
+    path = shard_path(folder, number)
+    try:
+        rows = pq.read_table(path, schema=_SCHEMA).to_pylist(maps_as_pydicts="strict")
+    except (pa.ArrowException, OSError) as error:
+        raise ValueError(_unreadable(path, error)) from error
+    made: list[dict[str, Any]] = [{k: tuple(v) if isinstance(v, list) else v for k, v in row.items()} for row in rows]
+    return [Record(**row) for row in made]
+
+
+def check_shard(folder: Path, number: int, examples: Sequence[Example]) -> None:
+    """Raise ValueError where the file of a shard is unreadable or was made of other examples."""
+    path = shard_path(folder, number)
+    try:
+        made_of = (pq.read_schema(path).metadata or {}).get(_FINGERPRINT, b"").decode()
+    except (pa.ArrowException, OSError) as error:
+        raise ValueError(_unreadable(path, error)) from error
+    if made_of != fingerprint(examples):
+        first, last = examples[0].example_id, examples[-1].example_id
+        raise ValueError(
+            f"{path} was made of other data than the examples {first} to {last} that now stand in its place: "
+            "give the data as it was, or another folder for the records"
+        )
+
+
+def _unreadable(path: Path, error: Exception) -> str:
+    return f"{path}: not a readable file of records ({error}): remove it, and its examples are sampled again"

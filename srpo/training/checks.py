@@ -1,0 +1,226 @@
+"""What can be known of a run before it starts: whatever could not work later stops it here, with what to do about it."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from srpo.core.batch import Rollout
+from srpo.core.config.train import Config
+from srpo.core.steps import StepSchema
+from srpo.data.curriculum import check_curriculum
+from srpo.data.examples import Example
+from srpo.rewards.hybrid import score
+from srpo.rewards.judge import Judge, OracleJudge
+from srpo.rewards.judge_service import check_service
+from srpo.rollout.engine import SamplingParams, check_prompts
+from srpo.scores.evaluation import true_grades
+from srpo.training.stream import quota
+
+
+def check_settings(cfg: Config, world_size: int = 1) -> None:
+    """Raise ValueError for settings that cannot make a run, whatever the data."""
+    for key in ("loss.num_updates", "rollout.num_prompts", "train.micro_batch_tokens"):
+        _at_least(cfg, key, 1)
+    for key in ("train.checkpoint_every", "train.keep_checkpoints"):
+        _at_least(cfg, key, 1)
+    for key in ("seed", "num_steps", "loss.kl_coef", "optimizer.lr", "advantage.clip", "train.eval_every", "train.eval_examples"):
+        _at_least(cfg, key, 0)
+    _check_loss(cfg)
+    if not 0 <= cfg.advantage.gamma <= 1:
+        raise ValueError(f"advantage.gamma is {cfg.advantage.gamma}: a discount lies between 0 and 1")
+    method, normalize = cfg.advantage.method, cfg.advantage.normalize
+    compares = normalize in ("group", "group_step") if method == "srpo" else method not in ("reinforce", "ppo")
+    if cfg.rollout.group_size < 2 and compares:
+        baseline = f"advantage.normalize {normalize!r}" if method == "srpo" else f"advantage.method {method!r}"
+        raise ValueError(
+            f"rollout.group_size is {cfg.rollout.group_size}, but {baseline} compares the rollouts of a group: "
+            "use 2 or more, or advantage.method srpo with advantage.normalize batch"
+        )
+    check_rollout(cfg)
+    _check_sampler(cfg)
+    low, high = cfg.sampler.difficulty_low, cfg.sampler.difficulty_high
+    if not (low < high and low < 1 and high > 0):
+        raise ValueError(
+            f"the difficulty window ({low}, {high}) filters out everything: scores lie in 0..1, and "
+            "sampler.difficulty_low must be below sampler.difficulty_high"
+        )
+    if cfg.rollout.num_prompts % world_size:
+        raise ValueError(
+            f"rollout.num_prompts {cfg.rollout.num_prompts} cannot be shared by {world_size} processes: use a multiple"
+        )
+    share = cfg.rollout.num_prompts // world_size
+    if cfg.rollout.cut_tail and quota(cfg.rollout.num_prompts, world_size, cfg.rollout.cut_tail) == share:
+        raise ValueError(
+            f"rollout.cut_tail {cfg.rollout.cut_tail} of the {share} prompts of a process is less than one: nothing would be "
+            f"cut, set it to {1 / share:.3g} or more, or to 0"
+        )
+    if not cfg.data.train and not (cfg.curriculum and all(stage.data for stage in cfg.curriculum)):
+        raise ValueError("data.train is not set: name a file of judged pairs (docs/data.md)")
+    check_judge(cfg)
+    _at_least(cfg, "reward.audit_warmup", 1)
+    if not (0 <= cfg.reward.audit_decay < 1 and cfg.reward.audit_bound > 0):
+        raise ValueError(
+            f"reward.audit_decay is {cfg.reward.audit_decay}, reward.audit_bound {cfg.reward.audit_bound}: give a decay of at "
+            "least 0 and below 1, and a bound above 0 (reward.audit = 'off' does without)"
+        )
+
+
+def check_judge(cfg: Config) -> None:
+    """Raise ValueError for settings of the judge that cannot work, whatever the data."""
+    reward = cfg.reward
+    service = reward.judge == "generative" and reward.judge_engine == "url"
+    if reward.judge in ("generative", "scalar") and not service and not reward.judge_path:
+        raise ValueError(
+            f"reward.judge is {reward.judge} but reward.judge_path is not set: name the checkpoint that srpo.train_judge made"
+        )
+    if reward.judge != "generative" and reward.judge_engine != "local":
+        raise ValueError(
+            f"reward.judge_engine is {reward.judge_engine} and reward.judge {reward.judge}: only a generative judge has an engine"
+        )
+    if reward.judge_url and not service:
+        raise ValueError("reward.judge_url is set: with it go reward.judge 'generative' and reward.judge_engine 'url'")
+    if service and not reward.judge_url:
+        raise ValueError("reward.judge_engine is url but reward.judge_url is not set: give one like http://127.0.0.1:8000/v1")
+    if service:
+        check_service(reward)
+    for key in ("reward.judge_cache", "reward.judge_max_context"):
+        _at_least(cfg, key, 0)
+    memory = cfg.rollout.vllm.gpu_memory_frac + reward.judge_vllm.gpu_memory_frac
+    if cfg.rollout.engine == reward.judge_engine == "vllm" and memory >= 1:
+        raise ValueError(
+            f"rollout.vllm.gpu_memory_frac and reward.judge_vllm.gpu_memory_frac add up to {memory:g}: policy and judge share a "
+            "GPU with the trainer, lower one of them"
+        )
+
+
+def check_rollout(cfg: Config) -> None:
+    """The part of `check_settings` on when sampling ends, what it runs beside, and what makes up for it."""
+    rollout, loss = cfg.rollout, cfg.loss
+    _at_least(cfg, "rollout.oversample", 0)
+    if not 0 <= rollout.cut_tail < 1:
+        raise ValueError(f"rollout.cut_tail is {rollout.cut_tail}: it is a share of the groups, from 0 to below 1")
+    if rollout.cut_tail and cfg.sampler.refill:
+        raise ValueError(
+            f"rollout.cut_tail {rollout.cut_tail} gives prompts up and sampler.refill {cfg.sampler.refill} samples others in "
+            "their place: set one of them to 0"
+        )
+    if rollout.off_policy_steps not in (0, 1):
+        raise ValueError(f"rollout.off_policy_steps is {rollout.off_policy_steps}: set it to 0, or to 1 for one step of age")
+    if rollout.off_policy_steps and loss.importance == "off":
+        raise ValueError(
+            "rollout.off_policy_steps is 1 and loss.importance off: samples of the weights before need importance weights, set "
+            "loss.importance to 'truncate' (or 'mask')"
+        )
+    if not loss.importance_cap >= 1:
+        raise ValueError(f"loss.importance_cap is {loss.importance_cap}: give the largest ratio that counts in full, 1 or more")
+    if rollout.support == "replay" and (not rollout.top_k or rollout.ratio != "filtered"):
+        raise ValueError(
+            f"rollout.support is 'replay' with rollout.top_k {rollout.top_k} and rollout.ratio {rollout.ratio!r}: only ratios "
+            "of a filtered distribution have a support, set top_k above 0 and ratio to 'filtered', or support to 'recompute'"
+        )
+
+
+def check_support(cfg: Config, vocab_size: int) -> None:
+    """Raise ValueError where the support is to be replayed and the filter keeps all of the vocabulary."""
+    if cfg.rollout.support == "replay" and cfg.rollout.top_k >= vocab_size:
+        raise ValueError(
+            f"rollout.support is 'replay' and rollout.top_k {cfg.rollout.top_k} keeps the whole vocabulary of {vocab_size}: "
+            "lower rollout.top_k, or set rollout.support to 'recompute'"
+        )
+
+
+def _check_sampler(cfg: Config) -> None:
+    """The part of `check_settings` on which prompts are drawn, and on the curriculum."""
+    for key in ("sampler.max_age", "sampler.refill"):
+        _at_least(cfg, key, 0)
+    if not 0 < cfg.sampler.new_weight <= 1:
+        raise ValueError(f"sampler.new_weight is {cfg.sampler.new_weight}: set it above 0 and to at most 1")
+    if cfg.sampler.refill and cfg.rollout.group_size < 2:
+        raise ValueError(
+            f"sampler.refill is {cfg.sampler.refill} and rollout.group_size {cfg.rollout.group_size}: a group of one never has a "
+            "difference to learn from; set sampler.refill to 0 or rollout.group_size to 2 or more"
+        )
+    check_curriculum(cfg)
+
+
+def _check_loss(cfg: Config) -> None:
+    """The part of `check_settings` on how the loss is put together and, with advantage.method ppo, on the critic."""
+    for key in ("loss.clip_eps_low", "loss.clip_eps_high"):
+        _at_least(cfg, key, 0)
+    if cfg.loss.dual_clip and not cfg.loss.dual_clip > 1:
+        raise ValueError(f"loss.dual_clip is {cfg.loss.dual_clip}: give a bound of the ratio above 1, or 0 for none")
+    if cfg.loss.dual_clip and cfg.loss.clip_form != "ppo":
+        raise ValueError(f"loss.dual_clip bounds the surrogate of clip_form ppo, not {cfg.loss.clip_form}: set one of them back")
+    if cfg.advantage.method != "ppo":
+        return
+    if cfg.loss.ratio_over != "token":
+        raise ValueError(
+            f"advantage.method ppo has an advantage for each token, loss.ratio_over {cfg.loss.ratio_over} one ratio for many: "
+            "use loss.ratio_over token"
+        )
+    _at_least(cfg, "critic.num_updates", 1)
+    for key in ("critic.value_clip", "critic.optimizer.lr"):
+        _at_least(cfg, key, 0)
+    for name in ("gamma", "gae_lambda"):
+        if not 0 <= getattr(cfg.critic, name) <= 1:
+            raise ValueError(f"critic.{name} is {getattr(cfg.critic, name)}: give a number from 0 to 1")
+
+
+def _at_least(cfg: Config, key: str, least: int) -> None:
+    value = cfg
+    for name in key.split("."):
+        value = getattr(value, name)
+    if not value >= least:  # pyright: ignore[reportOperatorIssue]
+        raise ValueError(f"{key} is {value}: set it to {least} or more")
+
+
+def check_prompt_lengths(
+    prompts: Sequence[Sequence[int]], examples: Sequence[Example], params: SamplingParams, max_context: int, max_rows: int
+) -> None:
+    """Raise ValueError for a prompt that leaves no room for its response in the context or in a micro-batch of `max_rows`."""
+    check_prompts(prompts, params, max_context, [example.example_id for example in examples])
+    for prompt, example in zip(prompts, examples, strict=True):
+        rows = len(prompt) + params.max_new_tokens - 1
+        if rows > max_rows:
+            raise ValueError(
+                f"the prompt of example {example.example_id} has {len(prompt)} tokens, with its response {rows} rows, more than "
+                f"train.micro_batch_tokens = {max_rows}: raise that, lower rollout.max_new_tokens or shorten data.prompt"
+            )
+
+
+def check_examples(
+    examples: Sequence[Example], eval_examples: Sequence[Example], schema: StepSchema, judge: Judge | None, cfg: Config
+) -> None:
+    """Raise ValueError where there are fewer examples than prompts in a step, where nothing can grade a step of a training
+    example (the simulated annotator only where the example has a truth), and where an evaluation example has no grade."""
+    if len(examples) < cfg.rollout.num_started:
+        more = f" with rollout.oversample {cfg.rollout.oversample} of them" if cfg.rollout.oversample else ""
+        raise ValueError(
+            f"{cfg.data.train} has {len(examples)} examples, fewer than rollout.num_prompts = {cfg.rollout.num_prompts}{more}: "
+            "lower that or give more data"
+        )
+    silence = [_silence(example, schema.num_steps) for example in examples]
+    score(silence, examples, schema, judge, cfg.reward.missing_verdict)  # a judge is not asked about missing answers
+    if isinstance(judge, OracleJudge):
+        _check_truths(examples, schema)
+    if eval_examples:
+        true_grades(eval_examples)
+
+
+def _check_truths(examples: Sequence[Example], schema: StepSchema) -> None:
+    """Raise ValueError where the simulated annotator is all that could grade a step, and does not know the right answer."""
+    nothing = (None,) * schema.num_steps
+    for example in examples:
+        for spec, label, truth in zip(schema.specs, example.gold or nothing, example.truth or nothing, strict=True):
+            others = {"skip", "rule"} | ({"gold"} if label is not None else set())
+            if truth is None and others.isdisjoint(spec.sources):
+                raise ValueError(
+                    f"reward.judge is oracle, which reads right answers from `truth`, and {example.example_id} has none for step "
+                    f"{spec.name!r}: it would earn nothing. Give the example one, train a judge (srpo.train_judge), or end the "
+                    "step's sources with 'skip'"
+                )
+
+
+def _silence(example: Example, num_steps: int) -> Rollout:
+    """A response without a word."""
+    return Rollout(example.example_id, 0, (), (), (), (0,) * num_steps, (None,) * num_steps, "", "stop", 0)

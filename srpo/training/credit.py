@@ -1,0 +1,175 @@
+"""From step rewards to what the loss needs: which groups train (4.2.1), advantages (Algorithm 1, Eq. 4), the weights of Eq. 6.
+
+Decided over the rollouts of *all* ranks at once, from a table of a few numbers per rollout; each rank then takes its own rows.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+
+from srpo.algorithm.advantages import grpo_advantages, reinforce_advantages, rloo_advantages, srpo_advantages
+from srpo.algorithm.losses import sequence_weights
+from srpo.core.batch import Rollout
+from srpo.core.config.train import AdvantageConfig, LossConfig, SamplerConfig
+from srpo.core.steps import StepSchema
+from srpo.data.sampler import in_window
+
+
+@dataclass(frozen=True)
+class Credit:
+    """Rows are the rollouts in the order given."""
+
+    advantages: torch.Tensor  # [N, J] fp32, 0 where the rollout does not train; of ppo the step rewards: its critic does the rest
+    weights: torch.Tensor  # [N] fp32, 0 where it does not
+    trains: np.ndarray  # [N] bool: its group lies in the difficulty window, and it is not masked for its length
+    group_scores: dict[int, float]  # group -> difficulty score in 0..1
+    num_in_window: int  # groups that train
+    num_masked: int | None = None  # responses of them that were cut and masked; None where loss.overlong does not mask
+
+
+def group_scores(rollouts: Sequence[Rollout], schema: StepSchema, score: str) -> dict[int, float]:
+    """Group -> mean over its rollouts of total reward / the maximum ("total"), or of verdict reward / its maximum ("final").
+
+    Steps that the schema skips for an example count neither as reward nor towards the maximum. In 0..1; 0 where nothing counts.
+    """
+    values: dict[int, list[float]] = {}
+    for rollout in rollouts:
+        rewards, sources = _rewards(rollout), rollout.reward_sources
+        assert sources is not None
+        steps = slice(None) if score == "total" else slice(-1, None)
+        graded = zip(schema.specs[steps], sources[steps], strict=True)
+        maximum = sum(spec.reward for spec, source in graded if source != "skip")
+        value = sum(rewards[steps]) / maximum if maximum else 0.0
+        values.setdefault(rollout.group, []).append(value)
+    return {group: float(np.mean(v)) for group, v in values.items()}
+
+
+def training_groups(
+    rollouts: Sequence[Rollout], schema: StepSchema, method: str, sampler: SamplerConfig
+) -> tuple[dict[int, float], set[int]]:
+    """(`group_scores`, the groups that train): those in the difficulty window.
+
+    With `sampler.refill` not those, though, whose rollouts have all earned the same of what the method reads (any step, or its
+    scalar): they are replaced.
+    """
+    scores = group_scores(rollouts, schema, sampler.difficulty_score)
+    within = in_window(list(scores.values()), sampler.difficulty_low, sampler.difficulty_high)
+    inside = {group for group, keep in zip(scores, within, strict=True) if keep}
+    if not (sampler.refill and rollouts):
+        return scores, inside
+    rewards = np.array([_rewards(r) for r in rollouts])
+    scalars = {"grpo": rewards[:, -1], "grpo_star": verified_rewards(rollouts)}
+    scalars |= dict.fromkeys(("grpo_step_sum", "rloo", "reinforce"), rewards.sum(1))
+    earned: dict[int, set[tuple[float, ...]]] = {}
+    for rollout, row in zip(rollouts, scalars.get(method, rewards).reshape(len(rollouts), -1).tolist(), strict=True):
+        earned.setdefault(rollout.group, set()).add(tuple(row))
+    return scores, {group for group in inside if len(earned[group]) > 1}
+
+
+def assign_credit(
+    rollouts: Sequence[Rollout],
+    schema: StepSchema,
+    advantage: AdvantageConfig,
+    loss: LossConfig,
+    sampler: SamplerConfig,
+    max_new_tokens: int = 0,
+) -> Credit:
+    """Advantages and weights of all rollouts of an optimizer step; groups outside of the window get neither.
+
+    A response that loss.overlong masks counts in the baseline and the size of its group, and in nothing else. `max_new_tokens` is
+    needed by loss.denominator "constant" alone.
+    """
+    scores, inside = training_groups(rollouts, schema, advantage.method, sampler)
+    trains = np.array([r.group in inside for r in rollouts])
+    advantages = torch.zeros(len(rollouts), schema.num_steps)
+    weights = torch.zeros(len(rollouts))
+    if trains.any():
+        chosen = [r for r, keep in zip(rollouts, trains, strict=True) if keep]
+        rewards = np.array([_rewards(r) for r in chosen])
+        groups = np.array([r.group for r in chosen])
+        cut = np.array([loss.overlong == "mask" and r.finish == "length" for r in chosen])
+        index = torch.from_numpy(np.flatnonzero(trains))
+        advantages[index] = _advantages(chosen, rewards, groups, schema, advantage)
+        lengths = np.array([len(r.response_ids) for r in chosen])
+        weights[index] = sequence_weights(
+            np.where(cut, 0, lengths), groups, denominator=loss.denominator, max_length=max_new_tokens
+        )
+        masked = index[torch.from_numpy(cut)]
+        advantages[masked] = weights[masked] = 0.0
+        trains[masked.numpy()] = False
+    num_masked = int(sum(r.group in inside for r in rollouts) - trains.sum()) if loss.overlong == "mask" else None
+    return Credit(advantages, weights, trains, scores, len(inside), num_masked)
+
+
+def _advantages(
+    rollouts: Sequence[Rollout], rewards: np.ndarray, groups: np.ndarray, schema: StepSchema, cfg: AdvantageConfig
+) -> torch.Tensor:
+    """[N, J] by the configured method; rewards [N, J], groups [N]."""
+    num_steps, clip, scale = schema.num_steps, cfg.clip, cfg.scale
+    lengths = np.array([r.step_lengths for r in rollouts])
+    if cfg.method == "srpo":
+        return srpo_advantages(rewards, groups, lengths, gamma=cfg.gamma, normalize=cfg.normalize, clip=clip, scale=scale)
+    if cfg.method == "ppo":
+        return torch.from_numpy(rewards).float()
+    if cfg.method == "reinforce":
+        return reinforce_advantages(rewards.sum(1), lengths.sum(1), num_steps, clip=clip, scale=scale)
+    if cfg.method == "rloo":
+        return rloo_advantages(rewards.sum(1), groups, num_steps, clip=clip)
+    # Eq. 4 on the verdict alone, with the verified steps (5.1.4), or on the sum of step rewards (Table 3, "+ Step Reward")
+    scalar = {"grpo": rewards[:, -1], "grpo_star": verified_rewards(rollouts), "grpo_step_sum": rewards.sum(1)}[cfg.method]
+    return grpo_advantages(scalar, groups, num_steps, clip=clip, scale=scale)
+
+
+def verified_rewards(rollouts: Sequence[Rollout]) -> np.ndarray:
+    """The verdict's reward plus those of the earlier steps that a label or a rule has graded, [N]: no judge's opinion.
+
+    Paper: 5.1.4, GRPO* adds "stepwise verification rewards for Steps 3 and 4", the steps that have labels (Eq. 5). Where one of
+    them has no label and a judge stands in, it earns nothing here.
+    """
+    return np.array(
+        [
+            sum(r for r, source in zip(_rewards(x)[:-1], x.reward_sources or (), strict=False) if source in ("gold", "rule"))
+            + _rewards(x)[-1]
+            for x in rollouts
+        ]
+    )
+
+
+def rollout_metrics(rollouts: Sequence[Rollout], schema: StepSchema, credit: Credit, max_clip: float) -> dict[str, float]:
+    """The `reward/*`, `advantage/*` and `rollout/*` metrics of an optimizer step, over the rollouts of all ranks."""
+    rewards = np.array([_rewards(r) for r in rollouts])
+    lengths = np.array([r.step_lengths for r in rollouts])
+    judged = [s for r in rollouts for s in (r.reward_sources or ()) if s in ("judge", "no_verdict")]
+    tokens = lengths * credit.trains[:, None]
+    magnitude = credit.advantages.abs().double().numpy()
+    total = max(int(tokens.sum()), 1)
+    metrics = {
+        "reward/total": rewards.sum(1).mean(),
+        "reward/total_std": rewards.sum(1).std(),
+        "reward/missing_frac": judged.count("no_verdict") / len(judged) if judged else 0.0,
+        "advantage/abs_mean": (tokens * magnitude).sum() / total,
+        "advantage/clip_frac": tokens[magnitude >= max_clip].sum() / total if max_clip else 0.0,
+        "rollout/parse_rate": np.mean([None not in r.answers for r in rollouts]),
+        "rollout/truncated_frac": np.mean([r.finish == "length" for r in rollouts]),
+        "rollout/response_length": lengths.sum(1).mean(),
+        "rollout/prompt_length": np.mean([len(r.prompt_ids) for r in rollouts]),
+        "rollout/num_responses": len(rollouts),
+        "rollout/num_groups": len(credit.group_scores),
+        "rollout/num_groups_in_window": credit.num_in_window,
+        "rollout/group_score": np.mean(list(credit.group_scores.values())),
+    }
+    if credit.num_masked is not None:
+        metrics["rollout/num_masked"] = credit.num_masked
+    for j, spec in enumerate(schema.specs):
+        metrics[f"reward/step/{spec.name}"] = rewards[:, j].mean()
+        metrics[f"rollout/response_length/{spec.name}"] = lengths[:, j].mean()
+    return {key: float(value) for key, value in metrics.items()}
+
+
+def _rewards(rollout: Rollout) -> tuple[float, ...]:
+    assert rollout.step_rewards is not None, "rollouts are scored before they get credit"
+    return rollout.step_rewards

@@ -1,0 +1,190 @@
+"""What `advantage.method = "ppo"` adds to the loop of `srpo.train`: the critic, its optimizer, its checkpoints."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+from torch.optim import Optimizer
+
+from srpo.algorithm.advantages import Scale
+from srpo.algorithm.gae import Placement, gae, token_rewards, value_loss, whiten
+from srpo.core.batch import IGNORE, Batch
+from srpo.core.config.train import Config
+from srpo.policy.checkpoint import load_checkpoint, save_checkpoint
+from srpo.policy.critic import Critic
+from srpo.policy.loading import load_to_shard
+from srpo.policy.parallel import Parallel
+from srpo.training.optim import learning_rate, make_optimizer, set_learning_rate
+from srpo.training.token_advantages import TokenBatch
+from srpo.training.update import level, optimizer_step
+
+
+@dataclass(frozen=True)
+class Ppo:
+    """The critic of a run, beside its policy."""
+
+    cfg: Config
+    critic: Critic
+    optimizer: torch.optim.Optimizer
+
+    @classmethod
+    def of(cls, cfg: Config, parallel: Parallel) -> Ppo | None:
+        """As configured; None where the method has no critic. Raises ValueError where critic.path holds no model."""
+        if cfg.advantage.method != "ppo":
+            return None
+        backbone = load_to_shard(cfg.critic.path or cfg.policy.path, parallel, experts=cfg.policy.experts)
+        critic = Critic(backbone, activation_checkpointing=cfg.policy.activation_checkpointing)
+        critic = parallel.shard(critic, dtype=cfg.policy.dtype)
+        return cls(cfg, critic, make_optimizer(critic.parameters(), cfg.critic.optimizer))
+
+    def advantages(self, batches: Sequence[Batch], parallel: Parallel) -> tuple[list[TokenBatch], dict[str, float]]:
+        """(the batches with token-level advantages in place of the step rewards, metrics)."""
+        critic, advantage = self.cfg.critic, self.cfg.advantage
+        return with_token_advantages(
+            batches,
+            self.critic,
+            parallel,
+            rewards=critic.rewards,
+            gamma=critic.gamma,
+            gae_lambda=critic.gae_lambda,
+            scale=advantage.scale,
+            clip=advantage.clip,
+        )
+
+    def update(self, batches: Sequence[TokenBatch], step: int, parallel: Parallel) -> dict[str, float]:
+        """The critic's optimizer steps on a rollout batch; metrics."""
+        cfg = self.cfg.critic
+        lr = learning_rate(cfg.optimizer, step, self.cfg.num_steps)
+        set_learning_rate(self.optimizer, lr)
+        metrics = update_critic(
+            self.critic,
+            self.optimizer,
+            batches,
+            parallel,
+            value_clip=cfg.value_clip,
+            num_updates=cfg.num_updates,
+            grad_clip=cfg.optimizer.grad_clip,
+            dump=Path(self.cfg.run_dir) / "non_finite_critic.pt",
+            info={"step": step},
+        )
+        return metrics | {"critic/lr": lr}
+
+    @property
+    def _root(self) -> Path:
+        return Path(self.cfg.run_dir) / "critic"
+
+    def save(self, step: int, parallel: Parallel) -> None:
+        """Write the critic's checkpoint of this step. To be called before the policy's, of which there is then none without it;
+        one more is kept than of the policy's, so that a kill between the two leaves the one that the run goes on from."""
+        keep = self.cfg.train.keep_checkpoints + 1
+        save_checkpoint(self._root, step, self.critic, self.optimizer, {}, parallel, keep)
+
+    def load(self, step: int, parallel: Parallel) -> None:
+        """Load the critic that belongs to the policy's checkpoint of this step."""
+        load_checkpoint(self._root / f"step_{step:06d}", self.critic, self.optimizer, parallel)
+
+
+@torch.no_grad()
+def with_token_advantages(
+    batches: Sequence[Batch],
+    critic: nn.Module,
+    parallel: Parallel,
+    *,
+    rewards: Placement,
+    gamma: float,
+    gae_lambda: float,
+    scale: Scale,
+    clip: float,
+) -> tuple[list[TokenBatch], dict[str, float]]:
+    """(the batches with token-level advantages, returns and values; the `advantage/*` and `critic/*` metrics of all ranks).
+
+    batches: this rank's, on its device, with the step rewards in `step_advantages`. Advantages are those of `gae`, whitened over
+    the response tokens of the whole optimizer step and clipped to +-clip (0: not). Collective.
+    """
+    made = []
+    for batch in level(batches, parallel):
+        index, rows = batch.rows()
+        values = critic(batch).double()
+        given = token_rewards(rows.step_advantages, rows.step_ends, rows.cu_seqlens, rewards)
+        advantages, returns = gae(given, values, rows.cu_seqlens, gamma=gamma, gae_lambda=gae_lambda)
+        made.append((index, advantages, returns, values))
+    made = made[: len(batches)]
+    none = torch.zeros(0, dtype=torch.float64, device=parallel.device)
+    advantages, returns, values = (torch.cat([none, *column]) for column in list(zip(*made, strict=True))[1:] or ((), (), ()))
+    mean, std = _moments(advantages, parallel)
+    whitened = whiten(advantages, mean, std, scale=scale, clip=clip)
+    num_tokens = max(_total(torch.ones_like(values), parallel), 1.0)
+    spread, left = _moments(returns, parallel)[1], _moments(returns - values, parallel)[1]
+    metrics = {
+        "advantage/abs_mean": _total(whitened.abs(), parallel) / num_tokens,
+        "advantage/clip_frac": _total((whitened.abs() >= clip).double(), parallel) / num_tokens if clip else 0.0,
+        "critic/value": _total(values, parallel) / num_tokens,
+        "critic/explained_var": 1 - (left / spread) ** 2 if spread else 0.0,
+    }
+    parts = whitened.split([len(index) for index, *_ in made])
+    filled = [
+        TokenBatch(**vars(batch), **{name: _spread(x, index, batch) for name, x in columns.items()})
+        for batch, index, columns in (
+            (batch, index, {"advantages": part, "returns": returns, "values": values})
+            for batch, (index, _, returns, values), part in zip(batches, made, parts, strict=True)
+        )
+    ]
+    return filled, metrics
+
+
+def _total(values: torch.Tensor, parallel: Parallel) -> float:
+    """Sum over the tokens of all ranks."""
+    return float(parallel.all_reduce_sum(values.sum()))
+
+
+def _moments(values: torch.Tensor, parallel: Parallel) -> tuple[float, float]:
+    """(mean, Bessel-corrected std) over the tokens of all ranks."""
+    count = _total(torch.ones_like(values), parallel)
+    mean = _total(values, parallel) / max(count, 1.0)
+    return mean, (_total((values - mean).square(), parallel) / max(count - 1, 1.0)) ** 0.5
+
+
+def _spread(rows: torch.Tensor, index: torch.Tensor, batch: Batch) -> torch.Tensor:
+    """Values of the labelled rows [R] put back among all rows, [T] fp32."""
+    return rows.new_zeros(batch.labels.shape[0]).index_copy(0, index, rows).float()
+
+
+def update_critic(
+    critic: nn.Module,
+    optimizer: Optimizer,
+    batches: Sequence[TokenBatch],
+    parallel: Parallel,
+    *,
+    value_clip: float,
+    num_updates: int,
+    grad_clip: float,
+    dump: Path,
+    info: dict[str, Any] | None = None,
+) -> dict[str, float]:
+    """`num_updates` optimizer steps on the clipped value loss, the mean over all tokens of the batches of all ranks; returns the
+    `critic/*` metrics of the last one. Raises NonFiniteError, see `srpo.training.update.optimizer_step`. Collective.
+    """
+    counts = [torch.zeros((), device=parallel.device), *((batch.labels != IGNORE).sum() for batch in batches)]
+    num_tokens = max(int(parallel.all_reduce_sum(torch.stack([count.double() for count in counts]).sum())), 1)
+    num_clipped = torch.zeros((), dtype=torch.float64, device=parallel.device)
+
+    def loss_of(batch: Batch) -> torch.Tensor:
+        values, (_, rows) = critic(batch), batch.rows()
+        if not isinstance(rows, TokenBatch):  # an empty one of `level`
+            return values.sum()
+        out = value_loss(values, rows.values, rows.returns, clip=value_clip, num_tokens=num_tokens)
+        num_clipped.add_(out.num_clipped)
+        return out.loss
+
+    metrics: dict[str, float] = {}
+    for _ in range(num_updates):
+        num_clipped.zero_()
+        result = optimizer_step(critic, optimizer, batches, loss_of, parallel, grad_clip=grad_clip, dump=dump, info=info)
+        clip_frac = float(parallel.all_reduce_sum(num_clipped)) / num_tokens
+        metrics = {"critic/loss": result.loss, "critic/grad_norm": result.grad_norm, "critic/clip_frac": clip_frac}
+    return metrics

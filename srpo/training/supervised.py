@@ -1,0 +1,101 @@
+"""Supervised training, step by step: the loop that SFT, DPO and the scalar reward model share."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Protocol
+
+import torch
+from torch import nn
+
+from srpo.core.batch import Batch
+from srpo.core.config.train import OptimizerConfig
+from srpo.core.metrics import MetricsLogger
+from srpo.core.progress import Progress
+from srpo.core.run_dir import claim_run_dir
+from srpo.policy.checkpoint import latest_checkpoint, load_checkpoint, save_checkpoint
+from srpo.policy.parallel import Parallel
+from srpo.training.optim import learning_rate, make_optimizer, set_learning_rate
+from srpo.training.update import optimizer_step
+
+Metrics = dict[str, float]
+
+
+class FitConfig(Protocol):
+    """What the settings of a supervised program have."""
+
+    @property
+    def run_dir(self) -> str: ...
+    @property
+    def num_steps(self) -> int: ...
+    @property
+    def checkpoint_every(self) -> int: ...
+    @property
+    def optimizer(self) -> OptimizerConfig: ...
+
+
+def fit(
+    model: nn.Module,
+    cfg: FitConfig,
+    parallel: Parallel,
+    *,
+    title: str,
+    data: str,
+    subject: str,
+    batches_of: Callable[[int], Sequence[Batch]],
+    loss_of: Callable[[Batch], tuple[torch.Tensor, torch.Tensor]],
+    metrics_of: Callable[[list[float]], tuple[Metrics, float]],
+) -> None:
+    """Train the (sharded) model for `cfg.num_steps` optimizer steps in its run folder; killed and started again it continues.
+
+    batches_of(step) is this rank's share; loss_of(batch) gives the loss and a vector of float64 sums that are added up over
+    micro-batches and ranks; metrics_of(sums) makes of them the metrics of the step beside loss, gradient norm and learning rate,
+    and the share of right answers for the progress bar. Every rank must call it.
+
+    `data` is a digest of what is trained on. ValueError that begins with `subject` ("pairs.jsonl is") where the run folder was
+    begun with other data, and what `claim_run_dir` raises for other settings.
+    """
+    run_dir, main = Path(cfg.run_dir), parallel.is_main
+    claim_run_dir(run_dir, cfg, main)
+    optimizer, done = make_optimizer(model.parameters(), cfg.optimizer), 0
+    if (checkpoint := latest_checkpoint(run_dir / "checkpoints")) is not None:
+        extra = load_checkpoint(checkpoint, model, optimizer, parallel)
+        if extra["data"] != data:
+            raise ValueError(f"{subject} not what {run_dir} has been trained on so far: give another run_dir")
+        done = extra["step"]
+    logger = MetricsLogger(run_dir, resume_step=done or None) if main else None
+    sums: list[torch.Tensor] = []
+
+    def counted(batch: Batch) -> torch.Tensor:
+        loss, counts = loss_of(batch)
+        sums.append(counts)
+        return loss
+
+    with Progress(title, cfg.num_steps, start=done, enabled=main) as bar:
+        for step in range(done, cfg.num_steps):
+            lr = learning_rate(cfg.optimizer, step, cfg.num_steps)
+            set_learning_rate(optimizer, lr)
+            sums.clear()
+            result = optimizer_step(
+                model,
+                optimizer,
+                batches_of(step),
+                counted,
+                parallel,
+                grad_clip=cfg.optimizer.grad_clip,
+                dump=run_dir / "non_finite.pt",
+                info={"step": step},
+            )
+            metrics, right = metrics_of(parallel.all_reduce_sum(torch.stack(sums).sum(0)).tolist())
+            if logger is not None:
+                common = {"train/loss": result.loss, "train/grad_norm": result.grad_norm, "train/lr": lr}
+                logger.log(step + 1, common | metrics)
+            bar.advance(1, loss=result.loss, right=right)
+            if (step + 1) % cfg.checkpoint_every == 0 or step + 1 == cfg.num_steps:
+                if logger is not None:
+                    logger.sync()
+                extra = {"step": step + 1, "data": data}
+                save_checkpoint(run_dir / "checkpoints", step + 1, model, optimizer, extra, parallel, keep=1)
+    if logger is not None:
+        logger.close()

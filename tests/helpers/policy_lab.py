@@ -1,0 +1,221 @@
+"""What the tests of srpo.policy share, and the part of them that needs several ranks (`main`, called by ranks.py)."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any, cast
+
+import torch
+from tokenizers import Tokenizer, models
+from transformers import PreTrainedTokenizerFast, Qwen3MoeForCausalLM
+
+from srpo.core.batch import Batch, Rollout, pack
+from srpo.policy.checkpoint import latest_checkpoint, load_checkpoint, save_checkpoint
+from srpo.policy.model import Policy, TinyConfig, make_tiny, save_policy
+from srpo.policy.parallel import Parallel, iter_full_params, to_local
+from srpo.training.update import NonFiniteError, Objective, update, with_logprobs
+
+VOCAB = 50
+STEPS = ("first", "second", "third")
+CONFIG = TinyConfig(
+    hidden_size=32, num_layers=2, num_heads=4, num_kv_heads=2, head_dim=8, num_experts=4, expert_size=16, initializer_range=0.3
+)
+ON_POLICY = Objective(
+    clip_eps_low=0.2,
+    clip_eps_high=0.2,
+    kl_coef=0.05,
+    kl_estimator="k3",
+    temperature=0.9,
+    top_k=10,
+    sampling_top_k=10,
+    num_updates=1,
+    impl="reference",
+)
+# From hidden states: (objective, options of `gradients`).
+HIDDEN: dict[str, tuple[Objective, dict[str, Any]]] = {
+    "untied": (replace(ON_POLICY, inputs="hidden", impl="auto"), {}),
+    "tied": (replace(ON_POLICY, inputs="hidden", impl="auto"), {"tied": True, "activation_checkpointing": True}),
+    "idle_rank": (replace(ON_POLICY, inputs="hidden"), {"tied": True}),
+    "several_updates": (replace(ON_POLICY, inputs="hidden", num_updates=2), {}),
+    "full": (replace(ON_POLICY, inputs="hidden", kl_estimator="full"), {}),
+    "bfloat16": (replace(ON_POLICY, inputs="hidden"), {"tied": True, "dtype": "bfloat16"}),
+}
+
+
+def tokenizer(size: int = VOCAB) -> PreTrainedTokenizerFast:
+    names = ["<pad>", "<s>", "</s>", *(f"w{i}" for i in range(3, size))]
+    words = Tokenizer(models.WordLevel({name: i for i, name in enumerate(names)}, unk_token="<pad>"))
+    return PreTrainedTokenizerFast(tokenizer_object=words, pad_token="<pad>", bos_token="<s>", eos_token="</s>")
+
+
+def tiny(seed: int = 0, config: TinyConfig = CONFIG, *, tied: bool = False, **options: Any) -> Qwen3MoeForCausalLM:
+    model = make_tiny(tokenizer(), config, seed, **options)
+    if tied:  # head and embedding are one parameter
+        model.lm_head.weight = model.model.embed_tokens.weight
+    return model
+
+
+def one_process() -> Parallel:
+    return Parallel(0, 1, 0, torch.device("cpu"))
+
+
+def rollouts(seed: int, lengths: Sequence[tuple[int, int]]) -> list[Rollout]:
+    """Random responses; lengths: (prompt, response) of each."""
+    random = torch.Generator().manual_seed(seed)
+
+    def tokens(n: int) -> tuple[int, ...]:
+        return tuple(torch.randint(3, VOCAB, (n,), generator=random).tolist())
+
+    made = []
+    for i, (prompt, response) in enumerate(lengths):
+        cuts = torch.randint(0, response + 1, (len(STEPS) - 1,), generator=random).sort().values.tolist()
+        made.append(
+            Rollout(
+                example_id=str(i),
+                group=i // 2,
+                prompt_ids=tokens(prompt),
+                response_ids=tokens(response),
+                sampling_logprobs=tuple((-torch.rand(response, generator=random)).tolist()),
+                step_ends=(*cuts, response),
+                answers=(None,) * len(STEPS),
+                text="",
+                finish="stop",
+                policy_version=0,
+            )
+        )
+    return made
+
+
+def batches(seed: int, max_tokens: int | None = None, part: slice = slice(None), *, routed: bool = False) -> list[Batch]:
+    """Micro-batches of `part` of eight random rollouts; weights and advantages are those of all eight.
+
+    routed: with experts drawn at random for half of the tokens of each layer, the others -1.
+    """
+    random = torch.Generator().manual_seed(seed)
+    lengths = torch.randint(1, 12, (8, 2), generator=random).tolist()
+    advantages = torch.randn(8, len(STEPS), generator=random)
+    weights = torch.rand(8, generator=random) / 8
+    made = rollouts(seed, lengths)
+    if routed:
+        shape = (CONFIG.num_layers, CONFIG.num_experts)
+        for i, rollout in enumerate(made):
+            size = len(rollout.prompt_ids) + len(rollout.response_ids) - 1
+            table = torch.rand(size, *shape, generator=random).topk(CONFIG.experts_per_token).indices.to(torch.int16)
+            table[torch.rand(size, CONFIG.num_layers, generator=random) < 0.5] = -1
+            made[i] = replace(rollout, routed=table.numpy())
+    return pack(made[part], advantages[part], weights[part], max_tokens)
+
+
+class Recorder(torch.optim.SGD):
+    """An optimizer that keeps the gradients it was given and changes nothing."""
+
+    def __init__(self, policy: torch.nn.Module) -> None:
+        super().__init__(policy.parameters(), lr=0.0)
+        self.policy = policy
+        self.gradients: dict[str, torch.Tensor] = {}
+
+    def step(self, closure: Any = None) -> None:
+        self.gradients = {name: full(p.grad).clone() for name, p in self.policy.model.named_parameters()}
+
+
+def full(tensor: Any) -> torch.Tensor:
+    return cast(torch.Tensor, tensor.full_tensor() if hasattr(tensor, "full_tensor") else tensor)
+
+
+def gradients(
+    parts: Sequence[Batch],
+    parallel: Parallel,
+    dump: Path,
+    objective: Objective = ON_POLICY,
+    dtype: str = "float32",
+    tied: bool = False,
+    **options: bool,
+) -> tuple[dict[str, torch.Tensor], dict[str, float]]:
+    """(whole gradients by parameter, metrics) of one update. options: of the `Policy`."""
+    policy = parallel.shard(Policy(tiny(1, tied=tied), **options), dtype=dtype)
+    reference = parallel.shard(Policy(tiny(2, tied=tied)), dtype=dtype)
+    recorder = Recorder(policy)
+    ready = with_logprobs(parts, policy, reference, objective, parallel)
+    metrics = update(
+        policy, recorder, ready, objective, parallel, step_names=STEPS, grad_clip=0.0, dump=dump, reference=reference
+    )
+    return recorder.gradients, metrics
+
+
+def adam_update(policy: Policy, optimizer: torch.optim.Optimizer, seed: int, parallel: Parallel, dump: Path) -> None:
+    """One real optimizer step on random data, this rank's share of it."""
+    mine = batches(seed, 20, slice(parallel.rank, None, parallel.world_size))
+    objective = Objective(**{**vars(ON_POLICY), "kl_coef": 0.0})
+    update(policy, optimizer, mine, objective, parallel, step_names=STEPS, grad_clip=1.0, dump=dump)
+
+
+def train_state(policy: torch.nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, torch.Tensor]:
+    """This rank's part of every parameter and optimizer tensor."""
+    state = {}
+    for name, p in policy.named_parameters():
+        state[name] = to_local(p.detach()).clone()
+        state |= {f"{name}/{field}": to_local(value).clone() for field, value in optimizer.state.get(p, {}).items()}
+    return state
+
+
+def same_bits(a: dict[str, torch.Tensor], b: dict[str, torch.Tensor]) -> bool:
+    return a.keys() == b.keys() and all(a[k].dtype == b[k].dtype and torch.equal(a[k], b[k]) for k in a)
+
+
+def main(out: Path, parallel: Parallel) -> None:
+    """Two ranks. Rank 0 writes what the tests look at."""
+    results: dict[str, Any] = {}
+    saved = {}
+    # Rank 0 has six sequences in several micro-batches, rank 1 two in one.
+    uneven = slice(0, 6) if parallel.is_main else slice(6, 8)
+    for name, part, max_tokens, objective, dtype in (
+        ("even", slice(parallel.rank, None, 2), None, ON_POLICY, "float32"),
+        ("uneven", uneven, 23, ON_POLICY, "float32"),
+        ("several_updates", uneven, 23, Objective(**{**vars(ON_POLICY), "num_updates": 2}), "float32"),
+        ("idle_rank", slice(0, 8) if parallel.is_main else slice(0, 0), 40, ON_POLICY, "float32"),
+        ("bfloat16", uneven, 23, ON_POLICY, "bfloat16"),
+    ):
+        mine = batches(7, max_tokens, part)
+        saved[name] = gradients(mine, parallel, out / "unused.pt", objective, dtype)
+        results[f"{name}_micro_batches"] = parallel.all_gather_object(len(mine))
+    for name, (objective, options) in HIDDEN.items():
+        mine = batches(7, 23, uneven) if name != "idle_rank" else batches(7, 40, slice(0, 8 if parallel.is_main else 0))
+        saved[f"hidden_{name}"] = gradients(mine, parallel, out / "unused.pt", objective, **options)
+    mine = batches(7, 23, uneven, routed=True)
+    saved["routing"] = gradients(mine, parallel, out / "unused.pt", replay_routing=True, activation_checkpointing=True)
+
+    policy = parallel.shard(Policy(tiny(3)))
+    optimizer = torch.optim.AdamW(policy.parameters(), lr=1e-2)
+    for seed in range(2):
+        adam_update(policy, optimizer, seed, parallel, out / "unused.pt")
+    save_checkpoint(out / "checkpoints", 2, policy, optimizer, {"rank": parallel.rank}, parallel)
+    other = parallel.shard(Policy(tiny(4)))
+    other_optimizer = torch.optim.AdamW(other.parameters(), lr=1.0)
+    path = latest_checkpoint(out / "checkpoints")
+    assert path is not None
+    extra = load_checkpoint(path, other, other_optimizer, parallel)
+    same = same_bits(train_state(policy, optimizer), train_state(other, other_optimizer))
+    results["loaded_bits"] = parallel.all_gather_object(same)
+    results["extra"] = parallel.all_gather_object(extra)
+    adam_update(policy, optimizer, 2, parallel, out / "unused.pt")
+    adam_update(other, other_optimizer, 2, parallel, out / "unused.pt")
+    same = same_bits(train_state(policy, optimizer), train_state(other, other_optimizer))
+    results["continued_bits"] = parallel.all_gather_object(same)
+    save_policy(policy, tokenizer(), out / "hf")
+    parameters = {name: tensor.clone() for name, tensor in iter_full_params(policy)}
+
+    broken = batches(7, 23, uneven)
+    if not parallel.is_main:  # one rank's trouble stops all of them
+        broken = [b.with_(weights=b.weights * float("nan")) for b in broken]
+    try:
+        gradients(broken, parallel, out / "dump.pt")
+        stopped = False
+    except NonFiniteError:
+        stopped = True
+    results["stopped"] = parallel.all_gather_object(stopped)
+    if parallel.is_main:
+        torch.save({"updates": saved, "parameters": parameters}, out / "tensors.pt")
+        (out / "results.json").write_text(json.dumps(results))

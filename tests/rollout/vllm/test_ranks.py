@@ -1,0 +1,34 @@
+"""FSDP2 over two processes, each with an engine of its own (not vLLM: tests/helpers/fake_engine.py)."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from srpo.policy.model import TinyConfig, make_tiny
+
+HELPER = Path(__file__).resolve().parents[2] / "helpers" / "vllm_ranks.py"
+ROOT = HELPER.parents[2]
+
+
+@pytest.mark.slow
+def test_sharded_weights_arrive_whole_on_every_rank_although_one_engine_dies(tmp_path, world):
+    """The other rank's gathers meet those of the rank whose engine fails: nobody waits for ever."""
+    from srpo.data.tokenizer import load_tokenizer
+
+    size = TinyConfig(hidden_size=32, num_layers=2, num_heads=1, num_kv_heads=1, head_dim=32, num_experts=3, expert_size=32)
+    make_tiny(load_tokenizer(world.policy), size, seed=1).save_pretrained(tmp_path)
+    launcher = ["-m", "torch.distributed.run", "--nproc-per-node=2", "--rdzv-backend=c10d", "--rdzv-endpoint=127.0.0.1:0"]
+    env = {**os.environ, "PYTHONPATH": f"{ROOT}{os.pathsep}{ROOT / 'kernels'}", "CUDA_VISIBLE_DEVICES": ""}
+    command = [sys.executable, *launcher, "--local-addr=127.0.0.1", str(HELPER), str(tmp_path)]
+    done = subprocess.run(command, env=env, capture_output=True, text=True, timeout=200, check=False)
+    assert done.returncode == 0, done.stderr[-3000:]
+    for rank in (0, 1):
+        found = json.loads((tmp_path / f"rank{rank}.json").read_text())
+        assert found["found"] == pytest.approx([found["total"], 2 * found["total"]], rel=1e-5)
+        assert (found["num_restarts"], found["num_warnings"]) == (rank, rank) and found["num_buckets"] > 2
