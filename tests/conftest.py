@@ -9,7 +9,6 @@ import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
-from types import ModuleType
 from typing import Any
 
 # One thread: what is promised bit for bit is promised for a fixed order of sums, and the models here are too small to need two.
@@ -22,7 +21,6 @@ os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 
 import hypothesis
 import loading_lab
-import policy_lab
 import policy_ranks
 import pytest
 import small_world
@@ -77,21 +75,9 @@ def golden() -> Callable[[str, str], None]:
 
 
 @pytest.fixture(scope="session")
-def small() -> ModuleType:
-    """The module small_world.py."""
-    return small_world
-
-
-@pytest.fixture(scope="session")
 def world(tmp_path_factory: pytest.TempPathFactory) -> small_world.SmallWorld:
     """Data and a tiny policy on disk, made once."""
     return small_world.SmallWorld.make(tmp_path_factory.mktemp("small_world"))
-
-
-@pytest.fixture(scope="session")
-def lab() -> ModuleType:
-    """The module policy_lab.py."""
-    return policy_lab
 
 
 @pytest.fixture(scope="session")

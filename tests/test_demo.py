@@ -4,10 +4,10 @@ import json
 import shutil
 from dataclasses import replace
 from pathlib import Path
-from types import ModuleType
 from typing import Any
 
 import pytest
+import small_world as small
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import srpo.demo
@@ -23,7 +23,7 @@ from srpo.demo import PHRASES, DemoConfig, demo, stage, strip, train_config
 from srpo.sft import read_pairs
 
 
-def settings(small: ModuleType, run_dir: Path, **changes: Any) -> DemoConfig:
+def settings(run_dir: Path, **changes: Any) -> DemoConfig:
     cfg = DemoConfig(
         run_dir=str(run_dir),
         num_demonstrations=400,
@@ -44,14 +44,14 @@ def settings(small: ModuleType, run_dir: Path, **changes: Any) -> DemoConfig:
 
 
 @pytest.fixture(scope="module")
-def done(small: ModuleType, tmp_path_factory: pytest.TempPathFactory) -> Path:
+def done(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The run folder of a whole demo."""
     folder = tmp_path_factory.mktemp("demo") / "run"
-    srpo.demo.main(settings(small, folder))
+    srpo.demo.main(settings(folder))
     return folder
 
 
-def test_the_run_folder_holds_what_its_page_says(small: ModuleType, done: Path) -> None:
+def test_the_run_folder_holds_what_its_page_says(done: Path) -> None:
     files = {path.name for path in done.iterdir()}
     assert files >= {"config.toml", "metrics.jsonl", "rollouts.jsonl", "policy", "results.json", "plots", "checkpoints", "data"}
     plots = {path.name for path in (done / "plots").iterdir()}
@@ -97,7 +97,7 @@ def test_fixed_texts_are_one_token(done: Path) -> None:
         assert phrase not in strip(prompt + response)
 
 
-def test_a_demo_that_was_stopped_goes_on_and_ends_the_same(small: ModuleType, done: Path, tmp_path: Path) -> None:
+def test_a_demo_that_was_stopped_goes_on_and_ends_the_same(done: Path, tmp_path: Path) -> None:
     run_dir = tmp_path / "run"
     shutil.copytree(done, run_dir)
     for name in ("config.toml", "sft/config.toml", "demo/config.toml"):  # they name their folder, for a run elsewhere
@@ -108,7 +108,7 @@ def test_a_demo_that_was_stopped_goes_on_and_ends_the_same(small: ModuleType, do
     for name in ("after.json", "results.json", "metrics.jsonl", "rollouts.jsonl"):
         (run_dir / name).unlink()
     made = (run_dir / "data" / "sft.jsonl").stat().st_mtime_ns
-    results = demo(settings(small, run_dir), small.ONE)
+    results = demo(settings(run_dir), small.ONE)
     assert (run_dir / "data" / "sft.jsonl").stat().st_mtime_ns == made
     want = json.loads((done / "results.json").read_text())
     assert (results["before"], results["after"]) == (want["before"], want["after"])
@@ -116,10 +116,8 @@ def test_a_demo_that_was_stopped_goes_on_and_ends_the_same(small: ModuleType, do
     assert small.same_bits(*(small.parameters_of(folder / "policy") for folder in (run_dir, done)))
 
 
-def test_other_settings_need_another_folder(
-    small: ModuleType, done: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    line = small.complaint(srpo.demo.main, settings(small, done, seed=1), tmp_path, capsys)
+def test_other_settings_need_another_folder(done: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    line = small.complaint(srpo.demo.main, settings(done, seed=1), tmp_path, capsys)
     assert "holds a run with seed = 0, this one has 1: give another run_dir" in line
 
 
@@ -151,9 +149,9 @@ def judged_pairs(path: Path) -> Path:
     return path
 
 
-def test_the_demo_on_judged_pairs(small: ModuleType, tmp_path: Path) -> None:
+def test_the_demo_on_judged_pairs(tmp_path: Path) -> None:
     """SFT on silver responses, the verdict alone rewarded, the queries split."""
-    cfg = settings(small, tmp_path / "run", data=str(judged_pairs(tmp_path / "pairs.jsonl")), sft_steps=2, rl_steps=1)
+    cfg = settings(tmp_path / "run", data=str(judged_pairs(tmp_path / "pairs.jsonl")), sft_steps=2, rl_steps=1)
     results = demo(cfg, small.ONE)
     data = tmp_path / "run" / "data"
     train, held_out = (load_examples(data / name, 5) for name in ("train.jsonl", "eval.jsonl"))
@@ -175,12 +173,12 @@ def test_the_demo_on_judged_pairs(small: ModuleType, tmp_path: Path) -> None:
     ],
 )
 def test_bad_pairs_stop_it_and_leave_the_folder_free(
-    small: ModuleType, tmp_path: Path, capsys: pytest.CaptureFixture[str], change: Any, message: str
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], change: Any, message: str
 ) -> None:
     pairs = judged_pairs(tmp_path / "pairs.jsonl")
     broken = small.rewrite_line(pairs, tmp_path / "broken.jsonl", 3, change)
     eval_frac = 0.95 if message == "has no grade" else 0.05
-    cfg = settings(small, tmp_path / "run", data=str(broken), eval_frac=eval_frac, sft_steps=1, rl_steps=1)
+    cfg = settings(tmp_path / "run", data=str(broken), eval_frac=eval_frac, sft_steps=1, rl_steps=1)
     assert message in small.complaint(srpo.demo.main, cfg, tmp_path, capsys)
     assert not (tmp_path / "run" / "data").exists()
     assert not (tmp_path / "run" / "demo").exists()

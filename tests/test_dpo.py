@@ -5,10 +5,10 @@ import math
 import re
 from dataclasses import replace
 from pathlib import Path
-from types import ModuleType
 from typing import Any
 
 import pytest
+import small_world as small
 import torch
 from transformers import AutoModelForCausalLM
 
@@ -41,14 +41,14 @@ def pairs_file(world: Any, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="module")
-def sampled(small: ModuleType, world: Any, tmp_path_factory: pytest.TempPathFactory) -> Path:
+def sampled(world: Any, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The rollouts of a short run."""
     folder = tmp_path_factory.mktemp("sampled") / "run"
     train(world.config(folder, num_steps=2, rollout={"num_prompts": 12, "group_size": 6}), small.ONE)
     return folder / "rollouts.jsonl"
 
 
-def settings(small: ModuleType, world: Any, run_dir: Path, **changes: Any) -> DpoConfig:
+def settings(world: Any, run_dir: Path, **changes: Any) -> DpoConfig:
     base = DpoConfig(
         run_dir=str(run_dir),
         num_steps=3,
@@ -72,11 +72,9 @@ def preferences(cfg: DpoConfig, world: Any) -> list[Preference]:
 
 
 @pytest.mark.parametrize("smoothing", [0.0, 0.1])
-def test_the_steps_are_those_of_the_formula(
-    small: ModuleType, world: Any, pairs_file: Path, tmp_path: Path, smoothing: float
-) -> None:
+def test_the_steps_are_those_of_the_formula(world: Any, pairs_file: Path, tmp_path: Path, smoothing: float) -> None:
     """Rafailov et al., Eq. 7, in fp64 on transformers' own model. AdamW hides a wrong scale, the gradient's norm does not."""
-    cfg = settings(small, world, tmp_path, pairs=str(pairs_file), num_steps=2, checkpoint_every=1, label_smoothing=smoothing)
+    cfg = settings(world, tmp_path, pairs=str(pairs_file), num_steps=2, checkpoint_every=1, label_smoothing=smoothing)
     cfg = small.changed(cfg, {"optimizer": {"grad_clip": 0.0}})
     dpo(cfg, small.ONE)
     pairs = preferences(cfg, world)
@@ -114,8 +112,8 @@ def test_the_steps_are_those_of_the_formula(
             assert line["train/loss"] == pytest.approx(math.log(2), rel=1e-4)
 
 
-def test_pairs_are_learned_and_every_metric_is_declared(small: ModuleType, world: Any, pairs_file: Path, tmp_path: Path) -> None:
-    cfg = settings(small, world, tmp_path, pairs=str(pairs_file), num_steps=15, micro_batch_tokens=2000)
+def test_pairs_are_learned_and_every_metric_is_declared(world: Any, pairs_file: Path, tmp_path: Path) -> None:
+    cfg = settings(world, tmp_path, pairs=str(pairs_file), num_steps=15, micro_batch_tokens=2000)
     assert dpo(cfg, small.ONE) == tmp_path / "policy"
     lines = small.metrics_of(tmp_path)
     for key in lines[0]:
@@ -128,8 +126,8 @@ def test_pairs_are_learned_and_every_metric_is_declared(small: ModuleType, world
 
 
 @pytest.mark.parametrize("max_tokens", [None, 1])
-def test_a_pair_is_never_split(small: ModuleType, world: Any, pairs_file: Path, tmp_path: Path, max_tokens: int | None) -> None:
-    pairs = preferences(settings(small, world, tmp_path, pairs=str(pairs_file)), world)[:7]
+def test_a_pair_is_never_split(world: Any, pairs_file: Path, tmp_path: Path, max_tokens: int | None) -> None:
+    pairs = preferences(settings(world, tmp_path, pairs=str(pairs_file)), world)[:7]
     limit = max_tokens and max(map(num_rows, pairs))
     reference = torch.arange(14.0).reshape(7, 2)
     batches = pack_preferences(pairs, reference, limit or 10**6)
@@ -150,17 +148,17 @@ def test_a_pair_is_never_split(small: ModuleType, world: Any, pairs_file: Path, 
         assert torch.allclose(reference_logprobs(model, pairs, limit or 10**6, small.ONE, inputs), got, atol=1e-4)
 
 
-def test_micro_batches_change_nothing(small: ModuleType, world: Any, pairs_file: Path, tmp_path: Path) -> None:
+def test_micro_batches_change_nothing(world: Any, pairs_file: Path, tmp_path: Path) -> None:
     lines = []
     for name, tokens in (("small", 260), ("large", 100_000)):
-        dpo(settings(small, world, tmp_path / name, pairs=str(pairs_file), micro_batch_tokens=tokens), small.ONE)
+        dpo(settings(world, tmp_path / name, pairs=str(pairs_file), micro_batch_tokens=tokens), small.ONE)
         lines.append(small.metrics_of(tmp_path / name))
     for one, other in zip(*lines, strict=True):
         assert one == pytest.approx(other, rel=2e-4, abs=2e-5)
 
 
-def test_two_ranks_and_hidden_states_change_nothing(small: ModuleType, world: Any, pairs_file: Path, tmp_path: Path) -> None:
-    cfg = settings(small, world, tmp_path / "two", pairs=str(pairs_file), batch_size=7, num_steps=2)
+def test_two_ranks_and_hidden_states_change_nothing(world: Any, pairs_file: Path, tmp_path: Path) -> None:
+    cfg = settings(world, tmp_path / "two", pairs=str(pairs_file), batch_size=7, num_steps=2)
     small.Program("srpo.dpo", replace(cfg, inputs="hidden"), tmp_path / "launch", num_ranks=2).finish()
     dpo(replace(cfg, run_dir=str(tmp_path / "one")), small.ONE)
     for one, two in zip(small.metrics_of(tmp_path / "one"), small.metrics_of(tmp_path / "two"), strict=True):
@@ -173,18 +171,18 @@ FIVE_STEPS = {"num_steps": 5, "micro_batch_tokens": 2000}
 
 
 @pytest.fixture(scope="module")
-def whole(small: ModuleType, world: Any, pairs_file: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+def whole(world: Any, pairs_file: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The folder of a run that was never stopped."""
     run_dir = tmp_path_factory.mktemp("dpo") / "whole"
-    dpo(settings(small, world, run_dir, pairs=str(pairs_file), **FIVE_STEPS), small.ONE)
+    dpo(settings(world, run_dir, pairs=str(pairs_file), **FIVE_STEPS), small.ONE)
     return run_dir
 
 
 @pytest.mark.parametrize("where", ["reference_logprobs", "learning_rate", "save_checkpoint", "save_policy"])
 def test_stopped_anywhere_it_ends_the_same(
-    small: ModuleType, world: Any, pairs_file: Path, whole: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, where: str
+    world: Any, pairs_file: Path, whole: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, where: str
 ) -> None:
-    stopped = settings(small, world, tmp_path / "stopped", pairs=str(pairs_file), **FIVE_STEPS)
+    stopped = settings(world, tmp_path / "stopped", pairs=str(pairs_file), **FIVE_STEPS)
     module = srpo.training.supervised if where in ("learning_rate", "save_checkpoint") else srpo.dpo
     original, calls = getattr(module, where), []
 
@@ -203,9 +201,9 @@ def test_stopped_anywhere_it_ends_the_same(
     assert small.same_bits(*(small.parameters_of(run / "policy") for run in (whole, tmp_path / "stopped")))
 
 
-def test_pairs_come_from_the_rollouts_of_a_run(small: ModuleType, world: Any, sampled: Path, tmp_path: Path) -> None:
+def test_pairs_come_from_the_rollouts_of_a_run(world: Any, sampled: Path, tmp_path: Path) -> None:
     rules = PairRules("verdict", per_example=3)
-    cfg = settings(small, world, tmp_path / "run", rollouts=str(sampled), data=str(world.train), num_steps=1, rules=vars(rules))
+    cfg = settings(world, tmp_path / "run", rollouts=str(sampled), data=str(world.train), num_steps=1, rules=vars(rules))
     dpo(cfg, small.ONE)
     counts = json.loads((tmp_path / "run" / "pairs.json").read_text())
     assert counts["num_responses"] == 2 * 12 * 6 and counts["num_pairs"] > 0
@@ -218,9 +216,9 @@ def test_pairs_come_from_the_rollouts_of_a_run(small: ModuleType, world: Any, sa
     assert 0 < total["num_pairs"] != counts["num_pairs"]
 
 
-def test_a_named_reference_is_the_one_that_is_asked(small: ModuleType, world: Any, pairs_file: Path, tmp_path: Path) -> None:
+def test_a_named_reference_is_the_one_that_is_asked(world: Any, pairs_file: Path, tmp_path: Path) -> None:
     cfg = settings(
-        small, world, tmp_path, pairs=str(pairs_file), num_steps=1, policy={"reference": str(world.base)}, micro_batch_tokens=4000
+        world, tmp_path, pairs=str(pairs_file), num_steps=1, policy={"reference": str(world.base)}, micro_batch_tokens=4000
     )
     dpo(cfg, small.ONE)
     pairs = preferences(cfg, world)
@@ -230,22 +228,22 @@ def test_a_named_reference_is_the_one_that_is_asked(small: ModuleType, world: An
     assert small.metrics_of(tmp_path)[0]["dpo/chosen_reward"] > 1  # SFT has moved the policy a long way from it
 
 
-def test_other_pairs_cannot_continue_a_run(small: ModuleType, world: Any, pairs_file: Path, tmp_path: Path) -> None:
+def test_other_pairs_cannot_continue_a_run(world: Any, pairs_file: Path, tmp_path: Path) -> None:
     data = small.rewrite_line(pairs_file, tmp_path / "pairs.jsonl", 1, lambda row: None)
-    cfg = settings(small, world, tmp_path / "run", pairs=str(data), num_steps=1, batch_size=4)
+    cfg = settings(world, tmp_path / "run", pairs=str(data), num_steps=1, batch_size=4)
     dpo(cfg, small.ONE)
     small.rewrite_line(pairs_file, data, 5, lambda row: {**row, "rejected": "1. Query intent: no"})
     with pytest.raises(ValueError, match=r"the pairs are not those that .* has been trained on so far: give another run_dir"):
         dpo(cfg, small.ONE)
 
 
-def test_rollouts_of_another_tokenizer_are_refused(small: ModuleType, world: Any, sampled: Path, tmp_path: Path) -> None:
+def test_rollouts_of_another_tokenizer_are_refused(world: Any, sampled: Path, tmp_path: Path) -> None:
     def swap(row: dict[str, Any]) -> None:
         row["response_ids"] = row["response_ids"][::-1]
 
     path = small.rewrite_line(sampled, tmp_path / "rollouts.jsonl", 3, swap)
     with pytest.raises(ValueError, match=r"are not its text by the tokenizer in .*start from the policy that has sampled them"):
-        preferences(settings(small, world, tmp_path, rollouts=str(path)), world)
+        preferences(settings(world, tmp_path, rollouts=str(path)), world)
 
 
 @pytest.mark.parametrize(
@@ -271,7 +269,6 @@ def test_rollouts_of_another_tokenizer_are_refused(small: ModuleType, world: Any
     ],
 )
 def test_what_cannot_work_is_one_line_and_leaves_no_run(
-    small: ModuleType,
     world: Any,
     pairs_file: Path,
     sampled: Path,
@@ -282,14 +279,14 @@ def test_what_cannot_work_is_one_line_and_leaves_no_run(
 ) -> None:
     names = {"PAIRS": pairs_file, "SAMPLED": sampled, "EVAL": world.eval}
     changes = {key: str(names.get(value, value)) if isinstance(value, str) else value for key, value in changes.items()}
-    line = small.complaint(srpo.dpo.main, settings(small, world, tmp_path / "run", **changes), tmp_path, capsys)
+    line = small.complaint(srpo.dpo.main, settings(world, tmp_path / "run", **changes), tmp_path, capsys)
     assert re.search(message, line), line
     assert not (tmp_path / "run").exists()
 
 
-def test_the_same_tokens_on_both_sides_are_refused(small: ModuleType, world: Any, tmp_path: Path) -> None:
+def test_the_same_tokens_on_both_sides_are_refused(world: Any, tmp_path: Path) -> None:
     pair = Preference((1,), (5, 6), (5, 6), "e7")
     with pytest.raises(ValueError, match=r"pair 1 \(of e7\) prefers a response to itself"):
-        srpo.dpo._check_lengths(settings(small, world, tmp_path), [pair], 100)
+        srpo.dpo._check_lengths(settings(world, tmp_path), [pair], 100)
     with pytest.raises(ValueError, match="empty prompt or response"):
-        srpo.dpo._check_lengths(settings(small, world, tmp_path), [replace(pair, rejected_ids=())], 100)
+        srpo.dpo._check_lengths(settings(world, tmp_path), [replace(pair, rejected_ids=())], 100)

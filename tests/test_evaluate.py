@@ -7,10 +7,11 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
-from types import ModuleType, SimpleNamespace
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
+import small_world as small
 import torch
 
 from srpo.core.batch import Rollout, read_rollouts
@@ -308,7 +309,7 @@ def answers(folder: Path) -> list[tuple[str, tuple[int, ...]]]:
 
 
 @pytest.mark.slow
-def test_two_processes_decode_what_one_does(small: ModuleType, tmp_path: Path):
+def test_two_processes_decode_what_one_does(tmp_path: Path):
     checkpoint, data = checkpoint_of(tmp_path)
     cfg = EvaluateConfig(checkpoint=str(checkpoint), data=str(data), bootstrap=BootstrapConfig(num_draws=20))
     main(replace(cfg, out=str(tmp_path / "one")))
@@ -321,7 +322,7 @@ def test_two_processes_decode_what_one_does(small: ModuleType, tmp_path: Path):
 @pytest.mark.slow
 @pytest.mark.vllm
 @pytest.mark.parametrize("num_ranks", [1, 2])
-def test_vllm_decodes_what_the_local_engine_does(small: ModuleType, tmp_path: Path, num_ranks: int):
+def test_vllm_decodes_what_the_local_engine_does(tmp_path: Path, num_ranks: int):
     """The real one; two processes share one that is split in two."""
     checkpoint, data = checkpoint_of(tmp_path, max_context=256)
     cfg = EvaluateConfig(checkpoint=str(checkpoint), data=str(data), bootstrap=BootstrapConfig(num_draws=0))

@@ -6,10 +6,10 @@ import fcntl
 import json
 from dataclasses import replace
 from pathlib import Path
-from types import ModuleType
 from typing import Any
 
 import pytest
+import small_world as small
 
 from srpo.experiments import lab as stages
 from srpo.experiments.lab import Lab
@@ -43,7 +43,7 @@ def settings(folder: Path, table: str, **changes: Any) -> ReproduceConfig:
 
 @pytest.mark.usefixtures("start")
 def test_a_table_is_made_once_and_shares_its_rows(
-    small: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     (table4,) = reproduce(settings(tmp_path, "table4"), small.ONE)
     assert json.loads((tmp_path / "table4.json").read_text())["rows"] == table4["rows"]
@@ -65,7 +65,7 @@ def test_a_table_is_made_once_and_shares_its_rows(
 
 
 @pytest.mark.usefixtures("start")
-def test_the_headline_compares_curves(small: ModuleType, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_the_headline_compares_curves(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     (found,) = reproduce(settings(tmp_path, "headline"), small.ONE)
     assert [num for num, _ in found["curves"]["srpo"][0]] == [16, 32]
     assert (tmp_path / "headline.png").is_file()
@@ -74,14 +74,12 @@ def test_the_headline_compares_curves(small: ModuleType, tmp_path: Path, capsys:
 
 
 @pytest.mark.usefixtures("start")
-def test_train_only_writes_no_table(small: ModuleType, tmp_path: Path) -> None:
+def test_train_only_writes_no_table(tmp_path: Path) -> None:
     assert reproduce(settings(tmp_path, "table4", train_only=True), small.ONE) == []
     assert not (tmp_path / "table4.json").exists() and (tmp_path / "seed-0" / "grpo" / "balanced.json").is_file()
 
 
-def test_bad_input_gets_an_error_that_says_what_to_change(
-    small: ModuleType, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_bad_input_gets_an_error_that_says_what_to_change(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     def told(config: ReproduceConfig) -> str:
         return small.complaint(main, config, tmp_path, capsys)
 
@@ -94,7 +92,7 @@ def test_bad_input_gets_an_error_that_says_what_to_change(
         assert "another process works on seed 0" in told(settings(tmp_path, "table4"))
 
 
-def test_a_folder_belongs_to_one_scale(small: ModuleType, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_folder_belongs_to_one_scale(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     with lab_of(settings(tmp_path, "table4"), 0, small.ONE):
         pass
     other = settings(tmp_path, "table4", scale=replace(SCALE, num_steps=3))

@@ -7,12 +7,12 @@ from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
-from types import ModuleType
 from typing import Any
 
 import numpy as np
 import pyarrow.parquet as pq
 import pytest
+import small_world as small
 import torch
 from select_cases import (
     EXAMPLES,
@@ -262,7 +262,7 @@ def test_a_run_that_is_stopped_before_a_shard_that_nothing_can_grade_goes_on(tmp
     assert report is not None and report["reasons"]["ungradable"] == 1
 
 
-def test_an_output_of_this_program_is_data_for_training(small: ModuleType, world: Any, tmp_path: Path) -> None:
+def test_an_output_of_this_program_is_data_for_training(world: Any, tmp_path: Path) -> None:
     """The real policy, engine and judge; a folder of shards in two formats; then `srpo.train` on what was selected."""
     base: Config = world.config(tmp_path / "run", num_steps=1, rollout={"num_prompts": 2})
     (tmp_path / "shards").mkdir()
@@ -297,9 +297,7 @@ def test_what_only_training_does_while_it_samples_is_named_and_changes_nothing(
     assert "training alone" not in capsys.readouterr().out
 
 
-def test_engines_are_not_asked_for_reports_that_nobody_reads(
-    small: ModuleType, world: Any, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_engines_are_not_asked_for_reports_that_nobody_reads(world: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     """A top_k as large as the vocabulary leaves nothing to replay, and vLLM's CPU build cannot report experts."""
     rollout = {"top_k": 100_000, "support": "replay", "routing": "replay"}
     cfg = SelectConfig(**vars(world.config(world.folder / "unused", rollout=rollout)))

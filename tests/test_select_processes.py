@@ -5,10 +5,10 @@ from __future__ import annotations
 import time
 from dataclasses import replace
 from pathlib import Path
-from types import ModuleType
 from typing import Any
 
 import pytest
+import small_world as small
 
 from srpo.core.config.train import PolicyConfig, VllmConfig
 from srpo.data.tokenizer import load_tokenizer
@@ -31,7 +31,7 @@ def files(cfg: SelectConfig) -> dict[str, bytes]:
 
 
 @pytest.fixture(scope="module")
-def never_killed(small: ModuleType, world: Any, tmp_path_factory: pytest.TempPathFactory) -> SelectConfig:
+def never_killed(world: Any, tmp_path_factory: pytest.TempPathFactory) -> SelectConfig:
     folder = tmp_path_factory.mktemp("whole")
     cfg = settings(world, folder)
     small.Program("srpo.select", cfg, folder).finish()
@@ -48,7 +48,7 @@ def killed_after(program: Any, cfg: SelectConfig, num_shards: int) -> frozenset[
     return finished_shards(records_dir(cfg))
 
 
-def test_killed_by_the_system_and_resumed(small: ModuleType, world: Any, never_killed: SelectConfig, tmp_path: Path) -> None:
+def test_killed_by_the_system_and_resumed(world: Any, never_killed: SelectConfig, tmp_path: Path) -> None:
     cfg = settings(world, tmp_path)
     done = killed_after(small.Program("srpo.select", cfg, tmp_path), cfg, 2)
     assert 2 <= len(done) < 8, "the kill came too late to say anything"
@@ -58,16 +58,14 @@ def test_killed_by_the_system_and_resumed(small: ModuleType, world: Any, never_k
     assert files(cfg) == files(never_killed)
 
 
-def test_two_ranks_equal_one(small: ModuleType, world: Any, never_killed: SelectConfig, tmp_path: Path) -> None:
+def test_two_ranks_equal_one(world: Any, never_killed: SelectConfig, tmp_path: Path) -> None:
     cfg = settings(world, tmp_path)
     small.Program("srpo.select", cfg, tmp_path, num_ranks=2).finish()
     assert files(cfg) == files(never_killed)
     assert "shards sampled 8/8" in (tmp_path / "output.txt").read_text()
 
 
-def test_one_process_goes_on_where_two_were_killed(
-    small: ModuleType, world: Any, never_killed: SelectConfig, tmp_path: Path
-) -> None:
+def test_one_process_goes_on_where_two_were_killed(world: Any, never_killed: SelectConfig, tmp_path: Path) -> None:
     cfg = settings(world, tmp_path)
     done = killed_after(small.Program("srpo.select", cfg, tmp_path, num_ranks=2), cfg, 2)
     assert 2 <= len(done) < 8, "the kill came too late to say anything"
@@ -76,7 +74,7 @@ def test_one_process_goes_on_where_two_were_killed(
 
 
 @pytest.mark.vllm
-def test_two_ranks_with_a_vllm_each(small: ModuleType, world: Any, tmp_path: Path) -> None:
+def test_two_ranks_with_a_vllm_each(world: Any, tmp_path: Path) -> None:
     """The real one. The policy has learned nothing, so everything is kept."""
     tokenizer = load_tokenizer(world.policy)
     make_tiny(tokenizer, replace(small.TINY, head_dim=32), 0).save_pretrained(tmp_path / "policy")

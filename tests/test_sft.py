@@ -3,10 +3,10 @@ from __future__ import annotations
 import re
 from collections import Counter
 from pathlib import Path
-from types import ModuleType
 from typing import Any
 
 import pytest
+import small_world as small
 import torch
 from transformers import AutoModelForCausalLM
 
@@ -78,7 +78,7 @@ def test_shares_of_the_ranks_add_up_to_one_mean(world_size: int) -> None:
 
 
 @pytest.mark.parametrize("inputs", ["logits", "hidden"])
-def test_the_loss_is_the_mean_cross_entropy_of_the_responses(small: ModuleType, world: Any, tmp_path: Path, inputs: str) -> None:
+def test_the_loss_is_the_mean_cross_entropy_of_the_responses(world: Any, tmp_path: Path, inputs: str) -> None:
     """Held against transformers' own loss, one pair at a time."""
     cfg = world.sft_config(tmp_path, num_steps=1, batch_size=8, micro_batch_tokens=200, inputs=inputs)
     sft(cfg, small.ONE)
@@ -99,7 +99,7 @@ def test_the_loss_is_the_mean_cross_entropy_of_the_responses(small: ModuleType, 
     assert line["train/num_tokens"] == count and line["train/token_accuracy"] == pytest.approx(hits / count)
 
 
-def test_hidden_states_teach_what_logits_teach(small: ModuleType, world: Any, tmp_path: Path) -> None:
+def test_hidden_states_teach_what_logits_teach(world: Any, tmp_path: Path) -> None:
     settings = {"num_steps": 5, "batch_size": 8, "micro_batch_tokens": 400}
     for inputs in ("logits", "hidden"):
         sft(world.sft_config(tmp_path / inputs, inputs=inputs, **settings), small.ONE)
@@ -110,7 +110,7 @@ def test_hidden_states_teach_what_logits_teach(small: ModuleType, world: Any, tm
         assert max(float((got[name] - want[name]).abs().max()) for name in want) < 0.01 * moved
 
 
-def test_the_small_world_learns_the_format(small: ModuleType, world: Any) -> None:
+def test_the_small_world_learns_the_format(world: Any) -> None:
     lines = small.metrics_of(world.folder / "sft")
     assert [line["step"] for line in lines] == list(range(1, 121))
     assert lines[-1]["train/loss"] < 0.3 * lines[0]["train/loss"]
@@ -123,7 +123,7 @@ SIX_STEPS = {"num_steps": 6, "checkpoint_every": 2, "batch_size": 8}
 
 
 @pytest.fixture(scope="module")
-def whole(small: ModuleType, world: Any, tmp_path_factory: pytest.TempPathFactory) -> Path:
+def whole(world: Any, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The folder of a run that was never stopped."""
     run_dir = tmp_path_factory.mktemp("sft") / "whole"
     sft(world.sft_config(run_dir, **SIX_STEPS), small.ONE)
@@ -132,7 +132,7 @@ def whole(small: ModuleType, world: Any, tmp_path_factory: pytest.TempPathFactor
 
 @pytest.mark.parametrize("where", ["learning_rate", "save_checkpoint", "save_policy"])
 def test_stopped_anywhere_it_ends_the_same(
-    small: ModuleType, world: Any, whole: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, where: str
+    world: Any, whole: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, where: str
 ) -> None:
     stopped = world.sft_config(tmp_path / "stopped", **SIX_STEPS)
     module = srpo.training.supervised if where in ("learning_rate", "save_checkpoint") else srpo.sft
@@ -156,7 +156,7 @@ def test_stopped_anywhere_it_ends_the_same(
     assert (tmp_path / "stopped/metrics.jsonl").read_bytes() == before
 
 
-def test_other_pairs_cannot_continue_a_run(small: ModuleType, world: Any, tmp_path: Path) -> None:
+def test_other_pairs_cannot_continue_a_run(world: Any, tmp_path: Path) -> None:
     data = small.rewrite_line(world.pairs, tmp_path / "pairs.jsonl", 1, lambda row: None)
     cfg = world.sft_config(tmp_path / "run", data=str(data), num_steps=1, batch_size=4)
     sft(cfg, small.ONE)
@@ -178,7 +178,7 @@ def test_other_pairs_cannot_continue_a_run(small: ModuleType, world: Any, tmp_pa
     ],
 )
 def test_what_cannot_work_is_one_line_and_leaves_no_run(
-    small: ModuleType, world: Any, tmp_path: Path, capsys: pytest.CaptureFixture[str], changes: dict[str, Any], message: str
+    world: Any, tmp_path: Path, capsys: pytest.CaptureFixture[str], changes: dict[str, Any], message: str
 ) -> None:
     line = small.complaint(srpo.sft.main, world.sft_config(tmp_path / "run", **changes), tmp_path, capsys)
     assert re.search(message, line), line

@@ -7,10 +7,10 @@ import statistics
 from dataclasses import replace
 from itertools import islice
 from pathlib import Path
-from types import ModuleType
 from typing import Any
 
 import pytest
+import small_world as small
 import torch
 from transformers import AutoModelForCausalLM
 
@@ -30,21 +30,21 @@ from srpo.training.credit import Credit, assign_credit
 from srpo.training.update import NonFiniteError, Objective, read_dump, update
 
 
-def run(small: ModuleType, cfg: Config) -> list[dict[str, float]]:
+def run(cfg: Config) -> list[dict[str, float]]:
     """The metrics of a whole run."""
     assert train(cfg, small.ONE) == Path(cfg.run_dir) / "policy"
     return small.metrics_of(Path(cfg.run_dir))
 
 
 @pytest.fixture(scope="module")
-def two_steps(small: ModuleType, world: Any, tmp_path_factory: pytest.TempPathFactory) -> Path:
+def two_steps(world: Any, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Folder of a run of two steps with evaluation."""
     folder = tmp_path_factory.mktemp("two_steps") / "run"
     train(world.config(folder, num_steps=2, data={"eval": str(world.eval)}, train={"eval_every": 1}), small.ONE)
     return folder
 
 
-def test_a_run_leaves_what_its_page_says(small: ModuleType, world: Any, two_steps: Path) -> None:
+def test_a_run_leaves_what_its_page_says(world: Any, two_steps: Path) -> None:
     files = {path.name for path in two_steps.iterdir()}
     assert files == {"config.toml", "metrics.jsonl", "timing.jsonl", "rollouts.jsonl", "policy", "checkpoints"}
     policy = AutoModelForCausalLM.from_pretrained(two_steps / "policy", attn_implementation="sdpa")
@@ -53,7 +53,7 @@ def test_a_run_leaves_what_its_page_says(small: ModuleType, world: Any, two_step
     assert moved == before.keys()  # every expert was reached
 
 
-def test_metrics_are_declared_finite_and_sane(small: ModuleType, two_steps: Path) -> None:
+def test_metrics_are_declared_finite_and_sane(two_steps: Path) -> None:
     lines = small.metrics_of(two_steps)
     assert [line.pop("step") for line in lines] == [1, 2]
     for line in lines:
@@ -72,13 +72,13 @@ def test_metrics_are_declared_finite_and_sane(small: ModuleType, two_steps: Path
     assert [line["train/lr"] for line in lines] == pytest.approx([5e-4, 1e-4])
 
 
-def test_the_engine_samples_what_the_trainer_computes(small: ModuleType, two_steps: Path) -> None:
+def test_the_engine_samples_what_the_trainer_computes(two_steps: Path) -> None:
     for line in small.metrics_of(two_steps):
         assert abs(line["rollout/mismatch_kl"]) < 1e-6
         assert line["rollout/mismatch_max"] < 1e-3
 
 
-def test_rollouts_are_logged_whole(small: ModuleType, two_steps: Path) -> None:
+def test_rollouts_are_logged_whole(two_steps: Path) -> None:
     rows = list(read_rollouts(two_steps / "rollouts.jsonl"))
     assert [step for step, _ in rows] == [1] * 16 + [2] * 16
     assert [r.group for _, r in rows] == [g for _ in range(2) for g in range(4) for _ in range(4)]
@@ -91,7 +91,7 @@ def test_rollouts_are_logged_whole(small: ModuleType, two_steps: Path) -> None:
         assert len({other.prompt_ids for _, other in rows if other.example_id == r.example_id}) == 1
 
 
-def test_a_finished_run_started_again_changes_nothing(small: ModuleType, world: Any, two_steps: Path) -> None:
+def test_a_finished_run_started_again_changes_nothing(world: Any, two_steps: Path) -> None:
     names = ("metrics.jsonl", "rollouts.jsonl", "config.toml")
     before = [(two_steps / name).read_bytes() for name in names], small.parameters_of(two_steps / "policy")
     train(world.config(two_steps, num_steps=2, data={"eval": str(world.eval)}, train={"eval_every": 1}), small.ONE)
@@ -122,8 +122,8 @@ def test_a_finished_run_started_again_changes_nothing(small: ModuleType, world: 
     ],
     ids=lambda changes: " ".join(f"{section}.{key}={value}" for section, keys in changes.items() for key, value in keys.items()),
 )
-def test_every_reading_takes_a_step(small: ModuleType, world: Any, tmp_path: Path, changes: dict[str, Any]) -> None:
-    (line,) = run(small, world.config(tmp_path, **{"num_steps": 1, **changes}))
+def test_every_reading_takes_a_step(world: Any, tmp_path: Path, changes: dict[str, Any]) -> None:
+    (line,) = run(world.config(tmp_path, **{"num_steps": 1, **changes}))
     assert math.isfinite(line["train/loss"]) and line["train/grad_norm"] > 0
     assert abs(line["rollout/mismatch_kl"]) < 1e-6
     assert not small.same_bits(small.parameters_of(tmp_path / "policy"), small.parameters_of(world.policy))
@@ -131,9 +131,9 @@ def test_every_reading_takes_a_step(small: ModuleType, world: Any, tmp_path: Pat
         assert line["policy/clip_frac"] > 0  # the second update is off-policy
 
 
-def test_bfloat16_forward_keeps_fp32_weights(small: ModuleType, world: Any, tmp_path: Path) -> None:
+def test_bfloat16_forward_keeps_fp32_weights(world: Any, tmp_path: Path) -> None:
     try:
-        (line,) = run(small, world.config(tmp_path, num_steps=1, policy={"dtype": "bfloat16"}))
+        (line,) = run(world.config(tmp_path, num_steps=1, policy={"dtype": "bfloat16"}))
     finally:
         small.ONE.close()
     assert 0 < line["rollout/mismatch_kl"] < 0.01
@@ -149,7 +149,7 @@ class Gradients(torch.optim.SGD):
         self.kept = [p.grad.clone() for group in self.param_groups for p in group["params"]]
 
 
-def gradients(cfg: Config, small: ModuleType) -> tuple[list[torch.Tensor], dict[str, float], int]:
+def gradients(cfg: Config) -> tuple[list[torch.Tensor], dict[str, float], int]:
     """(gradients, metrics, number of micro-batches) of the first step of a run."""
     parts = build(cfg, small.ONE)
     optimizer = Gradients(parts.policy.parameters(), lr=0.0)
@@ -163,11 +163,11 @@ def gradients(cfg: Config, small: ModuleType) -> tuple[list[torch.Tensor], dict[
     return optimizer.kept, metrics, len(batches)
 
 
-def test_one_micro_batch_or_four(small: ModuleType, world: Any, tmp_path: Path) -> None:
+def test_one_micro_batch_or_four(world: Any, tmp_path: Path) -> None:
     results = []
     for rows in (100_000, 300):
         cfg = world.config(tmp_path / str(rows), train={"micro_batch_tokens": rows}, loss={"kl_coef": 0.1})
-        results.append(gradients(cfg, small))
+        results.append(gradients(cfg))
     (want, metrics, one), (got, metrics_of_four, several) = results
     assert one == 1 and several >= 4
     for key in ("rollout/mismatch_kl", "rollout/mismatch_max"):  # these *are* rounding: they stay small, they need not be equal
@@ -178,7 +178,7 @@ def test_one_micro_batch_or_four(small: ModuleType, world: Any, tmp_path: Path) 
 
 
 @pytest.mark.parametrize("world_size", [1, 2, 4])
-def test_ranks_share_the_prompts_of_a_step(small: ModuleType, world: Any, tmp_path: Path, world_size: int) -> None:
+def test_ranks_share_the_prompts_of_a_step(world: Any, tmp_path: Path, world_size: int) -> None:
     cfg = world.config(tmp_path)
     parts = build(cfg, small.ONE)
     examples = parts.sampler.next(4)
@@ -190,7 +190,7 @@ def test_ranks_share_the_prompts_of_a_step(small: ModuleType, world: Any, tmp_pa
     assert sorted(groups) == [g for g in range(4) for _ in range(4)]
 
 
-def test_reward_rises(small: ModuleType, world: Any, tmp_path: Path) -> None:
+def test_reward_rises(world: Any, tmp_path: Path) -> None:
     """On pairs of which the item is always of another kind: what to say is there to be found, and the policy seldom says it."""
     examples = World(0).examples("train", 4000, start=small.NUM_PAIRS)
     write_examples(tmp_path / "strangers.jsonl", islice((e for e in examples if e.gold[2] == "mismatch"), 16))
@@ -198,7 +198,7 @@ def test_reward_rises(small: ModuleType, world: Any, tmp_path: Path) -> None:
     print("seed", seed)
     changes = {"rollout": {"num_prompts": 8, "group_size": 8}, "optimizer": {"lr": 3e-3}}
     cfg = world.config(tmp_path / "run", seed=seed, num_steps=8, data={"train": str(tmp_path / "strangers.jsonl")}, **changes)
-    lines = run(small, cfg)
+    lines = run(cfg)
     rewards = [line["reward/total"] for line in lines]
     assert statistics.mean(rewards[-3:]) > rewards[0] + 0.3, rewards
     mismatch = sorted(line["rollout/mismatch_kl"] for line in lines)
@@ -209,7 +209,7 @@ def test_reward_rises(small: ModuleType, world: Any, tmp_path: Path) -> None:
 # ---- what bad input gets ------------------------------------------------------------------------------------------------------
 
 
-def refused(small: ModuleType, world: Any, folder: Path, capsys: pytest.CaptureFixture[str], **changes: Any) -> str:
+def refused(world: Any, folder: Path, capsys: pytest.CaptureFixture[str], **changes: Any) -> str:
     """The one line of a run that does not start; its run folder is left alone."""
     line = small.complaint(srpo.train.main, world.config(folder / "run", **changes), folder, capsys)
     assert not (folder / "run").exists()
@@ -244,14 +244,13 @@ def refused(small: ModuleType, world: Any, folder: Path, capsys: pytest.CaptureF
     ],
 )
 def test_what_cannot_work_is_one_line_before_anything_happens(
-    small: ModuleType,
     world: Any,
     tmp_path: Path,
     capsys: pytest.CaptureFixture[str],
     changes: dict[str, Any],
     message: str,
 ) -> None:
-    line = refused(small, world, tmp_path, capsys, **changes)
+    line = refused(world, tmp_path, capsys, **changes)
     assert re.search(message, line), line
 
 
@@ -276,26 +275,22 @@ def test_an_unknown_key_names_the_nearest(world: Any, tmp_path: Path, capsys: py
     ],
 )
 def test_a_malformed_line_is_named_and_nothing_is_trained(
-    small: ModuleType, world: Any, tmp_path: Path, capsys: pytest.CaptureFixture[str], which: str, change: Any, message: str
+    world: Any, tmp_path: Path, capsys: pytest.CaptureFixture[str], which: str, change: Any, message: str
 ) -> None:
     data = small.rewrite_line(world.train if which == "train" else world.eval, tmp_path / "pairs.jsonl", 7, change)
-    line = refused(small, world, tmp_path, capsys, data={which: str(data)})
+    line = refused(world, tmp_path, capsys, data={which: str(data)})
     assert f"{data}, {message}" in line
 
 
-def test_no_data_and_ungraded_held_out_data(
-    small: ModuleType, world: Any, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_no_data_and_ungraded_held_out_data(world: Any, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     (tmp_path / "empty.jsonl").touch()
-    line = refused(small, world, tmp_path, capsys, data={"train": str(tmp_path / "empty.jsonl")})
+    line = refused(world, tmp_path, capsys, data={"train": str(tmp_path / "empty.jsonl")})
     assert "empty.jsonl has no examples" in line
     ungraded = small.rewrite_line(world.eval, tmp_path / "eval.jsonl", 2, lambda row: {**row, "gold": None})
-    assert "has no grade" in refused(small, world, tmp_path, capsys, data={"eval": str(ungraded)})
+    assert "has no grade" in refused(world, tmp_path, capsys, data={"eval": str(ungraded)})
 
 
-def test_a_folder_of_another_configuration(
-    small: ModuleType, world: Any, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_a_folder_of_another_configuration(world: Any, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     train(world.config(tmp_path / "run", num_steps=1), small.ONE)
     before = (tmp_path / "run/metrics.jsonl").read_bytes()
     line = small.complaint(srpo.train.main, world.config(tmp_path / "run", num_steps=2), tmp_path, capsys)
@@ -303,7 +298,7 @@ def test_a_folder_of_another_configuration(
     assert (tmp_path / "run/metrics.jsonl").read_bytes() == before
 
 
-def test_a_checkpoint_of_another_model(small: ModuleType, world: Any, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_checkpoint_of_another_model(world: Any, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """The model behind policy.path was exchanged between two starts of a run."""
     shutil.copytree(world.policy, tmp_path / "policy")
     cfg = world.config(tmp_path / "run", num_steps=1, policy={"path": str(tmp_path / "policy")})
@@ -314,9 +309,7 @@ def test_a_checkpoint_of_another_model(small: ModuleType, world: Any, tmp_path: 
     assert "is a checkpoint of another model: model.embed_tokens.weight is" in line and "new run_dir" in line
 
 
-def test_other_training_data_cannot_continue_a_run(
-    small: ModuleType, world: Any, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_other_training_data_cannot_continue_a_run(world: Any, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     data = small.rewrite_line(world.train, tmp_path / "pairs.jsonl", 1, lambda row: None)
     cfg = world.config(tmp_path / "run", num_steps=1, data={"train": str(data)})
     train(cfg, small.ONE)
@@ -325,7 +318,7 @@ def test_other_training_data_cannot_continue_a_run(
 
 
 def test_a_window_that_lets_nothing_through_stops_the_run(
-    small: ModuleType, world: Any, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+    world: Any, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(srpo.training.run, "MAX_EMPTY_STEPS", 3)
     window = {"difficulty_low": 0.985, "difficulty_high": 0.99}
@@ -339,9 +332,7 @@ def test_a_window_that_lets_nothing_through_stops_the_run(
     assert "for 3 steps" in small.complaint(srpo.train.main, cfg, tmp_path, capsys)
 
 
-def test_few_pairs_that_are_all_outside_the_window(
-    small: ModuleType, world: Any, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_few_pairs_that_are_all_outside_the_window(world: Any, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     (tmp_path / "few.jsonl").write_text("".join(world.train.read_text().splitlines(keepends=True)[:4]))
     window = {"difficulty_low": 0.985, "difficulty_high": 0.99}
     cfg = world.config(tmp_path / "run", num_steps=9, sampler=window, data={"train": str(tmp_path / "few.jsonl")})
@@ -349,9 +340,7 @@ def test_few_pairs_that_are_all_outside_the_window(
     assert "all 4 examples are outside the difficulty window" in line and "lower sampler.difficulty_low" in line
 
 
-def test_a_policy_that_holds_nan_stops_before_it_trains(
-    small: ModuleType, world: Any, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_a_policy_that_holds_nan_stops_before_it_trains(world: Any, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     policy = load_policy(world.policy)
     policy.lm_head.weight.data[3, 2] = float("nan")
     save_policy(policy, load_tokenizer(world.policy), tmp_path / "policy")
@@ -361,7 +350,7 @@ def test_a_policy_that_holds_nan_stops_before_it_trains(
 
 
 def test_a_loss_that_is_not_finite_stops_with_a_dump_that_reproduces_it(
-    small: ModuleType, world: Any, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+    world: Any, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def broken(*args: Any, **kwargs: Any) -> Credit:
         credit = assign_credit(*args, **kwargs)
@@ -395,4 +384,4 @@ def test_a_loss_that_is_not_finite_stops_with_a_dump_that_reproduces_it(
         )
     assert str(read_dump(tmp_path / "again.pt")["losses"]) == str(state["losses"])
     # Nothing was left behind that keeps the run from going on once the cause is gone.
-    assert len(run(small, cfg)) == 3
+    assert len(run(cfg)) == 3

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
-from types import ModuleType
 from typing import Any
 
 import pytest
+import small_world as small
 
 import srpo.training.run
 from srpo.core.batch import Rollout, read_rollouts
@@ -33,7 +33,7 @@ class Drifts:
         return [(True,) * 5] * len(rollouts) if self.num_calls >= self.turns_at else self.oracle.judge(rollouts, examples)
 
 
-def test_the_log_is_what_the_rollouts_say(small: ModuleType, world: Any, tmp_path: Path) -> None:
+def test_the_log_is_what_the_rollouts_say(world: Any, tmp_path: Path) -> None:
     train(world.config(tmp_path, num_steps=2, reward={"judge_error_rate": 0.3}), small.ONE)
     gold = {e.example_id: e.gold for e in world.examples()}
     audited = 0
@@ -57,7 +57,6 @@ def test_the_log_is_what_the_rollouts_say(small: ModuleType, world: Any, tmp_pat
 
 @pytest.mark.parametrize("audit", ["off", "log", "warn", "stop"])
 def test_a_judge_that_begins_to_pass_everything(
-    small: ModuleType,
     world: Any,
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
@@ -80,9 +79,7 @@ def test_a_judge_that_begins_to_pass_everything(
     assert drifts == [None] * 4 if audit == "off" else drifts[:2] == [0, 0] and (drifts[2] or 0) > 0.02
 
 
-def test_the_average_survives_a_broken_run(
-    small: ModuleType, world: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_the_average_survives_a_broken_run(world: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     made: list[Drifts] = []
 
     def runs(name: str, *judges: Drifts) -> list[dict[str, float]]:

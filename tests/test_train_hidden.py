@@ -5,19 +5,17 @@ from __future__ import annotations
 import json
 import shutil
 from pathlib import Path
-from types import ModuleType
 from typing import Any
 
 import pytest
+import small_world as small
 
 from srpo.train import main, train
 from srpo.training import outputs
 
 
 @pytest.mark.parametrize("num_updates", [1, 2])
-def test_a_run_is_the_same_to_rounding(
-    small: ModuleType, world: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, num_updates: int
-) -> None:
+def test_a_run_is_the_same_to_rounding(world: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, num_updates: int) -> None:
     """With the defaults otherwise: a filtered ratio, its support recomputed, and a reference that needs it."""
     lines, calls = [], []
     for name in ("policy_loss", "linear_policy_loss"):
@@ -36,9 +34,7 @@ def test_a_run_is_the_same_to_rounding(
     assert lines[0][1]["policy/kl"] > 1e-7  # so the reference has been asked
 
 
-def test_a_head_that_scales_its_logits_is_refused(
-    small: ModuleType, world: Any, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_a_head_that_scales_its_logits_is_refused(world: Any, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     policy = Path(shutil.copytree(world.policy, tmp_path / "policy"))
     config = json.loads((policy / "config.json").read_text())
     (policy / "config.json").write_text(json.dumps({**config, "logits_scaling": 8.0}))

@@ -6,10 +6,10 @@ import shutil
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
-from types import ModuleType
 from typing import Any
 
 import pytest
+import small_world as small
 
 import srpo.train_judge
 from srpo.core.batch import Rollout, read_rollouts
@@ -103,7 +103,7 @@ def test_what_is_held_out_is_of_queries_that_train_nothing() -> None:
 
 
 @pytest.fixture(scope="module")
-def rollouts(small: ModuleType, world: Any, tmp_path_factory: pytest.TempPathFactory) -> Path:
+def rollouts(world: Any, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """rollouts.jsonl of a short run."""
     folder = tmp_path_factory.mktemp("sampled")
     train(world.config(folder, num_steps=2, rollout={"num_prompts": 16}), small.ONE)
@@ -111,7 +111,7 @@ def rollouts(small: ModuleType, world: Any, tmp_path_factory: pytest.TempPathFac
 
 
 @pytest.fixture(scope="module")
-def base(small: ModuleType, world: Any, tmp_path_factory: pytest.TempPathFactory) -> Path:
+def base(world: Any, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A policy that has learned nothing and has room for verdicts with reasons."""
     folder = tmp_path_factory.mktemp("roomy")
     tokenizer = load_tokenizer(world.base)
@@ -138,7 +138,7 @@ def settings(world: Any, base: Path, run_dir: Path, sampled: Path, **changes: An
 
 @pytest.fixture(scope="module")
 def judged(
-    small: ModuleType, world: Any, base: Path, rollouts: Path, tmp_path_factory: pytest.TempPathFactory
+    world: Any, base: Path, rollouts: Path, tmp_path_factory: pytest.TempPathFactory
 ) -> tuple[JudgeConfig, dict[str, Any]]:
     """Settings and report of a judge that has gone through both stages unattended."""
     cfg = settings(world, base, tmp_path_factory.mktemp("judges") / "judge", rollouts, human_error_rate=0.2)
@@ -183,9 +183,7 @@ def test_a_judge_is_trained_twice_and_measured(judged: tuple[JudgeConfig, dict[s
     assert len(seen) >= 6 and seen <= cases.keys() and PROMPT_FIELD in cases[next(iter(seen))].fields
 
 
-def test_the_judge_of_the_last_stage_is_the_judge(
-    judged: tuple[JudgeConfig, dict[str, Any]], small: ModuleType, world: Any, tmp_path: Path
-) -> None:
+def test_the_judge_of_the_last_stage_is_the_judge(judged: tuple[JudgeConfig, dict[str, Any]], world: Any, tmp_path: Path) -> None:
     run_dir = Path(judged[0].run_dir)
     last, sft, grpo = (small.parameters_of(run_dir / name) for name in ("policy", "sft/policy", "grpo/policy"))
     assert small.same_bits(last, grpo) and not small.same_bits(last, sft)
@@ -204,7 +202,7 @@ def files_of(run_dir: Path) -> dict[Path, int]:
 
 
 def test_what_is_done_is_not_done_again_and_what_is_lost_comes_out_the_same(
-    judged: tuple[JudgeConfig, dict[str, Any]], small: ModuleType, tmp_path: Path
+    judged: tuple[JudgeConfig, dict[str, Any]], tmp_path: Path
 ) -> None:
     cfg, report = judged
     before = files_of(Path(cfg.run_dir))
@@ -226,7 +224,7 @@ def test_what_is_done_is_not_done_again_and_what_is_lost_comes_out_the_same(
 
 
 def test_humans_verify_between_the_stages(
-    judged: tuple[JudgeConfig, dict[str, Any]], small: ModuleType, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    judged: tuple[JudgeConfig, dict[str, Any]], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     run_dir = tmp_path / "judge"
     shutil.copytree(judged[0].run_dir, run_dir, symlinks=True)
@@ -258,9 +256,7 @@ def test_humans_verify_between_the_stages(
     assert "verified.jsonl, line 2: human has 'yes'" in line
 
 
-def test_a_pool_of_further_responses_is_mined(
-    judged: tuple[JudgeConfig, dict[str, Any]], small: ModuleType, tmp_path: Path, rollouts: Path
-) -> None:
+def test_a_pool_of_further_responses_is_mined(judged: tuple[JudgeConfig, dict[str, Any]], tmp_path: Path, rollouts: Path) -> None:
     run_dir = tmp_path / "judge"
     shutil.copytree(judged[0].run_dir, run_dir, symlinks=True)
     for lost in ("judge_queue.jsonl", "grpo.json"):
@@ -275,7 +271,7 @@ def test_a_pool_of_further_responses_is_mined(
 
 
 def test_a_scalar_judge_is_trained_measured_and_used(
-    small: ModuleType, world: Any, base: Path, rollouts: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    world: Any, base: Path, rollouts: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     cfg = settings(world, base, tmp_path / "scalar", rollouts, kind="scalar")
     report = train_judge(cfg, small.ONE)
@@ -296,7 +292,7 @@ def test_a_scalar_judge_is_trained_measured_and_used(
     assert "stage mine is of the generative judge" in line
 
 
-def test_a_judge_without_room_for_prompts_is_refused(small: ModuleType, world: Any) -> None:
+def test_a_judge_without_room_for_prompts_is_refused(world: Any) -> None:
     with pytest.raises(ValueError, match=r"320 new tokens leave no room .* lower reward\.judge_max_new_tokens"):
         open_judge(load_policy(world.policy), None, SCHEMA, 320)
 
@@ -321,7 +317,6 @@ def test_a_judge_without_room_for_prompts_is_refused(small: ModuleType, world: A
     ],
 )
 def test_what_cannot_work_is_one_line(
-    small: ModuleType,
     world: Any,
     base: Path,
     tmp_path: Path,
@@ -337,7 +332,7 @@ def test_what_cannot_work_is_one_line(
 
 
 def test_other_files_than_rollouts_and_judgments_of_other_data(
-    small: ModuleType, world: Any, base: Path, tmp_path: Path, rollouts: Path, capsys: pytest.CaptureFixture[str]
+    world: Any, base: Path, tmp_path: Path, rollouts: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     cfg = settings(world, base, tmp_path / "judge", world.train)
     assert "is not a rollouts.jsonl" in small.complaint(srpo.train_judge.main, cfg, tmp_path, capsys)

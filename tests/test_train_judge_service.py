@@ -5,10 +5,10 @@ from __future__ import annotations
 import hashlib
 import json
 from pathlib import Path
-from types import ModuleType
 from typing import Any
 
 import pytest
+import small_world as small
 from judge_server import Answer, Asked, chat, free_port, serving
 
 from srpo.core.batch import read_rollouts
@@ -44,7 +44,7 @@ def contents(run_dir: Path) -> tuple[bytes, bytes]:
 
 
 def test_a_judge_that_goes_away_stops_the_run_which_then_goes_on(
-    small: ModuleType, world: Any, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    world: Any, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     port = free_port()
     with serving(opinion, port):
@@ -72,7 +72,7 @@ def test_a_judge_that_goes_away_stops_the_run_which_then_goes_on(
     assert contents(tmp_path / "run") == whole
 
 
-def test_a_run_may_go_on_without_its_judge(small: ModuleType, world: Any, tmp_path: Path) -> None:
+def test_a_run_may_go_on_without_its_judge(world: Any, tmp_path: Path) -> None:
     def breaks(asked: Asked) -> Answer:
         return opinion(asked) if asked.number < 17 else ERROR_500
 
@@ -90,7 +90,7 @@ def test_a_run_may_go_on_without_its_judge(small: ModuleType, world: Any, tmp_pa
 
 
 def test_what_the_judge_did_is_counted_and_the_key_is_in_no_file(
-    small: ModuleType, world: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    world: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("OPENAI_API_KEY", "sk-73-secret")
     with serving(opinion) as server:
@@ -135,14 +135,14 @@ def test_what_the_judge_did_is_counted_and_the_key_is_in_no_file(
     ids=str,
 )
 def test_settings_that_cannot_work_are_refused_at_the_start(
-    small: ModuleType, world: Any, tmp_path: Path, changes: dict[str, Any], said: str
+    world: Any, tmp_path: Path, changes: dict[str, Any], said: str
 ) -> None:
     with pytest.raises(ValueError, match=said):
         train(settings(world, tmp_path / "run", 9, **changes), small.ONE)
     assert not (tmp_path / "run").exists()
 
 
-def test_two_engines_have_to_share_a_gpu(small: ModuleType, world: Any, tmp_path: Path) -> None:
+def test_two_engines_have_to_share_a_gpu(world: Any, tmp_path: Path) -> None:
     cfg = world.config(
         tmp_path / "run",
         rollout={"engine": "vllm", "vllm": {"gpu_memory_frac": 0.6}},

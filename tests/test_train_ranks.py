@@ -6,10 +6,10 @@ from __future__ import annotations
 import math
 from dataclasses import replace
 from pathlib import Path
-from types import ModuleType
 from typing import Any
 
 import pytest
+import small_world as small
 import torch
 from torch.distributed.checkpoint.format_utils import dcp_to_torch_save
 from transformers import AutoModelForCausalLM
@@ -31,7 +31,7 @@ CHANGES = {
 
 
 @pytest.fixture(scope="module")
-def two_ranks(small: ModuleType, world: Any, tmp_path_factory: pytest.TempPathFactory) -> Path:
+def two_ranks(world: Any, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The run folder of two steps under torchrun with two processes."""
     folder = tmp_path_factory.mktemp("two_ranks")
     cfg = world.config(folder / "run", data={"eval": str(world.eval)}, **CHANGES)
@@ -39,7 +39,7 @@ def two_ranks(small: ModuleType, world: Any, tmp_path_factory: pytest.TempPathFa
     return folder / "run"
 
 
-def test_two_ranks_leave_one_run(small: ModuleType, world: Any, two_ranks: Path) -> None:
+def test_two_ranks_leave_one_run(world: Any, two_ranks: Path) -> None:
     files = {path.name for path in two_ranks.iterdir()}
     assert files == {"config.toml", "metrics.jsonl", "timing.jsonl", "rollouts.jsonl", "policy", "checkpoints"}
     lines = small.metrics_of(two_ranks)
@@ -59,7 +59,7 @@ def test_two_ranks_leave_one_run(small: ModuleType, world: Any, two_ranks: Path)
     assert {name for name, p in policy.named_parameters() if not torch.equal(p, before[name])} == before.keys()
 
 
-def test_two_ranks_sample_what_one_samples(small: ModuleType, world: Any, two_ranks: Path, tmp_path: Path) -> None:
+def test_two_ranks_sample_what_one_samples(world: Any, two_ranks: Path, tmp_path: Path) -> None:
     """Prompts and responses, with those of the refill rounds."""
     train(replace(world.config(tmp_path / "run", **CHANGES), num_steps=1), small.ONE)
     both = ([r for step, r in read_rollouts(run / "rollouts.jsonl") if step == 1] for run in (two_ranks, tmp_path / "run"))
@@ -67,7 +67,7 @@ def test_two_ranks_sample_what_one_samples(small: ModuleType, world: Any, two_ra
     assert one == two
 
 
-def first_step(cfg: Config, rollouts: list[Rollout], small: ModuleType) -> tuple[dict[str, float], dict[str, torch.Tensor], int]:
+def first_step(cfg: Config, rollouts: list[Rollout]) -> tuple[dict[str, float], dict[str, torch.Tensor], int]:
     """(metrics, gradients by parameter, number of micro-batches) of one process on given rollouts."""
     parts = build(cfg, small.ONE)
     credit = assign_credit(rollouts, parts.schema, cfg.advantage, cfg.loss, cfg.sampler)
@@ -79,14 +79,12 @@ def first_step(cfg: Config, rollouts: list[Rollout], small: ModuleType) -> tuple
 
 
 @pytest.mark.parametrize("rows", [100_000, 450])
-def test_the_step_of_two_ranks_is_the_step_of_one(
-    small: ModuleType, world: Any, two_ranks: Path, tmp_path: Path, rows: int
-) -> None:
+def test_the_step_of_two_ranks_is_the_step_of_one(world: Any, two_ranks: Path, tmp_path: Path, rows: int) -> None:
     """The gradients are read from the optimizer: after one step the first moment is (1 - beta_1) times the gradient."""
     rollouts = [r for step, r in read_rollouts(two_ranks / "rollouts.jsonl") if step == 1]
     cfg = world.config(tmp_path / "run", **CHANGES)
     cfg = replace(cfg, train=replace(cfg.train, micro_batch_tokens=rows))
-    metrics, gradients, num_batches = first_step(cfg, rollouts, small)
+    metrics, gradients, num_batches = first_step(cfg, rollouts)
     assert num_batches == 1 if rows == 100_000 else num_batches >= 4
     line = small.metrics_of(two_ranks)[0]
     # The largest of some last-bit differences is no sum: it has a bound, and depends on the shapes of the matrix products.
@@ -101,7 +99,7 @@ def test_the_step_of_two_ranks_is_the_step_of_one(
         assert (got - want).norm() <= 1e-5 * want.norm(), name
 
 
-def test_one_process_cannot_go_on_with_a_run_of_two(small: ModuleType, world: Any, two_ranks: Path) -> None:
+def test_one_process_cannot_go_on_with_a_run_of_two(world: Any, two_ranks: Path) -> None:
     cfg = world.config(two_ranks, data={"eval": str(world.eval)}, **CHANGES)
     with pytest.raises(ValueError, match="was written by 2 ranks, this run has 1: start as many processes"):
         train(cfg, small.ONE)

@@ -6,10 +6,10 @@ import random
 import time
 from collections.abc import Callable
 from pathlib import Path
-from types import ModuleType
 from typing import Any
 
 import pytest
+import small_world as small
 import torch
 from torch.distributed.checkpoint.format_utils import dcp_to_torch_save
 
@@ -57,7 +57,7 @@ def differences(run_dir: Path, whole: dict[str, Any], tmp_path: Path) -> list[st
 
 
 @pytest.fixture(scope="module")
-def whole(small: ModuleType, world: Any, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
+def whole(world: Any, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
     """The outcome of a run that was never stopped, in which every kind of state was at work."""
     folder = tmp_path_factory.mktemp("whole")
     train(settings(world, folder / "run"), small.ONE)
@@ -110,7 +110,7 @@ def is_saving(run_dir: Path, rng: random.Random) -> Callable[[], bool]:
     return later(lambda: not before.issuperset(root.glob("step_*.tmp-*")), rng.uniform(0, 0.03))
 
 
-def start_and_kill(small: ModuleType, cfg: Config, folder: Path, seed: int, num_ranks: int, extra_kills: int) -> int:
+def start_and_kill(cfg: Config, folder: Path, seed: int, num_ranks: int, extra_kills: int) -> int:
     """Start the run, kill it, start it again, and so on. Returns how often it was killed."""
     rng, run_dir = random.Random(seed), Path(cfg.run_dir)
     moments = [is_under_way, is_saving, has_lines, *rng.choices([is_under_way, is_saving, has_lines], k=extra_kills)]
@@ -130,10 +130,10 @@ def start_and_kill(small: ModuleType, cfg: Config, folder: Path, seed: int, num_
     return num_kills
 
 
-def test_killed_and_started_again_it_ends_the_same(small: ModuleType, world: Any, tmp_path: Path, whole: dict[str, Any]) -> None:
+def test_killed_and_started_again_it_ends_the_same(world: Any, tmp_path: Path, whole: dict[str, Any]) -> None:
     killed = settings(world, tmp_path / "killed")
     seed = random.randrange(10**6)
-    assert start_and_kill(small, killed, tmp_path / "log", seed, num_ranks=1, extra_kills=0) >= 2
+    assert start_and_kill(killed, tmp_path / "log", seed, num_ranks=1, extra_kills=0) >= 2
     train(killed, small.ONE)  # what one more process would do, without its seconds of imports
     assert differences(tmp_path / "killed", whole, tmp_path) == []
 
@@ -141,11 +141,11 @@ def test_killed_and_started_again_it_ends_the_same(small: ModuleType, world: Any
 @pytest.mark.slow
 @pytest.mark.timeout(900)
 @pytest.mark.parametrize("num_ranks", [1, 2])
-def test_killed_often(small: ModuleType, world: Any, tmp_path: Path, num_ranks: int) -> None:
+def test_killed_often(world: Any, tmp_path: Path, num_ranks: int) -> None:
     whole, killed = settings(world, tmp_path / "whole"), settings(world, tmp_path / "killed")
     small.Program("srpo.train", whole, tmp_path / "log", num_ranks).finish()
     seed = random.randrange(10**6)
-    assert start_and_kill(small, killed, tmp_path / "log", seed, num_ranks, extra_kills=4) >= 3
+    assert start_and_kill(killed, tmp_path / "log", seed, num_ranks, extra_kills=4) >= 3
     small.Program("srpo.train", killed, tmp_path / "log", num_ranks).finish()
     assert differences(tmp_path / "killed", outcome(tmp_path / "whole", tmp_path / "flat.pt"), tmp_path) == []
 
@@ -156,7 +156,7 @@ AT_THE_END = ["save", "save_policy"]
 
 
 def test_stopped_before_every_phase_it_ends_the_same(
-    small: ModuleType, world: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, whole: dict[str, Any]
+    world: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, whole: dict[str, Any]
 ) -> None:
     """The same in one process: one run that breaks off before each phase of the loop in turn, in a random order and step."""
     seed = random.randrange(10**6)
@@ -182,7 +182,7 @@ def test_stopped_before_every_phase_it_ends_the_same(
 
 
 def test_a_half_written_checkpoint_is_never_chosen(
-    small: ModuleType, world: Any, tmp_path: Path, whole: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+    world: Any, tmp_path: Path, whole: dict[str, Any], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     cfg = settings(world, tmp_path / "run")
 

@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 from pathlib import Path
-from types import ModuleType
 from typing import Any
 
 import pytest
+import small_world as small
 from transformers import LlamaConfig, LlamaForCausalLM
 
 import srpo.train
@@ -17,9 +17,7 @@ from srpo.train import train
 REPLAY = {"routing": "replay"}
 
 
-def test_a_run_replays_what_its_engine_routed(
-    small: ModuleType, world: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_run_replays_what_its_engine_routed(world: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """The trainer's routers are turned around after the engine has sampled: only replayed experts are those of the engine."""
     sampled = srpo.train.generate
 
@@ -39,7 +37,7 @@ def test_a_run_replays_what_its_engine_routed(
     assert '"routed"' not in (tmp_path / "replay/rollouts.jsonl").read_text().partition("\n")[0]
 
 
-def test_with_nothing_to_undo_it_is_the_same_run_to_rounding(small: ModuleType, world: Any, tmp_path: Path) -> None:
+def test_with_nothing_to_undo_it_is_the_same_run_to_rounding(world: Any, tmp_path: Path) -> None:
     """Two steps on several micro-batches, with a reference model, which routes by itself."""
     lines = []
     for name, rollout in (("replay", REPLAY), ("recompute", {})):
@@ -52,7 +50,7 @@ def test_with_nothing_to_undo_it_is_the_same_run_to_rounding(small: ModuleType, 
         assert replayed == pytest.approx(own, rel=1e-3, abs=1e-5)
 
 
-def test_a_dense_policy_is_refused(small: ModuleType, world: Any, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_dense_policy_is_refused(world: Any, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     tokenizer = load_tokenizer(world.policy)
     config = load_policy(world.policy).config
     sizes = {

@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 from itertools import groupby
-from types import ModuleType
 from typing import Any
 
 import pytest
+import small_world as small
 
 import srpo.train
 import srpo.training.run
@@ -56,7 +56,7 @@ def journal(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     return found
 
 
-def test_sleep_update_sync_sample(small: ModuleType, world: Any, tmp_path, journal: list[str]) -> None:
+def test_sleep_update_sync_sample(world: Any, tmp_path, journal: list[str]) -> None:
     """With an evaluation after the second step, that syncs and samples by itself."""
     train(world.config(tmp_path / "run", num_steps=3, data={"eval": str(world.eval)}, train={"eval_every": 2}), small.ONE)
     step = ["sync", "sample", "sleep", "update"]
@@ -64,7 +64,7 @@ def test_sleep_update_sync_sample(small: ModuleType, world: Any, tmp_path, journ
     assert [name for name, _ in groupby(journal)] == [*step, *step, *evaluation, *step, *evaluation]
 
 
-def test_an_engine_that_samples_ahead_stays_awake(small: ModuleType, world: Any, tmp_path, journal: list[str]) -> None:
+def test_an_engine_that_samples_ahead_stays_awake(world: Any, tmp_path, journal: list[str]) -> None:
     train(
         world.config(tmp_path / "run", num_steps=3, rollout={"off_policy_steps": 1}, loss={"importance": "truncate"}), small.ONE
     )

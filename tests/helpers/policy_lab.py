@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, cast
 
 import torch
 from tokenizers import Tokenizer, models
-from transformers import PreTrainedTokenizerFast, Qwen3MoeForCausalLM
+from transformers import PreTrainedTokenizerFast
 
 from srpo.core.batch import Batch, Rollout, pack
 from srpo.policy.checkpoint import latest_checkpoint, load_checkpoint, save_checkpoint
@@ -51,7 +51,7 @@ def tokenizer(size: int = VOCAB) -> PreTrainedTokenizerFast:
     return PreTrainedTokenizerFast(tokenizer_object=words, pad_token="<pad>", bos_token="<s>", eos_token="</s>")
 
 
-def tiny(seed: int = 0, config: TinyConfig = CONFIG, *, tied: bool = False, **options: Any) -> Qwen3MoeForCausalLM:
+def tiny(seed: int = 0, config: TinyConfig = CONFIG, *, tied: bool = False, **options: Any) -> Any:
     model = make_tiny(tokenizer(), config, seed, **options)
     if tied:  # head and embedding are one parameter
         model.lm_head.weight = model.model.embed_tokens.weight
@@ -112,7 +112,7 @@ def batches(seed: int, max_tokens: int | None = None, part: slice = slice(None),
 class Recorder(torch.optim.SGD):
     """An optimizer that keeps the gradients it was given and changes nothing."""
 
-    def __init__(self, policy: torch.nn.Module) -> None:
+    def __init__(self, policy: Any) -> None:
         super().__init__(policy.parameters(), lr=0.0)
         self.policy = policy
         self.gradients: dict[str, torch.Tensor] = {}
@@ -161,7 +161,7 @@ def train_state(policy: torch.nn.Module, optimizer: torch.optim.Optimizer) -> di
     return state
 
 
-def same_bits(a: dict[str, torch.Tensor], b: dict[str, torch.Tensor]) -> bool:
+def same_bits(a: Mapping[str, torch.Tensor], b: Mapping[str, torch.Tensor]) -> bool:
     return a.keys() == b.keys() and all(a[k].dtype == b[k].dtype and torch.equal(a[k], b[k]) for k in a)
 
 

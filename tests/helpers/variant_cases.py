@@ -7,9 +7,9 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
-from types import ModuleType
 from typing import Any
 
+import small_world as small
 import torch
 from torch import nn
 
@@ -74,7 +74,7 @@ def draw(seed: int) -> Drawn:
     return made
 
 
-def settings(small: ModuleType, **changes: Any) -> Config:
+def settings(**changes: Any) -> Config:
     changes = {
         "sampler": ALL,
         **changes,

@@ -1,7 +1,6 @@
 from __future__ import annotations
 
-from types import ModuleType
-
+import policy_lab as lab
 import pytest
 import torch
 
@@ -45,7 +44,7 @@ def test_equals_attention_by_the_book_on_each_sequence(lengths: list[int], kv_he
     assert all(torch.allclose(a, b, atol=1e-12) for a, b in zip(ours, theirs, strict=True))
 
 
-def test_says_what_to_call_where_the_input_is_not_packed(lab: ModuleType) -> None:
+def test_says_what_to_call_where_the_input_is_not_packed() -> None:
     with pytest.raises(ValueError, match="hidden_states"):
         lab.tiny()(input_ids=torch.ones(1, 3, dtype=torch.long))
 

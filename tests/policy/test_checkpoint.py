@@ -5,9 +5,9 @@ import os
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
-from types import ModuleType
 from typing import Any
 
+import policy_lab as lab
 import pytest
 import torch
 from torch.distributed.checkpoint.api import CheckpointException
@@ -16,7 +16,7 @@ from srpo.policy.checkpoint import COMPLETE, latest_checkpoint, load_checkpoint,
 from srpo.policy.model import Policy
 
 
-def trained(lab: ModuleType, tmp_path: Path, seed: int = 1) -> tuple[Policy, torch.optim.Optimizer]:
+def trained(tmp_path: Path, seed: int = 1) -> tuple[Policy, torch.optim.Optimizer]:
     policy = Policy(lab.tiny(seed))
     optimizer = torch.optim.AdamW(policy.parameters(), lr=0.01, weight_decay=0.1)
     for step in range(2):
@@ -24,18 +24,18 @@ def trained(lab: ModuleType, tmp_path: Path, seed: int = 1) -> tuple[Policy, tor
     return policy, optimizer
 
 
-def fresh(lab: ModuleType) -> tuple[Policy, torch.optim.Optimizer]:
+def fresh() -> tuple[Policy, torch.optim.Optimizer]:
     policy = Policy(lab.tiny(99))
     return policy, torch.optim.AdamW(policy.parameters(), lr=123.0)
 
 
-def test_round_trip_is_bit_exact_and_training_continues_alike(lab: ModuleType, tmp_path: Path) -> None:
+def test_round_trip_is_bit_exact_and_training_continues_alike(tmp_path: Path) -> None:
     parallel = lab.one_process()
-    policy, optimizer = trained(lab, tmp_path)
+    policy, optimizer = trained(tmp_path)
     extra = {"rng": torch.get_rng_state(), "sampler": {"seen": [1, 2], "score": 0.25, "by": {"a": (1, None)}}}
     path = save_checkpoint(tmp_path / "c", 2, policy, optimizer, extra, parallel)
     before = lab.train_state(policy, optimizer)
-    other, other_optimizer = fresh(lab)
+    other, other_optimizer = fresh()
     loaded = load_checkpoint(path, other, other_optimizer, parallel)
     assert torch.equal(loaded["rng"], extra["rng"]) and loaded["sampler"] == extra["sampler"]
     assert other_optimizer.param_groups[0]["lr"] == 0.01
@@ -46,11 +46,11 @@ def test_round_trip_is_bit_exact_and_training_continues_alike(lab: ModuleType, t
     assert lab.same_bits(lab.train_state(policy, optimizer), lab.train_state(other, other_optimizer))
 
 
-def test_saving_does_not_change_what_is_saved(lab: ModuleType, tmp_path: Path) -> None:
-    policy, optimizer = fresh(lab)  # before the first step: the optimizer has no state yet, and gets none
+def test_saving_does_not_change_what_is_saved(tmp_path: Path) -> None:
+    policy, optimizer = fresh()  # before the first step: the optimizer has no state yet, and gets none
     path = save_checkpoint(tmp_path, 0, policy, optimizer, {}, lab.one_process())
     assert not optimizer.state
-    other, other_optimizer = trained(lab, tmp_path)
+    other, other_optimizer = trained(tmp_path)
     load_checkpoint(path, other, other_optimizer, lab.one_process())
     assert not other_optimizer.state
     assert lab.same_bits(lab.train_state(other, other_optimizer), lab.train_state(policy, optimizer))
@@ -62,16 +62,16 @@ def test_two_ranks_round_trip(two_ranks: Path) -> None:
     assert results["extra"] == [{"rank": 0}, {"rank": 1}]
 
 
-def test_another_number_of_ranks_is_refused(lab: ModuleType, two_ranks: Path) -> None:
+def test_another_number_of_ranks_is_refused(two_ranks: Path) -> None:
     path = latest_checkpoint(two_ranks / "checkpoints")
     assert path is not None
     with pytest.raises(ValueError, match="written by 2 ranks"):
-        load_checkpoint(path, *fresh(lab), lab.one_process())
+        load_checkpoint(path, *fresh(), lab.one_process())
 
 
-def test_incomplete_ones_are_never_chosen_and_are_cleared_away(lab: ModuleType, tmp_path: Path) -> None:
+def test_incomplete_ones_are_never_chosen_and_are_cleared_away(tmp_path: Path) -> None:
     assert latest_checkpoint(tmp_path / "absent") is None
-    policy, optimizer = fresh(lab)
+    policy, optimizer = fresh()
     path = save_checkpoint(tmp_path, 3, policy, optimizer, {}, lab.one_process())
     aside = tmp_path / "step_000009.tmp-17"
     aside.mkdir()
@@ -86,7 +86,7 @@ def test_incomplete_ones_are_never_chosen_and_are_cleared_away(lab: ModuleType, 
     assert not aside.exists()
 
 
-def test_killed_at_any_file_operation(lab: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_killed_at_any_file_operation(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Every rename, fsync and removal of a save may be the last thing a process does: it always leaves one to go on from."""
 
     class Killed(BaseException):
@@ -104,7 +104,7 @@ def test_killed_at_any_file_operation(lab: ModuleType, tmp_path: Path, monkeypat
 
         return call
 
-    policy, optimizer = fresh(lab)
+    policy, optimizer = fresh()
     save_checkpoint(tmp_path, 1, policy, optimizer, {"at": 1}, lab.one_process(), keep=1)
     loaded = []
     for allowed in range(100):
@@ -126,8 +126,8 @@ def test_killed_at_any_file_operation(lab: ModuleType, tmp_path: Path, monkeypat
     assert [path.name for path in tmp_path.iterdir()] == ["step_000002"]
 
 
-def test_keeps_the_newest(lab: ModuleType, tmp_path: Path) -> None:
-    policy, optimizer = fresh(lab)
+def test_keeps_the_newest(tmp_path: Path) -> None:
+    policy, optimizer = fresh()
     for step in (1, 2, 10, 3):
         save_checkpoint(tmp_path, step, policy, optimizer, {}, lab.one_process(), keep=2)
     assert sorted(p.name for p in tmp_path.iterdir()) == ["step_000003", "step_000010"]
@@ -136,8 +136,8 @@ def test_keeps_the_newest(lab: ModuleType, tmp_path: Path) -> None:
     assert load_checkpoint(only, policy, optimizer, lab.one_process()) == {"second": True}
 
 
-def test_another_model_names_the_first_parameter_that_differs(lab: ModuleType, tmp_path: Path) -> None:
-    path = save_checkpoint(tmp_path, 1, *fresh(lab), {}, lab.one_process())
+def test_another_model_names_the_first_parameter_that_differs(tmp_path: Path) -> None:
+    path = save_checkpoint(tmp_path, 1, *fresh(), {}, lab.one_process())
     wider = Policy(lab.tiny(config=replace(lab.CONFIG, expert_size=24)))
     with pytest.raises(ValueError, match=r"model\.layers\.0\.mlp\.experts\.gate_up_proj is \(4, 32, 32\) there and \(4, 48,"):
         load_checkpoint(path, wider, torch.optim.AdamW(wider.parameters()), lab.one_process())
@@ -146,7 +146,7 @@ def test_another_model_names_the_first_parameter_that_differs(lab: ModuleType, t
         load_checkpoint(path, shorter, torch.optim.AdamW(shorter.parameters()), lab.one_process())
 
 
-def test_extra_that_could_not_be_read_back_is_refused_at_once(lab: ModuleType, tmp_path: Path) -> None:
+def test_extra_that_could_not_be_read_back_is_refused_at_once(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="plain Python values"):
-        save_checkpoint(tmp_path, 1, *fresh(lab), {"what": lab.CONFIG}, lab.one_process())
+        save_checkpoint(tmp_path, 1, *fresh(), {"what": lab.CONFIG}, lab.one_process())
     assert latest_checkpoint(tmp_path) is None

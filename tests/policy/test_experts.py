@@ -1,8 +1,9 @@
 from __future__ import annotations
 
 import importlib.util
-from types import ModuleType, SimpleNamespace
+from types import SimpleNamespace
 
+import policy_lab as lab
 import pytest
 import torch
 import torch.nn.functional as F
@@ -59,7 +60,7 @@ def test_permuted_hands_sorted_rows_and_counts_to_the_product() -> None:
     assert x[:, 0].tolist() == [0, 1, 1, 2, 0, 2]
 
 
-def test_all_implementations_give_the_model_the_same_logits(lab: ModuleType) -> None:
+def test_all_implementations_give_the_model_the_same_logits() -> None:
     from srpo.policy.model import Policy
 
     (batch,) = lab.batches(3)
@@ -73,7 +74,7 @@ def test_unknown_name_lists_the_known_ones() -> None:
 
 
 @pytest.mark.skipif(importlib.util.find_spec("megablocks") is not None, reason="MegaBlocks is installed")
-def test_megablocks_that_is_not_installed_says_how_to_install_it(lab: ModuleType) -> None:
+def test_megablocks_that_is_not_installed_says_how_to_install_it() -> None:
     with pytest.raises(ImportError, match="pip install --no-deps megablocks"):
         lab.tiny(experts="megablocks")
 

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from dataclasses import replace
 from pathlib import Path
-from types import ModuleType
 from typing import Any
 
+import policy_lab as lab
 import pytest
 import torch
 
@@ -31,7 +31,7 @@ def found(folder: Path) -> list[dict[str, Any]]:
 
 
 @pytest.mark.parametrize("name", CASES)
-def test_every_rank_has_the_checkpoint(name: str, lab: ModuleType, folder: Path, found: list[dict[str, Any]]) -> None:
+def test_every_rank_has_the_checkpoint(name: str, folder: Path, found: list[dict[str, Any]]) -> None:
     whole = load_policy(folder / name)
     want, buffers = dict(whole.named_parameters()), dict(whole.named_buffers())
     assert buffers.keys() >= {"model.rotary_emb.inv_freq"}
@@ -80,7 +80,7 @@ def test_a_config_that_ties_what_differs_is_refused_on_every_rank(found: list[di
         assert "differ in 1 parameters or buffers, first lm_head.weight" in of_rank["refused"]
 
 
-def test_one_process_loads_as_ever(lab: ModuleType, folder: Path) -> None:
+def test_one_process_loads_as_ever(folder: Path) -> None:
     model = load_to_shard(folder / "tied", lab.one_process())
     assert lab.same_bits(model.state_dict(), load_policy(folder / "tied").state_dict())
     with pytest.raises(ValueError, match=r"no model in .*config\.json"):

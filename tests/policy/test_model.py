@@ -1,8 +1,8 @@
 from __future__ import annotations
 
 from pathlib import Path
-from types import ModuleType
 
+import policy_lab as lab
 import pytest
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
@@ -12,14 +12,14 @@ from srpo.policy.model import Policy, TinyConfig, head, hidden_states, load_poli
 from srpo.policy.parallel import iter_full_params
 
 
-def test_default_size_is_two_to_four_million(lab: ModuleType) -> None:
+def test_default_size_is_two_to_four_million() -> None:
     model = make_tiny(lab.tokenizer(2048), TinyConfig(), 0)
     assert 2e6 < sum(p.numel() for p in model.parameters()) < 4e6
     assert model.lm_head.weight.data_ptr() != model.model.embed_tokens.weight.data_ptr()
     assert model.config.norm_topk_prob and model.config.eos_token_id == 2
 
 
-def test_seed_decides_the_parameters_and_leaves_the_global_generator(lab: ModuleType) -> None:
+def test_seed_decides_the_parameters_and_leaves_the_global_generator() -> None:
     before = torch.get_rng_state()
     one, same, other = lab.tiny(1).state_dict(), lab.tiny(1).state_dict(), lab.tiny(2).state_dict()
     assert torch.equal(torch.get_rng_state(), before)
@@ -28,7 +28,7 @@ def test_seed_decides_the_parameters_and_leaves_the_global_generator(lab: Module
 
 
 @pytest.mark.parametrize("seed", range(3))
-def test_packed_equals_each_sequence_alone_and_transformers_own_forward(lab: ModuleType, seed: int) -> None:
+def test_packed_equals_each_sequence_alone_and_transformers_own_forward(seed: int) -> None:
     model = lab.tiny(seed)
     (batch,) = lab.batches(seed)
     packed = head(model, hidden_states(model, batch))
@@ -40,7 +40,7 @@ def test_packed_equals_each_sequence_alone_and_transformers_own_forward(lab: Mod
         assert torch.allclose(packed[start:end], alone, atol=1e-5)
 
 
-def test_a_sequence_does_not_depend_on_its_neighbours(lab: ModuleType) -> None:
+def test_a_sequence_does_not_depend_on_its_neighbours() -> None:
     model = lab.tiny()
     first, *others = lab.rollouts(0, [(4, 5), (3, 9), (6, 2)])
     zeros, weights = torch.zeros(2, 3), torch.ones(2)
@@ -48,7 +48,7 @@ def test_a_sequence_does_not_depend_on_its_neighbours(lab: ModuleType) -> None:
     assert torch.allclose(a, b, atol=1e-6)
 
 
-def test_policy_gives_logits_of_labelled_rows_only(lab: ModuleType) -> None:
+def test_policy_gives_logits_of_labelled_rows_only() -> None:
     policy = Policy(lab.tiny())
     (batch,) = lab.batches(1)
     index, rows = batch.rows()
@@ -58,7 +58,7 @@ def test_policy_gives_logits_of_labelled_rows_only(lab: ModuleType) -> None:
     assert torch.allclose(logits, head(policy.model, hidden_states(policy.model, batch))[index], atol=1e-6)
 
 
-def test_activation_checkpointing_changes_no_gradient(lab: ModuleType) -> None:
+def test_activation_checkpointing_changes_no_gradient() -> None:
     (batch,) = lab.batches(2)
     grads = []
     for again in (False, True):
@@ -69,7 +69,7 @@ def test_activation_checkpointing_changes_no_gradient(lab: ModuleType) -> None:
     assert all(torch.allclose(grads[0][name], grads[1][name], rtol=1e-5) for name in grads[0])
 
 
-def test_saved_policy_loads_in_transformers_and_here_bit_for_bit(lab: ModuleType, tmp_path: Path) -> None:
+def test_saved_policy_loads_in_transformers_and_here_bit_for_bit(tmp_path: Path) -> None:
     policy = Policy(lab.tiny(5))
     save_policy(policy, lab.tokenizer(), tmp_path)
     theirs = AutoModelForCausalLM.from_pretrained(tmp_path)

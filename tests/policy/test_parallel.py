@@ -5,8 +5,8 @@ import os
 import subprocess
 import sys
 from pathlib import Path
-from types import ModuleType
 
+import policy_lab as lab
 import pytest
 import torch
 from transformers import AutoModelForCausalLM
@@ -24,11 +24,11 @@ def relative_error(got: dict[str, torch.Tensor], want: dict[str, torch.Tensor]) 
 
 
 @pytest.fixture(scope="module")
-def one_batch(lab: ModuleType, tmp_path_factory: pytest.TempPathFactory) -> tuple[dict[str, torch.Tensor], dict[str, float]]:
+def one_batch(tmp_path_factory: pytest.TempPathFactory) -> tuple[dict[str, torch.Tensor], dict[str, float]]:
     return lab.gradients(lab.batches(7), lab.one_process(), tmp_path_factory.mktemp("dump") / "unused.pt")
 
 
-def test_four_micro_batches_equal_one(lab: ModuleType, one_batch: tuple, tmp_path: Path) -> None:
+def test_four_micro_batches_equal_one(one_batch: tuple, tmp_path: Path) -> None:
     parts = lab.batches(7, 23)
     assert len(parts) >= 4
     gradients, metrics = lab.gradients(parts, lab.one_process(), tmp_path / "unused.pt")
@@ -57,13 +57,13 @@ def test_bfloat16_keeps_fp32_gradients_near_those_of_fp32(two_ranks: Path, one_b
     assert 1e-4 < (together - want).norm() / want.norm() < 0.15
 
 
-def test_sharded_policy_is_saved_whole(lab: ModuleType, two_ranks: Path) -> None:
+def test_sharded_policy_is_saved_whole(two_ranks: Path) -> None:
     parameters = torch.load(two_ranks / "tensors.pt")["parameters"]
     loaded = AutoModelForCausalLM.from_pretrained(two_ranks / "hf")
     assert lab.same_bits(dict(loaded.named_parameters()), parameters)
 
 
-def test_one_process_without_torchrun(lab: ModuleType, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_one_process_without_torchrun(monkeypatch: pytest.MonkeyPatch) -> None:
     for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK"):
         monkeypatch.delenv(name, raising=False)
     parallel = init_parallel()
@@ -96,7 +96,7 @@ def test_ranks_end_well_when_gloo_threads_come_late(tmp_path: Path) -> None:
         assert [rank.returncode for rank in ranks] == [0, 0], said
 
 
-def test_full_params_have_transformers_names(lab: ModuleType) -> None:
+def test_full_params_have_transformers_names() -> None:
     model = lab.tiny()
     names = [name for name, _ in model.named_parameters()]
     assert [name for name, _ in iter_full_params(model)] == names
@@ -105,7 +105,7 @@ def test_full_params_have_transformers_names(lab: ModuleType) -> None:
 
 
 @pytest.mark.parametrize("max_norm", [0.0, 0.5, 100.0])
-def test_clip_equals_torch(lab: ModuleType, max_norm: float) -> None:
+def test_clip_equals_torch(max_norm: float) -> None:
     layers = [torch.nn.Linear(3, 4) for _ in range(2)]
     for layer in layers:
         layer.load_state_dict(layers[0].state_dict())
@@ -118,7 +118,7 @@ def test_clip_equals_torch(lab: ModuleType, max_norm: float) -> None:
         assert a.grad is not None and b.grad is not None and torch.allclose(a.grad, b.grad, rtol=1e-5)
 
 
-def test_clip_of_a_norm_that_is_not_finite_leaves_the_gradient_as_evidence(lab: ModuleType) -> None:
+def test_clip_of_a_norm_that_is_not_finite_leaves_the_gradient_as_evidence() -> None:
     layer = torch.nn.Linear(1, 2, bias=False)
     layer.weight.grad = torch.tensor([[3.0], [float("inf")]])
     assert clip_grad_norm(layer, 1.0, lab.one_process()) == float("inf")

@@ -5,10 +5,10 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
-from types import ModuleType
 from typing import Any
 
 import numpy as np
+import policy_lab as lab
 import pytest
 import torch
 from transformers import (
@@ -45,7 +45,7 @@ SIZES: dict[str, Any] = {
 }
 
 
-def near_ties(lab: ModuleType, apart: float = 3e-7, **sizes: int) -> Any:
+def near_ties(apart: float = 3e-7, **sizes: int) -> Any:
     """A model whose routers have rows `apart`: which experts are chosen is a matter of the last bits."""
     model = lab.tiny(1, replace(lab.CONFIG, **sizes))
     random = torch.Generator().manual_seed(5)
@@ -56,7 +56,7 @@ def near_ties(lab: ModuleType, apart: float = 3e-7, **sizes: int) -> Any:
     return model
 
 
-def sampled(lab: ModuleType, model: Any, seed: int, routing: bool = True) -> list[Rollout]:
+def sampled(model: Any, seed: int, routing: bool = True) -> list[Rollout]:
     """What the local engine samples from the model, with the experts that it sent each token to."""
     prompts = [r.prompt_ids for r in lab.rollouts(seed, [(n, 1) for n in (3, 9, 5)])]
     params = SamplingParams(20, 0.9, 10, group_size=4, stop_ids=(4, 7), routing=routing)
@@ -69,48 +69,48 @@ def sampled(lab: ModuleType, model: Any, seed: int, routing: bool = True) -> lis
     return made
 
 
-def packed(lab: ModuleType, rollouts: list[Rollout], max_tokens: int | None) -> list[Batch]:
+def packed(rollouts: list[Rollout], max_tokens: int | None) -> list[Batch]:
     n = len(rollouts)
     return pack(rollouts, torch.ones(n, len(lab.STEPS)), torch.full((n,), 1 / n), max_tokens)
 
 
-def metrics_of(lab: ModuleType, policy: Policy, parts: list[Batch], dump: Path, objective: Objective) -> dict[str, float]:
+def metrics_of(policy: Policy, parts: list[Batch], dump: Path, objective: Objective) -> dict[str, float]:
     return update(
         policy, lab.Recorder(policy), parts, objective, lab.one_process(), step_names=lab.STEPS, grad_clip=0.0, dump=dump
     )
 
 
 @pytest.mark.parametrize("perturbed", ["float64", "packing"])
-def test_a_flip_of_near_ties_is_undone(lab: ModuleType, tmp_path: Path, perturbed: str) -> None:
+def test_a_flip_of_near_ties_is_undone(tmp_path: Path, perturbed: str) -> None:
     """The trainer computes in fp64, or in fp32 one sequence after the other where the engine had all prompts side by side."""
-    model = near_ties(lab)
-    rollouts = sampled(lab, model, seed=3)
+    model = near_ties()
+    rollouts = sampled(model, seed=3)
     objective = replace(lab.ON_POLICY, kl_coef=0.0)
-    parts = packed(lab, rollouts, 40)
+    parts = packed(rollouts, 40)
     if perturbed == "float64":
         model = model.double()
-    own = metrics_of(lab, Policy(model), parts, tmp_path / "dump.pt", objective)
-    told = metrics_of(lab, Policy(model, replay_routing=True), parts, tmp_path / "dump.pt", objective)
+    own = metrics_of(Policy(model), parts, tmp_path / "dump.pt", objective)
+    told = metrics_of(Policy(model, replay_routing=True), parts, tmp_path / "dump.pt", objective)
     assert own["rollout/mismatch_max"] > 1e-2 and "rollout/routing_flip_frac" not in own
     assert told["rollout/mismatch_max"] < 2e-5
     assert 0.001 < told["rollout/routing_flip_frac"] < 0.999
 
 
-def test_old_logprobs_are_replayed_too(lab: ModuleType, tmp_path: Path) -> None:
+def test_old_logprobs_are_replayed_too(tmp_path: Path) -> None:
     """With two updates the mismatch is that of `old_logprobs`, which `with_logprobs` computes."""
-    model = near_ties(lab)
-    parts = packed(lab, sampled(lab, model, seed=4), None)
+    model = near_ties()
+    parts = packed(sampled(model, seed=4), None)
     objective = replace(lab.ON_POLICY, kl_coef=0.0, num_updates=2)
     policy = Policy(model.double(), replay_routing=True)
     ready = lab.with_logprobs(parts, policy, None, objective, lab.one_process())
-    metrics = metrics_of(lab, policy, ready, tmp_path / "dump.pt", objective)
+    metrics = metrics_of(policy, ready, tmp_path / "dump.pt", objective)
     assert metrics["rollout/mismatch_max"] < 2e-5 and metrics["rollout/routing_flip_frac"] > 0
     forgotten = [batch.with_(routed_experts=None) for batch in parts]
     ready = lab.with_logprobs(forgotten, policy, None, objective, lab.one_process())
-    assert metrics_of(lab, policy, ready, tmp_path / "dump.pt", objective)["rollout/mismatch_max"] > 1e-2
+    assert metrics_of(policy, ready, tmp_path / "dump.pt", objective)["rollout/mismatch_max"] > 1e-2
 
 
-def test_without_experts_given_the_bits_are_those_of_a_plain_policy(lab: ModuleType) -> None:
+def test_without_experts_given_the_bits_are_those_of_a_plain_policy() -> None:
     (batch,) = lab.batches(3)
     plain, policy = Policy(lab.tiny(1)), Policy(lab.tiny(1), replay_routing=True)
     want = plain(batch)
@@ -132,7 +132,7 @@ def attention(batch: Batch) -> dict[str, Any]:
 
 
 @pytest.mark.parametrize("norm_topk_prob", [True, False])
-def test_the_router_s_gradient_is_that_of_the_formula(lab: ModuleType, norm_topk_prob: bool) -> None:
+def test_the_router_s_gradient_is_that_of_the_formula(norm_topk_prob: bool) -> None:
     """weights w of experts S: p_i / sum_S p or p_i, p = softmax(W x); u = dL/dw. Also the experts that a token goes to, and that
     a row with -1 routes by itself."""
     model = lab.tiny(1).double()
@@ -173,7 +173,7 @@ def test_the_router_s_gradient_is_that_of_the_formula(lab: ModuleType, norm_topk
     assert num_flips > 0 and policy.take_flips().tolist() == [num_flips, told]
 
 
-def test_layers_that_are_computed_again_are_told_the_same(lab: ModuleType, tmp_path: Path) -> None:
+def test_layers_that_are_computed_again_are_told_the_same(tmp_path: Path) -> None:
     parts, one = lab.batches(7, 23, routed=True), lab.one_process()
     want, metrics = lab.gradients(parts, one, tmp_path / "dump.pt", replay_routing=True)
     got, again = lab.gradients(parts, one, tmp_path / "dump.pt", replay_routing=True, activation_checkpointing=True)
@@ -182,7 +182,7 @@ def test_layers_that_are_computed_again_are_told_the_same(lab: ModuleType, tmp_p
     assert any((own[name] - grad).norm() > 1e-2 * grad.norm() for name, grad in want.items())
 
 
-def test_two_ranks_replay_as_one(lab: ModuleType, two_ranks: Path, tmp_path: Path) -> None:
+def test_two_ranks_replay_as_one(two_ranks: Path, tmp_path: Path) -> None:
     """Sharded (FSDP2), with activation checkpointing, one rank with fewer micro-batches than the other."""
     want, metrics = lab.gradients(
         lab.batches(7, routed=True), lab.one_process(), tmp_path / "dump.pt", replay_routing=True, activation_checkpointing=True
@@ -192,16 +192,16 @@ def test_two_ranks_replay_as_one(lab: ModuleType, two_ranks: Path, tmp_path: Pat
     assert all((got[name] - grad).norm() < 1e-5 * grad.norm() for name, grad in want.items())
 
 
-def test_packed_experts_lie_beside_their_tokens(lab: ModuleType) -> None:
+def test_packed_experts_lie_beside_their_tokens() -> None:
     rollouts = lab.rollouts(3, [(3, 5), (2, 7), (4, 1)])
     tables = [np.full((len(r.prompt_ids) + len(r.response_ids) - 1, 2, 3), i, np.int16) for i, r in enumerate(rollouts)]
     rollouts = [replace(r, routed=table) if i != 1 else r for i, (r, table) in enumerate(zip(rollouts, tables, strict=True))]
-    (batch,) = packed(lab, rollouts, None)
+    (batch,) = packed(rollouts, None)
     assert batch.routed_experts is not None and batch.routed_experts.dtype == torch.int16
     rows = torch.tensor([0] * 7 + [UNKNOWN] * 8 + [2] * 4, dtype=torch.int16)  # one was not told
     assert batch.routed_experts.equal(rows[:, None, None].expand(-1, 2, 3))
     assert batch.rows()[1].routed_experts.equal(batch.routed_experts[batch.labels >= 0])  # pyright: ignore
-    assert packed(lab, lab.rollouts(3, [(3, 5)]), None)[0].routed_experts is None
+    assert packed(lab.rollouts(3, [(3, 5)]), None)[0].routed_experts is None
 
 
 # ---- models --------------------------------------------------------------------------------------------------------------------
@@ -253,7 +253,7 @@ def test_other_routers(name: str) -> None:
         assert other.flips is not None and other.flips[0] > 0
 
 
-def test_a_copy_of_a_policy_that_replays_has_routers_of_its_own(lab: ModuleType) -> None:
+def test_a_copy_of_a_policy_that_replays_has_routers_of_its_own() -> None:
     """The local engine copies the model that it is given, and samples from weights that were synced since."""
     policy, other = Policy(lab.tiny(1), replay_routing=True), lab.tiny(2)
     engine = LocalEngine(policy)
@@ -265,7 +265,7 @@ def test_a_copy_of_a_policy_that_replays_has_routers_of_its_own(lab: ModuleType)
     assert policy.take_flips().tolist() == [0, 0]
 
 
-def test_what_cannot_be_replayed_is_refused(lab: ModuleType) -> None:
+def test_what_cannot_be_replayed_is_refused() -> None:
     dense = LlamaForCausalLM(LlamaConfig(**{k: v for k, v in SIZES.items() if k != "num_experts_per_tok"}))
     with pytest.raises(ValueError, match=r"LlamaForCausalLM has no experts to route to: set rollout.routing"):
         Policy(dense, replay_routing=True)

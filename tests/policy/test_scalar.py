@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import random
 from pathlib import Path
-from types import ModuleType
 from typing import Any
 
 import pytest
+import small_world as small
 import torch
 from sklearn.metrics import log_loss
 from transformers import AutoModelForCausalLM
@@ -66,9 +66,7 @@ def test_an_untrained_head_knows_nothing_and_a_missing_one_is_named(world: Any, 
         load_scalar(world.policy)
 
 
-def test_the_files_hold_the_model_and_leave_a_whole_causal_model(
-    model: ScalarModel, world: Any, small: ModuleType, tmp_path: Path
-) -> None:
+def test_the_files_hold_the_model_and_leave_a_whole_causal_model(model: ScalarModel, world: Any, tmp_path: Path) -> None:
     save_scalar(model, load_tokenizer(world.base), tmp_path / "scalar")
     loaded = load_scalar(tmp_path / "scalar")
     batches = scored_batches([([5, 6], [7, 8, 9], [1, 2, 3])], NOTHING, EOS, 40)

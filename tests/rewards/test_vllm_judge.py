@@ -13,10 +13,10 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
-from types import ModuleType
 from typing import Any
 
 import pytest
+import small_world as small
 import torch
 from judge_server import free_port
 
@@ -74,7 +74,7 @@ def written(judge: Any, world: Any) -> list[str]:
 
 
 @pytest.fixture(scope="module")
-def local(small: ModuleType, world: Any, checkpoint: Path, tmp_path_factory: pytest.TempPathFactory) -> list[str]:
+def local(world: Any, checkpoint: Path, tmp_path_factory: pytest.TempPathFactory) -> list[str]:
     cfg = replace(world.config(tmp_path_factory.mktemp("run")), reward=settings(checkpoint))
     texts = written(make_judge(cfg, SCHEMA, small.ONE), world)
     assert texts[7] == "" and len(set(texts)) == 12
@@ -82,7 +82,7 @@ def local(small: ModuleType, world: Any, checkpoint: Path, tmp_path_factory: pyt
 
 
 def test_a_judge_in_vllm_s_process_writes_what_the_local_one_does(
-    small: ModuleType, world: Any, checkpoint: Path, local: list[str], tmp_path: Path
+    world: Any, checkpoint: Path, local: list[str], tmp_path: Path
 ) -> None:
     cfg = replace(world.config(tmp_path), reward=settings(checkpoint, judge_engine="vllm"))
     judge = make_judge(cfg, SCHEMA, small.ONE)

@@ -1,10 +1,10 @@
 from __future__ import annotations
 
 from dataclasses import replace
-from types import ModuleType
 from typing import Any
 
 import pytest
+import small_world as small
 
 from srpo.core.config.train import Config, DataConfig
 from srpo.core.steps import PAPER_STEPS, StepSchema
@@ -68,7 +68,7 @@ def test_the_defaults_with_data_pass() -> None:
         ({"sampler": {"difficulty_low": -1.0, "difficulty_high": 0.0}}, "filters out everything"),
     ],
 )
-def test_settings_that_cannot_make_a_run(small: ModuleType, changes: dict[str, Any], message: str) -> None:
+def test_settings_that_cannot_make_a_run(changes: dict[str, Any], message: str) -> None:
     with pytest.raises(ValueError, match=message):
         check_settings(small.changed(GOOD, changes))
 
@@ -83,7 +83,7 @@ def test_settings_that_cannot_make_a_run(small: ModuleType, changes: dict[str, A
         ({"normalize": "group_step"}, "advantage.normalize 'group_step'"),
     ],
 )
-def test_a_group_of_one_cannot_be_its_own_baseline(small: ModuleType, advantage: dict[str, Any], names: str) -> None:
+def test_a_group_of_one_cannot_be_its_own_baseline(advantage: dict[str, Any], names: str) -> None:
     alone = small.changed(GOOD, {"rollout": {"group_size": 1}})
     check_settings(alone)  # whitening over the batch needs no group
     with pytest.raises(ValueError, match=f"group_size is 1, but {names} compares .*: use 2 or more"):

@@ -5,8 +5,8 @@ from __future__ import annotations
 import math
 from dataclasses import replace
 from pathlib import Path
-from types import ModuleType
 
+import policy_lab as lab
 import pytest
 import torch
 from torch import nn
@@ -49,9 +49,9 @@ def plain_advantages(drawn: Drawn, values: Terms, at: str, gamma: float, lam: fl
 
 
 @pytest.mark.parametrize("seed", range(4))
-def test_ppo_is_plain_ppo(small: ModuleType, tmp_path: Path, seed: int) -> None:
+def test_ppo_is_plain_ppo(tmp_path: Path, seed: int) -> None:
     at, gamma, lam = [("step_ends", 1.0, 0.95), ("end", 0.99, 0.9)][seed % 2]
-    cfg, drawn = settings(small, advantage={"method": "ppo", "clip": 2.0}), draw(seed)
+    cfg, drawn = settings(advantage={"method": "ppo", "clip": 2.0}), draw(seed)
     values = torch.randn(len(drawn.logits), generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
     per_response = list(values.split([len(r.response_ids) for r in drawn.rollouts]))
     (batch,), seen = with_token_advantages(
@@ -93,9 +93,9 @@ def test_ppo_is_plain_ppo(small: ModuleType, tmp_path: Path, seed: int) -> None:
     assert metrics["train/num_tokens"] == len(values)
 
 
-def test_tables_with_the_step_s_advantage_on_each_token_are_the_step_tables(small: ModuleType, tmp_path: Path) -> None:
+def test_tables_with_the_step_s_advantage_on_each_token_are_the_step_tables(tmp_path: Path) -> None:
     """Two roads to one loss: SRPO's [N, J], and PPO's road with every token given the advantage of its step."""
-    cfg, drawn = settings(small, advantage={"normalize": "group_step"}), draw(9)
+    cfg, drawn = settings(advantage={"normalize": "group_step"}), draw(9)
     batch = packed(drawn, cfg)
     per_token = [
         batch.step_advantages[i, j].repeat(span.stop - span.start)
@@ -122,8 +122,8 @@ def test_tables_with_the_step_s_advantage_on_each_token_are_the_step_tables(smal
 
 
 @pytest.mark.parametrize("value_clip", [0.0, 0.2])
-def test_the_critic_s_step_is_the_clipped_value_loss(small: ModuleType, tmp_path: Path, value_clip: float) -> None:
-    cfg, drawn = settings(small, advantage={"method": "ppo"}), draw(2)
+def test_the_critic_s_step_is_the_clipped_value_loss(tmp_path: Path, value_clip: float) -> None:
+    cfg, drawn = settings(advantage={"method": "ppo"}), draw(2)
     start = torch.randn(len(drawn.logits), generator=torch.Generator().manual_seed(2), dtype=torch.float64)
     (batch,), _ = with_token_advantages(
         [packed(drawn, cfg)],
@@ -167,14 +167,14 @@ def test_the_critic_s_step_is_the_clipped_value_loss(small: ModuleType, tmp_path
 # ---- the critic as a model -----------------------------------------------------------------------------------------------------
 
 
-def trained_critic(lab: ModuleType) -> Critic:
+def trained_critic() -> Critic:
     """A critic whose head is not 0 any more."""
     critic = Critic(lab.tiny(3))
     torch.nn.init.normal_(critic._head().weight, generator=torch.Generator().manual_seed(0))
     return critic
 
 
-def test_a_critic_starts_at_0_and_shares_nothing_with_the_policy(lab: ModuleType) -> None:
+def test_a_critic_starts_at_0_and_shares_nothing_with_the_policy() -> None:
     model = lab.tiny(3)
     critic = Critic(model)
     (batch,) = lab.batches(0)
@@ -186,9 +186,9 @@ def test_a_critic_starts_at_0_and_shares_nothing_with_the_policy(lab: ModuleType
     assert not any("lm_head" in name for name, _ in critic.named_parameters())
 
 
-def test_a_value_reads_what_stands_before_its_token(lab: ModuleType) -> None:
+def test_a_value_reads_what_stands_before_its_token() -> None:
     """Packing changes no value, and the value of a row does not know the token that the row predicts."""
-    critic = trained_critic(lab)
+    critic = trained_critic()
     together = torch.cat([critic(b) for b in lab.batches(4)])
     apart = torch.cat([critic(b) for b in lab.batches(4, 22)])
     torch.testing.assert_close(together, apart, rtol=1e-5, atol=1e-6 * float(together.detach().abs().max()))
@@ -198,7 +198,7 @@ def test_a_value_reads_what_stands_before_its_token(lab: ModuleType) -> None:
     assert torch.equal(before[:4], after[:4]) and not torch.equal(before[4:], after[4:])
 
 
-def test_a_critic_learns_what_a_prompt_is_worth(lab: ModuleType, tmp_path: Path) -> None:
+def test_a_critic_learns_what_a_prompt_is_worth(tmp_path: Path) -> None:
     critic = Critic(lab.tiny(3))
     optimizer = torch.optim.AdamW(critic.parameters(), lr=1e-2)
     rollouts = lab.rollouts(1, [(4, 6)] * 8)
@@ -222,14 +222,14 @@ def test_a_critic_learns_what_a_prompt_is_worth(lab: ModuleType, tmp_path: Path)
     assert seen["advantage/abs_mean"] <= 2 and seen["critic/value"] == pytest.approx(0.5, abs=0.1)
 
 
-def test_checkpoints_hold_the_head(lab: ModuleType, tmp_path: Path) -> None:
+def test_checkpoints_hold_the_head(tmp_path: Path) -> None:
     def step(critic: Critic, optimizer: torch.optim.Optimizer) -> None:
         batches, _ = with_token_advantages(
             lab.batches(4, 20), critic, ONE, rewards="step_ends", gamma=1.0, gae_lambda=0.9, scale="std", clip=2.0
         )
         update_critic(critic, optimizer, batches, ONE, value_clip=0.2, num_updates=2, grad_clip=1.0, dump=tmp_path / "d.pt")
 
-    critic, other = trained_critic(lab), Critic(lab.tiny(4))
+    critic, other = trained_critic(), Critic(lab.tiny(4))
     optimizer, other_optimizer = (torch.optim.AdamW(c.parameters(), lr=1e-2) for c in (critic, other))
     step(critic, optimizer)
     path = save_checkpoint(tmp_path, 1, critic, optimizer, {}, ONE)
@@ -240,8 +240,8 @@ def test_checkpoints_hold_the_head(lab: ModuleType, tmp_path: Path) -> None:
         step(other, other_optimizer)
 
 
-def test_a_batch_with_no_response_to_train_on_is_no_trouble(lab: ModuleType, tmp_path: Path) -> None:
-    critic = trained_critic(lab)
+def test_a_batch_with_no_response_to_train_on_is_no_trouble(tmp_path: Path) -> None:
+    critic = trained_critic()
     before = [p.clone() for p in critic.parameters()]
     batches, seen = with_token_advantages([], critic, ONE, rewards="end", gamma=1.0, gae_lambda=1.0, scale="std", clip=2.0)
     assert batches == [] and all(math.isfinite(x) for x in seen.values())
@@ -250,8 +250,8 @@ def test_a_batch_with_no_response_to_train_on_is_no_trouble(lab: ModuleType, tmp
     assert all(torch.equal(a, b) for a, b in zip(before, critic.parameters(), strict=True))
 
 
-def test_what_is_not_finite_stops_before_the_critic_steps(small: ModuleType, tmp_path: Path) -> None:
-    cfg, drawn = settings(small, advantage={"method": "ppo"}), draw(2)
+def test_what_is_not_finite_stops_before_the_critic_steps(tmp_path: Path) -> None:
+    cfg, drawn = settings(advantage={"method": "ppo"}), draw(2)
     critic = Values(torch.zeros(len(drawn.logits), dtype=torch.float64))
     (batch,), _ = with_token_advantages(
         [packed(drawn, cfg)], critic, ONE, rewards="end", gamma=1.0, gae_lambda=1.0, scale="std", clip=0.0

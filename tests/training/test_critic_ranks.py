@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 from pathlib import Path
-from types import ModuleType
 from typing import Any
 
+import policy_lab as lab
 import ppo_lab
 import pytest
 import torch
@@ -18,7 +18,7 @@ def saved(ranks: Path) -> dict[str, Any]:
 
 
 @pytest.mark.parametrize("name", ["uneven", "idle"])
-def test_two_ranks_are_one(lab: ModuleType, saved: dict[str, Any], tmp_path: Path, name: str) -> None:
+def test_two_ranks_are_one(saved: dict[str, Any], tmp_path: Path, name: str) -> None:
     one = ppo_lab.step(lab.batches(7), lab.one_process(), tmp_path / "dump.pt")
     two = saved[name]
     torch.testing.assert_close(two["advantages"], one["advantages"], rtol=1e-4, atol=1e-5)

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from dataclasses import replace
 from pathlib import Path
-from types import ModuleType
 from typing import Any
 
+import policy_lab as lab
 import pytest
 import torch
 from srpo_kernels import topk_support
@@ -26,7 +26,7 @@ def same(got: Update, want: Update, tolerance: float) -> None:
     assert got[1] == pytest.approx(want[1], rel=tolerance, abs=tolerance / 10)
 
 
-def replayed(lab: ModuleType, seed: int) -> list[Any]:
+def replayed(seed: int) -> list[Any]:
     """Batches that carry the engine's support: that of another policy, and the label."""
     parts, older = [], Policy(lab.tiny(7))
     for batch in lab.batches(seed, 30):
@@ -54,7 +54,7 @@ class Recorder(torch.optim.SGD):
         super().step(closure)
 
 
-def updates(lab: ModuleType, parts: list[Any], objective: Objective, folder: Path, *, tied: bool, double: bool) -> Update:
+def updates(parts: list[Any], objective: Objective, folder: Path, *, tied: bool, double: bool) -> Update:
     """(gradients of two updates, metrics of both), the second one off-policy where it can be."""
     policy, reference = (Policy(lab.tiny(seed, tied=tied)) for seed in (1, 2))
     if double:
@@ -94,41 +94,41 @@ CASES: dict[str, dict[str, Any]] = {
 
 @pytest.mark.parametrize("tied", [False, True])
 @pytest.mark.parametrize("case", CASES)
-def test_updates_are_those_from_logits(lab: ModuleType, tmp_path: Path, case: str, tied: bool) -> None:
+def test_updates_are_those_from_logits(tmp_path: Path, case: str, tied: bool) -> None:
     parts = lab.batches(4, 30)
     objective = replace(lab.ON_POLICY, **CASES[case])
-    want = updates(lab, parts, objective, tmp_path, tied=tied, double=True)
-    got = updates(lab, parts, replace(objective, inputs="hidden"), tmp_path, tied=tied, double=True)
+    want = updates(parts, objective, tmp_path, tied=tied, double=True)
+    got = updates(parts, replace(objective, inputs="hidden"), tmp_path, tied=tied, double=True)
     same(got, want, 1e-7)
     if objective.num_updates > 1 and objective.clip_eps_low < 0.1:
         assert want[1]["1/policy/clip_frac"] > 0.02
 
 
 @pytest.mark.parametrize("case", ["several_updates", "no_kl", "unfiltered"])
-def test_the_fastest_implementation_too(lab: ModuleType, tmp_path: Path, case: str) -> None:
+def test_the_fastest_implementation_too(tmp_path: Path, case: str) -> None:
     parts = lab.batches(4, 30)
     objective = replace(lab.ON_POLICY, **CASES[case], impl="auto")
-    want = updates(lab, parts, objective, tmp_path, tied=False, double=False)
-    same(updates(lab, parts, replace(objective, inputs="hidden"), tmp_path, tied=False, double=False), want, 1e-4)
+    want = updates(parts, objective, tmp_path, tied=False, double=False)
+    same(updates(parts, replace(objective, inputs="hidden"), tmp_path, tied=False, double=False), want, 1e-4)
 
 
 @pytest.mark.parametrize("num_updates", [1, 2])
-def test_a_replayed_support_is_used(lab: ModuleType, tmp_path: Path, num_updates: int) -> None:
+def test_a_replayed_support_is_used(tmp_path: Path, num_updates: int) -> None:
     objective = replace(lab.ON_POLICY, top_k=9, sampling_top_k=9, num_updates=num_updates)
-    parts = replayed(lab, 3)
+    parts = replayed(3)
     want = lab.gradients(parts, lab.one_process(), tmp_path / "dump.pt", objective)
     same(lab.gradients(parts, lab.one_process(), tmp_path / "dump.pt", replace(objective, inputs="hidden")), want, 1e-5)
 
 
 @pytest.mark.parametrize("case", ["untied", "tied", "idle_rank", "several_updates", "full"])
-def test_two_ranks_are_one_process_from_logits(lab: ModuleType, two_ranks: Path, tmp_path: Path, case: str) -> None:
+def test_two_ranks_are_one_process_from_logits(two_ranks: Path, tmp_path: Path, case: str) -> None:
     objective, options = lab.HIDDEN[case]
     plain = replace(objective, inputs="logits", impl="reference")
     want = lab.gradients(lab.batches(7), lab.one_process(), tmp_path / "dump.pt", plain, **options)
     same(torch.load(two_ranks / "tensors.pt")["updates"][f"hidden_{case}"], want, 1e-5)
 
 
-def test_bfloat16_is_as_near_to_fp32_as_from_logits(lab: ModuleType, two_ranks: Path, tmp_path: Path) -> None:
+def test_bfloat16_is_as_near_to_fp32_as_from_logits(two_ranks: Path, tmp_path: Path) -> None:
     gradients, _ = torch.load(two_ranks / "tensors.pt")["updates"]["hidden_bfloat16"]
     want, _ = lab.gradients(lab.batches(7), lab.one_process(), tmp_path / "dump.pt", tied=True)
     assert all(gradient.dtype == torch.float32 for gradient in gradients.values())
@@ -136,7 +136,7 @@ def test_bfloat16_is_as_near_to_fp32_as_from_logits(lab: ModuleType, two_ranks: 
     assert 1e-4 < (got - exact).norm() / exact.norm() < 0.15
 
 
-def test_an_update_never_calls_the_head(lab: ModuleType, tmp_path: Path) -> None:
+def test_an_update_never_calls_the_head(tmp_path: Path) -> None:
     """Nothing goes the way of the logits without a word."""
     policy, reference = Policy(lab.tiny(1)), Policy(lab.tiny(2))
     for model in (policy, reference):
@@ -154,7 +154,7 @@ def test_the_objective_reads_the_config() -> None:
     assert Objective.of(LossConfig(inputs="hidden"), RolloutConfig()).inputs == "hidden"
 
 
-def test_a_head_that_is_more_than_a_matrix_is_refused(lab: ModuleType) -> None:
+def test_a_head_that_is_more_than_a_matrix_is_refused() -> None:
     model = lab.tiny()
     for inputs in ("logits", "hidden"):
         check_head(model, inputs)

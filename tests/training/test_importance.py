@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from dataclasses import replace
 from pathlib import Path
-from types import ModuleType
 
 import numpy as np
+import policy_lab as lab
 import pytest
 import torch
 from srpo_kernels import token_logprobs, topk_support
@@ -32,7 +32,7 @@ def sampled_logprobs(batch: Batch, policy: Policy, temperature: float, top_k: in
 @pytest.mark.parametrize("kind", ["truncate", "mask"])
 @pytest.mark.parametrize("num_updates", [1, 2])
 @pytest.mark.parametrize("top_k", [None, 10])
-def test_weights_are_multiplied_once(lab: ModuleType, tmp_path: Path, kind: str, num_updates: int, top_k: int | None) -> None:
+def test_weights_are_multiplied_once(tmp_path: Path, kind: str, num_updates: int, top_k: int | None) -> None:
     """The gradient and loss of an update whose weights were multiplied by hand, whatever ratios are taken on."""
     policy, cap = Policy(lab.tiny(1)), 1.3
     plain = replace(lab.ON_POLICY, top_k=top_k, num_updates=num_updates)
@@ -58,7 +58,7 @@ def test_weights_are_multiplied_once(lab: ModuleType, tmp_path: Path, kind: str,
     assert any((off[name] - gradient).norm() > 1e-2 * gradient.norm() for name, gradient in want.items())
 
 
-def test_nothing_changes_where_sampler_and_trainer_agree(lab: ModuleType, tmp_path: Path) -> None:
+def test_nothing_changes_where_sampler_and_trainer_agree(tmp_path: Path) -> None:
     policy = Policy(lab.tiny(1))
     parts = [b.with_(sampling_logprobs=spread(b, sampled_logprobs(b, policy, 0.9, 10))) for b in lab.batches(4, 30)]
     off, _ = lab.gradients(parts, lab.one_process(), tmp_path / "dump.pt", lab.ON_POLICY)
@@ -70,7 +70,7 @@ def test_nothing_changes_where_sampler_and_trainer_agree(lab: ModuleType, tmp_pa
 
 
 @pytest.mark.parametrize("num_updates", [1, 2])
-def test_a_replayed_support_is_what_ratios_are_taken_on(lab: ModuleType, tmp_path: Path, num_updates: int) -> None:
+def test_a_replayed_support_is_what_ratios_are_taken_on(tmp_path: Path, num_updates: int) -> None:
     """The engine kept other ids than the trainer would: the log-probabilities are those on the engine's, and agree with it."""
     policy, older = Policy(lab.tiny(1)), Policy(lab.tiny(7))
     rollouts = lab.rollouts(3, [(3, 5), (2, 7), (4, 1)])
@@ -102,7 +102,7 @@ def test_a_replayed_support_is_what_ratios_are_taken_on(lab: ModuleType, tmp_pat
     assert metrics["rollout/mismatch_max"] > 1e-2
 
 
-def test_a_batch_without_all_supports_has_none(lab: ModuleType) -> None:
+def test_a_batch_without_all_supports_has_none() -> None:
     rollouts = lab.rollouts(3, [(3, 5), (2, 7)])
     rollouts[0] = replace(rollouts[0], support=np.zeros((5, 2), dtype=np.int32))
     (batch,) = pack(rollouts, torch.ones(2, len(lab.STEPS)), torch.ones(2))

@@ -5,10 +5,10 @@ from __future__ import annotations
 import math
 from dataclasses import replace
 from pathlib import Path
-from types import ModuleType
 from typing import Any
 
 import pytest
+import small_world as small
 
 import srpo.train
 import srpo.training.ppo
@@ -39,7 +39,7 @@ def test_the_baselines_are_there() -> None:
 
 
 @pytest.mark.parametrize("path", [path for path in BASELINES if path.stem != "dpo"], ids=lambda path: path.stem)
-def test_every_baseline_trains(small: ModuleType, world: Any, tmp_path: Path, path: Path) -> None:
+def test_every_baseline_trains(world: Any, tmp_path: Path, path: Path) -> None:
     cfg = replace(apply_toml(world.config(tmp_path / "run", num_steps=2), path), run_dir=str(tmp_path / "run"))
     assert cfg != world.config(tmp_path / "run", num_steps=2)
     train(cfg, small.ONE)
@@ -53,7 +53,7 @@ def test_every_baseline_trains(small: ModuleType, world: Any, tmp_path: Path, pa
     assert not small.same_bits(small.parameters_of(tmp_path / "run" / "policy"), small.parameters_of(world.policy))
 
 
-def test_cut_responses_stay_out_of_the_loss_and_are_counted(small: ModuleType, world: Any, tmp_path: Path) -> None:
+def test_cut_responses_stay_out_of_the_loss_and_are_counted(world: Any, tmp_path: Path) -> None:
     cfg = world.config(
         tmp_path, num_steps=1, rollout={"max_new_tokens": 38}, loss={"overlong": "mask"}, sampler={"difficulty_low": -1.0}
     )
@@ -65,7 +65,7 @@ def test_cut_responses_stay_out_of_the_loss_and_are_counted(small: ModuleType, w
     assert 0 < line["train/num_tokens"] <= 16 * line["rollout/response_length"] - 38 * line["rollout/num_masked"] + 1e-6
 
 
-def test_a_step_whose_responses_are_all_masked_is_no_trouble(small: ModuleType, world: Any, tmp_path: Path) -> None:
+def test_a_step_whose_responses_are_all_masked_is_no_trouble(world: Any, tmp_path: Path) -> None:
     cfg = world.config(
         tmp_path, num_steps=1, rollout={"max_new_tokens": 2}, loss={"overlong": "mask"}, sampler={"difficulty_low": -1.0}
     )
@@ -77,7 +77,7 @@ def test_a_step_whose_responses_are_all_masked_is_no_trouble(small: ModuleType, 
 
 
 @pytest.mark.parametrize("rewards", ["step_ends", "end"])
-def test_the_critic_s_first_advantages_are_the_rewards_to_go(small: ModuleType, world: Any, tmp_path: Path, rewards: str) -> None:
+def test_the_critic_s_first_advantages_are_the_rewards_to_go(world: Any, tmp_path: Path, rewards: str) -> None:
     """A critic of 0 and lambda 1: with rewards at the end every token of a response has its total, whitened over tokens, which is
     REINFORCE; with rewards at the step ends its step's return, which is SRPO."""
     same = {"advantage": {"method": "reinforce"}} if rewards == "end" else {}
@@ -94,7 +94,7 @@ def five_steps(world: Any, run_dir: Path) -> Config:
 
 
 @pytest.fixture(scope="module")
-def whole(small: ModuleType, world: Any, tmp_path_factory: pytest.TempPathFactory) -> Path:
+def whole(world: Any, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The folder of a run that was never stopped."""
     run_dir = tmp_path_factory.mktemp("ppo") / "whole"
     train(five_steps(world, run_dir), small.ONE)
@@ -103,7 +103,7 @@ def whole(small: ModuleType, world: Any, tmp_path_factory: pytest.TempPathFactor
 
 @pytest.mark.parametrize("where", ["assign_credit", "policy checkpoint", "save_policy"])
 def test_stopped_anywhere_ppo_ends_the_same(
-    small: ModuleType, world: Any, whole: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, where: str
+    world: Any, whole: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, where: str
 ) -> None:
     stopped = five_steps(world, tmp_path / "stopped")
     name = "save_checkpoint" if where == "policy checkpoint" else where  # of the policy: the critic's is there by then
@@ -129,7 +129,7 @@ def test_stopped_anywhere_ppo_ends_the_same(
     assert len(list((tmp_path / "stopped" / "critic").iterdir())) == 2
 
 
-def test_without_its_critic_a_run_does_not_go_on(small: ModuleType, world: Any, tmp_path: Path) -> None:
+def test_without_its_critic_a_run_does_not_go_on(world: Any, tmp_path: Path) -> None:
     cfg = world.config(tmp_path, num_steps=1, **PPO)
     train(cfg, small.ONE)
     (tmp_path / "critic").rename(tmp_path / "elsewhere")
@@ -143,7 +143,7 @@ STEPS = (
 )
 
 
-def toy(small: ModuleType, world: Any, folder: Path, **changes: Any) -> Config:
+def toy(world: Any, folder: Path, **changes: Any) -> Config:
     """Random text, rewarded for certain letters: everything is to be learned and a few steps are enough."""
     tokenizer = load_tokenizer(world.base)
     make_tiny(tokenizer, TinyConfig(**{**vars(small.TINY), "initializer_range": 0.2}), 5).save_pretrained(folder / "base")
@@ -167,8 +167,8 @@ def toy(small: ModuleType, world: Any, folder: Path, **changes: Any) -> Config:
 
 
 @pytest.mark.parametrize("method", [pytest.param("reinforce", marks=pytest.mark.slow), "rloo", "ppo"])
-def test_rewards_rise(small: ModuleType, world: Any, tmp_path: Path, method: str) -> None:
+def test_rewards_rise(world: Any, tmp_path: Path, method: str) -> None:
     """REINFORCE is slow for being PPO in a special case: test_the_critic_s_first_advantages_are_the_rewards_to_go[end]."""
-    train(toy(small, world, tmp_path, advantage={"method": method}, critic={"optimizer": {"lr": 1e-3}}), small.ONE)
+    train(toy(world, tmp_path, advantage={"method": method}, critic={"optimizer": {"lr": 1e-3}}), small.ONE)
     rewards = [line["reward/total"] for line in small.metrics_of(tmp_path / "run")]
     assert sum(rewards[-12:]) / 12 > sum(rewards[:6]) / 6 + 0.1, rewards  # the noise of one step is 0.08

@@ -7,10 +7,10 @@ import time
 from collections import Counter
 from dataclasses import replace
 from pathlib import Path
-from types import ModuleType
 from typing import Any
 
 import pytest
+import small_world as small
 import torch
 
 import srpo.train
@@ -47,9 +47,7 @@ def files_of(run_dir: Path) -> list[bytes]:
 # ---- scoring beside sampling ---------------------------------------------------------------------------------------------------
 
 
-def test_scored_meanwhile_or_afterwards_it_is_the_same_run(
-    small: ModuleType, world: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_scored_meanwhile_or_afterwards_it_is_the_same_run(world: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Bit for bit, with several waves, a judge that takes its time, and refill rounds."""
     threads: Counter[bool] = Counter()
     original = srpo.train.score_rollouts
@@ -77,7 +75,7 @@ def test_scored_meanwhile_or_afterwards_it_is_the_same_run(
 # ---- what is cut ---------------------------------------------------------------------------------------------------------------
 
 
-def test_the_last_groups_are_cut_and_their_prompts_come_back(small: ModuleType, world: Any, tmp_path: Path) -> None:
+def test_the_last_groups_are_cut_and_their_prompts_come_back(world: Any, tmp_path: Path) -> None:
     """Of six prompts the four that finish first; on this engine, those with the shortest prompts, as 256 rows are one wave."""
     drawn: list[list[str]] = []
     original = Curriculum.next
@@ -107,13 +105,13 @@ def test_the_last_groups_are_cut_and_their_prompts_come_back(small: ModuleType, 
             assert cut <= set(drawn[number])  # nothing is lost: they are drawn again at once
 
 
-def test_a_tail_is_cut_without_others_in_its_place(small: ModuleType, world: Any, tmp_path: Path) -> None:
+def test_a_tail_is_cut_without_others_in_its_place(world: Any, tmp_path: Path) -> None:
     train(world.config(tmp_path / "run", num_steps=1, rollout={"cut_tail": 0.25, "overlap": "on"}), small.ONE)
     (line,) = small.metrics_of(tmp_path / "run")
     assert line["rollout/num_cut_groups"] == 1 and line["rollout/num_groups"] == 3 and line["rollout/num_responses"] == 12
 
 
-def test_nothing_is_cut_by_default(small: ModuleType, world: Any, tmp_path: Path) -> None:
+def test_nothing_is_cut_by_default(world: Any, tmp_path: Path) -> None:
     train(world.config(tmp_path / "run", num_steps=1), small.ONE)
     assert "rollout/num_cut_groups" not in small.metrics_of(tmp_path / "run")[0]
 
@@ -121,9 +119,7 @@ def test_nothing_is_cut_by_default(small: ModuleType, world: Any, tmp_path: Path
 # ---- one step ahead ------------------------------------------------------------------------------------------------------------
 
 
-def test_one_step_ahead_the_samples_are_one_step_older(
-    small: ModuleType, world: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_one_step_ahead_the_samples_are_one_step_older(world: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Version 0 samples the batches of steps 1 and 2; each prompt is drawn once; and it is sampled beside the update."""
     beside: list[bool] = []
     running = threading.Event()
@@ -162,7 +158,7 @@ def test_one_step_ahead_the_samples_are_one_step_older(
     assert "eval/macro_f1" in lines[1] and "eval/macro_f1" in lines[3]
 
 
-def test_turned_off_nothing_of_it_is_there(small: ModuleType, world: Any, tmp_path: Path) -> None:
+def test_turned_off_nothing_of_it_is_there(world: Any, tmp_path: Path) -> None:
     """The first step of a run that samples ahead is that of any run, but for the rounding that importance weights see."""
     train(world.config(tmp_path / "off", num_steps=1), small.ONE)
     train(world.config(tmp_path / "on", num_steps=1, **AHEAD), small.ONE)
@@ -172,7 +168,7 @@ def test_turned_off_nothing_of_it_is_there(small: ModuleType, world: Any, tmp_pa
     assert (tmp_path / "off/rollouts.jsonl").read_bytes() == (tmp_path / "on/rollouts.jsonl").read_bytes()
 
 
-def test_a_killed_run_loses_no_prompt(small: ModuleType, world: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_killed_run_loses_no_prompt(world: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Stopped with a batch under way, it draws that batch's prompts again, in order, and samples them with newer weights."""
     whole = world.config(tmp_path / "whole", **changes(AHEAD, {"num_steps": 5, "sampler": {"refill": 1}}))
     train(whole, small.ONE)
@@ -199,7 +195,7 @@ def test_a_killed_run_loses_no_prompt(small: ModuleType, world: Any, tmp_path: P
     assert {r.policy_version for r in got[4][:16]} == {2}  # and it is one step ahead again
 
 
-def test_a_new_stage_begins_with_samples_of_its_own(small: ModuleType, world: Any, tmp_path: Path) -> None:
+def test_a_new_stage_begins_with_samples_of_its_own(world: Any, tmp_path: Path) -> None:
     """What was drawn ahead is of the stage that has ended: it is dropped, as if it had not been drawn."""
     stages = (
         StageConfig("first", num_steps=2, tags={"grade": ("L1", "L2")}),
@@ -219,9 +215,7 @@ def test_a_new_stage_begins_with_samples_of_its_own(small: ModuleType, world: An
     assert rank["extra"]["sampler"]["rates"]["step"] == 4  # the clock of the estimates has not counted the batch that was dropped
 
 
-def test_what_fails_beside_the_update_ends_the_run(
-    small: ModuleType, world: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_what_fails_beside_the_update_ends_the_run(world: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     original = srpo.train.score_rollouts
 
     def failing(*args: Any) -> list[Rollout]:
@@ -235,7 +229,7 @@ def test_what_fails_beside_the_update_ends_the_run(
     assert [line["step"] for line in small.metrics_of(tmp_path / "run")] == [1]
 
 
-def test_two_ranks_sample_ahead_and_cut(small: ModuleType, world: Any, tmp_path: Path) -> None:
+def test_two_ranks_sample_ahead_and_cut(world: Any, tmp_path: Path) -> None:
     settings = changes(AHEAD, {"num_steps": 3, "rollout": {"oversample": 0.5}, "sampler": {"refill": 1}})
     small.Program("srpo.train", world.config(tmp_path / "run", **settings), tmp_path, num_ranks=2).finish()
     lines, steps = small.metrics_of(tmp_path / "run"), steps_of(tmp_path / "run")
@@ -250,7 +244,7 @@ def test_two_ranks_sample_ahead_and_cut(small: ModuleType, world: Any, tmp_path:
 
 
 @pytest.mark.parametrize("num_updates", [1, 2])
-def test_ratios_on_the_engine_s_support(small: ModuleType, world: Any, tmp_path: Path, num_updates: int) -> None:
+def test_ratios_on_the_engine_s_support(world: Any, tmp_path: Path, num_updates: int) -> None:
     """On-policy it is the trainer's own, so the run is the same but for rounding; a step ahead, what was sampled stays inside."""
     losses = {"num_updates": num_updates, "kl_coef": 0.05}
     common = {"rollout": {"top_k": 20}, "loss": losses, "num_steps": 1}

@@ -3,8 +3,8 @@ from __future__ import annotations
 import json
 from dataclasses import replace
 from pathlib import Path
-from types import ModuleType
 
+import policy_lab as lab
 import pytest
 import torch
 from srpo_kernels import token_logprobs, topk_support
@@ -17,7 +17,7 @@ from srpo.training.update import NonFiniteError, Objective, optimizer_step, read
 
 
 def run(
-    lab: ModuleType, policy: Policy, parts: list[Batch], objective: Objective, tmp_path: Path, reference: Policy | None = None
+    policy: Policy, parts: list[Batch], objective: Objective, tmp_path: Path, reference: Policy | None = None
 ) -> tuple[dict[str, torch.Tensor], dict[str, float]]:
     """(gradients, metrics) of `update` on batches as they are."""
     recorder = lab.Recorder(policy)
@@ -54,7 +54,7 @@ def test_objective_reads_the_config() -> None:
     assert Objective.of(LossConfig(), RolloutConfig(top_k=0)).sampling_top_k is None
 
 
-def test_one_update_needs_no_old_logprobs(lab: ModuleType) -> None:
+def test_one_update_needs_no_old_logprobs() -> None:
     policy, reference = Policy(lab.tiny(1)), Policy(lab.tiny(2))
     (filtered,) = with_logprobs(lab.batches(0), policy, reference, lab.ON_POLICY, lab.one_process())
     assert filtered.old_logprobs is None and filtered.kept_ids is None and filtered.ref_logprobs is None
@@ -65,7 +65,7 @@ def test_one_update_needs_no_old_logprobs(lab: ModuleType) -> None:
     assert torch.allclose(unfiltered.ref_logprobs[index], labelled(unfiltered, reference, 0.9, None), atol=1e-6)
 
 
-def test_several_updates_fix_old_support_and_reference(lab: ModuleType) -> None:
+def test_several_updates_fix_old_support_and_reference() -> None:
     policy, reference = Policy(lab.tiny(1)), Policy(lab.tiny(2))
     objective = replace(lab.ON_POLICY, num_updates=2)
     (batch,) = with_logprobs(lab.batches(0), policy, reference, objective, lab.one_process())
@@ -81,7 +81,7 @@ def test_several_updates_fix_old_support_and_reference(lab: ModuleType) -> None:
 
 @pytest.mark.parametrize("top_k", [None, 10])
 @pytest.mark.parametrize("estimator", ["k3", "full"])
-def test_first_of_several_updates_equals_the_only_one(lab: ModuleType, top_k: int | None, estimator: str, tmp_path: Path) -> None:
+def test_first_of_several_updates_equals_the_only_one(top_k: int | None, estimator: str, tmp_path: Path) -> None:
     """Old logprobs that are computed ahead, and those that are not, are the same policy's."""
     results = []
     for num_updates in (1, 2):
@@ -94,10 +94,10 @@ def test_first_of_several_updates_equals_the_only_one(lab: ModuleType, top_k: in
         assert (grad - grads_ahead[name]).norm() <= 1e-4 * grad.norm(), name
 
 
-def test_metrics_are_declared_and_right(lab: ModuleType, tmp_path: Path) -> None:
+def test_metrics_are_declared_and_right(tmp_path: Path) -> None:
     policy, parts = Policy(lab.tiny(1)), lab.batches(5, 30)
     objective = replace(lab.ON_POLICY, kl_coef=0.0)
-    _, metrics = run(lab, policy, parts, objective, tmp_path)
+    _, metrics = run(policy, parts, objective, tmp_path)
     for key in metrics:
         check_key(key)
     gap = torch.cat([labelled(b, policy, 0.9, 10) - b.rows()[1].sampling_logprobs for b in parts]).double()
@@ -111,7 +111,7 @@ def test_metrics_are_declared_and_right(lab: ModuleType, tmp_path: Path) -> None
 @pytest.mark.parametrize("num_updates", [1, 2])
 @pytest.mark.parametrize("top_k", [None, 10])
 def test_no_mismatch_where_the_engine_sampled_what_the_trainer_computes(
-    lab: ModuleType, num_updates: int, top_k: int | None, tmp_path: Path
+    num_updates: int, top_k: int | None, tmp_path: Path
 ) -> None:
     policy = Policy(lab.tiny(1))
     parts = []
@@ -121,12 +121,12 @@ def test_no_mismatch_where_the_engine_sampled_what_the_trainer_computes(
         parts.append(batch.with_(sampling_logprobs=exact))
     objective = replace(lab.ON_POLICY, top_k=top_k, num_updates=num_updates, kl_coef=0.0)
     ready = with_logprobs(parts, policy, None, objective, lab.one_process())
-    _, metrics = run(lab, policy, ready, objective, tmp_path)
+    _, metrics = run(policy, ready, objective, tmp_path)
     assert metrics["rollout/mismatch_max"] < 1e-5
     assert abs(metrics["rollout/mismatch_kl"]) < 1e-9
 
 
-def test_step_goes_down_the_gradient_after_the_clip(lab: ModuleType, tmp_path: Path) -> None:
+def test_step_goes_down_the_gradient_after_the_clip(tmp_path: Path) -> None:
     policy = Policy(lab.tiny(1))
     before = {name: p.detach().clone() for name, p in policy.named_parameters()}
     objective = replace(lab.ON_POLICY, kl_coef=0.0)
@@ -141,13 +141,13 @@ def test_step_goes_down_the_gradient_after_the_clip(lab: ModuleType, tmp_path: P
     assert all(p.grad is None for p in policy.parameters())
 
 
-def test_kl_without_a_reference_is_an_error(lab: ModuleType, tmp_path: Path) -> None:
+def test_kl_without_a_reference_is_an_error(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="kl_coef"):
-        run(lab, Policy(lab.tiny()), lab.batches(0), lab.ON_POLICY, tmp_path)
+        run(Policy(lab.tiny()), lab.batches(0), lab.ON_POLICY, tmp_path)
 
 
 @pytest.mark.parametrize("poison", ["weights", "parameter"])
-def test_non_finite_stops_before_the_step_with_a_dump_that_reproduces_it(lab: ModuleType, poison: str, tmp_path: Path) -> None:
+def test_non_finite_stops_before_the_step_with_a_dump_that_reproduces_it(poison: str, tmp_path: Path) -> None:
     policy, parts = Policy(lab.tiny(1)), lab.batches(3, 30)
     if poison == "weights":
         parts[1] = parts[1].with_(weights=parts[1].weights * float("inf"))
@@ -179,7 +179,7 @@ def test_non_finite_on_one_rank_stops_all_and_each_dumps(two_ranks: Path) -> Non
     assert not torch.isnan(read_dump(two_ranks / "dump.pt")["batches"][0].weights).any()
 
 
-def test_optimizer_step_takes_any_loss(lab: ModuleType, tmp_path: Path) -> None:
+def test_optimizer_step_takes_any_loss(tmp_path: Path) -> None:
     """What SFT does: fewer nats per token after some steps."""
     policy, (batch,) = Policy(lab.tiny(1)), lab.batches(2)
     optimizer = torch.optim.AdamW(policy.parameters(), lr=0.01)

@@ -7,10 +7,10 @@ from collections.abc import Iterator
 from contextlib import closing
 from dataclasses import replace
 from pathlib import Path
-from types import ModuleType
 from typing import Any
 
 import pytest
+import small_world as small
 import torch
 
 from srpo.core.batch import read_rollouts
@@ -116,7 +116,7 @@ def settings(world: Any, checkpoint: Path, folder: Path, **changes: Any) -> Conf
     return world.config(folder / "run", **{**common, **changes, "rollout": {**rollout, **changes.get("rollout", {})}})
 
 
-def test_training_one_step_behind(small: ModuleType, world: Any, checkpoint: Path, tmp_path: Path) -> None:
+def test_training_one_step_behind(world: Any, checkpoint: Path, tmp_path: Path) -> None:
     """Cut, ahead, with the engine's support; the gap between trainer and sampler is that of one update, and bounded."""
     rollout = {"off_policy_steps": 1, "oversample": 0.5, "support": "replay", "top_k": 50}
     train(settings(world, checkpoint, tmp_path, rollout=rollout, loss={"importance": "truncate"}), small.ONE)
@@ -135,7 +135,7 @@ def test_training_one_step_behind(small: ModuleType, world: Any, checkpoint: Pat
 
 
 @pytest.mark.slow
-def test_scored_meanwhile_or_afterwards(small: ModuleType, world: Any, checkpoint: Path, tmp_path: Path) -> None:
+def test_scored_meanwhile_or_afterwards(world: Any, checkpoint: Path, tmp_path: Path) -> None:
     """The first step, whose weights are the checkpoint's: the same rollouts, scored alike."""
     found = []
     for overlap in ("auto", "off"):

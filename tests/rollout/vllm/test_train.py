@@ -8,10 +8,10 @@ import statistics
 from collections.abc import Callable
 from itertools import islice
 from pathlib import Path
-from types import ModuleType
 from typing import Any
 
 import pytest
+import small_world as small
 import torch
 
 from srpo.core.batch import read_rollouts
@@ -32,7 +32,7 @@ VLLM = {"engine": "vllm", "vllm": {"kv_cache_mib": 64, "bucket_mib": 1}}
 
 
 @pytest.fixture(scope="module")
-def policy(small: ModuleType, world: Any, tmp_path_factory: pytest.TempPathFactory) -> Path:
+def policy(world: Any, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The small world's policy with heads as long as vLLM's CPU attention wants them."""
     folder = tmp_path_factory.mktemp("long_heads")
     tokenizer = load_tokenizer(world.policy)
@@ -43,7 +43,7 @@ def policy(small: ModuleType, world: Any, tmp_path_factory: pytest.TempPathFacto
 
 
 @pytest.fixture
-def run(small: ModuleType, world: Any, policy: Path) -> Callable[..., tuple[Config, list[dict[str, float]]]]:
+def run(world: Any, policy: Path) -> Callable[..., tuple[Config, list[dict[str, float]]]]:
     """A function that trains from the policy and returns the settings and the metrics."""
 
     def trained(folder: Path, **changes: Any) -> tuple[Config, list[dict[str, float]]]:
@@ -54,7 +54,7 @@ def run(small: ModuleType, world: Any, policy: Path) -> Callable[..., tuple[Conf
     return trained
 
 
-def test_a_run_samples_with_vllm_from_the_trainers_weights(run, small, world, policy, tmp_path):
+def test_a_run_samples_with_vllm_from_the_trainers_weights(run, world, policy, tmp_path):
     changes = {"num_steps": 3, "data": {"train": str(world.train), "eval": str(world.eval)}}
     cfg, lines = run(tmp_path / "run", rollout={**VLLM, "num_prompts": 4, "group_size": 16}, **changes)
     assert [line["step"] for line in lines] == [1, 2, 3]
@@ -70,7 +70,7 @@ def test_a_run_samples_with_vllm_from_the_trainers_weights(run, small, world, po
 
 
 @pytest.mark.slow
-def test_training_gains_with_vllm_what_it_gains_with_the_local_engine(run, small, tmp_path):
+def test_training_gains_with_vllm_what_it_gains_with_the_local_engine(run, tmp_path):
     """On pairs of which the item is always of another kind: what to say is there to be found, and the policy seldom says it."""
     examples = World(0).examples("train", 4000, start=small.NUM_PAIRS)
     write_examples(tmp_path / "strangers.jsonl", islice((e for e in examples if e.gold[2] == "mismatch"), 16))
