@@ -32,11 +32,12 @@ import torch
 from transformers import PreTrainedTokenizerBase, TrainerCallback
 
 from srpo.core.batch import Rollout, pack
+from srpo.core.config.demo import TinyConfig
 from srpo.core.config.train import AdvantageConfig, LossConfig, OptimizerConfig, RolloutConfig, SamplerConfig
 from srpo.core.steps import PAPER_STEPS, StepSchema
 from srpo.data.examples import Example
 from srpo.data.tokenizer import encode, load_tokenizer, train_tokenizer
-from srpo.policy.model import Policy, TinyConfig, load_policy, make_tiny, save_policy
+from srpo.policy.model import Policy, load_policy, make_tiny, save_policy
 from srpo.policy.parallel import init_parallel
 from srpo.rollout.engine import SamplingParams
 from srpo.rollout.local import LocalEngine

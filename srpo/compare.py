@@ -9,10 +9,10 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from srpo.core.config.evaluation import BootstrapConfig, CompareConfig
 from srpo.core.run_dir import write_whole
 from srpo.core.settings import check_one_process, run_program
 from srpo.core.steps import StepSchema
@@ -20,29 +20,12 @@ from srpo.core.tables import percent, text_table
 from srpo.data.examples import Example
 from srpo.data.readers import load_examples
 from srpo.evaluate import check_tags, run_settings
-from srpo.scores.bootstrap import BootstrapConfig
 from srpo.scores.evaluation import Results, consistency_rows, results_dict, score_rows
-from srpo.scores.pages import Pages, PagesConfig, judged_examples, read_judgments, read_pages, read_verdicts, shown_grades
+from srpo.scores.pages import Pages, judged_examples, read_judgments, read_pages, read_verdicts, shown_grades
 from srpo.scores.paired import compare_systems
 from srpo.scores.responses import Responses, from_file, verdicts_alone
 from srpo.scores.side_by_side import side_by_side
 from srpo.scores.tally import true_grades
-
-
-@dataclass(frozen=True)
-class CompareConfig:
-    """`python -m srpo.compare --a runs/sft/evaluation --b runs/demo/evaluation --data held_out.jsonl`"""
-
-    a: str = ""  # the baseline: a rollouts.jsonl, predictions (JSON Lines), or the folder of an evaluation
-    b: str = ""  # the system under test: the same
-    data: str = ""  # graded examples (docs/data.md); each needs one response of either system
-    name_a: str = "A"  # name of the baseline in tables, and in pages.file
-    name_b: str = "B"  # name of the system under test
-    config: str = ""  # TOML with the steps; empty: config.toml of the run that b lies in
-    out: str = ""  # file for the results; empty: comparison.json beside b, or beside pages.file
-    by: tuple[str, ...] = ("query_type",)  # tags of examples and queries: everything again for each of their values
-    bootstrap: BootstrapConfig = field(default_factory=BootstrapConfig)
-    pages: PagesConfig = field(default_factory=PagesConfig)
 
 
 def main(config: CompareConfig) -> None:

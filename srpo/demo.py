@@ -12,15 +12,16 @@ import shlex
 import sys
 import time
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field, replace
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
 
+from srpo.core.config.demo import DemoConfig
+from srpo.core.config.sft import SftConfig
 from srpo.core.config.train import (
-    AdvantageConfig,
     Config,
     DataConfig,
     LossConfig,
@@ -40,17 +41,17 @@ from srpo.data.examples import Example
 from srpo.data.prompts import build_prompt
 from srpo.data.readers import load_examples, read_examples, split_by_query, write_examples
 from srpo.data.silver import Lexicon, silver_response
-from srpo.data.teacher import TeacherBias, teach
+from srpo.data.teacher import teach
 from srpo.data.tokenizer import load_tokenizer, train_tokenizer
 from srpo.data.world import World
 from srpo.evaluate import evaluate_policy
-from srpo.policy.model import TinyConfig, load_policy, make_tiny
+from srpo.policy.model import load_policy, make_tiny
 from srpo.policy.parallel import Parallel, init_parallel
 from srpo.report import before_after_table
 from srpo.rollout.local import LocalEngine
 from srpo.scores.evaluation import true_grades
 from srpo.scores.plots import write_plots
-from srpo.sft import SftConfig, read_pairs, sft, write_pairs
+from srpo.sft import read_pairs, sft, write_pairs
 from srpo.train import train
 
 PROMPT = DataConfig().prompt
@@ -59,35 +60,6 @@ PHRASES = (
     "Query: ", "\nItem: ", "\nbrand: ", "\ncolor: ", "\ncategory: ", "\ntext: ",
     "1. Query intent: ", "\n2. Item: ", "\n3. Category match: ", "\n4. Attribute match: ", "\n5. Verdict: ",
 )  # fmt: skip
-
-
-@dataclass(frozen=True)
-class DemoConfig:
-    """`python -m srpo.demo --seed 1 --run-dir runs/demo-1`"""
-
-    run_dir: str = "runs/demo"
-    seed: int = 0
-    data: str = ""  # judged pairs (docs/data.md); empty: the catalogue world
-    eval_frac: float = 0.2  # share of the queries of `data` that is held out
-    drop_fields: tuple[str, ...] = ("text",)  # product fields of `data` that are too long for a tiny model's prompt
-    num_demonstrations: int = 60_000  # pairs of the world that the teacher answers
-    num_train: int = 8_000  # further pairs of the world for reinforcement
-    num_eval: int = 4096  # held-out pairs judged before and after
-    vocab_size: int = 1536
-    model: TinyConfig = field(default_factory=TinyConfig)
-    bias: TeacherBias = field(default_factory=TeacherBias)  # what the teacher gets wrong (catalogue world)
-    judge_error_rate: float = 0.05  # of the simulated annotator that stands for R_phi on S1 and S2 (catalogue world)
-    sft_steps: int = 1300
-    sft_batch: int = 64
-    sft_lr: float = 2e-3
-    rl_steps: int = 45
-    num_prompts: int = 96
-    group_size: int = 8
-    rl_lr: float = 1e-4
-    kl_coef: float = 0.001
-    max_new_tokens: int = 80
-    eval_every: int = 9
-    advantage: AdvantageConfig = field(default_factory=AdvantageConfig)
 
 
 def demo(cfg: DemoConfig, parallel: Parallel) -> dict[str, Any]:

@@ -9,7 +9,6 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Sequence
-from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
@@ -18,12 +17,12 @@ from srpo_kernels import step_of_row
 
 from srpo.algorithm.losses import dpo_loss
 from srpo.core.batch import Batch, Rollout, pack, read_rollouts
-from srpo.core.config.train import OptimizerConfig, PolicyConfig
+from srpo.core.config.dpo import DpoConfig
 from srpo.core.progress import Progress
 from srpo.core.run_dir import claim_run_dir, write_whole
 from srpo.core.settings import run_program
-from srpo.core.steps import PAPER_STEPS, StepSchema, StepSpec
-from srpo.data.preferences import PairRules, Preference, pairs_from_rollouts, read_preferences
+from srpo.core.steps import StepSchema
+from srpo.data.preferences import Preference, pairs_from_rollouts, read_preferences
 from srpo.data.readers import load_examples
 from srpo.data.tokenizer import encode, load_tokenizer
 from srpo.policy.loading import load_to_shard
@@ -35,28 +34,6 @@ from srpo.training.supervised import fit
 from srpo.training.update import level
 
 REFERENCE_BATCH = 256  # pairs between two updates of the progress bar while the reference is scored
-
-
-@dataclass(frozen=True)
-class DpoConfig:
-    """`python -m srpo.dpo --rollouts runs/demo/rollouts.jsonl --policy.path runs/demo/sft/policy`"""
-
-    run_dir: str = "runs/dpo"
-    seed: int = 0
-    pairs: str = ""  # JSON Lines of {"prompt": "...", "chosen": "...", "rejected": "..."}
-    rollouts: str = ""  # instead of pairs: a rollouts.jsonl of the same tokenizer
-    data: str = ""  # with rollouts: graded examples, whose labels say which verdict is right; empty: the rewards of the rollouts
-    rules: PairRules = field(default_factory=PairRules)  # with rollouts: how responses become pairs
-    steps: tuple[StepSpec, ...] = PAPER_STEPS
-    num_steps: int = 200
-    batch_size: int = 32  # pairs per optimizer step, over all ranks
-    micro_batch_tokens: int = 16384
-    checkpoint_every: int = 100
-    inputs: Literal["logits", "hidden"] = "logits"  # of the loss; hidden: as loss.inputs of srpo.train
-    beta: float = 0.1  # how dear it is to leave the reference
-    label_smoothing: float = 0.0  # how often a preference is taken to be wrong
-    policy: PolicyConfig = field(default_factory=PolicyConfig)
-    optimizer: OptimizerConfig = field(default_factory=lambda: OptimizerConfig(lr=1e-6, warmup_steps=10, schedule="linear"))
 
 
 def load_preferences(cfg: DpoConfig, tokenizer: Any) -> tuple[list[Preference], dict[str, Any]]:

@@ -10,14 +10,15 @@ from __future__ import annotations
 import json
 import tomllib
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import replace
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import torch
 
 from srpo.core.batch import Rollout, write_rollouts
-from srpo.core.config.train import Config, VllmConfig
+from srpo.core.config.evaluation import BootstrapConfig, EvaluateConfig
+from srpo.core.config.train import Config
 from srpo.core.progress import Progress
 from srpo.core.run_dir import write_whole
 from srpo.core.settings import apply_toml, check_one_process, run_program
@@ -33,28 +34,8 @@ from srpo.rollout.build import open_vllm
 from srpo.rollout.engine import Engine, SamplingParams, check_prompts
 from srpo.rollout.local import LocalEngine
 from srpo.rollout.rollouts import to_rollouts
-from srpo.scores.bootstrap import BootstrapConfig
 from srpo.scores.evaluation import predicted_grade, results_dict, true_grades
 from srpo.scores.responses import from_predictions, from_rollouts, load_rollouts, read_predictions
-
-
-@dataclass(frozen=True)
-class EvaluateConfig:
-    """`python -m srpo.evaluate --checkpoint runs/demo/policy --data held_out.jsonl`"""
-
-    checkpoint: str = ""  # folder of a Hugging Face checkpoint; its responses are decoded greedily
-    rollouts: str = ""  # instead of a checkpoint: a rollouts.jsonl
-    predictions: str = ""  # instead of a checkpoint: JSON Lines of example_id, prediction (1..4 or null) and maybe answers [J]
-    data: str = ""  # graded examples (docs/data.md); empty: data.eval of the run's settings
-    config: str = ""  # TOML with steps, data.prompt and rollout.max_new_tokens; empty: config.toml of the run, in a folder above
-    out: str = ""  # folder for what is written; empty: `evaluation` beside the checkpoint or file
-    limit: int = 0  # only the first so many examples; 0: all
-    batch_size: int = 256
-    max_new_tokens: int = 0  # 0: as in the run's settings
-    engine: Literal["local", "vllm"] = "local"  # that decodes a checkpoint; vllm: in a process of its own
-    vllm: VllmConfig = field(default_factory=lambda: VllmConfig(gpu_memory_frac=0.85))  # of engine vllm; no trainer is beside it
-    by: tuple[str, ...] = ("query_type",)  # tags of the examples: all scores again for each of their values
-    bootstrap: BootstrapConfig = field(default_factory=BootstrapConfig)
 
 
 def evaluate_policy(

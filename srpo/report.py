@@ -7,11 +7,9 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 
-from tyro.conf import Positional
-
+from srpo.core.config.evaluation import ReportConfig
 from srpo.core.config.train import Config
 from srpo.core.metrics import read_metrics
 from srpo.core.settings import apply_toml, check_one_process, run_program
@@ -19,13 +17,6 @@ from srpo.core.steps import StepSchema
 from srpo.core.tables import percent, text_table
 from srpo.scores.evaluation import Results, consistency_rows, score_rows
 from srpo.scores.plots import write_plots
-
-
-@dataclass(frozen=True)
-class ReportConfig:
-    """`python -m srpo.report runs/demo`"""
-
-    run_dir: Positional[str] = ""  # a run folder: metrics.jsonl, and results.json where there is one
 
 
 def before_after_table(before: Results, after: Results, schema: StepSchema) -> str:

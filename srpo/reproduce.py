@@ -17,18 +17,18 @@ import sys
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
 import torch
-from tyro.conf import Positional
 
+from srpo.core.config.reproduce import ReproduceConfig
 from srpo.core.run_dir import claim_run_dir, write_whole
 from srpo.core.settings import run_program
 from srpo.experiments.lab import Lab
 from srpo.experiments.plots import plot_headline, plot_table
-from srpo.experiments.recipes import RECIPES, Scale
+from srpo.experiments.recipes import RECIPES
 from srpo.experiments.summary import headline, judge_scores_of, scores_of, summarize, table_text
 from srpo.experiments.tables import TABLES
 from srpo.policy.parallel import Parallel, init_parallel
@@ -36,18 +36,6 @@ from srpo.policy.parallel import Parallel, init_parallel
 HEADLINE = ("srpo", "srpo_discounted", "grpo")  # the last one is what the others are to beat
 NAMES = (*TABLES, "headline")
 OWN_CLAIM = {"judge_sft_steps": 0, "judge_grpo_steps": 0, "judge_lr": 0.0}  # the judges' folders claim these for themselves
-
-
-@dataclass(frozen=True)
-class ReproduceConfig:
-    """`python -m srpo.reproduce table3 --seeds 0 1 2`"""
-
-    table: Positional[str] = ""  # table1, table2, ... (not 7: it is of an online experiment), headline, or all
-    run_dir: str = "runs/reproduce"
-    seeds: tuple[int, ...] = (0, 1, 2)
-    train_only: bool = False  # make what these seeds need and write no table: for one of several processes
-    background: bool = False  # go on in a process of its own, with its output in run_dir/TABLE.log
-    scale: Scale = field(default_factory=Scale)
 
 
 def reproduce(cfg: ReproduceConfig, parallel: Parallel) -> list[dict[str, Any]]:

@@ -11,12 +11,13 @@ import math
 import time
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from itertools import groupby
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
-from srpo.core.config.train import Config, RolloutConfig
+from srpo.core.config.selection import Criteria, SelectConfig
+from srpo.core.config.train import RolloutConfig
 from srpo.core.progress import Progress
 from srpo.core.run_dir import claim_run_dir, write_whole
 from srpo.core.settings import run_program
@@ -34,7 +35,7 @@ from srpo.rewards.judge import Judge
 from srpo.rollout.build import open_engine
 from srpo.rollout.engine import Engine, Sample, SamplingParams, check_prompts
 from srpo.rollout.rollouts import to_rollouts
-from srpo.selection.criteria import Criteria, check_quotas, collect_scores, rates, select
+from srpo.selection.criteria import check_quotas, collect_scores, rates, select
 from srpo.selection.records import RecordSettings, record_of, unsampled
 from srpo.selection.report import report_json, report_of, report_text
 from srpo.selection.shards import Record, check_shard, finished_shards, read_shard, shard_seed, shards_of, write_shard
@@ -44,17 +45,6 @@ from srpo.training.run import derive_seed, make_judge, sampling_params
 # How training samples beside its updates, and what it is told for its loss: here it would be for nothing, or thrown away.
 _OF_TRAINING = ("overlap", "oversample", "cut_tail", "off_policy_steps", "support", "routing")
 _POLL_S = 0.5  # how often the first process looks whether the others have finished their shards
-
-
-@dataclass(frozen=True)
-class SelectConfig(Config):
-    """`python -m srpo.select @ configs/x.toml --select.num-examples 20000`: the settings of the training run, and these."""
-
-    records_dir: str = ""  # folder for what was sampled; empty: run_dir/select
-    shard_examples: int = 256  # examples in one call of the engine and one file: what a kill loses of each process
-    out: str = ""  # folder for the selected examples and selection.json; empty: `selected` in records_dir
-    format: Literal["parquet", "jsonl", "jsonl.gz"] = "parquet"  # of the selected examples
-    select: Criteria = field(default_factory=Criteria)
 
 
 @dataclass(frozen=True)

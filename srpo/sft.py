@@ -6,16 +6,15 @@ import hashlib
 import json
 import random
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass, field
 from functools import lru_cache
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import torch
 
 from srpo.algorithm.losses import sft_weights
 from srpo.core.batch import Batch, Rollout, pack
-from srpo.core.config.train import OptimizerConfig, PolicyConfig
+from srpo.core.config.sft import SftConfig
 from srpo.core.progress import Progress
 from srpo.core.settings import run_program
 from srpo.data.tokenizer import encode, load_tokenizer
@@ -26,24 +25,6 @@ from srpo.training.outputs import Hidden, Logits, of_outputs
 from srpo.training.supervised import fit
 
 Pair = tuple[tuple[int, ...], tuple[int, ...]]  # token ids of a prompt and of its response, which ends with the end of text
-
-
-@dataclass(frozen=True)
-class SftConfig:
-    """`python -m srpo.sft --data pairs.jsonl --policy.path base --run-dir runs/sft`"""
-
-    run_dir: str = "runs/sft"
-    seed: int = 0
-    data: str = ""  # JSON Lines of {"prompt": "...", "response": "..."}
-    num_steps: int = 1000
-    batch_size: int = 64  # responses per optimizer step, over all ranks
-    micro_batch_tokens: int = 16384
-    checkpoint_every: int = 500
-    inputs: Literal["logits", "hidden"] = "logits"  # of the loss; hidden: as loss.inputs of srpo.train
-    policy: PolicyConfig = field(default_factory=PolicyConfig)
-    optimizer: OptimizerConfig = field(
-        default_factory=lambda: OptimizerConfig(lr=2e-3, warmup_steps=30, schedule="linear", min_lr_frac=0.1)
-    )
 
 
 def write_pairs(path: Path, pairs: Iterable[tuple[str, str]]) -> None:

@@ -20,13 +20,14 @@ from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
+from srpo.core.config.judge import JudgeConfig
 from srpo.core.run_dir import claim_run_dir, write_whole
 from srpo.core.settings import run_program
 from srpo.data.readers import write_examples
 from srpo.judge_training.evaluation import judge_table, reliability_table
 from srpo.judge_training.hard_cases import case_example, mine
 from srpo.judge_training.human_queue import fill_in, queue_lines, read_queue, verified_cases
-from srpo.judge_training.inputs import QUEUE, JudgeConfig, Work, prepare, simulates
+from srpo.judge_training.inputs import QUEUE, Work, prepare, simulates
 from srpo.judge_training.judgments import as_rollout
 from srpo.judge_training.scalar import train_scalar
 from srpo.judge_training.stages import evaluate_judge, grpo_config, load_judge, vote_on

@@ -9,13 +9,13 @@ from typing import Any
 import pytest
 from judged_pairs import random_examples, random_rollouts
 
-from srpo.compare import CompareConfig, main
+from srpo.compare import main
 from srpo.core.batch import write_rollouts
+from srpo.core.config.evaluation import BootstrapConfig, CompareConfig
 from srpo.core.settings import load
 from srpo.core.steps import PAPER_STEPS, StepSchema
 from srpo.data.examples import Example
 from srpo.data.readers import write_examples
-from srpo.scores.bootstrap import BootstrapConfig
 from srpo.scores.evaluation import results_dict
 from srpo.scores.paired import compare_systems
 from srpo.scores.tally import predicted_grade

@@ -12,6 +12,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import srpo.demo
 from srpo.core.batch import read_rollouts
+from srpo.core.config.demo import DemoConfig
 from srpo.core.config.train import Config
 from srpo.core.settings import apply_toml
 from srpo.data.examples import Example
@@ -19,7 +20,7 @@ from srpo.data.prompts import build_prompt
 from srpo.data.readers import load_examples, write_examples
 from srpo.data.tokenizer import load_tokenizer
 from srpo.data.world import World
-from srpo.demo import PHRASES, DemoConfig, demo, stage, strip, train_config
+from srpo.demo import PHRASES, demo, stage, strip, train_config
 from srpo.sft import read_pairs
 
 

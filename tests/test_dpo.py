@@ -15,11 +15,12 @@ from transformers import AutoModelForCausalLM
 import srpo.dpo
 import srpo.training.supervised
 from srpo.core.batch import read_rollouts
+from srpo.core.config.dpo import DpoConfig, PairRules
 from srpo.core.config.train import OptimizerConfig, PolicyConfig
 from srpo.core.metrics import check_key
-from srpo.data.preferences import PairRules, Preference
+from srpo.data.preferences import Preference
 from srpo.data.tokenizer import load_tokenizer
-from srpo.dpo import DpoConfig, dpo, load_preferences, num_rows, pack_preferences, reference_logprobs, response_logprobs
+from srpo.dpo import dpo, load_preferences, num_rows, pack_preferences, reference_logprobs, response_logprobs
 from srpo.policy.model import Policy, load_policy
 from srpo.sft import batch_indices, read_pairs
 from srpo.train import train

@@ -15,17 +15,18 @@ import small_world as small
 import torch
 
 from srpo.core.batch import Rollout, read_rollouts
+from srpo.core.config.demo import TinyConfig
+from srpo.core.config.evaluation import BootstrapConfig, EvaluateConfig
 from srpo.core.config.train import Config, DataConfig, PolicyConfig, RolloutConfig, VllmConfig
 from srpo.core.settings import dump_toml, load
 from srpo.core.steps import PAPER_STEPS, StepSchema
 from srpo.data.examples import Example
 from srpo.data.readers import write_examples
 from srpo.data.tokenizer import train_tokenizer
-from srpo.evaluate import EvaluateConfig, evaluate, evaluate_policy, main
-from srpo.policy.model import TinyConfig, make_tiny, save_policy
+from srpo.evaluate import evaluate, evaluate_policy, main
+from srpo.policy.model import make_tiny, save_policy
 from srpo.rollout.engine import Sample, SamplingParams
 from srpo.rollout.local import LocalEngine
-from srpo.scores.bootstrap import BootstrapConfig
 
 SCHEMA = StepSchema(PAPER_STEPS)
 RESPONSE = """1. Query intent: shoes

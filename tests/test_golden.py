@@ -20,8 +20,9 @@ import pytest
 import same_numbers
 from programs import programs
 
+from srpo.core.config.demo import DemoConfig
 from srpo.core.settings import load
-from srpo.demo import DemoConfig, make_data
+from srpo.demo import make_data
 
 ROOT = Path(__file__).resolve().parents[1]
 GOLDEN = ROOT / "tests" / "golden"

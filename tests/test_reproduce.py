@@ -11,11 +11,11 @@ from typing import Any
 import pytest
 import small_world as small
 
+from srpo.core.config.reproduce import ReproduceConfig, Scale
 from srpo.experiments import lab as stages
 from srpo.experiments.lab import Lab
-from srpo.experiments.recipes import Scale
 from srpo.experiments.tables import TABLES
-from srpo.reproduce import ReproduceConfig, lab_of, main, reproduce
+from srpo.reproduce import lab_of, main, reproduce
 
 SCALE = Scale(
     num_steps=2,

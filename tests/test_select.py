@@ -32,6 +32,7 @@ from select_cases import (
 )
 
 from srpo.core.batch import Rollout
+from srpo.core.config.selection import Criteria, SelectConfig
 from srpo.core.config.train import Config, DataConfig, LossConfig, StageConfig
 from srpo.core.run_dir import claim_run_dir
 from srpo.core.settings import load
@@ -44,8 +45,7 @@ from srpo.rewards.hybrid import score
 from srpo.rewards.judge import OracleJudge, Verdicts
 from srpo.rollout.engine import Sample, SamplingParams
 from srpo.rollout.rollouts import to_rollouts
-from srpo.select import SelectConfig, choose, open_parts, out_dir, records_dir, run, sample
-from srpo.selection.criteria import Criteria
+from srpo.select import choose, open_parts, out_dir, records_dir, run, sample
 from srpo.selection.records import RecordSettings
 from srpo.selection.shards import finished_shards, read_shard, shards_of
 from srpo.train import train

@@ -10,11 +10,11 @@ from typing import Any
 import pytest
 import small_world as small
 
+from srpo.core.config.selection import Criteria, SelectConfig
 from srpo.core.config.train import PolicyConfig, VllmConfig
 from srpo.data.tokenizer import load_tokenizer
 from srpo.policy.model import make_tiny
-from srpo.select import SelectConfig, records_dir
-from srpo.selection.criteria import Criteria
+from srpo.select import records_dir
 from srpo.selection.shards import finished_shards, read_shard
 
 pytestmark = pytest.mark.slow

@@ -12,9 +12,9 @@ import pytest
 import torch
 from select_cases import ONE, Killed, Ranks, Scripted, config, contents, parts_with, results
 
+from srpo.core.config.selection import Criteria, SelectConfig
 from srpo.core.config.train import DataConfig, LossConfig, RewardConfig, RolloutConfig
-from srpo.select import SelectConfig, out_dir, records_dir, run
-from srpo.selection.criteria import Criteria
+from srpo.select import out_dir, records_dir, run
 from srpo.selection.shards import finished_shards
 
 

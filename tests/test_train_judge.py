@@ -13,6 +13,8 @@ import small_world as small
 
 import srpo.train_judge
 from srpo.core.batch import Rollout, read_rollouts
+from srpo.core.config.judge import JudgeConfig, JudgeGrpoConfig, MineConfig
+from srpo.core.config.sft import SftConfig
 from srpo.core.config.train import OptimizerConfig, RolloutConfig
 from srpo.core.metrics import read_metrics
 from srpo.core.steps import PAPER_STEPS, StepSchema
@@ -21,13 +23,11 @@ from srpo.data.readers import load_examples
 from srpo.data.tokenizer import load_tokenizer
 from srpo.judge_training.hard_cases import PROMPT_FIELD
 from srpo.judge_training.human_queue import read_queue
-from srpo.judge_training.inputs import JudgeConfig, MineConfig
 from srpo.judge_training.judgments import Judgment, hold_out, read_judgments, simulate_judgments
-from srpo.judge_training.stages import JudgeGrpoConfig
 from srpo.policy.model import load_policy, make_tiny
 from srpo.rewards.build import open_judge
 from srpo.rewards.verdicts import judge_prompt, parse_verdicts
-from srpo.sft import SftConfig, read_pairs
+from srpo.sft import read_pairs
 from srpo.train import train
 from srpo.train_judge import train_judge
 

@@ -9,9 +9,10 @@ from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 from srpo.core.batch import Rollout
+from srpo.core.config.dpo import PairRules
 from srpo.core.steps import same_answer
 
 _ROUNDING = 1e-9  # sums of step rewards are compared, and 0.1 + 0.2 is not 0.3
@@ -28,17 +29,6 @@ class Preference:
     rejected_ids: Tokens
     example_id: str = ""
     grade: str = ""  # label of the verdict, where it is known
-
-
-@dataclass(frozen=True)
-class PairRules:
-    """How responses become pairs."""
-
-    prefer: Literal["verdict", "total"] = "verdict"  # the right verdict over a wrong one; or the larger total step reward
-    margin: float = 0.0  # of "total": least difference
-    per_example: int = 4  # most pairs of one example, drawn from all that it has; 0: all
-    balance: bool = False  # as many pairs of every grade as of the one that has fewest
-    seed: int = 0
 
 
 def pairs_from_rollouts(

@@ -3,27 +3,12 @@
 from __future__ import annotations
 
 import random
-from dataclasses import dataclass, replace
+from dataclasses import replace
 
+from srpo.core.config.demo import TeacherBias
 from srpo.data.catalogue import ATTRIBUTES, CATALOGUE
 from srpo.data.examples import Example
 from srpo.data.world import GRADE_TABLE, MENTION, Constraint, Facts, attribute_relation, category_relation, check
-
-
-@dataclass(frozen=True)
-class TeacherBias:
-    """How often the teacher makes each of its mistakes. The later steps follow from what it wrote before.
-
-    It sees what there is to see and draws the wrong conclusion: a policy warmed up on it is capable and biased, not ignorant.
-    """
-
-    misread_negation: float = 0.65  # S1: "not red" becomes "red"
-    mistake_mention: float = 0.60  # S2: a category that the title only mentions is taken for the item's own
-    related_as_match: float = 0.60  # S3: a sibling category is called a match
-    overlook_missing: float = 0.60  # S4: attributes that the listing does not state are waved through
-    verdict_off_by_one: float = 0.10  # S5
-    misread_word: float = 0.0  # S1: some 130 words of shoppers, for categories and attributes, are each taken for one other thing
-
 
 NO_BIAS = TeacherBias(0.0, 0.0, 0.0, 0.0, 0.0)
 

@@ -21,23 +21,26 @@ from pathlib import Path
 from typing import Any
 
 from srpo.core.batch import Rollout, write_rollouts
+from srpo.core.config.demo import DemoConfig
+from srpo.core.config.dpo import DpoConfig, PairRules
+from srpo.core.config.judge import JudgeConfig, JudgeGrpoConfig, MineConfig
+from srpo.core.config.reproduce import Scale
+from srpo.core.config.selection import Criteria, SelectConfig
+from srpo.core.config.sft import SftConfig
 from srpo.core.config.train import LossConfig, OptimizerConfig, PolicyConfig, RolloutConfig, TrainConfig
 from srpo.core.metrics import read_metrics
 from srpo.core.progress import Progress
 from srpo.core.run_dir import claim_run_dir, write_whole
 from srpo.core.steps import PAPER_STEPS, StepSchema
 from srpo.data.examples import Example
-from srpo.data.preferences import PairRules
 from srpo.data.prompts import build_prompt
 from srpo.data.readers import load_examples, read_examples, write_examples
 from srpo.data.tokenizer import encode, load_tokenizer
 from srpo.data.world import World
-from srpo.demo import PROMPT, DemoConfig, make_base, make_data, sft_config, stage
-from srpo.dpo import DpoConfig, dpo
+from srpo.demo import PROMPT, make_base, make_data, sft_config, stage
+from srpo.dpo import dpo
 from srpo.evaluate import evaluate_policy
-from srpo.experiments.recipes import Recipe, Scale, base, config_of
-from srpo.judge_training.inputs import JudgeConfig, MineConfig
-from srpo.judge_training.stages import JudgeGrpoConfig
+from srpo.experiments.recipes import Recipe, base, config_of
 from srpo.policy.model import load_policy
 from srpo.policy.parallel import Parallel
 from srpo.rewards.hybrid import score
@@ -45,10 +48,8 @@ from srpo.rewards.judge import OracleJudge
 from srpo.rollout.engine import SamplingParams
 from srpo.rollout.local import LocalEngine
 from srpo.rollout.rollouts import to_rollouts
-from srpo.select import SelectConfig
 from srpo.select import run as run_selection
-from srpo.selection.criteria import Criteria
-from srpo.sft import SftConfig, sft
+from srpo.sft import sft
 from srpo.train import train
 from srpo.train_judge import train_judge
 from srpo.training.run import derive_seed

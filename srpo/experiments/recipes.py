@@ -8,6 +8,7 @@ from pathlib import Path
 from types import MappingProxyType
 from typing import Any, Literal
 
+from srpo.core.config.reproduce import Scale
 from srpo.core.config.train import (
     Config,
     DataConfig,
@@ -20,35 +21,6 @@ from srpo.core.config.train import (
 )
 from srpo.core.settings import apply_table
 from srpo.core.steps import PAPER_STEPS, StepSpec
-from srpo.data.teacher import TeacherBias
-from srpo.policy.model import TinyConfig
-
-
-@dataclass(frozen=True)
-class Scale:
-    """The size of the experiments: the paper's in miniature."""
-
-    model: TinyConfig = field(default_factory=TinyConfig)
-    num_demonstrations: int = 60_000  # of the imperfect teacher
-    bias: TeacherBias = field(default_factory=lambda: TeacherBias(misread_word=0.6))  # what it gets wrong
-    sft_steps: int = 1300
-    sft_lr: float = 2e-3
-    num_train: int = 8_000  # pairs for DPO and reinforcement
-    num_steps: int = 40  # of reinforcement
-    num_prompts: int = 48
-    group_size: int = 8
-    lr: float = 3e-4  # the better of 1e-4 and 3e-4 for GRPO, on a seed that is in no table
-    eval_every: int = 4  # optimizer steps; for curves, on eval_examples of the table's test set
-    eval_examples: int = 512
-    num_eval: int = 4096  # pairs of each test set that the tables are made of
-    judge_error_rate: float = 0.1  # of the simulated annotator that stands for R_phi: what Table 2 leaves it
-    dpo_prompts: int = 1000  # of which the SFT policy samples group_size responses each, for its pairs
-    dpo_steps: int = 60
-    dpo_lr: float = 2e-5
-    judge_pairs: int = 16_000  # with a response of the SFT policy each, judged by the annotator
-    judge_sft_steps: int = 1500
-    judge_grpo_steps: int = 40
-    judge_lr: float = 3e-5
 
 
 @dataclass(frozen=True)

@@ -3,61 +3,21 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
 
+from srpo.core.config.judge import JudgeConfig
 from srpo.core.run_dir import write_whole
-from srpo.core.steps import PAPER_STEPS, StepSchema, StepSpec
+from srpo.core.steps import StepSchema
 from srpo.data.examples import Example
 from srpo.data.readers import load_examples
 from srpo.data.strata import stratum
 from srpo.evaluate import load_rollouts
 from srpo.judge_training.human_queue import read_queue
 from srpo.judge_training.judgments import Judgment, hold_out, read_judgments, simulate_judgments
-from srpo.judge_training.stages import JudgeGrpoConfig
 from srpo.policy.parallel import Parallel
-from srpo.sft import SftConfig
 
 QUEUE = "judge_queue.jsonl"
-
-
-@dataclass(frozen=True)
-class MineConfig:
-    """Of the hard cases between the stages."""
-
-    pool: str = ""  # a rollouts.jsonl of further responses; empty: the judgments that the first stage trained on
-    num_responses: int = 0  # of the pool, the first so many; 0: all
-    num_votes: int = 8  # verdicts sampled on each response
-    num_cases: int = 13_000  # at most so many are chosen (5.1.6)
-    solve_low: float = 0.01  # a case is chosen when its share of right verdicts lies strictly between
-    solve_high: float = 0.99
-    balance: tuple[str, ...] = ("query_type",)  # tags whose values, with step and verdict, come equally often; may be empty
-
-
-@dataclass(frozen=True)
-class JudgeConfig:
-    """`python -m srpo.train_judge --data train.jsonl --judgments judged.jsonl --sft.policy.path base`"""
-
-    run_dir: str = "runs/judge"
-    kind: Literal["generative", "scalar"] = "generative"  # scalar: a probability per step (Appendix A), by the settings of sft
-    stage: Literal["all", "sft", "mine", "grpo"] = "all"  # all: every one whose result is not there
-    data: str = ""  # the examples that the judgments speak of
-    judgments: str = ""  # JSON Lines, see above
-    rollouts: str = ""  # instead of judgments: a rollouts.jsonl, judged by a simulated annotator (needs truths, as the world has)
-    annotator_error_rate: float = 0.0  # of the simulated annotator
-    annotator_reasons: bool = True  # whether it says why, from the truth
-    verified: str = ""  # judge_queue.jsonl with its field "human" filled in
-    unverified: Literal["drop", "use"] = "drop"  # lines that are not filled in: dropped, or used with the labels that they have
-    simulate_human: bool = True  # with rollouts and without verified: the annotator fills in the queue
-    human_error_rate: float = 0.0  # of the annotator who does
-    max_new_tokens: int = 256  # of the verdicts on one response
-    held_out: int = 200  # the last so many judgments measure the judge instead of training it
-    num_votes: int = 8  # verdicts sampled on each held-out response: their share of "correct" is the judge's confidence
-    steps: tuple[StepSpec, ...] = PAPER_STEPS
-    sft: SftConfig = field(default_factory=lambda: SftConfig(num_steps=500))
-    mine: MineConfig = field(default_factory=MineConfig)
-    grpo: JudgeGrpoConfig = field(default_factory=JudgeGrpoConfig)
 
 
 @dataclass(frozen=True)

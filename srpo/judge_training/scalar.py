@@ -10,6 +10,7 @@ from typing import Any
 import torch
 
 from srpo.core.batch import Batch
+from srpo.core.config.sft import SftConfig
 from srpo.core.steps import StepSchema
 from srpo.data.examples import Example
 from srpo.data.tokenizer import load_tokenizer
@@ -18,7 +19,7 @@ from srpo.policy.loading import load_to_shard
 from srpo.policy.parallel import Parallel
 from srpo.policy.scalar import ScalarModel, save_scalar, scalar_loss, scored_batches
 from srpo.rewards.scalar import ScalarCase, is_there, scalar_case
-from srpo.sft import SftConfig, batch_indices
+from srpo.sft import batch_indices
 from srpo.training.supervised import fit
 
 

@@ -6,24 +6,20 @@ Every function that takes `parallel` is called by all ranks and returns the same
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, TypeVar
 
 from torch import nn
 
 from srpo.core.batch import Rollout
+from srpo.core.config.judge import JudgeGrpoConfig
 from srpo.core.config.train import (
     AdvantageConfig,
     Config,
     DataConfig,
-    LossConfig,
-    OptimizerConfig,
     PolicyConfig,
     RewardConfig,
-    RolloutConfig,
-    SamplerConfig,
-    TrainConfig,
 )
 from srpo.core.progress import Progress
 from srpo.core.steps import StepSchema
@@ -124,19 +120,6 @@ def vote_on(
         return cases
 
     return over_ranks("sampling verdicts", len(pool), work, parallel)
-
-
-@dataclass(frozen=True)
-class JudgeGrpoConfig:
-    """The second stage. Everything else of `srpo.train` has its default; the policy's settings are those of `sft.policy`."""
-
-    num_steps: int = 100
-    rollout: RolloutConfig = field(default_factory=RolloutConfig)  # its max_new_tokens is the judge's own
-    loss: LossConfig = field(default_factory=LossConfig)
-    optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
-    # Mined cases are neither solved nor hopeless, so only groups that are all right or all wrong are left out.
-    sampler: SamplerConfig = field(default_factory=lambda: SamplerConfig(difficulty_low=0.0, difficulty_high=1.0))
-    train: TrainConfig = field(default_factory=TrainConfig)
 
 
 def grpo_config(

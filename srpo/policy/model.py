@@ -6,7 +6,6 @@ Letters: T packed rows, R rows that have a label, H hidden, V vocabulary.
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +15,7 @@ from transformers import AutoModelForCausalLM, PreTrainedModel, PreTrainedTokeni
 from transformers.utils import logging
 
 from srpo.core.batch import IGNORE, Batch
+from srpo.core.config.demo import TinyConfig
 from srpo.policy.attention import ATTENTION, PadLayout, needs_padding
 from srpo.policy.experts import registered_name
 from srpo.policy.parallel import current_rank, iter_full_params, unwrap
@@ -25,23 +25,6 @@ _LOGIT_CAPS = ("final_logit_softcapping", "logits_soft_cap")  # transformers' na
 _LOGIT_SCALES = ("logit_scale", "logits_scaling", "lm_head_multiplier", "output_multiplier")
 
 logging.disable_progress_bar()  # of reading and writing weights: the programs show their own progress
-
-
-@dataclass(frozen=True)
-class TinyConfig:
-    """A Qwen3-MoE that trains on a laptop: 2.3 M parameters with a vocabulary of 2,048, of which 1.1 M work on each token."""
-
-    hidden_size: int = 128
-    num_layers: int = 4
-    num_heads: int = 4
-    num_kv_heads: int = 2
-    head_dim: int = 32
-    num_experts: int = 8
-    experts_per_token: int = 2
-    expert_size: int = 128  # intermediate size of one expert
-    initializer_range: float = 0.05
-    max_context: int = 1024
-    rope_theta: float = 10000.0
 
 
 def make_tiny(

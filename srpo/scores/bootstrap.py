@@ -11,29 +11,15 @@ Paper: it reports no uncertainty. Here: percentile intervals, 2,000 draws, 95 %.
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
 
 import numpy as np
 from numpy.typing import NDArray
 
+from srpo.core.config.evaluation import BootstrapConfig
+
 Interval = list[float]  # [low, high]
 
 _CHUNK = 1 << 20  # multiplicities that are held at a time: 8 MB, whatever the data
-
-
-@dataclass(frozen=True)
-class BootstrapConfig:
-    """How intervals are drawn. Raises ValueError for numbers that cannot be."""
-
-    num_draws: int = 2000  # times that the queries are drawn anew, with replacement; 0: no intervals
-    level: float = 0.95  # an interval goes from the (1 - level) / 2 to the (1 + level) / 2 quantile of the draws
-    seed: int = 0
-
-    def __post_init__(self) -> None:
-        if self.num_draws < 0 or self.seed < 0:
-            raise ValueError("bootstrap: num_draws and seed are 0 or more (num_draws 0: no intervals)")
-        if not 0 < self.level < 1:
-            raise ValueError(f"bootstrap: level is {self.level}: give a fraction between 0 and 1, such as 0.95")
 
 
 def cluster_sums(rows: NDArray[np.integer] | NDArray[np.floating], clusters: Sequence[str]) -> NDArray[np.float64]:

@@ -13,9 +13,10 @@ import numpy as np
 from numpy.typing import NDArray
 
 from srpo.core.batch import Rollout
+from srpo.core.config.evaluation import BootstrapConfig
 from srpo.core.steps import StepSchema
 from srpo.data.examples import GRADES, Example
-from srpo.scores.bootstrap import BootstrapConfig, cluster_sums, percentile_interval, resampled_sums
+from srpo.scores.bootstrap import cluster_sums, percentile_interval, resampled_sums
 from srpo.scores.tally import CONSISTENCY, NO_VERDICT, confusion_of, consistency_counts, scores, tally, verdict_scores
 from srpo.scores.tally import predicted_grade as predicted_grade
 from srpo.scores.tally import true_grades as true_grades

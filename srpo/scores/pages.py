@@ -10,33 +10,12 @@ import json
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 from srpo.data.examples import GRADES, Example
 
 RATINGS = ("good", "mid", "poor", "bad")  # the four-point scale of a page, best first
 VERDICTS = ("good", "same", "bad")  # of the system under test against the baseline
-
-
-@dataclass(frozen=True)
-class PagesConfig:
-    """What the online metrics are computed from. Raises ValueError for numbers that cannot be."""
-
-    file: str = ""  # JSON Lines of system, query_id and item_ids (or example_ids of --data), best first; maybe rating and tags
-    judgments: str = ""  # JSON Lines of query_id, item_id and grade (1..4); not needed for example_ids
-    verdicts: str = ""  # JSON Lines of query_id and verdict (good, same, bad: B against A), maybe assessor; empty: by mean class
-    top_n: int = 10  # only so many items of a list count
-    unjudged: Literal["refuse", "leave_out"] = "refuse"  # a listed item without a grade: an error, or counted and left out
-    rating_bounds: tuple[float, float, float] = (0.8, 0.6, 0.3)  # unrated pages: least share of class 3 or 4 of good, mid, poor
-    verdict_margin: float = 0.0  # without verdicts: a page is better whose items' mean class is higher by more than this
-
-    def __post_init__(self) -> None:
-        if self.top_n < 1:
-            raise ValueError(f"pages: top_n is {self.top_n}: set it to 1 or more")
-        if not 1 >= self.rating_bounds[0] >= self.rating_bounds[1] >= self.rating_bounds[2] >= 0:
-            raise ValueError(f"pages: rating_bounds are {self.rating_bounds}: give shares between 0 and 1 that fall")
-        if self.verdict_margin < 0:
-            raise ValueError(f"pages: verdict_margin is {self.verdict_margin}: set it to 0 or more")
 
 
 @dataclass(frozen=True)

@@ -14,9 +14,10 @@ import numpy as np
 from numpy.typing import NDArray
 
 from srpo.core.batch import Rollout
+from srpo.core.config.evaluation import BootstrapConfig
 from srpo.core.steps import StepSchema
 from srpo.data.examples import Example
-from srpo.scores.bootstrap import BootstrapConfig, cluster_sums, percentile_interval, resampled_sums
+from srpo.scores.bootstrap import cluster_sums, percentile_interval, resampled_sums
 from srpo.scores.evaluation import parts_by, shaped
 from srpo.scores.tally import predicted_grade, scores, tally
 

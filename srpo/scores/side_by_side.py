@@ -15,8 +15,9 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from srpo.scores.bootstrap import BootstrapConfig, resampled_sums
-from srpo.scores.pages import RATINGS, VERDICTS, Pages, PagesConfig
+from srpo.core.config.evaluation import BootstrapConfig, PagesConfig
+from srpo.scores.bootstrap import resampled_sums
+from srpo.scores.pages import RATINGS, VERDICTS, Pages
 from srpo.scores.paired import summarized
 
 GOOD_GRADES = (3, 4)

@@ -10,13 +10,13 @@ import hashlib
 import math
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from fractions import Fraction
 from itertools import product
-from typing import Literal
 
 import numpy as np
 
+from srpo.core.config.selection import Criteria
 from srpo.data.strata import values_of
 from srpo.selection.shards import Record
 
@@ -35,53 +35,6 @@ _SELECTED = REASONS.index("selected")
 _ELIGIBLE = 255  # not decided yet
 
 Stratum = tuple[str, ...]  # values of the tags of `Criteria.balance`
-
-
-@dataclass(frozen=True)
-class Criteria:
-    """What is kept. ValueError for settings that contradict each other."""
-
-    difficulty_low: float = 0.01  # kept when the solve rate lies strictly between (5.1.5); -1 and 2 let every rate pass
-    difficulty_high: float = 0.90
-    difficulty_score: Literal["total", "final"] = "total"  # solve rate: total reward / maximum, or verdict accuracy
-    # Dropped wherever its mean lies: reward: a group that is equal in every step's reward; verdict: in right or wrong verdicts
-    uniform: Literal["reward", "verdict", "keep"] = "reward"
-    # Who comes first where not all can be kept. best: the judge found most steps right; uncertain: about half; disagree: verdict
-    # and the steps before it contradict each other most often; none: a draw from (seed, example_id)
-    score: Literal["none", "best", "uncertain", "disagree"] = "none"
-    num_examples: int = 0  # in all; 0: as many as can be
-    keep_frac: float = 0.0  # instead of num_examples: this share of what rejection sampling leaves (Table 8: 0.5)
-    balance: tuple[str, ...] = ()  # tags (query_type, grade, ...): as many examples for every combination of their values
-    # Share of num_examples of each named stratum ("negation", with two tags "negation/L4") and no others; without num_examples
-    # the number itself. Empty: equal shares
-    quotas: dict[str, float] = field(default_factory=dict)
-    short: Literal["error", "take_all"] = "error"  # of a stratum that has too few: stop, or take what it has and say so
-
-    def __post_init__(self) -> None:
-        if not self.difficulty_low < self.difficulty_high:
-            raise ValueError(
-                f"no solve rate lies between {self.difficulty_low} and {self.difficulty_high}: set select.difficulty_low below "
-                "select.difficulty_high"
-            )
-        if self.num_examples < 0 or not 0 <= self.keep_frac <= 1:
-            raise ValueError(
-                f"select.num_examples is {self.num_examples} and select.keep_frac {self.keep_frac}: a number of 0 or more and a "
-                "share from 0 to 1"
-            )
-        if self.num_examples and self.keep_frac:
-            raise ValueError("select.num_examples and select.keep_frac both say how many examples are kept: set one of them")
-        if len(set(self.balance)) < len(self.balance):
-            raise ValueError(f"select.balance names a tag twice: {', '.join(self.balance)}")
-        if self.quotas and not self.balance:
-            raise ValueError('select.quotas has no tag to count by: name it, as in select.balance = ["query_type"]')
-        numbers = self.quotas.values()
-        if not all(math.isfinite(q) and q >= 0 for q in numbers) or (numbers and not any(numbers)):
-            raise ValueError(f"select.quotas is {self.quotas}: give numbers of 0 or more, not all 0")
-        counted = not self.num_examples and not self.keep_frac
-        if counted and any(q != int(q) for q in numbers):
-            raise ValueError(
-                "select.quotas has fractions and there is no total that they are shares of: set select.num_examples or keep_frac"
-            )
 
 
 @dataclass(frozen=True)

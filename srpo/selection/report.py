@@ -9,8 +9,9 @@ from typing import Any
 
 import numpy as np
 
+from srpo.core.config.selection import Criteria
 from srpo.core.tables import percent, text_table
-from srpo.selection.criteria import REASONS, Criteria, Scores, Selection, stratum_name
+from srpo.selection.criteria import REASONS, Scores, Selection, stratum_name
 from srpo.selection.shards import Record
 
 _NUM_BINS = 10

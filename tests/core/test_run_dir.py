@@ -6,10 +6,10 @@ from pathlib import Path
 
 import pytest
 
+from srpo.core.config.sft import SftConfig
 from srpo.core.config.train import Config, LossConfig
 from srpo.core.run_dir import claim_run_dir, write_whole
 from srpo.core.settings import apply_toml
-from srpo.sft import SftConfig
 
 
 def test_claim_leaves_the_resolved_settings(tmp_path: Path) -> None:

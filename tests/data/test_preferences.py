@@ -12,7 +12,8 @@ from typing import Any
 import pytest
 
 from srpo.core.batch import Rollout
-from srpo.data.preferences import PairRules, Preference, pairs_from_rollouts, read_preferences
+from srpo.core.config.dpo import PairRules
+from srpo.data.preferences import Preference, pairs_from_rollouts, read_preferences
 
 PROMPT = (1, 2, 3)
 

@@ -6,10 +6,11 @@ import secrets
 
 import pytest
 
+from srpo.core.config.demo import TeacherBias
 from srpo.core.steps import PAPER_STEPS, StepSchema
 from srpo.data.catalogue import ATTRIBUTES, CATALOGUE
 from srpo.data.examples import Example
-from srpo.data.teacher import NO_BIAS, TeacherBias, teach
+from srpo.data.teacher import NO_BIAS, teach
 from srpo.data.world import Facts, World
 
 SCHEMA = StepSchema(PAPER_STEPS)

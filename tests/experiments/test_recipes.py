@@ -7,8 +7,9 @@ from pathlib import Path
 
 import pytest
 
+from srpo.core.config.reproduce import Scale
 from srpo.core.config.train import Config
-from srpo.experiments.recipes import RECIPES, Scale, base, config_of
+from srpo.experiments.recipes import RECIPES, base, config_of
 from srpo.experiments.tables import STEPS, TABLES
 from srpo.training.checks import check_settings
 

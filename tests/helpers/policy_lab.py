@@ -13,8 +13,9 @@ from tokenizers import Tokenizer, models
 from transformers import PreTrainedTokenizerFast
 
 from srpo.core.batch import Batch, Rollout, pack
+from srpo.core.config.demo import TinyConfig
 from srpo.policy.checkpoint import latest_checkpoint, load_checkpoint, save_checkpoint
-from srpo.policy.model import Policy, TinyConfig, make_tiny, save_policy
+from srpo.policy.model import Policy, make_tiny, save_policy
 from srpo.policy.parallel import Parallel, iter_full_params, to_local
 from srpo.training.update import NonFiniteError, Objective, update, with_logprobs
 

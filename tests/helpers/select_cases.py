@@ -11,6 +11,7 @@ from typing import Any
 
 import torch
 
+from srpo.core.config.selection import SelectConfig
 from srpo.core.config.train import DataConfig, RewardConfig, RolloutConfig
 from srpo.core.steps import PAPER_STEPS, StepSchema
 from srpo.data.examples import Example
@@ -20,7 +21,7 @@ from srpo.data.tokenizer import encode, train_tokenizer
 from srpo.policy.parallel import Parallel
 from srpo.rewards.judge import OracleJudge
 from srpo.rollout.engine import Sample, SamplingParams
-from srpo.select import Parts, SelectConfig, records_dir
+from srpo.select import Parts, records_dir
 
 SCHEMA = StepSchema(PAPER_STEPS)
 RESPONSE = """1. Query intent: {}

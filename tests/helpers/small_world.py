@@ -16,19 +16,21 @@ from typing import Any
 import pytest
 import torch
 
+from srpo.core.config.demo import TeacherBias, TinyConfig
+from srpo.core.config.sft import SftConfig
 from srpo.core.config.train import Config, DataConfig, OptimizerConfig, PolicyConfig, RewardConfig, RolloutConfig, TrainConfig
 from srpo.core.metrics import read_metrics
 from srpo.core.settings import dump_toml, run_program
 from srpo.data.examples import Example
 from srpo.data.prompts import build_prompt
 from srpo.data.readers import load_examples, write_examples
-from srpo.data.teacher import TeacherBias, teach
+from srpo.data.teacher import teach
 from srpo.data.tokenizer import train_tokenizer
 from srpo.data.world import World
 from srpo.demo import PHRASES, PROMPT, strip
-from srpo.policy.model import TinyConfig, load_policy, make_tiny
+from srpo.policy.model import load_policy, make_tiny
 from srpo.policy.parallel import Parallel
-from srpo.sft import SftConfig, sft, write_pairs
+from srpo.sft import sft, write_pairs
 
 ROOT = Path(__file__).resolve().parents[2]
 TINY = TinyConfig(

@@ -8,7 +8,8 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from srpo.core.batch import pack
-from srpo.policy.model import Policy, TinyConfig, head, hidden_states, load_policy, make_tiny, save_policy
+from srpo.core.config.demo import TinyConfig
+from srpo.policy.model import Policy, head, hidden_states, load_policy, make_tiny, save_policy
 from srpo.policy.parallel import iter_full_params
 
 

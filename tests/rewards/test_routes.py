@@ -7,11 +7,12 @@ from dataclasses import replace
 from pathlib import Path
 
 from srpo.core.batch import Rollout
+from srpo.core.config.demo import DemoConfig
 from srpo.core.config.train import Config
 from srpo.core.settings import load
 from srpo.core.steps import PAPER_STEPS, StepSchema
 from srpo.data.examples import Example
-from srpo.demo import DemoConfig, train_config
+from srpo.demo import train_config
 from srpo.rewards.hybrid import score
 
 CONFIGS = Path(__file__).resolve().parents[2] / "configs"

@@ -21,10 +21,11 @@ import torch
 from judge_server import free_port
 
 from srpo.core.batch import Rollout
+from srpo.core.config.demo import TinyConfig
 from srpo.core.config.train import RewardConfig, VllmConfig
 from srpo.core.steps import PAPER_STEPS, StepSchema
 from srpo.data.tokenizer import load_tokenizer
-from srpo.policy.model import TinyConfig, make_tiny
+from srpo.policy.model import make_tiny
 from srpo.rewards.build import open_service_judge, open_vllm_judge
 from srpo.rewards.engine_writer import EngineWriter
 from srpo.rewards.judge import GenerativeJudge

@@ -11,9 +11,9 @@ from judged_pairs import SHARES, flat, random_examples, random_rollouts, slow_in
 from sklearn.metrics import accuracy_score, confusion_matrix, f1_score
 
 from srpo.core.batch import Rollout
+from srpo.core.config.evaluation import BootstrapConfig
 from srpo.core.steps import PAPER_STEPS, StepSchema
 from srpo.data.examples import Example
-from srpo.scores.bootstrap import BootstrapConfig
 from srpo.scores.evaluation import consistency_rows, evaluate_predictions, results_dict, score_rows
 from srpo.scores.tally import parses, predicted_grade
 

@@ -6,17 +6,9 @@ from typing import Any
 
 import pytest
 
+from srpo.core.config.evaluation import PagesConfig
 from srpo.data.examples import Example
-from srpo.scores.pages import (
-    Page,
-    Pages,
-    PagesConfig,
-    judged_examples,
-    read_judgments,
-    read_pages,
-    read_verdicts,
-    shown_grades,
-)
+from srpo.scores.pages import Page, Pages, judged_examples, read_judgments, read_pages, read_verdicts, shown_grades
 
 
 def written(path: Path, *rows: Any) -> Path:
@@ -122,5 +114,5 @@ def test_grades_of_examples_are_judgments():
     "changes", [{"top_n": 0}, {"verdict_margin": -0.1}, {"rating_bounds": (0.5, 0.6, 0.1)}, {"rating_bounds": (1.5, 0.6, 0.1)}]
 )
 def test_settings_that_cannot_be_are_refused(changes: dict[str, Any]):
-    with pytest.raises(ValueError, match=f"pages: {next(iter(changes))}"):
+    with pytest.raises(ValueError, match=f"pages.{next(iter(changes))} is"):
         PagesConfig(**changes)

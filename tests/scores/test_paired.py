@@ -9,8 +9,8 @@ import pytest
 from judged_pairs import flat, random_examples, random_rollouts, slow_interval, slow_scores
 from scipy.stats import binomtest
 
+from srpo.core.config.evaluation import BootstrapConfig
 from srpo.core.steps import PAPER_STEPS, StepSchema
-from srpo.scores.bootstrap import BootstrapConfig
 from srpo.scores.paired import compare_systems, mcnemar, sign_test, summarized
 
 SCHEMA = StepSchema(PAPER_STEPS)

@@ -7,8 +7,8 @@ from typing import Any
 import numpy as np
 import pytest
 
-from srpo.scores.bootstrap import BootstrapConfig
-from srpo.scores.pages import Page, Pages, PagesConfig
+from srpo.core.config.evaluation import BootstrapConfig, PagesConfig
+from srpo.scores.pages import Page, Pages
 from srpo.scores.side_by_side import good_frac, rating_of, side_by_side, verdict_of
 
 NO_DRAWS = BootstrapConfig(num_draws=0)

@@ -11,7 +11,8 @@ from typing import Any
 import numpy as np
 import pytest
 
-from srpo.selection.criteria import REASONS, Criteria, apportion, check_quotas, collect_scores, quotas_of, select
+from srpo.core.config.selection import Criteria
+from srpo.selection.criteria import REASONS, apportion, check_quotas, collect_scores, quotas_of, select
 from srpo.selection.shards import Record
 
 TYPES, GRADES = ("negation", "plain", "qa"), ("L1", "L2", "L3", "L4")
@@ -285,7 +286,7 @@ def test_records_are_taken_one_at_a_time_and_only_numbers_are_kept() -> None:
         ({"quotas": {"L1": -1, "L2": 3}, "balance": ("grade",)}, "numbers of 0 or more"),
         ({"quotas": {"L1": math.inf}, "balance": ("grade",)}, "numbers of 0 or more"),
         ({"quotas": {"L1": 0}, "balance": ("grade",)}, "not all 0"),
-        ({"quotas": {"L1": 0.5}, "balance": ("grade",)}, "fractions and there is no total"),
+        ({"quotas": {"L1": 0.5}, "balance": ("grade",)}, "fractions and no total"),
     ],
 )
 def test_settings_that_contradict_each_other(settings: dict[str, Any], message: str) -> None:

@@ -13,6 +13,7 @@ import small_world as small
 import srpo.train
 import srpo.training.ppo
 import srpo.training.run
+from srpo.core.config.demo import TinyConfig
 from srpo.core.config.train import Config
 from srpo.core.metrics import check_key
 from srpo.core.settings import apply_toml
@@ -20,7 +21,7 @@ from srpo.core.steps import StepSpec
 from srpo.data.readers import write_examples
 from srpo.data.tokenizer import load_tokenizer
 from srpo.policy.checkpoint import latest_checkpoint
-from srpo.policy.model import TinyConfig, make_tiny
+from srpo.policy.model import make_tiny
 from srpo.train import train
 
 BASELINES = sorted((Path(__file__).resolve().parents[2] / "configs" / "baselines").glob("*.toml"))

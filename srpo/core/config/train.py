@@ -1,6 +1,7 @@
-"""Every setting of a training run: frozen dataclasses, read from sparse TOML and the command line by `load`.
+"""Settings of `srpo.train`: frozen dataclasses, read from sparse TOML files and the command line by `srpo.core.settings.load`.
 
-Paper values are the defaults (5.1.5); where the paper is silent the default is the first reading of docs/paper.md.
+Paper values are the defaults (5.1.5). If the paper leaves a question open, the default is the first reading in docs/paper.md.
+The comment on a field is its help text.
 """
 
 from __future__ import annotations
@@ -14,57 +15,61 @@ from srpo.core.steps import PAPER_STEPS, StepSpec
 
 @dataclass(frozen=True)
 class DataConfig:
-    train: str = ""  # JSON Lines or Parquet of examples, a folder of such files, or of the official ESCI release (docs/data.md)
-    eval: str = ""  # the same, held out; empty: no evaluation during training
-    prompt: str = (
-        "Query: {query}\nItem: {item}\n"  # {query}, {item} (title and fields, one per line) or {title} and any field's name
-    )
+    train: str = ""  # training examples: JSON Lines, Parquet, a folder of them, or the official ESCI release (docs/data.md)
+    eval: str = ""  # held-out examples in the same formats; empty: no evaluation during training
+    # Template of the prompt: {query}, {item} (title and all fields, one per line), {title} and the name of any field are replaced
+    prompt: str = "Query: {query}\nItem: {item}\n"
 
 
 @dataclass(frozen=True)
 class PolicyConfig:
-    path: str = ""  # folder of a Hugging Face checkpoint with its tokenizer: where training starts from
-    reference: str = ""  # the same for pi_ref of Eq. 6; empty: the starting policy. Not loaded when loss.kl_coef is 0
-    experts: Literal["grouped_mm", "loop", "megablocks"] = "grouped_mm"  # torch's grouped products, a plain loop, or MegaBlocks
-    dtype: Literal["float32", "bfloat16"] = "float32"  # of forward, backward and sampling; master weights are always fp32
-    activation_checkpointing: bool = False  # layers are computed again in the backward: slower, less memory
-    max_context: int = 0  # longest prompt plus response in tokens; 0: what the model was made for
+    path: str = ""  # folder of the Hugging Face checkpoint, with its tokenizer, that training starts from
+    reference: str = ""  # checkpoint of pi_ref of Eq. 6; empty: the starting policy. Not loaded if loss.kl_coef is 0
+    # Implementation of the experts' products: torch's grouped_mm, a Python loop (the reference), or MegaBlocks
+    experts: Literal["grouped_mm", "loop", "megablocks"] = "grouped_mm"
+    dtype: Literal["float32", "bfloat16"] = (
+        "float32"  # number format of forward, backward and sampling; master weights are float32
+    )
+    activation_checkpointing: bool = False  # recompute each layer in the backward pass: less memory, more time
+    max_context: int = 0  # longest prompt plus response, in tokens; 0: the context length of the model
 
 
 @dataclass(frozen=True)
 class VllmConfig:
-    """Of rollout.engine "vllm" and, as `[reward.judge_vllm]`, of reward.judge_engine "vllm"."""
+    """Settings of a vLLM engine: the policy's (`rollout.vllm`) or the judge's (`reward.judge_vllm`)."""
 
-    tensor_parallel_size: int = 1  # consecutive ranks of a host that share one vLLM, split over their devices; 1: one each
-    max_num_seqs: int = 256  # responses that are decoded at once
-    kv_cache_mib: int = 0  # of key-value cache; 0: 1024 on a CPU, what gpu_memory_frac leaves on a GPU
-    gpu_memory_frac: float = 0.45  # of a GPU's memory for weights and key-value cache; the trainer needs the rest
-    enforce_eager: bool = False  # without compiled kernels and CUDA graphs: starts sooner, samples slower. A CPU never compiles
-    bucket_mib: int = 0  # of weights that travel at once in a sync; 0: 16 on a CPU, 512 on a GPU
-    timeout_s: float = 300.0  # an engine without any sign of life for so long is stopped and started again
-    start_timeout_s: float = 1800.0  # the same while it starts
+    tensor_parallel_size: int = 1  # consecutive ranks that share one vLLM, split over their devices; 1: one vLLM per rank
+    max_num_seqs: int = 256  # largest number of responses that are decoded at once
+    kv_cache_mib: int = 0  # size of the key-value cache in MiB; 0: 1024 on a CPU, the rest of gpu_memory_frac on a GPU
+    gpu_memory_frac: float = 0.45  # share of the GPU's memory for vLLM's weights and key-value cache; the trainer needs the rest
+    enforce_eager: bool = False  # start without compilation and CUDA graphs: starts sooner, samples slower. Always so on a CPU
+    bucket_mib: int = 0  # MiB of weights sent at once in a weight sync; 0: 16 on a CPU, 512 on a GPU
+    timeout_s: float = 300.0  # seconds without a sign of life after which the engine is stopped and started again
+    start_timeout_s: float = 1800.0  # the same limit while the engine starts, in seconds
 
 
 @dataclass(frozen=True)
 class RolloutConfig:
-    engine: Literal["local", "vllm"] = "local"  # vllm: in a process of its own, on the same device
-    num_prompts: int = 64  # over all ranks, "rollout batch size"
-    group_size: int = 16  # G
-    max_new_tokens: int = 512  # longest response
-    temperature: float = 0.99  # of sampling, and so of ratios, KL and entropy
-    top_k: int = 100  # 0: no filter
-    ratio: Literal["filtered", "unfiltered"] = "filtered"  # the distribution that importance ratios are taken on
-    support: Literal["recompute", "replay"] = "recompute"  # its top_k ids: the trainer's own, or those that the engine drew from
-    routing: Literal["recompute", "replay"] = "recompute"  # experts of each token: the trainer's own choice, or the engine's
-    overlap: Literal["auto", "on", "off"] = "auto"  # score groups while others are sampled; auto: where the engine is vllm
-    oversample: float = 0.0  # share of further prompts that are started; those that finish last are aborted. 0: none
-    cut_tail: float = 0.0  # share of num_prompts that is aborted when the rest has finished; 0: none
-    off_policy_steps: int = 0  # 1: sample the next step's batch while this one trains, with weights one step older
+    engine: Literal["local", "vllm"] = "local"  # sample with the trainer's own model, or with vLLM in its own process
+    num_prompts: int = 64  # prompts per optimizer step, over all ranks ("rollout batch size")
+    group_size: int = 16  # responses per prompt (G)
+    max_new_tokens: int = 512  # longest response, in tokens
+    temperature: float = 0.99  # of sampling; ratios, KL and entropy are taken at the same temperature
+    top_k: int = 100  # sample among the k most likely tokens; 0: no filter
+    ratio: Literal["filtered", "unfiltered"] = "filtered"  # distribution of the ratios: with or without top-k filter
+    # Top-k ids of the filtered ratio: recomputed by the trainer, or replayed as the engine reported them
+    support: Literal["recompute", "replay"] = "recompute"
+    # Experts of each token in the update: recomputed by the trainer's router, or replayed as the engine chose them
+    routing: Literal["recompute", "replay"] = "recompute"
+    overlap: Literal["auto", "on", "off"] = "auto"  # score finished groups while others are still sampled; auto: only with vllm
+    oversample: float = 0.0  # start this share of num_prompts in addition and abort the groups that finish last; 0: none
+    cut_tail: float = 0.0  # abort this share of num_prompts once all other groups have finished; 0: none
+    off_policy_steps: int = 0  # 1: sample the next batch during the update, with weights that are one optimizer step old; 0: wait
     vllm: VllmConfig = field(default_factory=VllmConfig)
 
     @property
     def num_started(self) -> int:
-        """Prompts that an optimizer step begins to sample, over all ranks."""
+        """Number of prompts whose sampling an optimizer step starts, over all ranks."""
         return self.num_prompts + math.ceil(self.oversample * self.num_prompts - 1e-9)
 
     @property
@@ -75,98 +80,107 @@ class RolloutConfig:
 
 @dataclass(frozen=True)
 class RewardConfig:
-    judge: Literal["none", "oracle", "generative", "scalar"] = "none"  # R_phi: who fills the steps whose sources name "judge"
-    judge_path: str = ""  # checkpoint of a generative or scalar judge (srpo.train_judge)
-    judge_max_new_tokens: int = 256  # of a generative judge's verdicts on one response
-    judge_engine: Literal["local", "vllm", "url"] = "local"  # of a generative judge: here, in vLLM's process, or a server's
-    judge_max_context: int = 0  # longest prompt plus verdicts of judge_engine local and vllm; 0: what the model was made for
-    judge_vllm: VllmConfig = field(default_factory=lambda: VllmConfig(gpu_memory_frac=0.2))  # of judge_engine vllm
-    judge_url: str = ""  # of judge_engine url: an OpenAI-compatible server, http://host:8000/v1; its key is in OPENAI_API_KEY
-    judge_model: str = ""  # its name there; empty: the only one that the server has
-    judge_api: Literal["chat", "completions"] = "chat"  # completions for a judge of srpo.train_judge: it knows no chat template
-    judge_timeout_s: float = 120.0  # for one whole answer of the server
-    judge_concurrency: int = 64  # calls of one rank that are under way at once
-    judge_retries: int = 5  # further attempts at a call that got no answer
-    judge_backoff_s: float = 1.0  # pause before the second attempt; it doubles with each, up to a minute
-    judge_fallback: Literal["stop", "missing"] = "stop"  # a call without an answer at last stops the run, or is a missing verdict
-    judge_cache: int = 65536  # questions whose verdicts are remembered; 0: none
-    judge_error_rate: float = 0.0  # of the oracle, an annotator simulated from truths: how often a verdict is turned around
-    scalar: Literal["threshold", "probability"] = "threshold"  # a scalar judge's verdict: whether p >= 0.5, or p of the reward
-    missing_verdict: float = 0.0  # reward fraction of a step whose judge gave no verdict
-    audit: Literal["off", "log", "warn", "stop"] = (
-        "log"  # the judge against gold labels, on steps where it spoke and there are any
-    )
-    audit_bound: float = 0.1  # warn or stop when a step's averaged error rate is this much above that of the warm-up
-    audit_min: int = 100  # verdicts in that average, below which it raises no alarm
-    audit_warmup: int = 20  # optimizer steps whose error rate is the bound's measure
-    audit_decay: float = 0.9  # of the average, per optimizer step
+    judge: Literal["none", "oracle", "generative", "scalar"] = "none"  # R_phi: grades the steps whose sources name "judge"
+    judge_path: str = ""  # checkpoint of a generative or scalar judge, as srpo.train_judge writes it
+    judge_max_new_tokens: int = 256  # longest text of verdicts that a generative judge writes on one response, in tokens
+    # Where a generative judge runs: in this process, in a vLLM process, or behind the URL of a server
+    judge_engine: Literal["local", "vllm", "url"] = "local"
+    judge_max_context: int = 0  # longest prompt plus verdicts, in tokens, for judge_engine local and vllm; 0: the model's context
+    judge_vllm: VllmConfig = field(default_factory=lambda: VllmConfig(gpu_memory_frac=0.2))
+    # OpenAI-compatible server for judge_engine url, such as http://host:8000/v1; the key is read from OPENAI_API_KEY
+    judge_url: str = ""
+    judge_model: str = ""  # name of the judge on that server; empty: the only model that the server has
+    judge_api: Literal["chat", "completions"] = "chat"  # use completions for a judge of srpo.train_judge: it has no chat template
+    judge_timeout_s: float = 120.0  # seconds to wait for one complete answer of the server
+    judge_concurrency: int = 64  # largest number of calls that one rank has in flight
+    judge_retries: int = 5  # further attempts after a call has failed
+    judge_backoff_s: float = 1.0  # seconds before the second attempt; doubled for each further one, up to 60 s
+    # After the last attempt has failed: stop the run, or count the verdict as missing
+    judge_fallback: Literal["stop", "missing"] = "stop"
+    judge_cache: int = 65536  # number of judged responses whose verdicts are remembered; 0: none
+    # Share of verdicts that the oracle flips; it simulates an annotator from the examples' `truth`
+    judge_error_rate: float = 0.0
+    # What a scalar judge gives: correct if p >= 0.5, or the share p of the step's reward
+    scalar: Literal["threshold", "probability"] = "threshold"
+    missing_verdict: float = 0.0  # share of a step's reward if the judge gave no verdict on it
+    # Compare the judge with gold labels, on steps that have both: off, log the metrics, also warn, or also stop the run
+    audit: Literal["off", "log", "warn", "stop"] = "log"
+    audit_bound: float = 0.1  # warn or stop if a step's average error rate exceeds that of the warm-up by this much
+    audit_min: int = 100  # least number of verdicts in the average before it can warn or stop
+    audit_warmup: int = 20  # optimizer steps whose error rate the bound is measured from
+    audit_decay: float = 0.9  # decay of the average, per optimizer step
 
 
 @dataclass(frozen=True)
 class AdvantageConfig:
-    # srpo: of each step. Of each response: grpo (verdict reward alone), grpo_star (and what labels verify of other steps),
-    # grpo_step_sum (sum of step rewards), reinforce and rloo (that sum, against the batch or the others). ppo: of each token
+    # One advantage per step: srpo. One per response: grpo (verdict reward), grpo_star (verdict and verified steps),
+    # grpo_step_sum (sum of step rewards), reinforce and rloo (that sum against the batch or the rest of the group). One per
+    # token: ppo
     method: Literal["srpo", "grpo", "grpo_star", "grpo_step_sum", "reinforce", "rloo", "ppo"] = "srpo"
-    gamma: float = 1.0  # discount between steps, Algorithm 1 line 12
-    normalize: Literal["batch", "group", "group_step", "none"] = "batch"  # of srpo; the grpo methods are Eq. 4 by definition
-    scale: Literal["std", "none"] = "std"  # divide by the std of what is normalized over; none: subtract the mean only (Dr. GRPO)
-    clip: float = 2.0  # |advantage| after normalization; 0: no clip
+    gamma: float = 1.0  # discount between steps (Algorithm 1, line 12)
+    # What srpo's returns are normalized over; the grpo methods normalize within the group, by Eq. 4
+    normalize: Literal["batch", "group", "group_step", "none"] = "batch"
+    scale: Literal["std", "none"] = "std"  # divide by the standard deviation, or only subtract the mean (none: Dr. GRPO)
+    clip: float = 2.0  # bound on |advantage| after normalization; 0: no bound
 
 
 @dataclass(frozen=True)
 class LossConfig:
-    clip_eps_low: float = 0.2  # epsilon of Eq. 6: ratios are clipped to 1 - this ...
-    clip_eps_high: float = 0.2  # ... and 1 + this
-    kl_coef: float = 0.001  # beta; 0 loads no reference model
-    kl_estimator: Literal["k1", "k2", "k3", "full"] = "k3"  # full: exact, over all candidates for a token
-    # Eq. 6's 1/|o_i|; token_mean: one mean over all tokens (DAPO); constant: 1/rollout.max_new_tokens for |o_i| (Dr. GRPO)
+    clip_eps_low: float = 0.2  # lower epsilon of Eq. 6: ratios are clipped from below at 1 - clip_eps_low
+    clip_eps_high: float = 0.2  # upper epsilon of Eq. 6: ratios are clipped from above at 1 + clip_eps_high
+    kl_coef: float = 0.001  # weight of the KL divergence to the reference (beta); 0: no reference model is loaded
+    kl_estimator: Literal["k1", "k2", "k3", "full"] = "k3"  # estimate from the sampled token, or full: exact, over all candidates
+    # Divide a token by the length of its response (Eq. 6), the number of all tokens (DAPO), or rollout.max_new_tokens (Dr. GRPO)
     denominator: Literal["sequence_mean", "token_mean", "constant"] = "sequence_mean"
-    ratio_over: Literal["token", "step", "sequence"] = "token"  # one ratio for each of these; sequence: GSPO
-    clip_form: Literal["ppo", "cispo"] = "ppo"  # clip the surrogate; cispo: the weight of each token's gradient, so none is lost
-    dual_clip: float = 0.0  # where A < 0 the ratio counts as at most this, above 1 (dual-clip PPO); 0: no bound
-    # A token's weight by its ratio trainer / engine before the update. truncate: times min(ratio, cap); mask: 0 beyond 1/cap..cap
+    ratio_over: Literal["token", "step", "sequence"] = "token"  # one importance ratio per token, per step, or per response (GSPO)
+    clip_form: Literal["ppo", "cispo"] = "ppo"  # clip the surrogate, or (cispo) only the weight of each token's gradient
+    dual_clip: float = 0.0  # bound above 1 on the ratio of tokens with a negative advantage (dual-clip PPO); 0: no bound
+    # Correct each token for its ratio trainer / engine: not at all, weight times min(ratio, cap), or weight 0 outside 1/cap..cap
     importance: Literal["off", "truncate", "mask"] = "off"
-    importance_cap: float = 2.0  # 1 or more
-    overlong: Literal["train", "mask"] = "train"  # mask: what was cut at max_new_tokens is in the baseline, not the loss (DAPO)
-    num_updates: int = 1  # per rollout batch; together they count as one optimizer step
-    inputs: Literal["logits", "hidden"] = "logits"  # hidden: states before the head, so that logits exist for some rows at a time
-    impl: Literal["auto", "reference", "cpu", "triton", "cuda"] = "auto"  # of the loss; auto: the best that exists here
+    importance_cap: float = 2.0  # cap of `importance`, at least 1
+    # Responses that were cut at max_new_tokens: train on them, or count them in the baseline alone (mask: DAPO)
+    overlong: Literal["train", "mask"] = "train"
+    num_updates: int = 1  # updates per rollout batch; together they count as one optimizer step
+    # What the loss reads: logits, or hidden states, so that logits exist for only some rows at a time (less memory)
+    inputs: Literal["logits", "hidden"] = "logits"
+    impl: Literal["auto", "reference", "cpu", "triton", "cuda"] = "auto"  # loss kernel; auto: the fastest that works here
 
 
 @dataclass(frozen=True)
 class OptimizerConfig:
-    lr: float = 1e-6  # of AdamW, over all parameters
-    betas: tuple[float, float] = (0.9, 0.95)  # of AdamW
-    weight_decay: float = 0.0  # of AdamW
-    grad_clip: float = 1.0  # of the global norm; 0: no clip
-    warmup_steps: int = 0  # optimizer steps in which the learning rate rises linearly
-    schedule: Literal["constant", "linear", "cosine"] = "constant"  # how it falls over the whole run
-    min_lr_frac: float = 0.1  # of lr, at the last step of linear and cosine
+    lr: float = 1e-6  # peak learning rate of AdamW
+    betas: tuple[float, float] = (0.9, 0.95)  # decay rates of AdamW's two moments
+    weight_decay: float = 0.0  # decoupled weight decay of AdamW
+    grad_clip: float = 1.0  # bound on the global gradient norm; 0: no bound
+    warmup_steps: int = 0  # optimizer steps over which the learning rate rises linearly
+    schedule: Literal["constant", "linear", "cosine"] = "constant"  # shape of the learning rate after the warm-up
+    min_lr_frac: float = 0.1  # learning rate at the last step as a share of lr, for linear and cosine
 
 
 @dataclass(frozen=True)
 class CriticConfig:
-    """Of advantage.method "ppo"; with another method there is no critic."""
+    """Settings of the critic of advantage.method "ppo"; other methods have no critic."""
 
-    path: str = ""  # checkpoint of its backbone; empty: policy.path
-    rewards: Literal["step_ends", "end"] = "step_ends"  # a step's reward on its last token, or the sum on the response's last
+    path: str = ""  # checkpoint of the critic's backbone; empty: policy.path
+    # Where rewards are placed: each step's on its last token, or their sum on the last token of the response
+    rewards: Literal["step_ends", "end"] = "step_ends"
     gamma: float = 1.0  # discount per token
-    gae_lambda: float = 0.95  # of generalized advantage estimates
-    value_clip: float = 0.2  # a value moves at most so far in one optimizer step's updates; 0: no clip
-    num_updates: int = 1  # of the critic per rollout batch
+    gae_lambda: float = 0.95  # lambda of generalized advantage estimation
+    value_clip: float = 0.2  # bound on the change of a value within one optimizer step; 0: no bound
+    num_updates: int = 1  # critic updates per rollout batch
     optimizer: OptimizerConfig = field(default_factory=lambda: OptimizerConfig(lr=1e-5))
 
 
 @dataclass(frozen=True)
 class SamplerConfig:
-    difficulty_low: float = 0.01  # a group trains when its score lies strictly between (4.2.1, 5.1.5)
-    difficulty_high: float = 0.90  # and this
+    difficulty_low: float = 0.01  # a group trains if its score lies strictly above this bound (4.2.1, 5.1.5) ...
+    difficulty_high: float = 0.90  # ... and strictly below this one
     difficulty_score: Literal["total", "final"] = "total"  # group mean of total reward / maximum, or of verdict accuracy
-    # Tags of the examples (query_type, domain, grade), or one: prompts are drawn evenly over all combinations of values (4.1.2)
+    # Tags of the examples (query_type, domain, grade), one or several: prompts are drawn evenly over their values (4.1.2)
     balance: tuple[str, ...] | str = ()
-    new_weight: float = 0.5  # of a new group score in its example's solve-rate estimate, as long as the old estimate is fresh
-    max_age: int = 100  # optimizer steps until an estimate has faded to nothing, and an example outside the window is tried again
-    refill: int = 0  # extra generation rounds per optimizer step, at most, for groups that do not train (DAPO); 0: none
+    new_weight: float = 0.5  # weight of a new group score in the running solve rate of its example
+    max_age: int = 100  # optimizer steps after which a solve rate is forgotten, so that a skipped example is tried again
+    refill: int = 0  # most extra sampling rounds per step that replace groups that do not train (DAPO); 0: none
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "balance", _names(self.balance))
@@ -174,19 +188,19 @@ class SamplerConfig:
 
 @dataclass(frozen=True)
 class StageConfig:
-    """A stage of a curriculum (4.2.2): `[[curriculum]]` in TOML. It ends with the first of its ends; the last has none."""
+    """A stage of a curriculum (4.2.2), `[[curriculum]]` in TOML. It ends at the first of its ends; the last stage has none."""
 
-    name: str  # its own, shown when it begins
-    data: str = ""  # examples of its own; empty: data.train
-    tags: dict[str, tuple[str, ...]] = field(default_factory=dict)  # only examples with one of these values of each tag
-    solve_rate: tuple[float, float] | None = None  # only examples whose tag solve_rate, a number, lies from .. to
-    balance: tuple[str, ...] | str | None = None  # unset: that of `sampler`, as the next two
-    difficulty_low: float | None = None  # as in `sampler`
-    difficulty_high: float | None = None  # as in `sampler`
-    num_steps: int = 0  # it ends after so many optimizer steps; 0: not by their number
-    metric: str = ""  # it ends when this metric (reward/total, eval/macro_f1; higher is better) stops rising; empty: not so
-    min_gain: float = 0.0  # that a value has to be above the best of the stage so far, to count as a rise
-    patience: int = 0  # values of the metric in a row without a rise that end the stage
+    name: str  # unique name, printed when the stage begins
+    data: str = ""  # examples of this stage alone; empty: data.train
+    tags: dict[str, tuple[str, ...]] = field(default_factory=dict)  # keep examples that have one of these values of each tag
+    solve_rate: tuple[float, float] | None = None  # keep examples whose tag solve_rate lies in this closed range
+    balance: tuple[str, ...] | str | None = None  # replaces sampler.balance; unset: sampler.balance
+    difficulty_low: float | None = None  # replaces sampler.difficulty_low; unset: sampler.difficulty_low
+    difficulty_high: float | None = None  # replaces sampler.difficulty_high; unset: sampler.difficulty_high
+    num_steps: int = 0  # length of the stage in optimizer steps; 0: no fixed length
+    metric: str = ""  # the stage ends when this metric stops rising (reward/total, eval/macro_f1, ...); empty: not used
+    min_gain: float = 0.0  # a value counts as a rise if it exceeds the best value of the stage by more than this
+    patience: int = 0  # the stage ends after this many values of the metric in a row without a rise
 
     def __post_init__(self) -> None:
         if self.balance is not None:
@@ -200,25 +214,25 @@ def _names(value: tuple[str, ...] | str) -> tuple[str, ...]:
 
 @dataclass(frozen=True)
 class TrainConfig:
-    micro_batch_tokens: int = 16384  # rows in one forward and backward
-    checkpoint_every: int = 50  # optimizer steps; also after the last one
-    keep_checkpoints: int = 2  # the newest so many stay
-    eval_every: int = 0  # optimizer steps; 0: only after the last one
-    eval_examples: int = 512  # the first so many of data.eval; 0: all
-    log_rollouts: bool = True  # every response into run_dir/rollouts.jsonl
-    tensorboard: bool = False  # metrics into run_dir/tensorboard, too
-    wandb: bool = False  # and to Weights & Biases, project srpo
-    trackio: bool = False  # and to trackio, project srpo
+    micro_batch_tokens: int = 16384  # most tokens in one forward and backward pass; lower it if memory runs out
+    checkpoint_every: int = 50  # optimizer steps between checkpoints; the last step always writes one
+    keep_checkpoints: int = 2  # number of newest checkpoints that are kept
+    eval_every: int = 0  # optimizer steps between evaluations on data.eval; 0: only after the last step
+    eval_examples: int = 512  # number of examples of data.eval that are evaluated, from its start; 0: all
+    log_rollouts: bool = True  # write every response to run_dir/rollouts.jsonl
+    tensorboard: bool = False  # also log metrics to run_dir/tensorboard
+    wandb: bool = False  # also log metrics to Weights & Biases, project srpo
+    trackio: bool = False  # also log metrics to trackio, project srpo
 
 
 @dataclass(frozen=True)
 class Config:
     """`python -m srpo.train @ configs/x.toml --loss.kl-coef 0`"""
 
-    run_dir: str = "runs/train"  # all that the run writes; it belongs to one configuration
-    seed: int = 0  # of all randomness
-    num_steps: int = 200  # optimizer steps: rollout batches, each with loss.num_updates updates
-    steps: tuple[StepSpec, ...] = PAPER_STEPS  # of a response, [[steps]] in TOML; a file replaces all of them
+    run_dir: str = "runs/train"  # folder for everything that the run writes; it belongs to one configuration
+    seed: int = 0  # seed of all random draws
+    num_steps: int = 200  # number of optimizer steps, each a rollout batch with loss.num_updates updates
+    steps: tuple[StepSpec, ...] = PAPER_STEPS  # reasoning steps of a response, [[steps]] in TOML; a file replaces all of them
     data: DataConfig = field(default_factory=DataConfig)
     policy: PolicyConfig = field(default_factory=PolicyConfig)
     rollout: RolloutConfig = field(default_factory=RolloutConfig)
@@ -228,5 +242,5 @@ class Config:
     optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
     critic: CriticConfig = field(default_factory=CriticConfig)
     sampler: SamplerConfig = field(default_factory=SamplerConfig)
-    curriculum: tuple[StageConfig, ...] = ()  # stages one after another (4.2.2); none: all of data.train as `sampler` says
+    curriculum: tuple[StageConfig, ...] = ()  # stages in order (4.2.2), [[curriculum]] in TOML; none: all of data.train
     train: TrainConfig = field(default_factory=TrainConfig)

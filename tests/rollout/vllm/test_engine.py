@@ -17,9 +17,10 @@ import pytest
 import torch
 from torch import nn
 
+from srpo.core.config.demo import TinyConfig
 from srpo.core.config.train import RolloutConfig, VllmConfig
 from srpo.policy.checkpoint_names import iter_checkpoint_blocks
-from srpo.policy.model import TinyConfig, make_tiny
+from srpo.policy.model import make_tiny
 from srpo.rollout.engine import SamplingParams
 from srpo.rollout.vllm.engine import VllmEngine
 from srpo.rollout.vllm.process import EngineError, EngineProcess, child_environment

@@ -10,7 +10,8 @@ from pathlib import Path
 
 import pytest
 
-from srpo.policy.model import TinyConfig, make_tiny
+from srpo.core.config.demo import TinyConfig
+from srpo.policy.model import make_tiny
 
 HELPER = Path(__file__).resolve().parents[2] / "helpers" / "vllm_ranks.py"
 ROOT = HELPER.parents[2]

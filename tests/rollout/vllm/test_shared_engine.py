@@ -22,8 +22,9 @@ import pytest
 import torch
 from torch import nn
 
+from srpo.core.config.demo import TinyConfig
 from srpo.core.config.train import VllmConfig
-from srpo.policy.model import TinyConfig, make_tiny
+from srpo.policy.model import make_tiny
 from srpo.policy.parallel import Parallel
 from srpo.rollout.engine import Sample, SamplingParams
 from srpo.rollout.vllm import shared_start as sharing

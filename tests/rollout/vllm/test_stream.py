@@ -14,11 +14,12 @@ import small_world as small
 import torch
 
 from srpo.core.batch import read_rollouts
+from srpo.core.config.demo import TinyConfig
 from srpo.core.config.train import Config, VllmConfig
 from srpo.core.steps import StepSpec
 from srpo.data.readers import write_examples
 from srpo.data.tokenizer import load_tokenizer
-from srpo.policy.model import TinyConfig, load_policy, make_tiny
+from srpo.policy.model import load_policy, make_tiny
 from srpo.rollout.engine import SamplingParams
 from srpo.rollout.vllm.engine import VllmEngine
 from srpo.train import train

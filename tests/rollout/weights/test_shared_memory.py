@@ -11,8 +11,9 @@ from collections.abc import Iterable, Iterator
 import pytest
 import torch
 
+from srpo.core.config.demo import TinyConfig
 from srpo.policy.checkpoint_names import Block, Layouts, Part, iter_checkpoint_blocks, iter_checkpoint_params
-from srpo.policy.model import TinyConfig, load_policy, make_tiny
+from srpo.policy.model import load_policy, make_tiny
 from srpo.rollout.weights.buckets import (
     ALIGNMENT,
     Packer,
