@@ -7,20 +7,23 @@ writes `comparison.json`.
 
 from __future__ import annotations
 
+from srpo.core.config.evaluation import BootstrapConfig, CompareConfig
+from srpo.core.settings import check_command_line, check_one_process, run_program
+
+if __name__ == "__main__":
+    check_command_line(CompareConfig)  # -h and mistakes answer before torch is imported
+
 import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from srpo.core.config.evaluation import BootstrapConfig, CompareConfig
-from srpo.core.run_dir import write_whole
-from srpo.core.settings import check_one_process, run_program
+from srpo.core.run_dir import run_settings, write_whole
 from srpo.core.steps import StepSchema
 from srpo.core.tables import percent, text_table
 from srpo.data.examples import Example
 from srpo.data.readers import load_examples
-from srpo.evaluate import check_tags, run_settings
-from srpo.scores.evaluation import Results, consistency_rows, results_dict, score_rows
+from srpo.scores.evaluation import Results, check_tags, consistency_rows, results_dict, score_rows
 from srpo.scores.pages import Pages, judged_examples, read_judgments, read_pages, read_verdicts, shown_grades
 from srpo.scores.paired import compare_systems
 from srpo.scores.responses import Responses, from_file, verdicts_alone

@@ -7,20 +7,22 @@ leaves its result in the run folder and is skipped when it is there: a demo that
 
 from __future__ import annotations
 
+from srpo.core.config.demo import DemoConfig
+from srpo.core.settings import check_command_line, check_one_process, run_program
+
+if __name__ == "__main__":
+    check_command_line(DemoConfig)  # -h and mistakes answer before torch is imported
+
 import json
 import shlex
 import sys
 import time
-from collections.abc import Callable, Iterator
 from dataclasses import replace
-from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from srpo.core.config.demo import DemoConfig
-from srpo.core.config.sft import SftConfig
 from srpo.core.config.train import (
     Config,
     DataConfig,
@@ -33,33 +35,20 @@ from srpo.core.config.train import (
     TrainConfig,
 )
 from srpo.core.metrics import read_metrics
-from srpo.core.progress import Progress
 from srpo.core.run_dir import claim_run_dir, write_whole
-from srpo.core.settings import run_program
 from srpo.core.steps import PAPER_STEPS, StepSchema
 from srpo.data.examples import Example
-from srpo.data.prompts import build_prompt
-from srpo.data.readers import load_examples, read_examples, split_by_query, write_examples
-from srpo.data.silver import Lexicon, silver_response
-from srpo.data.teacher import teach
-from srpo.data.tokenizer import load_tokenizer, train_tokenizer
-from srpo.data.world import World
-from srpo.evaluate import evaluate_policy
-from srpo.policy.model import load_policy, make_tiny
-from srpo.policy.parallel import Parallel, init_parallel
-from srpo.report import before_after_table
+from srpo.data.readers import load_examples
+from srpo.data.tokenizer import load_tokenizer
+from srpo.experiments.start import PROMPT, make_base, make_data, sft_config, stage
+from srpo.policy.model import load_policy
+from srpo.policy.parallel import Parallel, distributed
 from srpo.rollout.local import LocalEngine
-from srpo.scores.evaluation import true_grades
 from srpo.scores.plots import write_plots
-from srpo.sft import read_pairs, sft, write_pairs
+from srpo.scores.tables import before_after_table
+from srpo.sft import sft
 from srpo.train import train
-
-PROMPT = DataConfig().prompt
-# Fixed texts of prompts and responses: one token each.
-PHRASES = (
-    "Query: ", "\nItem: ", "\nbrand: ", "\ncolor: ", "\ncategory: ", "\ntext: ",
-    "1. Query intent: ", "\n2. Item: ", "\n3. Category match: ", "\n4. Attribute match: ", "\n5. Verdict: ",
-)  # fmt: skip
+from srpo.training.evaluation import evaluate_policy
 
 
 def demo(cfg: DemoConfig, parallel: Parallel) -> dict[str, Any]:
@@ -91,75 +80,6 @@ def demo(cfg: DemoConfig, parallel: Parallel) -> dict[str, Any]:
     print(before_after_table(before, after, schema))
     print(f"{minutes:.1f} minutes. Everything is in {run_dir}: policy/, plots/, results.json, metrics.jsonl")
     return results
-
-
-def stage(out: Path, title: str, make: Callable[[Path], None]) -> None:
-    """Make the folder `out` unless it is there; it appears under its name only when whole."""
-    if out.is_dir():
-        return
-    print(title, flush=True)
-    aside = out.with_name(out.name + ".tmp")
-    aside.mkdir(parents=True, exist_ok=True)
-    make(aside)
-    aside.rename(out)
-
-
-def make_data(cfg: DemoConfig, out: Path) -> None:
-    """train.jsonl and eval.jsonl of pairs, sft.jsonl of demonstrations."""
-    if cfg.data:
-        read = read_examples(cfg.data, len(PAPER_STEPS), options=[spec.options for spec in PAPER_STEPS])
-        pairs = [replace(e, fields={k: v for k, v in e.fields.items() if k not in cfg.drop_fields}) for e in read]
-        train_pairs, eval_pairs = split_by_query(pairs, cfg.eval_frac, cfg.seed)
-        true_grades(eval_pairs)  # an ungraded one stops the demo here and not after the warm start
-        lexicon = Lexicon.from_examples(train_pairs)
-        write_examples(out / "train.jsonl", train_pairs)
-        write_examples(out / "eval.jsonl", eval_pairs)
-        shown, num_shown, teacher = iter(train_pairs), len(train_pairs), partial(silver_response, lexicon=lexicon)
-    else:
-        world = World(cfg.seed)
-        write_examples(out / "train.jsonl", world.examples("train", cfg.num_train, start=cfg.num_demonstrations))
-        write_examples(out / "eval.jsonl", world.examples("wild", cfg.num_eval))
-        write_examples(out / "eval_balanced.jsonl", world.examples("balanced", cfg.num_eval))
-        shown, num_shown = world.examples("train", cfg.num_demonstrations), cfg.num_demonstrations
-        teacher = partial(teach, bias=cfg.bias, seed=cfg.seed)
-    with Progress("demonstrations", num_shown) as bar:
-
-        def demonstrations() -> Iterator[tuple[str, str]]:
-            for example in shown:
-                yield build_prompt(example, PROMPT), teacher(example)
-                bar.advance()
-
-        write_pairs(out / "sft.jsonl", demonstrations())
-
-
-def make_base(cfg: DemoConfig, data: Path, out: Path) -> None:
-    """A tokenizer trained on the demonstrations and a policy that has learned nothing yet."""
-    texts = [strip(prompt + response) for prompt, response in read_pairs(data / "sft.jsonl")]
-    tokenizer = train_tokenizer(texts[:20_000], cfg.vocab_size, PHRASES)
-    make_tiny(tokenizer, cfg.model, cfg.seed).save_pretrained(out)
-    tokenizer.save_pretrained(out)
-
-
-def strip(text: str) -> str:
-    """The text without the fixed phrases, which are tokens of their own."""
-    for phrase in PHRASES:
-        text = text.replace(phrase, "\n")
-    return text
-
-
-def sft_config(cfg: DemoConfig) -> SftConfig:
-    """The warm start."""
-    run_dir = Path(cfg.run_dir)
-    return SftConfig(
-        run_dir=str(run_dir / "sft"),
-        seed=cfg.seed,
-        data=str(run_dir / "data" / "sft.jsonl"),
-        num_steps=cfg.sft_steps,
-        batch_size=cfg.sft_batch,
-        checkpoint_every=200,
-        policy=PolicyConfig(path=str(run_dir / "base")),
-        optimizer=OptimizerConfig(lr=cfg.sft_lr, warmup_steps=30, schedule="linear", min_lr_frac=0.1),
-    )
 
 
 def train_config(cfg: DemoConfig, policy: Path) -> Config:
@@ -207,13 +127,8 @@ def evaluated(cfg: DemoConfig, policy: Path, path: Path, title: str, schema: Ste
 
 def main(cfg: DemoConfig) -> None:
     """The program."""
-    parallel = init_parallel()
-    try:
-        if parallel.world_size > 1:
-            raise ValueError("the demo is one process: start it without torchrun (srpo.train takes several)")
-        demo(cfg, parallel)
-    finally:
-        parallel.close()
+    check_one_process("srpo.demo", "the demo is one process (srpo.train takes several)")
+    distributed(demo)(cfg)
 
 
 if __name__ == "__main__":

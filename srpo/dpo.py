@@ -6,6 +6,12 @@ them is computed once, ahead of training.
 
 from __future__ import annotations
 
+from srpo.core.config.dpo import DpoConfig
+from srpo.core.settings import check_command_line, run_program
+
+if __name__ == "__main__":
+    check_command_line(DpoConfig)  # -h and mistakes answer before torch is imported
+
 import hashlib
 import json
 from collections.abc import Sequence
@@ -17,20 +23,17 @@ from srpo_kernels import step_of_row
 
 from srpo.algorithm.losses import dpo_loss
 from srpo.core.batch import Batch, Rollout, pack, read_rollouts
-from srpo.core.config.dpo import DpoConfig
 from srpo.core.progress import Progress
 from srpo.core.run_dir import claim_run_dir, write_whole
-from srpo.core.settings import run_program
 from srpo.core.steps import StepSchema
 from srpo.data.preferences import Preference, pairs_from_rollouts, read_preferences
 from srpo.data.readers import load_examples
 from srpo.data.tokenizer import encode, load_tokenizer
 from srpo.policy.loading import load_to_shard
 from srpo.policy.model import Policy, check_head, save_policy
-from srpo.policy.parallel import Parallel, init_parallel
-from srpo.sft import batch_indices
+from srpo.policy.parallel import Parallel, distributed
 from srpo.training.outputs import Hidden, Logits, of_outputs
-from srpo.training.supervised import fit
+from srpo.training.supervised import batch_indices, fit
 from srpo.training.update import level
 
 REFERENCE_BATCH = 256  # pairs between two updates of the progress bar while the reference is scored
@@ -257,13 +260,7 @@ def _reference(
     return logprobs
 
 
-def main(cfg: DpoConfig) -> None:
-    """The program."""
-    parallel = init_parallel()
-    try:
-        dpo(cfg, parallel)
-    finally:
-        parallel.close()
+main = distributed(dpo)
 
 
 if __name__ == "__main__":

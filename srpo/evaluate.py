@@ -7,76 +7,36 @@ type; writes `results.json`, `predictions.jsonl` and `rollouts.jsonl`.
 
 from __future__ import annotations
 
+from srpo.core.config.evaluation import EvaluateConfig
+from srpo.core.settings import check_command_line, check_one_process, run_program
+
+if __name__ == "__main__":
+    check_command_line(EvaluateConfig)  # -h and mistakes answer before torch is imported
+
 import json
-import tomllib
-from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import replace
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
 
 from srpo.core.batch import Rollout, write_rollouts
-from srpo.core.config.evaluation import BootstrapConfig, EvaluateConfig
 from srpo.core.config.train import Config
-from srpo.core.progress import Progress
-from srpo.core.run_dir import write_whole
-from srpo.core.settings import apply_toml, check_one_process, run_program
+from srpo.core.run_dir import run_settings, write_whole
 from srpo.core.steps import StepSchema
 from srpo.data.examples import Example
 from srpo.data.prompts import build_prompt
 from srpo.data.readers import load_examples
 from srpo.data.tokenizer import encode, load_tokenizer
 from srpo.policy.model import load_policy
-from srpo.policy.parallel import Parallel, init_parallel
-from srpo.report import results_table
+from srpo.policy.parallel import Parallel, distributed
 from srpo.rollout.build import open_vllm
 from srpo.rollout.engine import Engine, SamplingParams, check_prompts
 from srpo.rollout.local import LocalEngine
-from srpo.rollout.rollouts import to_rollouts
-from srpo.scores.evaluation import predicted_grade, results_dict, true_grades
+from srpo.scores.evaluation import check_tags, predicted_grade, results_dict, true_grades
 from srpo.scores.responses import from_predictions, from_rollouts, load_rollouts, read_predictions
-
-
-def evaluate_policy(
-    engine: Engine,
-    tokenizer: Any,
-    schema: StepSchema,
-    examples: Sequence[Example],
-    *,
-    prompt_template: str,
-    max_new_tokens: int,
-    batch_size: int,
-    parallel: Parallel | None = None,
-    description: str = "evaluation",
-    by: Sequence[str] = ("query_type",),
-    bootstrap: BootstrapConfig | None = None,
-) -> tuple[dict[str, Any], list[Rollout]]:
-    """(results of `evaluation.results_dict`, the rollouts) of one greedy response per example, in the order of the examples.
-
-    `by` and `bootstrap` are those of `results_dict`; training passes none: intervals cost it nothing.
-    With `parallel` each rank decodes its share and all ranks return the same; every rank must call it. Raises ValueError for an
-    example without a grade or whose prompt does not fit.
-    """
-    true_grades(examples)
-    rank, world_size = (parallel.rank, parallel.world_size) if parallel is not None else (0, 1)
-    stop_ids = () if tokenizer.eos_token_id is None else (tokenizer.eos_token_id,)
-    params = SamplingParams(max_new_tokens, temperature=1.0, top_k=0, group_size=1, stop_ids=stop_ids, greedy=True)
-    mine = range(rank, len(examples), world_size)
-    rollouts: dict[int, Rollout] = {}
-    with Progress(description, len(mine), enabled=rank == 0) as bar:
-        for first in range(0, len(mine), batch_size):
-            chunk = mine[first : first + batch_size]
-            chosen = [examples[i] for i in chunk]
-            prompts = [encode(tokenizer, build_prompt(example, prompt_template)) for example in chosen]
-            samples = engine.generate(prompts, params, seed=0)
-            made = to_rollouts(chosen, samples, prompts, schema, tokenizer, engine.policy_version)
-            rollouts |= {i: replace(rollout, group=i) for i, rollout in zip(chunk, made, strict=True)}
-            bar.advance(len(chunk))
-    if parallel is not None and world_size > 1:
-        rollouts = {i: rollout for share in parallel.all_gather_object(rollouts) for i, rollout in share.items()}
-    ordered = [rollouts[i] for i in range(len(examples))]
-    return results_dict(ordered, examples, schema, by=by, bootstrap=bootstrap), ordered
+from srpo.scores.tables import results_table
+from srpo.training.evaluation import evaluate_policy
 
 
 def evaluate(config: EvaluateConfig, parallel: Parallel) -> None:
@@ -167,33 +127,6 @@ def open_engine(config: EvaluateConfig, run: Config, parallel: Parallel) -> Engi
         raise (ImportError if isinstance(error, ImportError) else ValueError)(said) from error
 
 
-def check_tags(tags: Iterable[Mapping[str, str]], by: Sequence[str]) -> None:
-    """Raise ValueError for a tag of `by`, other than the default one, that is in none of `tags` (of examples or queries)."""
-    known = sorted({tag for carried in tags for tag in carried})
-    for tag in by:
-        if tag not in known and tag not in EvaluateConfig.by:
-            raise ValueError(f"by: nothing carries the tag {tag!r}; tags of the data: {', '.join(known) or 'none'}")
-
-
-def run_settings(source: Path, config: str, say: bool = True) -> Config:
-    """The settings that `source` is evaluated under; prints whence they are, where it may `say` so.
-
-    Those of the TOML `config`; else of the training run in whose folder `source` lies (up to three folders deep); else the
-    defaults.
-    """
-    if config:
-        return apply_toml(Config(), Path(config))
-    for folder in source.resolve().parents[:4]:
-        path = folder / "config.toml"
-        if path.is_file() and tomllib.loads(path.read_text(encoding="utf-8")).keys() >= {"steps", "rollout"}:
-            if say:
-                print(f"steps, prompt and lengths as in {path}")
-            return apply_toml(Config(), path)
-    if say:
-        print("no config.toml of a training run around it: steps, prompt and lengths are the defaults")
-    return Config()
-
-
 def write_evaluation(out: Path, results: dict[str, Any], rollouts: Sequence[Rollout], examples: Sequence[Example]) -> Path:
     """Write results.json and, where there are responses, predictions.jsonl and rollouts.jsonl into `out`; returns it."""
     out.mkdir(parents=True, exist_ok=True)
@@ -213,12 +146,8 @@ def write_evaluation(out: Path, results: dict[str, Any], rollouts: Sequence[Roll
 def main(config: EvaluateConfig) -> None:
     """The program."""
     if not config.checkpoint:
-        check_one_process("srpo.evaluate on --rollouts or --predictions", "nothing is decoded that ranks could share")
-    parallel = init_parallel()
-    try:
-        evaluate(config, parallel)
-    finally:
-        parallel.close()
+        check_one_process("srpo.evaluate with --rollouts or --predictions", "nothing is decoded that ranks could share")
+    distributed(evaluate)(config)
 
 
 if __name__ == "__main__":

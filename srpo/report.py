@@ -5,79 +5,22 @@ Reads `metrics.jsonl`, `config.toml` and, where present, `results.json`; may be 
 
 from __future__ import annotations
 
+from srpo.core.config.evaluation import ReportConfig
+from srpo.core.settings import apply_toml, check_command_line, check_one_process, run_program
+
+if __name__ == "__main__":
+    check_command_line(ReportConfig)  # -h and mistakes answer before torch is imported
+
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from pathlib import Path
 
-from srpo.core.config.evaluation import ReportConfig
 from srpo.core.config.train import Config
 from srpo.core.metrics import read_metrics
-from srpo.core.settings import apply_toml, check_one_process, run_program
 from srpo.core.steps import StepSchema
-from srpo.core.tables import percent, text_table
-from srpo.scores.evaluation import Results, consistency_rows, score_rows
+from srpo.scores.evaluation import Results
 from srpo.scores.plots import write_plots
-
-
-def before_after_table(before: Results, after: Results, schema: StepSchema) -> str:
-    """The table of all scores before and after training: percent, intervals where there are any, and the change in points.
-
-    "-" where a score is not known.
-    """
-    cells = _cells(schema, before, after)
-    changes = [
-        "-" if first is None or last is None else percent(last - first, signed=True)
-        for rows in (score_rows(schema, before, after), consistency_rows(before, after))
-        for _, (first, last) in rows
-    ]
-    rows = [(*row, change) for row, change in zip(cells, changes, strict=True)]
-    notes = [f"percent, {after['num_examples']:,} held-out pairs{_interval_note(after)}"]
-    return text_table(("", "before", "after", "change"), _parted(rows, schema), notes)
-
-
-def results_table(results: Results, schema: StepSchema) -> str:
-    """The table of all scores in percent, with intervals where there are any.
-
-    A column for all pairs, and one for each value of the tags that the results are told by. Columns that do not fit into 130
-    characters stand below.
-    """
-    columns = {"all": results}
-    for tag, parts in results.get("by", {}).items():
-        columns |= {f"{tag} {value}" if value in columns else value: part for value, part in parts.items()}
-    parted = _parted(_cells(schema, *columns.values()), schema)
-    counts = ("pairs", *(f"{part['num_examples']:,}" for part in columns.values()))
-    notes = [f"percent{_interval_note(results)}"]
-    notes += [f"{number:,} pairs carry no tag {tag}" for tag, number in results.get("untagged", {}).items() if number]
-    if checked := results.get("consistency"):
-        notes.append(f"consistency: of {checked['num_examples']:,} pairs whose steps before the verdict can be checked")
-    return text_table(("", *columns), [*parted, [counts]], notes)
-
-
-def _cells(schema: StepSchema, *results: Results) -> list[tuple[str, ...]]:
-    """Rows of all scores and shares: (name, a cell of each of `results`)."""
-    rows = [*score_rows(schema, *results), *consistency_rows(*results)]
-    intervals = []  # of each of the results: {name of the row: [interval]}
-    for result in results:
-        sure = result.get("confidence")
-        intervals.append(dict([*score_rows(schema, sure), *consistency_rows(sure)]) if sure else {})
-    return [
-        (name, *(percent(value, named.get(name, [None])[0]) for value, named in zip(values, intervals, strict=True)))
-        for name, values in rows
-    ]
-
-
-def _parted(rows: Sequence[Sequence[str]], schema: StepSchema) -> list[Sequence[Sequence[str]]]:
-    """The 7 scores of Table 1, then the steps and what parses, then consistency."""
-    num_scores = 7 + schema.num_steps + 1
-    return [rows[:7], rows[7:num_scores], rows[num_scores:]]
-
-
-def _interval_note(results: Results) -> str:
-    sure = results.get("confidence")
-    if not sure:
-        return ""
-    drawn = f"{sure['num_draws']:,} draws of {sure['num_queries']:,} queries"
-    return f"; in brackets {100 * sure['level']:g} % intervals from {drawn}"
+from srpo.scores.tables import before_after_table
 
 
 def write_report(run_dir: Path) -> tuple[str, list[Path]]:

@@ -6,6 +6,12 @@ starting checkpoints that several tables share are made once. Stopped, it contin
 
 from __future__ import annotations
 
+from srpo.core.config.reproduce import ReproduceConfig
+from srpo.core.settings import check_command_line, check_one_process, run_program
+
+if __name__ == "__main__":
+    check_command_line(ReproduceConfig)  # -h and mistakes answer before torch is imported
+
 import fcntl
 import importlib.metadata
 import json
@@ -23,15 +29,13 @@ from typing import Any
 
 import torch
 
-from srpo.core.config.reproduce import ReproduceConfig
 from srpo.core.run_dir import claim_run_dir, write_whole
-from srpo.core.settings import run_program
 from srpo.experiments.lab import Lab
 from srpo.experiments.plots import plot_headline, plot_table
 from srpo.experiments.recipes import RECIPES
 from srpo.experiments.summary import headline, judge_scores_of, scores_of, summarize, table_text
 from srpo.experiments.tables import TABLES
-from srpo.policy.parallel import Parallel, init_parallel
+from srpo.policy.parallel import Parallel, distributed
 
 HEADLINE = ("srpo", "srpo_discounted", "grpo")  # the last one is what the others are to beat
 NAMES = (*TABLES, "headline")
@@ -151,16 +155,11 @@ def start_in_background(cfg: ReproduceConfig) -> None:
 
 def main(cfg: ReproduceConfig) -> None:
     """The program."""
+    check_one_process("srpo.reproduce", "start several processes with different --seeds instead")
     if cfg.background:
         start_in_background(replace(cfg, background=False))
-        return
-    parallel = init_parallel()
-    try:
-        if parallel.world_size > 1:
-            raise ValueError("start srpo.reproduce without torchrun: several processes may work on different --seeds instead")
-        reproduce(cfg, parallel)
-    finally:
-        parallel.close()
+    else:
+        distributed(reproduce)(cfg)
 
 
 if __name__ == "__main__":

@@ -7,6 +7,12 @@ at any moment and started again, with as many processes or others, it continues 
 
 from __future__ import annotations
 
+from srpo.core.config.selection import Criteria, SelectConfig
+from srpo.core.settings import check_command_line, run_program
+
+if __name__ == "__main__":
+    check_command_line(SelectConfig)  # -h and mistakes answer before torch is imported
+
 import math
 import time
 from collections import Counter
@@ -16,11 +22,9 @@ from itertools import groupby
 from pathlib import Path
 from typing import Any
 
-from srpo.core.config.selection import Criteria, SelectConfig
 from srpo.core.config.train import RolloutConfig
 from srpo.core.progress import Progress
 from srpo.core.run_dir import claim_run_dir, write_whole
-from srpo.core.settings import run_program
 from srpo.core.steps import StepSchema
 from srpo.data.curriculum import SOLVE_RATE
 from srpo.data.examples import Example
@@ -29,10 +33,11 @@ from srpo.data.readers import read_examples, write_examples
 from srpo.data.strata import stratum, tags_with_grade
 from srpo.data.tokenizer import encode, load_tokenizer
 from srpo.policy.model import load_policy
-from srpo.policy.parallel import Parallel, init_parallel
+from srpo.policy.parallel import Parallel, distributed
+from srpo.rewards.build import build_judge
 from srpo.rewards.hybrid import score
 from srpo.rewards.judge import Judge
-from srpo.rollout.build import open_engine
+from srpo.rollout.build import open_engine, sampling_params
 from srpo.rollout.engine import Engine, Sample, SamplingParams, check_prompts
 from srpo.rollout.rollouts import to_rollouts
 from srpo.selection.criteria import check_quotas, collect_scores, rates, select
@@ -40,7 +45,7 @@ from srpo.selection.records import RecordSettings, record_of, unsampled
 from srpo.selection.report import report_json, report_of, report_text
 from srpo.selection.shards import Record, check_shard, finished_shards, read_shard, shard_seed, shards_of, write_shard
 from srpo.training.checks import check_judge, check_rollout
-from srpo.training.run import derive_seed, make_judge, sampling_params
+from srpo.training.run import derive_seed
 
 # How training samples beside its updates, and what it is told for its loss: here it would be for nothing, or thrown away.
 _OF_TRAINING = ("overlap", "oversample", "cut_tail", "off_policy_steps", "support", "routing")
@@ -74,7 +79,7 @@ def open_parts(cfg: SelectConfig, schema: StepSchema, parallel: Parallel) -> Par
     params = sampling_params(cfg, tokenizer)
     loaded = load_policy(cfg.policy.path, experts=cfg.policy.experts)
     engine = open_engine(cfg, loaded, parallel)
-    return Parts(tokenizer, engine, make_judge(cfg, schema, parallel), params, engine.max_context)
+    return Parts(tokenizer, engine, build_judge(cfg, schema, parallel), params, engine.max_context)
 
 
 def ignored_settings(cfg: SelectConfig) -> list[str]:
@@ -263,7 +268,7 @@ def out_dir(cfg: SelectConfig) -> Path:
 
 def _claims(cfg: SelectConfig) -> tuple[tuple[Path, Any, str], tuple[Path, Any, str]]:
     """(folder, what it depends on, setting that names it) of the records and of the selected examples."""
-    settings = RecordSettings.of(cfg, cfg.shard_examples)
+    settings = RecordSettings.from_config(cfg, cfg.shard_examples)
     return (
         (records_dir(cfg), settings, "records_dir"),
         (out_dir(cfg), SelectionSettings(cfg.format, cfg.select, settings), "out"),
@@ -304,13 +309,7 @@ class _Once:
         return self._parts
 
 
-def main(cfg: SelectConfig) -> None:
-    """The program."""
-    parallel = init_parallel()
-    try:
-        run(cfg, parallel)
-    finally:
-        parallel.close()
+main = distributed(run)
 
 
 if __name__ == "__main__":

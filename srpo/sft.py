@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+from srpo.core.config.sft import SftConfig
+from srpo.core.settings import check_command_line, run_program
+
+if __name__ == "__main__":
+    check_command_line(SftConfig)  # -h and mistakes answer before torch is imported
+
 import hashlib
-import json
-import random
-from collections.abc import Iterable, Iterator, Sequence
-from functools import lru_cache
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -14,56 +17,16 @@ import torch
 
 from srpo.algorithm.losses import sft_weights
 from srpo.core.batch import Batch, Rollout, pack
-from srpo.core.config.sft import SftConfig
 from srpo.core.progress import Progress
-from srpo.core.settings import run_program
+from srpo.data.pairs import read_pairs
 from srpo.data.tokenizer import encode, load_tokenizer
 from srpo.policy.loading import load_to_shard
 from srpo.policy.model import Policy, check_head, save_policy
-from srpo.policy.parallel import Parallel, init_parallel
+from srpo.policy.parallel import Parallel, distributed
 from srpo.training.outputs import Hidden, Logits, of_outputs
-from srpo.training.supervised import fit
+from srpo.training.supervised import batch_indices, fit
 
 Pair = tuple[tuple[int, ...], tuple[int, ...]]  # token ids of a prompt and of its response, which ends with the end of text
-
-
-def write_pairs(path: Path, pairs: Iterable[tuple[str, str]]) -> None:
-    """Write (prompt, response) texts as the JSON Lines that `data` names."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with path.open("w", encoding="utf-8") as file:
-        for prompt, response in pairs:
-            file.write(json.dumps({"prompt": prompt, "response": response}, ensure_ascii=False) + "\n")
-
-
-def read_pairs(path: str | Path) -> Iterator[tuple[str, str]]:
-    """(prompt, response) texts of a file of pairs. ValueError with file and line for what is no pair, or when there is none."""
-    empty = True
-    with Path(path).open("rb") as file:  # json decodes it, so that what is not UTF-8 has a line number too
-        for number, line in enumerate(file, start=1):
-            try:
-                row = json.loads(line)
-                prompt, response = row["prompt"], row["response"]
-            except (ValueError, KeyError, TypeError) as error:
-                raise ValueError(f'{path}, line {number}: want {{"prompt": "...", "response": "..."}} ({error})') from error
-            if not (isinstance(prompt, str) and isinstance(response, str) and prompt and response):
-                raise ValueError(f"{path}, line {number}: prompt and response must be texts that are not empty")
-            empty = False
-            yield prompt, response
-    if empty:
-        raise ValueError(f"{path} has no pairs: write one JSON object per line")
-
-
-def batch_indices(num_pairs: int, batch_size: int, step: int, seed: int) -> list[int]:
-    """The pairs of optimizer step `step`: epochs are shuffled by (seed, epoch), so a step can be had without those before it."""
-    positions = (divmod(position, num_pairs) for position in range(step * batch_size, (step + 1) * batch_size))
-    return [_epoch_order(num_pairs, seed, epoch)[offset] for epoch, offset in positions]
-
-
-@lru_cache(maxsize=4)
-def _epoch_order(num_pairs: int, seed: int, epoch: int) -> list[int]:
-    order = list(range(num_pairs))
-    random.Random(f"sft|{seed}|{epoch}").shuffle(order)
-    return order
 
 
 def pack_pairs(pairs: Sequence[Pair], parallel: Parallel, max_tokens: int) -> list[Batch]:
@@ -173,13 +136,7 @@ def sft(cfg: SftConfig, parallel: Parallel) -> Path:
     return run_dir / "policy"
 
 
-def main(cfg: SftConfig) -> None:
-    """The program."""
-    parallel = init_parallel()
-    try:
-        sft(cfg, parallel)
-    finally:
-        parallel.close()
+main = distributed(sft)
 
 
 if __name__ == "__main__":

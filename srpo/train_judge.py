@@ -14,15 +14,20 @@ With human judgments the program stops after mining. Fill in the field "human" o
 
 from __future__ import annotations
 
+from srpo.core.config.judge import JudgeConfig
+from srpo.core.settings import check_command_line, run_program
+
+if __name__ == "__main__":
+    check_command_line(JudgeConfig)  # -h and mistakes answer before torch is imported
+
 import json
 import os
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
-from srpo.core.config.judge import JudgeConfig
 from srpo.core.run_dir import claim_run_dir, write_whole
-from srpo.core.settings import run_program
+from srpo.data.pairs import write_pairs
 from srpo.data.readers import write_examples
 from srpo.judge_training.evaluation import judge_table, reliability_table
 from srpo.judge_training.hard_cases import case_example, mine
@@ -31,10 +36,10 @@ from srpo.judge_training.inputs import QUEUE, Work, prepare, simulates
 from srpo.judge_training.judgments import as_rollout
 from srpo.judge_training.scalar import train_scalar
 from srpo.judge_training.stages import evaluate_judge, grpo_config, load_judge, vote_on
-from srpo.policy.parallel import Parallel, init_parallel
+from srpo.policy.parallel import Parallel, distributed
 from srpo.rewards.judge import GenerativeJudge, OracleJudge
 from srpo.rewards.verdicts import judge_prompt, render_verdicts
-from srpo.sft import sft, write_pairs
+from srpo.sft import sft
 from srpo.train import train
 
 # May change between stages; each has its own claim.
@@ -195,13 +200,7 @@ def report(work: Work) -> dict[str, Any]:
     return result
 
 
-def main(cfg: JudgeConfig) -> None:
-    """The program."""
-    parallel = init_parallel()
-    try:
-        train_judge(cfg, parallel)
-    finally:
-        parallel.close()
+main = distributed(train_judge)
 
 
 if __name__ == "__main__":

@@ -16,12 +16,13 @@ from srpo.core.config.demo import DemoConfig
 from srpo.core.config.train import Config
 from srpo.core.settings import apply_toml
 from srpo.data.examples import Example
+from srpo.data.pairs import read_pairs
 from srpo.data.prompts import build_prompt
 from srpo.data.readers import load_examples, write_examples
 from srpo.data.tokenizer import load_tokenizer
 from srpo.data.world import World
-from srpo.demo import PHRASES, demo, stage, strip, train_config
-from srpo.sft import read_pairs
+from srpo.demo import demo, train_config
+from srpo.experiments.start import PHRASES, stage, strip
 
 
 def settings(run_dir: Path, **changes: Any) -> DemoConfig:

@@ -18,13 +18,14 @@ from srpo.core.batch import read_rollouts
 from srpo.core.config.dpo import DpoConfig, PairRules
 from srpo.core.config.train import OptimizerConfig, PolicyConfig
 from srpo.core.metrics import check_key
+from srpo.data.pairs import read_pairs
 from srpo.data.preferences import Preference
 from srpo.data.tokenizer import load_tokenizer
 from srpo.dpo import dpo, load_preferences, num_rows, pack_preferences, reference_logprobs, response_logprobs
 from srpo.policy.model import Policy, load_policy
-from srpo.sft import batch_indices, read_pairs
 from srpo.train import train
 from srpo.training.outputs import Logits
+from srpo.training.supervised import batch_indices
 
 NAMES = ("accuracy", "margin", "chosen_reward", "rejected_reward")
 

@@ -23,10 +23,11 @@ from srpo.core.steps import PAPER_STEPS, StepSchema
 from srpo.data.examples import Example
 from srpo.data.readers import write_examples
 from srpo.data.tokenizer import train_tokenizer
-from srpo.evaluate import evaluate, evaluate_policy, main
+from srpo.evaluate import evaluate, main
 from srpo.policy.model import make_tiny, save_policy
 from srpo.rollout.engine import Sample, SamplingParams
 from srpo.rollout.local import LocalEngine
+from srpo.training.evaluation import evaluate_policy
 
 SCHEMA = StepSchema(PAPER_STEPS)
 RESPONSE = """1. Query intent: shoes

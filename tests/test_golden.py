@@ -22,7 +22,7 @@ from programs import programs
 
 from srpo.core.config.demo import DemoConfig
 from srpo.core.settings import load
-from srpo.demo import make_data
+from srpo.experiments.start import make_data
 
 ROOT = Path(__file__).resolve().parents[1]
 GOLDEN = ROOT / "tests" / "golden"

@@ -11,8 +11,9 @@ from srpo.core.config.evaluation import ReportConfig
 from srpo.core.config.train import Config
 from srpo.core.settings import dump_toml
 from srpo.core.steps import PAPER_STEPS, StepSchema, StepSpec
-from srpo.report import before_after_table, main, results_table, write_report
+from srpo.report import main, write_report
 from srpo.scores.evaluation import evaluate_predictions
+from srpo.scores.tables import before_after_table, results_table
 
 SCHEMA = StepSchema(PAPER_STEPS)
 

@@ -185,7 +185,9 @@ def test_nothing_is_judged_twice(never_killed: SelectConfig, tmp_path: Path, k: 
 def test_several_ranks_equal_one(never_killed: SelectConfig, tmp_path: Path, world_size: int) -> None:
     """Rank 1 and higher in turn, then rank 0, which waits for no one then and selects."""
     cfg, engines = config(tmp_path), [Scripted() for _ in range(world_size)]
-    claim_run_dir(records_dir(cfg), RecordSettings.of(cfg, cfg.shard_examples), is_main=True)  # rank 0 does, and comes last here
+    claim_run_dir(
+        records_dir(cfg), RecordSettings.from_config(cfg, cfg.shard_examples), is_main=True
+    )  # rank 0 does, and comes last here
     for rank in range(1, world_size):
         assert run(cfg, Fresh(rank, world_size, rank, torch.device("cpu")), parts_with(engines[rank])) is None
     run(cfg, Fresh(0, world_size, 0, torch.device("cpu")), parts_with(engines[0]))
@@ -196,7 +198,7 @@ def test_several_ranks_equal_one(never_killed: SelectConfig, tmp_path: Path, wor
 
 def test_one_rank_goes_on_where_three_were_killed(never_killed: SelectConfig, tmp_path: Path) -> None:
     cfg, first, second = config(tmp_path), Scripted(dies_after=1), Scripted()
-    claim_run_dir(records_dir(cfg), RecordSettings.of(cfg, cfg.shard_examples), is_main=True)
+    claim_run_dir(records_dir(cfg), RecordSettings.from_config(cfg, cfg.shard_examples), is_main=True)
     with pytest.raises(Killed):
         run(cfg, Ranks(2, 3, 2, torch.device("cpu")), parts_with(first))
     assert finished_shards(records_dir(cfg)) == {2}

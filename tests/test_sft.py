@@ -14,9 +14,11 @@ import srpo.sft
 import srpo.training.supervised
 from srpo.core.batch import IGNORE
 from srpo.core.metrics import check_key
+from srpo.data.pairs import read_pairs, write_pairs
 from srpo.data.tokenizer import encode, load_tokenizer
 from srpo.policy.parallel import Parallel
-from srpo.sft import batch_indices, pack_pairs, read_pairs, sft, write_pairs
+from srpo.sft import pack_pairs, sft
+from srpo.training.supervised import batch_indices
 
 
 def test_pairs_come_back_as_written(tmp_path: Path) -> None:

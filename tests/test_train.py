@@ -25,8 +25,10 @@ from srpo.data.tokenizer import load_tokenizer
 from srpo.data.world import World
 from srpo.policy.model import Policy, load_policy, make_tiny, save_policy
 from srpo.policy.parallel import Parallel
-from srpo.train import build, pack_mine, policy_update, sample, train
+from srpo.train import pack_own, policy_update, train
+from srpo.training.collect import sample
 from srpo.training.credit import Credit, assign_credit
+from srpo.training.run import Run
 from srpo.training.update import NonFiniteError, Objective, read_dump, update
 
 
@@ -151,15 +153,15 @@ class Gradients(torch.optim.SGD):
 
 def gradients(cfg: Config) -> tuple[list[torch.Tensor], dict[str, float], int]:
     """(gradients, metrics, number of micro-batches) of the first step of a run."""
-    parts = build(cfg, small.ONE)
-    optimizer = Gradients(parts.policy.parameters(), lr=0.0)
-    parts = replace(parts, optimizer=optimizer)
-    parts.engine.sync_weights(parts.policy, version=0)
-    examples = parts.sampler.next(cfg.rollout.num_prompts)
-    rollouts = sample(parts, cfg, small.ONE, examples, 0)
-    credit = assign_credit(rollouts, parts.schema, cfg.advantage, cfg.loss, cfg.sampler)
-    batches = pack_mine(rollouts, credit, cfg, small.ONE)
-    metrics = policy_update(parts, batches, cfg, 0, small.ONE)
+    run = Run.build(cfg, small.ONE)
+    optimizer = Gradients(run.policy.parameters(), lr=0.0)
+    run = replace(run, optimizer=optimizer)
+    run.engine.sync_weights(run.policy, version=0)
+    examples = run.sampler.next(cfg.rollout.num_prompts)
+    rollouts = sample(run, examples, 0)
+    credit = assign_credit(rollouts, run.schema, cfg.advantage, cfg.loss, cfg.sampler)
+    batches = pack_own(run, rollouts, credit)
+    metrics = policy_update(run, batches, 0)
     return optimizer.kept, metrics, len(batches)
 
 
@@ -180,13 +182,14 @@ def test_one_micro_batch_or_four(world: Any, tmp_path: Path) -> None:
 @pytest.mark.parametrize("world_size", [1, 2, 4])
 def test_ranks_share_the_prompts_of_a_step(world: Any, tmp_path: Path, world_size: int) -> None:
     cfg = world.config(tmp_path)
-    parts = build(cfg, small.ONE)
-    examples = parts.sampler.next(4)
+    run = Run.build(cfg, small.ONE)
+    examples = run.sampler.next(4)
     groups = []
     for rank in range(world_size):
-        mine = sample(parts, cfg, Parallel(rank, world_size, rank, torch.device("cpu")), examples, 0)
-        assert all(r.example_id == examples[r.group].example_id for r in mine)
-        groups += [r.group for r in mine]
+        parallel = Parallel(rank, world_size, rank, torch.device("cpu"))
+        rollouts = sample(replace(run, parallel=parallel), examples, 0)
+        assert all(r.example_id == examples[r.group].example_id for r in rollouts)
+        groups += [r.group for r in rollouts]
     assert sorted(groups) == [g for g in range(4) for _ in range(4)]
 
 

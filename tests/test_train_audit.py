@@ -64,7 +64,7 @@ def test_a_judge_that_begins_to_pass_everything(
     audit: str,
 ) -> None:
     judge = Drifts(turns_at=3)
-    monkeypatch.setattr(srpo.training.run, "make_judge", lambda *_: judge)
+    monkeypatch.setattr(srpo.training.run, "build_judge", lambda *_: judge)
     cfg = world.config(tmp_path, num_steps=4, reward={"audit": audit, "audit_warmup": 2, "audit_bound": 0.02, "audit_min": 1})
     if audit == "stop":
         with pytest.raises(ValueError, match=r"the judge errs on .* after 0\.0% at the start .*audit_bound = 0\.02"):
@@ -86,7 +86,7 @@ def test_the_average_survives_a_broken_run(world: Any, tmp_path: Path, monkeypat
         cfg = world.config(tmp_path / name, num_steps=5, reward={"audit_warmup": 2}, train={"checkpoint_every": 1})
         for judge in judges:
             made.append(judge)
-            monkeypatch.setattr(srpo.training.run, "make_judge", lambda *_, judge=judge: judge)
+            monkeypatch.setattr(srpo.training.run, "build_judge", lambda *_, judge=judge: judge)
             if judge.breaks_at < 99:
                 with pytest.raises(ValueError, match="the judge has gone"):
                     train(cfg, small.ONE)

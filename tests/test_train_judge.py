@@ -19,6 +19,7 @@ from srpo.core.config.train import OptimizerConfig, RolloutConfig
 from srpo.core.metrics import read_metrics
 from srpo.core.steps import PAPER_STEPS, StepSchema
 from srpo.data.examples import Example
+from srpo.data.pairs import read_pairs
 from srpo.data.readers import load_examples
 from srpo.data.tokenizer import load_tokenizer
 from srpo.judge_training.hard_cases import PROMPT_FIELD
@@ -27,7 +28,6 @@ from srpo.judge_training.judgments import Judgment, hold_out, read_judgments, si
 from srpo.policy.model import load_policy, make_tiny
 from srpo.rewards.build import open_judge
 from srpo.rewards.verdicts import judge_prompt, parse_verdicts
-from srpo.sft import read_pairs
 from srpo.train import train
 from srpo.train_judge import train_judge
 

@@ -14,9 +14,9 @@ from judge_server import Answer, Asked, chat, free_port, serving
 from srpo.core.batch import read_rollouts
 from srpo.core.metrics import read_metrics
 from srpo.core.steps import StepSchema
+from srpo.rewards.build import build_judge, judge_metrics
 from srpo.rewards.verdicts import render_verdicts
 from srpo.train import main, train
-from srpo.training.run import judge_metrics, make_judge
 
 ERROR_500 = Answer(b'{"error": {"message": "out of memory"}}', 500)
 
@@ -100,7 +100,7 @@ def test_what_the_judge_did_is_counted_and_the_key_is_in_no_file(
         written = [path for path in (tmp_path / "run").rglob("*") if path.is_file()]
         assert len(written) > 5 and not any(b"sk-73" in path.read_bytes() for path in written)
 
-        judge = make_judge(cfg, StepSchema(cfg.steps), small.ONE)
+        judge = build_judge(cfg, StepSchema(cfg.steps), small.ONE)
         assert judge is not None
         sampled = [r for _, r in read_rollouts(tmp_path / "run" / "rollouts.jsonl")][:12]
         examples = {example.example_id: example for example in world.examples()}

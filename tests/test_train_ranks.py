@@ -16,8 +16,9 @@ from transformers import AutoModelForCausalLM
 
 from srpo.core.batch import Rollout, read_rollouts
 from srpo.core.config.train import Config
-from srpo.train import build, pack_mine, policy_update, train
+from srpo.train import pack_own, policy_update, train
 from srpo.training.credit import assign_credit, rollout_metrics
+from srpo.training.run import Run
 
 CHANGES = {
     "num_steps": 2,
@@ -69,12 +70,12 @@ def test_two_ranks_sample_what_one_samples(world: Any, two_ranks: Path, tmp_path
 
 def first_step(cfg: Config, rollouts: list[Rollout]) -> tuple[dict[str, float], dict[str, torch.Tensor], int]:
     """(metrics, gradients by parameter, number of micro-batches) of one process on given rollouts."""
-    parts = build(cfg, small.ONE)
-    credit = assign_credit(rollouts, parts.schema, cfg.advantage, cfg.loss, cfg.sampler)
-    batches = pack_mine(rollouts, credit, cfg, small.ONE)
-    metrics = rollout_metrics(rollouts, parts.schema, credit, cfg.advantage.clip)
-    metrics |= policy_update(parts, batches, cfg, 0, small.ONE)
-    momenta = {name: parts.optimizer.state[p]["exp_avg"] for name, p in parts.policy.model.named_parameters()}
+    run = Run.build(cfg, small.ONE)
+    credit = assign_credit(rollouts, run.schema, cfg.advantage, cfg.loss, cfg.sampler)
+    batches = pack_own(run, rollouts, credit)
+    metrics = rollout_metrics(rollouts, run.schema, credit, cfg.advantage.clip)
+    metrics |= policy_update(run, batches, 0)
+    momenta = {name: run.optimizer.state[p]["exp_avg"] for name, p in run.policy.model.named_parameters()}
     return metrics, {name: m / (1 - cfg.optimizer.betas[0]) for name, m in momenta.items()}, len(batches)
 
 

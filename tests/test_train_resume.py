@@ -14,9 +14,11 @@ import torch
 from torch.distributed.checkpoint.format_utils import dcp_to_torch_save
 
 import srpo.train
+import srpo.training.collect
 from srpo.core.config.train import Config, StageConfig
 from srpo.policy.checkpoint import COMPLETE, latest_checkpoint
 from srpo.train import train
+from srpo.training.run import Run
 
 NUM_STEPS = 10
 CHANGES = {
@@ -150,7 +152,7 @@ def test_killed_often(world: Any, tmp_path: Path, num_ranks: int) -> None:
     assert differences(tmp_path / "killed", outcome(tmp_path / "whole", tmp_path / "flat.pt"), tmp_path) == []
 
 
-PHASES = ["generate", "score_rollouts", "refill_step", "assign_credit", "pack_mine", "policy_update"]
+PHASES = ["generate", "score_rollouts", "refill_step", "assign_credit", "pack_own", "policy_update"]
 PHASES += ["evaluate_now", "write_rollouts"]
 AT_THE_END = ["save", "save_policy"]
 
@@ -165,7 +167,8 @@ def test_stopped_before_every_phase_it_ends_the_same(
     for phase in [*rng.sample(PHASES, len(PHASES)), *AT_THE_END]:
         # Of the three steps up to the next checkpoint, so that enough of them are left for all; one phase goes past it.
         calls_left = 4 if phase == past_one else 1 if phase in ("evaluate_now", *AT_THE_END) else rng.randint(1, 3)
-        original = getattr(srpo.train, phase)
+        place = next(place for place in (Run, srpo.training.collect, srpo.train) if hasattr(place, phase))
+        original = getattr(place, phase)
 
         def stopping(*args: Any, original: Callable[..., Any] = original, **kwargs: Any) -> Any:
             nonlocal calls_left
@@ -175,7 +178,7 @@ def test_stopped_before_every_phase_it_ends_the_same(
             return original(*args, **kwargs)
 
         with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
-            patch.setattr(srpo.train, phase, stopping)
+            patch.setattr(place, phase, stopping)
             train(cfg, small.ONE)
     train(cfg, small.ONE)
     assert differences(tmp_path / "stopped", whole, tmp_path) == []

@@ -10,6 +10,7 @@ import small_world as small
 from transformers import LlamaConfig, LlamaForCausalLM
 
 import srpo.train
+import srpo.training.collect
 from srpo.data.tokenizer import load_tokenizer
 from srpo.policy.model import load_policy
 from srpo.train import train
@@ -19,14 +20,14 @@ REPLAY = {"routing": "replay"}
 
 def test_a_run_replays_what_its_engine_routed(world: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """The trainer's routers are turned around after the engine has sampled: only replayed experts are those of the engine."""
-    sampled = srpo.train.generate
+    sampled = srpo.training.collect.generate
 
-    def then_turn(parts: Any, *args: Any) -> Any:
-        yield from list(sampled(parts, *args))
-        for layer in parts.policy.model.model.layers:  # the first choice becomes the last
+    def then_turn(run: Any, *args: Any) -> Any:
+        yield from list(sampled(run, *args))
+        for layer in run.policy.model.model.layers:  # the first choice becomes the last
             layer.mlp.gate.weight.data.neg_()
 
-    monkeypatch.setattr(srpo.train, "generate", then_turn)
+    monkeypatch.setattr(srpo.training.collect, "generate", then_turn)
     flips = []
     for name, rollout in (("replay", REPLAY), ("recompute", {})):
         cfg = world.config(tmp_path / name, num_steps=1, rollout=rollout, train={"checkpoint_every": 9})

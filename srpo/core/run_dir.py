@@ -8,7 +8,8 @@ from dataclasses import MISSING, fields
 from pathlib import Path
 from typing import Any
 
-from srpo.core.settings import dump_toml
+from srpo.core.config.train import Config
+from srpo.core.settings import apply_toml, dump_toml
 
 
 def claim_run_dir(run_dir: Path, cfg: Any, is_main: bool, may_change: Collection[str] = ()) -> None:
@@ -51,3 +52,22 @@ def _leaves(table: dict[str, Any], prefix: str = "") -> dict[str, Any]:
     for key, value in table.items():
         flat |= _leaves(value, f"{prefix}{key}.") if isinstance(value, dict) else {prefix + key: value}
     return flat
+
+
+def run_settings(source: Path, config: str, say: bool = True) -> Config:
+    """The settings that `source` is evaluated under; prints whence they are, where it may `say` so.
+
+    Those of the TOML `config`; else of the training run in whose folder `source` lies (up to three folders deep); else the
+    defaults.
+    """
+    if config:
+        return apply_toml(Config(), Path(config))
+    for folder in source.resolve().parents[:4]:
+        path = folder / "config.toml"
+        if path.is_file() and tomllib.loads(path.read_text(encoding="utf-8")).keys() >= {"steps", "rollout"}:
+            if say:
+                print(f"steps, prompt and lengths as in {path}")
+            return apply_toml(Config(), path)
+    if say:
+        print("no config.toml of a training run around it: steps, prompt and lengths are the defaults")
+    return Config()

@@ -15,6 +15,7 @@ import sys
 import tomllib
 import types
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import MISSING, fields, is_dataclass, replace
 from pathlib import Path
 from typing import Annotated, Any, Literal, NoReturn, TypeVar, Union, get_args, get_origin, get_type_hints
@@ -87,16 +88,30 @@ def dump_toml(config: Any) -> str:
 
 
 def run_program(main: Callable[[T], int | None], cls: type[T], argv: Sequence[str] | None = None) -> NoReturn:
-    """Load `cls`, run `main` on it and exit with what it returns (None: 0).
+    """Load `cls`, run `main` on it and exit with its return value (None: 0).
 
-    What a user can get wrong (ValueError, a path that is not there, a package that the settings ask for and that is missing)
-    becomes `error: ...` and exit code 2; SRPO_DEBUG=1 shows where it was raised. Any other exception is our bug and passes
-    through with its traceback.
+    A user error (ValueError, a missing path, a missing package that the settings ask for) becomes the line `error: ...` and exit
+    code 2; SRPO_DEBUG=1 shows its traceback. Any other exception is a bug of ours and keeps its traceback.
     """
+    with _user_errors_in_one_line():
+        sys.exit(main(load(cls, argv, _prog())) or 0)
+
+
+def check_command_line(cls: type) -> None:
+    """Exit if the command line asks for help or cannot be loaded as `cls`. Programs call it before they import torch."""
+    with _user_errors_in_one_line():
+        load(cls, prog=_prog())
+
+
+def _prog() -> str | None:
     spec = getattr(sys.modules.get("__main__"), "__spec__", None)
-    prog = f"python -m {spec.name}" if spec else None
+    return f"python -m {spec.name}" if spec else None
+
+
+@contextmanager
+def _user_errors_in_one_line() -> Iterator[None]:
     try:
-        sys.exit(main(load(cls, argv, prog)) or 0)
+        yield
     except (*_USER_ERRORS, ImportError) as error:
         is_import = isinstance(error, ImportError) and error.name is not None  # Python's own; ours say what to install
         if is_import or os.environ.get(DEBUG, "0") not in ("", "0"):

@@ -37,10 +37,9 @@ from srpo.data.prompts import build_prompt
 from srpo.data.readers import load_examples, read_examples, write_examples
 from srpo.data.tokenizer import encode, load_tokenizer
 from srpo.data.world import World
-from srpo.demo import PROMPT, make_base, make_data, sft_config, stage
 from srpo.dpo import dpo
-from srpo.evaluate import evaluate_policy
 from srpo.experiments.recipes import Recipe, base, config_of
+from srpo.experiments.start import PROMPT, make_base, make_data, sft_config, stage
 from srpo.policy.model import load_policy
 from srpo.policy.parallel import Parallel
 from srpo.rewards.hybrid import score
@@ -52,6 +51,7 @@ from srpo.select import run as run_selection
 from srpo.sft import sft
 from srpo.train import train
 from srpo.train_judge import train_judge
+from srpo.training.evaluation import evaluate_policy
 from srpo.training.run import derive_seed
 
 TEST_SETS = {"wild": "eval.jsonl", "balanced": "eval_balanced.jsonl"}

@@ -12,10 +12,10 @@ from srpo.core.steps import StepSchema
 from srpo.data.examples import Example
 from srpo.data.readers import load_examples
 from srpo.data.strata import stratum
-from srpo.evaluate import load_rollouts
 from srpo.judge_training.human_queue import read_queue
 from srpo.judge_training.judgments import Judgment, hold_out, read_judgments, simulate_judgments
 from srpo.policy.parallel import Parallel
+from srpo.scores.responses import load_rollouts
 
 QUEUE = "judge_queue.jsonl"
 

@@ -19,8 +19,7 @@ from srpo.policy.loading import load_to_shard
 from srpo.policy.parallel import Parallel
 from srpo.policy.scalar import ScalarModel, save_scalar, scalar_loss, scored_batches
 from srpo.rewards.scalar import ScalarCase, is_there, scalar_case
-from srpo.sft import batch_indices
-from srpo.training.supervised import fit
+from srpo.training.supervised import batch_indices, fit
 
 
 def signed_targets(cases: Sequence[ScalarCase], judgments: Sequence[Judgment]) -> torch.Tensor:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import os
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any, TypeVar
 
@@ -187,3 +187,16 @@ def clip_grad_norm(policy: nn.Module, max_norm: float, parallel: Parallel) -> fl
     if 0 < max_norm < norm < float("inf"):
         torch._foreach_mul_(grads, max_norm / norm)
     return norm
+
+
+def distributed(work: Callable[[X, Parallel], object]) -> Callable[[X], None]:
+    """The `main` of a program: joins the ranks of torchrun, runs `work(settings, parallel)`, leaves them."""
+
+    def main(settings: X) -> None:
+        parallel = init_parallel()
+        try:
+            work(settings, parallel)
+        finally:
+            parallel.close()
+
+    return main

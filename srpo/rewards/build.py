@@ -1,4 +1,4 @@
-"""The judges that are models: a generative one on an engine of its own or behind a URL, and a scalar one."""
+"""The judge R_phi that a configuration asks for (4.3.1): simulated, generative (here, in vLLM or behind a URL), or scalar."""
 
 from __future__ import annotations
 
@@ -11,37 +11,68 @@ from typing import Any
 import torch
 from torch import nn
 
-from srpo.core.config.train import RewardConfig
+from srpo.core.config.train import Config, RewardConfig
 from srpo.core.steps import StepSchema
-from srpo.policy.scalar import ScalarModel, probabilities, scored_batches
-from srpo.rewards.engine_writer import EngineWriter, Generator
-from srpo.rewards.judge import GenerativeJudge, Writer
+from srpo.data.tokenizer import load_tokenizer
+from srpo.policy.model import load_policy
+from srpo.policy.parallel import Parallel
+from srpo.policy.scalar import ScalarModel, load_scalar, probabilities, scored_batches
+from srpo.rewards.engine_writer import EngineWriter
+from srpo.rewards.judge import GenerativeJudge, Judge, OracleJudge, Writer
 from srpo.rewards.judge_service import JudgeService
 from srpo.rewards.scalar import ScalarCase, ScalarJudge
-from srpo.rewards.verdict_cache import VerdictCache
-from srpo.rollout.engine import SamplingParams
+from srpo.rewards.verdict_cache import VerdictCache, work_metrics
+from srpo.rollout.engine import Engine, SamplingParams
 from srpo.rollout.local import LocalEngine
 from srpo.rollout.vllm.engine import VllmEngine
 
 KEY_VARIABLE = "OPENAI_API_KEY"
 
 
+def build_judge(cfg: Config, schema: StepSchema, parallel: Parallel) -> Judge | None:
+    """The judge of `reward.judge`; None for "none". Raises ValueError, ImportError or EngineError if it cannot start."""
+    reward, dtype = cfg.reward, getattr(torch, cfg.policy.dtype)
+    if reward.judge == "oracle":
+        return OracleJudge(reward.judge_error_rate, cfg.seed, schema)
+    if reward.judge == "generative" and reward.judge_engine == "url":
+        return open_service_judge(schema, reward)
+    if reward.judge == "generative" and reward.judge_engine == "vllm":
+        tokenizer = load_tokenizer(reward.judge_path)
+        return open_vllm_judge(reward.judge_path, tokenizer, schema, reward, device=parallel.device, dtype=dtype)
+    if reward.judge == "generative":
+        model = nn.Module.to(load_policy(reward.judge_path, experts=cfg.policy.experts), parallel.device)
+        tokenizer, limit = load_tokenizer(reward.judge_path), reward.judge_max_new_tokens
+        return open_judge(model, tokenizer, schema, limit, max_context=reward.judge_max_context, cache=reward.judge_cache)
+    if reward.judge == "scalar":
+        model = load_scalar(reward.judge_path, experts=cfg.policy.experts).to(parallel.device)
+        return open_scalar_judge(model, load_tokenizer(reward.judge_path), schema, graded=reward.scalar == "probability")
+    return None
+
+
+def judge_metrics(judge: Judge | None, parallel: Parallel) -> dict[str, float]:
+    """The `service/*` metrics of a generative judge since the last call, over all ranks; empty for other judges. Collective."""
+    return work_metrics(parallel.all_gather_object(judge.take_counts())) if isinstance(judge, GenerativeJudge) else {}
+
+
 def open_judge(
     model: nn.Module, tokenizer: Any, schema: StepSchema, max_new_tokens: int, *, max_context: int = 0, cache: int = 0
 ) -> GenerativeJudge:
-    """R_phi (4.3.1): greedy verdicts of a causal LM. Prompts that do not fit into its context get no verdict, which is counted.
+    """A generative judge in this process: greedy verdicts of a causal LM.
 
-    cache: questions whose verdicts are remembered. Raises ValueError where the verdicts alone would fill the context.
+    A prompt that does not fit into the model's context gets no verdict and is counted. `cache` is the number of judged responses
+    whose verdicts are remembered. Raises ValueError if `max_new_tokens` alone would fill the context.
     """
     engine = LocalEngine(model, max_context=max_context)
-    return _on_engine(engine, engine.max_context, tokenizer, schema, max_new_tokens, "local", cache)
+    return _on_engine(engine, tokenizer, schema, max_new_tokens, identity="local", cache=cache)
 
 
 def open_vllm_judge(
     path: str | Path, tokenizer: Any, schema: StepSchema, cfg: RewardConfig, *, device: torch.device, dtype: torch.dtype
 ) -> GenerativeJudge:
-    """The same with vLLM in a process of its own (`reward.judge_vllm`), which ends with the judge. It keeps its checkpoint's
-    weights: nothing is ever synced into it. Raises ValueError, ImportError and EngineError as `VllmEngine` does."""
+    """A generative judge in a vLLM process (`reward.judge_vllm`), which ends with the judge. Its weights are never synced.
+
+    Raises ValueError, ImportError and EngineError as `VllmEngine` does.
+    """
     if cfg.judge_vllm.tensor_parallel_size != 1:
         raise ValueError(
             f"reward.judge_vllm.tensor_parallel_size is {cfg.judge_vllm.tensor_parallel_size}: only the policy's vLLM is split "
@@ -50,12 +81,11 @@ def open_vllm_judge(
     try:
         engine = VllmEngine(path, device=device, dtype=dtype, max_context=cfg.judge_max_context, config=cfg.judge_vllm)
     except (ValueError, ImportError) as error:
-        said = str(error).replace("rollout.vllm.", "reward.judge_vllm.").replace("rollout.engine", "reward.judge_engine")
-        raise type(error)(f"the judge's engine: {said}") from error
+        message = str(error).replace("rollout.vllm.", "reward.judge_vllm.").replace("rollout.engine", "reward.judge_engine")
+        raise type(error)(f"the judge's engine: {message}") from error
+    limit, cache = cfg.judge_max_new_tokens, cfg.judge_cache
     try:
-        judge = _on_engine(
-            engine, engine.max_context, tokenizer, schema, cfg.judge_max_new_tokens, f"vllm {path}", cfg.judge_cache, engine.close
-        )
+        judge = _on_engine(engine, tokenizer, schema, limit, identity=f"vllm {path}", cache=cache, close=engine.close)
     except BaseException:
         engine.close()
         raise
@@ -64,30 +94,31 @@ def open_vllm_judge(
 
 
 def _on_engine(
-    engine: Generator,
-    max_context: int,
+    engine: Engine,
     tokenizer: Any,
     schema: StepSchema,
     max_new_tokens: int,
+    *,
     identity: str,
     cache: int,
     close: Callable[[], None] | None = None,
 ) -> GenerativeJudge:
-    if max_new_tokens >= max_context:
+    if max_new_tokens >= engine.max_context:
         raise ValueError(
-            f"{max_new_tokens} new tokens leave no room for a prompt in the judge's context of {max_context}: "
+            f"{max_new_tokens} new tokens leave no room for a prompt in the judge's context of {engine.max_context}: "
             "lower reward.judge_max_new_tokens (srpo.train_judge: max_new_tokens)"
         )
-    writer = EngineWriter(engine, tokenizer, identity=identity, max_prompt_tokens=max_context - max_new_tokens, close=close)
+    max_prompt_tokens = engine.max_context - max_new_tokens
+    writer = EngineWriter(engine, tokenizer, identity=identity, max_prompt_tokens=max_prompt_tokens, close=close)
     params = _greedy(max_new_tokens, stop_ids=(tokenizer.eos_token_id,))
     return GenerativeJudge(writer, schema, params, cache=VerdictCache(cache))
 
 
 def open_service_judge(schema: StepSchema, cfg: RewardConfig) -> GenerativeJudge:
-    """The judge behind `reward.judge_url`, with the key of the environment variable OPENAI_API_KEY, if it is set.
+    """The judge behind `reward.judge_url`. Its API key is the environment variable OPENAI_API_KEY, if that is set.
 
-    The server is asked for one token now. Raises ValueError for settings that cannot work, and where the server does not answer
-    (with fallback "missing" that is a warning).
+    Asks the server for one token. Raises ValueError for settings that cannot work and if the server does not answer (with
+    judge_fallback "missing" that is only a warning).
     """
     service = JudgeService(cfg, api_key=os.environ.get(KEY_VARIABLE, ""))
     try:
@@ -99,7 +130,7 @@ def open_service_judge(schema: StepSchema, cfg: RewardConfig) -> GenerativeJudge
 
 
 def service_judge(service: Writer, schema: StepSchema, cfg: RewardConfig) -> GenerativeJudge:
-    """A judge that writes greedily through a service."""
+    """A judge whose verdicts a service writes greedily."""
     return GenerativeJudge(service, schema, _greedy(cfg.judge_max_new_tokens), cache=VerdictCache(cfg.judge_cache))
 
 
@@ -110,9 +141,9 @@ def _greedy(max_new_tokens: int, stop_ids: tuple[int, ...] = ()) -> SamplingPara
 def open_scalar_judge(
     model: ScalarModel, tokenizer: Any, schema: StepSchema, *, graded: bool = False, batch_tokens: int = 8192
 ) -> ScalarJudge:
-    """The scalar rival of R_phi (Appendix A). Cases that do not fit into its context get no verdict, which is counted.
+    """The scalar reward model of Appendix A as a judge. A case that does not fit into its context gets no verdict and is counted.
 
-    `batch_tokens` packed tokens go through one forward; `graded` gives probabilities instead of verdicts.
+    graded: return probabilities instead of verdicts. `batch_tokens` packed tokens go through one forward pass.
     """
 
     def scorer(cases: Sequence[ScalarCase]) -> list[list[float]]:

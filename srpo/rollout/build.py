@@ -1,16 +1,17 @@
-"""The engine that a configuration asks for."""
+"""The engine that a configuration asks for, and the sampling settings of its behaviour policy."""
 
 from __future__ import annotations
 
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import nn
 
 from srpo.core.config.train import Config, VllmConfig
 from srpo.policy.parallel import Parallel
-from srpo.rollout.engine import Engine
+from srpo.rollout.engine import Engine, SamplingParams
 from srpo.rollout.local import LocalEngine
 from srpo.rollout.vllm.engine import VllmEngine
 from srpo.rollout.vllm.shared_start import open_shared
@@ -41,3 +42,16 @@ def open_vllm(
     shared = config.tensor_parallel_size != 1
     start = partial(open_shared, parallel=parallel) if shared else partial(VllmEngine, device=parallel.device)
     return start(path, dtype=dtype, max_context=max_context, config=config, routing=routing)
+
+
+def sampling_params(cfg: Config, tokenizer: Any) -> SamplingParams:
+    """Sampling settings of the behaviour policy (5.1.5)."""
+    return SamplingParams(
+        max_new_tokens=cfg.rollout.max_new_tokens,
+        temperature=cfg.rollout.temperature,
+        top_k=cfg.rollout.top_k,
+        group_size=cfg.rollout.group_size,
+        stop_ids=(tokenizer.eos_token_id,),
+        support=cfg.rollout.support == "replay",
+        routing=cfg.rollout.routing == "replay",
+    )

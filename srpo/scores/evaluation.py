@@ -6,14 +6,14 @@ right: a miss of its true class, and a false alarm of none.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
 from srpo.core.batch import Rollout
-from srpo.core.config.evaluation import BootstrapConfig
+from srpo.core.config.evaluation import BootstrapConfig, EvaluateConfig
 from srpo.core.steps import StepSchema
 from srpo.data.examples import GRADES, Example
 from srpo.scores.bootstrap import cluster_sums, percentile_interval, resampled_sums
@@ -145,3 +145,11 @@ def consistency_rows(*results: Results) -> list[tuple[str, list[Any]]]:
     if not any(shares):
         return []
     return [(name, [s.get(key) for s in shares]) for name, key in zip(CONSISTENCY_NAMES, CONSISTENCY, strict=True)]
+
+
+def check_tags(tags: Iterable[Mapping[str, str]], by: Sequence[str]) -> None:
+    """Raise ValueError for a tag of `by`, other than the default one, that is in none of `tags` (of examples or queries)."""
+    known = sorted({tag for carried in tags for tag in carried})
+    for tag in by:
+        if tag not in known and tag not in EvaluateConfig.by:
+            raise ValueError(f"by: nothing carries the tag {tag!r}; tags of the data: {', '.join(known) or 'none'}")

@@ -39,7 +39,7 @@ class RecordSettings:
     steps: tuple[StepSpec, ...]
 
     @classmethod
-    def of(cls, cfg: Config, shard_examples: int) -> RecordSettings:
+    def from_config(cls, cfg: Config, shard_examples: int) -> RecordSettings:
         """Those of a training run's settings."""
         rollout, reward = cfg.rollout, cfg.reward
         by_url = reward.judge == "generative" and reward.judge_engine == "url"

@@ -33,7 +33,7 @@ class Ppo:
     optimizer: torch.optim.Optimizer
 
     @classmethod
-    def of(cls, cfg: Config, parallel: Parallel) -> Ppo | None:
+    def from_config(cls, cfg: Config, parallel: Parallel) -> Ppo | None:
         """As configured; None where the method has no critic. Raises ValueError where critic.path holds no model."""
         if cfg.advantage.method != "ppo":
             return None

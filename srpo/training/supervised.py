@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import random
 from collections.abc import Callable, Sequence
+from functools import lru_cache
 from pathlib import Path
 from typing import Protocol
 
@@ -99,3 +101,16 @@ def fit(
                 save_checkpoint(run_dir / "checkpoints", step + 1, model, optimizer, extra, parallel, keep=1)
     if logger is not None:
         logger.close()
+
+
+def batch_indices(num_pairs: int, batch_size: int, step: int, seed: int) -> list[int]:
+    """The pairs of optimizer step `step`: epochs are shuffled by (seed, epoch), so a step can be had without those before it."""
+    positions = (divmod(position, num_pairs) for position in range(step * batch_size, (step + 1) * batch_size))
+    return [_epoch_order(num_pairs, seed, epoch)[offset] for epoch, offset in positions]
+
+
+@lru_cache(maxsize=4)
+def _epoch_order(num_pairs: int, seed: int, epoch: int) -> list[int]:
+    order = list(range(num_pairs))
+    random.Random(f"sft|{seed}|{epoch}").shuffle(order)
+    return order

@@ -22,15 +22,16 @@ from srpo.core.config.train import Config, DataConfig, OptimizerConfig, PolicyCo
 from srpo.core.metrics import read_metrics
 from srpo.core.settings import dump_toml, run_program
 from srpo.data.examples import Example
+from srpo.data.pairs import write_pairs
 from srpo.data.prompts import build_prompt
 from srpo.data.readers import load_examples, write_examples
 from srpo.data.teacher import teach
 from srpo.data.tokenizer import train_tokenizer
 from srpo.data.world import World
-from srpo.demo import PHRASES, PROMPT, strip
+from srpo.experiments.start import PHRASES, PROMPT, strip
 from srpo.policy.model import load_policy, make_tiny
 from srpo.policy.parallel import Parallel
-from srpo.sft import sft, write_pairs
+from srpo.sft import sft
 
 ROOT = Path(__file__).resolve().parents[2]
 TINY = TinyConfig(

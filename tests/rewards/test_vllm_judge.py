@@ -26,12 +26,11 @@ from srpo.core.config.train import RewardConfig, VllmConfig
 from srpo.core.steps import PAPER_STEPS, StepSchema
 from srpo.data.tokenizer import load_tokenizer
 from srpo.policy.model import make_tiny
-from srpo.rewards.build import open_service_judge, open_vllm_judge
+from srpo.rewards.build import build_judge, open_service_judge, open_vllm_judge
 from srpo.rewards.engine_writer import EngineWriter
 from srpo.rewards.judge import GenerativeJudge
 from srpo.rollout.vllm.engine import VllmEngine
 from srpo.rollout.vllm.settings import worker_environment
-from srpo.training.run import make_judge
 
 pytestmark = pytest.mark.vllm
 
@@ -77,7 +76,7 @@ def written(judge: Any, world: Any) -> list[str]:
 @pytest.fixture(scope="module")
 def local(world: Any, checkpoint: Path, tmp_path_factory: pytest.TempPathFactory) -> list[str]:
     cfg = replace(world.config(tmp_path_factory.mktemp("run")), reward=settings(checkpoint))
-    texts = written(make_judge(cfg, SCHEMA, small.ONE), world)
+    texts = written(build_judge(cfg, SCHEMA, small.ONE), world)
     assert texts[7] == "" and len(set(texts)) == 12
     return texts
 
@@ -86,7 +85,7 @@ def test_a_judge_in_vllm_s_process_writes_what_the_local_one_does(
     world: Any, checkpoint: Path, local: list[str], tmp_path: Path
 ) -> None:
     cfg = replace(world.config(tmp_path), reward=settings(checkpoint, judge_engine="vllm"))
-    judge = make_judge(cfg, SCHEMA, small.ONE)
+    judge = build_judge(cfg, SCHEMA, small.ONE)
     assert written(judge, world) == local
     assert isinstance(judge, GenerativeJudge) and isinstance(judge.writer, EngineWriter)
     engine = judge.writer.engine

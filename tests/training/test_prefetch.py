@@ -14,6 +14,7 @@ import small_world as small
 import torch
 
 import srpo.train
+import srpo.training.collect
 from srpo.core.batch import Rollout, read_rollouts
 from srpo.core.config.train import Config, StageConfig
 from srpo.data.curriculum import Curriculum
@@ -50,14 +51,14 @@ def files_of(run_dir: Path) -> list[bytes]:
 def test_scored_meanwhile_or_afterwards_it_is_the_same_run(world: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Bit for bit, with several waves, a judge that takes its time, and refill rounds."""
     threads: Counter[bool] = Counter()
-    original = srpo.train.score_rollouts
+    original = srpo.training.collect.score_rollouts
 
     def slowly(*args: Any) -> list[Rollout]:
         threads[threading.current_thread() is threading.main_thread()] += 1
         time.sleep(0.01)
         return original(*args)
 
-    monkeypatch.setattr(srpo.train, "score_rollouts", slowly)
+    monkeypatch.setattr(srpo.training.collect, "score_rollouts", slowly)
     monkeypatch.setattr(LocalEngine.__init__, "__kwdefaults__", {**(LocalEngine.__init__.__kwdefaults__ or {}), "max_rows": 8})
     runs = []
     for overlap in ("off", "on"):
@@ -123,7 +124,7 @@ def test_one_step_ahead_the_samples_are_one_step_older(world: Any, tmp_path: Pat
     """Version 0 samples the batches of steps 1 and 2; each prompt is drawn once; and it is sampled beside the update."""
     beside: list[bool] = []
     running = threading.Event()
-    original, sampling = srpo.train.policy_update, srpo.train.generate
+    original, sampling = srpo.train.policy_update, srpo.training.collect.generate
 
     def updating(*args: Any) -> dict[str, float]:
         beside.append(running.wait(20.0) if len(beside) < 3 else True)  # the next batch has begun before this update ends
@@ -136,7 +137,7 @@ def test_one_step_ahead_the_samples_are_one_step_older(world: Any, tmp_path: Pat
         yield from sampling(*args)
 
     monkeypatch.setattr(srpo.train, "policy_update", updating)
-    monkeypatch.setattr(srpo.train, "generate", watched)
+    monkeypatch.setattr(srpo.training.collect, "generate", watched)
     cfg = world.config(
         tmp_path / "run",
         **changes(AHEAD, {"num_steps": 4, "data": {"eval": str(world.eval)}, "train": {"eval_every": 2}}),
@@ -216,14 +217,14 @@ def test_a_new_stage_begins_with_samples_of_its_own(world: Any, tmp_path: Path) 
 
 
 def test_what_fails_beside_the_update_ends_the_run(world: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    original = srpo.train.score_rollouts
+    original = srpo.training.collect.score_rollouts
 
     def failing(*args: Any) -> list[Rollout]:
         if threading.current_thread() is not threading.main_thread():
             raise ValueError("the judge is gone")
         return original(*args)
 
-    monkeypatch.setattr(srpo.train, "score_rollouts", failing)
+    monkeypatch.setattr(srpo.training.collect, "score_rollouts", failing)
     with pytest.raises(ValueError, match="the judge is gone"):
         train(world.config(tmp_path / "run", **AHEAD), small.ONE)
     assert [line["step"] for line in small.metrics_of(tmp_path / "run")] == [1]

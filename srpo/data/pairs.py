@@ -1,0 +1,33 @@
+"""Pairs of a prompt and its response as texts, the JSON Lines that `srpo.sft` trains on."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+
+
+def write_pairs(path: Path, pairs: Iterable[tuple[str, str]]) -> None:
+    """Write (prompt, response) texts as the JSON Lines that `data` names."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with path.open("w", encoding="utf-8") as file:
+        for prompt, response in pairs:
+            file.write(json.dumps({"prompt": prompt, "response": response}, ensure_ascii=False) + "\n")
+
+
+def read_pairs(path: str | Path) -> Iterator[tuple[str, str]]:
+    """(prompt, response) texts of a file of pairs. ValueError with file and line for what is no pair, or when there is none."""
+    empty = True
+    with Path(path).open("rb") as file:  # json decodes it, so that what is not UTF-8 has a line number too
+        for number, line in enumerate(file, start=1):
+            try:
+                row = json.loads(line)
+                prompt, response = row["prompt"], row["response"]
+            except (ValueError, KeyError, TypeError) as error:
+                raise ValueError(f'{path}, line {number}: want {{"prompt": "...", "response": "..."}} ({error})') from error
+            if not (isinstance(prompt, str) and isinstance(response, str) and prompt and response):
+                raise ValueError(f"{path}, line {number}: prompt and response must be texts that are not empty")
+            empty = False
+            yield prompt, response
+    if empty:
+        raise ValueError(f"{path} has no pairs: write one JSON object per line")

@@ -1,0 +1,102 @@
+"""Where experiments start: data of the catalogue world or judged pairs, a tokenizer, an untrained policy, the SFT warm start.
+
+`srpo.demo` and the tables of `srpo.reproduce` begin with these stages.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from dataclasses import replace
+from functools import partial
+from pathlib import Path
+
+from srpo.core.config.demo import DemoConfig
+from srpo.core.config.sft import SftConfig
+from srpo.core.config.train import DataConfig, OptimizerConfig, PolicyConfig
+from srpo.core.progress import Progress
+from srpo.core.steps import PAPER_STEPS
+from srpo.data.pairs import read_pairs, write_pairs
+from srpo.data.prompts import build_prompt
+from srpo.data.readers import read_examples, split_by_query, write_examples
+from srpo.data.silver import Lexicon, silver_response
+from srpo.data.teacher import teach
+from srpo.data.tokenizer import train_tokenizer
+from srpo.data.world import World
+from srpo.policy.model import make_tiny
+from srpo.scores.tally import true_grades
+
+PROMPT = DataConfig().prompt
+# Fixed texts of prompts and responses: one token each.
+PHRASES = (
+    "Query: ", "\nItem: ", "\nbrand: ", "\ncolor: ", "\ncategory: ", "\ntext: ",
+    "1. Query intent: ", "\n2. Item: ", "\n3. Category match: ", "\n4. Attribute match: ", "\n5. Verdict: ",
+)  # fmt: skip
+
+
+def stage(out: Path, title: str, make: Callable[[Path], None]) -> None:
+    """Make the folder `out` unless it is there; it appears under its name only when whole."""
+    if out.is_dir():
+        return
+    print(title, flush=True)
+    aside = out.with_name(out.name + ".tmp")
+    aside.mkdir(parents=True, exist_ok=True)
+    make(aside)
+    aside.rename(out)
+
+
+def make_data(cfg: DemoConfig, out: Path) -> None:
+    """train.jsonl and eval.jsonl of pairs, sft.jsonl of demonstrations."""
+    if cfg.data:
+        read = read_examples(cfg.data, len(PAPER_STEPS), options=[spec.options for spec in PAPER_STEPS])
+        pairs = [replace(e, fields={k: v for k, v in e.fields.items() if k not in cfg.drop_fields}) for e in read]
+        train_pairs, eval_pairs = split_by_query(pairs, cfg.eval_frac, cfg.seed)
+        true_grades(eval_pairs)  # an ungraded one stops the demo here and not after the warm start
+        lexicon = Lexicon.from_examples(train_pairs)
+        write_examples(out / "train.jsonl", train_pairs)
+        write_examples(out / "eval.jsonl", eval_pairs)
+        shown, num_shown, teacher = iter(train_pairs), len(train_pairs), partial(silver_response, lexicon=lexicon)
+    else:
+        world = World(cfg.seed)
+        write_examples(out / "train.jsonl", world.examples("train", cfg.num_train, start=cfg.num_demonstrations))
+        write_examples(out / "eval.jsonl", world.examples("wild", cfg.num_eval))
+        write_examples(out / "eval_balanced.jsonl", world.examples("balanced", cfg.num_eval))
+        shown, num_shown = world.examples("train", cfg.num_demonstrations), cfg.num_demonstrations
+        teacher = partial(teach, bias=cfg.bias, seed=cfg.seed)
+    with Progress("demonstrations", num_shown) as bar:
+
+        def demonstrations() -> Iterator[tuple[str, str]]:
+            for example in shown:
+                yield build_prompt(example, PROMPT), teacher(example)
+                bar.advance()
+
+        write_pairs(out / "sft.jsonl", demonstrations())
+
+
+def make_base(cfg: DemoConfig, data: Path, out: Path) -> None:
+    """A tokenizer trained on the demonstrations and a policy that has learned nothing yet."""
+    texts = [strip(prompt + response) for prompt, response in read_pairs(data / "sft.jsonl")]
+    tokenizer = train_tokenizer(texts[:20_000], cfg.vocab_size, PHRASES)
+    make_tiny(tokenizer, cfg.model, cfg.seed).save_pretrained(out)
+    tokenizer.save_pretrained(out)
+
+
+def strip(text: str) -> str:
+    """The text without the fixed phrases, which are tokens of their own."""
+    for phrase in PHRASES:
+        text = text.replace(phrase, "\n")
+    return text
+
+
+def sft_config(cfg: DemoConfig) -> SftConfig:
+    """The warm start."""
+    run_dir = Path(cfg.run_dir)
+    return SftConfig(
+        run_dir=str(run_dir / "sft"),
+        seed=cfg.seed,
+        data=str(run_dir / "data" / "sft.jsonl"),
+        num_steps=cfg.sft_steps,
+        batch_size=cfg.sft_batch,
+        checkpoint_every=200,
+        policy=PolicyConfig(path=str(run_dir / "base")),
+        optimizer=OptimizerConfig(lr=cfg.sft_lr, warmup_steps=30, schedule="linear", min_lr_frac=0.1),
+    )

@@ -1,0 +1,61 @@
+"""Greedy responses of a policy to held-out examples, and their scores (5.1.2)."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import replace
+from typing import Any
+
+from srpo.core.batch import Rollout
+from srpo.core.config.evaluation import BootstrapConfig
+from srpo.core.progress import Progress
+from srpo.core.steps import StepSchema
+from srpo.data.examples import Example
+from srpo.data.prompts import build_prompt
+from srpo.data.tokenizer import encode
+from srpo.policy.parallel import Parallel
+from srpo.rollout.engine import Engine, SamplingParams
+from srpo.rollout.rollouts import to_rollouts
+from srpo.scores.evaluation import results_dict
+from srpo.scores.tally import true_grades
+
+
+def evaluate_policy(
+    engine: Engine,
+    tokenizer: Any,
+    schema: StepSchema,
+    examples: Sequence[Example],
+    *,
+    prompt_template: str,
+    max_new_tokens: int,
+    batch_size: int,
+    parallel: Parallel | None = None,
+    description: str = "evaluation",
+    by: Sequence[str] = ("query_type",),
+    bootstrap: BootstrapConfig | None = None,
+) -> tuple[dict[str, Any], list[Rollout]]:
+    """(results of `evaluation.results_dict`, the rollouts) of one greedy response per example, in the order of the examples.
+
+    `by` and `bootstrap` are those of `results_dict`; training passes none: intervals cost it nothing.
+    With `parallel` each rank decodes its share and all ranks return the same; every rank must call it. Raises ValueError for an
+    example without a grade or whose prompt does not fit.
+    """
+    true_grades(examples)
+    rank, world_size = (parallel.rank, parallel.world_size) if parallel is not None else (0, 1)
+    stop_ids = () if tokenizer.eos_token_id is None else (tokenizer.eos_token_id,)
+    params = SamplingParams(max_new_tokens, temperature=1.0, top_k=0, group_size=1, stop_ids=stop_ids, greedy=True)
+    mine = range(rank, len(examples), world_size)
+    rollouts: dict[int, Rollout] = {}
+    with Progress(description, len(mine), enabled=rank == 0) as bar:
+        for first in range(0, len(mine), batch_size):
+            chunk = mine[first : first + batch_size]
+            chosen = [examples[i] for i in chunk]
+            prompts = [encode(tokenizer, build_prompt(example, prompt_template)) for example in chosen]
+            samples = engine.generate(prompts, params, seed=0)
+            made = to_rollouts(chosen, samples, prompts, schema, tokenizer, engine.policy_version)
+            rollouts |= {i: replace(rollout, group=i) for i, rollout in zip(chunk, made, strict=True)}
+            bar.advance(len(chunk))
+    if parallel is not None and world_size > 1:
+        rollouts = {i: rollout for share in parallel.all_gather_object(rollouts) for i, rollout in share.items()}
+    ordered = [rollouts[i] for i in range(len(examples))]
+    return results_dict(ordered, examples, schema, by=by, bootstrap=bootstrap), ordered
