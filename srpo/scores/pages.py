@@ -1,7 +1,7 @@
 """Pages of search results and what people or judges say of them: the inputs of the online metrics (5.1.2), read from files.
 
-A page is the ranked list that one system shows for one query. All files are JSON Lines (docs/programs.md); anything that is not
-exactly right raises ValueError with file and line.
+A page is the ranked list that one system shows for one query. All files are JSON Lines (docs/programs/compare.md); anything that
+is not exactly right raises ValueError with file and line.
 """
 
 from __future__ import annotations
