@@ -1,7 +1,8 @@
-"""Advantages of each reasoning step: SRPO (Algorithm 1 lines 10-13), GRPO (Eq. 4), REINFORCE and RLOO; PPO's are in `gae`.
+"""Advantages of reasoning steps: SRPO (Algorithm 1 lines 10-13), GRPO (Eq. 4), REINFORCE and RLOO. PPO's are in `gae`.
 
-All functions take the rollouts of one optimizer step *of all ranks* as anything that `torch.as_tensor` takes, compute in float64
-and return float32. Shapes: N rollouts, J reasoning steps.
+All functions take the rollouts of one optimizer step from *all ranks*, in any form that `torch.as_tensor` accepts; they compute
+in float64 and return float32. The advantages are A_i(t) of Eq. 6 and A_i of Eq. 2, whose ratio (Eq. 3), clipping and KL term
+are `srpo_kernels.reference.policy_loss`. Shapes: N rollouts, J reasoning steps.
 """
 
 from __future__ import annotations
@@ -13,13 +14,13 @@ import numpy as np
 import torch
 
 ArrayLike = torch.Tensor | np.ndarray | Sequence
-Scale = Literal["std", "none"]  # whether a difference from the baseline is divided by the std; Dr. GRPO leaves it as it is
+Scale = Literal["std", "none"]  # std: divide (reward - baseline) by its standard deviation; none: do not (Dr. GRPO)
 
-_MIN_STD = 1e-8  # float64 rounding of equal rewards stays far below, a real difference far above
+_MIN_STD = 1e-8  # far above the std that float64 rounding gives equal rewards, far below that of rewards that differ
 
 
 def step_returns(step_rewards: ArrayLike, gamma: float) -> torch.Tensor:
-    """Discounted sum of the rewards from each step on, [N, J] float32: sum over k >= j of gamma^(k-j) r_k (Algorithm 1 line 12).
+    """Algorithm 1 line 12, [N, J] float32: sum over k >= j of gamma^(k-j) r_k, the discounted rewards from step j to the last.
 
     step_rewards [N, J]; gamma in [0, 1]. Raises ValueError for another gamma, another shape, or a reward that is not finite.
     """
@@ -36,22 +37,24 @@ def srpo_advantages(
     clip: float,
     scale: Scale = "std",
 ) -> torch.Tensor:
-    """Step-level advantages [N, J] float32: returns (Algorithm 1 line 12), normalised, then clipped to +-clip (0: not clipped).
+    """Algorithm 1 lines 10-13 as step-level advantages [N, J] float32: returns, normalized, then clipped to +-clip (0: no clip).
 
     step_rewards [N, J]; groups [N] ints, equal for rollouts of one prompt, in any order; step_lengths [N, J] tokens of each step.
 
     normalize:
-      batch: (return - mean) / (std + 1e-8), mean and Bessel-corrected std over every response *token* of the batch, a token
-        having the return of its step. Before the clip, advantages sum to zero over tokens.
-      group: mean and std + 1e-6 (Eq. 4) over all returns of a group, rollouts x steps, each counting once whatever its length.
-      group_step: the same for each step by itself. Returns fall with j, so batch and group favour early steps; this one does not.
+      batch: (return - mean) / (std + 1e-8), mean and Bessel-corrected std over every response *token* of the batch; a token
+        has the return of its step. Before the clip, advantages sum to zero over tokens.
+      group: mean and std + 1e-6 (Eq. 4) over all returns of a group, rollouts x steps; the length of a step does not count.
+      group_step: the same per step. Returns fall with j, so batch and group favour early steps; group_step does not.
       none: the returns themselves, as Algorithm 1 is printed; with rewards >= 0 no advantage is negative.
-    scale "none" leaves out the division by the std, whatever it is taken over (Dr. GRPO).
-    Where nothing varies the advantages are exactly 0.
+    scale "none" omits the division by the std, of the batch or of the group (Dr. GRPO).
+    Returns that share a mean and are all equal get advantages of exactly 0.
 
-    Paper: 5.1.5 has "batch normalization is applied" and "clipped at a magnitude of 2", Algorithm 1 has no baseline; batch and 2.
+    Paper: 5.1.5 has "batch normalization is applied" and "clipped at a magnitude of 2"; Algorithm 1 has no baseline. Hence the
+    defaults of `AdvantageConfig`: batch and 2.
     Raises ValueError as `step_returns` does, for shapes that do not fit, or for a group of one rollout under a group baseline.
     """
+    # The loop over tokens (lines 10, 11 and 13) is `srpo_kernels.step_of_row`: a token of step j reads column j.
     returns = _returns(step_rewards, gamma)
     group_index = _group_index(groups, len(returns))
     if normalize == "batch":
@@ -79,7 +82,7 @@ def grpo_advantages(
     """Eq. 4 as [N, num_steps] float32 with equal columns: (R_i - mean of its group) / (std of its group + 1e-6).
 
     rewards [N]; groups [N] ints; clip and scale as in `srpo_advantages`. A group whose rewards are equal gets exactly 0.
-    Paper: gives no delta and does not say which std; 1e-6, and the sample std (Bessel-corrected), as is common practice.
+    Paper: Eq. 4 gives no value of delta and does not say which std; here 1e-6 and the Bessel-corrected sample std, as is common.
     Raises ValueError for shapes that do not fit, a reward that is not finite, or a group of one rollout.
     """
     values = _totals(rewards)
@@ -89,10 +92,10 @@ def grpo_advantages(
 
 
 def rloo_advantages(rewards: ArrayLike, groups: ArrayLike, num_steps: int, *, clip: float = 0.0) -> torch.Tensor:
-    """Leave one out, [N, num_steps] float32 with equal columns: R_i - mean of the other rollouts of its group.
+    """REINFORCE leave-one-out, [N, num_steps] float32 with equal columns: R_i - mean of the other rollouts of its group.
 
-    Ahmadian et al., "Back to Basics": the others' mean does not depend on response i, so the baseline is unbiased. Never divided
-    by a std. Arguments and errors as in `grpo_advantages`.
+    Ahmadian et al., "Back to Basics": the mean of the other rollouts does not depend on response i, so the baseline is unbiased.
+    Never divided by a std. Arguments and errors as in `grpo_advantages`.
     """
     values = _totals(rewards)
     group_index = _group_index(groups, len(values))
@@ -104,10 +107,10 @@ def rloo_advantages(rewards: ArrayLike, groups: ArrayLike, num_steps: int, *, cl
 def reinforce_advantages(
     rewards: ArrayLike, lengths: ArrayLike, num_steps: int, *, clip: float = 0.0, scale: Scale = "std"
 ) -> torch.Tensor:
-    """REINFORCE with the batch as its baseline, [N, num_steps] float32 with equal columns: (R_i - mean) / (std + 1e-8).
+    """REINFORCE with a batch baseline, [N, num_steps] float32 with equal columns: (R_i - mean) / (std + 1e-8).
 
-    rewards [N] total returns; lengths [N] response tokens. Mean and std are over the batch's response tokens, as those of
-    `srpo_advantages` with normalize "batch": the two differ in nothing but which return a token has. Needs no groups.
+    rewards [N], totals of the rollouts; lengths [N] response tokens. Mean and std are over the response tokens of the batch, as
+    in `srpo_advantages` with normalize "batch"; only the return of a token differs: R_i here, that of its step there.
     Raises ValueError for shapes that do not fit or a reward that is not finite.
     """
     values, counts = _totals(rewards), torch.as_tensor(lengths, dtype=torch.float64)
@@ -126,12 +129,12 @@ def _totals(rewards: ArrayLike) -> torch.Tensor:
 
 
 def _columns(advantages: torch.Tensor, num_steps: int, clip: float) -> torch.Tensor:
-    """[N, 1] clipped and repeated for every step."""
+    """[N, 1] clipped and repeated for every step: in Eq. 2 all tokens of o_i have the same A_i."""
     return _clip(advantages, clip).expand(-1, num_steps).float().contiguous()
 
 
 def _returns(step_rewards: ArrayLike, gamma: float) -> torch.Tensor:
-    """`step_returns` in float64."""
+    """`step_returns` in float64: Algorithm 1 line 12."""
     rewards = torch.as_tensor(step_rewards, dtype=torch.float64)
     if rewards.ndim != 2:
         raise ValueError(f"step_rewards has shape {tuple(rewards.shape)}: give one reward per rollout and step, [N, J]")
@@ -140,11 +143,11 @@ def _returns(step_rewards: ArrayLike, gamma: float) -> torch.Tensor:
     _check_finite(rewards)
     step = torch.arange(rewards.shape[1])
     ahead = step[:, None] - step  # [k, j] = k - j
-    return rewards @ (gamma ** ahead.clamp(min=0).double()).tril()
+    return rewards @ (gamma ** ahead.clamp(min=0).double()).tril()  # line 12: A_ij = sum_{k=j}^J gamma^(k-j) r_ik
 
 
 def _whiten_tokens(values: torch.Tensor, lengths: torch.Tensor, scale: Scale) -> torch.Tensor:
-    """Whitened over tokens: each value counts `lengths` times."""
+    """(values - mean) / (std + 1e-8), mean and std over tokens: each value counts `lengths` times."""
     total = lengths.sum()
     mean = (lengths * values).sum() / total.clamp(min=1)
     variance = (lengths * (values - mean).square()).sum() / (total - 1).clamp(min=1)
@@ -152,13 +155,13 @@ def _whiten_tokens(values: torch.Tensor, lengths: torch.Tensor, scale: Scale) ->
 
 
 def _standardize_groups(values: torch.Tensor, group_index: torch.Tensor, scale: Scale) -> torch.Tensor:
-    """Each column [N] of `values` [N, C] less the mean of its group, and over its sample std."""
+    """Eq. 4 for each column of `values` [N, C]: minus the mean of the group, divided by its sample std + 1e-6."""
     counts = group_index.bincount()[:, None]
     zeros = values.new_zeros(len(counts), values.shape[1])
     mean = zeros.index_add(0, group_index, values) / counts
-    centered = values - mean[group_index]
+    centered = values - mean[group_index]  # Eq. 4, numerator: R_i - mean({R_j})
     variance = zeros.index_add(0, group_index, centered.square()) / (counts - 1).clamp(min=1)
-    return _standardize(centered, variance.sqrt()[group_index], 1e-6, scale)
+    return _standardize(centered, variance.sqrt()[group_index], 1e-6, scale)  # Eq. 4, denominator: std({R_j}) + delta
 
 
 def _standardize(centered: torch.Tensor, std: torch.Tensor, delta: float, scale: Scale) -> torch.Tensor:
@@ -168,7 +171,7 @@ def _standardize(centered: torch.Tensor, std: torch.Tensor, delta: float, scale:
 
 
 def _group_index(groups: ArrayLike, num_rollouts: int) -> torch.Tensor:
-    """Groups numbered from 0, [N] int64."""
+    """Group numbers from 0, in the order of the ids, [N] int64."""
     ids = torch.as_tensor(groups, dtype=torch.int64)
     if ids.shape != (num_rollouts,):
         raise ValueError(f"groups has shape {tuple(ids.shape)}: give one group per rollout, ({num_rollouts},)")

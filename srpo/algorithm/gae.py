@@ -1,6 +1,6 @@
-"""Token-level advantages of PPO, the contrast of Figure 3: rewards on tokens, GAE, and the clipped loss of the critic.
+"""Token-level advantages of PPO, which Figure 3 contrasts with SRPO's: token rewards, GAE, and the critic's clipped loss.
 
-All sequences are packed rows end to end, each row a response token, without prompts (`Batch.rows()`). Shapes: R rows, N
+All sequences are packed end to end as rows: a row is a response token, prompts are left out (`Batch.rows()`). Shapes: R rows, N
 sequences, J reasoning steps.
 """
 
@@ -16,11 +16,12 @@ Placement = Literal["step_ends", "end"]
 
 
 def token_rewards(step_rewards: torch.Tensor, step_ends: torch.Tensor, cu_seqlens: torch.Tensor, at: Placement) -> torch.Tensor:
-    """Reward of every token, [R] float64; over the tokens of a sequence they add up to its step rewards.
+    """Reward of every token, [R] float64; the tokens of a sequence sum to its step rewards r_i^{S_j} (Eq. 5).
 
     step_rewards, step_ends [N, J] (exclusive, from the first row of the sequence); cu_seqlens [N+1].
-    step_ends: the reward of a step stands on its last token; that of a step without tokens on the token before it, or on the
-    first. end: all of it stands on the last token, as a reward model's does in RLHF. A sequence without rows gets nothing.
+    at "step_ends": the last token of a step gets its reward; if the step has no tokens, the token before it, or the first one.
+    at "end": the last token of the response gets the sum, as from a reward model in RLHF. Rewards of a sequence without rows are
+    dropped. ValueError for another `at`.
     """
     if at not in ("step_ends", "end"):
         raise ValueError(f"rewards at {at!r}: give step_ends or end")
@@ -34,18 +35,18 @@ def token_rewards(step_rewards: torch.Tensor, step_ends: torch.Tensor, cu_seqlen
 
 
 class Gae(NamedTuple):
-    """What `gae` returns."""
+    """Result of `gae`."""
 
     advantages: torch.Tensor  # [R] float64
-    returns: torch.Tensor  # [R] float64, advantages + values: what the critic is trained on
+    returns: torch.Tensor  # [R] float64, advantages + values: the critic's targets
 
 
 def gae(rewards: torch.Tensor, values: torch.Tensor, cu_seqlens: torch.Tensor, *, gamma: float, gae_lambda: float) -> Gae:
-    """Generalized advantage estimates (Schulman et al.): A_t = delta_t + gamma * lambda * A_{t+1} within each sequence, where
-    delta_t = r_t + gamma * V_{t+1} - V_t, V_t being the value of the state in which token t is chosen.
+    """Generalized advantage estimation (Schulman et al. 2016) within each sequence: A_t = delta_t + gamma * lambda * A_{t+1},
+    delta_t = r_t + gamma * V_{t+1} - V_t, with V_t the value of the state in which token t is chosen.
 
-    rewards, values [R]; cu_seqlens [N+1]. What follows the last token is worth 0, also where the response was cut for its length:
-    it will not be continued. lambda 1 gives discounted returns less the value, lambda 0 one-step differences.
+    rewards, values [R]; cu_seqlens [N+1]. V is 0 after the last token, also if the response was cut at its maximum length, since
+    it is not continued. lambda 1 gives discounted returns minus the value, lambda 0 one-step differences.
     Raises ValueError for a gamma or lambda outside [0, 1], or shapes that do not fit.
     """
     for name, value in (("gamma", gamma), ("gae_lambda", gae_lambda)):
@@ -59,7 +60,7 @@ def gae(rewards: torch.Tensor, values: torch.Tensor, cu_seqlens: torch.Tensor, *
     num, longest = len(lengths), int(lengths.max()) if len(lengths) else 0
     sequence = torch.arange(num, device=rewards.device).repeat_interleave(lengths)
     position = torch.arange(len(rewards), device=rewards.device) - edges[:-1][sequence]
-    # One column per position, so that all sequences are scanned together; beyond the end of one everything is 0.
+    # One column per position, so that one loop scans all sequences; rewards and values past the end of a sequence are 0.
     reward_table, value_table = (
         torch.zeros(num, longest + 1, dtype=torch.float64, device=rewards.device).index_put((sequence, position), x.double())
         for x in (rewards, values)
@@ -67,17 +68,17 @@ def gae(rewards: torch.Tensor, values: torch.Tensor, cu_seqlens: torch.Tensor, *
     advantage = torch.zeros(num, dtype=torch.float64, device=rewards.device)
     advantages = torch.zeros_like(reward_table)
     for t in range(longest - 1, -1, -1):
-        delta = reward_table[:, t] + gamma * value_table[:, t + 1] - value_table[:, t]
-        advantage = delta + gamma * gae_lambda * advantage
+        delta = reward_table[:, t] + gamma * value_table[:, t + 1] - value_table[:, t]  # r_t + gamma V_{t+1} - V_t
+        advantage = delta + gamma * gae_lambda * advantage  # A_t = delta_t + gamma lambda A_{t+1}
         advantages[:, t] = advantage
     made = advantages[sequence, position]
     return Gae(made, made + values.double())
 
 
 def whiten(advantages: torch.Tensor, mean: float, std: float, *, scale: Scale, clip: float) -> torch.Tensor:
-    """(advantages - mean) / (std + 1e-8), clipped to +-clip (0: not clipped); scale "none" does not divide. Any shape.
+    """(advantages - mean) / (std + 1e-8), clipped to +-clip (0: no clip); scale "none" does not divide. Any shape.
 
-    Mean and std are those of all tokens of the optimizer step. Exactly 0 where nothing varies.
+    Mean and std are over all tokens of the optimizer step. All zeros if std is at most 1e-8.
     """
     if not std > 1e-8:
         return torch.zeros_like(advantages)
@@ -86,19 +87,19 @@ def whiten(advantages: torch.Tensor, mean: float, std: float, *, scale: Scale, c
 
 
 class ValueLoss(NamedTuple):
-    """What `value_loss` returns."""
+    """Result of `value_loss`."""
 
     loss: torch.Tensor  # [] differentiable in `values`
-    num_clipped: torch.Tensor  # [] rows whose clipped error is the larger one, so that they have no gradient
+    num_clipped: torch.Tensor  # [] int64, rows whose clipped error is the larger one: their gradient is 0
 
 
 def value_loss(
     values: torch.Tensor, old_values: torch.Tensor, returns: torch.Tensor, *, clip: float, num_tokens: int
 ) -> ValueLoss:
-    """Half the squared error of the critic, summed over rows and divided by `num_tokens`, those of the whole optimizer step.
+    """Half the squared error of the critic, summed over rows and divided by `num_tokens`, the tokens of the optimizer step.
 
-    values, old_values (before this step's first update), returns [R]. With clip c > 0 it is the larger of the errors of V and of
-    V_old + clamp(V - V_old, -c, c): a value is not pulled further than c in one optimizer step's updates. 0: not clipped.
+    values, old_values (before the first update of this optimizer step), returns [R]. clip c > 0 takes the larger error of V and
+    of V_old + clamp(V - V_old, -c, c), so that the updates of one optimizer step pull no value further than c. 0: no clip.
     """
     error = (values - returns).square()
     if not clip:

@@ -1,4 +1,4 @@
-"""Denominators of the losses as weights per token (Eq. 2, Eq. 6, SFT), and the DPO loss.
+"""Denominators of the losses as a weight per token (1/G 1/|o_i| of Eq. 2 and Eq. 6, and SFT), and the DPO loss.
 
 Shapes: N sequences, P preference pairs.
 """
@@ -22,18 +22,20 @@ def sequence_weights(
     denominator: Literal["sequence_mean", "token_mean", "constant"],
     max_length: int = 0,
 ) -> torch.Tensor:
-    """Weight of every response token of each sequence, [N] float32: the sum of weight * term is Eq. 6 averaged over groups.
+    """Weight of each response token of a sequence, [N] float32: sum of weight * term is Eq. 6 (or Eq. 2) averaged over groups.
 
-    response_lengths [N] tokens; groups [N] ints, equal for rollouts of one prompt. Both are of ALL sequences of the optimizer
-    step over all ranks: decided once, so that neither packing nor micro-batches nor ranks can change the loss.
+    response_lengths [N] tokens; groups [N] ints, equal for rollouts of one prompt. Both cover ALL sequences of the optimizer
+    step on all ranks, so that packing, micro-batches and the number of ranks cannot change the loss.
 
-    sequence_mean: 1/num_groups * 1/G_i * 1/|o_i| with G_i the size of the sequence's group. token_mean: 1 / all tokens
-    (DAPO). constant: 1/num_groups * 1/G_i * 1/max_length, `max_length` being the longest response that can be sampled, so that a
-    long wrong response is not let off by its own length (Dr. GRPO).
-    A sequence without tokens has weight 0 but counts in its G_i. But for "constant", weights times lengths sum to 1 where no
-    sequence is empty.
-    Paper: Eq. 6 is for one prompt and does not say how prompts are combined; their mean.
-    Raises ValueError where lengths and groups do not fit, a length is negative, or "constant" has no max_length.
+    denominator:
+      sequence_mean: 1/num_groups * 1/G_i * 1/|o_i|, Eq. 6 as printed; G_i is the size of the sequence's group.
+      token_mean: 1 / number of tokens of all sequences (DAPO).
+      constant: 1/num_groups * 1/G_i * 1/max_length (Dr. GRPO). `max_length` is the longest response that can be sampled: a long
+        wrong response is then penalized in full, not divided by its own length.
+    A sequence without tokens has weight 0 but counts in its G_i. If no sequence is empty, weights times lengths sum to 1, except
+    for "constant".
+    Paper: Eq. 6 is for one prompt and does not say how prompts are combined; here by their mean.
+    Raises ValueError if lengths and groups do not fit, a length is negative, or "constant" has no max_length.
     """
     lengths = torch.as_tensor(response_lengths, dtype=torch.float64)
     group_ids = torch.as_tensor(groups, dtype=torch.int64)
@@ -44,14 +46,14 @@ def sequence_weights(
         raise ValueError("response_lengths has a negative entry: a length counts tokens")
     if denominator == "sequence_mean":
         _, group_index, sizes = group_ids.unique(return_inverse=True, return_counts=True)
-        denominators = len(sizes) * sizes[group_index] * lengths
+        denominators = len(sizes) * sizes[group_index] * lengths  # Eq. 6: G |o_i|, times the number of prompts
     elif denominator == "token_mean":
-        denominators = lengths.sum().expand(lengths.shape)
+        denominators = lengths.sum().expand(lengths.shape)  # DAPO: sum_i |o_i| over all prompts, in place of G |o_i|
     elif denominator == "constant":
         if max_length < 1:
             raise ValueError(f"max_length is {max_length}: denominator constant needs rollout.max_new_tokens, 1 or more")
         _, group_index, sizes = group_ids.unique(return_inverse=True, return_counts=True)
-        denominators = (len(sizes) * sizes[group_index] * max_length).double()
+        denominators = (len(sizes) * sizes[group_index] * max_length).double()  # Dr. GRPO: G times a constant, for |o_i|
     else:
         raise ValueError(f"denominator {denominator!r} is unknown: give sequence_mean, token_mean or constant")
     return torch.where(lengths > 0, 1 / denominators, 0.0).float()
@@ -60,18 +62,18 @@ def sequence_weights(
 def sft_weights(
     response_lengths: ArrayLike, *, denominator: Literal["sequence_mean", "token_mean"] = "token_mean"
 ) -> torch.Tensor:
-    """Weight of every response token of each sequence, [N] float32: the SFT loss is -sum of weight * logprob.
+    """Weight of each response token of a sequence, [N] float32: the SFT loss is -sum of weight * logprob.
 
-    token_mean: the mean over all tokens of the optimizer step; sequence_mean: the mean over sequences of their token means.
+    token_mean: mean over all tokens of the optimizer step. sequence_mean: mean over sequences of each one's token mean.
     """
     return sequence_weights(response_lengths, range(len(response_lengths)), denominator=denominator)
 
 
 class DpoLoss(NamedTuple):
-    """What `dpo_loss` returns."""
+    """Result of `dpo_loss`."""
 
     loss: torch.Tensor  # [] differentiable
-    metrics: dict[str, torch.Tensor]  # [] each, detached, already divided by num_pairs: add them over micro-batches
+    metrics: dict[str, torch.Tensor]  # [] each, detached, already divided by num_pairs: sum them over micro-batches and ranks
 
 
 def dpo_loss(
@@ -83,13 +85,13 @@ def dpo_loss(
     num_pairs: int | None = None,
     label_smoothing: float = 0.0,
 ) -> DpoLoss:
-    """DPO: the mean over pairs of -log sigmoid(margin), where margin is chosen_reward - rejected_reward of beta * log(pi / ref).
+    """DPO: mean over pairs of -log sigmoid(margin), margin = chosen_reward - rejected_reward, reward = beta * log(pi / pi_ref).
 
-    label_smoothing e takes a label for wrong with that probability: -(1 - e) log sigmoid(margin) - e log sigmoid(-margin).
-    All four [P]: summed log-probabilities of whole responses under the policy and under the reference. `num_pairs` is the number
-    of pairs of the optimizer step over all micro-batches and ranks (None: P). Metrics: means of chosen_reward, rejected_reward,
-    margin, and accuracy, the share of pairs with a positive margin.
-    Raises ValueError where beta is not positive, label_smoothing lies outside [0, 0.5), or the shapes differ.
+    The four tensors [P] are log-probabilities of responses, summed over tokens, under the policy and under the reference.
+    label_smoothing e is the assumed share of wrong labels: -(1 - e) log sigmoid(margin) - e log sigmoid(-margin).
+    num_pairs counts the pairs of the optimizer step over all micro-batches and ranks (None: P). Metrics: means of chosen_reward,
+    rejected_reward, margin, and accuracy, the share of pairs with a positive margin.
+    Raises ValueError if beta is not positive, label_smoothing lies outside [0, 0.5), or the shapes differ.
     """
     if not beta > 0:
         raise ValueError(f"beta is {beta}: it must be above 0")

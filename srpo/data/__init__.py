@@ -1,1 +1,1 @@
-"""Examples, the catalogue world, readers, prompts, selection (paper 4.1, 4.2)."""
+"""Examples, readers, prompts, preference pairs, the catalogue world, and the sampler with its curriculum (4.1, 4.2)."""

@@ -1,7 +1,7 @@
 """The catalogue of the generated world: domains, category tree, typed attributes with synonyms, brands, everyday knowledge.
 
-Written for this project; every name is either a common noun or invented. A *surface* is a way to say something in a query or a
-title; its canonical form is what reasoning steps write. Groups are the inner nodes of the tree: two leaves of one group are
+Written for this project; every name is a common noun or invented. A *surface* is one wording of a category or value in queries
+and titles; reasoning steps write its canonical form. Groups are the inner nodes of the tree: two leaves of one group are
 *related*.
 """
 
@@ -10,7 +10,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from functools import cached_property
 
-# type -> {value: surfaces}. Values of one type exclude each other.
+# type -> {value: surfaces}. Values of one type are mutually exclusive.
 ATTRIBUTES: dict[str, dict[str, tuple[str, ...]]] = {
     "color": {
         "red": ("red", "crimson", "scarlet"),
@@ -71,7 +71,7 @@ ATTRIBUTES: dict[str, dict[str, tuple[str, ...]]] = {
     "fuel": {"gas": ("gas", "propane"), "charcoal": ("briquette", "coal fired"), "electric": ("electric", "mains")},
 }
 
-# domain -> group -> (attribute types, {leaf: further surfaces}). A leaf's own name is its first surface.
+# domain -> group -> (attribute types, {leaf: further surfaces}). The name of a leaf is its first surface.
 _TREE: dict[str, dict[str, tuple[tuple[str, ...], dict[str, tuple[str, ...]]]]] = {
     "footwear": {
         "shoes": (
@@ -152,7 +152,7 @@ _TREE: dict[str, dict[str, tuple[tuple[str, ...], dict[str, tuple[str, ...]]]]] 
     },
 }
 
-# Everyday knowledge: (what people say, attribute type, value). It holds wherever the type exists.
+# Everyday knowledge: (use named in a query, attribute type, value it implies), for every leaf that has the type.
 KNOWLEDGE: tuple[tuple[str, str, str], ...] = (
     ("mountaineering", "weather", "waterproof"),
     ("rainy days", "weather", "waterproof"),
@@ -198,7 +198,7 @@ KNOWLEDGE: tuple[tuple[str, str, str], ...] = (
     ("smoky flavor", "fuel", "charcoal"),
 )
 
-# brand -> the leaf it is known for: what "BRAND alternative" asks for.
+# brand -> the leaf it is known for: a query "BRAND alternative" looks for that leaf.
 BRANDS: dict[str, str] = {
     "velora": "sneakers", "tamsin": "boots", "okari": "socks", "norvik": "jacket", "polvane": "parka", "lumise": "sweater",
     "ardane": "shirt", "sorelle": "necklace", "kestro": "backpack", "vantor": "suitcase", "brasco": "skillet", "mirova":
@@ -223,16 +223,16 @@ class Leaf:
     group: str
     domain: str
     surfaces: tuple[str, ...]
-    attributes: tuple[str, ...]  # the attribute types its items have, beside the brand
+    attributes: tuple[str, ...]  # attribute types of its items, in addition to the brand
 
     @property
     def path(self) -> str:
-        """How reasoning steps name a category: a group and the leaf that it has, as an attribute has a value."""
+        """The category as reasoning steps write it, "group leaf", in the same form as an attribute and its value."""
         return f"{self.group} {self.name}"
 
 
 class Catalogue:
-    """The tables above, indexed."""
+    """Indexes of the tables above."""
 
     @cached_property
     def leaves(self) -> tuple[Leaf, ...]:
@@ -251,7 +251,7 @@ class Catalogue:
 
     @cached_property
     def leaf_of_surface(self) -> dict[str, Leaf]:
-        """The leaf that a surface means."""
+        """Surface -> its leaf."""
         return {surface: leaf for leaf in self.leaves for surface in leaf.surfaces}
 
     @cached_property
@@ -261,7 +261,7 @@ class Catalogue:
 
     @cached_property
     def brands_of_domain(self) -> dict[str, tuple[str, ...]]:
-        """Domain -> the brands that sell in it."""
+        """Domain -> the brands known for one of its leaves."""
         domains = {leaf.domain for leaf in self.leaves}
         return {d: tuple(b for b, leaf in BRANDS.items() if self.leaf[leaf].domain == d) for d in sorted(domains)}
 

@@ -1,6 +1,6 @@
-"""The stages of a run one after another (4.2.2): which examples each has, how it draws them, and when it ends.
+"""The stages of a run, one after another (4.2.2): the examples of each, how it draws them, and when it ends.
 
-Stages share one set of solve-rate estimates, by example_id: what one stage has learned of an example counts in the next.
+Stages share one set of solve-rate estimates, by example_id: scores observed in one stage count in the next.
 """
 
 from __future__ import annotations
@@ -20,24 +20,24 @@ from srpo.data.solve_rates import SolveRates, SolveRateState
 from srpo.data.strata import tags_with_grade
 
 SOLVE_RATE = "solve_rate"  # the tag that StageConfig.solve_rate reads
-_AREAS = ("reward", "advantage", "train", "policy", "rollout", "sampler", "eval")  # whose metrics may end a stage
+_AREAS = ("reward", "advantage", "train", "policy", "rollout", "sampler", "eval")  # areas of the metrics that may end a stage
 
 
 @dataclass(frozen=True)
 class Stage:
     """A stage with its data."""
 
-    name: str  # empty where there is no curriculum
+    name: str  # empty if there is no curriculum
     examples: list[Example]
-    settings: SamplerConfig  # those of `sampler`, with what the stage sets itself
+    settings: SamplerConfig  # `sampler`, overridden by the settings of the stage
     ends: StageConfig
 
 
-# ---- what can be known before the data are read --------------------------------------------------------------------------------
+# ---- checks before the data is read --------------------------------------------------------------------------------------------
 
 
 def check_curriculum(cfg: Config) -> None:
-    """Raise ValueError for stages that cannot be run one after another within `num_steps`, saying what to change."""
+    """Raise ValueError, with the fix, if the stages cannot run one after another within `num_steps`."""
     stages = cfg.curriculum
     names = [stage.name for stage in stages]
     twice = next((name for name in names if names.count(name) > 1), None)
@@ -100,7 +100,7 @@ def _check_metric(stage: StageConfig, cfg: Config, where: str) -> None:
 
 
 def _known_metrics(cfg: Config) -> list[str]:
-    """The keys that a stage may wait for."""
+    """Metric keys that may end a stage."""
     keys: list[str] = []
     for key, text in METRICS.items():
         if key.partition("/")[0] in _AREAS and not text.startswith(("SFT", "DPO")):
@@ -111,7 +111,7 @@ def _known_metrics(cfg: Config) -> list[str]:
 
 
 def _earliest_end(stage: StageConfig, cfg: Config, start: int) -> int:
-    """The first optimizer step that a stage begun after step `start` can end with."""
+    """The earliest optimizer step at which a stage that begins after step `start` can end."""
     every = cfg.train.eval_every if stage.metric.startswith("eval/") else 1
     plateau = [(start // every + 1 + stage.patience) * every] if stage.metric else []  # a best value, then `patience` others
     return min([start + stage.num_steps] * bool(stage.num_steps) + plateau)
@@ -126,10 +126,10 @@ def _settings(stage: StageConfig, settings: SamplerConfig) -> SamplerConfig:
 
 
 def load_stages(cfg: Config, read: Callable[[str], list[Example]]) -> list[Stage]:
-    """The stages with their examples; one of all of data.train where there is no curriculum. `read` gives the examples of a path.
+    """The stages with their examples; without a curriculum, one stage with all of data.train.
 
-    ValueError for a stage with fewer examples than prompts in a step, a tag or value that no example has, and a solve_rate that
-    is missing or no number.
+    `read` returns the examples of a path; it is called once per path. ValueError if a stage has fewer examples than an optimizer
+    step has prompts, if no example has a tag or value that a stage selects, or if a tag solve_rate is missing or not a number.
     """
     read_once: dict[str, list[Example]] = {}
     stages = []
@@ -149,7 +149,7 @@ def load_stages(cfg: Config, read: Callable[[str], list[Example]]) -> list[Stage
 
 
 def all_examples(stages: Sequence[Stage]) -> list[Example]:
-    """Every example of any stage once, in the order of the stages. ValueError where two of one id differ."""
+    """Examples of all stages without duplicates, in the order of the stages. ValueError if two with the same id differ."""
     known: dict[str, Example] = {}
     for stage in stages:
         for example in stage.examples:
@@ -196,23 +196,23 @@ def _solve_rate(example: Example, where: str) -> float:
 
 
 class CurriculumState(TypedDict):
-    """JSON-able; continuing from it gives the same batches and the same switches as never having stopped."""
+    """JSON-able state; a curriculum that resumes from it draws the same batches and switches stages at the same steps."""
 
     fingerprint: str  # of the examples of all stages, in their order
     stage: int
-    num_steps: int  # done in this stage
-    best: float | None  # value of the stage's metric
-    num_stalled: int  # values in a row that did not rise above it
+    num_steps: int  # optimizer steps done in this stage
+    best: float | None  # best value of the stage's metric so far
+    num_stalled: int  # consecutive values that did not exceed it
     rates: SolveRateState
-    sampler: SamplerState  # of this stage; a stage that is over never comes back
+    sampler: SamplerState  # of this stage; no stage runs twice
 
 
 class Curriculum:
-    """The sampler of a run: that of the present stage, and the switch to the next one.
+    """The sampler of a run: draws from the current stage and switches to the next one.
 
-    Paper: it says nothing of how a stage ends. Here it does after a number of optimizer steps, or when its metric has not risen
-    by `min_gain` above its best of this stage for `patience` values in a row. Small gains add up, as the best moves only with a
-    rise. Values that are not finite are no rise.
+    Paper: 4.2.2 does not say when a stage ends. Here it ends after `num_steps` optimizer steps, or when `patience` consecutive
+    values of its metric have not exceeded the best value of the stage by `min_gain`. Only such a rise updates the best value, so
+    small gains add up. A value that is not finite is no rise.
     """
 
     def __init__(self, stages: Sequence[Stage], seed: int):
@@ -238,31 +238,31 @@ class Curriculum:
 
     @property
     def stage(self) -> Stage:
-        """The present one."""
+        """The current stage."""
         return self._stages[self._number]
 
     def next(self, n: int) -> list[Example]:
-        """`PromptSampler.next` of the present stage."""
+        """`PromptSampler.next` of the current stage."""
         return self._samplers[self._number].next(n)
 
     def more(self, n: int) -> list[Example]:
-        """`PromptSampler.more` of the present stage."""
+        """`PromptSampler.more` of the current stage."""
         return self._samplers[self._number].more(n)
 
     def put_back(self, examples: Sequence[Example]) -> None:
-        """`PromptSampler.put_back` of the present stage."""
+        """`PromptSampler.put_back` of the current stage."""
         self._samplers[self._number].put_back(examples)
 
     def observe(self, example_ids: Sequence[str], scores: Sequence[float]) -> None:
-        """Learn the group mean score of each example, the same on all ranks. ValueError for an unknown id or NaN."""
+        """Record the group mean score of each example, the same on all ranks. ValueError for an unknown id or NaN."""
         self._rates.observe(example_ids, scores)
 
     def metrics(self) -> dict[str, float]:
-        """The `sampler/*` metrics of the step that was observed last; call it before `end_step`."""
+        """The `sampler/*` metrics after the last `observe`. Call it before `end_step`, which may switch stages."""
         return {**self._samplers[self._number].metrics(), "sampler/stage": self._number + 1}
 
     def end_step(self, metrics: Mapping[str, float]) -> bool:
-        """Count an optimizer step with its metrics, the same on all ranks. True where the next stage has begun with it."""
+        """Count an optimizer step that had these metrics, the same on all ranks. True if the next stage begins."""
         ends = self.stage.ends
         self._num_steps += 1
         value = metrics.get(ends.metric) if ends.metric else None
@@ -279,7 +279,7 @@ class Curriculum:
         return True
 
     def state_dict(self) -> CurriculumState:
-        """Everything that the next batches and switches depend on and that the constructor is not given."""
+        """State that determines the next batches and switches, except for the constructor's arguments."""
         return {
             "fingerprint": self._fingerprint,
             "stage": self._number,
@@ -291,7 +291,7 @@ class Curriculum:
         }
 
     def load_state_dict(self, state: CurriculumState | dict[str, Any]) -> None:
-        """Continue where `state_dict` was taken. ValueError where it is of other examples, another seed or another balance."""
+        """Resume from a `state_dict`. ValueError if it was made with other examples, another seed or another balance."""
         if state["fingerprint"] != self._fingerprint:
             raise ValueError(
                 "the sampler state is of other training data (or their order): resume with the data and config of the run, or "

@@ -1,6 +1,6 @@
 """The Shopping Queries Dataset (ESCI, Reddy et al. 2022) as rows of the schema in docs/data.md: official Parquet or joined dump.
 
-Both come out as dicts that `srpo.data.rows` checks and turns into examples, so real data passes the same gate as any other.
+Both are read into dicts that `srpo.data.rows` validates and turns into examples, like all other data.
 """
 
 from __future__ import annotations
@@ -17,24 +17,24 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 GOLD_OF_LABEL = {"E": "L4", "S": "L3", "C": "L2", "I": "L1"}  # exact, substitute, complement, irrelevant
-TEXT_CHARS = 300  # of bullets or description that are kept
+TEXT_CHARS = 300  # most characters kept of the bullets or the description
 
 _EXAMPLES, _PRODUCTS = "shopping_queries_dataset_examples", "shopping_queries_dataset_products"
 _SOURCES = "shopping_queries_dataset_sources"
 _EXAMPLE_COLUMNS = ["example_id", "query", "query_id", "product_id", "product_locale", "esci_label"]
 _FILTER_COLUMNS = ["small_version", "large_version", "split"]
 _PRODUCT_COLUMNS = ["product_id", "product_locale", "product_title", "product_brand", "product_color"]
-_TEXT_COLUMNS = ["product_bullet_point", "product_description"]  # the first that has something is the text
+_TEXT_COLUMNS = ["product_bullet_point", "product_description"]  # the field "text" is the first of them that is not empty
 _DUMP_REQUIRED = ("query_id", "query", "product_id", "title", "label")
 _DUMP_FIELDS = ("brand", "color", "category", "text")
 
 
 @dataclass(frozen=True)
 class EsciOptions:
-    """Which rows of the official release are read; written behind the path, `folder?locale=us&version=small&split=train`."""
+    """Rows of the official release to read; given after the path, as in `folder?locale=us&version=small&split=train`."""
 
-    locale: str = "us"  # us | es | jp; all: every one
-    version: str = "large"  # large, or small: the part that the ranking task uses
+    locale: str = "us"  # us | es | jp | all
+    version: str = "large"  # large, or small: the subset of the ranking task
     split: str = "all"  # train | test | all
 
     def __post_init__(self):
@@ -48,16 +48,16 @@ class EsciOptions:
 
 
 def is_official(path: Path) -> bool:
-    """Whether `path` is an examples file of the official release, or a folder with one."""
+    """Whether `path` is an examples file of the official release, or a folder that has one."""
     if path.is_dir():
         return any(path.glob(f"{_EXAMPLES}*.parquet"))
     return path.name.startswith(_EXAMPLES) and path.suffix == ".parquet"
 
 
 def official_rows(path: Path, options: EsciOptions) -> Iterator[tuple[str, dict[str, Any]]]:
-    """(where it stands, row) of every judged pair of the official release, joined with its product by id and locale.
+    """("file, row N", row) of every judged pair of the official release, joined with its product by id and locale.
 
-    Examples are streamed. The products they name are held in memory, about 1.4 kB each, with text cut to `TEXT_CHARS`.
+    Examples are streamed. Their products are held in memory, about 1.4 kB each, with text cut to `TEXT_CHARS`.
     Raises ValueError for a missing file or column and for a pair whose product is in no products file.
     """
     folder = path if path.is_dir() else path.parent
@@ -96,12 +96,13 @@ def official_rows(path: Path, options: EsciOptions) -> Iterator[tuple[str, dict[
 
 
 def is_dump_row(row: dict[str, Any]) -> bool:
-    """Whether a row is of the joined dump (`query_id, query, product_id, title, ..., label`) and not of our own schema."""
+    """Whether a row comes from the joined dump (`query_id, query, product_id, title, ..., label`), not from our schema."""
     return "product_id" in row and "example_id" not in row
 
 
 def from_dump(row: dict[str, Any], where: str) -> dict[str, Any]:
-    """A row of the dump as a row of our schema. Its own `grade` counts 3..0 and has to agree with `label`."""
+    """A row of the dump as a row of our schema. ValueError for a missing or unknown column, or if `grade` (3 to 0) contradicts
+    `label`."""
     for name in _DUMP_REQUIRED:
         if row.get(name) is None:
             raise ValueError(f"{where}: {name!r} is missing: a row of the ESCI dump has {', '.join(_DUMP_REQUIRED)}")
@@ -126,7 +127,7 @@ def _key(row: dict[str, Any]) -> str:
 
 
 def _batches(file: Path, columns: list[str]) -> Iterator[pa.RecordBatch]:
-    """Record batches of a Parquet file, with ValueError for what is not one or lacks a column."""
+    """Record batches of a Parquet file. ValueError if it is unreadable or lacks a column."""
     try:
         with pq.ParquetFile(file) as parquet:
             if missing := [name for name in columns if name not in parquet.schema_arrow.names]:
@@ -137,7 +138,7 @@ def _batches(file: Path, columns: list[str]) -> Iterator[pa.RecordBatch]:
 
 
 def _selected(file: Path, columns: list[str], options: EsciOptions) -> Iterator[tuple[int, dict[str, Any]]]:
-    """(row number from 1, row) of the rows that the options ask for."""
+    """(row number from 1, row) of the rows that match the options."""
     first = 1
     for batch in _batches(file, [*columns, *_FILTER_COLUMNS]):
         keep = np.ones(batch.num_rows, dtype=bool)
@@ -162,7 +163,7 @@ def _read_products(files: list[Path], wanted: set[str]) -> dict[str, tuple[str, 
 
 
 def _read_sources(folder: Path) -> dict[str, str]:
-    """query_id -> query_source, where the release's sources file lies beside the others."""
+    """query_id -> query_source, from the release's sources file in the same folder; empty without one."""
     sources: dict[str, str] = {}
     for file in sorted(folder.glob(f"{_SOURCES}*.csv")):
         for number, line in enumerate(file.read_text(encoding="utf-8").splitlines(), 1):
@@ -176,9 +177,9 @@ def _read_sources(folder: Path) -> dict[str, str]:
 
 
 def _clean(text: str, limit: int = 0) -> str:
-    """One line without markup: bullets joined by " | ", cut at a word where it is longer than `limit` characters (0: never)."""
+    """The text on one line, without markup: lines joined by " | ", at most `limit` characters, cut at a word (0: no limit)."""
     if limit:
-        text = text[: 8 * limit]  # bounds the work on descriptions of many pages
+        text = text[: 8 * limit]  # bounds the work for very long descriptions
     text = html.unescape(re.sub(r"<[^<>]*>", " ", text))
     text = " | ".join(filter(None, (" ".join(line.split()) for line in text.splitlines())))
     if not limit or len(text) <= limit:

@@ -1,10 +1,10 @@
-"""`Example`: one query-item pair with whatever is known about it."""
+"""`Example`: one query-item pair with its labels."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass, field
 
-# The paper's classes (5.1.2): 1 Irrelevant, 2 Mismatch, 3 Related, 4 Excellent. A grade is the class number.
+# Class numbers of 5.1.2: 1 Irrelevant, 2 Mismatch, 3 Related, 4 Excellent.
 GRADES = (1, 2, 3, 4)
 
 
@@ -12,10 +12,10 @@ GRADES = (1, 2, 3, 4)
 class Example:
     """One (query, item) pair.
 
-    `gold[j]` is the label of step j that a *reward* may read (the paper's gt_j: S3, S4 and the verdict), in the canonical
-    spelling of the step's options; None where there is none. `truth[j]` is what a human annotator would hold step j against
-    (S1, S2 have one in the catalogue world): only simulated annotators and evaluation read it, never a reward. Both have one
-    entry per step.
+    `gold[j]` is the label of step j that a *reward* may read (gt_j of the paper: S3, S4 and the verdict), in the canonical
+    spelling of the step's options; None if the step has no label. `truth[j]` is the right answer of step j as a human annotator
+    knows it (the catalogue world has one for S1 and S2, too): only simulated annotators and evaluation read it, never a reward.
+    Both have one entry per step.
     """
 
     example_id: str
@@ -29,6 +29,6 @@ class Example:
 
     @property
     def grade(self) -> int | None:
-        """The human grade 1..4 as told by the last gold label ("L3" -> 3); None where the pair is not graded."""
+        """The human grade, 1 to 4, from the last gold label ("L3" -> 3); None if the pair has no grade."""
         last = self.gold[-1] if self.gold else None
         return None if last is None else int(last[1:])

@@ -1,4 +1,4 @@
-"""Pairs of a better and a worse response to one prompt: made from sampled responses, or read from a file."""
+"""Preference pairs for DPO, a better and a worse response to one prompt: drawn from sampled responses, or read from a file."""
 
 from __future__ import annotations
 
@@ -15,40 +15,40 @@ from srpo.core.batch import Rollout
 from srpo.core.config.dpo import PairRules
 from srpo.core.steps import same_answer
 
-_ROUNDING = 1e-9  # sums of step rewards are compared, and 0.1 + 0.2 is not 0.3
+_ROUNDING = 1e-9  # tolerance when sums of step rewards are compared: 0.1 + 0.2 is not 0.3
 
 Tokens = tuple[int, ...]
 
 
 @dataclass(frozen=True)
 class Preference:
-    """One pair, as token ids."""
+    """One preference pair as token ids."""
 
     prompt_ids: Tokens
     chosen_ids: Tokens
     rejected_ids: Tokens
     example_id: str = ""
-    grade: str = ""  # label of the verdict, where it is known
+    grade: str = ""  # label of the verdict; empty if unknown
 
 
 def pairs_from_rollouts(
     rollouts: Iterable[Rollout], labels: Mapping[str, str | None] | None, rules: PairRules
 ) -> tuple[list[Preference], dict[str, Any]]:
-    """(pairs, counts of what became of the responses), from responses to the same prompt of the same example (5.1.4).
+    """(pairs, counts of responses, prompts and pairs) of responses to the same prompt of the same example (5.1.4).
 
-    labels: example_id -> label of the verdict, which says whose verdict is right; None: those with a reward on their last step.
-    A response without a verdict is not right. "total" prefers by the sum of the step rewards that the rollouts carry.
-    A response that was sampled several times counts once, with the mean of its scores. What was cut at its length may be
-    rejected, never chosen: its end would not be learned. Aborted ones are left out. Draws depend on the seed, the example and the
-    set of its responses, not on their order.
+    labels: example_id -> label of the verdict; a verdict equal to it is right. None: a verdict is right if the last step earned a
+    reward. A response without a verdict is not right. "total" prefers the larger sum of the rollout's step rewards.
+    A response that was sampled several times counts once, with the mean of its scores. A response cut at the maximum length can
+    be rejected but never chosen, since the policy would not learn to end it. Aborted responses are left out. Draws depend on
+    the seed, the example and the set of its responses, not on their order.
 
-    Paper: it says "pairwise preference labels" and not how they were had; by the verdict.
-    Raises ValueError for labels or rewards that are needed and not there, where no example has a pair, and where `balance` asks
-    for pairs of every grade and the examples of one have none.
+    Paper: 5.1.4 says "pairwise preference labels", not how they were obtained; here from the verdict by default.
+    Raises ValueError if labels or rewards are needed and missing, if no example has a pair, or if `balance` is set and the
+    examples of a grade have no pair.
     """
     _check(rules, labels)
     sampled: dict[tuple[str, Tokens], dict[Tokens, list[float]]] = {}
-    whole: set[tuple[str, Tokens, Tokens]] = set()  # ended by themselves
+    whole: set[tuple[str, Tokens, Tokens]] = set()  # responses with finish "stop"
     num = Counter({"responses": 0, "aborted": 0, "repeated": 0})
     for rollout in rollouts:
         num["responses"] += 1
@@ -111,10 +111,10 @@ def _score(rollout: Rollout, labels: Mapping[str, str | None] | None, prefer: st
 def _draw(
     scores: Sequence[float], choosable: Sequence[bool], margin: float, limit: int, rng: random.Random
 ) -> list[tuple[int, int]]:
-    """At most `limit` (0: all) of the pairs (chosen, rejected) of responses with falling scores, drawn without repetition."""
+    """At most `limit` (0: all) pairs of indices (chosen, rejected), drawn without repetition. `scores` are descending."""
     least = max(margin - _ROUNDING, _ROUNDING)
     rising = [-score for score in scores]
-    firsts = [bisect_left(rising, least - score) for score in scores]  # from here on scores are lower by `least` or more
+    firsts = [bisect_left(rising, least - score) for score in scores]  # index of the first score lower by `least` or more
     counts = [(len(scores) - first) if able else 0 for first, able in zip(firsts, choosable, strict=True)]
     total = sum(counts)
     drawn = sorted(rng.sample(range(total), limit)) if limit and limit < total else range(total)
@@ -127,7 +127,7 @@ def _draw(
 
 
 def _check_grades(pairs: Sequence[Preference], num_prompts: Mapping[str, int]) -> None:
-    """ValueError where the prompts of a grade, of which `num_prompts` says how many there are, have no pair to balance with."""
+    """Raise ValueError if a grade that has prompts (`num_prompts`: grade -> how many) has no pair to balance with."""
     num_pairs = Counter(pair.grade for pair in pairs)
     if without := sorted(grade for grade in num_prompts if not num_pairs[grade]):
         named = {grade: grade or "no grade" for grade in sorted(num_prompts)}
@@ -140,7 +140,7 @@ def _check_grades(pairs: Sequence[Preference], num_prompts: Mapping[str, int]) -
 
 
 def _balanced(pairs: Sequence[Preference], seed: int) -> list[Preference]:
-    """As many of each grade as of the rarest, drawn and then in the order given."""
+    """Equally many pairs of each grade, as many as the rarest has: drawn at random, kept in the given order."""
     by_grade: dict[str, list[int]] = {}
     for i, pair in enumerate(pairs):
         by_grade.setdefault(pair.grade, []).append(i)
@@ -150,10 +150,10 @@ def _balanced(pairs: Sequence[Preference], seed: int) -> list[Preference]:
 
 
 def read_preferences(path: str | Path) -> Iterator[tuple[str, str, str]]:
-    """(prompt, chosen, rejected) texts of a JSON Lines file. ValueError with file and line for what is no pair, when chosen and
-    rejected are the same, or when there is none."""
+    """(prompt, chosen, rejected) texts of a JSON Lines file. ValueError with file and line for a line that is not a pair or whose
+    chosen and rejected texts are equal; ValueError for an empty file."""
     empty = True
-    with Path(path).open("rb") as file:  # json decodes it, so that what is not UTF-8 has a line number too
+    with Path(path).open("rb") as file:  # binary: json decodes each line, so that the error for bad UTF-8 has a line number
         for number, line in enumerate(file, start=1):
             try:
                 row = json.loads(line)

@@ -1,4 +1,4 @@
-"""How a pair becomes a prompt."""
+"""Prompt of a query-item pair."""
 
 from __future__ import annotations
 
@@ -10,9 +10,8 @@ from srpo.data.examples import Example
 def build_prompt(example: Example, template: str) -> str:
     """The prompt text of a pair.
 
-    `template` is a `str.format` string (config field `data.prompt`) over {query}, {title}, {item} (the title and the other
-    fields, one "name: value" line each) and the name of any product field. ValueError where it names a field that the example
-    lacks.
+    `template` is a `str.format` string (config field `data.prompt`) with {query}, {title}, {item} (the title, then one line
+    "name: value" per product field) and the names of product fields. ValueError if it names a field that the example lacks.
     """
     item = "\n".join([example.title, *(f"{name}: {value}" for name, value in example.fields.items() if value)])
     known = {**example.fields, "query": example.query, "title": example.title, "item": item}

@@ -1,7 +1,7 @@
-"""Files of judged pairs: read as a stream of `Example`, written, and split by query. The schema is docs/data.md.
+"""Files of judged pairs: read as a stream of `Example`, written, and split by query. The schema is in docs/data.md.
 
-Reading is strict. A row that is not exactly right raises ValueError with its file, its line and the fix: a grade that is silently
-dropped or a column that is silently ignored costs more than a run that does not start.
+Reading is strict: a row that violates the schema raises ValueError with its file, its line and the fix, because silently dropping
+a grade or ignoring a column costs more than a run that does not start.
 """
 
 from __future__ import annotations
@@ -41,14 +41,14 @@ _ROWS_PER_GROUP = 4096
 def read_examples(
     path: str | Path, num_steps: int, *, options: Sequence[Sequence[str]] = (), check_duplicates: bool = True
 ) -> Iterator[Example]:
-    """A stream of the examples in a file, a folder of shards (in the order of their names) or an ESCI release, in stored order.
+    """Stream the examples of a file, a folder of shards (in the order of their names) or an ESCI release, in stored order.
 
-    `num_steps` is J: how many entries `gold` and `truth` get. `options[j]`, where given and not empty, are the answers of step
-    j: a label outside them is an error, and one that differs in case alone is brought to their spelling.
-    Memory does not grow with the data, except for an 8-byte hash of each example_id, which finds duplicates (about 70 MB a
-    million; `check_duplicates=False` does without), and for the products of an official ESCI release.
-    Raises ValueError at once for a path that has nothing to read; while streaming for the first bad row, a duplicate
-    example_id, or when there was no example at all.
+    `num_steps` is J, the number of entries of `gold` and `truth`. `options[j]`, if not empty, are the possible answers of step j:
+    another label is an error; a label that differs from an option only in case takes the option's spelling.
+    Memory does not grow with the data, except for an 8-byte hash of each example_id to detect duplicates (about 70 MB per
+    million; none with `check_duplicates=False`), and for the products of an official ESCI release.
+    Raises ValueError at once for a path with nothing to read; while streaming, for the first bad row, a duplicate example_id, or
+    a path without examples.
     """
     if options and len(options) != num_steps:
         raise ValueError(f"options are given for {len(options)} steps and the schema has {num_steps}: give one entry per step")
@@ -56,14 +56,14 @@ def read_examples(
 
 
 def load_examples(path: str | Path, num_steps: int, limit: int = 0, *, options: Sequence[Sequence[str]] = ()) -> list[Example]:
-    """All examples of a path, or the first `limit`, each checked before any is used. Arguments and errors: `read_examples`."""
+    """All examples of a path, or the first `limit`, as a list. Other arguments and errors as in `read_examples`."""
     return list(islice(read_examples(path, num_steps, options=options), limit or None))
 
 
 def write_examples(path: str | Path, examples: Iterable[Example]) -> int:
-    """Stream examples to a .jsonl, .jsonl.gz or .parquet file; returns how many. The file appears when it is complete.
+    """Stream examples to a .jsonl, .jsonl.gz or .parquet file and return how many. The file appears only when it is complete.
 
-    The same examples give the same bytes. ValueError for another suffix or for no examples.
+    The same examples give the same bytes. ValueError for another suffix or if there are no examples.
     """
     path = Path(path)
     suffix = _suffix(path)
@@ -84,11 +84,11 @@ def write_examples(path: str | Path, examples: Iterable[Example]) -> int:
 
 
 def split_by_query(examples: Iterable[Example], eval_frac: float, seed: int) -> tuple[list[Example], list[Example]]:
-    """(train, eval): about `eval_frac` of the queries are held out, and no query of one part occurs in the other.
+    """(train, eval): about `eval_frac` of the queries are held out, and no query occurs in both parts.
 
-    A query is held out by a hash of (seed, its text), so the split of old queries stays when data is added. Pairs that share a
-    query_id or the text of a query (up to case and spaces) fall on the same side, in whatever order the examples come. The
-    order is kept. ValueError where a side would be empty.
+    A hash of (seed, query text) decides, so adding data moves no old query. Pairs that share a query_id or a query text (up to
+    case and spaces) are always in the same part, in any order of the examples. Both parts keep that order. ValueError if a part
+    would be empty.
     """
     examples = list(examples)
     if not 0.0 < eval_frac < 1.0:
@@ -102,7 +102,7 @@ def split_by_query(examples: Iterable[Example], eval_frac: float, seed: int) -> 
         return node
 
     for example in examples:
-        # the least node becomes the root: a text, and the same one in whatever order the examples come
+        # the smaller node becomes the root: always a query text, and the same one for any order of the examples
         low, high = sorted((find(("1", _normalized(example.query))), find(("2", example.query_id))))
         parent[high] = low
     held_out = {
@@ -154,7 +154,7 @@ def _examples(
 
 
 def _rows(path: str | Path) -> Iterator[tuple[str, dict[str, Any]]]:
-    """(where it stands, row of the schema) behind a path. ValueError at once where there is nothing to be read."""
+    """("file, line N", row of the schema) of each row of a path. ValueError at once if there is nothing to read."""
     path, esci_options = _split_options(path)
     if not path.exists():
         raise ValueError(f"no such file or folder: {path}: check data.train and data.eval")
@@ -211,7 +211,7 @@ def _json_object(line: bytes, where: str) -> dict[str, Any]:
     try:
         row = json.loads(line.decode("utf-8"))
         if b"\\u" in line:
-            json.dumps(row, ensure_ascii=False).encode()  # half of a surrogate pair is JSON and not text
+            json.dumps(row, ensure_ascii=False).encode()  # raises for half of a surrogate pair: valid JSON, not valid text
     except UnicodeDecodeError as error:
         raise ValueError(f"{where}: not UTF-8 at byte {error.start}: save the file as UTF-8") from error
     except UnicodeEncodeError as error:
@@ -234,7 +234,7 @@ def _parquet_rows(file: Path) -> Iterator[tuple[str, dict[str, Any]]]:
             for batch in parquet.iter_batches(batch_size=1024):
                 for row in batch.to_pylist(maps_as_pydicts="strict"):
                     number += 1
-                    # a column is there in every row: null means that this row has none
+                    # Parquet has every column in every row: null means that the row lacks the key
                     yield f"{file}, row {number}", {k: v for k, v in row.items() if v is not None}
     except (pa.ArrowException, OSError) as error:
         raise ValueError(f"{file}: not a readable Parquet file ({error}): write or fetch it again") from error
@@ -244,7 +244,7 @@ def _write_jsonl(path: Path, examples: Iterable[Example], compress: bool) -> int
     num_written = 0
     with ExitStack() as stack:
         file = stack.enter_context(path.open("wb"))
-        if compress:  # no name and no time in the header: the same examples give the same bytes
+        if compress:  # no file name and no time in the header, so that the same examples give the same bytes
             file = stack.enter_context(gzip.GzipFile(filename="", mode="wb", fileobj=file, mtime=0))
         for example in examples:
             file.write(json.dumps(row_from_example(example), ensure_ascii=False).encode() + b"\n")

@@ -1,4 +1,4 @@
-"""The gate that every row of data passes: a dict of the schema in docs/data.md becomes an `Example`, or an error with the fix."""
+"""Validation of data rows: a dict of the schema in docs/data.md becomes an `Example`, or a ValueError with the fix."""
 
 from __future__ import annotations
 
@@ -17,12 +17,12 @@ _VERDICTS = tuple(f"L{grade}" for grade in GRADES)
 
 
 def example_from_row(row: dict[str, Any], where: str, num_steps: int, options: Sequence[Sequence[str]] = ()) -> Example:
-    """The example that a row of the schema stands for.
+    """The example of a row of the schema.
 
-    `where` (file and line) opens every error. `gold` and `truth` get `num_steps` entries. `options[j]`, where given and not
-    empty, are the answers of step j: labels are brought to their spelling, others are an error. A row with `grade` or `label`
-    gets the tag "grade". ValueError for a missing or unknown key, a wrong type, a wrong number of steps, and two statements
-    that disagree.
+    `where` (file and line) begins every error message. `gold` and `truth` get `num_steps` entries. `options[j]`, if not empty,
+    are the possible answers of step j: labels take their spelling, any other label is an error. A row with `grade` or `label`
+    gets the tag "grade". ValueError for a missing or unknown key, a wrong type, a wrong number of steps, or a grade, label and
+    gold verdict that disagree.
     """
     for key in REQUIRED:
         if key not in row:
@@ -55,7 +55,7 @@ def example_from_row(row: dict[str, Any], where: str, num_steps: int, options: S
 
 
 def row_from_example(example: Example) -> dict[str, Any]:
-    """The row that `example_from_row` turns back into the same example."""
+    """The inverse of `example_from_row`."""
     return {name: list(value) if isinstance(value, tuple) else value for name, value in vars(example).items()}
 
 
@@ -76,7 +76,7 @@ def _text(row: dict[str, Any], key: str, where: str) -> str:
 
 
 def _strings(row: dict[str, Any], key: str, where: str) -> dict[str, str]:
-    """An object of strings; entries that are null are left out."""
+    """The object of strings at `key`, without its null entries; {} if the key is missing or null."""
     value = row.get(key)
     if value is None:
         return {}
@@ -91,7 +91,7 @@ def _strings(row: dict[str, Any], key: str, where: str) -> dict[str, str]:
 def _answers(
     row: dict[str, Any], key: str, where: str, num_steps: int, options: Sequence[Sequence[str]]
 ) -> tuple[str | None, ...]:
-    """One label or None per step, in the spelling of the step's options."""
+    """One label or None per step, spelled as in the step's options."""
     value = row.get(key)
     if value is None:
         return (None,) * num_steps
@@ -117,7 +117,7 @@ def _answers(
 
 
 def _verdict(row: dict[str, Any], where: str) -> str | None:
-    """The verdict that `grade` (1..4) or `label` (E, S, C, I) stands for; None where the row has neither."""
+    """The verdict, "L1" to "L4", of `grade` (1 to 4) or `label` (E, S, C, I); None if the row has neither."""
     grade, label = row.get("grade"), row.get("label")
     if grade is not None and (not isinstance(grade, int) or isinstance(grade, bool) or grade not in GRADES):
         raise ValueError(f"{where}: 'grade' is {_shown(grade)}: 1, 2, 3 or 4 (4 is the best)")

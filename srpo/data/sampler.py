@@ -1,7 +1,7 @@
-"""Which prompts an optimizer step trains on: epoch shuffles, even strata (4.1.2), a difficulty window that moves along (4.2.1).
+"""Draws the prompts of each optimizer step: epoch shuffles, even strata (4.1.2), a moving difficulty window (4.2.1).
 
 Every rank runs the same sampler on the same examples and scores and takes its share of each batch, so the draws do not depend
-on the world size. Nothing random is kept: an epoch's order follows from (seed, stratum, epoch, stage).
+on the world size. No random state is stored: the order of an epoch follows from (seed, stratum, epoch, stage).
 """
 
 from __future__ import annotations
@@ -19,35 +19,35 @@ from srpo.data.strata import stratum
 
 
 class SamplerState(TypedDict):
-    """JSON-able; continuing from it gives the same batches as never having stopped."""
+    """JSON-able state; a sampler that resumes from it draws the same batches as one that never stopped."""
 
-    fingerprint: str  # of the examples, the seed and the balance: what the order depends on
+    fingerprint: str  # of the examples, the seed, the balance and the stage, which determine the order
     num_drawn: int
     num_early: int
-    taken: list[int]  # drawn in this optimizer step
+    taken: list[int]  # examples drawn in this optimizer step
     strata: list[list[Any]]  # [epoch, position, deferred] of each stratum
 
 
 def in_window(scores: Sequence[float], low: float, high: float) -> list[bool]:
     """Whether each score lies strictly between `low` and `high` (5.1.5: 0.01 and 0.90). False for NaN.
 
-    Paper: it does not say whether the bounds belong to the window; here they do not.
+    Paper: 5.1.5 does not say whether the bounds belong to the window; here they do not.
     """
     return [low < score < high for score in scores]
 
 
 class PromptSampler:
-    """Draws batches of prompts from `examples`, whose estimates stand in `rates`.
+    """Draws batches of prompts from `examples`, with their solve-rate estimates in `rates`.
 
-    An epoch is one pass over a stratum (all examples where `balance` names no tag) and visits every eligible example before it
-    repeats one. Not eligible is an example whose estimate lies outside (low, high) and has not aged out (`SolveRates`). Scores
-    observed before the first draw are the offline rejection sampling of 4.1.1.
+    An epoch is one pass over a stratum (over all examples if `balance` is empty) that visits every eligible example before it
+    repeats one. An example is not eligible while its estimate lies outside (low, high) and has not aged out (`SolveRates`).
+    Scores observed before the first draw act as the offline rejection sampling of 4.1.1.
 
-    `balance` names tags: each batch holds every combination of their values that occurs equally often, to within one, and the odd
-    ones go round. A stratum that has too few eligible examples left gives what it has and the others share the rest.
+    `balance` names tags: a batch has equally many examples of every combination of their values (stratum), to within one, and
+    the strata take turns with the remainder. If a stratum runs out of eligible examples, the others fill its places.
 
-    Work per step: O(prompts + strata) Python and a few vectorised passes over the examples. ValueError for no examples, a window
-    that is none, or an example without one of the tags.
+    Work per step: O(prompts + strata) in Python and a few vectorized passes over the examples. ValueError for no examples, an
+    empty window, a negative seed, or an example without one of the tags.
     """
 
     def __init__(
@@ -80,15 +80,15 @@ class PromptSampler:
         self._strata = [_Stratum(np.array(members[value]), seed, k, key) for k, value in enumerate(sorted(members))]
         self._taken = np.zeros(len(examples), dtype=bool)
         self._num_drawn = 0
-        self.num_early = 0  # of the last step: drawn although skipped, because the step would have been short
+        self.num_early = 0  # examples of the last step that were drawn although skipped, because too few were eligible
         text = "\n".join((f"{seed} {list(balance)} {stage}", *names))
         self._fingerprint = hashlib.blake2b(text.encode(), digest_size=16).hexdigest()
 
     def next(self, n: int) -> list[Example]:
-        """Begin an optimizer step: its `n` examples, all different, strata interleaved so that contiguous shares are even too.
+        """Begin an optimizer step: its `n` examples, all different. Strata alternate, so that contiguous shares are even, too.
 
-        Where fewer than `n` are eligible, those scored longest ago come back early (`num_early`). ValueError where there are
-        fewer than `n` examples, and where none is eligible.
+        If fewer than `n` are eligible, the examples scored longest ago fill the step early (`num_early`). ValueError if there are
+        fewer than `n` examples or none is eligible.
         """
         if n > len(self._examples):
             raise ValueError(
@@ -107,13 +107,13 @@ class PromptSampler:
         return [self._examples[i] for i in batch + early]
 
     def more(self, n: int) -> list[Example]:
-        """Up to `n` further examples for the step that `next` began, none of which it has; fewer where no more is eligible."""
+        """Up to `n` more examples for the step that `next` began, all new to it; fewer if fewer are eligible."""
         return [self._examples[i] for i in self._draw(n, self._eligible())]
 
     def put_back(self, examples: Sequence[Example]) -> None:
-        """Examples of this step that nobody has sampled to the end: their turn comes again, first of all in the next step.
+        """Return examples of this step whose responses were not finished: the next step draws them first.
 
-        Not in this one, which has them drawn already. One that was drawn early (`num_early`) waits until it has aged.
+        This step does not draw them again. An example drawn early (`num_early`) waits until its estimate has aged out.
         """
         if examples:
             ids = {example.example_id for example in examples}
@@ -122,7 +122,7 @@ class PromptSampler:
                 stratum_.put_back(indices)
 
     def observe(self, example_ids: Sequence[str], scores: Sequence[float]) -> None:
-        """Learn the group mean score of each example, the same on all ranks. ValueError for an unknown id or NaN."""
+        """Record the group mean score of each example, the same on all ranks. ValueError for an unknown id or NaN."""
         self._rates.observe(example_ids, scores)
 
     def stats(self) -> dict[str, int]:
@@ -130,7 +130,7 @@ class PromptSampler:
         return self._rates.stats(self._rows, self._low, self._high)
 
     def metrics(self) -> dict[str, float]:
-        """The `sampler/*` metrics of the step that was observed last."""
+        """The `sampler/*` metrics, with the scores observed so far."""
         stats, total = self.stats(), len(self._examples)
         num_seen = total - stats["num_unseen"]
         shares = {"sampler/in_window_frac": stats["num_in_window"] / num_seen} if num_seen else {}
@@ -141,7 +141,7 @@ class PromptSampler:
         }
 
     def state_dict(self) -> SamplerState:
-        """Everything that the next batches depend on, but for the constructor's arguments and `rates`."""
+        """State that determines the next batches, except for the constructor's arguments and the state of `rates`."""
         return {
             "fingerprint": self._fingerprint,
             "num_drawn": self._num_drawn,
@@ -151,7 +151,7 @@ class PromptSampler:
         }
 
     def load_state_dict(self, state: SamplerState | dict[str, Any]) -> None:
-        """Continue where `state_dict` was taken. ValueError where it is of other examples, another seed or another balance."""
+        """Resume from a `state_dict`. ValueError if it was made with other examples, another seed or another balance."""
         if state["fingerprint"] != self._fingerprint:
             raise ValueError(
                 "the sampler state is of other training data (or their order), another seed or another sampler.balance: "
@@ -165,19 +165,19 @@ class PromptSampler:
             place.deferred = list(deferred)
 
     def _eligible(self) -> np.ndarray:
-        """[examples] bool: may be drawn in this step."""
+        """[examples] bool: neither skipped nor drawn in this step yet."""
         return ~self._rates.skipped(self._rows, self._low, self._high) & ~self._taken
 
     def _draw(self, n: int, eligible: np.ndarray) -> list[int]:
-        """Up to `n` eligible examples, stratum by stratum in turn; they are taken and no longer eligible."""
+        """Indices of up to `n` eligible examples, from the strata in turn. Marks them as taken and no longer eligible."""
         batch: list[int] = []
         size = len(self._strata)
-        turns = [(0, (k - self._num_drawn) % size, k) for k in range(size)]  # (drawn now, whose turn it is, stratum)
+        turns = [(0, (k - self._num_drawn) % size, k) for k in range(size)]  # (drawn in this call, turn, stratum)
         heapq.heapify(turns)
         while turns and len(batch) < n:
             drawn, turn, k = heapq.heappop(turns)
             index = self._strata[k].draw(eligible, self._taken)
-            if index is None:  # dry: the others share the rest
+            if index is None:  # the stratum has run out: the others fill its places
                 continue
             eligible[index], self._taken[index] = False, True
             batch.append(index)
@@ -186,7 +186,7 @@ class PromptSampler:
         return batch
 
     def _longest_ago(self, n: int) -> list[int]:
-        """The `n` examples that are not in the step and whose last score is oldest, in the order of the data among equals."""
+        """Indices of the `n` examples with the oldest scores that are not in this step; ties in the order of the data."""
         if not n:
             return []
         left = np.flatnonzero(~self._taken)
@@ -206,9 +206,9 @@ class PromptSampler:
 
 
 class _Stratum:
-    """A place in an endless sequence of epochs, each a shuffle of the members by (seed, stratum, epoch, stage).
+    """A position in an endless sequence of epochs, each a shuffle of the members by (seed, stratum, epoch, stage).
 
-    An example that the step holds already when the next epoch comes to it is deferred: a later step draws it first.
+    If an epoch reaches an example that this step has already drawn, the example is deferred: a later step draws it first.
     """
 
     def __init__(self, members: np.ndarray, seed: int, number: int, stage: tuple[int, ...]):
@@ -224,13 +224,13 @@ class _Stratum:
         self._order = self._members[rng.permutation(len(self._members))]
 
     def put_back(self, indices: np.ndarray) -> None:
-        """Those of the indices that are members come first, before whatever waits for its turn."""
+        """Defer the members among `indices`, before all examples that are deferred already."""
         back = np.intersect1d(self._members, indices).tolist()
         self.deferred = back + [index for index in self.deferred if index not in back]
 
     def draw(self, eligible: np.ndarray, taken: np.ndarray) -> int | None:
-        """The next eligible member; None where there is none left."""
-        self.deferred = [i for i in self.deferred if eligible[i] or taken[i]]  # the others have lost their turn to the window
+        """The next eligible member; None if none is left."""
+        self.deferred = [i for i in self.deferred if eligible[i] or taken[i]]  # drops those that left the difficulty window
         for place, index in enumerate(self.deferred):
             if eligible[index]:
                 del self.deferred[place]
@@ -239,7 +239,7 @@ class _Stratum:
         index = self._walk(eligible, taken)
         if index is not None:
             return index
-        if not eligible[self._members].any():  # the rest of this epoch keeps its turn until it has aged
+        if not eligible[self._members].any():  # undo the walk: the skipped rest of this epoch is drawn once it has aged out
             self.position, self.deferred = before
             return None
         self.seek(self.epoch + 1, 0)

@@ -1,11 +1,10 @@
-"""Silver five-step responses for real data, where only the grade is annotated: the SFT warm start learns the form from them.
+"""Silver five-step responses for real data, which has only grades: the SFT warm start learns the response format from them.
 
-Silver is weak. Steps 1 and 2 are what the words of the query and of the product fields say when they are matched against the
-brands and colors seen in the data. Steps 3 and 4 are the row of the rule table (`srpo.data.world.GRADE_TABLE`) that leads to
-the human grade and lies nearest to the lexical evidence, so the chain always agrees with its verdict; it may overrule the words
-to get there.
+Silver is weak. Steps 1 and 2 come from the words of the query and of the product fields, matched against the brands and colors
+seen in the data. Steps 3 and 4 are the row of the rule table (`srpo.data.world.GRADE_TABLE`) that leads to the human grade and is
+nearest to the lexical evidence. The chain therefore always agrees with its verdict, and may contradict the words.
 
-Paper: its SFT data comes from a large model's chains (5.1.4); this is what can be had without one.
+Paper: 5.1.4 takes its SFT data from the chains of a large model; silver responses need no such model.
 """
 
 from __future__ import annotations
@@ -51,7 +50,7 @@ _MATERIALS = frozenset(
         "pvc",
     ]
 )
-_AUDIENCES = {  # word -> who it is for
+_AUDIENCES = {  # word -> audience
     **dict.fromkeys(("women", "womens", "women's", "woman", "ladies"), "women"),
     **dict.fromkeys(("men", "mens", "men's", "man", "mans"), "men"),
     **dict.fromkeys(("kids", "kid", "children", "boys", "girls", "boy", "girl", "toddler", "baby"), "kids"),
@@ -66,25 +65,25 @@ _MAX_CONSTRAINTS = 3
 _SPREAD = (
     {"match": 0, "related": 1, "mismatch": 2},
     {"match": 0, "unclear": 1, "conflict": 2},
-)  # order of the answers of S3 and of S4
-_PREFERENCE = ("unclear", "match", "conflict")  # of S4, between rows of the table that are equally near
+)  # positions of the answers of S3 and of S4; their difference is the distance between two answers
+_PREFERENCE = ("unclear", "match", "conflict")  # order of S4 answers among equally near rows of the table
 
 
 @dataclass(frozen=True)
 class Lexicon:
-    """What the data itself says are brands and colors, and which category each query is after."""
+    """Brands, colors, and the category of each query, as found in the data."""
 
     brands: frozenset[str] = frozenset()  # lower case, words joined by one space
     colors: frozenset[str] = frozenset()  # single lower-case words
-    categories: Mapping[str, str] = field(default_factory=dict)  # query_id -> the commonest leaf category of its L4 items
+    categories: Mapping[str, str] = field(default_factory=dict)  # query_id -> most common leaf category of its L4 items
 
     @staticmethod
     def from_examples(examples: Iterable[Example]) -> Lexicon:
-        """The lexicon of a training set: one pass. Give it no held-out examples: `categories` reads their grades.
+        """The lexicon of a training set, in one pass. Pass no held-out examples: `categories` reads their grades.
 
-        A color is a word of at least three letters that stands in three or more color fields, and in no more than twice as
-        many titles ("black" is one, "leather" in "black leather" is not). A brand stands in two or more brand fields, and in
-        no more than five times as many titles ("blue" is none).
+        A color is a word of at least three letters that occurs in at least three color fields and in at most twice as many
+        titles ("black" is one, "leather" from "black leather" is not). A brand occurs in at least two brand fields and in at
+        most five times as many titles ("blue" is not one).
         """
         in_title, in_color, brands = Counter[str](), Counter[str](), Counter[str]()
         leaves: dict[str, Counter[str]] = {}
@@ -103,9 +102,10 @@ class Lexicon:
 
 
 def silver_response(example: Example, lexicon: Lexicon) -> str:
-    """The silver response to a graded pair, in the form that `PAPER_STEPS` parses: a pure function of its arguments.
+    """The silver response to a graded pair, in the format that `PAPER_STEPS` parses: a pure function of its arguments.
 
-    About 30 words, seldom over 45, lower case but for the verdict. ValueError where the pair is not graded or has not five steps.
+    About 30 words, rarely more than 45, in lower case except for the verdict. ValueError if the pair has no grade or not five
+    steps.
     """
     grade = example.gold[-1] if example.gold else None
     if grade is None or len(example.gold) != 5 or grade not in GRADE_TABLE.values():
@@ -122,12 +122,12 @@ def silver_response(example: Example, lexicon: Lexicon) -> str:
 
 
 def _words(text: str) -> list[str]:
-    """Lower-case words; 1.75, 1/2, c-wire and men's are one word each, red/white is two."""
+    """Lower-case words. 1.75, 1/2, c-wire and men's are one word each; red/white is two."""
     return [word[:_MAX_WORD_CHARS] for word in re.findall(r"\d+(?:[./]\d+)+|\w+(?:[.'-]\w+)*", text.lower())]
 
 
 def _stem(word: str) -> str:
-    """The word without plural or possessive ending and last e: enough to match "glasses" with "glass" and "laces" with "lace"."""
+    """The word without plural or possessive ending and final e, so that "glasses" matches "glass" and "laces" matches "lace"."""
     word = word.removesuffix("'s")
     if len(word) > 3 and word.endswith("s") and not word.endswith("ss"):
         word = word[:-1]
@@ -140,14 +140,14 @@ def _leaf(example: Example) -> str:
 
 
 def _brand_span(words: list[str], lexicon: Lexicon) -> tuple[int, int]:
-    """[start, end) of the longest brand among the words, the first of equally long ones; (0, 0) where there is none."""
+    """[start, end) of the longest brand among the words, the first one if several are equally long; (0, 0) without a brand."""
     spans = [(i, j) for i in range(len(words)) for j in range(i + 1, min(len(words), i + 4) + 1)]
     found = [(i, j) for i, j in spans if " ".join(words[i:j]) in lexicon.brands]
     return max(found, key=lambda span: (span[1] - span[0], -span[0]), default=(0, 0))
 
 
 def _read_query(text: str, lexicon: Lexicon) -> tuple[Facts, list[str]]:
-    """(S1: what is looked for and the constraints on it, the words that name what is looked for)."""
+    """(S1: category and constraints of the query, words of the query that name the category)."""
     words = _words(text)[:_MAX_QUERY_WORDS]
     start, end = _brand_span(words, lexicon)
     constraints = [Constraint("brand", " ".join(words[start:end]))] if end else []
@@ -178,7 +178,7 @@ def _read_query(text: str, lexicon: Lexicon) -> tuple[Facts, list[str]]:
 
 
 def _read_item(example: Example, query: Facts, lexicon: Lexicon) -> Facts:
-    """S2: the leaf category, else the first words of the title, and what the listing says of brand, color, material and so on."""
+    """S2: the leaf category (else the first words of the title), and the brand, colors, material, audience and features shown."""
     title, text = _words(example.title), _words(example.fields.get("text", ""))
     brand = " ".join(_words(example.fields.get("brand", ""))[:3])
     shown = [Constraint("brand", brand)] if brand else []
@@ -196,7 +196,7 @@ def _read_item(example: Example, query: Facts, lexicon: Lexicon) -> Facts:
 
 
 def _feature(value: str, words: list[str]) -> list[Constraint]:
-    """What a listing says of a feature that the query wants to be without: it has it, it is free of it, or nothing."""
+    """How the listing's words state a feature that the query excludes: present, absent ("no ..."), or [] if not mentioned."""
     stem = _stem(value)
     at = [i for i, word in enumerate(words) if _stem(word) == stem]
     free = any(word.endswith(end) and _stem(word.removesuffix(end)) == stem for word in words for end in ("less", "-free"))
@@ -206,7 +206,7 @@ def _feature(value: str, words: list[str]) -> list[Constraint]:
 
 
 def _as_asked(shown: Constraint, query: Facts) -> Constraint:
-    """A brand in the query's spelling where one contains the other ("nike" for "nike golf"), so that `check` finds them equal."""
+    """A shown brand that contains the query's brand, spelled as in the query ("nike" for "nike golf"), for `check` to match."""
     for constraint in query.constraints:
         if constraint.kind == shown.kind == "brand" and f" {constraint.value} " in f" {shown.value} ":
             return constraint
@@ -214,9 +214,10 @@ def _as_asked(shown: Constraint, query: Facts) -> Constraint:
 
 
 def _category_evidence(example: Example, core: list[str], lexicon: Lexicon) -> str:
-    """S3 by the words.
+    """S3 from lexical evidence.
 
-    match: the leaf that most L4 items of the query have, or half of the words that name what it is after; related: one of them.
+    match: the item has the most common leaf category of the query's L4 items, or at least half of the `core` words of the query;
+    related: at least one of them; mismatch: none.
     """
     leaf = _leaf(example)
     if leaf and lexicon.categories.get(example.query_id) == leaf:
@@ -227,7 +228,7 @@ def _category_evidence(example: Example, core: list[str], lexicon: Lexicon) -> s
 
 
 def _chain(grade: str, category: str, checks: list[str]) -> tuple[str, str]:
-    """(S3, S4): of the rows of the rule table with this grade, the one nearest to the evidence. No checks: no evidence on S4."""
+    """(S3, S4): the row of the rule table with this grade that is nearest to the evidence. Without checks S4 has no evidence."""
     relation = attribute_relation(checks) if checks else None
 
     def distance(row: tuple[str, str]) -> tuple[int, int]:
@@ -240,5 +241,5 @@ def _chain(grade: str, category: str, checks: list[str]) -> tuple[str, str]:
 
 
 def _fits(outcome: str, relation: str) -> bool:
-    """Whether the outcome of one check can stand beside the conclusion that was chosen."""
+    """Whether the outcome of one check is consistent with the chosen S4 answer."""
     return outcome == "ok" or (outcome == "unknown" and relation != "match") or (outcome == "conflict" and relation == "conflict")

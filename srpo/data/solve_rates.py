@@ -1,13 +1,12 @@
-"""How often the policy solves each example: estimates that move with it and age (4.2.1).
+"""Solve-rate estimate of each example: it follows the policy's scores and ages (4.2.1).
 
-The rule has two settings. A new score enters an example's estimate with what weight the old one leaves, and that fades with the
-optimizer steps since the example's last score, its age:
+The weight w of an old estimate falls with its age, the optimizer steps since the example's last score; a new score has 1 - w:
 
     w = (1 - new_weight) * max(0, 1 - age / max_age)        estimate <- w * estimate + (1 - w) * score
 
-At age `max_age` an estimate has aged out: it weighs nothing any more, and it no longer keeps its example from being drawn.
+At age `max_age` an estimate has aged out: its weight is 0, and it no longer keeps its example from being drawn.
 
-Paper: 4.2.1 lets the selection follow the policy and does not say how; new_weight 1 is the last score alone.
+Paper: 4.2.1 lets the selection follow the policy and does not say how. With new_weight 1 the estimate is the last score.
 """
 
 from __future__ import annotations
@@ -21,7 +20,7 @@ import numpy as np
 
 
 class SolveRateState(TypedDict):
-    """JSON-able. Its size follows the examples that were ever scored, not the data."""
+    """JSON-able state. Its size grows with the number of examples scored so far, not with the data."""
 
     step: int
     rows: list[int]
@@ -30,10 +29,10 @@ class SolveRateState(TypedDict):
 
 
 class SolveRates:
-    """Estimates of all examples of a run, a row each, shared by the stages of a curriculum.
+    """Estimates of all examples of a run, one row each, shared by the stages of a curriculum.
 
-    `step` is the clock that ages are counted by: the optimizer steps that `tick` has begun. ValueError for no examples, a
-    repeated example_id and settings out of range.
+    Ages are counted in `step`, the number of optimizer steps that `tick` has begun. ValueError for no examples, a repeated
+    example_id, or settings out of range.
     """
 
     def __init__(self, example_ids: Sequence[str], *, new_weight: float, max_age: int):
@@ -49,22 +48,22 @@ class SolveRates:
             raise ValueError(f"example_id {twice!r} occurs more than once: give every pair its own")
         self._new_weight, self._max_age = new_weight, max_age
         self.step = 0
-        self.estimates = np.zeros(len(example_ids))  # [rows] in 0..1; of no meaning where never scored
-        self.seen_at = np.full(len(example_ids), -1)  # [rows] step of the last score, -1: never
+        self.estimates = np.zeros(len(example_ids))  # [rows] in 0..1; meaningless while seen_at is -1
+        self.seen_at = np.full(len(example_ids), -1)  # [rows] step of the last score, -1: never scored
 
     def rows(self, example_ids: Sequence[str]) -> np.ndarray:
-        """[len(example_ids)] the row of each. ValueError for an example that has none."""
+        """[len(example_ids)] int64, row of each example. ValueError for an unknown id."""
         unknown = next((name for name in example_ids if name not in self._row_of), None)
         if unknown is not None:
             raise ValueError(f"example_id {unknown!r} is not in this sampler: observe what next() returned")
         return np.array([self._row_of[name] for name in example_ids], dtype=np.int64)
 
     def tick(self) -> None:
-        """Another optimizer step begins: every estimate is one step older."""
+        """Begin an optimizer step: every estimate becomes one step older."""
         self.step += 1
 
     def observe(self, example_ids: Sequence[str], scores: Sequence[float]) -> None:
-        """Move the estimate of each example towards its newest score. ValueError for an unknown id or a score of NaN."""
+        """Move the estimate of each example towards its new score. ValueError for an unknown id or a score that is not finite."""
         rows = self.rows(example_ids)
         for example_id, row, score in zip(example_ids, rows.tolist(), scores, strict=True):
             if not math.isfinite(score):
@@ -74,22 +73,22 @@ class SolveRates:
             self.seen_at[row] = self.step
 
     def _weight(self, seen_at: int) -> float:
-        """What an old estimate counts beside a new score."""
+        """Weight w of an old estimate against a new score."""
         age = self.step - seen_at
         return (1 - self._new_weight) * (1 - age / self._max_age) if seen_at >= 0 and age < self._max_age else 0.0
 
     def inside(self, rows: np.ndarray, low: float, high: float) -> np.ndarray:
-        """[R] bool: scored at some time, with an estimate strictly between low and high."""
+        """[R] bool: the example has been scored and its estimate lies strictly between low and high."""
         estimates = self.estimates[rows]
         return (self.seen_at[rows] >= 0) & (estimates > low) & (estimates < high)
 
     def skipped(self, rows: np.ndarray, low: float, high: float) -> np.ndarray:
-        """[R] bool: the estimate lies outside of the window and has not aged out."""
+        """[R] bool: the estimate lies outside the window and has not aged out."""
         seen_at = self.seen_at[rows]
         return (seen_at >= 0) & (self.step - seen_at < self._max_age) & ~self.inside(rows, low, high)
 
     def stats(self, rows: np.ndarray, low: float, high: float) -> dict[str, int]:
-        """Of the examples in `rows`: num_unseen, num_too_hard (estimate <= low), num_in_window, num_too_easy (>= high),
+        """Counts over `rows`: num_unseen, num_too_hard (estimate <= low), num_in_window, num_too_easy (estimate >= high) and
         num_skipped."""
         seen, estimates = self.seen_at[rows] >= 0, self.estimates[rows]
         return {
@@ -111,7 +110,7 @@ class SolveRates:
         }
 
     def load_state_dict(self, state: SolveRateState) -> None:
-        """Continue where `state_dict` was taken, of the same examples in the same order."""
+        """Resume from a `state_dict` made with the same examples in the same order."""
         self.step = state["step"]
         self.estimates[:], self.seen_at[:] = 0.0, -1
         self.estimates[state["rows"]] = state["estimates"]

@@ -1,4 +1,4 @@
-"""The stratum of an example: the values of some of its tags, which balanced selection and sampling count by (paper 4.1.2)."""
+"""The stratum of an example: the values of some of its tags, over which selection and sampling are balanced (4.1.2)."""
 
 from __future__ import annotations
 
@@ -8,25 +8,25 @@ from srpo.data.examples import Example
 
 
 def stratum(example: Example, names: Sequence[str]) -> tuple[str, ...]:
-    """The values of the named tags of `example`, in the order of `names`; () for no names.
+    """Values of the tags `names` of `example`, in that order; () for no names.
 
-    "grade" falls back on the gold verdict ("L1" to "L4") where the example has no such tag. ValueError, with the tags that the
-    example has, for a tag that is missing or empty.
+    Without a tag "grade" the gold verdict ("L1" to "L4") is used. ValueError, listing the tags of the example, for a tag that is
+    missing or empty.
 
-    Paper: 4.1.2 balances query types and relevance grades and does not say how a type is known; here it is a tag of the data.
+    Paper: 4.1.2 balances query types and relevance grades and does not say where a type comes from; here it is a tag of the data.
     """
     return values_of(tags_with_grade(example), names, example.example_id)
 
 
 def tags_with_grade(example: Example) -> dict[str, str]:
-    """The tags of `example`, with "grade" from the gold verdict where there is no such tag: what `stratum` reads."""
+    """The tags of `example` that `stratum` reads: a missing tag "grade" is taken from the gold verdict."""
     if example.grade is None or example.tags.get("grade"):
         return dict(example.tags)
     return {**example.tags, "grade": f"L{example.grade}"}
 
 
 def values_of(tags: Mapping[str, str], names: Sequence[str], example_id: str) -> tuple[str, ...]:
-    """`stratum` of the example `example_id`, whose `tags_with_grade` are known."""
+    """`stratum` from the `tags_with_grade` of an example; `example_id` is for the error message."""
     for name in names:
         if not tags.get(name):
             raise ValueError(

@@ -1,4 +1,4 @@
-"""Imperfect teachers: five-step responses for the SFT warm start, with the systematic errors that reinforcement has to undo."""
+"""Imperfect teachers: five-step responses for the SFT warm start, with systematic errors that reinforcement learning corrects."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ NO_BIAS = TeacherBias(0.0, 0.0, 0.0, 0.0, 0.0)
 
 
 def format_response(query: str, item: str, category: str, attributes: str, verdict: str) -> str:
-    """The five steps as text, in the form that `srpo.core.steps.PAPER_STEPS` parses."""
+    """The five steps as text, in the format that `srpo.core.steps.PAPER_STEPS` parses."""
     return (
         f"1. Query intent: {query}\n2. Item: {item}\n3. Category match: {category}\n"
         f"4. Attribute match: {attributes}\n5. Verdict: {verdict}"
@@ -22,7 +22,10 @@ def format_response(query: str, item: str, category: str, attributes: str, verdi
 
 
 def teach(example: Example, bias: TeacherBias, seed: int = 0) -> str:
-    """The teacher's response to a pair of the catalogue world: a pure function of (example, bias, seed)."""
+    """The teacher's response to a pair of the catalogue world: a pure function of (example, bias, seed).
+
+    ValueError if the pair has no truth for steps 1 and 2.
+    """
     query_text, item_text = (*example.truth, None, None)[:2]
     if query_text is None or item_text is None:
         raise ValueError(f"{example.example_id} has no truth for steps 1 and 2: this teacher only knows the catalogue world")
@@ -35,7 +38,7 @@ def teach(example: Example, bias: TeacherBias, seed: int = 0) -> str:
     if mentioned and rng.random() < bias.mistake_mention:
         item = Facts(CATALOGUE.leaf_of_surface[mentioned].path, item.constraints)
     category = category_relation(query, item)
-    seen = {"match": "ok", "related": "conflict", "mismatch": "unknown"}[category]  # as of an attribute: group and leaf
+    seen = {"match": "ok", "related": "conflict", "mismatch": "unknown"}[category]  # the group is checked like an attribute
     if category == "related" and rng.random() < bias.related_as_match:
         category = "match"
     checks = [check(c, item) for c in query.constraints]
@@ -52,13 +55,14 @@ def teach(example: Example, bias: TeacherBias, seed: int = 0) -> str:
 
 
 def _misread(facts: Facts, text: str, rate: float, rng: random.Random) -> Facts:
-    """The facts as read by one who does not know the last surface of a leaf or value, and takes it for one other of its kind."""
+    """The facts with misread words: the last surface of a leaf or value in `text` is taken, with probability `rate`, for a fixed
+    other leaf of the group or value of the type."""
 
     def wrong(surfaces: tuple[str, ...]) -> bool:
         return f" {surfaces[-1]} " in f" {text} " and rng.random() < rate
 
     def read(constraint: Constraint) -> Constraint:
-        values = list(ATTRIBUTES.get(constraint.kind, ()))  # a brand is always read
+        values = list(ATTRIBUTES.get(constraint.kind, ()))  # empty for a brand: brands are never misread
         if not values or not wrong(ATTRIBUTES[constraint.kind][constraint.value]):
             return constraint
         return replace(constraint, value=values[(values.index(constraint.value) + 1) % len(values)])

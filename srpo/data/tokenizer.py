@@ -1,4 +1,4 @@
-"""Tokenizers: train a small byte-level one on a world's own texts, or load the one that belongs to a checkpoint."""
+"""Tokenizers: train a small byte-level one on given texts, or load the one of a checkpoint."""
 
 from __future__ import annotations
 
@@ -12,10 +12,10 @@ EOS, PAD = "<|end|>", "<|pad|>"
 
 
 def train_tokenizer(texts: Iterable[str], vocab_size: int, phrases: Iterable[str] = ()) -> PreTrainedTokenizerFast:
-    """A byte-level BPE tokenizer (any text round-trips) trained on `texts`, with an end-of-text and a padding token.
+    """A byte-level BPE tokenizer trained on `texts`, with an end-of-text and a padding token. Any text round-trips.
 
-    `phrases` become one token each (step headers, the fixed parts of a prompt): they are most of what a small model would
-    otherwise spend its time on.
+    `phrases` become one token each: step headers and the fixed parts of a prompt would otherwise be most of a small model's
+    tokens.
     """
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
@@ -35,7 +35,7 @@ def train_tokenizer(texts: Iterable[str], vocab_size: int, phrases: Iterable[str
 
 
 def load_tokenizer(path: str | Path) -> PreTrainedTokenizerBase:
-    """The tokenizer saved beside a checkpoint. ValueError where there is none, or it has no end-of-text token."""
+    """The tokenizer in the folder of a checkpoint. ValueError if the folder has none, or it has no end-of-text token."""
     if not any((Path(path) / name).is_file() for name in ("tokenizer.json", "tokenizer_config.json")):
         raise ValueError(
             f"no tokenizer in {str(path)!r}: policy.path must be a folder of a Hugging Face checkpoint with its tokenizer"
@@ -47,5 +47,5 @@ def load_tokenizer(path: str | Path) -> PreTrainedTokenizerBase:
 
 
 def encode(tokenizer: PreTrainedTokenizerBase, text: str) -> tuple[int, ...]:
-    """Token ids of a text as it stands: no special tokens are added."""
+    """Token ids of a text, without added special tokens."""
     return tuple(tokenizer.encode(text, add_special_tokens=False))

@@ -1,9 +1,9 @@
 """The catalogue world: an endless stream of query-item pairs with exact ground truth for every reasoning step.
 
 A query is a category and one to three constraints (`color not red`); an item is a category and the facts that its listing
-*shows*. All gold follows from those by the published rule table `GRADE_TABLE`. Pair i of a split is a pure function of (seed,
-split, i): streams are reproducible bit for bit, may start anywhere, and are never held in memory. A query text belongs to one
-split by its hash, so no held-out query is ever seen in training.
+*shows*. All gold labels follow from these by the rule table `GRADE_TABLE`. Pair i of a split is a pure function of (seed, split,
+i): streams are reproducible bit for bit, may start anywhere, and are never held in memory. The hash of a query text decides
+whether it is held out, so no held-out query occurs in training.
 """
 
 from __future__ import annotations
@@ -18,11 +18,11 @@ from srpo.data.examples import Example
 
 QUERY_TYPES = ("plain", "question", "alternative", "negation", "knowledge")
 NATURAL_MIX = {"plain": 0.30, "question": 0.15, "alternative": 0.15, "negation": 0.20, "knowledge": 0.20}
-MENTION = "goes with "  # what follows in a title is another category than the item's
+MENTION = "goes with "  # in a title, precedes a category that is not the item's
 SPLITS = ("train", "wild", "balanced")  # wild: the natural mix; balanced: by query type (5.1.1); both held out
 
-# The rule table: (category relation, attribute relation) -> grade. Category: same leaf, same group, anything else. Attributes:
-# every constraint is met; none is contradicted but some are not stated; some constraint is contradicted.
+# The rule table: (category relation, attribute relation) -> grade. Category: same leaf, same group, any other. Attributes: all
+# constraints are met; none is contradicted but at least one is not stated; at least one is contradicted.
 GRADE_TABLE: dict[tuple[str, str], str] = {
     ("match", "match"): "L4",
     ("match", "unclear"): "L3",
@@ -38,7 +38,7 @@ GRADE_TABLE: dict[tuple[str, str], str] = {
 
 @dataclass(frozen=True)
 class Constraint:
-    """What a query wants of one attribute: a value, or anything but a value."""
+    """A query's constraint on one attribute, to be or (negated) not to be a value; or an attribute value that an item shows."""
 
     kind: str
     value: str
@@ -50,7 +50,7 @@ class Constraint:
 
 @dataclass(frozen=True)
 class Facts:
-    """A category path and statements about attributes: the content of S1 (constraints) or S2 (what the listing shows)."""
+    """A category path and statements about attributes: the content of S1 (the constraints) or S2 (the values shown)."""
 
     category: str  # "group leaf"
     constraints: tuple[Constraint, ...]
@@ -82,7 +82,7 @@ def category_relation(query: Facts, item: Facts) -> str:
 
 
 def check(constraint: Constraint, item: Facts) -> str:
-    """ok, conflict or unknown: one constraint of the query against what the item shows."""
+    """ok, conflict or unknown: one constraint of the query against the values that the item shows."""
     shown = [fact.value for fact in item.constraints if fact.kind == constraint.kind]
     if not shown:
         return "unknown"
@@ -90,19 +90,19 @@ def check(constraint: Constraint, item: Facts) -> str:
 
 
 def attribute_relation(checks: tuple[str, ...] | list[str]) -> str:
-    """S4: conflict if any constraint is contradicted, else unclear if any is not stated, else match."""
+    """S4: conflict if a constraint is contradicted, else unclear if one is not stated, else match."""
     return "conflict" if "conflict" in checks else "unclear" if "unknown" in checks else "match"
 
 
 def reason(query: Facts, item: Facts) -> tuple[str, str, str]:
-    """(S3, S4, S5) that follow from the contents of S1 and S2: the rule-based oracle."""
+    """The rule-based oracle: (S3, S4, S5) that follow from S1 and S2."""
     category = category_relation(query, item)
     attributes = attribute_relation([check(c, item) for c in query.constraints])
     return category, attributes, GRADE_TABLE[category, attributes]
 
 
 class World:
-    """Streams of examples. `seed` changes every pair; the catalogue and the rules stay."""
+    """Streams of examples. `seed` changes every pair, not the catalogue or the rules."""
 
     def __init__(self, seed: int = 0, items_per_query: int = 4, held_out_frac: float = 0.1):
         self.seed = seed
@@ -110,7 +110,7 @@ class World:
         self.held_out_frac = held_out_frac
 
     def examples(self, split: str, num_examples: int, start: int = 0) -> Iterator[Example]:
-        """Pairs start .. start + num_examples of a split ("train", "wild" or "balanced")."""
+        """Pairs start to start + num_examples - 1 of a split ("train", "wild" or "balanced"). ValueError for another split."""
         if split not in SPLITS:
             raise ValueError(f"unknown split {split!r}: use one of {', '.join(SPLITS)}")
         for index in range(start, start + num_examples):
@@ -157,7 +157,7 @@ class World:
                 return query_type, wanted, text
 
     def is_held_out(self, query: str) -> bool:
-        """Whether a query text belongs to the test sets."""
+        """Whether a query text belongs to the held-out splits, "wild" and "balanced"."""
         digest = hashlib.blake2b(query.encode(), digest_size=8).digest()
         return int.from_bytes(digest, "big") < self.held_out_frac * 2**64
 
@@ -226,14 +226,14 @@ _QUERIES = {"plain": _plain, "question": _question, "alternative": _alternative,
 
 
 def _item(rng: random.Random, wanted: Facts) -> tuple[Facts, str, str, int]:
-    """(what the listing shows, its title, its brand, number of misleading category mentions) of an item retrieved for a query."""
+    """(facts shown, title, brand, number of misleading category mentions) of an item retrieved for a query."""
     target = CATALOGUE.leaf[wanted.leaf]
     relation = rng.choices(("match", "related", "mismatch"), (0.52, 0.30, 0.18))[0]
     if relation == "match":
         leaf = target
     elif relation == "related":
         leaf = rng.choice(CATALOGUE.siblings[target.name])
-    else:  # half of the strangers come from the same domain, where words overlap
+    else:  # leaves of the same domain, where words overlap, and about a tenth of the others
         others = [x for x in CATALOGUE.leaves if x.group != target.group]
         strangers = [x for x in others if x.domain == target.domain or rng.random() < 0.1] or others
         leaf = rng.choice(strangers)
@@ -252,7 +252,7 @@ def _brand(rng: random.Random, leaf: Leaf, wanted: Facts) -> str:
 
 
 def _shown(rng: random.Random, kind: str, wanted: Facts) -> Constraint | None:
-    """The value of one attribute that the listing shows, or None where it says nothing about it."""
+    """The value of one attribute that the listing shows, or None if it shows none."""
     values = list(ATTRIBUTES[kind])
     asked = [c for c in wanted.constraints if c.kind == kind]
     if not asked:
@@ -273,7 +273,7 @@ def _title(rng: random.Random, leaf: Leaf, facts: Facts, wanted: Facts) -> tuple
     for _ in range(rng.choice((0, 1, 1, 2))):
         parts.insert(rng.randint(0, len(parts)), rng.choice(MARKETING))
     num_decoys = 0
-    if rng.random() < 0.2:  # a category that is only mentioned
+    if rng.random() < 0.2:  # a decoy: a category that is only mentioned
         other = CATALOGUE.leaf[wanted.leaf] if rng.random() < 0.5 else rng.choice(CATALOGUE.leaves)
         if other.name != leaf.name:
             parts.append(f"{MENTION}{rng.choice(other.surfaces)}")

@@ -1,6 +1,6 @@
-"""How right a judge is, step by step (5.3, Table 2): agreement with annotators, what it finds of the wrong steps, calibration.
+"""Scores of a judge, step by step (5.3, Table 2): agreement with annotators, precision and recall on wrong steps, calibration.
 
-Pure functions of verdicts and numbers. A verdict is True (correct), False (incorrect) or None (missing, or nobody judged).
+Pure functions of verdicts and numbers. A verdict is True (correct), False (incorrect) or None (missing, or not judged).
 """
 
 from __future__ import annotations
@@ -20,12 +20,12 @@ def judge_scores(
     step_names: Sequence[str],
     num_bins: int = 10,
 ) -> dict[str, Any]:
-    """`{num_responses, steps: {name: scores}}`, JSON-able; told, truths and shares are [N][J].
+    """`{num_responses, steps: {name: scores}}`, JSON-able, of `told`, the judge's verdicts; told, truths and shares are [N][J].
 
-    truths are an annotator's verdicts: only steps that have one count, as `num`. Of those, per step:
+    truths are an annotator's verdicts; only steps that have one are scored, `num` of them. Scores per step:
     `agreement` (Table 2; a missing verdict does not agree), `num_missing`, `incorrect_precision` and `incorrect_recall` of
-    the verdict "incorrect" (None where there is nothing to divide by), and `calibration` of `shares`, the judge's probability of
-    "correct". A probability counts as the verdict that is nearer, 0.5 as "correct".
+    the verdict "incorrect" (None if the denominator is 0), and `calibration` of `shares`, the judge's probability of "correct".
+    A verdict given as a probability counts as "correct" from 0.5 on.
     ValueError for lists of different length, or no responses.
     """
     if not told or not len(told) == len(truths) == len(shares):
@@ -64,11 +64,11 @@ def _ratio(part: int, whole: int) -> float | None:
 
 
 def calibration(probabilities: Sequence[float], outcomes: Sequence[bool], num_bins: int = 10) -> dict[str, Any]:
-    """`{ece, brier, num, bins}` of probabilities [N] that something is true against whether it was.
+    """`{ece, brier, num, bins}` of predicted probabilities [N] against outcomes [N].
 
     `bins` are the reliability table: `[{low, high, num, probability, frac_correct}]`, bins of equal width, closed above (the
     first one on both sides), empty ones left out. `ece` is the mean over N of |probability - frac_correct| of the bin, `brier`
-    the mean squared error; None where there is nothing. ValueError for a probability outside 0..1.
+    the mean squared error; both None if N is 0. ValueError for a probability outside 0..1, lists of different length, or no bin.
     """
     p, y = np.asarray(probabilities, dtype=np.float64), np.asarray(outcomes, dtype=np.float64)
     if p.shape != y.shape or num_bins < 1:
@@ -96,7 +96,7 @@ def calibration(probabilities: Sequence[float], outcomes: Sequence[bool], num_bi
 
 
 def vote_shares(votes: Sequence[Sequence[Verdicts]]) -> list[tuple[float | None, ...]]:
-    """[N][J] share of "correct" among the sampled verdicts on each step that are there; None where there is none.
+    """[N][J] share of "correct" among the sampled verdicts on each step, without missing ones; None if all are missing.
 
     votes: [N][V][J].
     """
@@ -119,7 +119,7 @@ SCORE_ROWS = (
 
 
 def judge_table(scores: Mapping[str, Mapping[str, Any]]) -> str:
-    """Table 2 and more: a column per step, and of each row one line per stage in `scores` (name -> `judge_scores`)."""
+    """Table 2 with more scores: a column per step; per score one line for each stage in `scores` (name -> `judge_scores`)."""
     first = next(iter(scores.values()))["steps"]
     rows = [["", "", *first]]
     for key, title in SCORE_ROWS:
@@ -140,7 +140,7 @@ def _cell(key: str, scores: Mapping[str, Any]) -> str:
 
 
 def reliability_table(result: Mapping[str, Any]) -> str:
-    """The reliability of one stage, all bins of all steps: what share of its "correct" at each confidence was correct."""
+    """Reliability of one stage as text: for each bin of the probability of "correct", the share correct per step."""
     lines = ["says correct with  " + "  ".join(f"{name:>24}" for name in result["steps"])]
     tables = [{(b["low"], b["high"]): b for b in s["calibration"]["bins"]} for s in result["steps"].values()]
     for low, high in sorted({edges for table in tables for edges in table}):

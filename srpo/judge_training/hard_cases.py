@@ -1,11 +1,11 @@
 """Hard cases for the judge's second stage (4.3.1): difficulty-aware and diversity-aware mining, and cases as training examples.
 
-A case is a response that the judge after SFT is in two minds about, or that it judges otherwise than the labels. The judge's
-verdicts on it become the steps of a response of its own, so that the trainer of the policy trains the judge.
+A case is hard if the sampled verdicts of the judge after SFT contradict each other or the labels. For the GRPO stage the judge's
+output becomes a response whose steps are verdicts, so that the policy's trainer can train the judge.
 
-Paper: "difficulty-aware and diversity-aware sampling to generate a subset of challenging examples", and no more. Difficulty: the
-sampled verdicts on a step differ, or their majority differs from the label, and the share of right ones lies inside a window.
-Diversity: as many cases of each step x verdict x tag as there are, drawn in turn.
+Paper: 4.3.1 says only "difficulty-aware and diversity-aware sampling to generate a subset of challenging examples". Difficulty
+here: the sampled verdicts on a step differ, or their majority differs from the label, and the share of right verdicts lies inside
+a window. Diversity: the strata step x verdict x tags take turns, the one with the fewest chosen cases first.
 """
 
 from __future__ import annotations
@@ -21,49 +21,49 @@ from srpo.data.strata import stratum
 from srpo.rewards.judge import Verdicts
 from srpo.rewards.verdicts import WORDS, judge_prompt, verdict_answer, verdict_header
 
-PROMPT_FIELD = "judge_prompt"  # product field of a case that holds all that the judge reads
+PROMPT_FIELD = "judge_prompt"  # product field of a case with the judge's prompt
 CASE_PROMPT = f"{{{PROMPT_FIELD}}}"  # data.prompt of the second stage
 
 
 @dataclass(frozen=True)
 class Case:
-    """A response with the judge's sampled verdicts and whatever is known to be right; all tuples [J]."""
+    """A response with the judge's sampled verdicts and the known right ones; all tuples [J]."""
 
     example_id: str
     response: str
-    labels: tuple[bool | None, ...]  # what an annotator said, else what a gold label says
-    shares: tuple[float | None, ...]  # of "correct" among the verdicts that are there; None where there is none
-    num_votes: tuple[int, ...]  # verdicts that are there
-    solve_rate: float  # share of all sampled verdicts that agree with the label, without any label with the majority
-    reason: str = ""  # what the judge wrote in one of its opinions
+    labels: tuple[bool | None, ...]  # right verdict: the annotator's, else by the gold label; None if neither exists
+    shares: tuple[float | None, ...]  # share of "correct" among the sampled verdicts; None without any
+    num_votes: tuple[int, ...]  # sampled verdicts, without missing ones
+    solve_rate: float  # share of sampled verdicts that agree with the labels; without any label, with the majorities
+    reason: str = ""  # text of one of the judge's sampled outputs
 
     @property
     def case_id(self) -> str:
-        """A name that depends on the pair and the response alone."""
+        """An id that depends only on the pair and the response."""
         digest = hashlib.blake2b(f"{self.example_id}\n{self.response}".encode("utf-8", "backslashreplace"), digest_size=8)
         return f"{self.example_id}-{digest.hexdigest()}"
 
     def verdict(self, j: int) -> bool | None:
-        """The majority on step j; a tie is "incorrect", which a human should see."""
+        """Majority of the sampled verdicts on step j; a tie is "incorrect", for a human to check. None without verdicts."""
         return _majority(self.shares[j])
 
     def disagrees(self, j: int) -> bool:
-        """Whether the judge's majority on step j is not the label."""
+        """Whether step j has a label and the judge's majority differs from it."""
         return self.labels[j] is not None and self.verdict(j) is not self.labels[j]
 
     def margin(self, j: int) -> float:
-        """How clear the majority on step j is, 0 (half and half) to 1 (all the same); 0 where nothing was said."""
+        """Clarity of the majority on step j, from 0 (half and half, or no verdicts) to 1 (unanimous)."""
         share = self.shares[j]
         return 0.0 if share is None else abs(2 * share - 1)
 
     @property
     def hard_steps(self) -> tuple[int, ...]:
-        """Steps on which the judge contradicts the label or itself, or has said nothing that can be read."""
+        """Steps on which the judge contradicts the label or itself, or gave no readable verdict."""
         return tuple(j for j in range(len(self.labels)) if self.disagrees(j) or self.margin(j) < 1)
 
     @property
     def rank(self) -> tuple[float, ...]:
-        """Smaller is sooner to be looked at: disagreements with a label first, the most of them first, then low margins."""
+        """Sort key, hardest first: most disagreements with labels, then the smallest margin, then the smallest sum of margins."""
         margins = [self.margin(j) for j in self.hard_steps]
         return -sum(self.disagrees(j) for j in range(len(self.labels))), min(margins, default=1.0), sum(margins)
 
@@ -71,10 +71,10 @@ class Case:
 def make_case(
     example: Example, response: str, annotated: Verdicts | None, votes: Sequence[Verdicts], schema: StepSchema, reason: str = ""
 ) -> Case:
-    """The case of a response. annotated [J] or None; votes [V][J]: the judge's sampled opinions, V >= 1.
+    """The case of a response. annotated [J] or None: an annotator's verdicts; votes [V][J]: the judge's sampled ones, V >= 1.
 
-    A step's label is the annotator's verdict, else whether the answer states what the gold label does. A vote that is missing
-    solves nothing.
+    The label of a step is the annotator's verdict, else whether the answer equals the gold label. A missing vote counts as wrong
+    in the solve rate.
     """
     gold, answers = example.gold or (None,) * schema.num_steps, schema.parse_text(response).answers
     of_gold = [None if true is None else same_answer(answer, true) for answer, true in zip(answers, gold, strict=True)]
@@ -102,11 +102,11 @@ def mine(
     high: float,
     tags: Sequence[str],
 ) -> tuple[list[Case], dict[str, Any]]:
-    """(the chosen cases, those to be looked at first at the head; how many of what were seen, hard, chosen, and of each stratum).
+    """(chosen cases, hardest first; numbers of responses, hard cases, cases in the window, chosen cases, and of each stratum).
 
-    A case is hard where some step of it is, and its solve rate lies strictly between low and high. Of the hard ones up to
-    `num_cases` are chosen so that strata (step, verdict, values of `tags`) come out even: the next one is always the hardest of
-    the stratum with the fewest. ValueError where an example lacks a tag.
+    Candidates have a hard step and a solve rate strictly between low and high. Up to `num_cases` are chosen so that the strata
+    (step, verdict, values of `tags`) are even: the next case is always the hardest of the stratum with the fewest chosen cases.
+    ValueError if an example lacks a tag.
     """
     cases = list(cases)
     hard = [case for case in cases if case.hard_steps]
@@ -133,7 +133,7 @@ def mine(
 
 
 def case_strata(case: Case, example: Example, schema: StepSchema, tags: Sequence[str]) -> tuple[tuple[str, ...], ...]:
-    """(step, verdict, values of `tags`) of each hard step; the verdict is the label, else the judge's majority."""
+    """(step name, verdict, *values of `tags`) of each hard step; the verdict is the label, else the judge's majority."""
     values, names = stratum(example, tags), []
     for j in case.hard_steps:
         label, verdict = case.labels[j], case.verdict(j)
@@ -143,9 +143,9 @@ def case_strata(case: Case, example: Example, schema: StepSchema, tags: Sequence
 
 
 def verdict_steps(schema: StepSchema) -> tuple[StepSpec, ...]:
-    """The judge's response as a schema: step k is the verdict on step k, its gold the right verdict; a right one earns 1/J.
+    """Step schema of the judge's response: step k is the verdict on step k of the judged response, and earns 1/J if right.
 
-    So the sum of step rewards is the share of right verdicts. Two contradicting verdicts on a step: the first counts.
+    The sum of step rewards is therefore the share of right verdicts. Of two contradicting verdicts on a step the first counts.
     """
     return tuple(
         StepSpec(
@@ -161,7 +161,7 @@ def verdict_steps(schema: StepSchema) -> tuple[StepSpec, ...]:
 
 
 def case_example(case_id: str, example: Example, response: str, labels: Sequence[bool | None]) -> Example:
-    """A case as an example of the second stage: the prompt of the judge, its gold the right verdicts [J]."""
+    """A case as an example of the second stage: its prompt is the judge's, its gold the right verdicts `labels` [J]."""
     gold = tuple(None if label is None else WORDS[label].capitalize() for label in labels)
     return Example(
         example_id=case_id,
@@ -171,5 +171,5 @@ def case_example(case_id: str, example: Example, response: str, labels: Sequence
         fields={"response": response, PROMPT_FIELD: judge_prompt(example, response)},
         gold=gold,
         truth=gold,
-        tags={key: value for key, value in example.tags.items() if key != "grade"},  # the grade of a case is none of L1 to L4
+        tags={key: value for key, value in example.tags.items() if key != "grade"},  # the verdict of a case is not a grade
     )

@@ -1,7 +1,7 @@
-"""The queue for human verification (4.3.1): mined cases as lines to be edited, and read back as right verdicts.
+"""The queue for human verification (4.3.1): mined cases as JSON lines that a human edits, read back as right verdicts.
 
-A line is one case. The human writes into its field "human" one word per step, "correct", "incorrect", or null where nobody can
-say; a line whose field is left empty ([], "" or null) is not verified.
+A line is one case. The human writes into its field "human" one entry per step: "correct", "incorrect", or null if undecidable.
+A line whose field is empty ([], "" or null) is not verified.
 """
 
 from __future__ import annotations
@@ -19,11 +19,11 @@ from srpo.judge_training.hard_cases import Case
 from srpo.rewards.verdicts import WORDS
 
 Labels = tuple[bool | None, ...]  # [J]
-COUNTS = ("verified", "corrected", "unverified", "unverified_used", "dropped")  # what `verified_cases` counts, as num_*
+COUNTS = ("verified", "corrected", "unverified", "unverified_used", "dropped")  # counts of `verified_cases`, as num_*
 
 
 def queue_lines(cases: Iterable[Case], examples: dict[str, Example], schema: StepSchema) -> str:
-    """The text of a queue file, in the order of `cases`: those to be looked at first at the head."""
+    """The text of a queue file, one line per case in the order of `cases`, hardest first."""
     return "".join(json.dumps(_row(c, examples[c.example_id], schema), ensure_ascii=False) + "\n" for c in cases)
 
 
@@ -51,8 +51,8 @@ def _word(verdict: bool | None) -> str | None:
 
 
 def fill_in(queue: str, verdicts: Iterable[Sequence[bool | None]]) -> str:
-    """The text of a queue with the field "human" of each line filled in, as the simulated annotator does it."""
-    rows = [json.loads(line) for line in queue.split("\n") if line]  # not splitlines: a response may hold other separators
+    """The text of a queue with `verdicts` in the field "human" of each line; for the simulated annotator."""
+    rows = [json.loads(line) for line in queue.split("\n") if line]  # not splitlines: a response may contain U+2028 and the like
     return "".join(
         json.dumps({**row, "human": [_word(v) for v in said]}, ensure_ascii=False) + "\n"
         for row, said in zip(rows, verdicts, strict=True)
@@ -61,19 +61,19 @@ def fill_in(queue: str, verdicts: Iterable[Sequence[bool | None]]) -> str:
 
 @dataclass(frozen=True)
 class QueueLine:
-    """One line of a queue as read back."""
+    """One line of a queue, read back."""
 
     example_id: str
     response: str
-    labels: Labels  # of the machine: an annotator's verdict or what a gold label says
-    human: Labels | None  # None where the line is not filled in
-    where: str  # file and line, for errors
+    labels: Labels  # `Case.labels`: from an annotator or a gold label
+    human: Labels | None  # None if the line is not filled in
+    where: str  # file and line, for error messages
 
 
 def read_queue(path: str | Path, schema: StepSchema) -> dict[str, QueueLine]:
-    """case id -> its line. Blank lines are ignored.
+    """Case id -> its line. Blank lines are ignored.
 
-    ValueError with file and line for what is no line of a queue, an unknown verdict word, a wrong number of steps, an id twice.
+    ValueError with file and line for a malformed line, an unknown verdict, a wrong number of steps, or a repeated id.
     """
     read: dict[str, QueueLine] = {}
     with Path(path).open("rb") as file:
@@ -114,11 +114,11 @@ def _labels(words: Any, key: str, where: str, schema: StepSchema) -> Labels:
 def verified_cases(
     queue: str | Path, verified: str | Path, schema: StepSchema, unverified: Literal["drop", "use"]
 ) -> tuple[dict[str, tuple[QueueLine, Labels]], dict[str, int]]:
-    """(case id -> (its line in `queue`, the right verdicts [J]); how many were verified, corrected, not verified, dropped ...).
+    """(case id -> (its line in `queue`, the right verdicts [J]); numbers of cases num_verified, num_corrected, ... (`COUNTS`)).
 
-    The human's verdicts in `verified` replace the machine's labels, null meaning that the step trains nothing. A case that is not
-    filled in or not there is dropped, or with "use" keeps its labels; a case without any verdict is dropped.
-    ValueError with file and line for a case that is not in the queue, and as `read_queue`; and when no case is left.
+    The human's verdicts in `verified` replace the labels of the queue; a step with null is not trained. A case that is not filled
+    in or missing from `verified` is dropped, or with "use" keeps its labels. A case without any verdict is dropped.
+    ValueError with file and line for a case that is not in the queue, as in `read_queue`, or if no case is left.
     """
     cases, filled = read_queue(queue, schema), read_queue(verified, schema)
     for case_id, line in filled.items():

@@ -1,4 +1,4 @@
-"""Judgments: what an annotator said of each step of a response. Read from a file, or made by the simulated annotator."""
+"""Judgments: an annotator's verdict on each step of a response, read from a file or made by the simulated annotator."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from srpo.rewards.judge import OracleJudge
 
 @dataclass(frozen=True)
 class Judgment:
-    """One response with what an annotator said of each of its steps."""
+    """One response with an annotator's verdict, and perhaps reason, on each of its steps."""
 
     example_id: str
     response: str
@@ -25,7 +25,7 @@ class Judgment:
 
 
 def read_judgments(path: str | Path, num_steps: int) -> Iterator[Judgment]:
-    """The judgments of a file. ValueError with file and line for one that is malformed."""
+    """Stream the judgments of a JSON Lines file. ValueError with file and line for a malformed one."""
     with Path(path).open("rb") as file:
         for number, line in enumerate(file, start=1):
             yield _judgment(line, f"{path}, line {number}", num_steps)
@@ -57,7 +57,10 @@ def simulate_judgments(
     seed: int,
     with_reasons: bool = True,
 ) -> list[Judgment]:
-    """What a simulated annotator says of sampled responses, each different response once; rollouts of other data are left out."""
+    """A simulated annotator's judgment of each distinct sampled response.
+
+    error_rate: probability that a verdict is wrong (`OracleJudge`). Rollouts whose example is not in `examples` are skipped.
+    """
     unique = list({(r.example_id, r.text): r for r in rollouts if r.example_id in examples}.values())
     verdicts = OracleJudge(error_rate, seed, schema).judge(unique, [examples[r.example_id] for r in unique])
     nothing = (None,) * schema.num_steps
@@ -71,7 +74,7 @@ def simulate_judgments(
 
 
 def as_rollout(example_id: str, response: str, schema: StepSchema) -> Rollout:
-    """The response as a rollout of no tokens, with the answers that are read from its text: what a judge is asked about."""
+    """The response as a rollout without tokens, with the answers parsed from its text, for a judge to judge."""
     answers = schema.parse_text(response).answers
     return Rollout(example_id, 0, (), (), (), (0,) * schema.num_steps, answers, response, "stop", 0)
 
@@ -79,10 +82,9 @@ def as_rollout(example_id: str, response: str, schema: StepSchema) -> Rollout:
 def hold_out(
     judgments: Sequence[Judgment], examples: dict[str, Example], num_held_out: int
 ) -> tuple[list[Judgment], list[Judgment], int]:
-    """(to train on, held out, how many were left out): the last `num_held_out` measure the judge.
+    """(to train on, held out, number left out): the last `num_held_out` judgments are held out for evaluating the judge.
 
-    Judgments of a query that is held out do not train it either, since the query's intent would be known: they are left out and
-    counted.
+    Other judgments of a held-out query are left out, and counted: training on them would reveal the intent of the query.
     """
     cut = max(len(judgments) - num_held_out, 0)
     held_out = list(judgments[cut:])

@@ -1,4 +1,4 @@
-"""Reasons of the simulated annotator: a few words from the truth, so that a judge learns to reason first (Figure 4)."""
+"""Reasons of the simulated annotator: a few words that state the truth, so that a judge learns to reason first (Figure 4)."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ from collections.abc import Sequence
 
 from srpo.core.steps import StepSchema, same_answer
 
-# What the annotator says of the paper's steps; of any other step it says that the right answer is so and so.
+# Reason by name of the paper's steps; any other step gets OTHERWISE.
 SAYINGS = {
     "query_intent": "the query wants {facts}",
     "item": "the item shows {facts}",
@@ -20,10 +20,10 @@ OTHERWISE = "the right answer is {facts}"
 def simulated_reasons(
     answers: Sequence[str | None], truth: Sequence[str | None], verdicts: Sequence[bool | float | None], schema: StepSchema
 ) -> tuple[str | None, ...]:
-    """Why each verdict was given, [J]; a pure function of the arguments. None where there is no verdict.
+    """The reason for each verdict, [J]; a pure function of the arguments. None for a step without a verdict.
 
-    The reason states the truth. An annotator who wrongly passes a step takes what it says for the truth; one who wrongly rejects
-    a step has no reason to give.
+    The reason of a right verdict states the truth. A step wrongly called correct gets its own answer as the truth; a step wrongly
+    called incorrect gets no reason.
     """
     reasons: list[str | None] = []
     for spec, answer, true, verdict in zip(schema.specs, answers, truth, verdicts, strict=True):

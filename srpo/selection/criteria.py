@@ -1,6 +1,6 @@
-"""Which examples to train on, from numbers alone: rejection sampling (paper 4.1.1), balance (4.1.2), judge scores (5.5).
+"""Selection of training examples from their records: rejection sampling (4.1.1), balance (4.1.2), judge scores (5.5).
 
-Held per example are the numbers of `Scores`, about 60 bytes; never a text or an id.
+Memory per example is about 60 bytes, the numbers of `Scores`; texts and ids are not kept.
 """
 
 from __future__ import annotations
@@ -23,11 +23,11 @@ from srpo.selection.shards import Record
 REASONS = (
     "selected",
     "ungradable",  # no step of any response could be graded
-    "uniform_right",  # all responses of the group are the same in rewards, and right
+    "uniform_right",  # all responses of the group earn the same rewards and are right
     "uniform_wrong",
     "too_easy",
     "too_hard",
-    "not_judged",  # `score` asks for the judge, and the judge saw no step
+    "not_judged",  # `score` needs the judge, and the judge graded no step
     "not_chosen_by_score",
     "over_quota",
 )
@@ -39,34 +39,34 @@ Stratum = tuple[str, ...]  # values of the tags of `Criteria.balance`
 
 @dataclass(frozen=True)
 class Scores:
-    """What selection knows of each example, in the order of the data; NaN where nothing of the kind was graded."""
+    """The numbers of each example that selection reads, in the order of the data; NaN if nothing was graded for it."""
 
     solve_rate: np.ndarray  # [N]
     verdict_accuracy: np.ndarray  # [N]
     judge_score: np.ndarray  # [N]
     disagreement: np.ndarray  # [N] share of responses whose verdict and steps contradict each other
-    uniform: np.ndarray  # [N] bool: one row of step rewards in the whole group
-    draw: np.ndarray  # [N] uint64, by (seed, example_id): the order where nothing else says one
+    uniform: np.ndarray  # [N] bool: all responses of the group have the same step rewards
+    draw: np.ndarray  # [N] uint64, hash of (seed, example_id): order among equal ranks
     stratum: np.ndarray  # [N] index into strata
-    strata: tuple[Stratum, ...]  # as they came
+    strata: tuple[Stratum, ...]  # in the order of the data
 
 
 @dataclass(frozen=True)
 class Selection:
-    """Which examples are kept and why the others are not."""
+    """The examples kept, and why the others are not."""
 
     reasons: np.ndarray  # [N] uint8, index into REASONS
-    quotas: dict[Stratum, int]  # what each stratum was to give
-    shortfall: dict[Stratum, int]  # what it could not; empty unless short = "take_all"
+    quotas: dict[Stratum, int]  # number of examples wanted from each stratum
+    shortfall: dict[Stratum, int]  # number that a stratum lacks; empty unless short = "take_all"
 
     @property
     def keep(self) -> np.ndarray:
-        """[N] bool."""
+        """[N] bool: selected."""
         return self.reasons == _SELECTED
 
 
 def collect_scores(records: Iterable[Record], balance: Sequence[str], seed: int) -> Scores:
-    """The numbers of a stream of records. ValueError where one lacks a tag of `balance`, or there is none."""
+    """The scores of a stream of records. ValueError if a record lacks a tag of `balance`, or the stream is empty."""
     codes: dict[Stratum, int] = {}
     columns: list[np.ndarray] = []
     rows: list[tuple[float, ...]] = []
@@ -76,7 +76,7 @@ def collect_scores(records: Iterable[Record], balance: Sequence[str], seed: int)
         code = codes.setdefault(values_of(record.tags, balance, record.example_id), len(codes))
         rows.append((*_numbers(record), record.num_reward_patterns == 1, code))
         pending.append(_draw(seed, record.example_id))
-        if len(rows) == 4096:  # lists of Python numbers take ten times the room
+        if len(rows) == 4096:  # as arrays: lists of Python numbers take ten times the memory
             columns.append(np.array(rows, dtype=np.float64))
             draws.append(np.array(pending, dtype=np.uint64))
             rows, pending = [], []
@@ -103,14 +103,14 @@ def _draw(seed: int, example_id: str) -> int:
 
 
 def select(scores: Scores, criteria: Criteria) -> Selection:
-    """What `criteria` keeps, the same in whatever order the examples come.
+    """The selection by `criteria`, the same for any order of the examples.
 
-    ValueError where nothing is left, where no step was judged and `score` asks for the judge, and where a stratum has too few
-    examples (with `short` "error"), naming each and by how much.
+    ValueError if no example is left, if `score` needs the judge and no step was judged, or, with `short` "error", if a stratum
+    has too few examples; the message names each such stratum and how many it lacks.
 
     Paper: 4.1.1 drops groups that are "either entirely correct or entirely incorrect" because their advantage is zero; here a
-    group goes when all its responses earn the same in every step. 5.5 does not say by which score the reward model selects, so
-    `score` does; ties go by the draw.
+    group is dropped by default if all its responses earn the same reward in every step. 5.5 does not say by which score the
+    reward model selects; `score` sets it, and the draw breaks ties.
     """
     reasons = reject(scores, criteria)
     left = np.bincount(scores.stratum[reasons == _ELIGIBLE], minlength=len(scores.strata))
@@ -134,12 +134,12 @@ def select(scores: Scores, criteria: Criteria) -> Selection:
 
 
 def rates(scores: Scores, criteria: Criteria) -> np.ndarray:
-    """The solve rate of each example that the criteria go by, [N]; NaN where nothing graded it."""
+    """The solve rate of each example that `difficulty_score` chooses, [N]; NaN if nothing was graded."""
     return scores.solve_rate if criteria.difficulty_score == "total" else scores.verdict_accuracy
 
 
 def reject(scores: Scores, criteria: Criteria) -> np.ndarray:
-    """The reason of each example that the difficulty alone (4.1.1) drops, [N] uint8; 255 for those that pass."""
+    """Rejection sampling (4.1.1): the reason each example is dropped, [N] uint8 index into REASONS; 255 if it passes."""
     rate = rates(scores, criteria)
     uniform, right = scores.uniform, np.where(np.isnan(scores.verdict_accuracy), rate, scores.verdict_accuracy) >= 0.5
     if criteria.uniform == "verdict":
@@ -161,7 +161,7 @@ def reject(scores: Scores, criteria: Criteria) -> np.ndarray:
 
 
 def _rank(scores: Scores, score: str) -> np.ndarray:
-    """[N]: the lowest comes first; NaN where the score is not known."""
+    """[N] sort key, lowest first; NaN if the score is unknown."""
     if score == "none":
         return np.zeros(len(scores.draw))
     return {
@@ -172,11 +172,11 @@ def _rank(scores: Scores, score: str) -> np.ndarray:
 
 
 def quotas_of(available: Mapping[Stratum, int], criteria: Criteria) -> dict[Stratum, int]:
-    """How many examples each stratum is to give; `available` says how many each has.
+    """Number of examples wanted from each stratum; `available` is the number each has.
 
-    Without quotas every combination of the values that occur has an equal share, also one that no example has. Without a total
-    each gives as many as the smallest has that is not empty; without balance, all. ValueError for a quota of a stratum that does
-    not occur.
+    Without `quotas` every combination of the values that occur has an equal share, even if no example has that combination.
+    Without a total each share is the size of the smallest stratum that is not empty; without `balance` it is all examples.
+    ValueError for a quota of a stratum that does not occur.
     """
     total = criteria.num_examples
     if criteria.keep_frac:
@@ -212,7 +212,7 @@ def apportion(total: int, shares: Mapping[Stratum, float]) -> dict[Stratum, int]
 
 
 def check_quotas(counts: Counter[Stratum], criteria: Criteria) -> None:
-    """Raise ValueError where not even all examples together, none rejected, could meet a quota that is a number."""
+    """Raise ValueError if the quotas cannot be met even without rejections. With `keep_frac` the total is not known yet."""
     if criteria.keep_frac:
         return
     quotas = quotas_of(counts, criteria)
@@ -221,7 +221,7 @@ def check_quotas(counts: Counter[Stratum], criteria: Criteria) -> None:
 
 
 def stratum_name(value: Stratum) -> str:
-    """How a stratum is called in settings and reports: "negation/L4"; "all" where nothing is balanced."""
+    """Name of a stratum in settings and reports: "negation/L4"; "all" without balance."""
     return "/".join(value) or "all"
 
 

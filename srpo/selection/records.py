@@ -1,4 +1,4 @@
-"""What a scored group of responses says of its example, as one `Record`, and the settings that records depend on."""
+"""The `Record` of an example, from its scored group of responses, and the settings that records depend on."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ _NOT_GRADED = ("skip", "no_verdict")
 
 @dataclass(frozen=True)
 class RecordSettings:
-    """What the records depend on: a folder of records belongs to one of these."""
+    """The settings that records depend on; a folder holds the records of one such set of settings."""
 
     seed: int
     shard_examples: int
@@ -40,7 +40,7 @@ class RecordSettings:
 
     @classmethod
     def from_config(cls, cfg: Config, shard_examples: int) -> RecordSettings:
-        """Those of a training run's settings."""
+        """The record settings within a training config."""
         rollout, reward = cfg.rollout, cfg.reward
         by_url = reward.judge == "generative" and reward.judge_engine == "url"
         return cls(
@@ -67,10 +67,10 @@ class RecordSettings:
 
 
 def record_of(group: Sequence[Rollout], schema: StepSchema, tags: Mapping[str, str]) -> Record:
-    """The record of the example that the scored responses `group` answer.
+    """The record of one example from its group of scored responses.
 
-    A response contradicts itself where its verdict is right and a graded step before it is wrong, or the reverse; a step without
-    an answer is wrong, and one counts as right that earns half of its reward or more.
+    A response contradicts itself if its verdict is right and a graded step before it is wrong, or if its verdict is wrong and no
+    graded step before it is. A step is right if it earns at least half of its reward; a step without an answer is wrong.
     """
     assert len({rollout.group for rollout in group}) == 1
     verdicts = [rollout.verdicts for rollout in group if rollout.verdicts is not None]
@@ -97,7 +97,7 @@ def record_of(group: Sequence[Rollout], schema: StepSchema, tags: Mapping[str, s
 
 
 def unsampled(example_id: str, num_steps: int, tags: Mapping[str, str]) -> Record:
-    """The record of an example that nothing can grade."""
+    """The record of an example that was not sampled because none of its steps can be graded."""
     return Record(example_id, None, None, (0.0,) * num_steps, None, (None,) * num_steps, None, None, 0, 0, 0, 0, 0, dict(tags))
 
 
@@ -106,19 +106,19 @@ def _of_group(group: Sequence[Rollout], schema: StepSchema, which: str) -> float
 
 
 def _counts(rollout: Rollout, schema: StepSchema) -> list[bool]:
-    """Whether each step of a response counts towards the maximum, [J]."""
+    """Whether each step of a response counts towards the maximum reward, [J]."""
     assert rollout.reward_sources is not None, "rollouts are scored before they become a record"
     return [source != "skip" and spec.reward > 0 for spec, source in zip(schema.specs, rollout.reward_sources, strict=True)]
 
 
 def _right(rollout: Rollout, schema: StepSchema) -> list[bool | None]:
-    """Whether each step is right, [J]; None where nobody said."""
+    """Whether each step is right, [J]; None for a step that was not graded."""
     steps = zip(schema.specs, rollout.step_rewards or (), rollout.reward_sources or (), strict=True)
     return [None if source in _NOT_GRADED or not spec.reward else reward >= spec.reward / 2 for spec, reward, source in steps]
 
 
 def _comparable(right: Sequence[bool | None]) -> bool:
-    """Whether there are both a graded verdict and a graded step before it."""
+    """Whether the verdict and at least one step before it are graded."""
     return right[-1] is not None and any(step is not None for step in right[:-1])
 
 

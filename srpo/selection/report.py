@@ -1,4 +1,4 @@
-"""`selection.json` and its table: how many examples were kept, why the others were not, and what that did to the strata."""
+"""`selection.json` and its tables: how many examples were kept, why the others were not, and the strata before and after."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ _NUM_BINS = 10
 
 
 def report_of(scores: Scores, selection: Selection, criteria: Criteria, records: Iterable[Record], output: str) -> dict[str, Any]:
-    """What `selection.json` holds. `records` are the ones that `scores` were made of."""
+    """The content of `selection.json`. `records` are those from which `scores` was collected."""
     keep = selection.keep
     before, after = (np.bincount(scores.stratum[mask], minlength=len(scores.strata)) for mask in (slice(None), keep))
     counted = {value: (int(b), int(a)) for value, b, a in zip(scores.strata, before, after, strict=True)}
@@ -64,12 +64,12 @@ def report_of(scores: Scores, selection: Selection, criteria: Criteria, records:
 
 
 def report_json(report: dict[str, Any]) -> str:
-    """The report as the text of a file."""
+    """The text of `selection.json`."""
     return json.dumps(report, indent=1) + "\n"
 
 
 def report_text(report: dict[str, Any]) -> str:
-    """The report as tables."""
+    """The report as text tables."""
     whole = report["num_examples"]
     reasons = [(name.replace("_", " "), f"{n:,}", percent(n / whole)) for name, n in report["reasons"].items()]
     blocks = [text_table(("", "examples", "percent"), [reasons])]
@@ -92,7 +92,7 @@ _COLUMNS = ("before", "quota", "after", "short")
 
 
 def _histogram(values: np.ndarray) -> list[int]:
-    """Numbers in tenths of 0..1; a rate of 1 is in the last, NaN in none."""
+    """Counts in ten equal bins of 0..1; a rate of 1 falls into the last bin, NaN into none."""
     known = values[~np.isnan(values)]
     return np.bincount(np.minimum((known * _NUM_BINS).astype(int), _NUM_BINS - 1), minlength=_NUM_BINS).tolist()
 

@@ -1,7 +1,7 @@
-"""Work over a stream of examples in shards, each a run of consecutive examples and one Parquet file of what was found of them.
+"""Shards of a stream of examples: each is a run of consecutive examples and one Parquet file with their records.
 
-Where a shard begins and ends follows from the stream and the size alone, so whoever works and however often it is started again,
-the same shards come out. A shard's file appears whole, so its being there means that its work is done.
+The bounds of a shard depend only on the stream and the shard size, so any number of ranks and restarts give the same shards. A
+shard's file is written atomically: if it exists, the shard is done.
 """
 
 from __future__ import annotations
@@ -24,21 +24,21 @@ _FINGERPRINT = b"srpo.examples"
 
 @dataclass(frozen=True)
 class Record:
-    """What a group of responses to one example says of it: means over the group, None where nothing of the kind was graded."""
+    """Numbers of a group of responses to one example: means over the group, None if nothing was graded for them."""
 
     example_id: str
     solve_rate: float | None  # total reward / the maximum (`srpo.training.credit.group_scores`)
-    verdict_accuracy: float | None  # the same of the last step alone
+    verdict_accuracy: float | None  # the same for the last step alone
     step_rewards: tuple[float, ...]  # [J]
-    judge_score: float | None  # share of the steps that the judge spoke of which it called right, whoever graded them
-    judge_scores: tuple[float | None, ...]  # [J] the same, step by step
+    judge_score: float | None  # mean verdict of the judge over all steps that have one, even if a label or rule graded the step
+    judge_scores: tuple[float | None, ...]  # [J] the same per step
     right_verdict_wrong_steps_frac: float | None  # share of responses with a right verdict and a wrong step before it
     wrong_verdict_right_steps_frac: float | None  # share of responses with a wrong verdict and no wrong step before it
     num_responses: int
     num_different: int  # different texts among them
-    num_reward_patterns: int  # different rows of step rewards among them; 1: nothing to compare
-    num_verdicts: int  # steps of responses that the judge was to grade
-    num_no_verdict: int  # of them, those that it said nothing of
+    num_reward_patterns: int  # different rows of step rewards among them; 1: the group is uniform
+    num_verdicts: int  # steps, over all responses, whose reward the judge had to give
+    num_no_verdict: int  # those of them without a verdict
     tags: dict[str, str]  # `srpo.data.strata.tags_with_grade`
 
 
@@ -54,7 +54,7 @@ _SCHEMA = pa.schema(
 
 
 def shards_of(examples: Iterable[Example], size: int) -> Iterator[tuple[int, list[Example]]]:
-    """(number, examples) of consecutive shards of `size` examples, the last one perhaps smaller; one is held at a time."""
+    """(number, examples) of consecutive shards of `size` examples; the last may be smaller. Holds one shard at a time."""
     stream, number = iter(examples), 0
     while shard := list(islice(stream, size)):
         yield number, shard
@@ -62,7 +62,7 @@ def shards_of(examples: Iterable[Example], size: int) -> Iterator[tuple[int, lis
 
 
 def fingerprint(examples: Sequence[Example]) -> str:
-    """A hash of everything that the examples say."""
+    """Hash of the content of the examples, including the order of their fields."""
     digest = hashlib.blake2b(digest_size=16)
     for example in examples:
         digest.update(repr(example).encode("utf-8", "backslashreplace") + b"\n")
@@ -70,7 +70,7 @@ def fingerprint(examples: Sequence[Example]) -> str:
 
 
 def shard_seed(seed: int, examples: Sequence[Example]) -> tuple[int, ...]:
-    """What the randomness of a shard is drawn from: the run's seed and the ids of its examples, as numbers."""
+    """Seeds of a shard's random draws: the seed of the run and a hash of the shard's example ids."""
     names = "\n".join(example.example_id for example in examples).encode("utf-8", "backslashreplace")
     return seed, int.from_bytes(hashlib.blake2b(names, digest_size=8).digest(), "big")
 
@@ -81,12 +81,12 @@ def shard_path(folder: Path, number: int) -> Path:
 
 
 def finished_shards(folder: Path) -> frozenset[int]:
-    """Numbers of the shards that are done."""
+    """Numbers of the shards whose file exists."""
     return frozenset(int(path.stem.removeprefix("records-")) for path in folder.glob("records-*.parquet"))
 
 
 def write_shard(folder: Path, number: int, examples: Sequence[Example], records: Sequence[Record]) -> Path:
-    """Write the records of a shard, record i of example i; the file is there whole or not at all, also after a power cut."""
+    """Write the records of a shard, record i for example i, and return the path. Atomic and durable, also in a power cut."""
     assert [record.example_id for record in records] == [example.example_id for example in examples]
     folder.mkdir(parents=True, exist_ok=True)
     path = shard_path(folder, number)
@@ -107,7 +107,7 @@ def write_shard(folder: Path, number: int, examples: Sequence[Example], records:
 
 
 def read_shard(folder: Path, number: int) -> list[Record]:
-    """The records of a shard. ValueError where its file is missing or unreadable."""
+    """The records of a shard. ValueError if its file is missing or unreadable."""
     path = shard_path(folder, number)
     try:
         rows = pq.read_table(path, schema=_SCHEMA).to_pylist(maps_as_pydicts="strict")
@@ -118,7 +118,7 @@ def read_shard(folder: Path, number: int) -> list[Record]:
 
 
 def check_shard(folder: Path, number: int, examples: Sequence[Example]) -> None:
-    """Raise ValueError where the file of a shard is unreadable or was made of other examples."""
+    """Raise ValueError if the file of a shard is unreadable or was made from other examples."""
     path = shard_path(folder, number)
     try:
         made_of = (pq.read_schema(path).metadata or {}).get(_FINGERPRINT, b"").decode()

@@ -1,4 +1,4 @@
-"""Returns and advantages: worked examples by hand, and the same numbers by another road in numpy."""
+"""Returns and advantages: examples by hand, and the same numbers computed independently in numpy."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ def random_case(seed: int) -> dict[str, Any]:
     rng = np.random.default_rng(seed)
     return {
         "step_rewards": PAPER_REWARDS * rng.integers(0, 2, (12, 5)),
-        "groups": rng.permutation(np.repeat([3, 7, 40], 4)),  # any numbers, in any order
+        "groups": rng.permutation(np.repeat([3, 7, 40], 4)),  # any ids, in any order
         "step_lengths": rng.integers(0, 6, (12, 5)),
     }
 
@@ -54,7 +54,7 @@ def test_eq4_by_hand() -> None:
     assert out.dtype == torch.float32 and out.shape == (7, 3)
     expected = [0.8660254, -0.8660254, 0.0, -0.8660254, 0.0, 0.8660254, 0.0]
     torch.testing.assert_close(out, torch.tensor(expected)[:, None].expand(-1, 3), rtol=2e-6, atol=0)
-    assert not out[[2, 4, 6]].any()  # a group that agrees: exactly zero
+    assert not out[[2, 4, 6]].any()  # a group with equal rewards: exactly zero
 
 
 def test_eq4_clip() -> None:
@@ -117,7 +117,7 @@ def test_the_scale_of_rewards_does_not_matter(normalize: Any) -> None:
     out = srpo_advantages(**x, gamma=1.0, normalize=normalize, clip=0.0)
     small = srpo_advantages(**{**x, "step_rewards": x["step_rewards"] / 1000}, gamma=1.0, normalize=normalize, clip=0.0)
     assert out.abs().max() > 1
-    torch.testing.assert_close(small, out, rtol=1e-2, atol=0)  # 1e-6 beside a std of a thousandth
+    torch.testing.assert_close(small, out, rtol=1e-2, atol=0)  # delta 1e-6 against a std of 1e-3
 
 
 @pytest.mark.parametrize("normalize", ["batch", "group", "group_step"])
@@ -139,7 +139,7 @@ def test_order_of_rollouts_and_names_of_groups_do_not_matter(normalize: Any, see
     x = random_case(seed)
     options: dict[str, Any] = {"gamma": 0.9, "normalize": normalize, "clip": 2.0}
     order = np.random.default_rng(seed).permutation(12)
-    moved = {k: torch.as_tensor(v[order]) for k, v in x.items()}  # tensors do as well as arrays
+    moved = {k: torch.as_tensor(v[order]) for k, v in x.items()}  # tensors are accepted like arrays
     moved["groups"] = 100 - moved["groups"]
     torch.testing.assert_close(srpo_advantages(**moved, **options), srpo_advantages(**x, **options)[order])
 
@@ -166,7 +166,7 @@ def test_bad_input_says_what_to_do(call: Callable[[], object], message: str) -> 
         call()
 
 
-# ---- the baselines' ------------------------------------------------------------------------------------------------------------
+# ---- REINFORCE, RLOO, Dr. GRPO -------------------------------------------------------------------------------------------------
 
 
 def test_leave_one_out_by_hand() -> None:
@@ -203,7 +203,7 @@ def test_reinforce_has_the_batch_s_tokens_for_a_baseline(scale: Any) -> None:
 @pytest.mark.parametrize("seed", range(3))
 @pytest.mark.parametrize("normalize", ["batch", "group", "group_step", "none"])
 def test_without_a_scale_only_the_mean_goes(seed: int, normalize: Any) -> None:
-    """Dr. GRPO: every normalization is then a translation by one number of the scope it is taken over."""
+    """Dr. GRPO: with scale "none" every normalization subtracts the mean of its scope (batch, group, or step of a group)."""
     gen = torch.Generator().manual_seed(seed)
     rewards = torch.rand(8, 3, generator=gen, dtype=torch.float64)
     lengths = torch.randint(1, 9, (8, 3), generator=gen)

@@ -1,4 +1,4 @@
-"""Token-level advantages by hand and by loops over the formulas."""
+"""Token-level advantages: examples by hand, and loops over the formulas."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ def edges(lengths: list[int]) -> torch.Tensor:
 
 
 def test_gae_by_hand() -> None:
-    # gamma 1/2, lambda 1/2. First sequence: rewards 0 0 8, values 2 4 6. From behind: A_3 = 8 - 6 = 2,
+    # gamma 1/2, lambda 1/2. First sequence: rewards 0 0 8, values 2 4 6. From the end: A_3 = 8 - 6 = 2,
     # A_2 = 0 + 6/2 - 4 + 2/4 = -1/2, A_1 = 0 + 4/2 - 2 - 1/8 = -1/8. Second: A = 1 - 3 = -2.
     out = gae(torch.tensor([0.0, 0.0, 8.0, 1.0]), torch.tensor([2.0, 4.0, 6.0, 3.0]), edges([3, 0, 1]), gamma=0.5, gae_lambda=0.5)
     assert out.advantages.tolist() == [-0.125, -0.5, 2.0, -2.0]
@@ -49,7 +49,8 @@ def test_lambda_one_without_values_is_the_reward_to_go() -> None:
 
 
 def test_rewards_stand_where_steps_end() -> None:
-    # Sequences of 4, 0 and 2 tokens; steps of 2, 0, 2 and of 0, 2, 0 tokens: an empty one pays on the token before, or the first.
+    # Sequences of 4, 0 and 2 tokens; steps of 2, 0, 2 and of 0, 2, 0 tokens. The reward of an empty step is on the token before
+    # it, or on the first.
     rewards = torch.tensor([[1.0, 2.0, 4.0], [9.0, 9.0, 9.0], [8.0, 16.0, 32.0]])
     ends = torch.tensor([[2, 2, 4], [0, 0, 0], [0, 2, 2]])
     assert token_rewards(rewards, ends, edges([4, 0, 2]), "step_ends").tolist() == [0, 3, 0, 4, 8, 48]

@@ -1,4 +1,4 @@
-"""Denominators as weights, and DPO, by hand and by loops."""
+"""Denominators as weights, and DPO: examples by hand, and loops over the formulas."""
 
 from __future__ import annotations
 

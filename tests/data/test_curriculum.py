@@ -1,4 +1,4 @@
-"""Stages: what they hold, when they end, what is refused at the start, and that a run can be stopped anywhere."""
+"""Stages of a curriculum: their examples, their ends, the settings refused at the start, and resuming at any step."""
 
 from __future__ import annotations
 
@@ -66,7 +66,7 @@ FIRST = StageConfig("first", num_steps=3)
 LAST = StageConfig("last")
 
 
-# ---- what a stage holds --------------------------------------------------------------------------------------------------------
+# ---- the examples of a stage ---------------------------------------------------------------------------------------------------
 
 
 def test_without_a_curriculum_there_is_one_stage_of_everything() -> None:
@@ -84,7 +84,7 @@ def test_a_stage_holds_what_its_tags_and_solve_rates_say() -> None:
         config(
             StageConfig("easy", num_steps=2, tags={"difficulty": ("easy", "medium"), "query_type": ("p",)}),
             StageConfig("range", num_steps=2, solve_rate=(0.2, 0.5)),
-            StageConfig("grades", num_steps=2, tags={"grade": ("L1", "L4")}),  # of gold: there is no such tag
+            StageConfig("grades", num_steps=2, tags={"grade": ("L1", "L4")}),  # from gold: the examples have no such tag
             StageConfig("own", data="others", balance="query_type", difficulty_low=0.3, difficulty_high=0.6),
             sampler=SamplerConfig(balance="grade", max_age=7),
         ),
@@ -128,18 +128,18 @@ def test_estimates_carry_over_by_example_id() -> None:
     for _ in range(3):
         two.next(4)
         two.end_step({})
-    two.observe([f"e{i}" for i in range(0, 60)], [1.0] * 60)  # 20 of them are among the others
+    two.observe([f"e{i}" for i in range(0, 60)], [1.0] * 60)  # 20 of them belong to OTHERS, too
     metrics = two.metrics()
     assert (metrics["sampler/coverage_frac"], metrics["sampler/num_skipped"]) == (pytest.approx(20 / 60), 20)
     seen = {e.example_id for e in two.next(40)}
     assert seen == {f"e{i}" for i in range(60, 100)}
 
 
-# ---- when it ends --------------------------------------------------------------------------------------------------------------
+# ---- the end of a stage --------------------------------------------------------------------------------------------------------
 
 
 def stages_of(values: list[float | None], ends: StageConfig) -> list[int]:
-    """The stage of each step, with the values of the metric in the order of steps."""
+    """The stage of each step, and of the step after the last, if the metric has these values."""
     one = curriculum(ends, LAST, num_steps=100)
     stages = []
     for value in values:
@@ -151,7 +151,7 @@ def stages_of(values: list[float | None], ends: StageConfig) -> list[int]:
 def test_plateaus_by_hand() -> None:
     ends = StageConfig("plateau", metric="reward/total", min_gain=0.1, patience=2)
     assert stages_of([1.0, 1.2, 1.4, 1.6], ends) == [1] * 5
-    assert stages_of([1.0, 1.05, 1.09, 5.0], ends) == [1, 1, 1, 2, 2]  # two in a row
+    assert stages_of([1.0, 1.05, 1.09, 5.0], ends) == [1, 1, 1, 2, 2]  # two values in a row without a rise
     assert stages_of([1.0, 1.05, 1.125, 1.0, 1.25, 1.0, 1.0], ends) == [1] * 7 + [2]  # small gains add up
     assert stages_of([1.0, None, None, None, 0.5, None, 0.5], ends) == [1] * 7 + [2]  # steps without a value do not count
     assert stages_of([math.nan, math.nan], ends) == [1, 1, 2]
@@ -174,7 +174,7 @@ def test_the_next_stage_has_a_plateau_of_its_own() -> None:
 
 
 def test_the_earliest_end_that_the_checks_know_is_the_real_one() -> None:
-    """A run of one step more than that is accepted and its last step is the last stage's; one step less is refused."""
+    """A run one step longer than the earliest end is accepted: the last stage has that step. A run without it is refused."""
     for _ in range(30):
         rng = random.Random(seed := random.randrange(10**6))
         every = rng.randint(1, 6)
@@ -190,12 +190,12 @@ def test_the_earliest_end_that_the_checks_know_is_the_real_one() -> None:
         print(seed)
 
 
-# ---- stopped anywhere ----------------------------------------------------------------------------------------------------------
+# ---- resuming at any step ------------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("through", [through_json, through_torch])
 def test_resumed_anywhere_it_goes_on_the_same(through: Any) -> None:
-    """In the middle of a stage and of a plateau, at the step of a switch, in the last stage: 40 steps, stopped after each."""
+    """Within a stage, within a plateau, at a switch, in the last stage: a run of 40 steps is resumed after each step."""
     seed = random.randrange(10**6)
     stages = (
         StageConfig("a", metric="eval/macro_f1", min_gain=0.05, patience=2, balance="query_type"),
@@ -241,7 +241,7 @@ def test_the_state_of_other_data_is_refused() -> None:
             one(EXAMPLES).load_state_dict(other.state_dict())
 
 
-# ---- what cannot be run --------------------------------------------------------------------------------------------------------
+# ---- settings and data that are refused ----------------------------------------------------------------------------------------
 
 
 EVAL = TrainConfig(eval_every=5)
@@ -364,7 +364,7 @@ def test_a_stage_in_toml(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("name", ["curriculum_easy_hard", "curriculum_query_label"])
 def test_the_curricula_of_the_paper_in_front_of_the_laptop_s_settings(name: str) -> None:
-    """On pairs of the catalogue world: every stage has data and is balanced as it says."""
+    """On pairs of the catalogue world every stage has data and is balanced over its tags."""
     cfg = load(Config, ["@", str(ROOT / f"configs/{name}.toml"), "@", str(ROOT / "configs/tiny_cpu.toml")])
     assert len(cfg.curriculum) == 2 and cfg.num_steps == 40
     check_curriculum(cfg)

@@ -1,4 +1,4 @@
-"""The official ESCI release, made here in miniature, and the joined dump."""
+"""The official ESCI release, as a miniature made here, and the joined dump."""
 
 from __future__ import annotations
 
@@ -170,7 +170,7 @@ def dump_row(i: int, **changes) -> dict:
 
 
 def test_the_dump_is_told_apart_by_its_columns(tmp_path):
-    """Its grade counts 3..0 and ours 4..1: the label decides."""
+    """The dump's grade is 3 to 0 and ours 4 to 1: the label decides."""
     path = tmp_path / "pairs.jsonl.gz"
     path.write_bytes(gzip.compress("".join(json.dumps(dump_row(i)) + "\n" for i in range(4)).encode()))
     examples = load_examples(tmp_path, 5)

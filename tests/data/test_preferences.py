@@ -1,4 +1,4 @@
-"""Pairs of responses: who is paired with whom, how many, and what is counted."""
+"""Preference pairs: which responses are paired, how many pairs are drawn, and the counts."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ def rollout(example: str, response: tuple[int, ...], verdict: str | None, reward
 
 
 def drawn(seed: int) -> tuple[list[Rollout], dict[str, str | None]]:
-    """Random responses of ten examples, some of them more than once."""
+    """Random responses to ten examples, some of them sampled more than once."""
     rng = random.Random(seed)
     labels: dict[str, str | None] = {f"e{i}": f"L{rng.randint(1, 4)}" for i in range(10)}
     rollouts = []
@@ -94,7 +94,7 @@ def test_balance_leaves_as_many_of_each_grade() -> None:
 
 
 def test_a_grade_without_pairs_cannot_be_balanced() -> None:
-    """L3 is answered wrong by all, L1 right by all: neither has a pair, and both are named with what there is."""
+    """All responses to L3 are wrong, all to L1 right: neither has a pair, and the error names both with the counts."""
     labels: dict[str, str | None] = {"a": "L4", "b": "L4", "c": "L3", "d": "L1", "unsampled": "L2"}
     rollouts = [rollout(name, (7,), "L4") for name in "abc"] + [rollout(name, (8,), "L1") for name in "abcd"]
     assert pairs_from_rollouts(rollouts, labels, PairRules())[1]["by_grade"] == {"L4": 2}

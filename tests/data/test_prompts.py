@@ -1,4 +1,4 @@
-"""Prompts are the pair in the words of a template."""
+"""Prompts are a template filled in with a pair."""
 
 from __future__ import annotations
 

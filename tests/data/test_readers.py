@@ -1,4 +1,4 @@
-"""Files in every form: what comes back, in which order, in how much memory, and what a broken file is told."""
+"""Readers and writers in all formats: content, order, memory, and the errors of broken files."""
 
 from __future__ import annotations
 
@@ -100,7 +100,7 @@ def test_shards_are_read_in_the_order_of_their_names(tmp_path):
 
 
 def test_parquet_columns_of_other_writers(tmp_path):
-    """Structs for objects, integers for ids, null for "this row has none"."""
+    """Parquet from other programs: structs for objects, integers for ids, null for a missing key."""
     rows = [
         {
             "example_id": 1,
@@ -210,7 +210,7 @@ def test_paths_with_nothing_to_read(tmp_path):
 
 @pytest.mark.parametrize("suffix", SUFFIXES)
 def test_streaming_holds_no_data(tmp_path, suffix):
-    """4,000 pairs of 4 kB each, 16 MB in all, pass through a few."""
+    """4,000 pairs of 4 kB each, 16 MB in all, are streamed in a few MB."""
     path = tmp_path / f"data.{suffix}"
     write_examples(path, (Example(f"{i}", "q", "query", "t" * 4000, {}, (None,), (None,)) for i in range(4000)))
     tracemalloc.start()

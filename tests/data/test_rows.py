@@ -1,4 +1,4 @@
-"""The gate: what a row of the schema becomes, and what every kind of bad row is told."""
+"""Validation of rows: the example of a good row, and the error of each kind of bad row."""
 
 from __future__ import annotations
 

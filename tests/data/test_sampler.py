@@ -1,4 +1,4 @@
-"""Which prompts are drawn: even strata, epochs, the moving difficulty window, exact resumption."""
+"""The sampler: even strata, epochs, the moving difficulty window, exact resumption."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from srpo.data.solve_rates import SolveRates
 
 
 def make(num: int, kinds: str = "ab") -> list[Example]:
-    """Examples e0, e1, ... whose tag `kind` goes round `kinds`."""
+    """Examples e0, e1, ... whose tag `kind` cycles through `kinds`."""
     return [
         Example(f"e{i}", f"q{i}", "query", "title", gold=(None,) * 4 + (f"L{i % 4 + 1}",), tags={"kind": kinds[i % len(kinds)]})
         for i in range(num)
@@ -62,7 +62,7 @@ def test_epochs_and_seeds_differ_and_runs_repeat():
 
 @pytest.mark.parametrize(("size", "n"), [(7, 5), (7, 6), (7, 7), (10, 3), (13, 8)])
 def test_a_batch_across_epochs_repeats_nothing_and_leaves_nobody_out(size, n):
-    """Whatever the place of the batch in its epoch, no example gets two visits ahead of another."""
+    """At any position in an epoch, the numbers of visits of two examples differ by at most two."""
     seed = random.randrange(10**6)
     drawn, counts = sampler(make(size), seed=seed), Counter(dict.fromkeys(ids(make(size)), 0))
     for _ in range(size * 3):
@@ -70,9 +70,7 @@ def test_a_batch_across_epochs_repeats_nothing_and_leaves_nobody_out(size, n):
         assert len(set(batch)) == n
         counts.update(batch)
         assert max(counts.values()) - min(counts.values()) <= 2, seed
-    assert (
-        max(counts.values()) - min(counts.values()) <= 1
-    )  # whole epochs: what waits for its turn was deferred by the last batch
+    assert max(counts.values()) - min(counts.values()) <= 1  # full epochs: all deferred examples were deferred by the last batch
 
 
 def test_more_prompts_than_examples():
@@ -157,15 +155,15 @@ def test_a_new_score_brings_an_example_back_for_good():
 
 
 def test_the_window_moves_with_the_policy():
-    """A policy that learns one example after another: what it draws follows."""
+    """The draws follow a policy that learns one example after another."""
     drawn, solved = sampler(make(40), max_age=1000), [0.0] * 40
     drawn.next(40)
     drawn.observe(ids(make(40)), solved)
     seen = []
     for step in range(0, 40, 4):
-        drawn.observe([f"e{i}" for i in range(step, step + 4)], [0.5] * 4)  # within reach now
+        drawn.observe([f"e{i}" for i in range(step, step + 4)], [0.5] * 4)  # now in the window
         seen.append(sorted(drawn.next(4), key=lambda e: int(e.example_id[1:])))
-        drawn.observe([f"e{i}" for i in range(step, step + 4)], [1.0] * 4)  # and learned
+        drawn.observe([f"e{i}" for i in range(step, step + 4)], [1.0] * 4)  # now too easy
     assert [ids(batch) for batch in seen] == [[f"e{i}" for i in range(s, s + 4)] for s in range(0, 40, 4)]
 
 
@@ -232,7 +230,7 @@ def test_metrics_by_hand():
 
 
 class Plain:
-    """The same promises written the slow way: one stratum, one example after the other."""
+    """A slow reference sampler: one stratum, one example at a time."""
 
     def __init__(self, names: list[str], orders: list[list[str]], max_age: int):
         self.names, self.orders, self.max_age = names, orders, max_age
@@ -323,7 +321,7 @@ def test_resuming_anywhere_continues_the_same_sequence(balance, through):
 
 
 def test_a_step_does_not_loop_over_the_examples():
-    """Ten times what was measured; a loop in Python over 100,000 examples would take longer."""
+    """The bound is ten times the measured time; a Python loop over 100,000 examples would exceed it."""
     examples = make(100_000, "abcd")
     drawn = sampler(examples, max_age=1000)
     rng = random.Random(0)
@@ -371,8 +369,8 @@ def test_what_is_put_back_comes_first_in_the_next_step_and_once_in_the_epoch():
     again = sampler(make(24), balance=("kind",))
     again.next(8)
     again._rates.load_state_dict(drawn._rates.state_dict())
-    again.load_state_dict(json.loads(json.dumps(drawn.state_dict())))  # a checkpoint knows of it
-    assert not {e.example_id for e in drawn.more(8)} & set(ids(first))  # this step has drawn them already
+    again.load_state_dict(json.loads(json.dumps(drawn.state_dict())))  # the state includes the examples that were put back
+    assert not {e.example_id for e in drawn.more(8)} & set(ids(first))  # already drawn in this step
     second = again.next(8)
     assert set(ids(back)) <= set(ids(second)) and len(set(ids(second))) == 8
     third = again.next(8)

@@ -1,4 +1,4 @@
-"""Silver responses: readable by the parser, coherent with their grade, made of what the pair says."""
+"""Silver responses: they parse, agree with their grade, and use the words of the pair."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ def answers(example: Example, lexicon: Lexicon = LEXICON) -> tuple[str | None, .
 
 
 def coherent(example: Example, lexicon: Lexicon) -> str:
-    """The response, after checking that it parses, agrees with its grade by the rule table and is short."""
+    """The silver response; asserts that it parses, agrees with its grade by the rule table and is short."""
     response = silver_response(example, lexicon)
     parsed = SCHEMA.parse_text(response)
     assert not parsed.problems and all(parsed.found), response
@@ -90,7 +90,7 @@ def test_step_1_is_what_the_words_of_the_query_say(query, intent):
     ],
 )
 def test_what_a_title_says_of_an_unwanted_feature(title, details):
-    """At the grade that this evidence leads to, nothing is overruled."""
+    """If the grade is the one that the evidence leads to, S3 and S4 are the evidence."""
     category = "related" if "conflict" in details else "match"
     grade = int(GRADE_TABLE[category, details.split("-> ")[1]][1])
     lines = silver_response(pair("shoes without laces", title, grade), LEXICON).splitlines()

@@ -30,7 +30,7 @@ def test_estimates_by_hand():
         got.tick()
     got.observe(["e0"], [0.1])  # age 10: forgotten
     assert got.estimates[0] == 0.1
-    got.observe(["e2"], [0.7])  # never seen: nothing old to keep
+    got.observe(["e2"], [0.7])  # never scored: the estimate is the score
     assert got.estimates[2] == 0.7
 
 
@@ -61,7 +61,7 @@ def test_an_estimate_outside_the_window_skips_until_max_age(max_age):
 def test_the_state_holds_what_was_scored_and_nothing_else():
     seed = random.randrange(10**6)
     rng, one, two = random.Random(seed), rates(50), rates(50)
-    two.observe(["e7"], [0.3])  # of a life before the load
+    two.observe(["e7"], [0.3])  # scored before the load, which resets it
     for _ in range(30):
         one.tick()
         one.observe([f"e{i}" for i in rng.sample(range(20), 3)], [rng.random() for _ in range(3)])

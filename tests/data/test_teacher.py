@@ -1,4 +1,4 @@
-"""The imperfect teacher errs as often as it is told to, and its later steps follow from its earlier ones."""
+"""The imperfect teacher errs at the given rates, and its later steps follow from its earlier ones."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Tokenizers round-trip any text, and phrases are one token."""
+"""Tokenizers round-trip any text, and a phrase is one token."""
 
 from __future__ import annotations
 

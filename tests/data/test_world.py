@@ -112,7 +112,7 @@ def test_a_domain_of_one_group_still_gets_strangers():
         def random(self) -> float:
             return 0.99
 
-        def choices(self, population, weights=None, **kwargs):  # always a mismatch, and never a title's decoy
+        def choices(self, population, weights=None, **kwargs):  # always a mismatch
             return [population[-1]]
 
     item, *_ = _item(NeverFar(0), Facts(garden[0].path, (Constraint("fuel", "gas"),)))

@@ -1,4 +1,4 @@
-"""srpo.judge_training.evaluation against scikit-learn and by hand."""
+"""Scores of a judge: against scikit-learn, and examples by hand."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""srpo.judge_training.hard_cases: hard cases for the judge, and the judge's verdicts as steps."""
+"""Hard cases for the judge, and the judge's verdicts as steps."""
 
 from __future__ import annotations
 
@@ -25,10 +25,10 @@ T, F = True, False
 def test_a_case_by_hand() -> None:
     votes = [(T, T, T, T, None), (T, F, T, T, None), (T, F, T, None, None), (T, T, T, T, T)]
     case = make_case(EXAMPLE, RESPONSE, (T, None, None, None, F), votes, SCHEMA)
-    assert case.labels == (T, None, T, F, F)  # the annotator's, then what the gold labels say of "match" and "conflict"
+    assert case.labels == (T, None, T, F, F)  # the annotator's, else by the gold labels "match" and "conflict"
     assert case.shares == (1.0, 0.5, 1.0, 1.0, 1.0) and case.num_votes == (4, 4, 4, 3, 1)
     assert [case.verdict(j) for j in range(5)] == [T, F, T, T, T]  # a tie is incorrect
-    assert case.hard_steps == (1, 3, 4)  # of two minds; against the label; against the label
+    assert case.hard_steps == (1, 3, 4)  # votes differ; against the label; against the label
     assert case.solve_rate == (4 + 4 + 0 + 0) / 16  # steps with a label; a missing vote solves nothing
     assert case.rank == (-2, 0.0, 2.0)
 
@@ -40,7 +40,7 @@ def test_a_case_by_hand() -> None:
 
 
 def case(name: str, label: bool, share: float, solve_rate: float) -> Case:
-    """Only the first step is in question."""
+    """A case whose steps after the first are easy."""
     return Case(name, name, (label, T, T, T, T), (share, 1.0, 1.0, 1.0, 1.0), (4,) * 5, solve_rate)
 
 
@@ -48,11 +48,11 @@ def test_mining_keeps_what_is_hard_and_solvable_in_the_order_of_need() -> None:
     examples = {n: Example(n, n, "q", "t", tags={"query_type": "plain"}) for n in "abcdef"}
     cases = [
         case("a", T, 0.75, 0.9),  # unsure
-        case("b", T, 0.25, 0.8),  # against the label, of two minds
-        case("c", F, 1.0, 0.7),  # against the label, sure of it
+        case("b", T, 0.25, 0.8),  # against the label, votes differ
+        case("c", F, 1.0, 0.7),  # against the label, unanimous
         case("d", T, 1.0, 1.0),  # easy
         case("e", T, 0.5, 0.99),  # outside the window
-        case("f", F, 0.0, 0.5),  # right and sure
+        case("f", F, 0.0, 0.5),  # right and unanimous
     ]
     chosen, numbers = mine(cases, examples, SCHEMA, 10, 0.01, 0.99, ("query_type",))
     assert [c.example_id for c in chosen] == ["b", "c", "a"]
@@ -78,7 +78,7 @@ def test_a_rare_stratum_is_not_drowned() -> None:
     got = Counter((examples[c.example_id].tags["query_type"], c.labels[0]) for c in chosen)
     there = Counter((examples[c.example_id].tags["query_type"], c.labels[0]) for c in cases)
     assert len(chosen) == 24 == sum(numbers["strata"].values())
-    # as if 24 were dealt out one at a time to whoever has least and has more to give
+    # as if 24 were dealt one at a time to the stratum that has fewest and is not exhausted
     fair: Counter = Counter()
     for _ in range(24):
         fair[min((k for k in there if fair[k] < there[k]), key=lambda k: (fair[k], "in" * (not k[1]) + "correct", k[0]))] += 1
@@ -103,7 +103,7 @@ def test_the_schema_reads_what_the_reader_of_verdicts_reads() -> None:
         verdicts = tuple(rng.choice((T, F, None)) for _ in range(5))
         reasons = tuple(rng.choice((None, "so it is", "Step 3 would be wrong", "the query wants x; y")) for _ in range(5))
         text = render_verdicts(verdicts, reasons)
-        for _ in range(rng.randrange(3)):  # damage that is no second verdict
+        for _ in range(rng.randrange(3)):  # noise that is not a second verdict
             i = rng.randrange(len(text) + 1)
             text = text[:i] + rng.choice(("\n", "*", " ", "[", "x", "correct")) + text[i:]
         read = tuple(None if a is None else a == "Correct" for a in schema.parse_text(text).answers)
@@ -117,7 +117,7 @@ def test_the_reward_is_the_share_of_right_verdicts() -> None:
     (scored,) = score([judged(text)], [example], schema, None)
     assert scored.step_rewards == pytest.approx((0.2, 0, 0.2, 0, 0.2))
     assert group_scores([scored], schema, "total")[0] == pytest.approx(3 / 5)
-    partly = case_example("c", EXAMPLE, RESPONSE, (T, F, None, None, None))  # nobody knows of the others
+    partly = case_example("c", EXAMPLE, RESPONSE, (T, F, None, None, None))  # the others have no label
     (scored,) = score([judged(text)], [partly], schema, None)
     assert scored.reward_sources == ("gold", "gold", "skip", "skip", "skip")
     assert group_scores([scored], schema, "total")[0] == pytest.approx(1 / 2)

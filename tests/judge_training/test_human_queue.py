@@ -1,4 +1,4 @@
-"""srpo.judge_training.human_queue: the queue that humans edit, out and back."""
+"""The queue for human verification, written, edited and read back."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ def queue(tmp_path: Path) -> Path:
 
 
 def edited(queue: Path, changes: dict[int, Any]) -> Path:
-    """A copy in which `changes` replace lines (a text) or update them (a dict)."""
+    """A copy of the queue in which each change replaces a line (a text) or updates its object (a dict)."""
     lines = queue.read_text(encoding="utf-8").split("\n")
     for i, change in changes.items():
         lines[i] = change if isinstance(change, str) else json.dumps({**json.loads(lines[i]), **change})

@@ -1,4 +1,4 @@
-"""srpo.judge_training.reasons: what the simulated annotator gives as its reasons."""
+"""Reasons of the simulated annotator."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Selection against a brute-force check on random data, against hand-worked numbers, and in any order."""
+"""Selection: against brute force on random data, examples by hand, and independence of the order."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ TYPES, GRADES = ("negation", "plain", "qa"), ("L1", "L2", "L3", "L4")
 
 
 def record(name: str, rate: float | None, **changes: Any) -> Record:
-    """A record that rejection sampling keeps where 0.01 < rate < 0.9."""
+    """A record that rejection sampling keeps if 0.01 < rate < 0.9."""
     values: dict[str, Any] = {
         "example_id": name,
         "solve_rate": rate,
@@ -59,7 +59,7 @@ def random_records(rng: random.Random, n: int) -> list[Record]:
 
 
 def reason_alone(r: Record, c: Criteria) -> str:
-    """Why the difficulty drops a record: 4.1.1 written down once more, one record at a time."""
+    """Reason for which 4.1.1 drops a record: a second implementation, one record at a time."""
     rate = r.solve_rate if c.difficulty_score == "total" else r.verdict_accuracy
     if rate is None:
         return "ungradable"
@@ -138,9 +138,9 @@ def test_neither_order_nor_company_decides_the_draw(score: Any) -> None:
 
     first = chosen(records)
     assert chosen(records[::-1]) == first and chosen(rng.sample(records, len(records))) == first
-    assert chosen(records, seed=4) != first  # ties are many
+    assert chosen(records, seed=4) != first  # there are many ties
     fewer = [r for r in records if r.example_id in first or rng.random() < 0.5]
-    assert chosen(fewer) == first  # those that were not chosen were in nobody's way
+    assert chosen(fewer) == first  # removing unchosen records changes nothing
 
 
 def test_uniform_groups_go_even_if_their_mean_is_inside() -> None:
@@ -166,7 +166,7 @@ def test_the_window_is_open_at_both_ends() -> None:
 
 @pytest.mark.parametrize("seed", range(30))
 def test_largest_remainders(seed: int) -> None:
-    """Hamilton's method on whole numbers, written another way: the split is the one nearest to proportion."""
+    """Hamilton's method, checked by its property: of all splits into integers, it is the nearest to proportion."""
     rng = random.Random(seed)
     shares: dict[tuple[str, ...], float] = {(f"s{i}",): rng.choice((0, 1, 2, 3, 7, 0.5, 0.1)) for i in range(rng.randrange(1, 9))}
     if not any(shares.values()):
@@ -216,7 +216,8 @@ def test_what_is_missing_is_said_by_how_much_and_where() -> None:
         select(scores, Criteria(num_examples=12, balance=("type", "grade")))
     selection = select(scores, Criteria(num_examples=12, balance=("type", "grade"), short="take_all"))
     assert selection.shortfall == {("a", "L2"): 1, ("b", "L2"): 3} and selection.keep.sum() == 8
-    with pytest.raises(ValueError, match=r"b/L2 has 0 of 2 \(2 short\)"):  # as many each as the smallest has that is there
+    # without a total each share is the size of the smallest stratum that is not empty
+    with pytest.raises(ValueError, match=r"b/L2 has 0 of 2 \(2 short\)"):
         select(scores, Criteria(balance=("type", "grade")))
 
 
@@ -224,7 +225,7 @@ def test_impossible_quotas_are_known_before_anything_is_sampled() -> None:
     counts = Counter({("a",): 5, ("b",): 2})
     check_quotas(counts, Criteria(num_examples=4, balance=("type",)))
     check_quotas(counts, Criteria(num_examples=100, balance=("type",), short="take_all"))
-    check_quotas(counts, Criteria(keep_frac=1.0, balance=("type",)))  # of what is left, which is not known yet
+    check_quotas(counts, Criteria(keep_frac=1.0, balance=("type",)))  # a share of the examples that pass, not known yet
     with pytest.raises(ValueError, match=r"b has 2 of 3 \(1 short\)"):
         check_quotas(counts, Criteria(num_examples=6, balance=("type",)))
 

@@ -65,7 +65,7 @@ def test_a_stream_is_read_one_shard_at_a_time() -> None:
 
     def stream() -> Iterator[Example]:
         nonlocal num_read
-        while True:  # has no end
+        while True:  # an endless stream
             num_read += 1
             yield EXAMPLES[0]
 
@@ -108,7 +108,7 @@ def test_what_was_left_of_a_killed_write_does_not_count(tmp_path: Path) -> None:
     ],
 )
 def test_every_part_of_an_example_is_in_the_fingerprint(tmp_path: Path, change: dict) -> None:
-    """The order of fields too: prompts have it."""
+    """The order of fields counts, too: prompts depend on it."""
     shard = EXAMPLES[:3]
     write_shard(tmp_path, 0, shard, [record(e, 0) for e in shard])
     check_shard(tmp_path, 0, shard)
