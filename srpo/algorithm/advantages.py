@@ -1,8 +1,8 @@
 """Advantages of reasoning steps: SRPO (Algorithm 1 lines 10-13), GRPO (Eq. 4), REINFORCE and RLOO. PPO's are in `gae`.
 
 All functions take the rollouts of one optimizer step from *all ranks*, in any form that `torch.as_tensor` accepts; they compute
-in float64 and return float32. The advantages are A_i(t) of Eq. 6 and A_i of Eq. 2, whose ratio (Eq. 3), clipping and KL term
-are `srpo_kernels.reference.policy_loss`. Shapes: N rollouts, J reasoning steps.
+in float64 and return float32 (`step_returns`: float64). The advantages are A_i(t) of Eq. 6 and A_i of Eq. 2; the ratio (Eq. 3),
+the clipping and the KL term are in `srpo_kernels.reference.policy_loss`. Shapes: N rollouts, J reasoning steps.
 """
 
 from __future__ import annotations
@@ -20,11 +20,19 @@ _MIN_STD = 1e-8  # far above the std that float64 rounding gives equal rewards, 
 
 
 def step_returns(step_rewards: ArrayLike, gamma: float) -> torch.Tensor:
-    """Algorithm 1 line 12, [N, J] float32: sum over k >= j of gamma^(k-j) r_k, the discounted rewards from step j to the last.
+    """Algorithm 1 line 12, [N, J] float64: sum over k >= j of gamma^(k-j) r_k, the discounted rewards from step j to the last.
 
     step_rewards [N, J]; gamma in [0, 1]. Raises ValueError for another gamma, another shape, or a reward that is not finite.
     """
-    return _returns(step_rewards, gamma).float()
+    rewards = torch.as_tensor(step_rewards, dtype=torch.float64)
+    if rewards.ndim != 2:
+        raise ValueError(f"step_rewards has shape {tuple(rewards.shape)}: give one reward per rollout and step, [N, J]")
+    if not 0 <= gamma <= 1:
+        raise ValueError(f"gamma is {gamma}: a discount lies between 0 and 1")
+    _check_finite(rewards)
+    step = torch.arange(rewards.shape[1])
+    ahead = step[:, None] - step  # [k, j] = k - j
+    return rewards @ (gamma ** ahead.clamp(min=0).double()).tril()  # line 12: A_ij = sum_{k=j}^J gamma^(k-j) r_ik
 
 
 def srpo_advantages(
@@ -55,7 +63,7 @@ def srpo_advantages(
     Raises ValueError as `step_returns` does, for shapes that do not fit, or for a group of one rollout under a group baseline.
     """
     # The loop over tokens (lines 10, 11 and 13) is `srpo_kernels.step_of_row`: a token of step j reads column j.
-    returns = _returns(step_rewards, gamma)
+    returns = step_returns(step_rewards, gamma)
     group_index = _group_index(groups, len(returns))
     if normalize == "batch":
         lengths = torch.as_tensor(step_lengths, dtype=torch.float64)
@@ -131,19 +139,6 @@ def _totals(rewards: ArrayLike) -> torch.Tensor:
 def _columns(advantages: torch.Tensor, num_steps: int, clip: float) -> torch.Tensor:
     """[N, 1] clipped and repeated for every step: in Eq. 2 all tokens of o_i have the same A_i."""
     return _clip(advantages, clip).expand(-1, num_steps).float().contiguous()
-
-
-def _returns(step_rewards: ArrayLike, gamma: float) -> torch.Tensor:
-    """`step_returns` in float64: Algorithm 1 line 12."""
-    rewards = torch.as_tensor(step_rewards, dtype=torch.float64)
-    if rewards.ndim != 2:
-        raise ValueError(f"step_rewards has shape {tuple(rewards.shape)}: give one reward per rollout and step, [N, J]")
-    if not 0 <= gamma <= 1:
-        raise ValueError(f"gamma is {gamma}: a discount lies between 0 and 1")
-    _check_finite(rewards)
-    step = torch.arange(rewards.shape[1])
-    ahead = step[:, None] - step  # [k, j] = k - j
-    return rewards @ (gamma ** ahead.clamp(min=0).double()).tril()  # line 12: A_ij = sum_{k=j}^J gamma^(k-j) r_ik
 
 
 def _whiten_tokens(values: torch.Tensor, lengths: torch.Tensor, scale: Scale) -> torch.Tensor:

@@ -35,8 +35,8 @@ def random_case(seed: int) -> dict[str, Any]:
 )
 def test_returns_by_hand(rewards: list[float], gamma: float, returns: list[float]) -> None:
     out = step_returns([rewards, [0.0] * len(rewards)], gamma)
-    assert out.dtype == torch.float32
-    torch.testing.assert_close(out, torch.tensor([returns, [0.0] * len(rewards)]))
+    assert out.dtype == torch.float64
+    torch.testing.assert_close(out, torch.tensor([returns, [0.0] * len(rewards)], dtype=torch.float64))
 
 
 def test_returns_are_the_recursion() -> None:
@@ -45,7 +45,7 @@ def test_returns_are_the_recursion() -> None:
     expected = np.zeros((4, 7))
     for j in reversed(range(6)):
         expected[:, j] = rewards[:, j] + 0.9 * expected[:, j + 1]
-    np.testing.assert_allclose(step_returns(rewards, 0.9).numpy(), expected[:, :6], rtol=1e-6)
+    np.testing.assert_allclose(step_returns(rewards, 0.9).numpy(), expected[:, :6], rtol=1e-12, atol=1e-12)
 
 
 def test_eq4_by_hand() -> None:
@@ -68,7 +68,7 @@ def test_batch_is_whitening_over_tokens(seed: int, gamma: float) -> None:
     x = random_case(seed)
     out = srpo_advantages(**x, gamma=gamma, normalize="batch", clip=0.0).double().numpy().ravel()
     lengths = x["step_lengths"].ravel()
-    returns = step_returns(x["step_rewards"], gamma).double().numpy().ravel()
+    returns = step_returns(x["step_rewards"], gamma).numpy().ravel()
     tokens = np.repeat(returns, lengths)  # one entry per token
     np.testing.assert_allclose(out, (returns - tokens.mean()) / tokens.std(ddof=1), rtol=1e-5, atol=1e-6)
     advantages = np.repeat(out, lengths)
@@ -84,7 +84,7 @@ def test_batch_by_hand() -> None:
 @pytest.mark.parametrize("seed", range(5))
 def test_group_baselines(seed: int) -> None:
     x = random_case(seed)
-    returns = step_returns(x["step_rewards"], 1.0).double().numpy()
+    returns = step_returns(x["step_rewards"], 1.0).numpy()
     group = srpo_advantages(**x, gamma=1.0, normalize="group", clip=0.0).numpy()
     group_step = srpo_advantages(**x, gamma=1.0, normalize="group_step", clip=0.0).numpy()
     for name in np.unique(x["groups"]):
@@ -104,7 +104,7 @@ def test_group_step_of_one_step_is_eq4() -> None:
 def test_none_is_algorithm_1_and_clip_bounds() -> None:
     x = random_case(1)
     out = srpo_advantages(**x, gamma=1.0, normalize="none", clip=0.0)
-    assert torch.equal(out, step_returns(x["step_rewards"], 1.0))
+    assert torch.equal(out, step_returns(x["step_rewards"], 1.0).float())
     clipped = srpo_advantages(**x, gamma=1.0, normalize="none", clip=0.5)
     assert torch.equal(clipped, out.clamp(max=0.5)) and clipped.max() == 0.5
     negative = srpo_advantages(-x["step_rewards"], x["groups"], x["step_lengths"], gamma=1.0, normalize="none", clip=0.5)
