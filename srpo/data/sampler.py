@@ -121,10 +121,6 @@ class PromptSampler:
             for stratum_ in self._strata:
                 stratum_.put_back(indices)
 
-    def observe(self, example_ids: Sequence[str], scores: Sequence[float]) -> None:
-        """Record the group mean score of each example, the same on all ranks. ValueError for an unknown id or NaN."""
-        self._rates.observe(example_ids, scores)
-
     def stats(self) -> dict[str, int]:
         """`SolveRates.stats` of these examples."""
         return self._rates.stats(self._rows, self._low, self._high)

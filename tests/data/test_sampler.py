@@ -34,6 +34,10 @@ def rates_of(drawn: PromptSampler) -> SolveRates:
     return drawn._rates
 
 
+def observe(drawn: PromptSampler, example_ids: list[str], scores: list[float]) -> None:
+    rates_of(drawn).observe(example_ids, scores)
+
+
 def ids(batch: list[Example]) -> list[str]:
     return [example.example_id for example in batch]
 
@@ -126,7 +130,7 @@ def test_two_tags_make_a_stratum_of_each_combination():
 def test_examples_outside_the_window_sit_out_until_they_have_aged():
     drawn = sampler(make(6), max_age=3)
     drawn.next(6)  # step 1
-    drawn.observe([f"e{i}" for i in range(6)], [0.0, 0.95, 0.5, 0.5, 0.01, 0.9])
+    observe(drawn, [f"e{i}" for i in range(6)], [0.0, 0.95, 0.5, 0.5, 0.01, 0.9])
     stats = {"num_unseen": 0, "num_too_hard": 2, "num_in_window": 2, "num_too_easy": 2, "num_skipped": 4}
     assert drawn.stats() == stats
     for _ in range(2):  # steps 2 and 3
@@ -140,16 +144,16 @@ def test_max_age_0_skips_nobody():
     drawn = sampler(make(6), max_age=0)
     for _ in range(3):
         assert sorted(ids(drawn.next(6))) == [f"e{i}" for i in range(6)]
-        drawn.observe([f"e{i}" for i in range(6)], [0.0] * 6)
+        observe(drawn, [f"e{i}" for i in range(6)], [0.0] * 6)
 
 
 def test_a_new_score_brings_an_example_back_for_good():
     drawn = sampler(make(4), max_age=2)
     drawn.next(4)
-    drawn.observe(["e0", "e1", "e2", "e3"], [0.0, 0.5, 0.5, 0.5])
+    observe(drawn, ["e0", "e1", "e2", "e3"], [0.0, 0.5, 0.5, 0.5])
     assert "e0" not in ids(drawn.next(3))
     assert "e0" in ids(drawn.next(4))
-    drawn.observe(["e0"], [0.4])
+    observe(drawn, ["e0"], [0.4])
     for _ in range(3):
         assert "e0" in ids(drawn.next(4))
 
@@ -158,34 +162,34 @@ def test_the_window_moves_with_the_policy():
     """The draws follow a policy that learns one example after another."""
     drawn, solved = sampler(make(40), max_age=1000), [0.0] * 40
     drawn.next(40)
-    drawn.observe(ids(make(40)), solved)
+    observe(drawn, ids(make(40)), solved)
     seen = []
     for step in range(0, 40, 4):
-        drawn.observe([f"e{i}" for i in range(step, step + 4)], [0.5] * 4)  # now in the window
+        observe(drawn, [f"e{i}" for i in range(step, step + 4)], [0.5] * 4)  # now in the window
         seen.append(sorted(drawn.next(4), key=lambda e: int(e.example_id[1:])))
-        drawn.observe([f"e{i}" for i in range(step, step + 4)], [1.0] * 4)  # now too easy
+        observe(drawn, [f"e{i}" for i in range(step, step + 4)], [1.0] * 4)  # now too easy
     assert [ids(batch) for batch in seen] == [[f"e{i}" for i in range(s, s + 4)] for s in range(0, 40, 4)]
 
 
 def test_scores_before_the_first_draw_are_offline_rejection():
     drawn = sampler(make(10))
-    drawn.observe(["e1", "e2", "e3"], [1.0, 1.0, 0.0])
+    observe(drawn, ["e1", "e2", "e3"], [1.0, 1.0, 0.0])
     assert {"e1", "e2", "e3"}.isdisjoint(ids(drawn.next(7)))
 
 
 def test_a_filtered_stratum_leaves_its_share_to_the_others():
     examples = make(60, "abc")
     drawn = sampler(examples, balance=["kind"])
-    drawn.observe([e.example_id for e in examples if e.tags["kind"] == "b"], [1.0] * 20)
+    observe(drawn, [e.example_id for e in examples if e.tags["kind"] == "b"], [1.0] * 20)
     counts = Counter(example.tags["kind"] for example in drawn.next(12))
     assert counts == {"a": 6, "c": 6}
 
 
 def test_too_few_in_the_window_are_filled_up_with_those_scored_longest_ago():
     drawn = sampler(make(10), max_age=100)
-    drawn.observe([f"e{i}" for i in range(4, 8)], [1.0] * 4)
+    observe(drawn, [f"e{i}" for i in range(4, 8)], [1.0] * 4)
     drawn.next(1)
-    drawn.observe([f"e{i}" for i in range(4)], [1.0] * 4)
+    observe(drawn, [f"e{i}" for i in range(4)], [1.0] * 4)
     assert drawn.num_early == 0
     batch = ids(drawn.next(5))
     assert set(batch) == {"e8", "e9", "e4", "e5", "e6"} and drawn.num_early == 3
@@ -195,7 +199,7 @@ def test_too_few_in_the_window_are_filled_up_with_those_scored_longest_ago():
 def test_more_prompts_for_a_step_are_new_even_and_in_the_window():
     examples = make(90, "abc")
     drawn = sampler(examples, balance=["kind"])
-    drawn.observe([f"e{i}" for i in range(30)], [1.0] * 30)
+    observe(drawn, [f"e{i}" for i in range(30)], [1.0] * 30)
     step = drawn.next(7)
     for n in (1, 5, 8, 3):
         step += drawn.more(n)
@@ -211,10 +215,10 @@ def test_more_prompts_for_a_step_are_new_even_and_in_the_window():
 def test_nothing_in_the_window_says_how_many_and_what_to_do():
     drawn = sampler(make(5))
     drawn.next(5)
-    drawn.observe([f"e{i}" for i in range(5)], [0.0, 0.0, 0.005, 0.95, 1.0])
+    observe(drawn, [f"e{i}" for i in range(5)], [0.0, 0.0, 0.005, 0.95, 1.0])
     with pytest.raises(ValueError, match=r"all 5 examples are outside .*2 too easy, 3 too hard.*lower sampler.difficulty_low"):
         drawn.next(1)
-    drawn.observe(["e0", "e1"], [0.9, 0.9])
+    observe(drawn, ["e0", "e1"], [0.9, 0.9])
     with pytest.raises(ValueError, match=r"4 too easy, 1 too hard.*raise sampler.difficulty_high"):
         drawn.next(1)
 
@@ -223,7 +227,7 @@ def test_metrics_by_hand():
     drawn = sampler(make(10), max_age=5)
     assert drawn.metrics() == {"sampler/coverage_frac": 0.0, "sampler/num_skipped": 0, "sampler/num_early": 0}
     drawn.next(4)
-    drawn.observe(["e0", "e1", "e2", "e3"], [0.0, 0.5, 0.6, 1.0])
+    observe(drawn, ["e0", "e1", "e2", "e3"], [0.0, 0.5, 0.6, 1.0])
     assert drawn.metrics() == {
         "sampler/in_window_frac": 0.5, "sampler/coverage_frac": 0.4, "sampler/num_skipped": 2, "sampler/num_early": 0,
     }  # fmt: skip
@@ -274,7 +278,7 @@ def test_it_draws_what_the_slow_way_draws():
             scores = [rng.choice([0.0, 0.5, 0.5, 1.0]) for _ in batch]
             if all(plain.skipped(e) for e in ids(examples) if e not in batch):
                 scores = [0.5] * n
-            drawn.observe(batch, scores)
+            observe(drawn, batch, scores)
             plain.score |= {name: (score, plain.step) for name, score in zip(batch, scores, strict=True)}
 
 
@@ -301,7 +305,7 @@ def test_resuming_anywhere_continues_the_same_sequence(balance, through):
         played = []
         for _ in range(num_steps):
             batch = ids(drawn.next(5)) + ids(drawn.more(scores.randint(0, 3)))
-            drawn.observe(batch, [scores.choice([0.0, 0.3, 0.3, 0.6, 1.0]) for _ in batch])
+            observe(drawn, batch, [scores.choice([0.0, 0.3, 0.3, 0.6, 1.0]) for _ in batch])
             played.append(batch)
         return played
 
@@ -325,11 +329,11 @@ def test_a_step_does_not_loop_over_the_examples():
     examples = make(100_000, "abcd")
     drawn = sampler(examples, max_age=1000)
     rng = random.Random(0)
-    drawn.observe([f"e{i}" for i in range(90_000)], [rng.choice([0.0, 1.0, 0.99]) for _ in range(90_000)])
+    observe(drawn, [f"e{i}" for i in range(90_000)], [rng.choice([0.0, 1.0, 0.99]) for _ in range(90_000)])
     start = time.process_time()
     for _ in range(5):
         batch = ids(drawn.next(64) + drawn.more(20))
-        drawn.observe(batch, [0.5] * len(batch))
+        observe(drawn, batch, [0.5] * len(batch))
         drawn.metrics()
     assert (time.process_time() - start) / 5 < 0.05
 
@@ -352,9 +356,9 @@ def test_bad_arguments():
     with pytest.raises(ValueError, match=r"between 0\.9 and 0\.9"):
         sampler(make(3), low=0.9)
     with pytest.raises(ValueError, match="'x' is not in this sampler"):
-        sampler(make(3)).observe(["x"], [0.5])
+        observe(sampler(make(3)), ["x"], [0.5])
     with pytest.raises(ValueError, match="score of e1 is nan"):
-        sampler(make(3)).observe(["e1"], [float("nan")])
+        observe(sampler(make(3)), ["e1"], [float("nan")])
     with pytest.raises(ValueError, match=r"sampler.new_weight is 0: set it above 0"):
         sampler(make(3), new_weight=0)
     with pytest.raises(ValueError, match=r"sampler.max_age is -1"):

@@ -129,7 +129,7 @@ def run(world_size: int, seed: int, num_steps: int = 12) -> list[list[tuple[Any,
             ranks.total(rank, 0)  # everybody has told
             everyone = [told[step][g] for g in range(len(examples))]
             assert [name for name, _ in everyone] == [e.example_id for e in examples]
-            sampler.observe(*zip(*everyone, strict=True))
+            rates.observe(*zip(*everyone, strict=True))
             results[rank].append((rounds, everyone))
         results[rank].append((sampler.state_dict(), rates.state_dict()))
 
