@@ -265,9 +265,9 @@ def test_rollouts_of_another_tokenizer_are_refused(world: Any, sampled: Path, tm
         ),
         ({"pairs": "nowhere.jsonl"}, "nowhere.jsonl"),
         ({"rollouts": "PAIRS"}, "is not a rollouts.jsonl of srpo.train"),
-        ({"rollouts": "SAMPLED", "rules": {"prefer": "total", "margin": 9.0}}, r"make no pair: .*lower margin"),
-        ({"rollouts": "SAMPLED", "rules": {"balance": True}}, "set data, or balance to false"),
-        ({"rollouts": "SAMPLED", "data": "EVAL"}, "has no label of its verdict"),
+        ({"rollouts": "SAMPLED", "rules": {"prefer": "total", "margin": 9.0}}, r"make no pair: .*lower rules.margin"),
+        ({"rollouts": "SAMPLED", "rules": {"balance": True}}, "set data, or set rules.balance to false"),
+        ({"rollouts": "SAMPLED", "data": "EVAL"}, "has no grade in data"),
     ],
 )
 def test_what_cannot_work_is_one_line_and_leaves_no_run(

@@ -328,7 +328,7 @@ def test_the_command_line(tmp_path: Path) -> None:
     (tmp_path / "x.toml").write_text('[select]\nbalance = ["grade"]\nquotas = { L1 = 3, L4 = 5 }\nshort = "take_all"\n')
     assert load(SelectConfig, ["@", str(tmp_path / "x.toml")]).select.quotas == {"L1": 3.0, "L4": 5.0}
     (tmp_path / "x.toml").write_text("[select]\nquotas = { L1 = 3 }\n")
-    with pytest.raises(ValueError, match=r"x.toml: select: select.quotas has no tag to count by"):
+    with pytest.raises(ValueError, match=r"x.toml: select: select.quotas needs the tags of its strata"):
         load(SelectConfig, ["@", str(tmp_path / "x.toml")])
 
 

@@ -55,9 +55,12 @@ def with_(**changes: Any) -> Change:
             with_(select=Criteria(balance=("query_type",), num_examples=42)),
             r"select.balance = \['query_type'\] cannot be met: odd has 20 of 21 .1 short",
         ),
-        (with_(select=Criteria(balance=("grade",), quotas={"L5": 3})), "quotas names 'L5', .*: there are L1, L2, L3, L4"),
+        (with_(select=Criteria(balance=("grade",), quotas={"L5": 3})), "quotas names 'L5', .*: use L1, L2, L3, L4"),
         (with_(select=Criteria(balance=("query_type",), quotas={"eve": 3})), "quotas names 'eve', .*; the nearest is 'even'"),
-        (lambda cfg, _: replace(cfg, data=replace(cfg.data, prompt="{brand}")), "data.prompt names {brand}, which e0 has not"),
+        (
+            lambda cfg, _: replace(cfg, data=replace(cfg.data, prompt="{brand}")),
+            "has {brand}, but e0 has no such field",
+        ),
         (lambda cfg, folder: replace(cfg, out=cfg.data.train), "out is .*data.jsonl, which is a file: name a folder"),
         (
             lambda cfg, folder: replace(cfg, data=replace(cfg.data, train=str(folder)), records_dir=str(folder)),
@@ -134,7 +137,7 @@ def test_changed_data_is_refused(never_killed: SelectConfig, tmp_path: Path) -> 
     data = Path(cfg.data.train)
     lines = data.read_text().splitlines()
     data.write_text("\n".join([lines[0].replace("title 0", "title zero"), *lines[1:]]) + "\n")
-    with pytest.raises(ValueError, match=r"records-000000.parquet was made of other data than the examples e0 to e7"):
+    with pytest.raises(ValueError, match=r"records-000000.parquet was made from other data than the present examples e0 to e7"):
         run(cfg, ONE, parts_with(Scripted()))
     data.write_text("\n".join(lines[:8]) + "\n")
     with pytest.raises(ValueError, match="has 3 shards more than"):

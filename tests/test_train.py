@@ -226,7 +226,7 @@ def refused(world: Any, folder: Path, capsys: pytest.CaptureFixture[str], **chan
         ({"data": {"train": "nowhere.jsonl"}}, "no such file or folder: nowhere.jsonl"),
         (
             {"data": {"prompt": "{query} by {maker}"}},
-            r"data.prompt names \{maker\}, which world-0-train-\d+ has not: it has brand",
+            r"data.prompt has \{maker\}, but world-0-train-\d+ has no such field: use brand",
         ),
         ({"policy": {"path": "nowhere"}}, "no tokenizer in 'nowhere': policy.path must be a folder"),
         ({"policy": {"max_context": 70}}, r"example world-0-train-\d+ has \d+ tokens, .* context of 70: lower rollout.max_new"),

@@ -47,9 +47,9 @@ def test_judgments_as_written(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("line", "message"),
     [
-        ("{", "want"),
-        ("[]", "want"),
-        ('{"example_id": "e1", "response": "x"}', "want"),
+        ("{", "not a judgment"),
+        ("[]", "not a judgment"),
+        ('{"example_id": "e1", "response": "x"}', "not a judgment"),
         (json.dumps({**ROW, "response": None}), "response is None: give the text"),
         (json.dumps({**ROW, "verdicts": [True] * 4}), r"give 5 of true, false or null, one per step"),
         (json.dumps({**ROW, "verdicts": [1, 0, 1, 1, 0]}), r"give 5 of true, false or null"),

@@ -28,7 +28,7 @@ def step_returns(step_rewards: ArrayLike, gamma: float) -> torch.Tensor:
     if rewards.ndim != 2:
         raise ValueError(f"step_rewards has shape {tuple(rewards.shape)}: give one reward per rollout and step, [N, J]")
     if not 0 <= gamma <= 1:
-        raise ValueError(f"gamma is {gamma}: a discount lies between 0 and 1")
+        raise ValueError(f"gamma is {gamma}: set it to a number from 0 to 1")
     _check_finite(rewards)
     step = torch.arange(rewards.shape[1])
     ahead = step[:, None] - step  # [k, j] = k - j
@@ -175,7 +175,7 @@ def _group_index(groups: ArrayLike, num_rollouts: int) -> torch.Tensor:
 
 def _clip(advantages: torch.Tensor, clip: float) -> torch.Tensor:
     if clip < 0:
-        raise ValueError(f"clip is {clip}: give a magnitude, or 0 for no clip")
+        raise ValueError(f"clip is {clip}: set it to a bound above 0, or to 0 for no clip")
     return advantages.clamp(-clip, clip) if clip else advantages
 
 

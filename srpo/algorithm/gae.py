@@ -29,9 +29,9 @@ def token_rewards(step_rewards: torch.Tensor, step_ends: torch.Tensor, cu_seqlen
     last = edges[1:, None] - 1  # [N, 1]
     rows = (edges[:-1, None] + step_ends.to(torch.int64) - 1).maximum(edges[:-1, None]).minimum(last)
     rows = rows if at == "step_ends" else last.expand_as(rows)
-    there = (edges[1:] > edges[:-1])[:, None].expand_as(rows)
-    made = torch.zeros(int(edges[-1]), dtype=torch.float64, device=step_rewards.device)
-    return made.index_add(0, rows[there], step_rewards.double()[there])
+    has_rows = (edges[1:] > edges[:-1])[:, None].expand_as(rows)
+    rewards = torch.zeros(int(edges[-1]), dtype=torch.float64, device=step_rewards.device)
+    return rewards.index_add(0, rows[has_rows], step_rewards.double()[has_rows])
 
 
 class Gae(NamedTuple):
@@ -71,8 +71,8 @@ def gae(rewards: torch.Tensor, values: torch.Tensor, cu_seqlens: torch.Tensor, *
         delta = reward_table[:, t] + gamma * value_table[:, t + 1] - value_table[:, t]  # r_t + gamma V_{t+1} - V_t
         advantage = delta + gamma * gae_lambda * advantage  # A_t = delta_t + gamma lambda A_{t+1}
         advantages[:, t] = advantage
-    made = advantages[sequence, position]
-    return Gae(made, made + values.double())
+    packed = advantages[sequence, position]
+    return Gae(packed, packed + values.double())
 
 
 def whiten(advantages: torch.Tensor, mean: float, std: float, *, scale: Scale, clip: float) -> torch.Tensor:
@@ -82,8 +82,8 @@ def whiten(advantages: torch.Tensor, mean: float, std: float, *, scale: Scale, c
     """
     if not std > 1e-8:
         return torch.zeros_like(advantages)
-    made = (advantages - mean) / (std + 1e-8 if scale == "std" else 1.0)
-    return made.clamp(-clip, clip) if clip else made
+    whitened = (advantages - mean) / (std + 1e-8 if scale == "std" else 1.0)
+    return whitened.clamp(-clip, clip) if clip else whitened
 
 
 class ValueLoss(NamedTuple):

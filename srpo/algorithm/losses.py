@@ -43,7 +43,7 @@ def sequence_weights(
         shapes = f"response_lengths {tuple(lengths.shape)} and groups {tuple(group_ids.shape)}"
         raise ValueError(f"{shapes} do not fit: give one length and one group per sequence, [N]")
     if bool((lengths < 0).any()):
-        raise ValueError("response_lengths has a negative entry: a length counts tokens")
+        raise ValueError("response_lengths has a negative entry: give the number of tokens, 0 or more")
     if denominator == "sequence_mean":
         _, group_index, sizes = group_ids.unique(return_inverse=True, return_counts=True)
         denominators = len(sizes) * sizes[group_index] * lengths  # Eq. 6: G |o_i|, times the number of prompts
@@ -94,9 +94,9 @@ def dpo_loss(
     Raises ValueError if beta is not positive, label_smoothing lies outside [0, 0.5), or the shapes differ.
     """
     if not beta > 0:
-        raise ValueError(f"beta is {beta}: it must be above 0")
+        raise ValueError(f"beta is {beta}: set it above 0")
     if not 0 <= label_smoothing < 0.5:
-        raise ValueError(f"label_smoothing is {label_smoothing}: half of the labels or more cannot be wrong; give 0 to below 0.5")
+        raise ValueError(f"label_smoothing is {label_smoothing}: set it to 0 or more and below 0.5")
     shapes = {tuple(t.shape) for t in (chosen_logprobs, rejected_logprobs, ref_chosen, ref_rejected)}
     if len(shapes) > 1 or chosen_logprobs.ndim != 1:
         raise ValueError(f"log-probabilities have shapes {sorted(shapes)}: give four tensors [P]")

@@ -42,7 +42,7 @@ def check_curriculum(cfg: Config) -> None:
     names = [stage.name for stage in stages]
     twice = next((name for name in names if names.count(name) > 1), None)
     if twice is not None or "" in names:
-        raise ValueError(f"curriculum: the name {twice or ''!r} is not a stage's own: give every stage another one")
+        raise ValueError(f"curriculum: the stage name {twice or ''!r} is empty or used twice: give every stage a name of its own")
     for stage in stages:
         _check_stage(stage, cfg, is_last=stage is stages[-1])
     if not stages:
@@ -51,15 +51,15 @@ def check_curriculum(cfg: Config) -> None:
     for stage in stages[:-1]:
         ends.append(_earliest_end(stage, cfg, ends[-1]))
     if ends[-1] >= cfg.num_steps and len(stages) > 1:
-        told = ", ".join(f"{name!r} {end}" for name, end in zip(names, ends[1:], strict=False))
+        stage_ends = ", ".join(f"{name!r} {end}" for name, end in zip(names, ends[1:], strict=False))
         raise ValueError(
-            f"curriculum: the stage {last.name!r} can never begin: those before it end at optimizer step {ends[-1]} at the "
-            f"earliest ({told}) and num_steps is {cfg.num_steps}; raise that above {ends[-1]}, or shorten them"
+            f"curriculum: the stage {last.name!r} can never begin: the stages before it end at optimizer step {ends[-1]} at the "
+            f"earliest ({stage_ends}) and num_steps is {cfg.num_steps}: raise num_steps above {ends[-1]}, or shorten the stages"
         )
     if last.num_steps and (any(stage.metric for stage in stages) or ends[-1] + last.num_steps != cfg.num_steps):
         raise ValueError(
-            f"curriculum: the last stage {last.name!r} goes on to the end of the run, {cfg.num_steps} steps, and its num_steps "
-            f"is {last.num_steps}: leave that out, or make the stages add up to num_steps"
+            f"curriculum: the last stage {last.name!r} lasts until the end of the run, {cfg.num_steps} steps, but its num_steps "
+            f"is {last.num_steps}: remove it, or make the stages add up to the num_steps of the run"
         )
 
 
@@ -68,24 +68,26 @@ def _check_stage(stage: StageConfig, cfg: Config, is_last: bool) -> None:
     settings = _settings(stage, cfg.sampler)
     low, high = settings.difficulty_low, settings.difficulty_high
     if not (low < high and low < 1 and high > 0):
-        raise ValueError(f"{where}: the difficulty window ({low}, {high}) filters out everything: scores lie in 0..1")
+        raise ValueError(
+            f"{where}: the difficulty window ({low}, {high}) filters out everything: give bounds in order, within 0 to 1"
+        )
     if stage.num_steps < 0 or stage.min_gain < 0 or stage.patience < 0:
-        raise ValueError(f"{where}: num_steps, min_gain and patience have to be 0 or more")
+        raise ValueError(f"{where}: num_steps, min_gain or patience is negative: set each to 0 or more")
     if stage.solve_rate is not None and not stage.solve_rate[0] <= stage.solve_rate[1]:
         raise ValueError(f"{where}: no solve_rate lies in {list(stage.solve_rate)}: give the lower bound first")
     empty = next((tag for tag, values in stage.tags.items() if not values), None)
     if empty is not None:
-        raise ValueError(f'{where}: tags.{empty} names no value: write {empty} = ["..."], or leave it out')
+        raise ValueError(f'{where}: tags.{empty} names no value: write {empty} = ["..."], or remove it')
     if bool(stage.metric) != (stage.patience > 0):
         given, lacks = ("metric", "patience") if stage.metric else ("patience", "metric")
         raise ValueError(f"{where}: {given} is set and {lacks} is not: a plateau needs both, or neither")
     if is_last and stage.metric:
-        raise ValueError(f"{where} is the last, which nothing follows: leave metric, min_gain and patience out")
+        raise ValueError(f"{where} is the last and lasts until the end of the run: remove metric, min_gain and patience")
     if stage.metric:
         _check_metric(stage, cfg, where)
     if not is_last and not stage.num_steps and not stage.metric:
         raise ValueError(
-            f"{where} never ends and others follow: set its num_steps, or metric and patience, or make it the last stage"
+            f"{where} has no end but is not the last: set its num_steps, or metric and patience, or make it the last stage"
         )
 
 
@@ -94,7 +96,7 @@ def _check_metric(stage: StageConfig, cfg: Config, where: str) -> None:
     if stage.metric not in known:
         near = difflib.get_close_matches(stage.metric, known, n=1)
         hint = f"; the nearest is {near[0]!r}" if near else ""
-        raise ValueError(f"{where}: this run logs no metric {stage.metric!r} at its steps{hint} (docs/metrics.md)")
+        raise ValueError(f"{where}: the run logs no metric {stage.metric!r} at its steps{hint}: take one of docs/metrics.md")
     if stage.metric.startswith("eval/") and not (cfg.data.eval and cfg.train.eval_every):
         raise ValueError(f"{where} waits for {stage.metric}: set data.eval and train.eval_every")
 
@@ -142,7 +144,7 @@ def load_stages(cfg: Config, read: Callable[[str], list[Example]]) -> list[Stage
             more = f" and rollout.oversample {cfg.rollout.oversample}" if cfg.rollout.oversample else ""
             raise ValueError(
                 f"curriculum stage {ends.name!r} has {len(examples)} of the {len(read_once[path])} examples of {path}, fewer "
-                f"than rollout.num_prompts = {cfg.rollout.num_prompts}{more}: lower it, widen tags or solve_rate, give more data"
+                f"than rollout.num_prompts = {cfg.rollout.num_prompts}{more}: lower it, widen tags or solve_rate, or add data"
             )
         stages.append(Stage(ends.name, examples, _settings(ends, cfg.sampler), ends))
     return stages
@@ -155,8 +157,8 @@ def all_examples(stages: Sequence[Stage]) -> list[Example]:
         for example in stage.examples:
             if known.setdefault(example.example_id, example) != example:
                 raise ValueError(
-                    f"curriculum stage {stage.name!r}: example_id {example.example_id!r} is of another pair in an earlier stage: "
-                    "give every pair its own"
+                    f"curriculum stage {stage.name!r}: example_id {example.example_id!r} is another pair in an earlier stage: "
+                    "give every pair an id of its own"
                 )
     return list(known.values())
 
@@ -167,10 +169,10 @@ def _chosen(examples: list[Example], ends: StageConfig, path: str) -> list[Examp
         values = sorted({tags_with_grade(example).get(tag, "") for example in examples} - {""})
         if not values:
             known = sorted({tag for example in examples for tag in tags_with_grade(example)})
-            raise ValueError(f"{where}: no example of {path} has the tag {tag!r}; they have {', '.join(known) or 'none'}")
-        strange = [value for value in wanted if value not in values]
-        if strange:
-            raise ValueError(f"{where}: no example of {path} has {tag} = {strange[0]!r}; there is {', '.join(values[:20])}")
+            raise ValueError(f"{where}: no example of {path} has the tag {tag!r}: use one of {', '.join(known) or 'none'}")
+        unknown = [value for value in wanted if value not in values]
+        if unknown:
+            raise ValueError(f"{where}: no example of {path} has {tag} = {unknown[0]!r}: use some of {', '.join(values[:20])}")
     chosen = [e for e in examples if all(tags_with_grade(e).get(tag) in wanted for tag, wanted in ends.tags.items())]
     if ends.solve_rate is not None:
         low, high = ends.solve_rate
@@ -187,7 +189,7 @@ def _solve_rate(example: Example, where: str) -> float:
     if not 0 <= rate <= 1:
         raise ValueError(
             f"{where}: the tag {SOLVE_RATE} of example {example.example_id} is {text!r}, not a number from 0 to 1: "
-            "have the selection write it, or leave solve_rate out"
+            "write the tag with srpo.select, or remove solve_rate from the stage"
         )
     return rate
 
@@ -294,8 +296,8 @@ class Curriculum:
         """Resume from a `state_dict`. ValueError if it was made with other examples, another seed or another balance."""
         if state["fingerprint"] != self._fingerprint:
             raise ValueError(
-                "the sampler state is of other training data (or their order): resume with the data and config of the run, or "
-                "start a new run_dir"
+                "the sampler state was saved with other training data, or in another order: resume with the data and config of "
+                "the run, or start a new run_dir"
             )
         self._enter(state["stage"])
         self._num_steps, self._num_stalled, self._best = state["num_steps"], state["num_stalled"], state["best"]

@@ -65,7 +65,7 @@ def official_rows(path: Path, options: EsciOptions) -> Iterator[tuple[str, dict[
     products = sorted(folder.glob(f"{_PRODUCTS}*.parquet"))
     if not products:
         raise ValueError(
-            f"{folder} has {examples[0].name} and no {_PRODUCTS}*.parquet: put the products file of the release beside it"
+            f"{folder} has {examples[0].name} but no {_PRODUCTS}*.parquet: put the products file of the release into that folder"
         )
     keys = (_key(row) for file in examples for _, row in _selected(file, ["product_id", "product_locale"], options))
     catalogue = _read_products(products, set(keys))
@@ -110,7 +110,7 @@ def from_dump(row: dict[str, Any], where: str) -> dict[str, Any]:
         raise ValueError(f"{where}: the ESCI dump has no column {min(unknown)!r}: remove it, or use the schema of docs/data.md")
     grade, label = row.get("grade"), str(row["label"])
     if grade is not None and label in GOLD_OF_LABEL and grade != "ICSE".index(label):
-        raise ValueError(f"{where}: grade {grade!r} and label {label!r} disagree: E, S, C, I are 3, 2, 1, 0 in the ESCI dump")
+        raise ValueError(f"{where}: grade {grade!r} and label {label!r} disagree: in the ESCI dump E, S, C, I are 3, 2, 1, 0")
     return {
         "example_id": f"{row['query_id']}-{row['product_id']}",
         "query_id": row["query_id"],

@@ -48,7 +48,7 @@ def pairs_from_rollouts(
     """
     _check(rules, labels)
     sampled: dict[tuple[str, Tokens], dict[Tokens, list[float]]] = {}
-    whole: set[tuple[str, Tokens, Tokens]] = set()  # responses with finish "stop"
+    ended: set[tuple[str, Tokens, Tokens]] = set()  # responses with finish "stop"
     num = Counter({"responses": 0, "aborted": 0, "repeated": 0})
     for rollout in rollouts:
         num["responses"] += 1
@@ -59,12 +59,12 @@ def pairs_from_rollouts(
         num["repeated"] += rollout.response_ids in responses
         responses.setdefault(rollout.response_ids, []).append(_score(rollout, labels, rules.prefer))
         if rollout.finish == "stop":
-            whole.add((rollout.example_id, rollout.prompt_ids, rollout.response_ids))
+            ended.add((rollout.example_id, rollout.prompt_ids, rollout.response_ids))
     margin = rules.margin if rules.prefer == "total" else 0.0
     pairs: list[Preference] = []
     for (example_id, prompt), responses in sampled.items():
         ranked = sorted((-sum(s) / len(s), ids) for ids, s in responses.items())
-        choosable = [(example_id, prompt, ids) in whole for _, ids in ranked]
+        choosable = [(example_id, prompt, ids) in ended for _, ids in ranked]
         rng = random.Random(f"dpo|{rules.seed}|{example_id}|{prompt}")
         grade = str((labels or {}).get(example_id) or "")
         for i, j in _draw([-score for score, _ in ranked], choosable, margin, rules.per_example, rng):
@@ -75,8 +75,8 @@ def pairs_from_rollouts(
     if not pairs:
         raise ValueError(
             f"{counts['num_responses']} responses to {len(sampled)} prompts make no pair: a pair needs a better and a worse "
-            "response to one prompt. Sample several to each (rollout.group_size), lower margin, or take prompts that are neither "
-            "always answered right nor always wrong"
+            "response to one prompt. Sample several to each (rollout.group_size), lower rules.margin, or take prompts that are "
+            "neither always answered right nor always wrong"
         )
     if rules.balance:
         _check_grades(pairs, Counter(str((labels or {}).get(example_id) or "") for example_id, _ in sampled))
@@ -87,9 +87,9 @@ def pairs_from_rollouts(
 
 def _check(rules: PairRules, labels: Mapping[str, str | None] | None) -> None:
     if rules.margin < 0 or rules.per_example < 0:
-        raise ValueError(f"margin {rules.margin} and per_example {rules.per_example} must not be negative")
+        raise ValueError(f"rules.margin is {rules.margin} and rules.per_example {rules.per_example}: set both to 0 or more")
     if rules.balance and labels is None:
-        raise ValueError("pairs are balanced over the grades of the examples: set data, or balance to false")
+        raise ValueError("rules.balance needs the grades of the examples: set data, or set rules.balance to false")
 
 
 def _score(rollout: Rollout, labels: Mapping[str, str | None] | None, prefer: str) -> float:
@@ -97,13 +97,13 @@ def _score(rollout: Rollout, labels: Mapping[str, str | None] | None, prefer: st
         label = labels.get(rollout.example_id)
         if label is None:
             raise ValueError(
-                f"{rollout.example_id} has no label of its verdict: data must hold every example of the rollouts, graded"
+                f"example {rollout.example_id} of the rollouts has no grade in data: give data with every example, graded"
             )
         return float(same_answer(rollout.answers[-1], label))
     if rollout.step_rewards is None:
         raise ValueError(
-            f"the rollouts of {rollout.example_id} have no rewards: use a rollouts.jsonl of srpo.train, or prefer verdict and "
-            "set data"
+            f"the rollouts of {rollout.example_id} have no rewards: use a rollouts.jsonl of srpo.train, or set rules.prefer to "
+            "verdict and data to the graded examples"
         )
     return sum(rollout.step_rewards) if prefer == "total" else float(rollout.step_rewards[-1] > 0)
 
@@ -131,11 +131,11 @@ def _check_grades(pairs: Sequence[Preference], num_prompts: Mapping[str, int]) -
     num_pairs = Counter(pair.grade for pair in pairs)
     if without := sorted(grade for grade in num_prompts if not num_pairs[grade]):
         named = {grade: grade or "no grade" for grade in sorted(num_prompts)}
-        told = ", ".join(f"{name}: {num_pairs[grade]} / {num_prompts[grade]}" for grade, name in named.items())
+        counts = ", ".join(f"{name}: {num_pairs[grade]} / {num_prompts[grade]}" for grade, name in named.items())
         raise ValueError(
-            f"rules.balance asks for as many pairs of every grade, and {' and '.join(named[grade] for grade in without)} "
-            f"{'has' if len(without) == 1 else 'have'} none (pairs / prompts of {told}): sample more responses "
-            "(rollout.group_size) or more prompts of the kind, leave such prompts out, or set rules.balance to false"
+            f"rules.balance needs pairs of every grade, but {' and '.join(named[grade] for grade in without)} "
+            f"{'has' if len(without) == 1 else 'have'} none (pairs / prompts of {counts}): sample more responses "
+            "(rollout.group_size) or more such prompts, leave such prompts out, or set rules.balance to false"
         )
 
 
@@ -160,13 +160,11 @@ def read_preferences(path: str | Path) -> Iterator[tuple[str, str, str]]:
                 texts = row["prompt"], row["chosen"], row["rejected"]
             except (ValueError, KeyError, TypeError) as error:
                 want = '{"prompt": "...", "chosen": "...", "rejected": "..."}'
-                raise ValueError(f"{path}, line {number}: want {want} ({error})") from error
+                raise ValueError(f"{path}, line {number}: not a pair ({error}): write {want}") from error
             if not all(isinstance(text, str) and text for text in texts):
-                raise ValueError(f"{path}, line {number}: prompt, chosen and rejected must be texts that are not empty")
+                raise ValueError(f"{path}, line {number}: prompt, chosen or rejected is empty or no string: give three texts")
             if texts[1] == texts[2]:
-                raise ValueError(
-                    f"{path}, line {number}: chosen and rejected are the same, so it prefers nothing: remove the line"
-                )
+                raise ValueError(f"{path}, line {number}: chosen and rejected are the same text: remove the line")
             empty = False
             yield texts
     if empty:

@@ -18,6 +18,6 @@ def build_prompt(example: Example, template: str) -> str:
     wanted = {name for _, name, _, _ in string.Formatter().parse(template) if name}
     if missing := sorted(wanted - known.keys()):
         raise ValueError(
-            f"data.prompt names {{{missing[0]}}}, which {example.example_id} has not: it has {', '.join(sorted(known))}"
+            f"data.prompt has {{{missing[0]}}}, but {example.example_id} has no such field: use {', '.join(sorted(known))}"
         )
     return template.format(**known)

@@ -51,7 +51,7 @@ def read_examples(
     a path without examples.
     """
     if options and len(options) != num_steps:
-        raise ValueError(f"options are given for {len(options)} steps and the schema has {num_steps}: give one entry per step")
+        raise ValueError(f"options has {len(options)} entries but the schema has {num_steps} steps: give one entry per step")
     return _examples(_rows(path), str(path), num_steps, options, check_duplicates)
 
 
@@ -150,7 +150,7 @@ def _examples(
             seen.add(key)
         yield example
     if example is None:
-        raise ValueError(f"{path} has no examples: it is empty, or the options behind the path leave nothing")
+        raise ValueError(f"{path} has no examples: give a file that is not empty, or options after the path that match some rows")
 
 
 def _rows(path: str | Path) -> Iterator[tuple[str, dict[str, Any]]]:
@@ -161,7 +161,7 @@ def _rows(path: str | Path) -> Iterator[tuple[str, dict[str, Any]]]:
     if esci.is_official(path):
         return esci.official_rows(path, esci_options or esci.EsciOptions())
     if esci_options is not None:
-        raise ValueError(f"{path} is not an official ESCI release: only that takes ?locale=, version= and split= behind the path")
+        raise ValueError(f"{path} is not an official ESCI release: remove ?locale=, version= and split= from the path")
     files = (
         sorted(p for p in path.iterdir() if _suffix(p) and p.is_file() and not p.name.startswith("."))
         if path.is_dir()
@@ -216,13 +216,13 @@ def _json_object(line: bytes, where: str) -> dict[str, Any]:
         raise ValueError(f"{where}: not UTF-8 at byte {error.start}: save the file as UTF-8") from error
     except UnicodeEncodeError as error:
         raise ValueError(
-            f"{where}: half of a surrogate pair (\\ud800 to \\udfff) stands alone: write the character itself"
+            f"{where}: half of a surrogate pair (\\ud800 to \\udfff) without the other half: write the character itself"
         ) from error
     except (ValueError, RecursionError) as error:
-        raise ValueError(f"{where}: not JSON ({error}): each line has to be one complete JSON object") from error
+        raise ValueError(f"{where}: not JSON ({error}): write one complete JSON object per line") from error
     if not isinstance(row, dict):
         raise ValueError(
-            f"{where}: a JSON {type(row).__name__}, not an object: each line has to be one JSON object with {', '.join(REQUIRED)}"
+            f"{where}: a JSON {type(row).__name__}, not an object: write one JSON object per line, with {', '.join(REQUIRED)}"
         )
     return row
 

@@ -37,9 +37,7 @@ def example_from_row(row: dict[str, Any], where: str, num_steps: int, options: S
     verdict = _verdict(row, where)
     if verdict is not None:
         if gold[-1] not in (None, verdict):
-            raise ValueError(
-                f"{where}: the last entry of gold is {gold[-1]!r} and grade or label says {verdict}: keep one of them"
-            )
+            raise ValueError(f"{where}: the last entry of gold is {gold[-1]!r} but grade or label is {verdict}: keep one of them")
         gold = (*gold[:-1], verdict)
         tags.setdefault("grade", verdict)
     return Example(
@@ -71,7 +69,7 @@ def _identifier(row: dict[str, Any], key: str, where: str) -> str:
 def _text(row: dict[str, Any], key: str, where: str) -> str:
     value = row[key]
     if not isinstance(value, str) or not value.strip():
-        raise ValueError(f"{where}: {key!r} is {_shown(value)}: it has to be a non-empty string")
+        raise ValueError(f"{where}: {key!r} is {_shown(value)}: write a non-empty string")
     return value
 
 
@@ -81,7 +79,7 @@ def _strings(row: dict[str, Any], key: str, where: str) -> dict[str, str]:
     if value is None:
         return {}
     if not isinstance(value, dict):
-        raise ValueError(f'{where}: {key!r} has to be an object of strings like {{"brand": "Acme"}}, not {_shown(value)}')
+        raise ValueError(f'{where}: {key!r} is {_shown(value)}: write an object of strings like {{"brand": "Acme"}}')
     for name, entry in value.items():
         if entry is not None and not isinstance(entry, str):
             raise ValueError(f"{where}: {key}.{name} is {_shown(entry)}: write it as a string")
@@ -96,16 +94,14 @@ def _answers(
     if value is None:
         return (None,) * num_steps
     if not isinstance(value, list) or len(value) != num_steps:
-        got = len(value) if isinstance(value, list) else _shown(value)
-        raise ValueError(
-            f"{where}: {key!r} has to be a list of {num_steps} entries, one per step (null where unknown), not {got}"
-        )
+        got = f"has {len(value)} entries" if isinstance(value, list) else f"is {_shown(value)}"
+        raise ValueError(f"{where}: {key!r} {got}: write a list of {num_steps}, one per step (null if unknown)")
     answers = list(value)
     for j, entry in enumerate(value):
         if entry is None:
             continue
         if not isinstance(entry, str) or not entry.strip():
-            raise ValueError(f"{where}: entry {j + 1} of {key!r} is {_shown(entry)}: a non-empty string or null")
+            raise ValueError(f"{where}: entry {j + 1} of {key!r} is {_shown(entry)}: write a non-empty string or null")
         if options and options[j]:
             answers[j] = next((option for option in options[j] if option.casefold() == entry.casefold()), None)
             if answers[j] is None:
@@ -120,9 +116,9 @@ def _verdict(row: dict[str, Any], where: str) -> str | None:
     """The verdict, "L1" to "L4", of `grade` (1 to 4) or `label` (E, S, C, I); None if the row has neither."""
     grade, label = row.get("grade"), row.get("label")
     if grade is not None and (not isinstance(grade, int) or isinstance(grade, bool) or grade not in GRADES):
-        raise ValueError(f"{where}: 'grade' is {_shown(grade)}: 1, 2, 3 or 4 (4 is the best)")
+        raise ValueError(f"{where}: 'grade' is {_shown(grade)}: write 1, 2, 3 or 4 (4 is the best)")
     if label is not None and (not isinstance(label, str) or label not in GOLD_OF_LABEL):
-        raise ValueError(f"{where}: 'label' is {_shown(label)}: one of {', '.join(GOLD_OF_LABEL)}")
+        raise ValueError(f"{where}: 'label' is {_shown(label)}: write one of {', '.join(GOLD_OF_LABEL)}")
     of_grade = None if grade is None else f"L{grade}"
     of_label = None if label is None else GOLD_OF_LABEL[label]
     if of_grade and of_label and of_grade != of_label:

@@ -92,7 +92,7 @@ class PromptSampler:
         """
         if n > len(self._examples):
             raise ValueError(
-                f"{n} different prompts were asked for and there are {len(self._examples)}: "
+                f"an optimizer step needs {n} different prompts and the data has {len(self._examples)}: "
                 "lower rollout.num_prompts or give more data"
             )
         self._rates.tick()
@@ -150,7 +150,7 @@ class PromptSampler:
         """Resume from a `state_dict`. ValueError if it was made with other examples, another seed or another balance."""
         if state["fingerprint"] != self._fingerprint:
             raise ValueError(
-                "the sampler state is of other training data (or their order), another seed or another sampler.balance: "
+                "the sampler state was saved with other training data (or another order), seed or sampler.balance: "
                 "resume with the data and config of the run, or start a new run_dir"
             )
         self._num_drawn, self.num_early = state["num_drawn"], state["num_early"]
@@ -196,8 +196,8 @@ class PromptSampler:
             else "give harder data or raise sampler.difficulty_high"
         )
         return (
-            f"all {len(self._examples)} examples are outside the difficulty window ({self._low}, {self._high}): "
-            f"{stats['num_too_easy']} too easy, {stats['num_too_hard']} too hard: {fix}"
+            f"all {len(self._examples)} examples are outside the difficulty window ({self._low}, {self._high}), "
+            f"{stats['num_too_easy']} too easy and {stats['num_too_hard']} too hard: {fix}"
         )
 
 

@@ -109,7 +109,9 @@ def silver_response(example: Example, lexicon: Lexicon) -> str:
     """
     grade = example.gold[-1] if example.gold else None
     if grade is None or len(example.gold) != 5 or grade not in GRADE_TABLE.values():
-        raise ValueError(f"{example.example_id} has gold {example.gold}: a silver response needs five steps and a verdict L1..L4")
+        raise ValueError(
+            f"{example.example_id} has gold {example.gold}: a silver response needs five steps and a verdict L1 to L4"
+        )
     query, core = _read_query(example.query, lexicon)
     item = _read_item(example, query, lexicon)
     checks = [check(constraint, item) for constraint in query.constraints]
@@ -142,8 +144,8 @@ def _leaf(example: Example) -> str:
 def _brand_span(words: list[str], lexicon: Lexicon) -> tuple[int, int]:
     """[start, end) of the longest brand among the words, the first one if several are equally long; (0, 0) without a brand."""
     spans = [(i, j) for i in range(len(words)) for j in range(i + 1, min(len(words), i + 4) + 1)]
-    found = [(i, j) for i, j in spans if " ".join(words[i:j]) in lexicon.brands]
-    return max(found, key=lambda span: (span[1] - span[0], -span[0]), default=(0, 0))
+    brands = [(i, j) for i, j in spans if " ".join(words[i:j]) in lexicon.brands]
+    return max(brands, key=lambda span: (span[1] - span[0], -span[0]), default=(0, 0))
 
 
 def _read_query(text: str, lexicon: Lexicon) -> tuple[Facts, list[str]]:
@@ -184,15 +186,15 @@ def _read_item(example: Example, query: Facts, lexicon: Lexicon) -> Facts:
     shown = [Constraint("brand", brand)] if brand else []
     colors = [word for word in _words(example.fields.get("color", "")) or title if word in lexicon.colors]
     shown += [Constraint("color", word) for word in dict.fromkeys(colors)][:2]
-    asked = [c.value for c in query.constraints if c.kind == "material"]
+    wanted = [c.value for c in query.constraints if c.kind == "material"]
     materials = [word for word in (*title, *text) if word in _MATERIALS]
-    shown += [Constraint("material", word) for word in sorted(dict.fromkeys(materials), key=lambda word: word not in asked)[:1]]
+    shown += [Constraint("material", word) for word in sorted(dict.fromkeys(materials), key=lambda word: word not in wanted)[:1]]
     shown += [Constraint("for", who) for who in dict.fromkeys(_AUDIENCES[word] for word in title if word in _AUDIENCES)][:1]
     for constraint in query.constraints:
         if constraint.kind == "feature":
             shown += _feature(constraint.value, [*title, *text])
     own = [word for word in title if word not in brand.split()][:_MAX_TITLE_WORDS]
-    return Facts(_leaf(example) or " ".join(own) or "item", tuple(_as_asked(c, query) for c in shown))
+    return Facts(_leaf(example) or " ".join(own) or "item", tuple(_as_in_query(c, query) for c in shown))
 
 
 def _feature(value: str, words: list[str]) -> list[Constraint]:
@@ -205,7 +207,7 @@ def _feature(value: str, words: list[str]) -> list[Constraint]:
     return [Constraint("feature", value)] if at else []
 
 
-def _as_asked(shown: Constraint, query: Facts) -> Constraint:
+def _as_in_query(shown: Constraint, query: Facts) -> Constraint:
     """A shown brand that contains the query's brand, spelled as in the query ("nike" for "nike golf"), for `check` to match."""
     for constraint in query.constraints:
         if constraint.kind == shown.kind == "brand" and f" {constraint.value} " in f" {shown.value} ":

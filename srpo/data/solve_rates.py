@@ -41,7 +41,7 @@ class SolveRates:
         if not 0 < new_weight <= 1:
             raise ValueError(f"sampler.new_weight is {new_weight}: set it above 0 and to at most 1")
         if max_age < 0:
-            raise ValueError(f"sampler.max_age is {max_age}: set it to 0 (nobody is skipped) or more")
+            raise ValueError(f"sampler.max_age is {max_age}: set it to 0 (no example is skipped) or more")
         self._row_of = {example_id: row for row, example_id in enumerate(example_ids)}
         if len(self._row_of) < len(example_ids):
             twice = Counter(example_ids).most_common(1)[0][0]
@@ -55,7 +55,7 @@ class SolveRates:
         """[len(example_ids)] int64, row of each example. ValueError for an unknown id."""
         unknown = next((name for name in example_ids if name not in self._row_of), None)
         if unknown is not None:
-            raise ValueError(f"example_id {unknown!r} is not in this sampler: observe what next() returned")
+            raise ValueError(f"example_id {unknown!r} is not in this sampler: observe only examples that it drew")
         return np.array([self._row_of[name] for name in example_ids], dtype=np.int64)
 
     def tick(self) -> None:
@@ -67,7 +67,7 @@ class SolveRates:
         rows = self.rows(example_ids)
         for example_id, row, score in zip(example_ids, rows.tolist(), scores, strict=True):
             if not math.isfinite(score):
-                raise ValueError(f"the score of {example_id} is {score}: a group score has to be finite")
+                raise ValueError(f"the score of {example_id} is {score}: give a finite group score")
             old = self._weight(int(self.seen_at[row]))
             self.estimates[row] = old * self.estimates[row] + (1 - old) * score
             self.seen_at[row] = self.step

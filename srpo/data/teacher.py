@@ -28,7 +28,7 @@ def teach(example: Example, bias: TeacherBias, seed: int = 0) -> str:
     """
     query_text, item_text = (*example.truth, None, None)[:2]
     if query_text is None or item_text is None:
-        raise ValueError(f"{example.example_id} has no truth for steps 1 and 2: this teacher only knows the catalogue world")
+        raise ValueError(f"{example.example_id} has no truth for steps 1 and 2: use examples of the catalogue world")
     rng = random.Random(f"teacher|{seed}|{example.example_id}")
     words = random.Random(f"words|{seed}|{example.example_id}")
     query, item = _misread(Facts.parse(query_text), example.query, bias.misread_word, words), Facts.parse(item_text)

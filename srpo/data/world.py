@@ -254,15 +254,15 @@ def _brand(rng: random.Random, leaf: Leaf, wanted: Facts) -> str:
 def _shown(rng: random.Random, kind: str, wanted: Facts) -> Constraint | None:
     """The value of one attribute that the listing shows, or None if it shows none."""
     values = list(ATTRIBUTES[kind])
-    asked = [c for c in wanted.constraints if c.kind == kind]
-    if not asked:
+    constraints = [c for c in wanted.constraints if c.kind == kind]
+    if not constraints:
         return Constraint(kind, rng.choice(values)) if rng.random() < 0.35 else None
-    outcome = rng.choices(("same", "other", "hidden"), (0.5, 0.25, 0.25) if not asked[0].negated else (0.3, 0.45, 0.25))[0]
+    outcome = rng.choices(("same", "other", "hidden"), (0.5, 0.25, 0.25) if not constraints[0].negated else (0.3, 0.45, 0.25))[0]
     if outcome == "hidden":
         return None
     if outcome == "same":
-        return Constraint(kind, asked[0].value)
-    return Constraint(kind, rng.choice([v for v in values if v != asked[0].value]))
+        return Constraint(kind, constraints[0].value)
+    return Constraint(kind, rng.choice([v for v in values if v != constraints[0].value]))
 
 
 def _title(rng: random.Random, leaf: Leaf, facts: Facts, wanted: Facts) -> tuple[str, int]:

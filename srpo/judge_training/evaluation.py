@@ -14,13 +14,13 @@ from srpo.rewards.judge import Verdicts
 
 
 def judge_scores(
-    told: Sequence[Verdicts],
+    verdicts: Sequence[Verdicts],
     truths: Sequence[Verdicts],
     shares: Sequence[Sequence[float | None]],
     step_names: Sequence[str],
     num_bins: int = 10,
 ) -> dict[str, Any]:
-    """`{num_responses, steps: {name: scores}}`, JSON-able, of `told`, the judge's verdicts; told, truths and shares are [N][J].
+    """`{num_responses, steps: {name: scores}}`, JSON-able; the judge's verdicts, truths and shares are [N][J].
 
     truths are an annotator's verdicts; only steps that have one are scored, `num` of them. Scores per step:
     `agreement` (Table 2; a missing verdict does not agree), `num_missing`, `incorrect_precision` and `incorrect_recall` of
@@ -28,39 +28,39 @@ def judge_scores(
     A verdict given as a probability counts as "correct" from 0.5 on.
     ValueError for lists of different length, or no responses.
     """
-    if not told or not len(told) == len(truths) == len(shares):
+    if not verdicts or not len(verdicts) == len(truths) == len(shares):
         raise ValueError(
-            f"{len(told)} verdicts, {len(truths)} of annotators, {len(shares)} shares: give one of each per response"
+            f"{len(verdicts)} verdicts, {len(truths)} of annotators, {len(shares)} shares: give one of each per response"
         )
     steps: dict[str, Any] = {}
     for j, name in enumerate(step_names):
-        rows = [(_said(a[j]), t[j], s[j]) for a, t, s in zip(told, truths, shares, strict=True) if t[j] is not None]
+        rows = [(_as_bool(v[j]), t[j], s[j]) for v, t, s in zip(verdicts, truths, shares, strict=True) if t[j] is not None]
         steps[name] = _step_scores([r[0] for r in rows], [bool(r[1]) for r in rows])
         known = [(s, bool(t)) for _, t, s in rows if s is not None]
         steps[name]["calibration"] = calibration([s for s, _ in known], [t for _, t in known], num_bins)
-    return {"num_responses": len(told), "steps": steps}
+    return {"num_responses": len(verdicts), "steps": steps}
 
 
-def _said(verdict: bool | float | None) -> bool | None:
+def _as_bool(verdict: bool | float | None) -> bool | None:
     return None if verdict is None else verdict >= 0.5
 
 
-def _step_scores(said: Sequence[bool | None], truth: Sequence[bool]) -> dict[str, Any]:
-    rejected = [t for s, t in zip(said, truth, strict=True) if s is False]
-    found, num_wrong = rejected.count(False), truth.count(False)
-    agreed = sum(s is t for s, t in zip(said, truth, strict=True))
+def _step_scores(verdicts: Sequence[bool | None], truth: Sequence[bool]) -> dict[str, Any]:
+    rejected = [t for v, t in zip(verdicts, truth, strict=True) if v is False]
+    num_caught, num_wrong = rejected.count(False), truth.count(False)
+    agreed = sum(v is t for v, t in zip(verdicts, truth, strict=True))
     return {
         "num": len(truth),
         "agreement": _ratio(agreed, len(truth)),
-        "num_missing": sum(s is None for s in said),
+        "num_missing": sum(v is None for v in verdicts),
         "num_incorrect": num_wrong,
-        "incorrect_precision": _ratio(found, len(rejected)),
-        "incorrect_recall": _ratio(found, num_wrong),
+        "incorrect_precision": _ratio(num_caught, len(rejected)),
+        "incorrect_recall": _ratio(num_caught, num_wrong),
     }
 
 
-def _ratio(part: int, whole: int) -> float | None:
-    return part / whole if whole else None
+def _ratio(part: int, total: int) -> float | None:
+    return part / total if total else None
 
 
 def calibration(probabilities: Sequence[float], outcomes: Sequence[bool], num_bins: int = 10) -> dict[str, Any]:
@@ -76,7 +76,7 @@ def calibration(probabilities: Sequence[float], outcomes: Sequence[bool], num_bi
             f"{len(p)} probabilities, {len(y)} outcomes, {num_bins} bins: give one outcome per probability, a bin or more"
         )
     if not ((p >= 0) & (p <= 1)).all():
-        raise ValueError(f"probabilities run from {p.min()} to {p.max()}: they lie between 0 and 1")
+        raise ValueError(f"probabilities run from {p.min()} to {p.max()}: give numbers from 0 to 1")
     if not len(p):
         return {"ece": None, "brier": None, "num": 0, "bins": []}
     edges = np.linspace(0, 1, num_bins + 1)
@@ -103,8 +103,8 @@ def vote_shares(votes: Sequence[Sequence[Verdicts]]) -> list[tuple[float | None,
     return [tuple(_share([v for v in step if v is not None]) for step in zip(*several, strict=True)) for several in votes]
 
 
-def _share(said: Sequence[bool | float]) -> float | None:
-    return sum(v >= 0.5 for v in said) / len(said) if said else None
+def _share(verdicts: Sequence[bool | float]) -> float | None:
+    return sum(v >= 0.5 for v in verdicts) / len(verdicts) if verdicts else None
 
 
 SCORE_ROWS = (
@@ -144,7 +144,7 @@ def reliability_table(result: Mapping[str, Any]) -> str:
     lines = ["says correct with  " + "  ".join(f"{name:>24}" for name in result["steps"])]
     tables = [{(b["low"], b["high"]): b for b in s["calibration"]["bins"]} for s in result["steps"].values()]
     for low, high in sorted({edges for table in tables for edges in table}):
-        found = [table.get((low, high)) for table in tables]
-        cells = ["-" if b is None else f"{100 * b['frac_correct']:.1f} % of {b['num']}" for b in found]
+        bins = [table.get((low, high)) for table in tables]
+        cells = ["-" if b is None else f"{100 * b['frac_correct']:.1f} % of {b['num']}" for b in bins]
         lines.append(f"{100 * low:3.0f} to {100 * high:3.0f} %      " + "  ".join(f"{cell:>24}" for cell in cells))
     return "\n".join(lines)

@@ -78,8 +78,8 @@ def make_case(
     """
     gold, answers = example.gold or (None,) * schema.num_steps, schema.parse_text(response).answers
     of_gold = [None if true is None else same_answer(answer, true) for answer, true in zip(answers, gold, strict=True)]
-    said = annotated or (None,) * schema.num_steps
-    labels = tuple(b if a is None else bool(a) for a, b in zip(said, of_gold, strict=True))
+    verdicts = annotated or (None,) * schema.num_steps
+    labels = tuple(b if a is None else bool(a) for a, b in zip(verdicts, of_gold, strict=True))
     columns = [[bool(v) for v in column if v is not None] for column in zip(*votes, strict=True)]
     shares = tuple(sum(column) / len(column) if column else None for column in columns)
     known = [j for j in range(schema.num_steps) if labels[j] is not None] or range(schema.num_steps)

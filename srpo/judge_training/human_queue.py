@@ -54,8 +54,8 @@ def fill_in(queue: str, verdicts: Iterable[Sequence[bool | None]]) -> str:
     """The text of a queue with `verdicts` in the field "human" of each line; for the simulated annotator."""
     rows = [json.loads(line) for line in queue.split("\n") if line]  # not splitlines: a response may contain U+2028 and the like
     return "".join(
-        json.dumps({**row, "human": [_word(v) for v in said]}, ensure_ascii=False) + "\n"
-        for row, said in zip(rows, verdicts, strict=True)
+        json.dumps({**row, "human": [_word(v) for v in human]}, ensure_ascii=False) + "\n"
+        for row, human in zip(rows, verdicts, strict=True)
     )
 
 
@@ -88,12 +88,12 @@ def read_queue(path: str | Path, schema: StepSchema) -> dict[str, QueueLine]:
                 labels = _labels(row["labels"], "labels", where, schema)
             except (KeyError, TypeError, json.JSONDecodeError, UnicodeDecodeError) as error:
                 raise ValueError(
-                    f"{where}: want a line of judge_queue.jsonl with id, example_id, response, labels and human ({error!r})"
+                    f"{where}: not a line of judge_queue.jsonl ({error!r}): give id, example_id, response, labels and human"
                 ) from error
             if not isinstance(case_id, str) or case_id in read:
-                raise ValueError(f"{where}: id is {case_id!r}, which is no text or came before: keep one line per case")
-            told = _labels(human, "human", where, schema) if human not in ([], "", None) else None
-            read[case_id] = QueueLine(*texts, labels, told, where)
+                raise ValueError(f"{where}: id is {case_id!r}, not a string or already used: keep one line per case")
+            verdicts = _labels(human, "human", where, schema) if human not in ([], "", None) else None
+            read[case_id] = QueueLine(*texts, labels, verdicts, where)
     return read
 
 
@@ -106,7 +106,7 @@ def _labels(words: Any, key: str, where: str, schema: StepSchema) -> Labels:
     for word in words:
         folded = word.strip().casefold() if isinstance(word, str) else word
         if folded is not None and folded not in WORDS:
-            raise ValueError(f"{where}: {key} has {word!r}: a verdict is correct, incorrect, or null where nobody can say")
+            raise ValueError(f"{where}: {key} has {word!r}: write correct, incorrect, or null if undecidable")
         labels.append(None if folded is None else folded == WORDS[True])
     return tuple(labels)
 
@@ -123,7 +123,7 @@ def verified_cases(
     cases, filled = read_queue(queue, schema), read_queue(verified, schema)
     for case_id, line in filled.items():
         if case_id not in cases:
-            raise ValueError(f"{line.where}: case {case_id!r} is not in {queue}: give the file that was made of this queue")
+            raise ValueError(f"{line.where}: case {case_id!r} is not in {queue}: give the edited copy of this queue")
     chosen: dict[str, tuple[QueueLine, Labels]] = {}
     numbers: dict[str, int] = dict.fromkeys((f"num_{what}" for what in COUNTS), 0)
     for case_id, line in cases.items():

@@ -36,7 +36,8 @@ def _judgment(line: bytes, where: str, num_steps: int) -> Judgment:
         row = json.loads(line)
         example_id, response, verdicts = row["example_id"], row["response"], row["verdicts"]
     except (ValueError, KeyError, TypeError) as error:
-        raise ValueError(f'{where}: want {{"example_id": ..., "response": ..., "verdicts": [true, ...]}} ({error})') from error
+        want = '{"example_id": ..., "response": ..., "verdicts": [true, ...]}'
+        raise ValueError(f"{where}: not a judgment ({error}): write {want}") from error
     if not isinstance(response, str):
         raise ValueError(f"{where}: response is {response!r}: give the text that was judged")
     if not (
@@ -45,7 +46,7 @@ def _judgment(line: bytes, where: str, num_steps: int) -> Judgment:
         raise ValueError(f"{where}: verdicts is {verdicts!r}: give {num_steps} of true, false or null, one per step")
     reasons = row.get("reasons") or [None] * num_steps
     if not (isinstance(reasons, list) and len(reasons) == num_steps and all(r is None or isinstance(r, str) for r in reasons)):
-        raise ValueError(f"{where}: reasons is {reasons!r}: give {num_steps} texts, one per step, null where there is none")
+        raise ValueError(f"{where}: reasons is {reasons!r}: give {num_steps} texts, one per step, null for none")
     return Judgment(str(example_id), response, tuple(verdicts), tuple(reasons))
 
 
@@ -63,12 +64,12 @@ def simulate_judgments(
     """
     unique = list({(r.example_id, r.text): r for r in rollouts if r.example_id in examples}.values())
     verdicts = OracleJudge(error_rate, seed, schema).judge(unique, [examples[r.example_id] for r in unique])
-    nothing = (None,) * schema.num_steps
+    unknown = (None,) * schema.num_steps
     judgments = []
-    for rollout, said in zip(unique, verdicts, strict=True):
-        truth = examples[rollout.example_id].truth or nothing
-        reasons = simulated_reasons(rollout.answers, truth, said, schema) if with_reasons else nothing
-        plain = tuple(None if v is None else bool(v) for v in said)
+    for rollout, row in zip(unique, verdicts, strict=True):
+        truth = examples[rollout.example_id].truth or unknown
+        reasons = simulated_reasons(rollout.answers, truth, row, schema) if with_reasons else unknown
+        plain = tuple(None if v is None else bool(v) for v in row)
         judgments.append(Judgment(rollout.example_id, rollout.text, plain, reasons))
     return judgments
 

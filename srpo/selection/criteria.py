@@ -92,8 +92,8 @@ def collect_scores(records: Iterable[Record], balance: Sequence[str], seed: int)
 def _numbers(record: Record) -> tuple[float, float, float, float]:
     fracs = (record.right_verdict_wrong_steps_frac, record.wrong_verdict_right_steps_frac)
     disagreement = None if fracs[0] is None or fracs[1] is None else fracs[0] + fracs[1]
-    told = (record.solve_rate, record.verdict_accuracy, record.judge_score, disagreement)
-    solve, verdict, judge, disagreement = (math.nan if value is None else value for value in told)
+    numbers = (record.solve_rate, record.verdict_accuracy, record.judge_score, disagreement)
+    solve, verdict, judge, disagreement = (math.nan if value is None else value for value in numbers)
     return solve, verdict, judge, disagreement
 
 
@@ -187,7 +187,7 @@ def quotas_of(available: Mapping[Stratum, int], criteria: Criteria) -> dict[Stra
             if name not in named:
                 near = difflib.get_close_matches(name, named, n=1)
                 raise ValueError(
-                    f"select.quotas names {name!r}, which no example is of: there are {', '.join(sorted(named)[:20])}"
+                    f"select.quotas names {name!r}, a stratum without examples: use {', '.join(sorted(named)[:20])}"
                     + (f"; the nearest is {near[0]!r}" if near else "")
                 )
         shares = {named[name]: quota for name, quota in criteria.quotas.items()}
@@ -203,8 +203,8 @@ def quotas_of(available: Mapping[Stratum, int], criteria: Criteria) -> dict[Stra
 def apportion(total: int, shares: Mapping[Stratum, float]) -> dict[Stratum, int]:
     """`total` split in proportion to `shares` by largest remainders; equal remainders go to the first in sorted order."""
     exact = {value: Fraction(repr(float(share))) for value, share in sorted(shares.items())}  # 0.1 is a tenth
-    whole = sum(exact.values())
-    wanted = {value: total * share / whole for value, share in exact.items()}
+    sum_of_shares = sum(exact.values())
+    wanted = {value: total * share / sum_of_shares for value, share in exact.items()}
     split = {value: math.floor(want) for value, want in wanted.items()}
     for value in sorted(wanted, key=lambda v: split[v] - wanted[v])[: total - sum(split.values())]:
         split[value] += 1
@@ -227,18 +227,18 @@ def stratum_name(value: Stratum) -> str:
 
 def _too_few(quotas: Mapping[Stratum, int], available: Mapping[Stratum, int], criteria: Criteria) -> str:
     short = {value: (n, available.get(value, 0)) for value, n in quotas.items() if n > available.get(value, 0)}
-    told = [f"{stratum_name(v)} has {have} of {want} ({want - have} short)" for v, (want, have) in sorted(short.items())]
+    lacks = [f"{stratum_name(v)} has {have} of {want} ({want - have} short)" for v, (want, have) in sorted(short.items())]
     by = f"select.balance = {list(criteria.balance)}" if criteria.balance else "select.num_examples"
     return (
-        f"{by} cannot be met: {', '.join(told[:10])}{', ...' if len(told) > 10 else ''}. Lower select.num_examples or "
+        f"{by} cannot be met: {', '.join(lacks[:10])}{', ...' if len(lacks) > 10 else ''}. Lower select.num_examples or "
         'select.quotas, give more data, or set select.short = "take_all"'
     )
 
 
 def _nothing_left(reasons: np.ndarray, criteria: Criteria) -> str:
     counts = Counter(REASONS[code] for code in reasons.tolist())
-    told = ", ".join(f"{counts[name]} {name.replace('_', ' ')}" for name in REASONS if counts[name])
+    reason_counts = ", ".join(f"{counts[name]} {name.replace('_', ' ')}" for name in REASONS if counts[name])
     fix = "widen select.difficulty_low and difficulty_high, raise rollout.group_size, or start from another policy"
     if counts["not_judged"]:
         fix = f"select.score {criteria.score!r} needs steps that a judge grades: set reward.judge and the steps' sources"
-    return f"rejection sampling leaves none of {len(reasons)} examples ({told}): {fix}"
+    return f"rejection sampling leaves none of {len(reasons)} examples ({reason_counts}): {fix}"

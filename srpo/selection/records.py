@@ -74,7 +74,7 @@ def record_of(group: Sequence[Rollout], schema: StepSchema, tags: Mapping[str, s
     """
     assert len({rollout.group for rollout in group}) == 1
     verdicts = [rollout.verdicts for rollout in group if rollout.verdicts is not None]
-    judged = [[float(said) for said in column if said is not None] for column in zip(*verdicts, strict=True)]
+    judged = [[float(verdict) for verdict in column if verdict is not None] for column in zip(*verdicts, strict=True)]
     rights = [_right(rollout, schema) for rollout in group]
     both = [(bool(right[-1]), all(step for step in right[:-1] if step is not None)) for right in rights if _comparable(right)]
     counts = [_counts(rollout, schema) for rollout in group]

@@ -70,8 +70,8 @@ def report_json(report: dict[str, Any]) -> str:
 
 def report_text(report: dict[str, Any]) -> str:
     """The report as text tables."""
-    whole = report["num_examples"]
-    reasons = [(name.replace("_", " "), f"{n:,}", percent(n / whole)) for name, n in report["reasons"].items()]
+    num_examples = report["num_examples"]
+    reasons = [(name.replace("_", " "), f"{n:,}", percent(n / num_examples)) for name, n in report["reasons"].items()]
     blocks = [text_table(("", "examples", "percent"), [reasons])]
     if report["balance"]:
         rows = [(name, *(f"{row[key]:,}" for key in _COLUMNS)) for name, row in report["strata"].items()]
@@ -82,7 +82,7 @@ def report_text(report: dict[str, Any]) -> str:
     means = [(name.replace("_", " "), percent(m["before"]), percent(m["after"])) for name, m in report["mean"].items()]
     short = sum(row["short"] for row in report["strata"].values())
     notes = [f"{short:,} fewer than the quotas ask for"] if short else []
-    notes.append(f"{report['num_selected']:,} of {whole:,} examples written to {report['output']}")
+    notes.append(f"{report['num_selected']:,} of {num_examples:,} examples written to {report['output']}")
     blocks.append(text_table(("solve rate", "before", "after"), [counts]))
     blocks.append(text_table(("mean, percent", "before", "after"), [means], notes))
     return "\n\n".join(blocks)

@@ -113,22 +113,22 @@ def read_shard(folder: Path, number: int) -> list[Record]:
         rows = pq.read_table(path, schema=_SCHEMA).to_pylist(maps_as_pydicts="strict")
     except (pa.ArrowException, OSError) as error:
         raise ValueError(_unreadable(path, error)) from error
-    made: list[dict[str, Any]] = [{k: tuple(v) if isinstance(v, list) else v for k, v in row.items()} for row in rows]
-    return [Record(**row) for row in made]
+    values: list[dict[str, Any]] = [{k: tuple(v) if isinstance(v, list) else v for k, v in row.items()} for row in rows]
+    return [Record(**row) for row in values]
 
 
 def check_shard(folder: Path, number: int, examples: Sequence[Example]) -> None:
     """Raise ValueError if the file of a shard is unreadable or was made from other examples."""
     path = shard_path(folder, number)
     try:
-        made_of = (pq.read_schema(path).metadata or {}).get(_FINGERPRINT, b"").decode()
+        stored = (pq.read_schema(path).metadata or {}).get(_FINGERPRINT, b"").decode()
     except (pa.ArrowException, OSError) as error:
         raise ValueError(_unreadable(path, error)) from error
-    if made_of != fingerprint(examples):
+    if stored != fingerprint(examples):
         first, last = examples[0].example_id, examples[-1].example_id
         raise ValueError(
-            f"{path} was made of other data than the examples {first} to {last} that now stand in its place: "
-            "give the data as it was, or another folder for the records"
+            f"{path} was made from other data than the present examples {first} to {last}: "
+            "restore the data, or use another folder for the records"
         )
 
 

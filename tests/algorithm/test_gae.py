@@ -80,8 +80,8 @@ def test_value_loss_is_the_formula_and_adds_up(clip: float) -> None:
 def test_whitening_and_its_edges() -> None:
     values = torch.tensor([1.0, 2.0, 6.0], dtype=torch.float64)
     mean, std = float(values.mean()), float(values.std())
-    made = whiten(values, mean, std, scale="std", clip=0.0)
-    assert float(made.mean()) == pytest.approx(0) and float(made.std()) == pytest.approx(1)
+    whitened = whiten(values, mean, std, scale="std", clip=0.0)
+    assert float(whitened.mean()) == pytest.approx(0) and float(whitened.std()) == pytest.approx(1)
     assert whiten(values, mean, std, scale="none", clip=2.5).tolist() == [-2.0, -1.0, 2.5]
     assert whiten(torch.ones(3), 1.0, 0.0, scale="none", clip=1.0).tolist() == [0.0, 0.0, 0.0]
 

@@ -107,11 +107,11 @@ def test_dpo_gradcheck_and_start() -> None:
 def test_dpo_micro_batches_add_up_and_nothing_overflows() -> None:
     gen = torch.Generator().manual_seed(1)
     logprobs = -1e4 * torch.rand(4, 6, generator=gen)
-    whole = dpo_loss(*logprobs, beta=0.5)
+    undivided = dpo_loss(*logprobs, beta=0.5)
     parts = [dpo_loss(*logprobs[:, rows], beta=0.5, num_pairs=6) for rows in (slice(0, 1), slice(1, 6))]
-    assert whole.loss.isfinite()
-    torch.testing.assert_close(parts[0].loss + parts[1].loss, whole.loss)
-    for name, value in whole.metrics.items():
+    assert undivided.loss.isfinite()
+    torch.testing.assert_close(parts[0].loss + parts[1].loss, undivided.loss)
+    for name, value in undivided.metrics.items():
         torch.testing.assert_close(parts[0].metrics[name] + parts[1].metrics[name], value)
 
 

@@ -219,17 +219,17 @@ def test_resumed_anywhere_it_goes_on_the_same(through: Any) -> None:
             played.append((batch, metrics, one.end_step(metrics)))
         return played
 
-    whole = make()
+    uninterrupted = make()
     states, expected = [], []
     for step in range(40):
-        states.append(through(whole.state_dict()))
-        expected += play(whole, step, step + 1)
+        states.append(through(uninterrupted.state_dict()))
+        expected += play(uninterrupted, step, step + 1)
     assert {metrics["sampler/stage"] for _, metrics, _ in expected} == {1, 2, 3, 4}, seed
     for step, state in enumerate(states):
         resumed = make()
         resumed.load_state_dict(state)
         assert play(resumed, step, 40) == expected[step:], (seed, step)
-        assert resumed.state_dict() == whole.state_dict()
+        assert resumed.state_dict() == uninterrupted.state_dict()
 
 
 def test_the_state_of_other_data_is_refused() -> None:
@@ -252,19 +252,19 @@ PLATEAU = {"metric": "reward/total", "patience": 3}
 @pytest.mark.parametrize(
     ("stages", "changes", "message"),
     [
-        ([FIRST, FIRST, LAST], {}, r"the name 'first' is not a stage's own: give every stage another"),
-        ([StageConfig("", num_steps=3), LAST], {}, r"the name '' is not"),
-        ([LAST, StageConfig("more")], {}, r"'last' never ends and others follow: set its num_steps, or metric and"),
+        ([FIRST, FIRST, LAST], {}, r"name 'first' is empty or used twice: give every stage a name"),
+        ([StageConfig("", num_steps=3), LAST], {}, r"name '' is empty or used twice"),
+        ([LAST, StageConfig("more")], {}, r"'last' has no end but is not the last: set its num_steps, or metric"),
         ([StageConfig("a", num_steps=12), StageConfig("b", num_steps=8), LAST], {}, r"step 20 .*\('a' 12, 'b' 20\).* above 20"),
         ([StageConfig("a", num_steps=12), StageConfig("b", num_steps=7), LAST], {}, ""),
         ([StageConfig("a", num_steps=12), StageConfig("b", num_steps=8)], {}, ""),
-        ([StageConfig("a", num_steps=12), StageConfig("b", num_steps=9)], {}, r"'b' goes on to the end of the run, 20 st"),
-        ([StageConfig("a", num_steps=12), StageConfig("b", num_steps=7)], {}, r"its num_steps is 7: leave that out, or make"),
-        ([StageConfig("a", **PLATEAU), StageConfig("b", num_steps=7)], {}, r"its num_steps is 7: leave that out"),
+        ([StageConfig("a", num_steps=12), StageConfig("b", num_steps=9)], {}, r"'b' lasts until the end of the run, 20 st"),
+        ([StageConfig("a", num_steps=12), StageConfig("b", num_steps=7)], {}, r"its num_steps is 7: remove it, or make"),
+        ([StageConfig("a", **PLATEAU), StageConfig("b", num_steps=7)], {}, r"its num_steps is 7: remove it"),
         ([StageConfig("a", **PLATEAU), LAST], {}, ""),
         ([StageConfig("a", **PLATEAU), LAST], {"num_steps": 4}, r"'last' can never begin: .* step 4 at the"),
         ([StageConfig("a", **PLATEAU), StageConfig("b", **PLATEAU), LAST], {"num_steps": 8}, r"\('a' 4, 'b' 8\)"),
-        ([StageConfig("a", **PLATEAU), StageConfig("b", **PLATEAU)], {}, r"'b' is the last, which nothing follows: leave"),
+        ([StageConfig("a", **PLATEAU), StageConfig("b", **PLATEAU)], {}, r"'b' is the last and lasts until the end"),
         ([StageConfig("a", metric="eval/macro_f1", patience=3), LAST], {"train": EVAL}, r"end at optimizer step 20 at the"),
         ([StageConfig("a", metric="eval/macro_f1", patience=2), LAST], {"train": EVAL}, ""),
         ([FIRST, StageConfig("a", metric="eval/macro_f1", patience=2), LAST], {"train": EVAL}, ""),
@@ -279,7 +279,7 @@ PLATEAU = {"metric": "reward/total", "patience": 3}
         ([StageConfig("a", metric="train/token_accuracy", patience=3), LAST], {}, r"logs no metric 'train/token_accuracy'"),
         ([StageConfig("a", num_steps=3, metric="reward/total"), LAST], {}, r"metric is set and patience is not"),
         ([StageConfig("a", num_steps=3, patience=3), LAST], {}, r"patience is set and metric is not"),
-        ([StageConfig("a", num_steps=-3), LAST], {}, r"num_steps, min_gain and patience have to be 0"),
+        ([StageConfig("a", num_steps=-3), LAST], {}, r"num_steps, min_gain or patience is negative: set"),
         ([StageConfig("a", num_steps=3, difficulty_low=0.95), LAST], {}, r"window \(0.95, 0.9\) filters out"),
         ([StageConfig("a", num_steps=3, solve_rate=(0.5, 0.2)), LAST], {}, r"no solve_rate lies in \[0.5, 0.2\]"),
         ([StageConfig("a", num_steps=3, tags={"difficulty": ()}), LAST], {}, r"tags.difficulty names no value"),
@@ -298,9 +298,9 @@ def test_settings_that_cannot_be_run(stages: list[StageConfig], changes: dict[st
     [
         (
             StageConfig("a", tags={"season": ("summer",)}),
-            r"'a': no example of train has the tag 'season'; they have difficulty, gr",
+            r"'a': no example of train has the tag 'season': use one of difficulty, gr",
         ),
-        (StageConfig("a", tags={"difficulty": ("eazy",)}), r"has difficulty = 'eazy'; there is easy, hard, medium"),
+        (StageConfig("a", tags={"difficulty": ("eazy",)}), r"has difficulty = 'eazy': use some of easy, hard, medium"),
         (StageConfig("a", solve_rate=(0.91, 0.99)), r"'a' has 0 of the 60 examples of train, fewer than rollout.num_prompts = 4"),
         (StageConfig("a", tags={"query_type": ("p",)}, solve_rate=(0.0, 0.0)), r"'a' has 2 of the 60"),
         (StageConfig("a", balance=("grade", "season")), r"stage 'a': sampler.balance: example e0 has no tag 'season'"),
@@ -321,7 +321,7 @@ def test_a_solve_rate_that_is_none(text: str) -> None:
 def test_one_id_for_two_pairs() -> None:
     data = {"train": EXAMPLES, "others": [*OTHERS[:-1], example(3, domain="another")]}
     stages = load_stages(config(FIRST, StageConfig("b", data="others")), data.__getitem__)
-    with pytest.raises(ValueError, match=r"stage 'b': example_id 'e3' is of another pair in an earlier stage"):
+    with pytest.raises(ValueError, match=r"stage 'b': example_id 'e3' is another pair in an earlier stage"):
         all_examples(stages)
 
 

@@ -156,8 +156,8 @@ def test_only_the_products_of_the_chosen_examples_are_kept(tmp_path):
     products = [product_row(i) for i in range(num) if i % 1000 == 7 and i != 37_007]
     path = release(tmp_path, examples, products, row_group_size=1000)
     stream = read_examples(f"{path}?split=test", 5)
-    found = [next(stream) for _ in range(37)]
-    assert [e.title for e in found] == [f"product {i}" for i in range(7, 37_000, 1000)]
+    chosen = [next(stream) for _ in range(37)]
+    assert [e.title for e in chosen] == [f"product {i}" for i in range(7, 37_000, 1000)]
     with pytest.raises(ValueError, match="row 37008: product P37007"):
         next(stream)
 

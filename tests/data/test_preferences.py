@@ -20,8 +20,8 @@ PROMPT = (1, 2, 3)
 
 def rollout(example: str, response: tuple[int, ...], verdict: str | None, rewards: tuple[float, ...] | None = None, **more: Any):
     last = 1.0 if verdict == "L4" else 0.0
-    made = Rollout(example, 0, PROMPT, response, (0.0,) * len(response), (1, len(response)), ("x", verdict), "", "stop", 0)
-    return replace(made, step_rewards=(0.0, last) if rewards is None else rewards, **more)
+    sample = Rollout(example, 0, PROMPT, response, (0.0,) * len(response), (1, len(response)), ("x", verdict), "", "stop", 0)
+    return replace(sample, step_rewards=(0.0, last) if rewards is None else rewards, **more)
 
 
 def drawn(seed: int) -> tuple[list[Rollout], dict[str, str | None]]:
@@ -70,13 +70,13 @@ def test_draws_are_a_fixed_part_of_all_pairs_in_whatever_order_they_come(seed: i
     rollouts, labels = drawn(seed)
     everything = {key(p) for p in pairs_from_rollouts(rollouts, labels, PairRules(per_example=0))[0]}
     rules = PairRules(per_example=2, seed=4)
-    some = {key(p) for p in pairs_from_rollouts(rollouts, labels, rules)[0]}
+    few = {key(p) for p in pairs_from_rollouts(rollouts, labels, rules)[0]}
     shuffled = random.Random(seed).sample(rollouts, len(rollouts))
-    assert {key(p) for p in pairs_from_rollouts(shuffled, labels, rules)[0]} == some
-    assert some < everything
+    assert {key(p) for p in pairs_from_rollouts(shuffled, labels, rules)[0]} == few
+    assert few < everything
     available = Counter(example for example, _, _ in everything)
-    assert Counter(example for example, _, _ in some) == {example: min(2, n) for example, n in available.items()}
-    assert {key(p) for p in pairs_from_rollouts(rollouts, labels, replace(rules, seed=5))[0]} != some
+    assert Counter(example for example, _, _ in few) == {example: min(2, n) for example, n in available.items()}
+    assert {key(p) for p in pairs_from_rollouts(rollouts, labels, replace(rules, seed=5))[0]} != few
 
 
 def test_balance_leaves_as_many_of_each_grade() -> None:
@@ -89,7 +89,7 @@ def test_balance_leaves_as_many_of_each_grade() -> None:
     assert counts["num_pairs_drawn"] == 10 and counts["num_pairs"] == len(pairs) == 6
     numbers = [int(pair.example_id[1:]) for pair in pairs]
     assert numbers == sorted(numbers)
-    with pytest.raises(ValueError, match="set data, or balance to false"):
+    with pytest.raises(ValueError, match=r"set data, or set rules\.balance to false"):
         pairs_from_rollouts(rollouts, None, PairRules(balance=True))
 
 
@@ -134,12 +134,12 @@ def test_a_response_that_a_judge_has_held_both_ways_has_its_mean() -> None:
     [
         ([rollout("a", (1,), "L4")], None, PairRules(), "1 responses to 1 prompts make no pair.*neither always answered right"),
         ([], None, PairRules(), "0 responses to 0 prompts make no pair"),
-        ([rollout("a", (1,), "L4")], {"b": "L1"}, PairRules(), "a has no label of its verdict"),
-        ([rollout("a", (1,), "L4")], {"a": None}, PairRules(), "a has no label of its verdict"),
+        ([rollout("a", (1,), "L4")], {"b": "L1"}, PairRules(), "example a of the rollouts has no grade in data"),
+        ([rollout("a", (1,), "L4")], {"a": None}, PairRules(), "example a of the rollouts has no grade in data"),
         ([replace(rollout("a", (1,), "L4"), step_rewards=None)], None, PairRules(), "a have no rewards"),
         ([replace(rollout("a", (1,), "L4"), step_rewards=None)], {"a": "L4"}, PairRules("total"), "a have no rewards"),
-        ([], None, PairRules(margin=-1.0), "must not be negative"),
-        ([], None, PairRules(per_example=-1), "must not be negative"),
+        ([], None, PairRules(margin=-1.0), r"rules\.margin is -1\.0 .*: set both to 0 or more"),
+        ([], None, PairRules(per_example=-1), r"rules\.per_example -1: set both to 0 or more"),
     ],
 )
 def test_what_makes_no_pairs_says_why(rollouts: Any, labels: Any, rules: PairRules, message: str) -> None:
@@ -158,12 +158,12 @@ def test_a_file_of_pairs(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("line", "message"),
     [
-        ("{", "want"),
-        ("[]", "want"),
+        ("{", "not a pair"),
+        ("[]", "not a pair"),
         ('{"prompt": "p", "chosen": "a"}', "rejected"),
-        ('{"prompt": "", "chosen": "a", "rejected": "b"}', "not empty"),
-        ('{"prompt": "p", "chosen": "a", "rejected": 3}', "texts that are not empty"),
-        ('{"prompt": "p", "chosen": "a", "rejected": "a"}', "prefers nothing"),
+        ('{"prompt": "", "chosen": "a", "rejected": "b"}', "is empty or no string"),
+        ('{"prompt": "p", "chosen": "a", "rejected": 3}', "is empty or no string: give three texts"),
+        ('{"prompt": "p", "chosen": "a", "rejected": "a"}', "the same text: remove the line"),
     ],
 )
 def test_a_malformed_pair_is_named_by_file_and_line(tmp_path: Path, line: str, message: str) -> None:

@@ -164,8 +164,8 @@ def test_duplicates_are_found_across_shards_or_let_pass(tmp_path):
 
 def test_files_that_are_not_what_they_seem(tmp_path):
     (tmp_path / "latin.jsonl").write_bytes(b'{"example_id": "\xe4"}\n')
-    whole = gzip.compress(b"".join(json.dumps(row(i)).encode() + b"\n" for i in range(500)))
-    (tmp_path / "cut.jsonl.gz").write_bytes(whole[: len(whole) // 2])
+    complete = gzip.compress(b"".join(json.dumps(row(i)).encode() + b"\n" for i in range(500)))
+    (tmp_path / "cut.jsonl.gz").write_bytes(complete[: len(complete) // 2])
     (tmp_path / "plain.jsonl.gz").write_bytes(b"not gzip")
     (tmp_path / "text.parquet").write_bytes(b"not parquet")
     (tmp_path / "empty.parquet").write_bytes(b"")
@@ -202,7 +202,7 @@ def test_paths_with_nothing_to_read(tmp_path):
     (tmp_path / "empty.jsonl").write_text("\n \n")
     with pytest.raises(ValueError, match="has no examples"):
         load_examples(tmp_path / "empty.jsonl", 5)
-    with pytest.raises(ValueError, match=r"only that takes \?locale="):
+    with pytest.raises(ValueError, match=r"not an official ESCI release: remove \?locale="):
         read_examples(f"{tmp_path}/empty.jsonl?split=train", 5)
     with pytest.raises(ValueError, match="one entry per step"):
         read_examples(tmp_path / "empty.jsonl", 5, options=((), ()))

@@ -78,7 +78,7 @@ def test_a_batch_across_epochs_repeats_nothing_and_leaves_nobody_out(size, n):
 
 
 def test_more_prompts_than_examples():
-    with pytest.raises(ValueError, match=r"5 different prompts .* there are 4: lower rollout.num_prompts"):
+    with pytest.raises(ValueError, match=r"needs 5 different prompts and the data has 4: lower rollout.num_prompts"):
         sampler(make(4)).next(5)
 
 
@@ -216,10 +216,10 @@ def test_nothing_in_the_window_says_how_many_and_what_to_do():
     drawn = sampler(make(5))
     drawn.next(5)
     observe(drawn, [f"e{i}" for i in range(5)], [0.0, 0.0, 0.005, 0.95, 1.0])
-    with pytest.raises(ValueError, match=r"all 5 examples are outside .*2 too easy, 3 too hard.*lower sampler.difficulty_low"):
+    with pytest.raises(ValueError, match=r"all 5 examples are outside .*2 too easy and 3 too hard.*lower sampler.difficulty_low"):
         drawn.next(1)
     observe(drawn, ["e0", "e1"], [0.9, 0.9])
-    with pytest.raises(ValueError, match=r"4 too easy, 1 too hard.*raise sampler.difficulty_high"):
+    with pytest.raises(ValueError, match=r"4 too easy and 1 too hard.*raise sampler.difficulty_high"):
         drawn.next(1)
 
 
@@ -269,8 +269,8 @@ def test_it_draws_what_the_slow_way_draws():
     rng = random.Random(seed)
     for _ in range(20):
         examples, max_age = make(rng.randint(5, 40)), rng.randint(0, 12)
-        n, whole = rng.randint(1, 5), sampler(examples, seed=seed)
-        orders = [ids(whole.next(len(examples))) for _ in range(60)]
+        n, endless = rng.randint(1, 5), sampler(examples, seed=seed)
+        orders = [ids(endless.next(len(examples))) for _ in range(60)]
         drawn, plain = sampler(examples, seed=seed, max_age=max_age), Plain(ids(examples), orders, max_age)
         for _ in range(30):
             batch = ids(drawn.next(n))
@@ -310,18 +310,18 @@ def test_resuming_anywhere_continues_the_same_sequence(balance, through):
         return played
 
     scores = random.Random(seed)
-    whole = sampler(examples, **options)
-    play(whole, rng.randint(0, 9), scores)
+    full = sampler(examples, **options)
+    play(full, rng.randint(0, 9), scores)
     if rng.random() < 0.5:  # in the middle of a step
-        whole.next(5)
-    saved, scores_saved = through({"sampler": whole.state_dict(), "rates": rates_of(whole).state_dict()}), scores.getstate()
-    expected = [ids(whole.more(2)), *play(whole, 10, scores)]
+        full.next(5)
+    saved, scores_saved = through({"sampler": full.state_dict(), "rates": rates_of(full).state_dict()}), scores.getstate()
+    expected = [ids(full.more(2)), *play(full, 10, scores)]
     resumed = sampler(examples, **options)
     resumed.load_state_dict(saved["sampler"])
     rates_of(resumed).load_state_dict(saved["rates"])
     scores.setstate(scores_saved)
     assert [ids(resumed.more(2)), *play(resumed, 10, scores)] == expected, seed
-    assert resumed.state_dict() == whole.state_dict() and rates_of(resumed).state_dict() == rates_of(whole).state_dict()
+    assert resumed.state_dict() == full.state_dict() and rates_of(resumed).state_dict() == rates_of(full).state_dict()
 
 
 def test_a_step_does_not_loop_over_the_examples():

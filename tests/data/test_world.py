@@ -29,10 +29,10 @@ def test_catalogue_is_as_large_as_promised_and_consistent():
 @pytest.mark.parametrize("split", SPLITS)
 def test_pairs_are_a_pure_function_of_seed_split_and_index(split):
     seed = secrets.randbelow(10_000)
-    whole = list(World(seed).examples(split, 60))
+    stream = list(World(seed).examples(split, 60))
     parts = [*World(seed).examples(split, 25), *World(seed).examples(split, 35, start=25)]
-    assert whole == parts
-    assert whole != list(World(seed + 1).examples(split, 60))
+    assert stream == parts
+    assert stream != list(World(seed + 1).examples(split, 60))
 
 
 def test_held_out_queries_never_appear_in_training():
@@ -74,9 +74,9 @@ def test_the_rule_table_is_complete_and_monotone():
 def test_shown_attributes_stand_in_the_title():
     for example in World(secrets.randbelow(10_000)).examples("wild", 300):
         for fact in Facts.parse(example.truth[1] or "").constraints:
-            said = [fact.value] if fact.kind == "brand" else ATTRIBUTES[fact.kind][fact.value]
+            surfaces = [fact.value] if fact.kind == "brand" else ATTRIBUTES[fact.kind][fact.value]
             text = f"{example.title} {example.fields['brand']}"
-            assert any(surface in text for surface in said), (example.title, fact)
+            assert any(surface in text for surface in surfaces), (example.title, fact)
 
 
 def test_mix_of_query_types_and_grades():

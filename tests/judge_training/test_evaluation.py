@@ -18,19 +18,19 @@ def test_scores_equal_scikit_learn() -> None:
     seed = random.randrange(2**32)
     rng = random.Random(seed)
     num = rng.randrange(20, 200)
-    told = [tuple(rng.choice((T, F, None)) for _ in range(3)) for _ in range(num)]
+    verdicts = [tuple(rng.choice((T, F, None)) for _ in range(3)) for _ in range(num)]
     truths = [tuple(rng.choice((T, T, F, None)) for _ in range(3)) for _ in range(num)]
     shares = [tuple(rng.choice((None, 0.0, 0.25, 0.5, 0.75, 1.0, rng.random())) for _ in range(3)) for _ in range(num)]
-    scores = judge_scores(told, truths, shares, ("a", "b", "c"))
+    scores = judge_scores(verdicts, truths, shares, ("a", "b", "c"))
     for j, name in enumerate("abc"):
-        rows = [(t[j], s[j]) for t, s in zip(told, truths, strict=True) if s[j] is not None]
-        said, true = ["missing" if t is None else str(t) for t, _ in rows], [str(s) for _, s in rows]
+        rows = [(t[j], s[j]) for t, s in zip(verdicts, truths, strict=True) if s[j] is not None]
+        predicted, true = ["missing" if t is None else str(t) for t, _ in rows], [str(s) for _, s in rows]
         got = scores["steps"][name]
-        assert got["agreement"] == pytest.approx(accuracy_score(true, said)), seed
+        assert got["agreement"] == pytest.approx(accuracy_score(true, predicted)), seed
         wanted = {"labels": ["False"], "average": "micro", "zero_division": 0}
-        assert got["incorrect_precision"] == pytest.approx(precision_score(true, said, **wanted)), seed
-        assert got["incorrect_recall"] == pytest.approx(recall_score(true, said, **wanted)), seed
-        assert (got["num"], got["num_missing"]) == (len(rows), said.count("missing"))
+        assert got["incorrect_precision"] == pytest.approx(precision_score(true, predicted, **wanted)), seed
+        assert got["incorrect_recall"] == pytest.approx(recall_score(true, predicted, **wanted)), seed
+        assert (got["num"], got["num_missing"]) == (len(rows), predicted.count("missing"))
         known = [(share[j], s[j]) for share, s in zip(shares, truths, strict=True) if s[j] is not None and share[j] is not None]
         p, y = np.array([k[0] for k in known]), np.array([k[1] for k in known])
         frac, mean = calibration_curve(y, p, n_bins=10)
@@ -43,9 +43,9 @@ def test_scores_equal_scikit_learn() -> None:
 
 
 def test_scores_by_hand() -> None:
-    told = [(T, None), (F, None), (0.4, None), (None, None)]
+    verdicts = [(T, None), (F, None), (0.4, None), (None, None)]
     truths = [(T, None), (T, None), (F, None), (F, None)]
-    scores = judge_scores(told, truths, [(0.9, None), (0.2, None), (0.3, None), (None, None)], ("s", "nobody"))
+    scores = judge_scores(verdicts, truths, [(0.9, None), (0.2, None), (0.3, None), (None, None)], ("s", "nobody"))
     step = scores["steps"]["s"]
     assert (step["agreement"], step["num_missing"], step["num_incorrect"]) == (0.5, 1, 2)  # the probability 0.4 is "incorrect"
     assert (step["incorrect_precision"], step["incorrect_recall"]) == (0.5, 0.5)
@@ -68,5 +68,5 @@ def test_shares_of_votes() -> None:
 def test_what_cannot_be_scored() -> None:
     with pytest.raises(ValueError, match="1 verdicts, 2 of annotators, 1 shares"):
         judge_scores([(T,)], [(T,), (T,)], [(0.5,)], ("a",))
-    with pytest.raises(ValueError, match="they lie between 0 and 1"):
+    with pytest.raises(ValueError, match="give numbers from 0 to 1"):
         calibration([1.5], [T])

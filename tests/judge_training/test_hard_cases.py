@@ -128,6 +128,6 @@ def test_a_case_is_prompted_as_the_judge_is() -> None:
         "e", "q", "boots", "Boots", fields={"brand": "x"}, gold=EXAMPLE.gold, tags={"grade": "L2", "query_type": "plain"}
     )
     odd = RESPONSE + " {braces} {item}"
-    made = case_example("c", pair, odd, (T, F, None, None, None))
-    assert build_prompt(made, CASE_PROMPT) == judge_prompt(pair, odd)
-    assert made.gold == ("Correct", "Incorrect", None, None, None) and made.tags == {"query_type": "plain"}
+    turned = case_example("c", pair, odd, (T, F, None, None, None))
+    assert build_prompt(turned, CASE_PROMPT) == judge_prompt(pair, odd)
+    assert turned.gold == ("Correct", "Incorrect", None, None, None) and turned.tags == {"query_type": "plain"}

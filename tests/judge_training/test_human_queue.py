@@ -55,10 +55,10 @@ def test_a_line_says_all_that_a_human_needs(queue: Path) -> None:
 def test_the_round_trip(queue: Path) -> None:
     seed = random.randrange(2**32)
     rng = random.Random(seed)
-    told = [tuple(rng.choice((True, False, None)) for _ in range(5)) for _ in CASES]
-    queue.with_name("verified.jsonl").write_text(fill_in(queue.read_text(encoding="utf-8"), told), encoding="utf-8")
+    verdicts = [tuple(rng.choice((True, False, None)) for _ in range(5)) for _ in CASES]
+    queue.with_name("verified.jsonl").write_text(fill_in(queue.read_text(encoding="utf-8"), verdicts), encoding="utf-8")
     read = read_queue(queue.with_name("verified.jsonl"), SCHEMA)
-    assert [line.human for line in read.values()] == told and list(read) == IDS, seed
+    assert [line.human for line in read.values()] == verdicts and list(read) == IDS, seed
     assert [line.labels for line in read.values()] == [case.labels for case in CASES]
     assert [line.response for line in read.values()] == [case.response for case in CASES]
     assert [line.human for line in read_queue(queue, SCHEMA).values()] == [None] * 3
@@ -86,18 +86,18 @@ def test_humans_overrule_labels_and_the_rest_is_dropped_or_used(queue: Path) -> 
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ("{", "want a line of judge_queue.jsonl"),
-        ("[]", "want a line of judge_queue.jsonl"),
-        ('{"id": "x"}', "want a line of judge_queue.jsonl"),
+        ("{", "not a line of judge_queue.jsonl"),
+        ("[]", "not a line of judge_queue.jsonl"),
+        ('{"id": "x"}', "not a line of judge_queue.jsonl"),
         ({"human": ["correct"] * 4}, r"human has 4 verdicts: give a list of 5, one per step \(query_intent, item"),
         ({"human": "correct"}, "human has 'correct': give a list of 5"),
-        ({"human": ["correct", "right", None, None, None]}, "human has 'right': a verdict is correct, incorrect, or null"),
-        ({"human": [True, None, None, None, None]}, "human has True: a verdict is"),
-        ({"human": [["correct"], None, None, None, None]}, r"human has \['correct'\]: a verdict is"),
+        ({"human": ["correct", "right", None, None, None]}, "human has 'right': write correct, incorrect, or null"),
+        ({"human": [True, None, None, None, None]}, "human has True: write correct, incorrect, or null"),
+        ({"human": [["correct"], None, None, None, None]}, r"human has \['correct'\]: write correct, incorrect, or null"),
         ({"labels": ["yes"] * 5}, "labels has 'yes'"),
         ({"id": "somebody-else", "human": ["correct"] * 5}, r"case 'somebody-else' is not in .*judge_queue\.jsonl"),
-        ({"id": IDS[0]}, r"id is 'a-\w+', which is no text or came before"),
-        ({"id": ["x"]}, r"id is \['x'\], which is no text"),
+        ({"id": IDS[0]}, r"id is 'a-\w+', not a string or already used"),
+        ({"id": ["x"]}, r"id is \['x'\], not a string"),
     ],
 )
 def test_a_bad_line_is_named(queue: Path, change: Any, message: str) -> None:

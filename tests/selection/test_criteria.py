@@ -173,13 +173,13 @@ def test_largest_remainders(seed: int) -> None:
         shares["s0",] = 1
     total = rng.randrange(200)
     split = apportion(total, shares)
-    whole = sum(shares.values())
+    sum_of_shares = sum(shares.values())
     assert sum(split.values()) == total
     for value, n in split.items():
-        assert abs(n - total * shares[value] / whole) < 1 + 1e-9
-    remainders = {v: total * shares[v] / whole - math.floor(total * shares[v] / whole + 1e-9) for v in shares}
-    raised = [remainders[v] for v in shares if split[v] > total * shares[v] / whole + 1e-9]
-    not_raised = [remainders[v] for v in shares if split[v] <= math.floor(total * shares[v] / whole + 1e-9)]
+        assert abs(n - total * shares[value] / sum_of_shares) < 1 + 1e-9
+    remainders = {v: total * shares[v] / sum_of_shares - math.floor(total * shares[v] / sum_of_shares + 1e-9) for v in shares}
+    raised = [remainders[v] for v in shares if split[v] > total * shares[v] / sum_of_shares + 1e-9]
+    not_raised = [remainders[v] for v in shares if split[v] <= math.floor(total * shares[v] / sum_of_shares + 1e-9)]
     assert not raised or not not_raised or min(raised) >= max(not_raised) - 1e-9
 
 
@@ -281,9 +281,9 @@ def test_records_are_taken_one_at_a_time_and_only_numbers_are_kept() -> None:
         ),
         ({"num_examples": -1}, "select.num_examples is -1"),
         ({"keep_frac": 1.5}, "keep_frac 1.5: .* share from 0 to 1"),
-        ({"num_examples": 3, "keep_frac": 0.5}, "set one of them"),
-        ({"balance": ("grade", "grade")}, "names a tag twice"),
-        ({"quotas": {"L1": 1}}, "no tag to count by"),
+        ({"num_examples": 3, "keep_frac": 0.5}, "set only one of them"),
+        ({"balance": ("grade", "grade")}, "select.balance is grade, grade: name each tag once"),
+        ({"quotas": {"L1": 1}}, "select.quotas needs the tags of its strata"),
         ({"quotas": {"L1": -1, "L2": 3}, "balance": ("grade",)}, "numbers of 0 or more"),
         ({"quotas": {"L1": math.inf}, "balance": ("grade",)}, "numbers of 0 or more"),
         ({"quotas": {"L1": 0}, "balance": ("grade",)}, "not all 0"),

@@ -115,7 +115,7 @@ def test_every_part_of_an_example_is_in_the_fingerprint(tmp_path: Path, change: 
     changed = [shard[0], replace(shard[1], **change), shard[2]]
     assert fingerprint(changed) != fingerprint(shard)
     for other in (changed, shard[:2], shard[::-1]):
-        with pytest.raises(ValueError, match=r"made of other data .* give the data as it was, or another folder"):
+        with pytest.raises(ValueError, match=r"made from other data .* restore the data, or use another folder"):
             check_shard(tmp_path, 0, other)
 
 
