@@ -287,7 +287,7 @@ def test_records_are_taken_one_at_a_time_and_only_numbers_are_kept() -> None:
         ({"quotas": {"L1": -1, "L2": 3}, "balance": ("grade",)}, "numbers of 0 or more"),
         ({"quotas": {"L1": math.inf}, "balance": ("grade",)}, "numbers of 0 or more"),
         ({"quotas": {"L1": 0}, "balance": ("grade",)}, "not all 0"),
-        ({"quotas": {"L1": 0.5}, "balance": ("grade",)}, "fractions and no total"),
+        ({"quotas": {"L1": 0.5}, "balance": ("grade",)}, "fractions, which are shares of a total: set"),
     ],
 )
 def test_settings_that_contradict_each_other(settings: dict[str, Any], message: str) -> None:

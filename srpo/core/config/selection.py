@@ -41,18 +41,18 @@ class Criteria:
                 "more and a share from 0 to 1"
             )
         if self.num_examples and self.keep_frac:
-            raise ValueError("select.num_examples and select.keep_frac both say how many examples are kept: set one of them")
+            raise ValueError("select.num_examples and select.keep_frac both set how many examples are kept: set only one of them")
         if len(set(self.balance)) < len(self.balance):
-            raise ValueError(f"select.balance names a tag twice: {', '.join(self.balance)}")
+            raise ValueError(f"select.balance is {', '.join(self.balance)}: name each tag once")
         if self.quotas and not self.balance:
-            raise ValueError('select.quotas has no tag to count by: name it, as in select.balance = ["query_type"]')
+            raise ValueError('select.quotas needs the tags of its strata: set them, as in select.balance = ["query_type"]')
         numbers = self.quotas.values()
         if not all(math.isfinite(q) and q >= 0 for q in numbers) or (numbers and not any(numbers)):
             raise ValueError(f"select.quotas is {self.quotas}: give numbers of 0 or more, not all 0")
         counted = not self.num_examples and not self.keep_frac
         if counted and any(q != int(q) for q in numbers):
             raise ValueError(
-                "select.quotas has fractions and no total that they are shares of: set select.num_examples or select.keep_frac"
+                "select.quotas has fractions, which are shares of a total: set select.num_examples or select.keep_frac, too"
             )
 
 
