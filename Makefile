@@ -48,9 +48,10 @@ demo-esci: $(VENV)/.ready ## the same on judged data: make demo-esci DATA=folder
 
 test: lint types unit ## everything that is checked before a commit
 
-lint: $(VENV)/.ready-test ## ruff: rules and format
+lint: $(VENV)/.ready-test ## ruff: rules and format; vulture: dead code
 	$(RUN) -m ruff check .
 	$(RUN) -m ruff format --check .
+	$(RUN) -m vulture
 
 types: $(VENV)/.ready-test ## pyright
 	$(RUN) -m pyright --pythonpath $(RUN)
