@@ -158,8 +158,8 @@ class TakeTurns(TrainerCallback):
 
 def take_turns(folder: Path, prompts: list[str], ours: Callable[[], dict[str, float]], num_steps: int) -> TakeTurns:
     """TRL's own training loop on the same checkpoint and prompts, ours after each of its steps."""
-    from datasets import Dataset  # pyright: ignore[reportMissingImports]
-    from trl import GRPOConfig, GRPOTrainer  # pyright: ignore[reportMissingImports]
+    from datasets import Dataset
+    from trl import GRPOConfig, GRPOTrainer
 
     def reward(completion_ids: list[list[int]], **_: Any) -> list[float]:
         assert [len(ids) for ids in completion_ids] == [NEW_TOKENS] * NUM_COMPLETIONS
