@@ -192,3 +192,10 @@ def test_constraints_pin_what_the_project_names(install: ModuleType) -> None:
     wanted = [*project["dependencies"], *extras["test"], *extras["dev"], *extras["bench"], *extras["wandb"], *extras["trackio"]]
     wanted += extras["vllm"]
     assert {re.split(r"[\[><=;]", requirement)[0] for requirement in wanted} <= set(names)
+
+
+def test_packages_carry_their_type_annotations() -> None:
+    """Type checkers read an installed package's annotations only if it has the file py.typed."""
+    data = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["tool"]["setuptools"]["package-data"]
+    for folder in (ROOT / "srpo", ROOT / "kernels" / "srpo_kernels"):
+        assert (folder / "py.typed").is_file() and "py.typed" in data[folder.name]
