@@ -1,1 +1,1 @@
-"""The policy: model, experts, attention, parallelism, checkpoints and the optimizer step."""
+"""The policy: model, attention, experts, routing, decoding, critic, scalar reward model, sharding and checkpoints."""

@@ -1,6 +1,6 @@
-"""Attention over packed sequences, registered with transformers as `srpo_varlen`: causal, and sequences never see each other.
+"""Causal attention over packed sequences, registered with transformers as `srpo_varlen`; no sequence attends to another.
 
-Letters: T packed rows, N sequences, L rows of the longest one, D head dimension.
+Letters: T packed rows, N sequences, L rows of the longest sequence, D head dimension.
 """
 
 from __future__ import annotations
@@ -19,15 +19,15 @@ ATTENTION = "srpo_varlen"
 
 @dataclass(frozen=True)
 class PadLayout:
-    """Where each packed row lies in a padded [N * L] grid. Made once per batch and handed to every layer."""
+    """Position of each packed row in a padded [N * L] grid. Built once per batch and passed to every layer."""
 
     num_sequences: int  # N
     max_length: int  # L
-    positions: torch.Tensor | None  # [T] int64; None where all sequences are L long, so that padding is a view
+    positions: torch.Tensor | None  # [T] int64; None if all sequences have length L: padding is then a view
 
     @classmethod
     def of(cls, cu_seqlens: torch.Tensor, max_length: int) -> PadLayout:
-        """The layout of sequences that end at cu_seqlens [N+1]."""
+        """Layout of the sequences with the boundaries cu_seqlens [N+1]; max_length is L."""
         lengths = (cu_seqlens[1:] - cu_seqlens[:-1]).long()
         num_sequences, num_rows = lengths.numel(), int(cu_seqlens[-1])
         if num_sequences * max_length == num_rows:
@@ -52,7 +52,7 @@ class PadLayout:
 
 
 def needs_padding(device: torch.device, dtype: torch.dtype) -> bool:
-    """True where no variable-length kernel runs (CPU, and fp32 anywhere), so that sequences are padded inside attention."""
+    """True if no variable-length kernel supports the device and dtype (CPU; fp32 anywhere): attention then pads sequences."""
     return device.type != "cuda" or dtype not in (torch.bfloat16, torch.float16)
 
 
@@ -70,9 +70,9 @@ def varlen_attention(
 ) -> tuple[torch.Tensor, None]:
     """Causal attention within each packed sequence: ([1, T, heads, D], None).
 
-    query [1, heads, T, D]; key, value [1, kv_heads, T, D]; cu_seq_lens_q [N+1] int32; max_length_q: rows of the longest.
-    Dropout is never applied: log-probabilities must not depend on a draw. Raises ValueError without `cu_seq_lens_q` and
-    `max_length_q`, for more than one row of packed sequences, and for sliding windows.
+    query [1, heads, T, D]; key, value [1, kv_heads, T, D]; cu_seq_lens_q [N+1] int32; max_length_q is L.
+    Dropout is never applied, so that log-probabilities are deterministic. Raises ValueError if `cu_seq_lens_q` or
+    `max_length_q` is missing, if the batch dimension is not 1, and if the sliding window is shorter than L.
     """
     if cu_seq_lens_q is None or max_length_q is None or query.shape[0] != 1:
         raise ValueError(
@@ -86,7 +86,7 @@ def varlen_attention(
     if needs_padding(query.device, query.dtype):
         layout = pad_layout or PadLayout.of(cu_seq_lens_q, max_length_q)
         query, key, value = (layout.pad(x) for x in (query, key, value))
-        # Padding follows the last row of a sequence, so a causal mask alone keeps it out of every real row.
+        # Padding follows the last row of each sequence, so the causal mask alone hides it from every real row.
         out = F.scaled_dot_product_attention(query, key, value, is_causal=True, scale=scaling, enable_gqa=gqa)
         return layout.unpad(out)[None], None
     bounds = (cu_seq_lens_q, cu_seq_lens_q, max_length_q, max_length_q)
@@ -101,5 +101,5 @@ def varlen_attention(
     return out[None], None
 
 
-# No mask function goes with it: transformers builds no mask for an attention that has none registered.
+# No mask function is registered under this name, so transformers builds no attention mask for it.
 AttentionInterface.register(ATTENTION, varlen_attention)

@@ -1,8 +1,8 @@
-"""Training state on disk: `step_000123/` with torch.distributed.checkpoint files, written aside and renamed when complete.
+"""Training state on disk: folders `step_000123/` of torch.distributed.checkpoint files, renamed to that name when complete.
 
-A folder counts only under its final name and with its COMPLETE file, which is written last: a run killed while it saves
-resumes from the checkpoint before. Policy and optimizer state are stored under transformers' parameter names, for any number of
-ranks; `extra` (generators, sampler, counters) is stored per rank.
+A folder counts as a checkpoint only under its final name and with its COMPLETE file, which is written last. So a run that is
+killed while saving resumes from the previous checkpoint. Policy and optimizer state are stored under transformers' parameter
+names, independently of the number of ranks; `extra` (generators, sampler, counters) is stored per rank.
 """
 
 from __future__ import annotations
@@ -34,10 +34,10 @@ _NAME = re.compile(r"step_(\d{6,})")
 def save_checkpoint(
     root: str | Path, step: int, policy: nn.Module, optimizer: Optimizer, extra: dict[str, Any], parallel: Parallel, keep: int = 2
 ) -> Path:
-    """Write `root/step_<step>` and remove all but the newest `keep` complete checkpoints; returns the folder. Collective.
+    """Write `root/step_<step>`, remove all but the newest `keep` complete checkpoints and return the new folder. Collective.
 
-    extra: this rank's own state, of plain Python values (numbers, strings, lists, tuples, dicts) and tensors; anything else is a
-    ValueError here rather than at resume. Bit exact with `load_checkpoint`.
+    extra: this rank's own state: plain Python values (numbers, strings, lists, tuples, dicts) and tensors. Any other type raises
+    ValueError, so that the error comes at saving and not at resume. `load_checkpoint` restores every bit.
     """
     if keep < 1:
         raise ValueError(f"train.keep_checkpoints is {keep}: at least the newest checkpoint must stay")
@@ -45,7 +45,7 @@ def save_checkpoint(
     final = root / f"step_{step:06d}"
     aside = root / f"{final.name}.tmp-{parallel.broadcast_object(os.getpid())}"
     if parallel.is_main:
-        for left in root.glob("step_*.tmp-*"):  # of runs that were killed
+        for left in root.glob("step_*.tmp-*"):  # left by killed runs
             shutil.rmtree(left)
         aside.mkdir(parents=True)
     parallel.barrier()
@@ -75,9 +75,9 @@ def latest_checkpoint(root: str | Path) -> Path | None:
 
 
 def load_checkpoint(path: str | Path, policy: nn.Module, optimizer: Optimizer, parallel: Parallel) -> dict[str, Any]:
-    """Load policy and optimizer in place; returns this rank's `extra`. Collective.
+    """Load policy and optimizer in place and return this rank's `extra`. Collective.
 
-    Raises ValueError where the folder is no complete checkpoint, belongs to another model (naming the first parameter that
+    Raises ValueError if the folder is no complete checkpoint, holds another model (the message names the first parameter that
     differs), or was written by another number of ranks.
     """
     path = Path(path)
@@ -106,14 +106,14 @@ def load_checkpoint(path: str | Path, policy: nn.Module, optimizer: Optimizer, p
 
 @contextlib.contextmanager
 def _one_process_is_fine() -> Iterator[None]:
-    """Without torch's warning that there is no process group."""
+    """Suppress torch's warning about the missing process group."""
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", message="torch.distributed is (disabled|unavailable)")
         yield
 
 
 def _policy_state(policy: nn.Module) -> dict[str, Any]:
-    """Parameters and persistent buffers under transformers' names; they share memory with the policy's."""
+    """Parameters and persistent buffers under transformers' names, sharing memory with the policy."""
     return {f"policy/{name}": value for name, value in unwrap(policy).state_dict().items()}
 
 
@@ -127,7 +127,7 @@ def _optimizer_state(policy: nn.Module, optimizer: Optimizer) -> dict[str, Any]:
 
 
 def _empty_optimizer_state(policy: nn.Module, optimizer: Optimizer, stored: dict[str, Any]) -> dict[str, Any]:
-    """Tensors for the stored optimizer state to be read into, laid out like the parameter that they belong to."""
+    """Empty tensors to read the stored optimizer state into, each with the device and sharding of its parameter."""
     group_of = {parameter: group for group in optimizer.param_groups for parameter in group["params"]}
     parameters = dict(unwrap(policy).named_parameters())
     state = {}
@@ -176,7 +176,7 @@ def _save_plain(value: dict[str, Any], path: Path) -> None:
 
 
 def _remove(path: Path) -> None:
-    """Delete a checkpoint so that a half-deleted one is never taken for complete."""
+    """Delete a checkpoint: rename it first, so that a half-deleted folder is never taken for a complete checkpoint."""
     aside = path.with_name(f"{path.name}.tmp-{os.getpid()}-old")
     path.rename(aside)
     shutil.rmtree(aside)

@@ -1,7 +1,7 @@
-"""Parameters under the names of a Hugging Face checkpoint: what every other engine's loader reads.
+"""Parameters under the names of a Hugging Face checkpoint, which the loaders of other engines expect.
 
-Transformers keeps the experts of a layer in one parameter; in checkpoints each expert has tensors of its own. The conversion is
-transformers' own, the one of `save_pretrained`, applied to one parameter at a time.
+Transformers keeps the experts of a layer in one parameter; a checkpoint has separate tensors for each expert. The conversion is
+the one of transformers' `save_pretrained`, applied to one parameter at a time.
 """
 
 from __future__ import annotations
@@ -22,8 +22,8 @@ from srpo.policy.parallel import iter_full_params, unwrap
 def iter_checkpoint_params(policy: nn.Module) -> Iterator[tuple[str, torch.Tensor]]:
     """(checkpoint name, whole tensor) of every parameter, one parameter gathered at a time; tied parameters once.
 
-    Collective for a sharded model: every rank must iterate to the end. Tensors may be views of the parameters' own memory: copy
-    what must outlive the next update.
+    Collective for a sharded model: every rank must iterate to the end. Tensors may share memory with the parameters: copy a
+    tensor that must outlive the next update.
     """
     model = unwrap(policy)
     for name, tensor in iter_full_params(policy):
@@ -32,25 +32,26 @@ def iter_checkpoint_params(policy: nn.Module) -> Iterator[tuple[str, torch.Tenso
 
 @dataclass(frozen=True)
 class Part:
-    """One tensor of a checkpoint as it lies in a larger one: `shape` row by row, from element `first` on."""
+    """One checkpoint tensor inside a larger tensor: contiguous, with shape `shape`, from flat element `first` on."""
 
     name: str
     first: int
     shape: tuple[int, ...]
 
 
-# A tensor and the checkpoint's tensors that it consists of, without gaps.
+# A tensor and the checkpoint tensors that it consists of, without gaps.
 Block = tuple[torch.Tensor, Sequence[Part]]
-# Where in a parameter (transformers' name) its checkpoint tensors lie; None where they do not lie in it one behind the other.
+# Transformers' parameter name -> its checkpoint tensors; None if the parameter is not a plain concatenation of them.
 Layouts = dict[str, tuple[Part, ...] | None]
 
 
 @torch.no_grad()
 def iter_checkpoint_blocks(policy: nn.Module, layouts: Layouts) -> Iterator[Block]:
-    """Like `iter_checkpoint_params`, but what a checkpoint only cuts into pieces comes in one piece: a layer's experts.
+    """Like `iter_checkpoint_params`, but tensors that a checkpoint only slices out of one parameter (a layer's experts) come as
+    one block.
 
-    layouts: empty at first, filled here; for the next call on the same model. It is found out by comparing with the conversion
-    itself, so no order of experts, or of gate and up, is taken for granted.
+    layouts: pass an empty dict; it is filled here and can be passed again for the same model. A layout is found by comparing with
+    the actual conversion, so no order of experts, or of gate and up projections, is assumed.
     """
     model = unwrap(policy)
     for name, tensor in iter_full_params(policy):
@@ -65,7 +66,7 @@ def iter_checkpoint_blocks(policy: nn.Module, layouts: Layouts) -> Iterator[Bloc
 
 
 def _layout(model: PreTrainedModel, name: str, tensor: torch.Tensor) -> tuple[Part, ...] | None:
-    """Converting row numbers in place of the tensor tells which rows a part is made of, and its values whether that is so."""
+    """The parts of a parameter, found by converting row numbers in its place and confirmed by comparing the converted values."""
     converted = revert_weight_conversion(model, {name: tensor})
     if len(converted) == 1:
         ((only, value),) = converted.items()

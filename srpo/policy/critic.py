@@ -14,9 +14,9 @@ from srpo.policy.model import hidden_states
 
 
 class Critic(nn.Module):
-    """V of every state in which a response token is chosen. Starts as 0 everywhere: the first advantages are plain returns.
+    """Value of every state in which a response token is sampled. The head starts at zero, so the first values are 0 everywhere.
 
-    The head is a part of the transformers model, so that sharding and checkpoints find it there.
+    The head is a submodule of the transformers model, where sharding and checkpoints find it.
     """
 
     def __init__(self, model: PreTrainedModel, *, activation_checkpointing: bool = False) -> None:
@@ -32,7 +32,7 @@ class Critic(nn.Module):
         self.train()
 
     def forward(self, batch: Batch) -> torch.Tensor:
-        """Values [R] fp32 of the rows of `batch.rows()`. A row has read everything before the token that it predicts."""
+        """Values [R] fp32 of the rows of `batch.rows()`. A row's value depends on all tokens before the one it predicts."""
         hidden = hidden_states(self.model, batch)[batch.labels != IGNORE]
         return self._head()(hidden)[:, 0].float()
 

@@ -1,7 +1,7 @@
 """Token-by-token forward of any transformers causal LM that takes its attention from the `AttentionInterface`.
 
-A prompt is computed once and read by all rows of its group: decoding attends over the shared prompt keys of a *chunk* (rows of
-one prompt) and over the row's own response keys, under one softmax. Prompt keys are neither copied nor read again per row.
+A prompt is computed once and shared by all rows of its group: decoding attends over the prompt keys of a *chunk* (rows with the
+same prompt) and over the row's own response keys, under one softmax. Prompt keys are neither copied nor read again for each row.
 
 Letters: C chunks, G rows of a chunk, S = C * G slots, K kv heads, R query heads per kv head, H = K * R, P prompt tokens,
 T response tokens, D head dimension, V vocabulary.
@@ -18,7 +18,7 @@ from transformers import AttentionInterface, PreTrainedModel
 from srpo.policy.routing import Routers, Routing
 
 ATTENTION = "srpo_decode"
-_UNSUPPORTED = ("s_aux", "softcap", "position_bias")  # attention variants that would be ignored without a word
+_UNSUPPORTED = ("s_aux", "softcap", "position_bias")  # attention arguments that this implementation would silently ignore
 
 
 class KeyValues:
@@ -27,17 +27,17 @@ class KeyValues:
     def __init__(self, prompt_lengths: torch.Tensor, group_size: int, capacity: int):
         self.prompt_lengths = prompt_lengths  # [C]
         self.group_size = group_size
-        self.capacity = capacity  # most response tokens
-        self.num_response = 0  # tokens stored of each response
+        self.capacity = capacity  # maximum number of response tokens
+        self.num_response = 0  # tokens stored so far of each response
         self.prompt: dict[int, tuple[torch.Tensor, torch.Tensor]] = {}  # layer -> keys, values
         self.response: dict[int, tuple[torch.Tensor, torch.Tensor]] = {}
         self.prefilling = True
-        self.bias: torch.Tensor | None = None  # [C, 1, P] -inf at padding; None where all prompts are equally long
+        self.bias: torch.Tensor | None = None  # [C, 1, P] -inf at padding; None if all prompts have the same length
 
     def attend_prompt(
         self, layer: int, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, scale: float
     ) -> torch.Tensor:
-        """Causal attention of right-padded prompts, [C, H, P, D]; padding comes after the tokens, so no token sees it."""
+        """Causal attention of right-padded prompts, [C, H, P, D]; padding follows the tokens, so the causal mask hides it."""
         self.prompt[layer] = key.contiguous(), value.contiguous()
         repeats = query.shape[1] // key.shape[1]
         if repeats > 1:
@@ -74,7 +74,7 @@ class KeyValues:
         return out.reshape(num_chunks * rows, kv_heads * repeats, dim)
 
     def select(self, chunks: torch.Tensor, slots: torch.Tensor) -> None:
-        """Keep only these slots [C', G'] (old slot numbers), where row c of `slots` holds rows of old chunk `chunks[c]`."""
+        """Keep only the slots [C', G'] (old slot numbers); row c of `slots` holds slots of the old chunk `chunks[c]`."""
         chunk, row = slots // self.group_size, slots % self.group_size
         num_chunks, self.group_size = slots.shape
         end = self.num_response
@@ -118,7 +118,7 @@ AttentionInterface.register(ATTENTION, _attention)
 
 
 class Decoder:
-    """Prefill and single-token forward of a model that this object owns (its attention function is replaced)."""
+    """Prefill and single-token forward. The decoder owns the model: it replaces the model's attention function."""
 
     def __init__(self, model: PreTrainedModel):
         self.model = model.eval().requires_grad_(False)
@@ -128,14 +128,14 @@ class Decoder:
         self._routers: Routers | None = None
 
     def open_routers(self) -> Routers:
-        """From now on forwards take a `Routing`. Raises ValueError for a model without experts."""
+        """The model's routers; from now on forwards take a `Routing`. Raises ValueError for a model without experts."""
         if self._routers is None:
             self._routers = Routers(self.model).open()
         return self._routers
 
     @property
     def max_context(self) -> int:
-        """Longest sequence that the model was made for, in tokens."""
+        """Longest sequence that the model supports, in tokens."""
         return int(self.model.config.max_position_embeddings)
 
     def _forward(
@@ -152,9 +152,9 @@ class Decoder:
     def prefill(
         self, prompts: Sequence[Sequence[int]], group_size: int, capacity: int, routing: Routing | None = None
     ) -> tuple[torch.Tensor, KeyValues]:
-        """(logits of the first tokens [len(prompts) * group_size, V] fp32, the store, with `capacity` tokens of room).
+        """(logits [len(prompts) * group_size, V] fp32 of the first response tokens, store with room for `capacity` tokens).
 
-        routing: after `open_routers`; its tokens are those of the prompts [len(prompts) * P], padding included.
+        routing: only after `open_routers`; it covers all prompt tokens [len(prompts) * P], padding included.
         """
         lengths = torch.tensor([len(p) for p in prompts])
         longest = int(lengths.max())
@@ -171,7 +171,7 @@ class Decoder:
         return logits.repeat_interleave(group_size, 0), key_values
 
     def step(self, tokens: torch.Tensor, key_values: KeyValues, routing: Routing | None = None) -> torch.Tensor:
-        """Logits of the next token [S, V] fp32 after one more token [S] of each response."""
+        """Logits [S, V] fp32 of the next token, after appending `tokens` [S], one to each response."""
         positions = (key_values.prompt_lengths + key_values.num_response).repeat_interleave(key_values.group_size)
         hidden = self._forward(tokens[:, None], positions[:, None], key_values, routing)
         key_values.num_response += 1

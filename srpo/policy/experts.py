@@ -1,7 +1,7 @@
 """Forward of a layer of experts, registered with transformers: `grouped_mm` (default), `loop` (the reference), `megablocks`.
 
-Each takes the experts module (gate_up_proj [E, 2I, H], down_proj [E, H, I], act_fn), hidden [T, H], the router's choice [T, K]
-and weights [T, K], and returns [T, H]. No token is dropped.
+Each implementation takes the experts module (gate_up_proj [E, 2I, H], down_proj [E, H, I], act_fn), hidden [T, H], the chosen
+experts [T, K] and their weights [T, K], and returns [T, H]. No token is dropped.
 Letters: T tokens, H hidden, E experts, K experts per token, S = T * K (token, expert) pairs, I intermediate.
 """
 
@@ -22,7 +22,7 @@ GroupedMatmul = Callable[[torch.Tensor, torch.Tensor, torch.Tensor], torch.Tenso
 
 
 def loop_experts(module: Any, hidden: torch.Tensor, top_k_index: torch.Tensor, top_k_weights: torch.Tensor) -> torch.Tensor:
-    """The definition: each expert takes the tokens that chose it, one expert after the other."""
+    """The reference: applies one expert after the other, each to the tokens that are routed to it."""
     out = torch.zeros_like(hidden)
     for e in range(module.num_experts):
         token, slot = (top_k_index == e).nonzero(as_tuple=True)
@@ -35,10 +35,10 @@ def loop_experts(module: Any, hidden: torch.Tensor, top_k_index: torch.Tensor, t
 def permuted_experts(
     module: Any, hidden: torch.Tensor, top_k_index: torch.Tensor, top_k_weights: torch.Tensor, matmul: GroupedMatmul
 ) -> torch.Tensor:
-    """Sort the pairs by expert, two grouped products, back to tokens. Deterministic: no atomic additions."""
+    """Sort the pairs by expert, apply two grouped products, restore the order of tokens. Deterministic: no atomic additions."""
     num_slots = top_k_index.shape[1]
     flat = top_k_index.reshape(-1)
-    order = flat.argsort(stable=True)  # [S] pair at each sorted row
+    order = flat.argsort(stable=True)  # [S] number of the pair at each sorted row
     inverse = torch.empty_like(order).index_copy_(0, order, torch.arange(order.numel(), device=order.device))
     counts = torch.zeros(module.num_experts, dtype=torch.int64, device=flat.device).index_add_(0, flat, torch.ones_like(flat))
     x = _Rows.apply(hidden, order, inverse, num_slots)
@@ -49,7 +49,7 @@ def permuted_experts(
 
 
 class _Rows(torch.autograd.Function):
-    """x[order // repeat] for a permutation `order` of x's rows, each repeated. Its gradient is a gather, too, not a scatter."""
+    """x[order // repeat], where `order` permutes x's rows, each repeated `repeat` times. The gradient, too, is a gather."""
 
     @staticmethod
     def forward(ctx: Any, x: torch.Tensor, order: torch.Tensor, inverse: torch.Tensor, repeat: int) -> torch.Tensor:
@@ -67,7 +67,7 @@ class _Rows(torch.autograd.Function):
 def grouped_matmul(x: torch.Tensor, weight: torch.Tensor, counts: torch.Tensor) -> torch.Tensor:
     """A `GroupedMatmul`: torch's grouped kernel on CUDA, one product per expert elsewhere.
 
-    On a CPU products of contiguous slices take about 2/3 of the time of torch's own grouped_mm, forward and backward.
+    On a CPU, products of contiguous slices take about 2/3 of the time of torch's grouped_mm, forward and backward.
     """
     if x.is_cuda:
         return F.grouped_mm(x.to(weight.dtype), weight.transpose(1, 2), offs=counts.cumsum(0, dtype=torch.int32))
@@ -102,7 +102,7 @@ def _megablocks_gmm() -> Callable[..., torch.Tensor]:
 
 
 def registered_name(experts: str) -> str:
-    """Transformers' name of one of `IMPLEMENTATIONS`. Raises ValueError for another, ImportError where it is not installed."""
+    """Transformers' name of one of `IMPLEMENTATIONS`. ValueError for an unknown name, ImportError if it is not installed."""
     if experts not in IMPLEMENTATIONS:
         raise ValueError(f"policy.experts = {experts!r} is not one of {', '.join(IMPLEMENTATIONS)}")
     if experts == "megablocks":

@@ -1,4 +1,4 @@
-"""A checkpoint for all ranks of a run: rank 0 reads it, the others make the same model without memory for its parameters."""
+"""Loads a checkpoint for all ranks: rank 0 reads the weights, the others build the model with parameters on the meta device."""
 
 from __future__ import annotations
 
@@ -19,10 +19,10 @@ from srpo.policy.parallel import Parallel
 
 
 def load_to_shard(path: str | Path, parallel: Parallel, *, experts: str = "grouped_mm") -> PreTrainedModel:
-    """`load_policy` in fp32, for `Parallel.shard`: whole on rank 0; on the others the parameters are on the meta device, and the
-    buffers are rank 0's. In a run of one process it is `load_policy`. Collective.
+    """`load_policy` in fp32, to be followed by `Parallel.shard`. Rank 0 has all weights; the other ranks have parameters on the
+    meta device and rank 0's buffers. In a run of one process it equals `load_policy`. Collective.
 
-    Raises ValueError where the folder holds no model, or one that is not what its config.json says.
+    Raises ValueError if the folder holds no model, or if its config.json does not fit its weights.
     """
     model = load_policy(path, experts=experts) if parallel.is_main else _without_weights(path, experts)
     if parallel.world_size == 1:
@@ -37,18 +37,18 @@ def load_to_shard(path: str | Path, parallel: Parallel, *, experts: str = "group
             f"first {wrong[0]}. Make config.json fit the weights (tie_word_embeddings says whether the head is the embedding)"
         )
     with torch.no_grad():
-        for name, buffer in model.named_buffers():  # some are read from the checkpoint, others computed
+        for name, buffer in model.named_buffers():  # some buffers are stored in the checkpoint, others are computed
             buffer.copy_(buffers[name])
     return model
 
 
 def _layout(model: nn.Module) -> dict[str, tuple[Any, ...]]:
-    """Shape and dtype of every parameter and buffer; tied ones once, so the names tell what is tied."""
+    """Shape and dtype of every parameter and buffer. Tied parameters appear once, so the names also show which ones are tied."""
     return {name: (tuple(t.shape), t.dtype) for name, t in (*model.named_parameters(), *model.named_buffers())}
 
 
 def _without_weights(path: str | Path, experts: str) -> PreTrainedModel:
-    """The model of `load_policy`, its parameters on the meta device; buffers are made as always, on the CPU."""
+    """The model of `load_policy` with its parameters on the meta device; buffers are computed on the CPU as usual."""
     check_folder(path)
     config = AutoConfig.from_pretrained(path, local_files_only=True)
     with _parameters_on_meta():
@@ -60,10 +60,10 @@ def _without_weights(path: str | Path, experts: str) -> PreTrainedModel:
 
 @contextmanager
 def _parameters_on_meta() -> Iterator[None]:
-    """Modules give up the memory of a parameter as soon as they have it: before it is drawn, so it was never touched."""
+    """Move each parameter to the meta device when a module registers it: before its initialization, so it never uses memory."""
 
     def to_meta(_: nn.Module, __: str, parameter: nn.Parameter | None) -> nn.Parameter | None:
-        if parameter is None or parameter.is_meta:  # one that is tied stays the same object
+        if parameter is None or parameter.is_meta:  # a tied parameter must stay the same object
             return None
         return nn.Parameter(parameter.detach().to("meta"), requires_grad=parameter.requires_grad)
 

@@ -21,10 +21,10 @@ from srpo.policy.experts import registered_name
 from srpo.policy.parallel import current_rank, iter_full_params, unwrap
 from srpo.policy.routing import Routers, Routing
 
-_LOGIT_CAPS = ("final_logit_softcapping", "logits_soft_cap")  # transformers' names of what is done to logits after the head
+_LOGIT_CAPS = ("final_logit_softcapping", "logits_soft_cap")  # config keys for operations on the logits after the head
 _LOGIT_SCALES = ("logit_scale", "logits_scaling", "lm_head_multiplier", "output_multiplier")
 
-logging.disable_progress_bar()  # of reading and writing weights: the programs show their own progress
+logging.disable_progress_bar()  # of transformers' reading and writing of weights; the programs show their own progress
 
 
 def make_tiny(
@@ -32,7 +32,7 @@ def make_tiny(
 ) -> Qwen3MoeForCausalLM:
     """A new Qwen3-MoE in fp32 for this tokenizer.
 
-    The same seed gives the same parameters; the global generators are left as they were.
+    The same seed gives the same parameters; the global random generators keep their state.
     """
     hf_config = Qwen3MoeConfig(
         vocab_size=len(tokenizer),
@@ -65,9 +65,9 @@ def make_tiny(
 
 
 def load_policy(path: str | Path, *, experts: str = "grouped_mm", dtype: torch.dtype = torch.float32) -> PreTrainedModel:
-    """The causal LM in the Hugging Face folder `path`, on the CPU, with our attention and experts, its parameters in `dtype`.
+    """The causal LM in the Hugging Face folder `path`, on the CPU, with srpo's attention and experts, its parameters in `dtype`.
 
-    Raises ValueError where the folder holds no model.
+    Raises ValueError if the folder holds no model.
     """
     check_folder(path)
     return AutoModelForCausalLM.from_pretrained(
@@ -80,15 +80,15 @@ def load_policy(path: str | Path, *, experts: str = "grouped_mm", dtype: torch.d
 
 
 def check_folder(path: str | Path) -> None:
-    """Raise ValueError for a folder without a model."""
+    """Raise ValueError if the folder has no config.json."""
     if not (Path(path) / "config.json").is_file():
         raise ValueError(f"no model in {str(path)!r}: policy.path must be a folder with config.json and safetensors files")
 
 
 def hidden_states(model: PreTrainedModel, batch: Batch, routing: Routing | None = None) -> torch.Tensor:
-    """Last hidden states [T, H] (after the final norm) of packed sequences that never see each other.
+    """Last hidden states [T, H] (after the final norm) of the packed sequences; no sequence attends to another.
 
-    routing: for a model whose `Routers` are open.
+    routing: only for a model whose `Routers` are open.
     """
     max_length = batch.max_seqlen
     padded = needs_padding(batch.input_ids.device, next(model.parameters()).dtype)
@@ -111,8 +111,8 @@ def head(model: PreTrainedModel, hidden: torch.Tensor) -> torch.Tensor:
 
 
 def check_head(model: PreTrainedModel, inputs: str) -> None:
-    """Raise ValueError where more is done to hidden states than `inputs` of the loss knows of: "logits" takes what the head
-    gives, "hidden" only one that is a matrix."""
+    """Raise ValueError if the loss cannot reproduce how the model turns hidden states into logits: no operation may follow the
+    head, and with inputs "hidden" the head must be a single matrix."""
     config, name = model.config.get_text_config(), type(model).__name__
     after = [key for key in _LOGIT_CAPS if getattr(config, key, None) not in (None, 0)]
     after += [key for key in _LOGIT_SCALES if getattr(config, key, None) not in (None, 1)]
@@ -132,8 +132,8 @@ def check_head(model: PreTrainedModel, inputs: str) -> None:
 class Policy(nn.Module):
     """A causal LM whose forward takes a `Batch`: embedding, layers and head run in one forward, under the hooks of FSDP2.
 
-    replay_routing: tokens go to the experts of `batch.routed_experts`, where it has any; otherwise nobody reads them. Raises
-    ValueError then for a model without experts.
+    replay_routing: route tokens to `batch.routed_experts` if the batch has them; without it they are ignored. Raises ValueError
+    if it is set for a model without experts.
     """
 
     def __init__(self, model: PreTrainedModel, *, activation_checkpointing: bool = False, replay_routing: bool = False) -> None:
@@ -143,19 +143,19 @@ class Policy(nn.Module):
         self._flips: torch.Tensor | None = None
         if activation_checkpointing:
             model.gradient_checkpointing_enable({"use_reentrant": False})
-        self.train()  # layers are recomputed only in training mode; nothing else depends on it, attention never drops
+        self.train()  # activation checkpointing needs training mode; nothing else depends on it: attention has no dropout
 
     @property
     def max_context(self) -> int:
-        """Longest prompt plus response that the model was made for, in tokens."""
+        """Longest prompt plus response that the model supports, in tokens."""
         return int(self.model.config.max_position_embeddings)
 
     def forward(self, batch: Batch, *, through: Callable[[torch.Tensor, torch.Tensor], Any] | None = None) -> Any:
-        """Logits [R, V] of the rows of `batch.rows()` in the dtype of the forward; or what `through` makes of their hidden states
-        [R, H] and the head's weight [V, H], for a model that passes `check_head`.
+        """Logits [R, V] of the rows of `batch.rows()`, in the dtype of the forward. With `through`, the result of
+        `through(hidden states [R, H], head weight [V, H])` instead, for a model that passes `check_head`.
 
-        `through` is called in the forward since FSDP2 has the whole weight only there: what is kept of it has to be a copy.
-        Gradient flows to both from the tensors that it returns, alone or in a tuple, where FSDP2 finds them.
+        `through` is called inside the forward because FSDP2 gathers the whole weight only there: copy the weight to keep it.
+        It returns a tensor or a tuple of tensors, where FSDP2 finds them; gradient flows from these to both arguments.
         """
         routing = None
         if self.routers is not None and batch.routed_experts is not None:
@@ -166,8 +166,8 @@ class Policy(nn.Module):
         return self.model.lm_head(hidden) if through is None else through(hidden, self.model.lm_head.weight)
 
     def take_flips(self) -> torch.Tensor:
-        """[2] float64: of all forwards since the last call of this, the number of (token, layer) whose router would have chosen
-        another set of experts than it was told, and the number that were told any."""
+        """[2] float64, over all forwards since the last call: the number of (token, layer) pairs whose router would have chosen
+        another set of experts than the replayed one, and the number of pairs with replayed experts."""
         flips, self._flips = self._flips, None
         return torch.zeros(2, dtype=torch.float64) if flips is None else flips
 

@@ -1,7 +1,7 @@
-"""Processes and sharding: torchrun with gloo on CPUs and nccl on GPUs, FSDP2, and one process without torchrun as the same code.
+"""Processes and sharding: FSDP2 under torchrun, gloo on CPUs and nccl on GPUs. One process without torchrun runs the same code.
 
 Gradients are *summed* over ranks. `Batch.weights` already carries the denominators of the whole optimizer step, so FSDP's
-averaging is switched off (`set_gradient_divide_factor(1)` with plain sum reductions, which gloo has too).
+averaging is off (`set_gradient_divide_factor(1)` with plain sum reductions, which gloo supports too).
 """
 
 from __future__ import annotations
@@ -22,12 +22,12 @@ from transformers import PreTrainedModel
 
 X = TypeVar("X")
 Module = TypeVar("Module", bound=nn.Module)
-LAST_TENSORS = 0.2  # seconds that gloo's threads get to let go of theirs
+LAST_TENSORS = 0.2  # seconds for gloo's threads to release their last tensors
 
 
 @dataclass(frozen=True)
 class Parallel:
-    """This process among all of a run. Every collective is a no-op in a run of one process."""
+    """This process among all processes of a run. Every collective is a no-op in a run of one process."""
 
     rank: int
     world_size: int
@@ -39,16 +39,16 @@ class Parallel:
         return self.rank == 0
 
     def shard(self, policy: Module, *, dtype: str = "float32") -> Module:
-        """The policy on this process's device, its parameters split over all ranks (FSDP2), each decoder layer one unit.
+        """The policy on this process's device, its parameters sharded over all ranks (FSDP2), one unit per decoder layer.
 
-        Master weights keep their dtype; with `bfloat16` the forward and backward run in it and gradients are reduced in fp32.
-        A run of one process in fp32 is left unwrapped. In a larger one the weights are rank 0's, whatever the other ranks' policy
-        holds: it may be on the meta device (`srpo.policy.loading`). Beside its shards such a rank has one whole parameter at a
-        time. Collective.
+        Master weights keep their dtype; with `bfloat16` forward and backward run in bf16 and gradients are reduced in fp32.
+        In a run of one process in fp32 the policy is not wrapped. In a larger run all shards come from rank 0's weights, and the
+        policies of the other ranks may be on the meta device (`srpo.policy.loading`): such a rank holds its shards and at most
+        one whole parameter at a time. Collective.
         """
         if self.world_size == 1 and dtype == "float32":
             return policy.to(self.device)
-        if not dist.is_initialized():  # mixed precision is FSDP's, also for one process
+        if not dist.is_initialized():  # mixed precision needs FSDP, even for one process
             dist.init_process_group(_backend(self.device), store=dist.HashStore(), rank=0, world_size=1)
         whole = {name: p.detach() for name, p in policy.named_parameters()} if self.is_main and self.world_size > 1 else {}
         mesh = init_device_mesh(self.device.type, (self.world_size,))
@@ -56,7 +56,7 @@ class Parallel:
         if dtype == "bfloat16":
             precision = MixedPrecisionPolicy(param_dtype=torch.bfloat16, reduce_dtype=torch.float32)
         for unit in (*decoder_layers(policy), policy):
-            # The root, too, is resharded after its forward, so that whatever reads parameters then sees the master weights.
+            # The root is resharded after its forward, too, so that later readers of parameters see the master weights.
             fully_shard(unit, mesh=mesh, mp_policy=precision, reshard_after_forward=True)
             assert isinstance(unit, FSDPModule)
             unit.set_gradient_divide_factor(1.0)
@@ -64,16 +64,16 @@ class Parallel:
         policy._apply(lambda t: torch.empty_like(t, device=self.device) if t.is_meta else t.to(self.device))
         if self.world_size > 1:
             for name, param in policy.named_parameters():
-                self._fill(param, whole.pop(name, None))  # given up one by one
+                self._fill(param, whole.pop(name, None))  # pop: each whole tensor is freed once it is sharded
         return policy
 
     @torch.no_grad()
     def _fill(self, param: nn.Parameter, whole: torch.Tensor | None) -> None:
-        """Write `whole`, which rank 0 has, into the shards of all ranks."""
+        """Write a whole parameter, which only rank 0 passes, into the shards of all ranks."""
         empty = {"dtype": param.dtype, "device": self.device}
         whole = torch.empty(param.shape, **empty) if whole is None else whole.to(self.device)
         dist.broadcast(whole, src=0)
-        for mine in whole.chunk(self.world_size)[self.rank : self.rank + 1]:  # a short one has none for the last ranks
+        for mine in whole.chunk(self.world_size)[self.rank : self.rank + 1]:  # few rows: none for the last ranks
             to_local(param).copy_(mine)
 
     def all_reduce_sum(self, tensor: torch.Tensor) -> torch.Tensor:
@@ -106,15 +106,16 @@ class Parallel:
         return box[0]
 
     def barrier(self) -> None:
-        """Return when every rank has come here."""
+        """Return once every rank has called it."""
         if self.world_size > 1:
             dist.barrier()
 
     def close(self) -> None:
         """Leave the process group.
 
-        FSDP's mesh outlives it, and with it gloo's threads: one that lets go of its last tensor while the interpreter ends
-        aborts a process whose work is done (Python before 3.14). Nothing tells when they have; they get LAST_TENSORS seconds.
+        FSDP's device mesh outlives the group and keeps gloo's threads alive. A gloo thread that releases its last tensor while
+        the interpreter shuts down aborts the finished process (Python before 3.14). torch cannot wait for these threads, so
+        `close` sleeps LAST_TENSORS seconds.
         """
         if dist.is_initialized():
             dist.destroy_process_group()
@@ -122,7 +123,7 @@ class Parallel:
 
 
 def init_parallel() -> Parallel:
-    """This process as torchrun's environment describes it; without torchrun a run of one process, with no process group."""
+    """This process as torchrun's environment variables describe it; without torchrun, one process and no process group."""
     world_size, rank, local_rank = (int(os.environ.get(k, v)) for k, v in (("WORLD_SIZE", 1), ("RANK", 0), ("LOCAL_RANK", 0)))
     device = torch.device("cpu")
     if torch.cuda.is_available():
@@ -138,12 +139,12 @@ def _backend(device: torch.device) -> str:
 
 
 def unwrap(policy: nn.Module) -> PreTrainedModel:
-    """The transformers model in a `Policy`; the model itself where it is one."""
+    """The transformers model in a `Policy`; a transformers model itself unchanged."""
     return next(module for module in policy.modules() if isinstance(module, PreTrainedModel))
 
 
 def decoder_layers(policy: nn.Module) -> list[nn.Module]:
-    """What transformers says must not be split: the decoder layers."""
+    """The decoder layers: the modules listed in transformers' `_no_split_modules`. Raises ValueError if the model lists none."""
     model = unwrap(policy)
     names = set(model._no_split_modules or ())
     layers = [module for module in model.modules() if type(module).__name__ in names]
@@ -161,23 +162,23 @@ def current_rank() -> int:
 def iter_full_params(model: nn.Module) -> Iterator[tuple[str, torch.Tensor]]:
     """(transformers' parameter name, whole tensor) one at a time, the same on all ranks; tied parameters once.
 
-    Collective for a sharded model: every rank must iterate to the end. What is yielded of an unsharded one is the parameter's own
-    memory: copy what must outlive the next update.
+    Collective for a sharded model: every rank must iterate to the end. The tensors of an unsharded model are the parameters' own
+    memory: copy a tensor that must outlive the next update.
     """
     for name, parameter in unwrap(model).named_parameters():
         yield name, parameter.full_tensor() if isinstance(parameter, DTensor) else parameter.detach()
 
 
 def to_local(tensor: torch.Tensor) -> torch.Tensor:
-    """This rank's part of a sharded tensor; any other tensor as it is."""
+    """This rank's shard of a sharded tensor; any other tensor unchanged."""
     return tensor.to_local() if isinstance(tensor, DTensor) else tensor
 
 
 @torch.no_grad()
 def clip_grad_norm(policy: nn.Module, max_norm: float, parallel: Parallel) -> float:
-    """L2 norm of the whole gradient before clipping; gradients are scaled down to `max_norm` where it is larger (0: never).
+    """L2 norm of the whole gradient before clipping; a larger norm than `max_norm` is scaled down to it (0: no clipping).
 
-    A norm that is not finite leaves the gradients alone.
+    If the norm is not finite, the gradients stay as they are.
     """
     grads = [to_local(p.grad) for p in policy.parameters() if p.grad is not None]
     squares = torch.zeros((), dtype=torch.float64, device=parallel.device)

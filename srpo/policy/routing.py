@@ -1,8 +1,8 @@
-"""Which experts the tokens of a forward go to: read off the routers of a model, or given to them (routing replay).
+"""Routing of the tokens of a forward to experts: recorded from the routers of a model, or given to them (routing replay).
 
-A router's forward is used as it is; only its top-k is answered with the given experts. So the gate weights are the model's own
-function of its own logits (normalisation, scaling, dtype), gradients flow as through its own choice, and where nothing is given
-nothing changes, bit for bit.
+A router's own forward runs; only the result of its top-k is replaced by the given experts. So gate weights remain the model's
+function of its own logits (normalisation, scaling, dtype), gradients flow as through the router's own choice, and a forward
+without given experts keeps every bit.
 Letters: T tokens, D decoder layers, K experts of a token, E experts to choose from.
 """
 
@@ -18,16 +18,16 @@ from transformers import PreTrainedModel
 
 from srpo.policy.parallel import decoder_layers
 
-UNKNOWN = -1  # in a table of experts: this token's router in this layer chooses by itself
+UNKNOWN = -1  # entry of a table of experts: the router of this layer keeps its own choice for this token
 _TOPK: tuple[Callable[..., Any], ...] = (torch.topk, torch.Tensor.topk)
 
 
 class Routing:
-    """Of one forward: what its routers are told, and what they would have chosen.
+    """Routing of one forward: the experts given to its routers, and the experts that the routers chose themselves.
 
-    given: [T, D, K] integers, a row with an UNKNOWN in it routes by itself; None: all do.
-    `own`: {layer: [T, K]} experts that the routers chose by themselves, kept with `keep_own`.
-    `flips`: [2] float64, the number of (token, layer) that were told another set of experts, and that were told any.
+    given: [T, D, K] integers; for a row that contains UNKNOWN the router keeps its own choice. None: all routers do.
+    `own`: {layer: [T, K]} experts that the routers chose themselves, recorded if `keep_own`.
+    `flips`: [2] float64, number of (token, layer) pairs given another set of experts than the router's own, and given any.
     """
 
     def __init__(self, given: torch.Tensor | None = None, *, keep_own: bool = False) -> None:
@@ -37,7 +37,7 @@ class Routing:
         self.flips: torch.Tensor | None = None
 
     def answer(self, layer: int, scores: torch.Tensor, own: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor] | None:
-        """(scores, ids), both [T, K], of the experts that this layer's tokens go to; None: of its own choice. scores: [T, E]."""
+        """(scores, ids), both [T, K], of the experts given to this layer; None to keep its own choice [T, K]. scores: [T, E]."""
         if self.keep_own:
             self.own[layer] = own
         if self.given is None:
@@ -51,7 +51,7 @@ class Routing:
         return scores.gather(-1, ids), ids
 
     def table(self, num_layers: int) -> torch.Tensor:
-        """[T, D, K] int16, what the routers chose by themselves; UNKNOWN in layers without experts."""
+        """[T, D, K] int16, the routers' own choices; UNKNOWN in layers without experts."""
         some = next(iter(self.own.values()))
         table = torch.full((len(some), num_layers, some.shape[1]), UNKNOWN, dtype=torch.int16, device=some.device)
         for layer, ids in self.own.items():
@@ -60,11 +60,11 @@ class Routing:
 
 
 class Routers:
-    """The routers of a model. After `open` its forward takes `routing=Routing(...)`: the layers are handed it as they are other
-    arguments, so one that is computed again (activation checkpointing) is told the same.
+    """The routers of a model. After `open` its forward takes `routing=Routing(...)` and passes it to each decoder layer as an
+    argument, so that a layer recomputed by activation checkpointing gets the same routing.
 
-    model: a transformers causal LM, not yet sharded. `num_layers` D, `top_k` K. Raises ValueError for a model without experts,
-    and for one whose routers do not choose by one top-k over all experts.
+    model: a transformers causal LM, not yet sharded. `num_layers` is D, `top_k` is K. Raises ValueError for a model without
+    experts, and for routers that do not choose by a single top-k over all experts.
     """
 
     def __init__(self, model: PreTrainedModel) -> None:
@@ -79,13 +79,13 @@ class Routers:
         self.num_layers, self.top_k = len(layers), self._layers[0].top_k
 
     def open(self) -> Routers:
-        """Change the model's forward, and return self."""
+        """Replace the forwards of layers and routers, and return self."""
         for layer in self._layers:
             layer.open()
         return self
 
     def replay(self, given: torch.Tensor) -> Routing:
-        """Routing by the experts [T, D, K] of a batch. Raises ValueError where they are of another model."""
+        """Routing to the given experts [T, D, K] of a batch. Raises ValueError if D or K are those of another model."""
         if given.shape[1:] != (self.num_layers, self.top_k):
             raise ValueError(
                 f"the engine reports experts [layers, experts per token] of {list(given.shape[1:])}, the policy has "
@@ -95,7 +95,7 @@ class Routers:
 
 
 def _router_of(layer: nn.Module) -> nn.Module | None:
-    """The module of a decoder layer that has a weight, and a number of experts to choose `top_k` from."""
+    """The router of a decoder layer: its first module with a weight and integers `top_k` and `num_experts`; None without one."""
 
     def is_router(module: nn.Module) -> bool:
         counts = (getattr(module, name, None) for name in ("top_k", "num_experts"))
@@ -105,14 +105,14 @@ def _router_of(layer: nn.Module) -> nn.Module | None:
 
 
 class _Layer:
-    """A decoder layer with its router: the layer's forward takes `routing` out of its arguments, for the router's."""
+    """A decoder layer and its router. The layer's forward takes `routing` out of its arguments for the router's forward."""
 
     def __init__(self, number: int, layer: nn.Module, router: Any) -> None:
         self.number, self.top_k, self.num_experts = number, int(router.top_k), int(router.num_experts)
         self._layer, self._router = layer, router
         self._layer_forward, self._router_forward = layer.forward, router.forward
         self._routing: Routing | None = None
-        with torch.no_grad():  # what cannot be replayed is known before anything is sampled
+        with torch.no_grad():  # a router that cannot be replayed fails here, before anything is sampled
             self._route(torch.zeros(1, router.weight.shape[-1]).to(router.weight), Routing())
 
     def open(self) -> None:
@@ -140,7 +140,7 @@ class _Layer:
 
 
 class _Choice(TorchFunctionMode):
-    """Answers the top-k of one router's forward."""
+    """Replaces the result of the top-k within one router's forward."""
 
     def __init__(self, layer: _Layer, routing: Routing) -> None:
         super().__init__()
@@ -151,7 +151,7 @@ class _Choice(TorchFunctionMode):
         out = func(*args, **(kwargs or {}))
         if func not in _TOPK or out.indices.shape[-1] != self._layer.top_k or args[0].shape[-1] != self._layer.num_experts:
             return out
-        if args[0].ndim != 2:  # of groups of experts, not of experts
+        if args[0].ndim != 2:  # a top-k over groups of experts, not over experts
             return out
         self.count += 1
         answer = self._routing.answer(self._layer.number, args[0], out.indices)

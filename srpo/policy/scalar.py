@@ -1,9 +1,9 @@
-"""The scalar reward model (Appendix A), rival of the generative judge: a causal LM with one linear layer that scores each step.
+"""The scalar reward model (Appendix A), the alternative to the generative judge: a causal LM whose linear head scores steps.
 
-The score of step j is read from the hidden state of its last token, so one forward over a response grades all of its steps.
+The score of step j is read from the hidden state of its last token, so one forward over a response grades all its steps.
 
-Paper: it says only "Scalar Reward Model". One score per step, so that it can stand in Eq. 5; one layer for all steps, since what
-the step is stands in the text before.
+Paper: it says only "Scalar Reward Model". We give one score per step, so that the model fits Eq. 5, and use one head for all
+steps, because the text before a score shows which step it belongs to.
 Letters: N sequences, J reasoning steps, T packed rows, H hidden.
 """
 
@@ -34,8 +34,8 @@ class ScalarModel(nn.Module):
         self.model = model
         if activation_checkpointing:
             model.gradient_checkpointing_enable({"use_reentrant": False})
-        self.train()  # as in `Policy`: layers are recomputed only in training mode, nothing else depends on it
-        if not hasattr(model, _HEAD):  # zeros: an untrained model gives every step the probability 0.5
+        self.train()  # as in `Policy`: activation checkpointing needs training mode; nothing else depends on it
+        if not hasattr(model, _HEAD):  # zeros, so that an untrained model gives every step the probability 0.5
             head = nn.Linear(int(model.config.hidden_size), 1, device=model.device)
             nn.init.zeros_(head.weight)
             nn.init.zeros_(head.bias)
@@ -43,16 +43,16 @@ class ScalarModel(nn.Module):
 
     @property
     def max_context(self) -> int:
-        """Longest prompt plus response that the model was made for, in tokens."""
+        """Longest prompt plus response that the model supports, in tokens."""
         return int(self.model.config.max_position_embeddings)
 
     def forward(self, batch: Batch) -> torch.Tensor:
         """Logits [N, J] fp32 that each step is correct, read at the row of its last token.
 
-        The sequences are packed with one more token behind the response (`scored_batches`), so that this row exists.
+        `scored_batches` appends one token to each response, so that the last response token has a row, too.
         """
         starts, lengths = batch.cu_seqlens[:-1, None].long(), batch.cu_seqlens.diff()[:, None]
-        rows = starts + torch.minimum(batch.step_ends, lengths - 1)  # the minimum is for the empty batch alone
+        rows = starts + torch.minimum(batch.step_ends, lengths - 1)  # the minimum matters for an empty batch only
         hidden = hidden_states(self.model, batch)[rows]
         return getattr(self.model, _HEAD)(hidden).squeeze(-1).float()
 
@@ -60,10 +60,10 @@ class ScalarModel(nn.Module):
 def scored_batches(
     cases: Sequence[tuple[Sequence[int], Sequence[int], Sequence[int]]], targets: torch.Tensor, eos: int, max_tokens: int
 ) -> list[Batch]:
-    """Micro-batches of (prompt ids, response ids, step ends) for `ScalarModel`, in the order given.
+    """Micro-batches of the cases (prompt ids, response ids, step ends) for `ScalarModel`, in the given order.
 
-    targets [N, J], kept as `step_advantages`: the weight of each step's verdict in the loss, negative where the verdict is
-    "incorrect", 0 where there is none. ValueError for a case of more than `max_tokens` tokens.
+    targets [N, J] are stored as `step_advantages`: the weight of each step's verdict in the loss, negative for the verdict
+    "incorrect", 0 without a verdict. Raises ValueError for a case of more than `max_tokens` tokens.
     """
     rollouts = [
         Rollout(
@@ -81,7 +81,7 @@ def scalar_loss(logits: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
 
 @torch.no_grad()
 def probabilities(model: ScalarModel, batches: Sequence[Batch]) -> torch.Tensor:
-    """[N, J] float64 on the CPU: the probability that each step is correct, of all sequences in order."""
+    """[N, J] float64 on the CPU: the probability that each step is correct, sequences in the order of the batches."""
     device = next(model.parameters()).device
     return torch.cat([model(batch.to(device)).double().sigmoid().cpu() for batch in batches])
 
@@ -89,7 +89,7 @@ def probabilities(model: ScalarModel, batches: Sequence[Batch]) -> torch.Tensor:
 def load_scalar(path: str | Path, *, experts: str = "grouped_mm") -> ScalarModel:
     """The scalar reward model in a folder that `save_scalar` wrote, on the CPU.
 
-    Raises ValueError where there is no model, or a model without a head: a generative judge, or no judge at all.
+    Raises ValueError if the folder holds no model, or a model without a scalar head, such as a generative judge.
     """
     model = ScalarModel(load_policy(path, experts=experts))
     file = Path(path) / HEAD_FILE
@@ -105,7 +105,7 @@ def load_scalar(path: str | Path, *, experts: str = "grouped_mm") -> ScalarModel
 
 
 def save_scalar(model: nn.Module, tokenizer: PreTrainedTokenizerBase, path: str | Path) -> None:
-    """Write a Hugging Face folder with the backbone and, beside it, the head. Collective: every rank must call it."""
+    """Write a Hugging Face folder with the backbone, and the head in a file of its own. Collective: every rank must call it."""
     main = current_rank() == 0
     state = {name: tensor.cpu().clone() for name, tensor in iter_full_params(model) if main}
     if main:

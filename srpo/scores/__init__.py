@@ -1,1 +1,1 @@
-"""How right a judge is: scores of verdicts and steps, intervals, comparisons, pages (5.1.2, Table 2)."""
+"""Accuracy of a judge: scores of verdicts and steps, intervals, comparisons, result pages, plots (5.1.2, Table 2)."""

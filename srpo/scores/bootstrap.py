@@ -1,11 +1,11 @@
-"""Bootstrap intervals over clusters: the queries are drawn anew, with all their pairs, not the pairs.
+"""Bootstrap intervals over clusters: queries are resampled with all their pairs, instead of single pairs.
 
-Pairs of one query share its difficulty, so drawing pairs as if they were independent would make intervals too narrow. A score
-must be a function of sums of counts: then a draw is one product of a matrix of multiplicities with the sums of the clusters.
+Pairs of one query share its difficulty, so resampling pairs as if they were independent would make intervals too narrow. A score
+must be a function of sums of counts: a draw is then one product of a matrix of multiplicities with the sums of the clusters.
 
 Letters of shapes: N rows (responses), Q clusters (queries), D draws, K counts.
 
-Paper: it reports no uncertainty. Here: percentile intervals, 2,000 draws, 95 %.
+Paper: it reports no uncertainty. We take percentile intervals, 2,000 draws, 95 %.
 """
 
 from __future__ import annotations
@@ -19,13 +19,13 @@ from srpo.core.config.evaluation import BootstrapConfig
 
 Interval = list[float]  # [low, high]
 
-_CHUNK = 1 << 20  # multiplicities that are held at a time: 8 MB, whatever the data
+_CHUNK = 1 << 20  # multiplicities held in memory at a time: 8 MB, independent of the data
 
 
 def cluster_sums(rows: NDArray[np.integer] | NDArray[np.floating], clusters: Sequence[str]) -> NDArray[np.float64]:
     """Sums [Q, K] of `rows` [N, K] over the rows of each cluster, clusters in the order of their first row.
 
-    `clusters` [N] names the cluster of each row. Raises ValueError for no rows and for names of another number.
+    `clusters` [N] names the cluster of each row. Raises ValueError if `rows` is empty or the lengths differ.
     """
     if not len(rows) or len(rows) != len(clusters):
         raise ValueError(f"{len(rows)} rows and {len(clusters)} names of clusters: give one name per row, at least one")
@@ -37,9 +37,9 @@ def cluster_sums(rows: NDArray[np.integer] | NDArray[np.floating], clusters: Seq
 
 
 def multiplicities(num_clusters: int, settings: BootstrapConfig) -> Iterator[NDArray[np.float64]]:
-    """How often each cluster is drawn: arrays [d, Q] whose d add up to `settings.num_draws`; each row sums to Q.
+    """How often each draw contains each cluster: arrays [d, Q] whose d add up to `settings.num_draws`; each row sums to Q.
 
-    Draw i takes the next Q of `numpy.random.default_rng(seed).integers(Q)`: a function of seed and Q alone, whatever is counted,
+    Each draw takes the next Q numbers of `numpy.random.default_rng(seed).integers(Q)`. The draws depend on the seed and Q only,
     so two systems that are scored on the same queries are scored on the same draws.
     """
     generator = np.random.default_rng(settings.seed)
@@ -53,9 +53,9 @@ def multiplicities(num_clusters: int, settings: BootstrapConfig) -> Iterator[NDA
 
 
 def resampled_sums(sums: NDArray[np.float64], settings: BootstrapConfig) -> NDArray[np.float64]:
-    """Totals [D, K] over the clusters of each draw, from the `cluster_sums` [Q, K]; D is 0 where no draws are asked for.
+    """Totals [D, K] over the clusters of each draw, from the `cluster_sums` [Q, K]. Sums of counts are exact.
 
-    Sums of counts are exact. Fewer than two clusters say nothing about how scores vary over clusters: no draws either.
+    D is 0 if `settings.num_draws` is 0, and for fewer than two clusters, which do not show how scores vary over clusters.
     """
     if len(sums) < 2 or not settings.num_draws:
         return np.zeros((0, sums.shape[1]))
@@ -63,7 +63,7 @@ def resampled_sums(sums: NDArray[np.float64], settings: BootstrapConfig) -> NDAr
 
 
 def percentile_interval(draws: NDArray[np.float64], level: float) -> Interval | None:
-    """[low, high] of the middle `level` of the draws [D]; NaN, a draw that had nothing to score, is left out. None where no draw
-    is left."""
+    """[low, high] of the middle `level` of the draws [D]. NaN draws, which had nothing to score, are left out; None if no draw
+    remains."""
     defined = draws[~np.isnan(draws)]
     return np.quantile(defined, [(1 - level) / 2, (1 + level) / 2]).tolist() if defined.size else None

@@ -1,7 +1,7 @@
-"""Results of evaluated responses: the paper's offline metrics (5.1.2), the accuracy of each step, and how sure they are.
+"""Results of evaluated responses: the paper's offline metrics (5.1.2), the accuracy of each step, and confidence intervals.
 
-Paper: it does not say what a response without a readable verdict counts as. Here it is a fifth predicted class that is never
-right: a miss of its true class, and a false alarm of none.
+Paper: it is silent on responses without a readable verdict. We count them as a fifth predicted class that is never right: a miss
+of the true class, and a false alarm of no class.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from srpo.scores.tally import CONSISTENCY, NO_VERDICT, confusion_of, consistency
 from srpo.scores.tally import predicted_grade as predicted_grade
 from srpo.scores.tally import true_grades as true_grades
 
-Results = Mapping[str, Any]  # what `results_dict` returns and `results.json` holds as before and after
+Results = Mapping[str, Any]  # a dict of `results_dict`; `results.json` holds one under before and one under after
 
 
 def evaluate_predictions(grades_true: Sequence[int], grades_pred: Sequence[int | None]) -> dict[str, Any]:
@@ -49,17 +49,18 @@ def results_dict(
 ) -> dict[str, Any]:
     """The results of an evaluation, JSON-able; rollout i answers example i.
 
-    `{macro_f1, accuracy, good_f1, class_f1: [4], step_accuracy: [J], parse_rate, num_examples}` as fractions (a step accuracy is
-    None where no example has a reference), and
+    `{macro_f1, accuracy, good_f1, class_f1: [4], step_accuracy: [J], parse_rate, num_examples}`, scores as fractions (the
+    accuracy of a step is None if no example has a reference for it), and
 
-    - `confusion: [4][5]`;
-    - `consistency`: the four shares of `tally.CONSISTENCY` over the `num_examples` whose steps before the verdict can be
-      checked (those of them with a reference must all be right; in `num_fully_checked` every one has), None where there are none;
+    - `confusion: [4][5]`: true grade, predicted grade (the last column: no verdict);
+    - `consistency`: the four shares of `tally.CONSISTENCY` over the `num_examples` responses with a reference for a step before
+      the verdict; all steps with a reference must be right. `num_fully_checked` of them have a reference for each of these steps.
+      None if no response has any;
     - `by: {tag: {value: the same}}` for each tag of `by` that an example carries, `untagged: {tag: examples without it}`;
-    - with `bootstrap`, `confidence`: `{level, num_draws, seed, num_queries}` and under the name of each score its interval
-      [low, high] over queries, in the same shape as the score; None where there is none, as with a single query.
+    - with `bootstrap`, `confidence`: `{level, num_draws, seed, num_queries}` and, under the name of each score, its interval
+      [low, high] over queries, in the same shape as the score; None without an interval, as for a single query.
 
-    Raises ValueError for no examples, a pair without a grade, and rollouts of other examples.
+    Raises ValueError if there are no examples, if a pair has no grade, and if rollouts and examples are of different pairs.
     """
     if [r.example_id for r in rollouts] != [e.example_id for e in examples]:
         raise ValueError("rollouts and examples are of different pairs: give one rollout per example, in the same order")
@@ -99,7 +100,7 @@ def _results(counts: NDArray[np.int64], queries: Sequence[str], bootstrap: Boots
 
 
 def _known(value: Any) -> Any:
-    """NaN as None."""
+    """The value with NaN replaced by None."""
     if isinstance(value, list):
         return [_known(item) for item in value]
     return None if value != value else value
@@ -113,7 +114,7 @@ def _confidence(counts: NDArray[np.int64], queries: Sequence[str], bootstrap: Bo
 
 
 def shaped(drawn: Mapping[str, NDArray[np.float64]], summary: Any) -> dict[str, Any]:
-    """`summary` of the draws [D] of each score, in the shape that the scores have in `results_dict`."""
+    """`summary` applied to the draws [D] of each score, in the shape that the scores have in `results_dict`."""
     shapes = {
         key: summary(draws) if draws.ndim == 1 else [summary(column) for column in draws.T]
         for key, draws in drawn.items()
@@ -130,7 +131,7 @@ CONSISTENCY_NAMES = ("Verdict, steps right", "Only verdict right", "Only steps r
 def score_rows(schema: StepSchema, *results: Results) -> list[tuple[str, list[Any]]]:
     """(name, its value in each of `results`) of every score, in the order of the paper's Table 1, then the steps; fractions.
 
-    Also of the `confidence` of results: the values are intervals then.
+    Takes the `confidence` of results, too: the values are then intervals.
     """
     names: list[tuple[str, str, int | None]] = [(f"Class {grade} F1", "class_f1", grade - 1) for grade in GRADES]
     names += [(name, key, None) for key, name in SCORE_NAMES.items()]
@@ -140,7 +141,7 @@ def score_rows(schema: StepSchema, *results: Results) -> list[tuple[str, list[An
 
 
 def consistency_rows(*results: Results) -> list[tuple[str, list[Any]]]:
-    """(name, its value in each of `results`) of the shares of consistency; no rows where no result has them."""
+    """(name, its value in each of `results`) of the consistency shares; no rows if no result has them."""
     shares = [r.get("consistency") or {} for r in results]
     if not any(shares):
         return []

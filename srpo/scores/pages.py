@@ -1,7 +1,7 @@
-"""Pages of search results and what people or judges say of them: the inputs of the online metrics (5.1.2), read from files.
+"""Pages of search results, with grades and verdicts on them: the input files of the online metrics (5.1.2).
 
-A page is the ranked list that one system shows for one query. All files are JSON Lines (docs/programs/compare.md); anything that
-is not exactly right raises ValueError with file and line.
+A page is the ranked list that one system shows for one query. All files are JSON Lines (docs/programs/compare.md); an invalid
+line raises ValueError with file and line.
 """
 
 from __future__ import annotations
@@ -20,10 +20,10 @@ VERDICTS = ("good", "same", "bad")  # of the system under test against the basel
 
 @dataclass(frozen=True)
 class Page:
-    """What one system shows for one query."""
+    """The page that one system shows for one query."""
 
     ids: tuple[str, ...]  # best first
-    rating: str | None = None  # one of RATINGS, by a person
+    rating: str | None = None  # one of RATINGS, given by a person
     tags: Mapping[str, str] = field(default_factory=dict)
 
 
@@ -33,12 +33,12 @@ class Pages:
 
     a: dict[str, Page]  # query_id -> page
     b: dict[str, Page]
-    key: str  # what an id is: "item_ids" or "example_ids"
-    num_others: int  # lines of other systems, left out
+    key: str  # kind of the ids: "item_ids" or "example_ids"
+    num_others: int  # lines of other systems, which are left out
 
 
 def read_pages(path: Path, name_a: str, name_b: str) -> Pages:
-    """The pages of the systems `name_a` and `name_b`. ValueError for a query that only one of them has."""
+    """The pages of the systems `name_a` and `name_b`. Raises ValueError if only one of them has a page for a query."""
     pages: dict[str, dict[str, Page]] = {}
     keys: set[str] = set()
     num_others = 0
@@ -67,7 +67,7 @@ def read_pages(path: Path, name_a: str, name_b: str) -> Pages:
 
 
 def read_judgments(path: Path) -> dict[tuple[str, str], int]:
-    """(query_id, item_id) -> class 1..4 of a file of judgments."""
+    """{(query_id, item_id): class 1..4} of a file of judgments."""
     judgments: dict[tuple[str, str], int] = {}
     for where, row in _rows(path, ("query_id", "item_id", "grade"), ()):
         pair = _text(row, "query_id", where), _text(row, "item_id", where)
@@ -80,12 +80,12 @@ def read_judgments(path: Path) -> dict[tuple[str, str], int]:
 
 
 def judged_examples(examples: Sequence[Example]) -> dict[tuple[str, str], int]:
-    """(query_id, example_id) -> class 1..4 of the examples that have a grade."""
+    """{(query_id, example_id): class 1..4} of the examples that have a grade."""
     return {(e.query_id, e.example_id): e.grade for e in examples if e.grade is not None}
 
 
 def read_verdicts(path: Path, queries: Sequence[str]) -> dict[str, list[str]]:
-    """query_id -> the verdicts (good, same, bad) of its assessors, one of each; ValueError for a query without pages."""
+    """{query_id: verdicts (good, same, bad)}, one verdict per assessor. Raises ValueError for a query without pages."""
     verdicts: dict[str, dict[str, str]] = {}
     known = set(queries)
     for where, row in _rows(path, ("query_id", "verdict"), ("assessor",)):
@@ -104,10 +104,10 @@ def read_verdicts(path: Path, queries: Sequence[str]) -> dict[str, list[str]]:
 def shown_grades(
     pages: Pages, judgments: Mapping[tuple[str, str], int], top_n: int, unjudged: str
 ) -> tuple[dict[str, list[int]], dict[str, list[int]], int]:
-    """(query_id -> classes of the first `top_n` items of A's page, the same of B's, how many of these items have no class).
+    """({query_id: classes of the first `top_n` items of A's page}, the same of B's, number of these items without a class).
 
-    Items without a class are left out where `unjudged` is "leave_out". Else, and where a page would have no item left, ValueError
-    that counts them.
+    Items without a class are left out if `unjudged` is "leave_out". Otherwise, and if a page would have no item left, raises
+    ValueError with their number.
     """
     grades: tuple[dict[str, list[int]], dict[str, list[int]]] = ({}, {})
     missing: list[tuple[str, str]] = []
@@ -130,7 +130,7 @@ def shown_grades(
 
 
 def _rows(path: Path, required: Sequence[str], optional: Sequence[str]) -> Iterator[tuple[str, dict[str, Any]]]:
-    """(where it stands, object) of each line. ValueError for a file without lines and for an unknown or a missing key."""
+    """(file and line, object) of each line. Raises ValueError for an empty file and for an unknown or missing key."""
     where = ""
     with path.open(encoding="utf-8") as file:
         for number, line in enumerate(file, start=1):

@@ -1,6 +1,6 @@
 """Two systems on the same pairs: the difference of every score with a paired interval, and an exact test of their verdicts.
 
-Both systems are scored on the same draws of the queries, so that what makes a query hard for both leaves the difference.
+Both systems are scored on the same draws of the queries, so that a difficulty of a query for both cancels in the difference.
 Differences are B - A: A is the baseline, B the system under test.
 """
 
@@ -21,7 +21,7 @@ from srpo.scores.bootstrap import cluster_sums, percentile_interval, resampled_s
 from srpo.scores.evaluation import parts_by, shaped
 from srpo.scores.tally import predicted_grade, scores, tally
 
-_ROUNDING = 1e-12  # of a difference of two scores
+_ROUNDING = 1e-12  # differences of two scores up to this size count as 0
 
 
 def compare_systems(
@@ -33,14 +33,14 @@ def compare_systems(
     by: Sequence[str] = ("query_type",),
     bootstrap: BootstrapConfig | None = None,
 ) -> dict[str, Any]:
-    """How much better B is than A, JSON-able; response i of both answers example i.
+    """How much better B is than A, JSON-able; response i of both systems answers example i.
 
-    - `difference`: under the name of each score, in the shape it has in `evaluation.results_dict`, what `summarized` says of
-      it. A step that no example has a reference for, and consistency where no steps can be checked, are None.
+    - `difference`: the `summarized` difference of each score, in the shape that the scores have in `evaluation.results_dict`.
+      None for a step without a reference in any example, and for consistency if no steps can be checked.
     - `mcnemar`: `mcnemar` of the verdicts; `num_examples`, `num_queries`.
     - `by: {tag: {value: the same}}` for each tag of `by` that an example carries.
 
-    Raises ValueError for no examples, a pair without a grade, and responses to other examples.
+    Raises ValueError if there are no examples, if a pair has no grade, and if responses and examples are of different pairs.
     """
     pairs = [example.example_id for example in examples]
     if not pairs or any([r.example_id for r in rollouts] != pairs for rollouts in (rollouts_a, rollouts_b)):
@@ -68,20 +68,20 @@ def compare_systems(
 
 
 def differences(sums: NDArray[np.float64], settings: BootstrapConfig) -> dict[str, Any]:
-    """`summarized` differences of all scores of the sums per query [Q, 2 K]: the counts of A, then those of B."""
+    """`summarized` difference of each score. `sums` [Q, 2 K]: sums over each query of the counts of A, then of those of B."""
     (point_a, point_b), (drawn_a, drawn_b) = (
         [scores(half) for half in np.split(counts, 2, axis=-1)] for counts in (sums.sum(0), resampled_sums(sums, settings))
     )
-    # Row 0 is the difference on all queries, the others those of the draws.
+    # Row 0 is the difference on all queries; the other rows are the draws.
     rows = {key: np.concatenate([(point_b[key] - point_a[key])[None], drawn_b[key] - drawn_a[key]]) for key in point_a}
     return shaped(rows, lambda column: summarized(column[0], column[1:], settings.level))
 
 
 def summarized(difference: float, draws: NDArray[np.float64], level: float) -> dict[str, Any] | None:
-    """`{difference, interval, b_higher_frac, equal_frac}` of a difference and its draws [D]; None for one that is not known.
+    """`{difference, interval, b_higher_frac, equal_frac}` of a difference and its draws [D]; None if the difference is NaN.
 
-    `b_higher_frac` is the share of draws in which B is higher (of a score: better), `equal_frac` that in which both are the same
-    up to rounding. Draws without a value are left out; without any draw these three are None.
+    `b_higher_frac` is the share of draws in which B scores higher, that is better; `equal_frac` is the share in which both score
+    the same up to rounding. NaN draws are left out; if no draw remains, all but `difference` are None.
     """
     if np.isnan(difference):
         return None
@@ -97,15 +97,16 @@ def summarized(difference: float, draws: NDArray[np.float64], level: float) -> d
 def mcnemar(right_a: NDArray[np.bool_], right_b: NDArray[np.bool_]) -> dict[str, Any]:
     """`{num_only_a_right, num_only_b_right, p_value}`: McNemar's exact two-sided test of the verdicts [N] of two systems.
 
-    Under the hypothesis that both are right equally often, a pair that only one of them gets right is either's with probability
-    1/2. It takes pairs as independent, also those of one query: the interval of the difference in accuracy does not.
+    Under the null hypothesis that both are right equally often, a pair that only one of them gets right belongs to either with
+    probability 1/2. The test takes all pairs as independent, even those of one query; the interval of the accuracy's difference
+    does not.
     """
     only_a, only_b = int((right_a & ~right_b).sum()), int((right_b & ~right_a).sum())
     return {"num_only_a_right": only_a, "num_only_b_right": only_b, "p_value": sign_test(only_a, only_b)}
 
 
 def sign_test(num_a: int, num_b: int) -> float:
-    """Two-sided P that a fair coin falls as unevenly as a to b: min(1, 2 P(X <= min(a, b))), X ~ Binomial(a + b, 1/2); exact."""
+    """Exact two-sided p-value of a to b throws of a fair coin: min(1, 2 P(X <= min(a, b))), X ~ Binomial(a + b, 1/2)."""
     total, least = num_a + num_b, min(num_a, num_b)
     tail = sum(accumulate(range(least), lambda ways, k: ways * (total - k) // (k + 1), initial=1))
     return min(1.0, 2 * tail / 2**total)

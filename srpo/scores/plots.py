@@ -1,4 +1,4 @@
-"""The pictures of a run. Everything drawn comes from `metrics.jsonl` and `results.json`; files are PNG."""
+"""Plots of a run, drawn from `metrics.jsonl` and `results.json` alone and written as PNG."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from srpo.scores.evaluation import Results, score_rows
 Metrics = Sequence[Mapping[str, float | None]]  # lines of metrics.jsonl
 
 GRADE_NAMES = ("Irrelevant", "Mismatch", "Related", "Excellent")
-# Told apart by every kind of colour vision.
+# Distinguishable with every kind of colour vision.
 COLORS = ("#0072B2", "#E69F00", "#009E73", "#CC79A7", "#D55E00", "#56B4E9", "#666666")
 INK, FAINT, BEFORE, AFTER = "#222222", "#8a8a8a", "#9aa5b1", "#0072B2"
 STYLE: dict[Any, Any] = {
@@ -57,7 +57,7 @@ def series(metrics: Metrics, key: str) -> tuple[np.ndarray, np.ndarray]:
 
 
 def smooth(values: np.ndarray) -> np.ndarray:
-    """Mean over a centred window of about a twelfth of the series (over the part of it that exists, near the ends)."""
+    """Mean over a centred window of about a twelfth of the series; the window is cut off at the ends."""
     half = len(values) // 24
     sums = np.concatenate([[0.0], np.cumsum(values)])
     index = np.arange(len(values))
@@ -66,9 +66,9 @@ def smooth(values: np.ndarray) -> np.ndarray:
 
 
 def spread(positions: Sequence[float], gap: float, low: float, high: float) -> list[float]:
-    """The positions, moved as little as need be until neighbours are at least `gap` apart within low..high; the order stays."""
+    """The positions, moved as little as possible so that neighbours are at least `gap` apart within low..high; order is kept."""
     order = np.argsort(positions, kind="stable")
-    blocks: list[list[float]] = []  # [sum of wished starts, number of labels]: a block is laid out from its mean start
+    blocks: list[list[float]] = []  # [sum of wanted starts, number of labels]: a block starts at the mean
     for rank, index in enumerate(order):
         blocks.append([positions[index] - rank * gap, 1.0])
         while len(blocks) > 1 and blocks[-2][0] / blocks[-2][1] > blocks[-1][0] / blocks[-1][1]:
@@ -84,7 +84,7 @@ def spread(positions: Sequence[float], gap: float, low: float, high: float) -> l
 
 
 def draw_rewards(axes: Axes, metrics: Metrics, schema: StepSchema) -> None:
-    """Mean reward of each reasoning step as a share of what it can earn: smoothed lines over raw ones, named at their ends."""
+    """Mean reward of each reasoning step as a share of its maximum: smoothed lines over raw ones, labelled at their ends."""
     curves = []
     for spec, color in zip(schema.specs, cycle(COLORS), strict=False):
         steps, values = series(metrics, f"reward/step/{spec.name}")
@@ -101,7 +101,7 @@ def draw_rewards(axes: Axes, metrics: Metrics, schema: StepSchema) -> None:
 
 
 def draw_macro_f1(axes: Axes, metrics: Metrics, before: Results | None = None, after: Results | None = None) -> None:
-    """Macro F1 of the evaluations during training; where there were none, of the two ends."""
+    """Macro F1 of the evaluations during training; if there are none, a line from before to after."""
     steps, values = series(metrics, "eval/macro_f1")
     if not len(steps) and before is not None and after is not None:
         last = max((line["step"] or 0 for line in metrics), default=1)
@@ -115,7 +115,7 @@ def draw_macro_f1(axes: Axes, metrics: Metrics, before: Results | None = None, a
 
 
 def draw_curve(axes: Axes, metrics: Metrics, key: str, title: str, unit: str, color: str = AFTER) -> None:
-    """One metric over training, smoothed over raw."""
+    """One metric over training: the smoothed line over the raw one."""
     steps, values = series(metrics, key)
     axes.set_title(title)
     axes.set_xlabel("optimizer step")
@@ -129,7 +129,7 @@ def draw_curve(axes: Axes, metrics: Metrics, key: str, title: str, unit: str, co
 
 
 def draw_confusion(axes: Axes, results: Results, title: str, *, show_unparsed: bool) -> None:
-    """The confusion matrix: counts, shaded by the share of their row (the true class)."""
+    """The confusion matrix: counts, shaded by their share of the row (the true class)."""
     counts = np.asarray(results["confusion"])[:, : 5 if show_unparsed else 4]
     shares = counts / np.maximum(counts.sum(1, keepdims=True), 1)
     axes.imshow(shares, cmap="Blues", vmin=0, vmax=1.15, aspect="auto")
@@ -197,7 +197,7 @@ def _save(path: Path, size: tuple[float, float], draw: Callable[[Figure], None])
 def draw_overview(
     figure: Figure, metrics: Metrics, schema: StepSchema, before: Results | None, after: Results | None, name: str
 ) -> None:
-    """The picture of a run: rewards and macro F1 over training, and below them scores and confusion before and after."""
+    """The overview of a run: rewards and macro F1 over training; below them, scores and confusion before and after."""
     title = name
     top = figure
     if before is not None and after is not None:
@@ -224,9 +224,9 @@ def _any_unparsed(before: Results, after: Results) -> bool:
 def write_plots(
     out_dir: Path, metrics: Metrics, schema: StepSchema, results: Mapping[str, Results] | None = None, name: str = ""
 ) -> list[Path]:
-    """Draw every plot that there are numbers for into `out_dir` and return the files.
+    """Write the plots into `out_dir` and return the files; the plot `confusion` needs results before and after.
 
-    `results` holds `before` and `after` as in `results.json`; `name` opens the title of the overview.
+    `results` holds `before` and `after` as in `results.json`; the title of the overview starts with `name`.
     """
     before, after = (results.get("before"), results.get("after")) if results else (None, None)
     both = before is not None and after is not None

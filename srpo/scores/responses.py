@@ -1,4 +1,4 @@
-"""Responses that are there already: a `rollouts.jsonl`, or predictions from anywhere, made ready for evaluation."""
+"""Existing responses, read from a `rollouts.jsonl` or a file of predictions and prepared for evaluation."""
 
 from __future__ import annotations
 
@@ -12,26 +12,26 @@ from srpo.core.batch import Rollout, read_rollouts
 from srpo.core.steps import StepSchema, StepSpec
 from srpo.data.examples import GRADES, Example
 
-# The steps of predictions that are verdicts alone.
+# The schema of predictions that consist of a verdict alone.
 VERDICT_ONLY = StepSchema([StepSpec("verdict", r"\S")])
 
 
 @dataclass(frozen=True)
 class Responses:
-    """What a system answered: rollout i answers example i, under `schema`."""
+    """The responses of one system: rollout i answers example i, under `schema`."""
 
     rollouts: list[Rollout]
     examples: list[Example]
     schema: StepSchema
-    num_others: int = 0  # rollouts of pairs that are not among the examples, left out
+    num_others: int = 0  # rollouts of pairs that are not among the examples, which are left out
 
 
 def read_predictions(path: Path, schema: StepSchema | None = None) -> dict[str, tuple[str | None, ...]]:
-    """example_id -> answers of a JSON Lines file: one answer, the verdict ("L3"), or with `schema` and "answers" all J.
+    """{example_id: answers} of a JSON Lines file: one answer, the verdict ("L3"), or with `schema` and "answers" all J.
 
-    A line is `{"example_id": "...", "prediction": 3}`, null for none; `"answers"` [J] beside it gives the answer of every step,
-    the last that of the prediction. All lines have answers or none has. Other keys are not read. Raises ValueError with file and
-    line for a bad or repeated one, and for a file without any.
+    A line is `{"example_id": "...", "prediction": 3}`, null for no verdict; an optional `"answers"` [J] gives the answer of every
+    step, the last equal to the prediction. Either all lines have answers or none; other keys are ignored. Raises ValueError with
+    file and line for an invalid or repeated line, and for an empty file.
     """
     predictions: dict[str, tuple[str | None, ...]] = {}
     with path.open(encoding="utf-8") as file:
@@ -61,7 +61,7 @@ def read_predictions(path: Path, schema: StepSchema | None = None) -> dict[str, 
 
 
 def _answers(answers: Any, verdict: str | None, schema: StepSchema, where: str) -> tuple[str | None, ...]:
-    """The answers of a line in the spelling of the options."""
+    """The answers of a line, spelled like the options of their steps."""
     texts = isinstance(answers, list) and all(answer is None or isinstance(answer, str) for answer in answers)
     if not texts or len(answers) != schema.num_steps:
         raise ValueError(
@@ -83,9 +83,9 @@ def _answers(answers: Any, verdict: str | None, schema: StepSchema, where: str) 
 def from_predictions(
     predictions: Mapping[str, Sequence[str | None]], examples: Sequence[Example], schema: StepSchema, limit: int = 0
 ) -> Responses:
-    """Responses of predictions, for all examples or the first `limit`; of one answer each, they are of the schema VERDICT_ONLY.
+    """Responses made of predictions, for all examples or the first `limit`; predictions of verdicts alone get VERDICT_ONLY.
 
-    Raises ValueError where an example has no prediction, and for a prediction of a pair that is not among `examples`.
+    Raises ValueError if an example has no prediction, and for a prediction of a pair that is not among `examples`.
     """
     if unknown := sorted(predictions.keys() - {example.example_id for example in examples}):
         raise ValueError(f"{len(unknown)} predictions are of no example of the data, such as {unknown[0]}: remove them")
@@ -101,7 +101,7 @@ def from_predictions(
 
 
 def verdicts_alone(responses: Responses) -> Responses:
-    """The same responses cut down to their verdicts."""
+    """The same responses reduced to their verdicts, under VERDICT_ONLY."""
     return Responses(
         [replace(r, step_ends=r.step_ends[-1:], answers=r.answers[-1:]) for r in responses.rollouts],
         [replace(e, gold=e.gold[-1:], truth=()) for e in responses.examples],
@@ -111,10 +111,10 @@ def verdicts_alone(responses: Responses) -> Responses:
 
 
 def from_rollouts(rollouts: Iterable[Rollout], examples: Sequence[Example], schema: StepSchema) -> Responses:
-    """Responses of rollouts; each of several to one pair counts, in the order of the file.
+    """Responses made of rollouts, in the order of the file; several rollouts of one pair all count.
 
-    Rollouts of other pairs are left out and counted. Raises ValueError where an example has none, or a rollout another number of
-    steps.
+    Rollouts of other pairs are left out and counted. Raises ValueError if an example has no rollout, or a rollout another number
+    of steps than `schema`.
     """
     by_id = {example.example_id: example for example in examples}
     mine, num_others = [], 0
@@ -133,14 +133,14 @@ def from_rollouts(rollouts: Iterable[Rollout], examples: Sequence[Example], sche
 
 
 def check_all_there(have: Iterable[str], examples: Sequence[Example], what: str) -> None:
-    """Raise ValueError where an example's id is not in `have`."""
+    """Raise ValueError if an example's id is not in `have`; the message calls the missing thing `what`."""
     missing = {example.example_id for example in examples} - set(have)
     if missing:
         raise ValueError(f"{len(missing)} of {len(examples)} examples have no {what}, such as {min(missing)}: all must have one")
 
 
 def load_rollouts(path: Path) -> list[Rollout]:
-    """All rollouts of a file. ValueError where it is no rollouts.jsonl."""
+    """All rollouts of a file. Raises ValueError if it is not a rollouts.jsonl."""
     try:
         return [rollout for _, rollout in read_rollouts(path)]
     except (ValueError, KeyError, TypeError, AttributeError) as error:
@@ -148,9 +148,9 @@ def load_rollouts(path: Path) -> list[Rollout]:
 
 
 def from_file(source: Path, examples: Sequence[Example], schema: StepSchema) -> Responses:
-    """One response to each example, in their order: of a rollouts.jsonl, of predictions, or of the folder of an evaluation.
+    """One response to each example, in their order, from a rollouts.jsonl, predictions, or the folder of an evaluation.
 
-    Raises ValueError for a file that is neither, and where an example has no response or several.
+    Raises ValueError for any other file, and if an example has no response or several.
     """
     if source.is_dir():
         source = source / "rollouts.jsonl"

@@ -1,10 +1,10 @@
 """Online metrics of two systems on the same queries (5.1.2, Table 7): GSB, query goodrate and item goodrate.
 
-Paper: "GSB+x % indicates that, in x % of comparisons, the test system is preferred over the baseline". Read literally it is never
-negative and says nothing of the comparisons that were lost, so `gsb` is the net share (good - bad) / comparisons; the shares of
-good, same and bad stand beside it. Of the four-point scale of a page it names the two points that count, Good and Mid: here they
-are the upper two. It leaves rating to people; where nobody has rated, the classes of the shown items do, by `rating_of` and
-`verdict_of`.
+Paper: "GSB+x % indicates that, in x % of comparisons, the test system is preferred over the baseline". Read literally, GSB is
+never negative and ignores lost comparisons, so `gsb` is the net share (good - bad) / comparisons; the shares of good, same and
+bad are reported, too. The paper names the two points of a page's four-point scale that count, Good and Mid; we take them as the
+upper two. It leaves rating to people; without their ratings and verdicts, `rating_of` and `verdict_of` derive both from the
+classes of the shown items.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from srpo.scores.paired import summarized
 
 GOOD_GRADES = (3, 4)
 GOOD_RATINGS = RATINGS[:2]
-# What is counted of each query [K].
+# Columns [K] of the counts of a query.
 _COLUMNS = ("requests", "item_a", "item_b", "page_a", "page_b", *VERDICTS)
 
 
@@ -32,14 +32,14 @@ def good_frac(grades: Sequence[int]) -> float:
 
 
 def rating_of(grades: Sequence[int], bounds: Sequence[float]) -> str:
-    """The rating of a page that no person rated: good, mid or poor where its share of items of class 3 or 4 is at least the
-    bound of that name, else bad."""
+    """Rating of a page without a human rating: good, mid or poor if its share of items of class 3 or 4 is at least the bound of
+    that rating, else bad."""
     share = good_frac(grades)
     return next((rating for rating, bound in zip(RATINGS, bounds, strict=False) if share >= bound), RATINGS[-1])
 
 
 def verdict_of(grades_a: Sequence[int], grades_b: Sequence[int], margin: float) -> str:
-    """Good where the mean class of B's items is above A's by more than `margin`, bad where it is below by more, else same."""
+    """Good if the mean class of B's items exceeds A's by more than `margin`, bad if it is lower by more than that, else same."""
     gain = sum(grades_b) / len(grades_b) - sum(grades_a) / len(grades_a)
     return "good" if gain > margin else "bad" if gain < -margin else "same"
 
@@ -60,12 +60,12 @@ def side_by_side(
     - `item_goodrate: {a, b, difference, interval, b_higher_frac, equal_frac}`: mean over queries of the share of shown items of
       class 3 or 4;
     - `query_goodrate`: the same form, the share of queries whose page is rated good or mid; `ratings_by`: "people", or "item
-      classes" where the pages have no rating;
+      classes" if the pages have no rating;
     - `gsb: {gsb, interval, positive_frac, good, same, bad, num_comparisons}`, shares of the comparisons; `verdicts_by`;
     - `num_queries`, `num_short_pages` (fewer than `top_n` items), and `by: {tag: {value: the same metrics}}`.
 
-    `grades_*` are the classes of the shown items by query_id, `verdicts` those of people or None, `tags` the tags of each query.
-    Intervals are paired and over queries. Raises ValueError where some pages are rated and some are not.
+    grades_a, grades_b: classes of the shown items by query_id; verdicts: human verdicts by query_id, or None; tags: tags by
+    query_id. Intervals are paired and over queries. Raises ValueError if some pages have a rating and others none.
     """
     rated = {page.rating is not None for page in (*pages.a.values(), *pages.b.values())}
     if len(rated) > 1:
@@ -97,7 +97,7 @@ def side_by_side(
 
 
 def _metrics(table: NDArray[np.float64], bootstrap: BootstrapConfig) -> dict[str, Any]:
-    """The metrics of rows [Q, K] of queries."""
+    """The metrics of the counts [Q, K] of queries."""
     totals = np.concatenate([table.sum(0)[None], resampled_sums(table, bootstrap)])  # row 0: all queries, then the draws
     column: dict[str, NDArray[np.float64]] = dict(zip(_COLUMNS, totals.T, strict=True))
     metrics: dict[str, Any] = {"num_queries": len(table)}
@@ -106,7 +106,7 @@ def _metrics(table: NDArray[np.float64], bootstrap: BootstrapConfig) -> dict[str
         summary = summarized(b[0] - a[0], b[1:] - a[1:], bootstrap.level)
         metrics["item_goodrate" if name == "item" else "query_goodrate"] = {"a": float(a[0]), "b": float(b[0]), **(summary or {})}
     compared = column["good"] + column["same"] + column["bad"]
-    with np.errstate(invalid="ignore"):  # a draw of queries that nobody compared has no GSB
+    with np.errstate(invalid="ignore"):  # a draw without compared queries has no GSB
         shares = {name: column[name] / compared for name in VERDICTS}
         gsb = (column["good"] - column["bad"]) / compared
     summary = summarized(gsb[0], gsb[1:], bootstrap.level)

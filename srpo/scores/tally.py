@@ -1,7 +1,7 @@
-"""What is counted of each evaluated response, and the scores that follow from any sum of such counts.
+"""Counts of each evaluated response, and the scores that follow from any sum of such counts.
 
-Everything that evaluation reports is a function of these sums, so that a subset, all pairs and each draw of the bootstrap are
-scored by the same lines.
+All results of an evaluation are functions of these sums, so that a subset, all pairs and each draw of the bootstrap are scored by
+the same code.
 
 Letters of shapes: N responses, J reasoning steps, K = 26 + 2 J counts; "..." stands for any leading shape.
 """
@@ -19,7 +19,7 @@ from srpo.data.examples import GRADES, Example
 
 NUM_CLASSES = len(GRADES)
 NO_VERDICT = NUM_CLASSES  # column of the confusion matrix for a response whose verdict cannot be read
-# Shares of responses by whether the verdict is right and whether all steps before it are: they add up to 1.
+# Shares of responses by whether the verdict is right and whether all steps before it are right; they add up to 1.
 CONSISTENCY = (
     "verdict_right_steps_right",
     "verdict_right_steps_wrong",
@@ -31,22 +31,22 @@ _CONFUSION = slice(0, NUM_CLASSES * (NUM_CLASSES + 1))
 _PARSES = _CONFUSION.stop
 _CONSISTENCY = slice(_PARSES + 1, _PARSES + 1 + len(CONSISTENCY))
 _ALL_STEPS_CHECKED = _CONSISTENCY.stop
-_STEPS = _ALL_STEPS_CHECKED + 1  # then right [J], known [J]
+_STEPS = _ALL_STEPS_CHECKED + 1  # start of right [J], known [J]
 
 
 def predicted_grade(rollout: Rollout) -> int | None:
-    """The grade 1..4 that the last step's answer names ("L3" -> 3), None where it names none."""
+    """The grade 1..4 that the last step's answer names ("L3" -> 3), None if it names none."""
     answer = rollout.answers[-1] or ""
     return int(answer[1:]) if answer in {f"L{grade}" for grade in GRADES} else None
 
 
 def parses(rollout: Rollout) -> bool:
-    """Whether every step has an answer: what `parse_rate` counts."""
+    """True if every step has an answer; `parse_rate` is the share of such responses."""
     return all(answer is not None for answer in rollout.answers)
 
 
 def true_grades(examples: Sequence[Example]) -> list[int]:
-    """The human grade of each example; ValueError where one has none."""
+    """The human grade of each example. Raises ValueError if one has none."""
     grades = []
     for example in examples:
         if example.grade is None:
@@ -56,7 +56,7 @@ def true_grades(examples: Sequence[Example]) -> list[int]:
 
 
 def reference(example: Example, step: int) -> str | None:
-    """What step j of a response is held against: `gold[j]`, else `truth[j]`, else None."""
+    """The right answer to step j, which responses are compared with: `gold[j]`, else `truth[j]`, else None."""
     gold = example.gold[step] if example.gold else None
     return gold if gold is not None or not example.truth else example.truth[step]
 
@@ -64,9 +64,9 @@ def reference(example: Example, step: int) -> str | None:
 def tally(rollouts: Sequence[Rollout], examples: Sequence[Example], schema: StepSchema) -> NDArray[np.int64]:
     """Counts of each response [N, K], 0 or 1; rollout i answers example i, which must have a grade.
 
-    In order: the cell of the confusion matrix [4 x 5] it falls into; whether it parses; its share of `CONSISTENCY` [4], none
-    where no step before the verdict has a reference; whether all of them have one; for each step, whether it is right [J] and
-    whether that is known [J]. Answers are compared as sets of facts (`srpo.core.steps.same_answer`); a missing one is wrong.
+    In order: its cell of the confusion matrix [4 x 5]; whether it parses; its case of `CONSISTENCY` [4], all 0 if no step before
+    the verdict has a reference; whether all of these steps have one; for each step, whether it is right [J] and whether that is
+    known [J]. Answers are compared as sets of facts (`srpo.core.steps.same_answer`); a missing answer is wrong.
     """
     num_steps = schema.num_steps
     counts = np.zeros((len(rollouts), _STEPS + 2 * num_steps), dtype=np.int64)
@@ -91,14 +91,14 @@ def confusion_of(counts: NDArray) -> NDArray:
 
 
 def consistency_counts(counts: NDArray[np.int64]) -> tuple[int, int]:
-    """(responses whose steps before the verdict could be checked, those with all of them checked) of counts [K]."""
+    """(responses with a checked step before the verdict, responses with all these steps checked) of summed counts [K]."""
     return int(counts[_CONSISTENCY].sum()), int(counts[_ALL_STEPS_CHECKED])
 
 
 def scores(counts: NDArray) -> dict[str, NDArray[np.float64]]:
     """Scores of counts [..., K]: those of `verdict_scores`, `step_accuracy` [..., J], `parse_rate` [...], `consistency` [..., 4].
 
-    The last are shares in the order of CONSISTENCY. Fractions; NaN where nothing was counted.
+    Fractions, NaN if nothing was counted; `consistency` is in the order of CONSISTENCY.
     """
     num_steps = (counts.shape[-1] - _STEPS) // 2
     steps = counts[..., _STEPS:]

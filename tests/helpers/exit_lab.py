@@ -1,4 +1,4 @@
-"""A rank of a finished run whose gloo threads come late. argv: rendezvous file, rank, world size."""
+"""A rank of a finished run whose gloo threads are delayed. argv: rendezvous file, rank, world size."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from srpo.policy.parallel import Parallel
 
 
 def main(meeting: str, rank: int, world_size: int) -> None:
-    os.sched_setaffinity(0, {sorted(os.sched_getaffinity(0))[0]})  # a thread of low priority waits for the main thread
+    os.sched_setaffinity(0, {sorted(os.sched_getaffinity(0))[0]})  # one core: threads of low priority wait for the main one
     torch.set_num_threads(1)
     dist.init_process_group("gloo", init_method=f"file://{meeting}", rank=rank, world_size=world_size)
     layer = torch.nn.Linear(8, 8)

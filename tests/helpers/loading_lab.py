@@ -1,5 +1,5 @@
-"""On two ranks (ranks.py): `load_to_shard` of the checkpoints of `write_checkpoints`. Each rank writes rank<r>.pt with what it
-has found."""
+"""On two ranks (policy_ranks.py): `load_to_shard` of the checkpoints of `write_checkpoints`. Each rank writes its results to
+rank<r>.pt."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ PARAMS = SamplingParams(max_new_tokens=6, group_size=2)
 
 
 def write_checkpoints(folder: Path) -> None:
-    """Experts and vocabulary are odd numbers: two ranks get unequal parts."""
+    """Write the checkpoints. Numbers of experts and of tokens are odd, so that two ranks get unequal shards."""
     config = replace(lab.CONFIG, num_experts=5)
     make_tiny(lab.tokenizer(51), config, 1).save_pretrained(folder / "untied")
     tied = make_tiny(lab.tokenizer(51), config, 2)
@@ -54,13 +54,13 @@ def write_checkpoints(folder: Path) -> None:
         )
     )
     for name, buffer in with_bias.named_buffers():
-        if name.endswith("e_score_correction_bias"):  # of the router: a buffer that checkpoints have
+        if name.endswith("e_score_correction_bias"):  # a router's buffer that is stored in checkpoints
             buffer.copy_(torch.rand(buffer.shape) + 1)
     with_bias.save_pretrained(folder / "with_bias")
 
 
 class Broadcasts:
-    """Stands for `dist.broadcast`; `most` whole parameters were there at a time."""
+    """Replaces `dist.broadcast`; `most` is the largest number of whole parameters in memory at a time."""
 
     def __init__(self) -> None:
         self.most, self._sent, self._broadcast = 0, [], dist.broadcast
@@ -72,7 +72,7 @@ class Broadcasts:
 
 
 def of_policy(model: nn.Module) -> dict[str, Any]:
-    """Whole parameters, this rank's parts of them, and buffers of a sharded policy."""
+    """Unsharded parameters, this rank's shards, and buffers of a sharded policy."""
     return {
         "whole": {name: tensor.clone() for name, tensor in iter_full_params(model)},
         "parts": {name: to_local(p.detach()).clone() for name, p in unwrap(model).named_parameters()},
@@ -105,7 +105,7 @@ def case(folder: Path, parallel: Parallel) -> dict[str, Any]:
 def main(folder: Path, parallel: Parallel) -> None:
     found: dict[str, Any] = {name: case(folder / name, parallel) for name in ("untied", "tied", "with_bias")}
     critic = Critic(load_to_shard(folder / "untied", parallel))
-    critic._head().weight.data.fill_(parallel.rank + 1)  # fewer rows than ranks
+    critic._head().weight.data.fill_(parallel.rank + 1)  # the head has fewer rows than there are ranks
     found["critic"] = of_policy(parallel.shard(critic))
     try:
         load_to_shard(folder / "wrongly_tied", parallel)

@@ -1,4 +1,4 @@
-"""What the tests of srpo.policy share, and the part of them that needs several ranks (`main`, called by ranks.py)."""
+"""Helpers of the tests of srpo.policy, and their part that needs several ranks (`main`, called by policy_ranks.py)."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ ON_POLICY = Objective(
     num_updates=1,
     impl="reference",
 )
-# From hidden states: (objective, options of `gradients`).
+# Cases of a loss computed from hidden states: (objective, options of `gradients`).
 HIDDEN: dict[str, tuple[Objective, dict[str, Any]]] = {
     "untied": (replace(ON_POLICY, inputs="hidden", impl="auto"), {}),
     "tied": (replace(ON_POLICY, inputs="hidden", impl="auto"), {"tied": True, "activation_checkpointing": True}),
@@ -64,7 +64,7 @@ def one_process() -> Parallel:
 
 
 def rollouts(seed: int, lengths: Sequence[tuple[int, int]]) -> list[Rollout]:
-    """Random responses; lengths: (prompt, response) of each."""
+    """Random responses; lengths: (prompt, response) of each rollout."""
     random = torch.Generator().manual_seed(seed)
 
     def tokens(n: int) -> tuple[int, ...]:
@@ -91,9 +91,9 @@ def rollouts(seed: int, lengths: Sequence[tuple[int, int]]) -> list[Rollout]:
 
 
 def batches(seed: int, max_tokens: int | None = None, part: slice = slice(None), *, routed: bool = False) -> list[Batch]:
-    """Micro-batches of `part` of eight random rollouts; weights and advantages are those of all eight.
+    """Micro-batches of `part` of eight random rollouts; weights and advantages do not depend on `part`.
 
-    routed: with experts drawn at random for half of the tokens of each layer, the others -1.
+    routed: with random experts for about half of the tokens of each layer and -1 for the others.
     """
     random = torch.Generator().manual_seed(seed)
     lengths = torch.randint(1, 12, (8, 2), generator=random).tolist()
@@ -111,7 +111,7 @@ def batches(seed: int, max_tokens: int | None = None, part: slice = slice(None),
 
 
 class Recorder(torch.optim.SGD):
-    """An optimizer that keeps the gradients it was given and changes nothing."""
+    """An optimizer that records gradients and changes no parameter."""
 
     def __init__(self, policy: Any) -> None:
         super().__init__(policy.parameters(), lr=0.0)
@@ -135,7 +135,7 @@ def gradients(
     tied: bool = False,
     **options: bool,
 ) -> tuple[dict[str, torch.Tensor], dict[str, float]]:
-    """(whole gradients by parameter, metrics) of one update. options: of the `Policy`."""
+    """(unsharded gradients by parameter name, metrics) of one update; `options` go to `Policy`."""
     policy = parallel.shard(Policy(tiny(1, tied=tied), **options), dtype=dtype)
     reference = parallel.shard(Policy(tiny(2, tied=tied)), dtype=dtype)
     recorder = Recorder(policy)
@@ -147,14 +147,14 @@ def gradients(
 
 
 def adam_update(policy: Policy, optimizer: torch.optim.Optimizer, seed: int, parallel: Parallel, dump: Path) -> None:
-    """One real optimizer step on random data, this rank's share of it."""
+    """One real optimizer step on this rank's share of random data."""
     mine = batches(seed, 20, slice(parallel.rank, None, parallel.world_size))
     objective = Objective(**{**vars(ON_POLICY), "kl_coef": 0.0})
     update(policy, optimizer, mine, objective, parallel, step_names=STEPS, grad_clip=1.0, dump=dump)
 
 
 def train_state(policy: torch.nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, torch.Tensor]:
-    """This rank's part of every parameter and optimizer tensor."""
+    """This rank's shard of every parameter and optimizer tensor."""
     state = {}
     for name, p in policy.named_parameters():
         state[name] = to_local(p.detach()).clone()
@@ -167,7 +167,7 @@ def same_bits(a: Mapping[str, torch.Tensor], b: Mapping[str, torch.Tensor]) -> b
 
 
 def main(out: Path, parallel: Parallel) -> None:
-    """Two ranks. Rank 0 writes what the tests look at."""
+    """The part for two ranks. Rank 0 writes the results that the tests read."""
     results: dict[str, Any] = {}
     saved = {}
     # Rank 0 has six sequences in several micro-batches, rank 1 two in one.
@@ -209,7 +209,7 @@ def main(out: Path, parallel: Parallel) -> None:
     parameters = {name: tensor.clone() for name, tensor in iter_full_params(policy)}
 
     broken = batches(7, 23, uneven)
-    if not parallel.is_main:  # one rank's trouble stops all of them
+    if not parallel.is_main:  # a failure of one rank must stop all ranks
         broken = [b.with_(weights=b.weights * float("nan")) for b in broken]
     try:
         gradients(broken, parallel, out / "dump.pt")

@@ -1,4 +1,4 @@
-"""Under torchrun with two processes: `python policy_ranks.py FOLDER` runs every lab, each in the subfolder of its name."""
+"""Run by torchrun with two processes: `policy_ranks.py FOLDER` runs every lab, each in the subfolder of its name."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""On two ranks (ranks.py): PPO's advantages, the critic's gradient and its checkpoint. Rank 0 writes what tests look at."""
+"""On two ranks (policy_ranks.py): PPO's advantages, the critic's gradient and its checkpoint. Rank 0 writes the results."""
 
 from __future__ import annotations
 
@@ -17,14 +17,14 @@ from srpo.training.ppo import update_critic, with_token_advantages
 
 
 def critic_of(parallel: Parallel, dtype: str = "float32") -> Critic:
-    """A critic whose head is not 0, the same on every rank."""
+    """A critic with a random head, the same on every rank."""
     critic = Critic(lab.tiny(3))
     torch.nn.init.normal_(critic._head().weight, generator=torch.Generator().manual_seed(0))
     return parallel.shard(critic, dtype=dtype)
 
 
 def step(parts: Sequence[Batch], parallel: Parallel, dump: Path) -> dict[str, Any]:
-    """Advantages of this rank's sequences, the critic's whole gradient, metrics of all ranks."""
+    """One critic update: advantages of all ranks, the critic's unsharded gradient, and metrics."""
     critic = critic_of(parallel)
     recorder = lab.Recorder(critic)
     ready = [batch.to(parallel.device) for batch in parts]

@@ -1,4 +1,4 @@
-"""The programs of srpo, read from the source."""
+"""The list of srpo's programs, read from the source."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The smallest world that the programs run on: a few pairs, a tokenizer, and a policy that SFT has just taught the format."""
+"""A minimal setup for running the programs: a few pairs, a tokenizer, and a policy that learned the format by SFT."""
 
 from __future__ import annotations
 
@@ -42,7 +42,7 @@ NUM_PAIRS = 800
 
 
 class SmallWorld:
-    """Files in a folder, made once per test session: `pairs`, `train`, `eval` (data), `base` and `policy` (checkpoints)."""
+    """Files in a folder, written once per test session: `pairs`, `train`, `eval` (data), `base` and `policy` (checkpoints)."""
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
@@ -51,7 +51,7 @@ class SmallWorld:
 
     @classmethod
     def make(cls, folder: Path) -> SmallWorld:
-        """Generate the data, train the tokenizer, and the policy until its responses parse: a few seconds."""
+        """Generate the data, train the tokenizer, and train the policy until its responses parse. Takes a few seconds."""
         self, world = cls(folder), World(0)
         pairs = [(build_prompt(e, PROMPT), teach(e, TeacherBias())) for e in world.examples("train", NUM_PAIRS)]
         write_pairs(self.pairs, pairs)
@@ -64,7 +64,7 @@ class SmallWorld:
         return self
 
     def sft_config(self, run_dir: Path, **changes: Any) -> SftConfig:
-        """Settings of SFT from the policy that has learned nothing."""
+        """Settings of SFT from the untrained policy."""
         settings = SftConfig(
             run_dir=str(run_dir),
             data=str(self.pairs),
@@ -95,7 +95,7 @@ class SmallWorld:
 
 
 def changed(settings: Any, changes: dict[str, Any]) -> Any:
-    """The dataclass with fields replaced; a dict changes fields of a section."""
+    """A copy of the dataclass with fields replaced; a dict replaces fields of a section."""
     sections = {k: changed(getattr(settings, k), v) for k, v in changes.items() if dataclasses.is_dataclass(getattr(settings, k))}
     return dataclasses.replace(settings, **{**changes, **sections})
 
@@ -115,7 +115,7 @@ def same_bits(a: dict[str, torch.Tensor], b: dict[str, torch.Tensor]) -> bool:
 
 
 def rewrite_line(path: Path, out: Path, number: int, change: Callable[[dict[str, Any]], Any] | str) -> Path:
-    """A copy of a JSON Lines file with line `number` changed (a function of its row) or replaced (a text)."""
+    """Write a copy of a JSON Lines file to `out` with line `number` changed by a function of its row, or replaced by a text."""
     lines = path.read_text(encoding="utf-8").splitlines()
     if isinstance(change, str):
         lines[number - 1] = change
@@ -127,7 +127,7 @@ def rewrite_line(path: Path, out: Path, number: int, change: Callable[[dict[str,
 
 
 def complaint(main: Callable[[Any], None], settings: Any, folder: Path, capsys: pytest.CaptureFixture[str]) -> str:
-    """The one line that a program prints when it refuses settings; asserts that it is one line and that the exit code is 2."""
+    """The error line that a program prints for bad settings; asserts that it is a single line and that the exit code is 2."""
     path = folder / "refused.toml"
     path.write_text(dump_toml(settings), encoding="utf-8")
     capsys.readouterr()
@@ -150,7 +150,7 @@ class Program:
             launcher += ["-m", "torch.distributed.run", f"--nproc-per-node={num_ranks}"]
             launcher += ["--rdzv-backend=c10d", "--rdzv-endpoint=127.0.0.1:0", "--local-addr=127.0.0.1"]
         env = {**os.environ, "PYTHONPATH": f"{ROOT}{os.pathsep}{ROOT / 'kernels'}", "CUDA_VISIBLE_DEVICES": ""}
-        # As many threads as here: their number is part of what makes the same bits.
+        # The ranks share this process's number of threads: results depend on it, bit for bit.
         env |= {"PYTHONHASHSEED": "random", "OMP_NUM_THREADS": str(max(1, torch.get_num_threads() // num_ranks))}
         self.log = folder / "output.txt"
         with self.log.open("a", encoding="utf-8") as log:
@@ -161,14 +161,14 @@ class Program:
         return self.process.poll() is None
 
     def kill(self) -> None:
-        """kill -9 of the process and of its ranks."""
+        """Send SIGKILL to the process and its ranks, and wait for the process."""
         for pid in [self.process.pid, *_descendants(self.process.pid)] if self.running() else ():
             with contextlib.suppress(ProcessLookupError):
                 os.kill(pid, signal.SIGKILL)
         self.process.wait(timeout=60)
 
     def finish(self, timeout: float = 200) -> None:
-        """Wait for its end, which must be a good one."""
+        """Wait for the process to end; fail if its exit code is not 0."""
         try:
             code = self.process.wait(timeout=timeout)
         finally:
@@ -177,7 +177,7 @@ class Program:
 
 
 def _descendants(pid: int) -> list[int]:
-    """Children of a process and theirs (Linux): torchrun gives each rank a session of its own."""
+    """All descendants of a process (Linux). Needed because torchrun starts each rank in its own session."""
     children: list[int] = []
     for path in Path(f"/proc/{pid}/task").glob("*/children"):
         with contextlib.suppress(OSError):

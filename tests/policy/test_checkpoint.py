@@ -47,7 +47,7 @@ def test_round_trip_is_bit_exact_and_training_continues_alike(tmp_path: Path) ->
 
 
 def test_saving_does_not_change_what_is_saved(tmp_path: Path) -> None:
-    policy, optimizer = fresh()  # before the first step: the optimizer has no state yet, and gets none
+    policy, optimizer = fresh()  # before the first step the optimizer has no state, and saving must not create any
     path = save_checkpoint(tmp_path, 0, policy, optimizer, {}, lab.one_process())
     assert not optimizer.state
     other, other_optimizer = trained(tmp_path)
@@ -87,7 +87,7 @@ def test_incomplete_ones_are_never_chosen_and_are_cleared_away(tmp_path: Path) -
 
 
 def test_killed_at_any_file_operation(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Every rename, fsync and removal of a save may be the last thing a process does: it always leaves one to go on from."""
+    """Kill the process before each rename, fsync and removal of a save: a complete checkpoint always remains."""
 
     class Killed(BaseException):
         pass
@@ -115,7 +115,7 @@ def test_killed_at_any_file_operation(tmp_path: Path, monkeypatch: pytest.Monkey
             try:
                 save_checkpoint(tmp_path, 2, policy, optimizer, {"at": 2}, lab.one_process(), keep=1)
                 done = True
-            except (Killed, CheckpointException):  # torch wraps what happens inside its writer
+            except (Killed, CheckpointException):  # torch wraps exceptions of its writer
                 pass
         newest = latest_checkpoint(tmp_path)
         assert newest is not None

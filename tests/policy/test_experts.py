@@ -44,7 +44,7 @@ def test_grouped_is_right_where_all_tokens_choose_one_expert() -> None:
 
 
 def test_permuted_hands_sorted_rows_and_counts_to_the_product() -> None:
-    """What an adapter of another library may rely on: rows sorted by expert, int64 counts that sum to T * K."""
+    """An adapter of another library may rely on this: rows sorted by expert, int64 counts that sum to T * K."""
     module = layer()
     index = torch.tensor([[4, 0], [0, 2], [4, 2]])
     seen = []

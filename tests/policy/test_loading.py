@@ -1,4 +1,4 @@
-"""`load_to_shard`: rank 0 reads a checkpoint, and after `Parallel.shard` every rank has its part of it."""
+"""`load_to_shard`: rank 0 reads a checkpoint, and after `Parallel.shard` every rank has its shards of it."""
 
 from __future__ import annotations
 
@@ -20,13 +20,13 @@ CASES = ("untied", "tied", "with_bias")
 
 @pytest.fixture(scope="module")
 def folder(ranks: Path) -> Path:
-    """The checkpoints, and beside them what two ranks have written."""
+    """The folder with the checkpoints and the results that two ranks have written."""
     return ranks / "loading_lab"
 
 
 @pytest.fixture(scope="module")
 def found(folder: Path) -> list[dict[str, Any]]:
-    """Of each rank."""
+    """The results of each rank."""
     return [torch.load(folder / f"rank{rank}.pt", weights_only=True) for rank in range(2)]
 
 
@@ -51,7 +51,7 @@ def test_the_biased_routers_have_buffers_of_the_checkpoint(found: list[dict[str,
 def test_only_rank_0_reads_weights_and_has_memory_for_them(name: str, found: list[dict[str, Any]]) -> None:
     assert [of_rank[name]["num_reads"] for of_rank in found] == [1, 0]
     assert not any(found[0][name]["on_meta"]) and all(found[1][name]["on_meta"])
-    # One at a time; each of gloo's two threads may still hold the last that it has sent.
+    # Parameters are sent one at a time; each of gloo's two threads may still hold the last one that it sent.
     assert 1 <= found[1][name]["most"] <= 3 < len(found[1][name]["on_meta"]) / 4
     assert [of_rank[name]["tied"] for of_rank in found] == [name == "tied"] * 2
 

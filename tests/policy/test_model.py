@@ -74,7 +74,7 @@ def test_saved_policy_loads_in_transformers_and_here_bit_for_bit(tmp_path: Path)
     policy = Policy(lab.tiny(5))
     save_policy(policy, lab.tokenizer(), tmp_path)
     theirs = AutoModelForCausalLM.from_pretrained(tmp_path)
-    assert theirs.config._attn_implementation == "sdpa"  # nothing of ours is left in the folder
+    assert theirs.config._attn_implementation == "sdpa"  # the folder has no trace of srpo's own attention
     assert lab.same_bits(dict(theirs.named_parameters()), dict(iter_full_params(policy)))
     assert AutoTokenizer.from_pretrained(tmp_path).convert_tokens_to_ids("w7") == 7
     (batch,) = lab.batches(1)

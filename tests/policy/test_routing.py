@@ -1,4 +1,4 @@
-"""Routing replay: tokens go to the experts that they are given, with gate weights and gradients of the model's own routers."""
+"""Routing replay: tokens are routed to the given experts, with gate weights and gradients of the model's own routers."""
 
 from __future__ import annotations
 
@@ -46,7 +46,7 @@ SIZES: dict[str, Any] = {
 
 
 def near_ties(apart: float = 3e-7, **sizes: int) -> Any:
-    """A model whose routers have rows `apart`: which experts are chosen is a matter of the last bits."""
+    """A model whose routers have almost equal rows (`apart`), so that rounding decides which experts are chosen."""
     model = lab.tiny(1, replace(lab.CONFIG, **sizes))
     random = torch.Generator().manual_seed(5)
     with torch.no_grad():
@@ -57,7 +57,7 @@ def near_ties(apart: float = 3e-7, **sizes: int) -> Any:
 
 
 def sampled(model: Any, seed: int, routing: bool = True) -> list[Rollout]:
-    """What the local engine samples from the model, with the experts that it sent each token to."""
+    """Rollouts sampled by the local engine, with the experts that it routed each token to."""
     prompts = [r.prompt_ids for r in lab.rollouts(seed, [(n, 1) for n in (3, 9, 5)])]
     params = SamplingParams(20, 0.9, 10, group_size=4, stop_ids=(4, 7), routing=routing)
     engine = LocalEngine(model)
@@ -82,7 +82,7 @@ def metrics_of(policy: Policy, parts: list[Batch], dump: Path, objective: Object
 
 @pytest.mark.parametrize("perturbed", ["float64", "packing"])
 def test_a_flip_of_near_ties_is_undone(tmp_path: Path, perturbed: str) -> None:
-    """The trainer computes in fp64, or in fp32 one sequence after the other where the engine had all prompts side by side."""
+    """The trainer computes in fp64, or packs sequences in fp32 that the engine computed side by side."""
     model = near_ties()
     rollouts = sampled(model, seed=3)
     objective = replace(lab.ON_POLICY, kl_coef=0.0)
@@ -133,8 +133,8 @@ def attention(batch: Batch) -> dict[str, Any]:
 
 @pytest.mark.parametrize("norm_topk_prob", [True, False])
 def test_the_router_s_gradient_is_that_of_the_formula(norm_topk_prob: bool) -> None:
-    """weights w of experts S: p_i / sum_S p or p_i, p = softmax(W x); u = dL/dw. Also the experts that a token goes to, and that
-    a row with -1 routes by itself."""
+    """Weights w of experts S: p_i / sum_S p or p_i, with p = softmax(W x) and u = dL/dw. Also checks that a token gets its given
+    experts, and that the router keeps its own choice for a row with -1."""
     model = lab.tiny(1).double()
     policy = Policy(model, replay_routing=True)
     (batch,) = lab.batches(5, routed=True)
@@ -164,7 +164,7 @@ def test_the_router_s_gradient_is_that_of_the_formula(norm_topk_prob: bool) -> N
         p, u = logits.softmax(-1), torch.zeros_like(logits).scatter(1, ids, weights.grad)
         share = (p * chosen) / (p * chosen).sum(-1, keepdim=True) if norm_topk_prob else p * chosen
         assert torch.allclose(weights, share.gather(1, ids), rtol=1e-5)
-        wide = share if norm_topk_prob else p  # of which softmax the weights are entries
+        wide = share if norm_topk_prob else p  # the softmax whose entries the weights are
         dlogits = share * u - wide * (share * u).sum(-1, keepdim=True)
         want = dlogits.T @ x
         gate = model.model.layers[i].mlp.gate.weight
@@ -198,7 +198,7 @@ def test_packed_experts_lie_beside_their_tokens() -> None:
     rollouts = [replace(r, routed=table) if i != 1 else r for i, (r, table) in enumerate(zip(rollouts, tables, strict=True))]
     (batch,) = packed(rollouts, None)
     assert batch.routed_experts is not None and batch.routed_experts.dtype == torch.int16
-    rows = torch.tensor([0] * 7 + [UNKNOWN] * 8 + [2] * 4, dtype=torch.int16)  # one was not told
+    rows = torch.tensor([0] * 7 + [UNKNOWN] * 8 + [2] * 4, dtype=torch.int16)  # the second rollout has no experts
     assert batch.routed_experts.equal(rows[:, None, None].expand(-1, 2, 3))
     assert batch.rows()[1].routed_experts.equal(batch.routed_experts[batch.labels >= 0])  # pyright: ignore
     assert packed(lab.rollouts(3, [(3, 5)]), None)[0].routed_experts is None
@@ -229,7 +229,7 @@ MODELS: dict[str, Callable[[], Any]] = {
 
 @pytest.mark.parametrize("name", MODELS)
 def test_other_routers(name: str) -> None:
-    """What they choose by themselves, given to them, changes nothing; other experts are taken, with weights of their scores."""
+    """Replaying a router's own choice changes nothing; other given experts are used, with weights from the router's scores."""
     torch.manual_seed(0)
     model = MODELS[name]().eval()
     ids = torch.randint(0, 50, (1, 9))
@@ -254,7 +254,7 @@ def test_other_routers(name: str) -> None:
 
 
 def test_a_copy_of_a_policy_that_replays_has_routers_of_its_own() -> None:
-    """The local engine copies the model that it is given, and samples from weights that were synced since."""
+    """The local engine copies its model and samples from the last weights synced to it."""
     policy, other = Policy(lab.tiny(1), replay_routing=True), lab.tiny(2)
     engine = LocalEngine(policy)
     engine.sync_weights(other, 1)

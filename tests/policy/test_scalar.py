@@ -1,4 +1,4 @@
-"""srpo.policy.scalar: where scores are read, what the loss is, what the files hold."""
+"""srpo.policy.scalar: the rows that scores are read from, the loss, and the saved files."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ NOTHING = torch.zeros(1, 3)
 
 @pytest.fixture
 def model(world: Any) -> ScalarModel:
-    """A model with a head that has something to say."""
+    """A model with a random head."""
     scalar = ScalarModel(load_policy(world.base))
     head: Any = scalar.model.scalar_head
     torch.nn.init.normal_(head.weight, std=0.5)
@@ -44,7 +44,7 @@ def test_scores_are_those_of_the_last_token_of_each_step(model: ScalarModel) -> 
         assert packed.shape == (6, 3)
         for (prompt, response, ends), row in zip(cases, packed, strict=True):
             for end, p in zip(ends, row, strict=True):
-                ids = [*prompt, *response[:end]]  # nothing behind the step is seen
+                ids = [*prompt, *response[:end]]  # the score must not depend on tokens after the step
                 alone = scored_batches([(ids[:1], ids[1:], [len(ids) - 1] * 3)], NOTHING, EOS, 40)
                 assert float(p) == pytest.approx(float(probabilities(model, alone)[0, 0]), abs=1e-5), seed
     assert len({round(float(p), 4) for p in packed.flatten()}) > 6

@@ -49,7 +49,7 @@ def test_one_cluster_or_no_draws_give_no_draws():
 
 @pytest.mark.parametrize("seed", range(3))
 def test_intervals_over_queries_cover_the_truth_and_those_over_pairs_do_not(seed: int):
-    """50 queries of 12 pairs; how often the judge is right on a pair varies over queries, 0.6 on average."""
+    """50 queries of 12 pairs; the judge's accuracy varies over queries, 0.6 on average."""
     rng = np.random.default_rng(seed)
     settings = BootstrapConfig(num_draws=300)
     names = [f"q{i}" for i in range(50) for _ in range(12)]
@@ -61,7 +61,7 @@ def test_intervals_over_queries_cover_the_truth_and_those_over_pairs_do_not(seed
             interval = percentile_interval(drawn, 0.95)
             assert interval is not None
             covered[unit] += interval[0] <= 0.6 <= interval[1]
-    assert 0.88 <= covered["queries"] / 200 <= 0.995  # 0.95 up to the noise of 200 trials and the smallness of 50 queries
+    assert 0.88 <= covered["queries"] / 200 <= 0.995  # 0.95, up to the noise of 200 trials of 50 queries
     assert covered["pairs"] / 200 < 0.75
 
 

@@ -37,7 +37,7 @@ def test_scores_equal_scikit_learn(seed: int):
     guesses = [*rng.sample([1, 2, 3, 4], rng.randint(0, 4)), None]
     true = [rng.choice(classes) for _ in range(rng.randint(1, 60))]
     pred = [rng.choice([grade, *guesses]) for grade in true]
-    filled = [p or 9 for p in pred]  # to scikit-learn, no verdict is one more class, left out of the labels averaged over
+    filled = [p or 9 for p in pred]  # no verdict is a fifth class for scikit-learn, which averages over `labels` only
 
     scores = evaluate_predictions(true, pred)
     labels = [1, 2, 3, 4]
@@ -105,10 +105,10 @@ def test_consistency_of_reasons_and_verdict():
     examples[5] = example(5, gold=(None,) * 4 + ("L4",), truth=())  # cannot be checked
     rollouts = [
         rollout(0, *RIGHT),
-        rollout(1, RIGHT[0], None, *RIGHT[2:]),  # right for wrong reasons
-        rollout(2, *RIGHT[:4], "L1"),  # wrong despite right reasons
+        rollout(1, RIGHT[0], None, *RIGHT[2:]),  # verdict right, a step wrong
+        rollout(2, *RIGHT[:4], "L1"),  # verdict wrong, all steps right
         rollout(3, *RIGHT[:3], "conflict", None),
-        rollout(4, "x", "y", "match", "z", "L4"),  # right as far as can be told
+        rollout(4, "x", "y", "match", "z", "L4"),  # every step with a reference is right
         rollout(5, *RIGHT),
     ]
     consistency = results_dict(rollouts, examples, SCHEMA)["consistency"]
@@ -118,7 +118,7 @@ def test_consistency_of_reasons_and_verdict():
 
 @pytest.mark.parametrize("seed", range(12))
 def test_results_and_intervals_equal_resampled_rows(seed: int):
-    """All of it against plain Python that draws the rows of the queries again and scores them with scikit-learn."""
+    """All scores against plain Python that resamples the rows of the queries and scores them with scikit-learn."""
     rng = random.Random(seed)
     num_queries = rng.choice([1, 2, 5, 12])
     examples = random_examples(rng, rng.randint(2, 40), num_queries)

@@ -18,7 +18,7 @@ SCHEMA = StepSchema(PAPER_STEPS)
 
 @pytest.mark.parametrize("seed", range(10))
 def test_differences_equal_those_of_resampled_rows(seed: int):
-    """Both systems on the same drawn rows, scored by plain Python and scikit-learn."""
+    """Plain Python and scikit-learn score both systems on the same resampled rows."""
     rng = random.Random(seed)
     examples = random_examples(rng, rng.randint(2, 30), rng.choice([1, 3, 10]))
     system_a, system_b = random_rollouts(rng, examples), random_rollouts(rng, examples)
@@ -101,7 +101,7 @@ def test_sign_test_of_hand_worked_and_of_large_counts():
     assert sign_test(1, 5) == sign_test(5, 1) == 2 * (1 + 6) / 64
     assert sign_test(3, 3) == 1.0
     assert sign_test(4900, 5100) == pytest.approx(binomtest(4900, 10_000).pvalue)
-    assert sign_test(0, 3000) == 0.0  # less than a float can tell
+    assert sign_test(0, 3000) == 0.0  # smaller than the smallest float
 
 
 def test_a_difference_that_is_not_known_has_no_summary():

@@ -15,7 +15,7 @@ NO_DRAWS = BootstrapConfig(num_draws=0)
 
 
 def pages_of(a: dict[str, list[int]], b: dict[str, list[int]], ratings: str = "") -> Pages:
-    """Pages that show as many items as have classes; ratings: a letter per page, A's first (g, m, p, b)."""
+    """Pages with one item per grade; ratings: one letter per page (g, m, p, b), A's pages first."""
     words = iter([{"g": "good", "m": "mid", "p": "poor", "b": "bad"}[letter] for letter in ratings])
     made = [
         {query_id: Page(tuple(f"i{k}" for k in range(len(grades))), next(words, None)) for query_id, grades in lists.items()}
