@@ -197,7 +197,7 @@ def written(path: Path, *rows: Any) -> Path:
             ["--rollouts", "FILE", "--data", "DATA", "--by", "query_type", "colour"],
             "nothing carries the tag 'colour'.*: query_type",
         ),
-        (["--predictions", "PREDICTIONS", "--data", "DATA", "--limit", "1"], "are of no example of the data, such as other"),
+        (["--predictions", "PREDICTIONS", "--data", "DATA", "--limit", "1"], "have no example in the data, such as other"),
         (["--rollouts", "FILE", "--data", "UNGRADED"], "e0 has no grade"),
         (["--rollouts", "FILE", "--data", "DATA", "--engine", "vllm"], "engine is vllm and nothing is decoded"),
         (["--rollouts", "FILE", "--data", "DATA", "--out", "FILE"], "out is .*x.jsonl, which is a file"),

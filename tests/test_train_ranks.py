@@ -102,5 +102,5 @@ def test_the_step_of_two_ranks_is_the_step_of_one(world: Any, two_ranks: Path, t
 
 def test_one_process_cannot_go_on_with_a_run_of_two(world: Any, two_ranks: Path) -> None:
     cfg = world.config(two_ranks, data={"eval": str(world.eval)}, **CHANGES)
-    with pytest.raises(ValueError, match="was written by 2 ranks, this run has 1: start as many processes"):
+    with pytest.raises(ValueError, match="was written by 2 ranks, this run has 1: start 2 processes"):
         train(cfg, small.ONE)

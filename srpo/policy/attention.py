@@ -80,7 +80,9 @@ def varlen_attention(
             "srpo.policy.model.hidden_states, or model.set_attn_implementation('sdpa') for padded inputs and generation"
         )
     if kwargs.get("sliding_window") is not None and kwargs["sliding_window"] < max_length_q:
-        raise ValueError(f"{ATTENTION} attention has no sliding window: set use_sliding_window to false in config.json")
+        raise ValueError(
+            f"{ATTENTION} attention does not support sliding windows: set use_sliding_window to false in config.json"
+        )
     query, key, value = (x[0].transpose(0, 1) for x in (query, key, value))  # [T, heads, D]
     gqa = query.shape[1] != key.shape[1]
     if needs_padding(query.device, query.dtype):

@@ -40,7 +40,7 @@ def save_checkpoint(
     ValueError, so that the error comes at saving and not at resume. `load_checkpoint` restores every bit.
     """
     if keep < 1:
-        raise ValueError(f"train.keep_checkpoints is {keep}: at least the newest checkpoint must stay")
+        raise ValueError(f"train.keep_checkpoints is {keep}: set it to 1 or more")
     root = Path(root)
     final = root / f"step_{step:06d}"
     aside = root / f"{final.name}.tmp-{parallel.broadcast_object(os.getpid())}"
@@ -85,7 +85,9 @@ def load_checkpoint(path: str | Path, policy: nn.Module, optimizer: Optimizer, p
         raise ValueError(f"{path} is not a complete checkpoint (no {COMPLETE} file): resume from another, or start a new run_dir")
     world_size = json.loads((path / COMPLETE).read_text())["world_size"]
     if world_size != parallel.world_size:
-        raise ValueError(f"{path} was written by {world_size} ranks, this run has {parallel.world_size}: start as many processes")
+        raise ValueError(
+            f"{path} was written by {world_size} ranks, this run has {parallel.world_size}: start {world_size} processes"
+        )
     stored = dcp.FileSystemReader(path).read_metadata().state_dict_metadata
     state = _policy_state(policy)
     _check_same_model(path, state, stored)

@@ -107,7 +107,9 @@ def _attention(
     if sliding_window is not None:
         extra.append("sliding_window")
     if extra:
-        raise ValueError(f"this model's attention needs {', '.join(extra)}, which the local engine has not: use another engine")
+        raise ValueError(
+            f"the model's attention needs {', '.join(extra)}, which the local engine does not support: set the engine to 'vllm'"
+        )
     layer = int(module.layer_idx)  # pyright: ignore[reportArgumentType]
     if key_values.prefilling:
         return key_values.attend_prompt(layer, query, key, value, scaling).transpose(1, 2), None

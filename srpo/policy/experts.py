@@ -95,8 +95,8 @@ def _megablocks_gmm() -> Callable[..., torch.Tensor]:
         grouped_gemm_util.assert_grouped_gemm_is_available()
     except (ImportError, AssertionError) as error:
         raise ImportError(
-            "policy.experts = 'megablocks' needs MegaBlocks: pip install --no-deps megablocks==0.10.0 stanford-stk==0.7.1 "
-            "grouped_gemm==0.3.0 (without --no-deps it would replace torch), or set policy.experts to 'grouped_mm'"
+            "policy.experts is 'megablocks', but MegaBlocks is not installed: pip install --no-deps megablocks==0.10.0 "
+            "stanford-stk==0.7.1 grouped_gemm==0.3.0 (without --no-deps pip would replace torch), or set it to 'grouped_mm'"
         ) from error
     return grouped_gemm_util.ops.gmm
 
@@ -104,7 +104,7 @@ def _megablocks_gmm() -> Callable[..., torch.Tensor]:
 def registered_name(experts: str) -> str:
     """Transformers' name of one of `IMPLEMENTATIONS`. ValueError for an unknown name, ImportError if it is not installed."""
     if experts not in IMPLEMENTATIONS:
-        raise ValueError(f"policy.experts = {experts!r} is not one of {', '.join(IMPLEMENTATIONS)}")
+        raise ValueError(f"policy.experts is {experts!r}: set it to one of {', '.join(IMPLEMENTATIONS)}")
     if experts == "megablocks":
         _megablocks_gmm()
     return f"srpo_{experts}"

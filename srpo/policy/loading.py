@@ -33,8 +33,8 @@ def load_to_shard(path: str | Path, parallel: Parallel, *, experts: str = "group
     wrong = next((names for names in parallel.all_gather_object(wrong) if names), [])
     if wrong:
         raise ValueError(
-            f"the model in {str(path)!r} is not what its config.json makes: they differ in {len(wrong)} parameters or buffers, "
-            f"first {wrong[0]}. Make config.json fit the weights (tie_word_embeddings says whether the head is the embedding)"
+            f"the weights in {str(path)!r} do not fit their config.json: they differ in {len(wrong)} parameters or buffers, "
+            f"first {wrong[0]}. Correct config.json (tie_word_embeddings: whether the head shares the embedding's weight)"
         )
     with torch.no_grad():
         for name, buffer in model.named_buffers():  # some buffers are stored in the checkpoint, others are computed

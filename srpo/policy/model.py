@@ -118,13 +118,14 @@ def check_head(model: PreTrainedModel, inputs: str) -> None:
     after += [key for key in _LOGIT_SCALES if getattr(config, key, None) not in (None, 1)]
     if after:
         raise ValueError(
-            f"{name} changes its logits after the head ({', '.join(after)}), which srpo does not: take another model"
+            f"{name} changes its logits after the head ({', '.join(after)}), which srpo does not support: "
+            "set policy.path to another model"
         )
     plain = type(model.lm_head) is nn.Linear and model.lm_head.bias is None
     if inputs == "hidden" and not plain:
         what = "has a bias" if isinstance(model.lm_head, nn.Linear) else f"is a {type(model.lm_head).__name__}"
         raise ValueError(
-            f"inputs of the loss are 'hidden', which takes a head that is one matrix, but that of {name} {what}: "
+            f"inputs of the loss are 'hidden', which needs a head that is a single matrix, but the head of {name} {what}: "
             "set inputs to 'logits'"
         )
 

@@ -149,7 +149,7 @@ def decoder_layers(policy: nn.Module) -> list[nn.Module]:
     names = set(model._no_split_modules or ())
     layers = [module for module in model.modules() if type(module).__name__ in names]
     if not layers:
-        raise ValueError(f"{type(model).__name__} names no decoder layers (_no_split_modules): it cannot be sharded")
+        raise ValueError(f"{type(model).__name__} lists no decoder layers in _no_split_modules: set policy.path to another model")
     return layers
 
 

@@ -73,7 +73,7 @@ class Routers:
         self._layers = [_Layer(i, layer, router) for i, layer, router in found if router is not None]
         if not self._layers:
             raise ValueError(
-                f"rollout.routing is 'replay' and {type(model).__name__} has no experts to route to: set rollout.routing to "
+                f"rollout.routing is 'replay', but {type(model).__name__} has no experts to route to: set rollout.routing to "
                 "'recompute'"
             )
         self.num_layers, self.top_k = len(layers), self._layers[0].top_k
@@ -133,8 +133,8 @@ class _Layer:
             out = self._router_forward(hidden)
         if choice.count != 1:
             raise ValueError(
-                f"{type(self._router).__name__} does not choose its experts by one top-k over all of them: its choice cannot be "
-                "replayed, set rollout.routing to 'recompute'"
+                f"{type(self._router).__name__} does not choose its experts by one top-k over all of them, so its choice "
+                "cannot be replayed: set rollout.routing to 'recompute'"
             )
         return out
 

@@ -95,12 +95,12 @@ def load_scalar(path: str | Path, *, experts: str = "grouped_mm") -> ScalarModel
     file = Path(path) / HEAD_FILE
     if not file.is_file():
         raise ValueError(
-            f"no {HEAD_FILE} in {path}: name what `srpo.train_judge --kind scalar` made, or set reward.judge to 'generative'"
+            f"no {HEAD_FILE} in {path}: name a folder of `srpo.train_judge --kind scalar`, or set reward.judge to 'generative'"
         )
     try:
         getattr(model.model, _HEAD).load_state_dict(load_file(file))
     except (SafetensorError, RuntimeError) as error:
-        raise ValueError(f"{file} does not fit the model beside it ({error}): train the judge again") from error
+        raise ValueError(f"{file} does not fit the model in its folder ({error}): train the judge again") from error
     return model
 
 

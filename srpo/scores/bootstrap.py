@@ -28,7 +28,7 @@ def cluster_sums(rows: NDArray[np.integer] | NDArray[np.floating], clusters: Seq
     `clusters` [N] names the cluster of each row. Raises ValueError if `rows` is empty or the lengths differ.
     """
     if not len(rows) or len(rows) != len(clusters):
-        raise ValueError(f"{len(rows)} rows and {len(clusters)} names of clusters: give one name per row, at least one")
+        raise ValueError(f"{len(rows)} rows and {len(clusters)} cluster names: give one name per row, and at least one row")
     index: dict[str, int] = {}
     numbers = np.array([index.setdefault(name, len(index)) for name in clusters])
     order = np.argsort(numbers, kind="stable")

@@ -46,10 +46,10 @@ def read_pages(path: Path, name_a: str, name_b: str) -> Pages:
         system, query_id = _text(row, "system", where), _text(row, "query_id", where)
         named = [key for key in ("item_ids", "example_ids") if key in row]
         if len(named) != 1:
-            raise ValueError(f"{where}: give the list as item_ids or as example_ids")
+            raise ValueError(f"{where}: give the list as either item_ids or example_ids")
         keys.update(named)
         if len(keys) > 1:
-            raise ValueError(f"{where}: some lists are of item_ids and some of example_ids: give one kind")
+            raise ValueError(f"{where}: some lists are item_ids and some example_ids: use one of the two in the whole file")
         page = Page(_ids(row[named[0]], named[0], where), _one_of(row.get("rating"), RATINGS, "rating", where), _tags(row, where))
         if query_id in pages.setdefault(system, {}):
             raise ValueError(f"{where}: a second list of {system!r} for query {query_id!r}: keep one")
@@ -57,11 +57,11 @@ def read_pages(path: Path, name_a: str, name_b: str) -> Pages:
     for name in (name_a, name_b):
         if name not in pages:
             raise ValueError(
-                f"{path} has no system {name!r}: it has {', '.join(sorted(pages))}; name two by --name-a and --name-b"
+                f"{path} has no system {name!r}: it has {', '.join(sorted(pages))}; set --name-a and --name-b to two of these"
             )
     a, b = pages[name_a], pages[name_b]
     if alone := sorted(a.keys() ^ b.keys()):
-        raise ValueError(f"{path}: {len(alone)} queries have a list of one system only, such as {alone[0]!r}: both need one")
+        raise ValueError(f"{path}: {len(alone)} queries have a list of one system only, such as {alone[0]!r}: add the other's")
     num_others = sum(len(lists) for name, lists in pages.items() if name not in (name_a, name_b))
     return Pages(a, {query_id: b[query_id] for query_id in a}, keys.pop(), num_others)
 
@@ -91,7 +91,7 @@ def read_verdicts(path: Path, queries: Sequence[str]) -> dict[str, list[str]]:
     for where, row in _rows(path, ("query_id", "verdict"), ("assessor",)):
         query_id, assessor = _text(row, "query_id", where), str(row.get("assessor", ""))
         if query_id not in known:
-            raise ValueError(f"{where}: query {query_id!r} has no pages: remove the line or give its lists")
+            raise ValueError(f"{where}: query {query_id!r} has no pages: remove the line, or add its lists to pages.file")
         if assessor in verdicts.setdefault(query_id, {}):
             raise ValueError(f"{where}: a second verdict on query {query_id!r}: give each assessor a name of its own")
         told = _one_of(row["verdict"], VERDICTS, "verdict", where)
@@ -121,11 +121,11 @@ def shown_grades(
     if missing and unjudged == "refuse":
         query_id, name = missing[0]
         raise ValueError(
-            f"{len(missing):,} of {num_shown:,} shown items have no grade, such as {name!r} of query {query_id!r}: judge them, "
-            "or leave them out with --pages.unjudged leave_out"
+            f"{len(missing):,} of {num_shown:,} shown items have no grade, such as {name!r} of query {query_id!r}: add grades, "
+            "or set pages.unjudged to 'leave_out'"
         )
     if empty := [query_id for graded in grades for query_id, told in graded.items() if not told]:
-        raise ValueError(f"{len(empty):,} pages have no judged item at all, such as one of query {empty[0]!r}: judge them")
+        raise ValueError(f"{len(empty):,} pages have no judged item at all, such as one of query {empty[0]!r}: add grades")
     return *grades, len(missing)
 
 
@@ -138,10 +138,10 @@ def _rows(path: Path, required: Sequence[str], optional: Sequence[str]) -> Itera
             try:
                 row = json.loads(line)
             except ValueError as error:
-                raise ValueError(f"{where}: not JSON ({error}): each line is one object") from error
+                raise ValueError(f"{where}: not JSON ({error}): each line must be one object") from error
             if not isinstance(row, dict) or not row.keys() >= {*required} or row.keys() - {*required, *optional}:
-                also = f", and maybe {', '.join(optional)}" if optional else ""
-                raise ValueError(f"{where}: want an object with {', '.join(required)}{also}")
+                also = f", and optionally {', '.join(optional)}" if optional else ""
+                raise ValueError(f"{where}: each line must be an object with {', '.join(required)}{also}")
             yield where, row
     if not where:
         raise ValueError(f"{path} is empty: give at least one line")
@@ -159,7 +159,7 @@ def _ids(value: Any, key: str, where: str) -> tuple[str, ...]:
     ids = tuple(map(str, value))
     if len(set(ids)) < len(ids):
         twice = next(name for i, name in enumerate(ids) if name in ids[:i])
-        raise ValueError(f"{where}: {twice!r} is twice in the list: show an item once")
+        raise ValueError(f"{where}: {twice!r} is twice in the list: keep one")
     return ids
 
 

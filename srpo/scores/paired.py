@@ -44,7 +44,7 @@ def compare_systems(
     """
     pairs = [example.example_id for example in examples]
     if not pairs or any([r.example_id for r in rollouts] != pairs for rollouts in (rollouts_a, rollouts_b)):
-        raise ValueError("both systems need one response to each of the same pairs, at least one, in the same order")
+        raise ValueError("give both systems one response to each of the same pairs, at least one, in the same order")
     settings = bootstrap or BootstrapConfig()
     tallies = [tally(rollouts, examples, schema) for rollouts in (rollouts_a, rollouts_b)]
     right_a, right_b = (

@@ -41,7 +41,7 @@ def read_predictions(path: Path, schema: StepSchema | None = None) -> dict[str, 
                 row = json.loads(line)
                 example_id, prediction = row["example_id"], row["prediction"]
             except (ValueError, KeyError, TypeError) as error:
-                raise ValueError(f'{where}: want {{"example_id": "...", "prediction": 1}} ({error!r})') from error
+                raise ValueError(f'{where}: each line must be {{"example_id": "...", "prediction": 1}} ({error!r})') from error
             if not isinstance(example_id, str) and type(example_id) is not int:
                 raise ValueError(f"{where}: example_id is {example_id!r}: give a string or an integer")
             if prediction is not None and (type(prediction) is not int or prediction not in GRADES):
@@ -53,10 +53,10 @@ def read_predictions(path: Path, schema: StepSchema | None = None) -> dict[str, 
             if schema is not None and row.get("answers") is not None:
                 answers = _answers(row["answers"], verdict, schema, where)
             if predictions and len(answers) != len(next(iter(predictions.values()))):
-                raise ValueError(f"{where}: some lines have answers and some have none: give the answers of all or of none")
+                raise ValueError(f"{where}: some lines have answers and some have none: give answers in all lines or in none")
             predictions[str(example_id)] = answers
     if not predictions:
-        raise ValueError(f"{path} has no predictions: it is empty")
+        raise ValueError(f"{path} is empty: give at least one prediction")
     return predictions
 
 
@@ -76,7 +76,7 @@ def _answers(answers: Any, verdict: str | None, schema: StepSchema, where: str) 
             raise ValueError(f"{where}: {answer!r} is no answer to {spec.name}: give {options}, or null")
         canonical.append(told)
     if canonical[-1] != verdict:
-        raise ValueError(f"{where}: prediction says {verdict} and the last answer {canonical[-1]}: they are the same verdict")
+        raise ValueError(f"{where}: prediction is {verdict}, but the last answer {canonical[-1]}: give the same verdict")
     return tuple(canonical)
 
 
@@ -88,7 +88,7 @@ def from_predictions(
     Raises ValueError if an example has no prediction, and for a prediction of a pair that is not among `examples`.
     """
     if unknown := sorted(predictions.keys() - {example.example_id for example in examples}):
-        raise ValueError(f"{len(unknown)} predictions are of no example of the data, such as {unknown[0]}: remove them")
+        raise ValueError(f"{len(unknown)} predictions have no example in the data, such as {unknown[0]}: remove them")
     chosen = list(examples[: limit or None])
     check_all_there(predictions, chosen, "prediction")
     answers = [tuple(predictions[example.example_id]) for example in chosen]
@@ -124,7 +124,7 @@ def from_rollouts(rollouts: Iterable[Rollout], examples: Sequence[Example], sche
         elif len(rollout.answers) != schema.num_steps:
             raise ValueError(
                 f"the rollout of {rollout.example_id} has {len(rollout.answers)} steps, the settings have {schema.num_steps}: "
-                "name the TOML that it was sampled with by --config"
+                "set --config to the TOML that it was sampled with"
             )
         else:
             mine.append(rollout)
@@ -136,7 +136,7 @@ def check_all_there(have: Iterable[str], examples: Sequence[Example], what: str)
     """Raise ValueError if an example's id is not in `have`; the message calls the missing thing `what`."""
     missing = {example.example_id for example in examples} - set(have)
     if missing:
-        raise ValueError(f"{len(missing)} of {len(examples)} examples have no {what}, such as {min(missing)}: all must have one")
+        raise ValueError(f"{len(missing)} of {len(examples)} examples have no {what}, such as {min(missing)}: add one for each")
 
 
 def load_rollouts(path: Path) -> list[Rollout]:
@@ -155,7 +155,7 @@ def from_file(source: Path, examples: Sequence[Example], schema: StepSchema) -> 
     if source.is_dir():
         source = source / "rollouts.jsonl"
     if not source.is_file():
-        raise ValueError(f"no such file: {source}: name a rollouts.jsonl, predictions, or the folder of an evaluation")
+        raise ValueError(f"no such file: {source}: name a rollouts.jsonl, a file of predictions, or the folder of an evaluation")
     with source.open(encoding="utf-8") as file:
         is_rollouts = '"response_ids"' in file.readline()
     if not is_rollouts:
@@ -164,6 +164,6 @@ def from_file(source: Path, examples: Sequence[Example], schema: StepSchema) -> 
     first: dict[str, Rollout] = {}
     for rollout in found.rollouts:
         if rollout.example_id in first:
-            raise ValueError(f"{source} has several rollouts of {rollout.example_id}: systems are compared on one per example")
+            raise ValueError(f"{source} has several rollouts of {rollout.example_id}: keep one per example")
         first[rollout.example_id] = rollout
     return replace(found, rollouts=[first[example.example_id] for example in examples], examples=list(examples))

@@ -69,7 +69,7 @@ def side_by_side(
     """
     rated = {page.rating is not None for page in (*pages.a.values(), *pages.b.values())}
     if len(rated) > 1:
-        raise ValueError("some pages have a rating and some have none: rate all of them or none")
+        raise ValueError("some pages have a rating and some have none: rate all pages or none")
     rows = []
     for query_id in pages.a:
         both = grades_a[query_id], grades_b[query_id]

@@ -50,7 +50,7 @@ def true_grades(examples: Sequence[Example]) -> list[int]:
     grades = []
     for example in examples:
         if example.grade is None:
-            raise ValueError(f"{example.example_id} has no grade: evaluation needs the last entry of gold (L1..L4) of every pair")
+            raise ValueError(f"{example.example_id} has no grade: set the last entry of gold to L1..L4 in every evaluated pair")
         grades.append(example.grade)
     return grades
 

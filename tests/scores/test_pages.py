@@ -39,12 +39,12 @@ def test_pages_of_two_systems_are_read_and_others_counted(tmp_path: Path):
     ("row", "message"),
     [
         ("nonsense", "line 2: not JSON"),
-        ([], "line 2: want an object with system, query_id"),
-        ({"system": "a", "item_ids": ["i"]}, "line 2: want an object"),
-        (page("b", "q1", "i", rank=1), "line 2: want an object"),
-        ({"system": "b", "query_id": "q1"}, "line 2: give the list as item_ids or as example_ids"),
+        ([], "line 2: each line must be an object with system, query_id"),
+        ({"system": "a", "item_ids": ["i"]}, "line 2: each line must be"),
+        (page("b", "q1", "i", rank=1), "line 2: each line must be"),
+        ({"system": "b", "query_id": "q1"}, "line 2: give the list as either item_ids or example_ids"),
         (page("b", "q1", "i", example_ids=["i"]), "line 2: give the list as"),
-        ({"system": "b", "query_id": "q1", "example_ids": ["i"]}, "line 2: some lists are of item_ids"),
+        ({"system": "b", "query_id": "q1", "example_ids": ["i"]}, "line 2: some lists are item_ids"),
         (page("b", "q1"), "line 2: item_ids is \\[\\]: give a list of at least one"),
         ({"system": "b", "query_id": "q1", "item_ids": "i1"}, "line 2: item_ids is 'i1'"),
         (page("b", "q1", "i", "j", "i"), "line 2: 'i' is twice in the list"),
@@ -52,7 +52,7 @@ def test_pages_of_two_systems_are_read_and_others_counted(tmp_path: Path):
         (page("b", "q1", "i", tags=["x"]), "line 2: tags are"),
         ({"system": "b", "query_id": None, "item_ids": ["i"]}, "line 2: query_id is None"),
         (page("a", "q1", "j"), "line 2: a second list of 'a' for query 'q1'"),
-        (page("c", "q1", "j"), "no system 'b': it has a, c; name two"),
+        (page("c", "q1", "j"), "no system 'b': it has a, c; set --name-a"),
         (page("b", "q2", "j"), "2 queries have a list of one system only, such as 'q1'"),
     ],
 )
@@ -67,7 +67,7 @@ def test_bad_lists_name_file_and_line(tmp_path: Path, row: Any, message: str):
         ({"query_id": "q", "item_id": "i", "grade": 5}, "grade is 5"),
         ({"query_id": "q", "item_id": "i", "grade": "L3"}, "grade is 'L3'"),
         ({"query_id": "q", "item_id": "h", "grade": 1}, "a second grade of item 'h' for query 'q'"),
-        ({"query_id": "q", "item_id": "i"}, "want an object with query_id, item_id, grade"),
+        ({"query_id": "q", "item_id": "i"}, "each line must be an object with query_id, item_id, grade"),
     ],
 )
 def test_judgments_are_read_strictly(tmp_path: Path, row: Any, message: str):
@@ -114,5 +114,5 @@ def test_grades_of_examples_are_judgments():
     "changes", [{"top_n": 0}, {"verdict_margin": -0.1}, {"rating_bounds": (0.5, 0.6, 0.1)}, {"rating_bounds": (1.5, 0.6, 0.1)}]
 )
 def test_settings_that_cannot_be_are_refused(changes: dict[str, Any]):
-    with pytest.raises(ValueError, match=f"pages.{next(iter(changes))} is"):
+    with pytest.raises(ValueError, match=rf"pages\.{next(iter(changes))} is"):
         PagesConfig(**changes)

@@ -93,7 +93,7 @@ def test_bad_prediction_lines_name_file_and_line(tmp_path: Path, row: Any, messa
 
 
 def test_a_file_without_predictions_is_refused(tmp_path: Path):
-    with pytest.raises(ValueError, match="has no predictions"):
+    with pytest.raises(ValueError, match="is empty: give at least one prediction"):
         read_predictions(written(tmp_path / "p.jsonl"))
 
 
@@ -101,7 +101,7 @@ def test_predictions_are_of_the_examples_and_all_of_them(tmp_path: Path):
     told = {"e0": ("L1",), "e1": ("L1",)}
     with pytest.raises(ValueError, match="8 of 10 examples have no prediction, such as e2"):
         from_predictions(told, EXAMPLES, SCHEMA)
-    with pytest.raises(ValueError, match="1 predictions are of no example of the data, such as e1"):
+    with pytest.raises(ValueError, match="1 predictions have no example in the data, such as e1"):
         from_predictions(told, EXAMPLES[:1], SCHEMA)
     assert from_predictions(told, EXAMPLES[:2], SCHEMA, limit=1).examples == [replace(EXAMPLES[0], gold=("L1",), truth=())]
 

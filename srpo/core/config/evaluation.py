@@ -19,11 +19,10 @@ class BootstrapConfig:
     seed: int = 0  # seed of the draws
 
     def __post_init__(self) -> None:
-        if self.num_draws < 0 or self.seed < 0:
-            raise ValueError(
-                f"bootstrap.num_draws is {self.num_draws} and bootstrap.seed {self.seed}: set both to 0 or more (num_draws 0: no "
-                "intervals)"
-            )
+        if self.num_draws < 0:
+            raise ValueError(f"bootstrap.num_draws is {self.num_draws}: set it to 0 (no intervals) or more")
+        if self.seed < 0:
+            raise ValueError(f"bootstrap.seed is {self.seed}: set it to 0 or more")
         if not 0 < self.level < 1:
             raise ValueError(f"bootstrap.level is {self.level}: set it to a fraction between 0 and 1, such as 0.95")
 
