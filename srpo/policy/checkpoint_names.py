@@ -84,5 +84,5 @@ def _layout(model: PreTrainedModel, name: str, tensor: torch.Tensor) -> tuple[Pa
         parts.append(Part(part_name, first, tuple(value.shape)))
     parts.sort(key=lambda part: part.first)
     ends = [0, *(part.first + math.prod(part.shape) for part in parts)]
-    whole = [part.first for part in parts] == ends[:-1] and ends[-1] == tensor.numel()
-    return tuple(parts) if whole else None
+    gapless = [part.first for part in parts] == ends[:-1] and ends[-1] == tensor.numel()
+    return tuple(parts) if gapless else None

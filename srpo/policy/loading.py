@@ -27,14 +27,14 @@ def load_to_shard(path: str | Path, parallel: Parallel, *, experts: str = "group
     model = load_policy(path, experts=experts) if parallel.is_main else _without_weights(path, experts)
     if parallel.world_size == 1:
         return model
-    mine = _layout(model)
-    theirs, buffers = parallel.broadcast_object((mine, dict(model.named_buffers())))
-    wrong = [name for name in {**theirs, **mine} if theirs.get(name) != mine.get(name)]
-    wrong = next((names for names in parallel.all_gather_object(wrong) if names), [])
-    if wrong:
+    layout = _layout(model)
+    main_layout, buffers = parallel.broadcast_object((layout, dict(model.named_buffers())))
+    differing = [name for name in {**main_layout, **layout} if main_layout.get(name) != layout.get(name)]
+    differing = next((names for names in parallel.all_gather_object(differing) if names), [])
+    if differing:
         raise ValueError(
-            f"the weights in {str(path)!r} do not fit their config.json: they differ in {len(wrong)} parameters or buffers, "
-            f"first {wrong[0]}. Correct config.json (tie_word_embeddings: whether the head shares the embedding's weight)"
+            f"the weights in {str(path)!r} do not fit their config.json: they differ in {len(differing)} parameters or buffers, "
+            f"first {differing[0]}. Correct config.json (tie_word_embeddings: whether the head shares the embedding's weight)"
         )
     with torch.no_grad():
         for name, buffer in model.named_buffers():  # some buffers are stored in the checkpoint, others are computed

@@ -123,9 +123,9 @@ def check_head(model: PreTrainedModel, inputs: str) -> None:
         )
     plain = type(model.lm_head) is nn.Linear and model.lm_head.bias is None
     if inputs == "hidden" and not plain:
-        what = "has a bias" if isinstance(model.lm_head, nn.Linear) else f"is a {type(model.lm_head).__name__}"
+        kind = "has a bias" if isinstance(model.lm_head, nn.Linear) else f"is a {type(model.lm_head).__name__}"
         raise ValueError(
-            f"inputs of the loss are 'hidden', which needs a head that is a single matrix, but the head of {name} {what}: "
+            f"inputs of the loss are 'hidden', which needs a head that is a single matrix, but the head of {name} {kind}: "
             "set inputs to 'logits'"
         )
 

@@ -50,7 +50,7 @@ class Parallel:
             return policy.to(self.device)
         if not dist.is_initialized():  # mixed precision needs FSDP, even for one process
             dist.init_process_group(_backend(self.device), store=dist.HashStore(), rank=0, world_size=1)
-        whole = {name: p.detach() for name, p in policy.named_parameters()} if self.is_main and self.world_size > 1 else {}
+        full_params = {name: p.detach() for name, p in policy.named_parameters()} if self.is_main and self.world_size > 1 else {}
         mesh = init_device_mesh(self.device.type, (self.world_size,))
         precision = MixedPrecisionPolicy()
         if dtype == "bfloat16":
@@ -64,17 +64,17 @@ class Parallel:
         policy._apply(lambda t: torch.empty_like(t, device=self.device) if t.is_meta else t.to(self.device))
         if self.world_size > 1:
             for name, param in policy.named_parameters():
-                self._fill(param, whole.pop(name, None))  # pop: each whole tensor is freed once it is sharded
+                self._fill(param, full_params.pop(name, None))  # pop: each whole tensor is freed once it is sharded
         return policy
 
     @torch.no_grad()
-    def _fill(self, param: nn.Parameter, whole: torch.Tensor | None) -> None:
+    def _fill(self, param: nn.Parameter, full: torch.Tensor | None) -> None:
         """Write a whole parameter, which only rank 0 passes, into the shards of all ranks."""
         empty = {"dtype": param.dtype, "device": self.device}
-        whole = torch.empty(param.shape, **empty) if whole is None else whole.to(self.device)
-        dist.broadcast(whole, src=0)
-        for mine in whole.chunk(self.world_size)[self.rank : self.rank + 1]:  # few rows: none for the last ranks
-            to_local(param).copy_(mine)
+        full = torch.empty(param.shape, **empty) if full is None else full.to(self.device)
+        dist.broadcast(full, src=0)
+        for shard in full.chunk(self.world_size)[self.rank : self.rank + 1]:  # few rows: none for the last ranks
+            to_local(param).copy_(shard)
 
     def all_reduce_sum(self, tensor: torch.Tensor) -> torch.Tensor:
         """Sum of a tensor over all ranks, a new tensor on the same device."""

@@ -52,8 +52,8 @@ class Routing:
 
     def table(self, num_layers: int) -> torch.Tensor:
         """[T, D, K] int16, the routers' own choices; UNKNOWN in layers without experts."""
-        some = next(iter(self.own.values()))
-        table = torch.full((len(some), num_layers, some.shape[1]), UNKNOWN, dtype=torch.int16, device=some.device)
+        first = next(iter(self.own.values()))
+        table = torch.full((len(first), num_layers, first.shape[1]), UNKNOWN, dtype=torch.int16, device=first.device)
         for layer, ids in self.own.items():
             table[:, layer] = ids
         return table
@@ -69,8 +69,8 @@ class Routers:
 
     def __init__(self, model: PreTrainedModel) -> None:
         layers = decoder_layers(model)
-        found = [(i, layer, _router_of(layer)) for i, layer in enumerate(layers)]
-        self._layers = [_Layer(i, layer, router) for i, layer, router in found if router is not None]
+        routers = [(i, layer, _router_of(layer)) for i, layer in enumerate(layers)]
+        self._layers = [_Layer(i, layer, router) for i, layer, router in routers if router is not None]
         if not self._layers:
             raise ValueError(
                 f"rollout.routing is 'replay', but {type(model).__name__} has no experts to route to: set rollout.routing to "

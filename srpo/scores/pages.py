@@ -94,11 +94,11 @@ def read_verdicts(path: Path, queries: Sequence[str]) -> dict[str, list[str]]:
             raise ValueError(f"{where}: query {query_id!r} has no pages: remove the line, or add its lists to pages.file")
         if assessor in verdicts.setdefault(query_id, {}):
             raise ValueError(f"{where}: a second verdict on query {query_id!r}: give each assessor a name of its own")
-        told = _one_of(row["verdict"], VERDICTS, "verdict", where)
-        if told is None:
+        verdict = _one_of(row["verdict"], VERDICTS, "verdict", where)
+        if verdict is None:
             raise ValueError(f"{where}: verdict is null: give {', '.join(VERDICTS)}, or remove the line")
-        verdicts[query_id][assessor] = told
-    return {query_id: list(told.values()) for query_id, told in verdicts.items()}
+        verdicts[query_id][assessor] = verdict
+    return {query_id: list(by_assessor.values()) for query_id, by_assessor in verdicts.items()}
 
 
 def shown_grades(
@@ -124,7 +124,7 @@ def shown_grades(
             f"{len(missing):,} of {num_shown:,} shown items have no grade, such as {name!r} of query {query_id!r}: add grades, "
             "or set pages.unjudged to 'leave_out'"
         )
-    if empty := [query_id for graded in grades for query_id, told in graded.items() if not told]:
+    if empty := [query_id for graded in grades for query_id, classes in graded.items() if not classes]:
         raise ValueError(f"{len(empty):,} pages have no judged item at all, such as one of query {empty[0]!r}: add grades")
     return *grades, len(missing)
 

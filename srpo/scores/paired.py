@@ -63,8 +63,8 @@ def compare_systems(
         }
 
     parts = parts_by(examples, by)
-    whole = compared(list(range(len(examples))))
-    return {**whole, "by": {tag: {v: compared(rows) for v, rows in values.items()} for tag, values in parts.items()}}
+    overall = compared(list(range(len(examples))))
+    return {**overall, "by": {tag: {v: compared(rows) for v, rows in values.items()} for tag, values in parts.items()}}
 
 
 def differences(sums: NDArray[np.float64], settings: BootstrapConfig) -> dict[str, Any]:

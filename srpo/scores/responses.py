@@ -70,11 +70,11 @@ def _answers(answers: Any, verdict: str | None, schema: StepSchema, where: str) 
         )
     canonical = []
     for spec, answer in zip(schema.specs, answers, strict=True):
-        told = None if answer is None else spec.canonical(answer)
-        if answer is not None and told is None:
+        spelling = None if answer is None else spec.canonical(answer)
+        if answer is not None and spelling is None:
             options = ", ".join(spec.options) or "a text"
             raise ValueError(f"{where}: {answer!r} is no answer to {spec.name}: give {options}, or null")
-        canonical.append(told)
+        canonical.append(spelling)
     if canonical[-1] != verdict:
         raise ValueError(f"{where}: prediction is {verdict}, but the last answer {canonical[-1]}: give the same verdict")
     return tuple(canonical)
@@ -91,13 +91,13 @@ def from_predictions(
         raise ValueError(f"{len(unknown)} predictions have no example in the data, such as {unknown[0]}: remove them")
     chosen = list(examples[: limit or None])
     check_all_there(predictions, chosen, "prediction")
-    answers = [tuple(predictions[example.example_id]) for example in chosen]
+    all_answers = [tuple(predictions[example.example_id]) for example in chosen]
     rollouts = [
-        Rollout(example.example_id, i, (), (), (), (0,) * len(told), told, "", "stop", 0)
-        for i, (example, told) in enumerate(zip(chosen, answers, strict=True))
+        Rollout(example.example_id, i, (), (), (), (0,) * len(answers), answers, "", "stop", 0)
+        for i, (example, answers) in enumerate(zip(chosen, all_answers, strict=True))
     ]
     ready = Responses(rollouts, chosen, schema)
-    return ready if all(len(told) == schema.num_steps for told in answers) else verdicts_alone(ready)
+    return ready if all(len(answers) == schema.num_steps for answers in all_answers) else verdicts_alone(ready)
 
 
 def verdicts_alone(responses: Responses) -> Responses:
@@ -117,7 +117,7 @@ def from_rollouts(rollouts: Iterable[Rollout], examples: Sequence[Example], sche
     of steps than `schema`.
     """
     by_id = {example.example_id: example for example in examples}
-    mine, num_others = [], 0
+    kept, num_others = [], 0
     for rollout in rollouts:
         if rollout.example_id not in by_id:
             num_others += 1
@@ -127,9 +127,9 @@ def from_rollouts(rollouts: Iterable[Rollout], examples: Sequence[Example], sche
                 "set --config to the TOML that it was sampled with"
             )
         else:
-            mine.append(rollout)
-    check_all_there({rollout.example_id for rollout in mine}, examples, "rollout")
-    return Responses(mine, [by_id[rollout.example_id] for rollout in mine], schema, num_others)
+            kept.append(rollout)
+    check_all_there({rollout.example_id for rollout in kept}, examples, "rollout")
+    return Responses(kept, [by_id[rollout.example_id] for rollout in kept], schema, num_others)
 
 
 def check_all_there(have: Iterable[str], examples: Sequence[Example], what: str) -> None:
@@ -160,10 +160,10 @@ def from_file(source: Path, examples: Sequence[Example], schema: StepSchema) -> 
         is_rollouts = '"response_ids"' in file.readline()
     if not is_rollouts:
         return from_predictions(read_predictions(source, schema), examples, schema)
-    found = from_rollouts(load_rollouts(source), examples, schema)
+    responses = from_rollouts(load_rollouts(source), examples, schema)
     first: dict[str, Rollout] = {}
-    for rollout in found.rollouts:
+    for rollout in responses.rollouts:
         if rollout.example_id in first:
             raise ValueError(f"{source} has several rollouts of {rollout.example_id}: keep one per example")
         first[rollout.example_id] = rollout
-    return replace(found, rollouts=[first[example.example_id] for example in examples], examples=list(examples))
+    return replace(responses, rollouts=[first[example.example_id] for example in examples], examples=list(examples))

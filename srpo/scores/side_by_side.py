@@ -77,8 +77,8 @@ def side_by_side(
             page.rating or rating_of(grades, settings.rating_bounds)
             for page, grades in zip((pages.a[query_id], pages.b[query_id]), both, strict=True)
         ]
-        told = [verdict_of(*both, settings.verdict_margin)] if verdicts is None else verdicts.get(query_id, ())
-        counts = [sum(verdict == name for verdict in told) for name in VERDICTS]
+        votes = [verdict_of(*both, settings.verdict_margin)] if verdicts is None else verdicts.get(query_id, ())
+        counts = [sum(verdict == name for verdict in votes) for name in VERDICTS]
         rows.append([1, *map(good_frac, both), *(rating in GOOD_RATINGS for rating in ratings), *counts])
     table = np.array(rows, dtype=np.float64)
     results = {

@@ -120,17 +120,17 @@ def verdict_scores(confusion: NDArray) -> dict[str, NDArray[np.float64]]:
     square = confusion[..., :NUM_CLASSES]
     hits = np.diagonal(square, axis1=-2, axis2=-1)
     num_true, num_predicted = confusion.sum(-1), square.sum(-2)
-    class_f1 = _ratio(2 * hits, num_true + num_predicted, of_nothing=0.0)
+    class_f1 = _ratio(2 * hits, num_true + num_predicted, if_empty=0.0)
     good = slice(2, NUM_CLASSES)
     good_hits = square[..., good, good].sum((-2, -1))
     return {
         "macro_f1": class_f1.sum(-1) / NUM_CLASSES,
         "accuracy": _ratio(hits.sum(-1), num_true.sum(-1)),
-        "good_f1": _ratio(2 * good_hits, num_true[..., good].sum(-1) + num_predicted[..., good].sum(-1), of_nothing=0.0),
+        "good_f1": _ratio(2 * good_hits, num_true[..., good].sum(-1) + num_predicted[..., good].sum(-1), if_empty=0.0),
         "class_f1": class_f1,
     }
 
 
-def _ratio(part: NDArray, whole: NDArray, of_nothing: float = np.nan) -> NDArray[np.float64]:
-    empty = whole == 0
-    return np.where(empty, of_nothing, part / np.where(empty, 1, whole))
+def _ratio(part: NDArray, total: NDArray, if_empty: float = np.nan) -> NDArray[np.float64]:
+    empty = total == 0
+    return np.where(empty, if_empty, part / np.where(empty, 1, total))

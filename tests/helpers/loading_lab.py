@@ -83,7 +83,7 @@ def of_policy(model: nn.Module) -> dict[str, Any]:
 def case(folder: Path, parallel: Parallel) -> dict[str, Any]:
     with mock.patch.object(AutoModelForCausalLM, "from_pretrained", wraps=AutoModelForCausalLM.from_pretrained) as reads:
         model = load_to_shard(folder, parallel)
-    found: dict[str, Any] = {"num_reads": reads.call_count, "on_meta": [p.is_meta for p in model.parameters()]}
+    results: dict[str, Any] = {"num_reads": reads.call_count, "on_meta": [p.is_meta for p in model.parameters()]}
     engine = LocalEngine(model) if folder.name in ("untied", "tied") else None
     before_sync = ""
     if engine is not None and not parallel.is_main:
@@ -93,22 +93,22 @@ def case(folder: Path, parallel: Parallel) -> dict[str, Any]:
             before_sync = str(error)
     with mock.patch.object(dist, "broadcast", Broadcasts()) as broadcasts:
         policy = parallel.shard(Policy(model))
-    found |= of_policy(policy) | {"before_sync": before_sync, "most": broadcasts.most}
+    results |= of_policy(policy) | {"before_sync": before_sync, "most": broadcasts.most}
     if engine is not None:
         engine.sync_weights(policy, 1)
-        found["samples"] = [sample.response_ids for sample in engine.generate(PROMPTS, PARAMS, seed=1)]
+        results["samples"] = [sample.response_ids for sample in engine.generate(PROMPTS, PARAMS, seed=1)]
     head = getattr(policy.model, "lm_head", None)
-    found["tied"] = head.weight is policy.model.get_input_embeddings().weight if head is not None else None
-    return found
+    results["tied"] = head.weight is policy.model.get_input_embeddings().weight if head is not None else None
+    return results
 
 
 def main(folder: Path, parallel: Parallel) -> None:
-    found: dict[str, Any] = {name: case(folder / name, parallel) for name in ("untied", "tied", "with_bias")}
+    results: dict[str, Any] = {name: case(folder / name, parallel) for name in ("untied", "tied", "with_bias")}
     critic = Critic(load_to_shard(folder / "untied", parallel))
     critic._head().weight.data.fill_(parallel.rank + 1)  # the head has fewer rows than there are ranks
-    found["critic"] = of_policy(parallel.shard(critic))
+    results["critic"] = of_policy(parallel.shard(critic))
     try:
         load_to_shard(folder / "wrongly_tied", parallel)
     except ValueError as error:
-        found["refused"] = str(error)
-    torch.save(found, folder / f"rank{parallel.rank}.pt")
+        results["refused"] = str(error)
+    torch.save(results, folder / f"rank{parallel.rank}.pt")

@@ -70,10 +70,10 @@ def rollouts(seed: int, lengths: Sequence[tuple[int, int]]) -> list[Rollout]:
     def tokens(n: int) -> tuple[int, ...]:
         return tuple(torch.randint(3, VOCAB, (n,), generator=random).tolist())
 
-    made = []
+    drawn = []
     for i, (prompt, response) in enumerate(lengths):
         cuts = torch.randint(0, response + 1, (len(STEPS) - 1,), generator=random).sort().values.tolist()
-        made.append(
+        drawn.append(
             Rollout(
                 example_id=str(i),
                 group=i // 2,
@@ -87,7 +87,7 @@ def rollouts(seed: int, lengths: Sequence[tuple[int, int]]) -> list[Rollout]:
                 policy_version=0,
             )
         )
-    return made
+    return drawn
 
 
 def batches(seed: int, max_tokens: int | None = None, part: slice = slice(None), *, routed: bool = False) -> list[Batch]:
@@ -99,15 +99,15 @@ def batches(seed: int, max_tokens: int | None = None, part: slice = slice(None),
     lengths = torch.randint(1, 12, (8, 2), generator=random).tolist()
     advantages = torch.randn(8, len(STEPS), generator=random)
     weights = torch.rand(8, generator=random) / 8
-    made = rollouts(seed, lengths)
+    drawn = rollouts(seed, lengths)
     if routed:
         shape = (CONFIG.num_layers, CONFIG.num_experts)
-        for i, rollout in enumerate(made):
+        for i, rollout in enumerate(drawn):
             size = len(rollout.prompt_ids) + len(rollout.response_ids) - 1
             table = torch.rand(size, *shape, generator=random).topk(CONFIG.experts_per_token).indices.to(torch.int16)
             table[torch.rand(size, CONFIG.num_layers, generator=random) < 0.5] = -1
-            made[i] = replace(rollout, routed=table.numpy())
-    return pack(made[part], advantages[part], weights[part], max_tokens)
+            drawn[i] = replace(rollout, routed=table.numpy())
+    return pack(drawn[part], advantages[part], weights[part], max_tokens)
 
 
 class Recorder(torch.optim.SGD):
@@ -148,9 +148,9 @@ def gradients(
 
 def adam_update(policy: Policy, optimizer: torch.optim.Optimizer, seed: int, parallel: Parallel, dump: Path) -> None:
     """One real optimizer step on this rank's share of random data."""
-    mine = batches(seed, 20, slice(parallel.rank, None, parallel.world_size))
+    parts = batches(seed, 20, slice(parallel.rank, None, parallel.world_size))
     objective = Objective(**{**vars(ON_POLICY), "kl_coef": 0.0})
-    update(policy, optimizer, mine, objective, parallel, step_names=STEPS, grad_clip=1.0, dump=dump)
+    update(policy, optimizer, parts, objective, parallel, step_names=STEPS, grad_clip=1.0, dump=dump)
 
 
 def train_state(policy: torch.nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, torch.Tensor]:
@@ -179,14 +179,14 @@ def main(out: Path, parallel: Parallel) -> None:
         ("idle_rank", slice(0, 8) if parallel.is_main else slice(0, 0), 40, ON_POLICY, "float32"),
         ("bfloat16", uneven, 23, ON_POLICY, "bfloat16"),
     ):
-        mine = batches(7, max_tokens, part)
-        saved[name] = gradients(mine, parallel, out / "unused.pt", objective, dtype)
-        results[f"{name}_micro_batches"] = parallel.all_gather_object(len(mine))
+        parts = batches(7, max_tokens, part)
+        saved[name] = gradients(parts, parallel, out / "unused.pt", objective, dtype)
+        results[f"{name}_micro_batches"] = parallel.all_gather_object(len(parts))
     for name, (objective, options) in HIDDEN.items():
-        mine = batches(7, 23, uneven) if name != "idle_rank" else batches(7, 40, slice(0, 8 if parallel.is_main else 0))
-        saved[f"hidden_{name}"] = gradients(mine, parallel, out / "unused.pt", objective, **options)
-    mine = batches(7, 23, uneven, routed=True)
-    saved["routing"] = gradients(mine, parallel, out / "unused.pt", replay_routing=True, activation_checkpointing=True)
+        parts = batches(7, 23, uneven) if name != "idle_rank" else batches(7, 40, slice(0, 8 if parallel.is_main else 0))
+        saved[f"hidden_{name}"] = gradients(parts, parallel, out / "unused.pt", objective, **options)
+    parts = batches(7, 23, uneven, routed=True)
+    saved["routing"] = gradients(parts, parallel, out / "unused.pt", replay_routing=True, activation_checkpointing=True)
 
     policy = parallel.shard(Policy(tiny(3)))
     optimizer = torch.optim.AdamW(policy.parameters(), lr=1e-2)

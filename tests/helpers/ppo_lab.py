@@ -47,8 +47,8 @@ def main(out: Path, parallel: Parallel) -> None:
     same = []
     for i in range(2):
         for c, o in ((critic, optimizer), (other, other_optimizer))[: 1 + i]:
-            mine = lab.batches(i, 20, slice(parallel.rank, None, 2))
-            filled, _ = with_token_advantages(mine, c, parallel, rewards="end", gamma=1.0, gae_lambda=1.0, scale="std", clip=2.0)
+            parts = lab.batches(i, 20, slice(parallel.rank, None, 2))
+            filled, _ = with_token_advantages(parts, c, parallel, rewards="end", gamma=1.0, gae_lambda=1.0, scale="std", clip=2.0)
             update_critic(c, o, filled, parallel, value_clip=0.2, num_updates=2, grad_clip=1.0, dump=out / "dump.pt")
         if not i:
             path = save_checkpoint(out / "critic", 1, critic, optimizer, {}, parallel)

@@ -25,59 +25,59 @@ def folder(ranks: Path) -> Path:
 
 
 @pytest.fixture(scope="module")
-def found(folder: Path) -> list[dict[str, Any]]:
+def results(folder: Path) -> list[dict[str, Any]]:
     """The results of each rank."""
     return [torch.load(folder / f"rank{rank}.pt", weights_only=True) for rank in range(2)]
 
 
 @pytest.mark.parametrize("name", CASES)
-def test_every_rank_has_the_checkpoint(name: str, folder: Path, found: list[dict[str, Any]]) -> None:
-    whole = load_policy(folder / name)
-    want, buffers = dict(whole.named_parameters()), dict(whole.named_buffers())
+def test_every_rank_has_the_checkpoint(name: str, folder: Path, results: list[dict[str, Any]]) -> None:
+    model = load_policy(folder / name)
+    want, buffers = dict(model.named_parameters()), dict(model.named_buffers())
     assert buffers.keys() >= {"model.rotary_emb.inv_freq"}
-    for rank, of_rank in enumerate(found):
-        assert lab.same_bits(of_rank[name]["whole"], want)
-        assert lab.same_bits(of_rank[name]["buffers"], buffers)
-        for key, part in of_rank[name]["parts"].items():
+    for rank, result in enumerate(results):
+        assert lab.same_bits(result[name]["whole"], want)
+        assert lab.same_bits(result[name]["buffers"], buffers)
+        for key, part in result[name]["parts"].items():
             assert torch.equal(part, want[key].chunk(2)[rank])
 
 
-def test_the_biased_routers_have_buffers_of_the_checkpoint(found: list[dict[str, Any]]) -> None:
-    biases = [b for name, b in found[1]["with_bias"]["buffers"].items() if name.endswith("e_score_correction_bias")]
+def test_the_biased_routers_have_buffers_of_the_checkpoint(results: list[dict[str, Any]]) -> None:
+    biases = [b for name, b in results[1]["with_bias"]["buffers"].items() if name.endswith("e_score_correction_bias")]
     assert len(biases) == 1 and bool((biases[0] >= 1).all())
 
 
 @pytest.mark.parametrize("name", CASES)
-def test_only_rank_0_reads_weights_and_has_memory_for_them(name: str, found: list[dict[str, Any]]) -> None:
-    assert [of_rank[name]["num_reads"] for of_rank in found] == [1, 0]
-    assert not any(found[0][name]["on_meta"]) and all(found[1][name]["on_meta"])
+def test_only_rank_0_reads_weights_and_has_memory_for_them(name: str, results: list[dict[str, Any]]) -> None:
+    assert [result[name]["num_reads"] for result in results] == [1, 0]
+    assert not any(results[0][name]["on_meta"]) and all(results[1][name]["on_meta"])
     # Parameters are sent one at a time; each of gloo's two threads may still hold the last one that it sent.
-    assert 1 <= found[1][name]["most"] <= 3 < len(found[1][name]["on_meta"]) / 4
-    assert [of_rank[name]["tied"] for of_rank in found] == [name == "tied"] * 2
+    assert 1 <= results[1][name]["most"] <= 3 < len(results[1][name]["on_meta"]) / 4
+    assert [result[name]["tied"] for result in results] == [name == "tied"] * 2
 
 
 @pytest.mark.parametrize("name", ["untied", "tied"])
-def test_the_local_engine_starts_without_weights(name: str, folder: Path, found: list[dict[str, Any]]) -> None:
-    assert "sync_weights comes first" in found[1][name]["before_sync"]
+def test_the_local_engine_starts_without_weights(name: str, folder: Path, results: list[dict[str, Any]]) -> None:
+    assert "sync_weights comes first" in results[1][name]["before_sync"]
     engine = LocalEngine(load_policy(folder / name))
     samples = engine.generate([(5, 6, 7), (8, 9)], SamplingParams(max_new_tokens=6, group_size=2), seed=1)
     want = [sample.response_ids for sample in samples]
-    assert [of_rank[name]["samples"] for of_rank in found] == [want, want]
+    assert [result[name]["samples"] for result in results] == [want, want]
 
 
-def test_a_head_that_every_rank_made_is_that_of_rank_0(folder: Path, found: list[dict[str, Any]]) -> None:
+def test_a_head_that_every_rank_made_is_that_of_rank_0(folder: Path, results: list[dict[str, Any]]) -> None:
     backbone = load_policy(folder / "untied").base_model.state_dict()
-    for of_rank in found:
-        whole = dict(of_rank["critic"]["whole"])
-        assert torch.equal(whole.pop("value_head.weight"), torch.ones(1, 32))
-        assert torch.equal(whole.pop("value_head.bias"), torch.zeros(1))
-        assert whole.keys() == backbone.keys() and all(torch.equal(whole[name], backbone[name]) for name in backbone)
-    assert [of_rank["critic"]["parts"]["value_head.weight"].shape[0] for of_rank in found] == [1, 0]
+    for result in results:
+        parameters = dict(result["critic"]["whole"])
+        assert torch.equal(parameters.pop("value_head.weight"), torch.ones(1, 32))
+        assert torch.equal(parameters.pop("value_head.bias"), torch.zeros(1))
+        assert parameters.keys() == backbone.keys() and all(torch.equal(parameters[name], backbone[name]) for name in backbone)
+    assert [result["critic"]["parts"]["value_head.weight"].shape[0] for result in results] == [1, 0]
 
 
-def test_a_config_that_ties_what_differs_is_refused_on_every_rank(found: list[dict[str, Any]]) -> None:
-    for of_rank in found:
-        assert "differ in 1 parameters or buffers, first lm_head.weight" in of_rank["refused"]
+def test_a_config_that_ties_what_differs_is_refused_on_every_rank(results: list[dict[str, Any]]) -> None:
+    for result in results:
+        assert "differ in 1 parameters or buffers, first lm_head.weight" in result["refused"]
 
 
 def test_one_process_loads_as_ever(folder: Path) -> None:

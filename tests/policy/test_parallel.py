@@ -89,11 +89,11 @@ def test_ranks_end_well_when_gloo_threads_come_late(tmp_path: Path) -> None:
             for rank in range(2)
         ]
         try:
-            said = [rank.communicate(timeout=120)[0] for rank in ranks]
+            outputs = [rank.communicate(timeout=120)[0] for rank in ranks]
         finally:
             for rank in ranks:
                 rank.kill()
-        assert [rank.returncode for rank in ranks] == [0, 0], said
+        assert [rank.returncode for rank in ranks] == [0, 0], outputs
 
 
 def test_full_params_have_transformers_names() -> None:

@@ -61,12 +61,12 @@ def sampled(model: Any, seed: int, routing: bool = True) -> list[Rollout]:
     prompts = [r.prompt_ids for r in lab.rollouts(seed, [(n, 1) for n in (3, 9, 5)])]
     params = SamplingParams(20, 0.9, 10, group_size=4, stop_ids=(4, 7), routing=routing)
     engine = LocalEngine(model)
-    made = []
+    rollouts = []
     for i, sample in enumerate(engine.generate(prompts, params, seed)):
         length = len(sample.response_ids)
         fields = (sample.sampling_logprobs, (0, length, length), (None,) * 3, "", sample.finish, 0)
-        made.append(Rollout(str(i), i // 4, prompts[sample.prompt_index], sample.response_ids, *fields, routed=sample.routed))
-    return made
+        rollouts.append(Rollout(str(i), i // 4, prompts[sample.prompt_index], sample.response_ids, *fields, routed=sample.routed))
+    return rollouts
 
 
 def packed(rollouts: list[Rollout], max_tokens: int | None) -> list[Batch]:
@@ -90,10 +90,10 @@ def test_a_flip_of_near_ties_is_undone(tmp_path: Path, perturbed: str) -> None:
     if perturbed == "float64":
         model = model.double()
     own = metrics_of(Policy(model), parts, tmp_path / "dump.pt", objective)
-    told = metrics_of(Policy(model, replay_routing=True), parts, tmp_path / "dump.pt", objective)
+    replayed = metrics_of(Policy(model, replay_routing=True), parts, tmp_path / "dump.pt", objective)
     assert own["rollout/mismatch_max"] > 1e-2 and "rollout/routing_flip_frac" not in own
-    assert told["rollout/mismatch_max"] < 2e-5
-    assert 0.001 < told["rollout/routing_flip_frac"] < 0.999
+    assert replayed["rollout/mismatch_max"] < 2e-5
+    assert 0.001 < replayed["rollout/routing_flip_frac"] < 0.999
 
 
 def test_old_logprobs_are_replayed_too(tmp_path: Path) -> None:
@@ -169,8 +169,8 @@ def test_the_router_s_gradient_is_that_of_the_formula(norm_topk_prob: bool) -> N
         want = dlogits.T @ x
         gate = model.model.layers[i].mlp.gate.weight
         assert (gate.grad - want).norm() < 1e-5 * want.norm()
-    told = int((table >= 0).all(-1).sum())
-    assert num_flips > 0 and policy.take_flips().tolist() == [num_flips, told]
+    num_given = int((table >= 0).all(-1).sum())
+    assert num_flips > 0 and policy.take_flips().tolist() == [num_flips, num_given]
 
 
 def test_layers_that_are_computed_again_are_told_the_same(tmp_path: Path) -> None:

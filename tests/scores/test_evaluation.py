@@ -131,16 +131,16 @@ def test_results_and_intervals_equal_resampled_rows(seed: int):
     }
     assert results["untagged"].get("query_type", 0) == len(examples) - sum(len(rows) for v, rows in parts.items() if v)
     for value, rows in parts.items():
-        told = results["by"]["query_type"][value] if value else results
+        scores = results["by"]["query_type"][value] if value else results
         expected = slow_scores([rollouts[i] for i in rows], [examples[i] for i in rows])
-        assert flat(told) == pytest.approx(flat(expected))
-        assert told["num_examples"] == len(rows)
-        checked = told["consistency"] or {"num_examples": 0, "num_fully_checked": 0}
+        assert flat(scores) == pytest.approx(flat(expected))
+        assert scores["num_examples"] == len(rows)
+        checked = scores["consistency"] or {"num_examples": 0, "num_fully_checked": 0}
         assert [checked[key] for key in ("num_examples", "num_fully_checked")] == [
             expected["num_checked"],
             expected["num_fully_checked"],
         ]
-        assert not told["consistency"] or sum(checked[kind] for kind in SHARES) == pytest.approx(1)
+        assert not scores["consistency"] or sum(checked[kind] for kind in SHARES) == pytest.approx(1)
 
         queries = list(dict.fromkeys(examples[i].query_id for i in rows))
         drawn = []
@@ -150,7 +150,7 @@ def test_results_and_intervals_equal_resampled_rows(seed: int):
                 i for c in generator.integers(len(queries), size=len(queries)) for i in rows if examples[i].query_id == queries[c]
             ]
             drawn.append(flat(slow_scores([rollouts[i] for i in again], [examples[i] for i in again])))
-        confidence = told["confidence"]
+        confidence = scores["confidence"]
         assert confidence["num_queries"] == len(queries)
         for key, interval in flat(confidence).items():
             assert interval == pytest.approx(slow_interval([draw[key] for draw in drawn], 0.8)), key
@@ -171,11 +171,11 @@ def test_results_dict_has_the_promised_keys_and_a_part_for_each_value_of_a_tag()
         assert set(part) == promised
         assert (part["accuracy"], part["num_examples"]) == (0.75, 4)
     assert results["confusion"] == (np.array([p["confusion"] for p in parts.values()]).sum(0)).tolist()
-    told = results_dict(rollouts, examples, SCHEMA, by=["domain", "no_such"], bootstrap=BootstrapConfig(num_draws=10))
-    assert list(told["by"]) == ["domain"]
-    assert told["by"]["domain"]["shoes"] == {key: told[key] for key in (*promised, "confidence")}
+    tagged = results_dict(rollouts, examples, SCHEMA, by=["domain", "no_such"], bootstrap=BootstrapConfig(num_draws=10))
+    assert list(tagged["by"]) == ["domain"]
+    assert tagged["by"]["domain"]["shoes"] == {key: tagged[key] for key in (*promised, "confidence")}
     assert "confidence" not in results_dict(rollouts, examples, SCHEMA, bootstrap=BootstrapConfig(num_draws=0))
-    json.dumps(told, allow_nan=False)
+    json.dumps(tagged, allow_nan=False)
 
 
 def test_results_need_matching_graded_pairs():

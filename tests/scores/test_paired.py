@@ -37,18 +37,18 @@ def test_differences_equal_those_of_resampled_rows(seed: int):
         for key in a:
             known = a[key] is not None and b[key] is not None
             expected.setdefault(key, []).append(b[key] - a[key] if known else None)  # pyright: ignore[reportOperatorIssue]
-    told = flat(results["difference"])
-    assert told.keys() == expected.keys()
+    summaries = flat(results["difference"])
+    assert summaries.keys() == expected.keys()
     for key, (difference, *rest) in expected.items():
         if difference is None:
-            assert told[key] is None
+            assert summaries[key] is None
             continue
         known = [value for value in rest if value is not None]
         shares: list[Any] = [None, None]
         if known:
             shares = [sum(v > 1e-12 for v in known) / len(known), sum(abs(v) < 1e-12 for v in known) / len(known)]
         interval = slow_interval(known, 0.9)
-        summary: Any = told[key]
+        summary: Any = summaries[key]
         assert summary["difference"] == pytest.approx(difference), key
         assert summary["interval"] == (interval and pytest.approx(interval)), key
         assert [summary["b_higher_frac"], summary["equal_frac"]] == (pytest.approx(shares) if known else shares), key
@@ -90,9 +90,9 @@ def test_mcnemar_equals_an_exact_binomial_test(seed: int):
     only_a = sum(a and not b for a, b in zip(right_a, right_b, strict=True))
     only_b = sum(b and not a for a, b in zip(right_a, right_b, strict=True))
     expected = binomtest(int(only_a), int(only_a + only_b)).pvalue if only_a + only_b else 1.0
-    told = mcnemar(right_a, right_b)
-    assert (told["num_only_a_right"], told["num_only_b_right"]) == (only_a, only_b)
-    assert told["p_value"] == pytest.approx(expected)
+    result = mcnemar(right_a, right_b)
+    assert (result["num_only_a_right"], result["num_only_b_right"]) == (only_a, only_b)
+    assert result["p_value"] == pytest.approx(expected)
 
 
 def test_sign_test_of_hand_worked_and_of_large_counts():

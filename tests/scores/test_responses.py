@@ -51,8 +51,8 @@ def predictions(**changes: Any) -> list[dict[str, Any]]:
 
 
 def test_predictions_are_scored_as_verdicts_alone(tmp_path: Path):
-    found = from_predictions(read_predictions(written(tmp_path / "p.jsonl", *predictions()), SCHEMA), EXAMPLES, SCHEMA)
-    results = results_dict(found.rollouts, found.examples, found.schema)
+    responses = from_predictions(read_predictions(written(tmp_path / "p.jsonl", *predictions()), SCHEMA), EXAMPLES, SCHEMA)
+    results = results_dict(responses.rollouts, responses.examples, responses.schema)
     assert (results["accuracy"], results["parse_rate"], results["step_accuracy"]) == (0.9, 0.9, [0.9])
     assert results["consistency"] is None
     assert results["by"]["query_type"]["odd"]["macro_f1"] == 0.5  # odd pairs have grades 2 and 4 only
@@ -62,8 +62,8 @@ def test_predictions_with_answers_are_scored_step_by_step(tmp_path: Path):
     rows = predictions()
     for row in rows:
         row["answers"] = ["shoes", "boots", "Related", None, None if row["prediction"] is None else f"l{row['prediction']}"]
-    found = from_predictions(read_predictions(written(tmp_path / "p.jsonl", *rows), SCHEMA), EXAMPLES, SCHEMA)
-    results = results_dict(found.rollouts, found.examples, found.schema)
+    responses = from_predictions(read_predictions(written(tmp_path / "p.jsonl", *rows), SCHEMA), EXAMPLES, SCHEMA)
+    results = results_dict(responses.rollouts, responses.examples, responses.schema)
     assert results["step_accuracy"] == [1.0, 0.0, 1.0, 0.0, 0.9]
     assert results["accuracy"] == 0.9
     assert results["consistency"]["verdict_right_steps_wrong"] == 0.9
@@ -98,12 +98,12 @@ def test_a_file_without_predictions_is_refused(tmp_path: Path):
 
 
 def test_predictions_are_of_the_examples_and_all_of_them(tmp_path: Path):
-    told = {"e0": ("L1",), "e1": ("L1",)}
+    by_id = {"e0": ("L1",), "e1": ("L1",)}
     with pytest.raises(ValueError, match="8 of 10 examples have no prediction, such as e2"):
-        from_predictions(told, EXAMPLES, SCHEMA)
+        from_predictions(by_id, EXAMPLES, SCHEMA)
     with pytest.raises(ValueError, match="1 predictions have no example in the data, such as e1"):
-        from_predictions(told, EXAMPLES[:1], SCHEMA)
-    assert from_predictions(told, EXAMPLES[:2], SCHEMA, limit=1).examples == [replace(EXAMPLES[0], gold=("L1",), truth=())]
+        from_predictions(by_id, EXAMPLES[:1], SCHEMA)
+    assert from_predictions(by_id, EXAMPLES[:2], SCHEMA, limit=1).examples == [replace(EXAMPLES[0], gold=("L1",), truth=())]
 
 
 def test_every_example_needs_a_rollout_and_others_are_counted():
@@ -111,22 +111,22 @@ def test_every_example_needs_a_rollout_and_others_are_counted():
         from_rollouts(ROLLOUTS[:9], EXAMPLES, SCHEMA)
     with pytest.raises(ValueError, match="has 5 steps, the settings have 1"):
         from_rollouts(ROLLOUTS, EXAMPLES, StepSchema(PAPER_STEPS[-1:]))
-    found = from_rollouts([*ROLLOUTS, ROLLOUTS[0]], EXAMPLES[:2], SCHEMA)
-    assert [rollout.example_id for rollout in found.rollouts] == ["e0", "e1", "e0"]
-    assert [example.example_id for example in found.examples] == ["e0", "e1", "e0"]
-    assert found.num_others == 8
+    responses = from_rollouts([*ROLLOUTS, ROLLOUTS[0]], EXAMPLES[:2], SCHEMA)
+    assert [rollout.example_id for rollout in responses.rollouts] == ["e0", "e1", "e0"]
+    assert [example.example_id for example in responses.examples] == ["e0", "e1", "e0"]
+    assert responses.num_others == 8
 
 
 def test_a_file_or_folder_gives_one_response_to_each_example(tmp_path: Path):
     write_rollouts(tmp_path / "rollouts.jsonl", ROLLOUTS[::-1], step=0)
     for source in (tmp_path, tmp_path / "rollouts.jsonl"):
-        found = from_file(source, EXAMPLES, SCHEMA)
-        assert (found.rollouts, found.examples, found.schema) == (ROLLOUTS, EXAMPLES, SCHEMA)
-    found = from_file(written(tmp_path / "p.jsonl", *predictions()), EXAMPLES, SCHEMA)
-    assert found.schema is VERDICT_ONLY
+        responses = from_file(source, EXAMPLES, SCHEMA)
+        assert (responses.rollouts, responses.examples, responses.schema) == (ROLLOUTS, EXAMPLES, SCHEMA)
+    responses = from_file(written(tmp_path / "p.jsonl", *predictions()), EXAMPLES, SCHEMA)
+    assert responses.schema is VERDICT_ONLY
     alone = verdicts_alone(from_file(tmp_path, EXAMPLES, SCHEMA))
-    assert [r.answers for r in alone.rollouts] == [r.answers for r in found.rollouts]
-    assert alone.examples == found.examples
+    assert [r.answers for r in alone.rollouts] == [r.answers for r in responses.rollouts]
+    assert alone.examples == responses.examples
     write_rollouts(tmp_path / "rollouts.jsonl", ROLLOUTS[:1], step=0)
     with pytest.raises(ValueError, match="several rollouts of e0"):
         from_file(tmp_path, EXAMPLES, SCHEMA)

@@ -17,11 +17,11 @@ NO_DRAWS = BootstrapConfig(num_draws=0)
 def pages_of(a: dict[str, list[int]], b: dict[str, list[int]], ratings: str = "") -> Pages:
     """Pages with one item per grade; ratings: one letter per page (g, m, p, b), A's pages first."""
     words = iter([{"g": "good", "m": "mid", "p": "poor", "b": "bad"}[letter] for letter in ratings])
-    made = [
+    pages = [
         {query_id: Page(tuple(f"i{k}" for k in range(len(grades))), next(words, None)) for query_id, grades in lists.items()}
         for lists in (a, b)
     ]
-    return Pages(*made, key="item_ids", num_others=0)
+    return Pages(*pages, key="item_ids", num_others=0)
 
 
 def compared(a: Any, b: Any, verdicts: Any = None, ratings: str = "", **changes: Any) -> dict[str, Any]:
@@ -35,15 +35,15 @@ B = {"q1": [4, 4, 4, 1], "q2": [4, 4, 4, 3], "q3": [1, 3], "q4": [2, 2, 1, 4]}
 
 def test_hand_worked_metrics_from_item_classes():
     """Shares of class 3 or 4: A 2/4, 4/4, 0/2, 1/4; B 3/4, 4/4, 1/2, 1/4. Mean classes: B is better, same, better, worse."""
-    told = compared(A, B)
-    item = told["item_goodrate"]
+    results = compared(A, B)
+    item = results["item_goodrate"]
     assert (item["a"], item["b"], item["difference"]) == pytest.approx((1.75 / 4, 2.5 / 4, 0.75 / 4))
-    query = told["query_goodrate"]  # mid from 0.6: A has q2, B has q1 and q2
+    query = results["query_goodrate"]  # mid from 0.6: A has q2, B has q1 and q2
     assert (query["a"], query["b"], query["difference"]) == (0.25, 0.5, 0.25)
-    gsb = told["gsb"]
+    gsb = results["gsb"]
     assert (gsb["good"], gsb["same"], gsb["bad"], gsb["num_comparisons"]) == (0.5, 0.25, 0.25, 4)
     assert gsb["gsb"] == 0.25  # (2 - 1) / 4
-    assert (told["ratings_by"], told["verdicts_by"], told["num_short_pages"]) == ("item classes", "item classes", 2)
+    assert (results["ratings_by"], results["verdicts_by"], results["num_short_pages"]) == ("item classes", "item classes", 2)
     assert item["interval"] is query["interval"] is gsb["interval"] is None
 
 
@@ -57,11 +57,11 @@ def test_bounds_and_margin_move_what_is_derived():
 
 
 def test_ratings_and_verdicts_of_people_are_taken():
-    told = compared(A, B, {"q1": ["good", "good", "same"], "q3": ["bad"]}, ratings="gpbmmmgb")
-    assert (told["query_goodrate"]["a"], told["query_goodrate"]["b"]) == (0.5, 0.75)
-    gsb = told["gsb"]
+    results = compared(A, B, {"q1": ["good", "good", "same"], "q3": ["bad"]}, ratings="gpbmmmgb")
+    assert (results["query_goodrate"]["a"], results["query_goodrate"]["b"]) == (0.5, 0.75)
+    gsb = results["gsb"]
     assert (gsb["gsb"], gsb["good"], gsb["same"], gsb["bad"], gsb["num_comparisons"]) == (0.25, 0.5, 0.25, 0.25, 4)
-    assert (told["ratings_by"], told["verdicts_by"]) == ("people", "people")
+    assert (results["ratings_by"], results["verdicts_by"]) == ("people", "people")
     with pytest.raises(ValueError, match="some pages have a rating and some have none"):
         compared(A, B, ratings="gpb")
 
@@ -89,13 +89,13 @@ def test_intervals_equal_resampled_queries(seed: int):
     verdicts = {q: [rng.choice(["good", "same", "bad"]) for _ in range(rng.randint(1, 3))] for q in queries if rng.random() < 0.5}
     tags = {q: {"query_type": rng.choice("xy")} for q in queries if rng.random() < 0.8}
     settings = BootstrapConfig(num_draws=40, level=0.9, seed=seed)
-    told = side_by_side(pages_of(a, b), a, b, verdicts, PagesConfig(), tags, bootstrap=settings)
-    json.dumps(told, allow_nan=False)
-    values = told["by"].get("query_type", {})
+    results = side_by_side(pages_of(a, b), a, b, verdicts, PagesConfig(), tags, bootstrap=settings)
+    json.dumps(results, allow_nan=False)
+    values = results["by"].get("query_type", {})
     parts = {"": queries} | {value: [q for q in queries if tags.get(q) == {"query_type": value}] for value in values}
     assert set(parts) - {""} == {t["query_type"] for t in tags.values()}
     for value, chosen in parts.items():
-        part = told["by"]["query_type"][value] if value else told
+        part = results["by"]["query_type"][value] if value else results
         assert part["num_queries"] == len(chosen)
         draws = np.random.default_rng(seed).integers(len(chosen), size=(40, len(chosen))) if len(chosen) > 1 else []
         items, nets = [], []
