@@ -93,7 +93,7 @@ def varlen_attention(
         return layout.unpad(out)[None], None
     bounds = (cu_seq_lens_q, cu_seq_lens_q, max_length_q, max_length_q)
     if importlib.util.find_spec("flash_attn") is not None:
-        from flash_attn import flash_attn_varlen_func  # pyright: ignore[reportMissingImports]
+        from flash_attn import flash_attn_varlen_func
 
         return flash_attn_varlen_func(query, key, value, *bounds, softmax_scale=scaling, causal=True)[None], None
     from torch.nn.attention.varlen import varlen_attn
