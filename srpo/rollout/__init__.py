@@ -1,1 +1,1 @@
-"""Rollouts: the engine protocol, the engines, and what turns their samples into `Rollout`s."""
+"""Rollouts: the `Engine` protocol, the engines that implement it, and the conversion of their samples to `Rollout`s."""

@@ -18,12 +18,12 @@ from srpo.rollout.vllm.shared_start import open_shared
 
 
 def open_engine(cfg: Config, model: nn.Module, parallel: Parallel) -> Engine:
-    """The engine of `rollout.engine` on this rank's device: each rank samples its own share of the prompts. Collective where
-    ranks share a vLLM.
+    """The engine that `rollout.engine` names, on this rank's device; each rank samples its own share of the prompts.
 
-    model: the policy as it was loaded, not yet sharded; vLLM reads the same checkpoint, `policy.path`, by itself. One without
-    weights (`srpo.policy.loading`) will do for an engine that is synced before it samples.
-    Raises ValueError for settings that cannot work, ImportError where the engine is not installed.
+    Collective if ranks share one vLLM (`rollout.vllm.tensor_parallel_size` above 1).
+    model: the policy as loaded, not yet sharded; vLLM itself reads the checkpoint in `policy.path`. A model without weights
+    (`srpo.policy.loading`) is enough if the engine is synced before it samples.
+    Raises ValueError for settings that cannot work, ImportError if the engine is not installed.
     """
     dtype = getattr(torch, cfg.policy.dtype)
     if cfg.rollout.engine == "vllm":
@@ -35,9 +35,10 @@ def open_engine(cfg: Config, model: nn.Module, parallel: Parallel) -> Engine:
 def open_vllm(
     path: str | Path, parallel: Parallel, *, dtype: torch.dtype, max_context: int, config: VllmConfig, routing: bool = False
 ) -> Engine:
-    """vLLM with the weights of the checkpoint in `path`, this rank's own or, where `config` splits it, one that ranks share.
+    """A vLLM engine with the weights of the checkpoint in `path`: this rank's own, or one shared by several ranks if
+    `config.tensor_parallel_size` is above 1.
 
-    Raises as `open_engine`.
+    Raises like `open_engine`.
     """
     shared = config.tensor_parallel_size != 1
     start = partial(open_shared, parallel=parallel) if shared else partial(VllmEngine, device=parallel.device)

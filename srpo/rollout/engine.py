@@ -1,4 +1,4 @@
-"""What every rollout engine promises: `Engine`, and what goes in and out, `SamplingParams` and `Sample`."""
+"""The interface of every rollout engine: the protocol `Engine`, its input `SamplingParams`, its output `Sample`."""
 
 from __future__ import annotations
 
@@ -12,17 +12,17 @@ from torch import nn
 
 @dataclass(frozen=True)
 class SamplingParams:
-    """How responses are drawn: from softmax(logits / temperature) cut down to its `top_k` most likely tokens (5.1.5)."""
+    """How responses are sampled: from softmax(logits / temperature), restricted to its `top_k` most likely tokens (5.1.5)."""
 
     max_new_tokens: int = 512
     temperature: float = 0.99
     top_k: int = 100  # 0: no filter
     group_size: int = 16  # G, responses per prompt
     stop_ids: tuple[int, ...] = ()  # the stop token is part of the response
-    greedy: bool = False  # the most likely token; log-probabilities are still those of the filtered distribution
-    ignore_eos: bool = False  # exactly max_new_tokens tokens, for benchmarks
-    support: bool = False  # report the ids that each token was drawn from
-    routing: bool = False  # report the experts that each token went to
+    greedy: bool = False  # take the most likely token; log-probabilities are still those of the filtered distribution
+    ignore_eos: bool = False  # generate exactly max_new_tokens tokens, for benchmarks
+    support: bool = False  # report the ids that the top-k filter kept for each token
+    routing: bool = False  # report the experts that each token was routed to
 
     def __post_init__(self) -> None:
         if self.max_new_tokens < 1:
@@ -39,15 +39,16 @@ class SamplingParams:
 
 @dataclass(frozen=True)
 class Sample:
-    """One response. `sampling_logprobs` [L] are nats under the distribution that was sampled: after temperature and top-k."""
+    """One response. `sampling_logprobs` are in nats, under the distribution that was sampled: after temperature and top-k."""
 
     prompt_index: int
     response_ids: tuple[int, ...]  # [L]
     sampling_logprobs: tuple[float, ...]  # [L]
     finish: str  # stop | length
-    policy_version: int = field(default=-1, compare=False)  # of the weights that it was drawn from
-    support: np.ndarray | None = field(default=None, compare=False, repr=False)  # [L, K] int32, -1 fills up; only when asked for
-    # [P + L - 1, layers, K] int16 experts of each token of prompt and response but the last, -1 unknown; only when asked for
+    policy_version: int = field(default=-1, compare=False)  # version of the weights that sampled it
+    # [L, K] int32: ids that the top-k filter kept for each token, padded with -1; None unless requested
+    support: np.ndarray | None = field(default=None, compare=False, repr=False)
+    # [P + L - 1, layers, K] int16: experts of prompt and response except the last token, -1 if unknown; None unless requested
     routed: np.ndarray | None = field(default=None, compare=False, repr=False)
 
 
@@ -55,13 +56,13 @@ Groups = Generator[tuple[int, list[Sample]], None, None]  # (prompt index, its g
 
 
 def in_order(groups: Iterable[tuple[int, list[Sample]]]) -> list[Sample]:
-    """What a stream has given, prompt by prompt."""
+    """All samples of a stream, sorted by prompt index."""
     found = dict(groups)
     return [sample for i in sorted(found) for sample in found[i]]
 
 
 class Engine(Protocol):
-    """Samples responses from a copy of the policy. `policy_version` is the number stamped on it by the last weight sync."""
+    """Samples responses from its own copy of the policy. `policy_version` is the version that the last weight sync was given."""
 
     policy_version: int
 
@@ -73,28 +74,28 @@ class Engine(Protocol):
     def stream(
         self, prompts: Sequence[tuple[int, ...]], params: SamplingParams, seed: int, numbers: Sequence[int] | None = None
     ) -> Groups:
-        """(prompt index, its `params.group_size` samples) as groups finish. The same arguments and weights give the same samples.
+        """Yields (prompt index, its `params.group_size` samples) as groups finish. Same arguments and weights, same samples.
 
-        numbers: of each prompt, among those of all ranks (0, 1, 2 ... if not given). What is drawn for a prompt depends on (seed,
-        its number) and not on what is beside it, so the number of ranks changes nothing.
-        Closed early, it stops what is unfinished, and the engine can be used again. Nothing else may be asked of the engine
-        before it has ended.
-        Raises ValueError for an empty prompt or one that does not fit into the context with its response, when it is called.
+        numbers: each prompt's number among the prompts of all ranks (default: 0, 1, 2, ...). The samples of a prompt depend on
+        (seed, its number) and not on the other prompts, so they are the same for any number of ranks.
+        If the generator is closed early, unfinished responses are dropped and the engine can be used again. Call no other method
+        of the engine before the generator has ended.
+        Raises ValueError, on the call itself, for an empty prompt or one that does not fit into the context with its response.
         """
         ...
 
     def generate(
         self, prompts: Sequence[tuple[int, ...]], params: SamplingParams, seed: int, numbers: Sequence[int] | None = None
     ) -> list[Sample]:
-        """All of `stream`, prompt by prompt."""
+        """All samples of `stream`, sorted by prompt index."""
         ...
 
     def sync_weights(self, policy: nn.Module, version: int) -> None:
-        """pi_old <- pi_theta (Algorithm 1). Every rank of a sharded policy calls it. ValueError if the models do not match."""
+        """pi_old <- pi_theta (Algorithm 1). Every rank of a sharded policy calls it. Raises ValueError if models differ."""
         ...
 
     def sleep(self) -> None:
-        """Give the engine's memory back while the trainer works."""
+        """Release the engine's memory while the trainer updates."""
         ...
 
     def wake(self) -> None:
@@ -102,18 +103,18 @@ class Engine(Protocol):
         ...
 
     def stats(self) -> dict[str, float]:
-        """num_tokens, generate_s, tokens_per_s of the last `stream` or `generate` and sync_s of the last `sync_weights`."""
+        """num_tokens, generate_s and tokens_per_s of the last `stream` or `generate`; sync_s of the last `sync_weights`."""
         ...
 
     def close(self) -> None:
-        """Free everything; the engine is not used again."""
+        """Free all resources; the engine cannot be used afterwards."""
         ...
 
 
 def check_prompts(
     prompts: Sequence[Sequence[int]], params: SamplingParams, max_context: int, names: Sequence[str] | None = None
 ) -> None:
-    """Raise ValueError for an empty prompt and for one that leaves no room for its response, by its example id in `names`."""
+    """Raise ValueError for an empty prompt or one that leaves no room for its response. `names`: example ids for the message."""
     for i, prompt in enumerate(prompts):
         name = f"the prompt of example {names[i]}" if names else f"prompt {i}"
         if not prompt:

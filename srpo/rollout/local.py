@@ -1,4 +1,4 @@
-"""The `local` engine: batched decoding in this process, on the CPU or on one GPU, with shared prompts."""
+"""The `local` engine: batched decoding in this process, on the CPU or on one GPU. A prompt is computed once for its group."""
 
 from __future__ import annotations
 
@@ -19,16 +19,16 @@ from srpo.policy.routing import Routing
 from srpo.rollout.engine import Groups, Sample, SamplingParams, check_prompts, in_order
 from srpo.rollout.sampling import choose_with_support
 
-_COMPACT_BELOW = 0.75  # rebuild the wave when that fraction of its slots would do
-_CHUNK_COST = 0.5  # what one more chunk costs in attention, in slots
+_COMPACT_BELOW = 0.75  # compact a wave if its cost falls below this fraction
+_CHUNK_COST = 0.5  # attention cost of one more chunk, in slots
 
 
 class LocalEngine:
     """Decodes waves of at most `max_rows` responses with its own copy of the model's weights.
 
-    model: a transformers causal LM or a `Policy`, not yet sharded; it is copied, to `device` and parameters in `dtype` if given.
-    Where its parameters are on the meta device the engine has none before the first sync, and nothing can be sampled.
-    max_context: longest prompt plus response; 0: what the model was made for. `policy_version` is -1 until the first sync.
+    model: a transformers causal LM or a `Policy`, not yet sharded. It is copied: to `device`, and its parameters to `dtype`, if
+    given. If its parameters are on the meta device, the engine cannot sample before the first sync.
+    max_context: longest prompt plus response in tokens; 0: the model's own limit. `policy_version` is -1 until the first sync.
     """
 
     def __init__(
@@ -42,8 +42,8 @@ class LocalEngine:
     ) -> None:
         if any(isinstance(param, DTensor) for param in model.parameters()):
             raise ValueError("the local engine copies a whole model: make it before the policy is sharded, then sync_weights")
-        # Each parameter is copied in its own dtype and place at once. Buffers keep their precision: rotary frequencies do not
-        # survive bfloat16.
+        # Each parameter is copied straight to its final dtype and device. Buffers keep their precision: rotary frequencies do
+        # not survive bfloat16.
         copied = {id(param): _copy(param, device, dtype) for param in model.parameters()}
         own = copy.deepcopy(unwrap(model), copied)
         nn.Module.to(own, device)
@@ -68,11 +68,11 @@ class LocalEngine:
     def stream(
         self, prompts: Sequence[tuple[int, ...]], params: SamplingParams, seed: int, numbers: Sequence[int] | None = None
     ) -> Groups:
-        """See `Engine.stream`. Groups come wave by wave, those with the shortest prompts first; closed early, it ends between two
-        waves. Each (prompt's number, sample, position) has its own random number, whatever runs beside it.
+        """See `Engine.stream`. Groups come wave by wave, shortest prompts first; closed early, it stops between two waves.
+        Each (prompt number, sample, position) has its own random number, whichever other prompts are in the wave.
 
-        Raises ValueError also where the policy's logits are not finite, for a support where top_k filters nothing, and for the
-        routing of a model without experts.
+        Also raises ValueError if the policy's logits are not finite, if `params.support` is set and top_k filters nothing, or if
+        `params.routing` is set and the model has no experts.
         """
         assert self._has_weights, "made from a model without weights: sync_weights comes first"
         check_prompts(prompts, params, self.max_context)
@@ -106,7 +106,7 @@ class LocalEngine:
             for place, i in enumerate(wave):
                 mine = rows[place * params.group_size : (place + 1) * params.group_size]
                 yield i, [Sample(i, *row[:3], self.policy_version, *row[3:]) for row in mine]
-            start = time.perf_counter()  # what is done with a wave is not the engine's time
+            start = time.perf_counter()  # the consumer's time between two waves does not count
 
     def _wave(
         self, prompts: Sequence[tuple[int, ...]], params: SamplingParams, uniforms: torch.Tensor
@@ -114,17 +114,17 @@ class LocalEngine:
         """(response ids, log-probabilities, finish, support, routed) of each row, prompt-major. uniforms: [rows, tokens]."""
         num_rows, capacity = uniforms.shape
         device = self._decoder.device
-        check_every = 1 if device.type == "cpu" else 8  # asking a GPU whether a row has finished stalls it
+        check_every = 1 if device.type == "cpu" else 8  # reading from a GPU whether rows have finished stalls it
         stop_ids = torch.tensor(() if params.ignore_eos else params.stop_ids, dtype=torch.long, device=device)
-        # One more row than there are responses: slots that only fill up a chunk write there.
+        # One row more than there are responses: filler slots of a chunk write there.
         ids = torch.zeros(num_rows + 1, capacity, dtype=torch.long, device=device)
         logprobs = torch.zeros(num_rows + 1, capacity, device=device)
         kept_shape = (num_rows + 1, capacity if params.support else 0, params.top_k)
         support = torch.zeros(kept_shape, dtype=torch.int32, device=device)
         stopped_at = torch.full((num_rows + 1,), capacity + 1, device=device)
         uniforms = torch.cat((uniforms, uniforms[:1]))
-        rows = torch.arange(num_rows, device=device)  # row of each slot
-        alive = torch.ones(num_rows, dtype=torch.bool, device=device)  # of each slot
+        rows = torch.arange(num_rows, device=device)  # row that each slot decodes
+        alive = torch.ones(num_rows, dtype=torch.bool, device=device)  # whether each slot's response goes on
         num_alive = num_rows
 
         routes = _Routes(self._decoder.open_routers().num_layers, num_rows + 1, capacity) if params.routing else None
@@ -176,7 +176,7 @@ class LocalEngine:
         ]
 
     def sync_weights(self, policy: nn.Module, version: int) -> None:
-        """See `Engine.sync_weights`. Copies parameters by name and proves by checksum that each of them arrived."""
+        """See `Engine.sync_weights`. Copies parameters by name and verifies each by checksum."""
         start = time.perf_counter()
         own = dict(self.model.named_parameters())
         sums: dict[str, int] = {}
@@ -200,10 +200,10 @@ class LocalEngine:
         self._stats["sync_s"] = time.perf_counter() - start
 
     def sleep(self) -> None:
-        """Nothing to give back: the weights are the engine's own, and the key-value store lives only during `generate`."""
+        """Does nothing: the engine keeps its weights, and the key-value store exists only while it samples."""
 
     def wake(self) -> None:
-        """Nothing to undo."""
+        """Does nothing, see `sleep`."""
 
     def stats(self) -> dict[str, float]:
         return dict(self._stats)
@@ -214,32 +214,32 @@ class LocalEngine:
 
 
 class _Routes:
-    """The experts of the tokens of one wave: of each prompt once, and of each row of responses."""
+    """Experts of the tokens of one wave: one table per prompt, one per response."""
 
     def __init__(self, num_layers: int, num_rows: int, capacity: int) -> None:
         self._num_layers, self._shape = num_layers, (num_rows, capacity)
         self._prompts = self._responses = torch.zeros(0)
 
     def put_prompts(self, routing: Routing, num_prompts: int) -> None:
-        """Of the forward over the prompts, padded to one length."""
+        """Store the routing of the prefill, whose prompts are padded to one length."""
         table = routing.table(self._num_layers)
         self._prompts = table.view(num_prompts, -1, *table.shape[1:]).cpu()
         self._responses = table.new_zeros(*self._shape, *table.shape[1:])
 
     def put(self, routing: Routing, rows: torch.Tensor, t: int) -> None:
-        """Of the forward of token t of the responses `rows`."""
+        """Store the routing of token t of the responses `rows`."""
         self._responses[rows, t] = routing.table(self._num_layers)
 
     def of(self, row: int, length: int, prompt: int, prompt_length: int) -> np.ndarray:
-        """See `Sample.routed`; the last of a response's `length` tokens is left out."""
+        """`Sample.routed` of one response: its prompt's tokens, then its `length` tokens except the last."""
         return torch.cat((self._prompts[prompt, :prompt_length], self._responses[row, : length - 1].cpu())).numpy()
 
 
 def plan_compaction(alive: list[list[bool]]) -> tuple[list[int], list[list[int]]] | None:
-    """What to keep of a wave: (chunk of each new chunk, its slots with -1 as filler), empty if nothing lives, None to keep all.
+    """How to drop finished rows from a wave: (old chunk of each new chunk, old slots of each new chunk with -1 as filler).
 
-    alive: [chunks][rows]. Rows of one chunk share their prompt, so a new chunk takes its rows from one old chunk. Its size is the
-    divisor of the present size that leaves the least work.
+    Empty lists if no row is alive, None if compaction does not pay off. alive: [chunks][rows]. Rows of one chunk share their
+    prompt, so a new chunk takes its rows from one old chunk. The new chunk size is the divisor of the old one that costs least.
     """
     size = len(alive[0])
     slots = [[c * size + r for r, lives in enumerate(chunk) if lives] for c, chunk in enumerate(alive)]
@@ -267,7 +267,7 @@ def _compact(
     tokens: torch.Tensor,
     filler_row: int,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """The wave cut down to `keep`: its key-value store, and row, liveness and last token of each slot."""
+    """Compact `key_values` to `keep` in place; returns row, liveness and last token of each remaining slot."""
     chunks = torch.tensor(keep[0], device=rows.device)
     slots = torch.tensor(keep[1], device=rows.device)
     filler = (slots < 0).flatten()
@@ -278,13 +278,13 @@ def _compact(
 
 
 def _copy(param: nn.Parameter, device: torch.device | None, dtype: torch.dtype | None) -> nn.Parameter:
-    """Without gradient; of a parameter on the meta device the memory alone, on the CPU where no device is given."""
+    """A copy without gradient. A parameter on the meta device becomes uninitialized memory, on the CPU if no device is given."""
     place = device or (torch.device("cpu") if param.is_meta else param.device)
     new = torch.empty_like(param, dtype=dtype or param.dtype, device=place, requires_grad=False)
     return nn.Parameter(new if param.is_meta else new.copy_(param.detach()), requires_grad=False)
 
 
 def _checksum(tensor: torch.Tensor) -> int:
-    """Sum of the bit patterns: exact, whatever the order of summation."""
+    """Sum of the bit patterns, exact in any order of summation."""
     integer = {4: torch.int32, 2: torch.int16}[tensor.element_size()]
     return int(tensor.detach().contiguous().view(integer).sum(dtype=torch.int64))

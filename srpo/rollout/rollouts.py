@@ -1,4 +1,4 @@
-"""Samples of an engine into `Rollout`s: decoded, parsed, numbered."""
+"""Converts samples of an engine to `Rollout`s: decodes, parses and numbers them."""
 
 from __future__ import annotations
 

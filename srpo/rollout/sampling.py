@@ -1,11 +1,11 @@
-"""One token for each row from its logits: temperature, top-k, inverse transform sampling."""
+"""Chooses one token per row of logits: temperature, top-k, inverse transform sampling."""
 
 from __future__ import annotations
 
 import torch
 import torch.nn.functional as F
 
-_BLOCK = 64  # a long distribution is searched block by block, so that its cumulative sum is never written out
+_BLOCK = 64  # a long distribution is searched by blocks, so that its full cumulative sum is never stored
 _BELOW_ONE = 1 - 2**-53
 
 
@@ -14,8 +14,8 @@ def choose(
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """(token ids [S], their log-probabilities [S] fp32) from softmax(logits / temperature) cut to its top_k tokens (0: all).
 
-    logits: [S, V] fp32, overwritten. uniforms: [S] float64 in [0, 1): with its own number, a row's token does not depend on which
-    rows are beside it. A token of probability 0 is never drawn.
+    logits: [S, V] fp32, overwritten. uniforms: [S] float64 in [0, 1), one per row, so a row's token does not depend on the other
+    rows. A token of probability 0 is never chosen.
     """
     return choose_with_support(logits, uniforms, temperature=temperature, top_k=top_k, greedy=greedy)[:2]
 
@@ -23,7 +23,7 @@ def choose(
 def choose_with_support(
     logits: torch.Tensor, uniforms: torch.Tensor, *, temperature: float, top_k: int, greedy: bool = False
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]:
-    """`choose`, and the ids [S, K] that a token was drawn from, in no order; None where nothing is filtered."""
+    """Like `choose`, plus the ids [S, K] that top-k kept, unsorted; None if nothing is filtered."""
     if temperature != 1.0:
         logits.div_(temperature)
     ids = None
@@ -47,9 +47,9 @@ def _draw(weights: torch.Tensor, uniforms: torch.Tensor) -> torch.Tensor:
 
 
 def _invert(weights: torch.Tensor, uniforms: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """(index of the slice of the distribution that each uniform falls into, its place in that slice, in [0, 1)), [S]."""
+    """(index whose interval of the cumulative distribution contains the uniform, its position in it, 0 to 1), both [S]."""
     cdf = weights.cumsum(-1, dtype=torch.float64)
     target = uniforms[:, None] * cdf[:, -1:]
-    index = torch.searchsorted(cdf, target, right=True).clamp(max=weights.shape[-1] - 1)  # NaN lies beyond the end
+    index = torch.searchsorted(cdf, target, right=True).clamp(max=weights.shape[-1] - 1)  # NaN is found past the end
     behind = (cdf.gather(-1, index) - target) / weights.gather(-1, index)
     return index[:, 0], (1 - behind[:, 0]).clamp(0.0, _BELOW_ONE)

@@ -1,6 +1,6 @@
-"""One step off-policy (rollout.off_policy_steps 1): the next optimizer step's batch is sampled while this one's is trained on.
+"""Prefetches batches one step off-policy (rollout.off_policy_steps 1): samples the next optimizer step's batch during an update.
 
-The thread that samples speaks to the engine and to the judge, and to no other rank: collectives are the main thread's. So is the
+The sampling thread uses the engine and the judge, but takes part in no collective: those belong to the main thread. So does the
 engine before `start` and after `take` or `wait`, for weight syncs, refill rounds and evaluation.
 """
 
@@ -18,7 +18,7 @@ from srpo.data.curriculum import Curriculum
 from srpo.data.examples import Example
 from srpo.training.stream import Stopped
 
-# (examples, optimizer step, what tells it to stop) -> this rank's scored rollouts
+# (examples, optimizer step, event that stops it) -> this rank's scored rollouts
 Sample = Callable[[Sequence[Example], int, threading.Event], list[Rollout]]
 
 
@@ -26,11 +26,11 @@ Sample = Callable[[Sequence[Example], int, threading.Event], list[Rollout]]
 class _Pending:
     examples: list[Example]
     rollouts: Future[list[Rollout]]
-    before: Mapping[str, Any]  # the sampler's state before they were drawn
+    before: Mapping[str, Any]  # the sampler's state before the examples were drawn
 
 
 class Ahead:
-    """At most one batch that is sampled ahead. Leaving its `with` stops what is under way and waits for that."""
+    """Samples at most one batch in advance. Leaving its `with` block stops that batch and waits for its thread."""
 
     def __init__(self, sampler: Curriculum, sample: Sample) -> None:
         self._sampler, self._sample = sampler, sample
@@ -39,41 +39,41 @@ class Ahead:
         self._pending: _Pending | None = None
 
     def start(self, num_prompts: int, step: int) -> None:
-        """Draw the batch of optimizer step `step` and begin to sample it, with the weights that the engine has."""
+        """Draw the batch of optimizer step `step` and start sampling it, with the engine's current weights."""
         assert self._pending is None, "one batch at a time"
         before = self._sampler.state_dict()
         examples = self._sampler.next(num_prompts)
         self._pending = _Pending(examples, self._pool.submit(self._sample, examples, step, self._stop), before)
 
     def take(self) -> tuple[list[Example], list[Rollout]] | None:
-        """The batch (examples of all ranks, this rank's scored rollouts), waited for; None where none was started.
+        """Wait for the batch and return (examples of all ranks, this rank's scored rollouts); None if none was started.
 
-        Raises what sampling or scoring has raised.
+        Raises any error of sampling or scoring.
         """
         pending, self._pending = self._pending, None
         return None if pending is None else (pending.examples, pending.rollouts.result())
 
     def wait(self) -> None:
-        """Return when the engine is free. Raises like `take`."""
+        """Wait until the engine is free. Raises like `take`."""
         if self._pending is not None:
             self._pending.rollouts.result()
 
     def drop(self) -> None:
-        """Stop the batch and forget that it was drawn: it is of a curriculum stage that is over."""
+        """Stop the batch and undo its draw: it belongs to a curriculum stage that has ended."""
         if self._pending is not None:
             self._end()
             self._sampler.load_state_dict({**self._sampler.state_dict(), "rates": self._pending.before["rates"]})
             self._pending = None
 
     def sampler_state(self) -> dict[str, Any]:
-        """What a checkpoint holds of the sampler: as if the batch had not been drawn, so that no prompt is lost with it."""
+        """The sampler's state for a checkpoint, as if the batch had not been drawn: a resumed run draws its prompts again."""
         state: dict[str, Any] = dict(self._sampler.state_dict())
         if self._pending is not None:
             state |= {key: self._pending.before[key] for key in ("rates", "sampler")}
         return state
 
     def _end(self) -> None:
-        """Stop the thread's work and wait for its end."""
+        """Stop sampling and wait for the thread's work to end."""
         if self._pending is not None:
             self._stop.set()
             with suppress(Stopped):

@@ -1,4 +1,4 @@
-"""Further prompts for an optimizer step whose groups do not all train: "dynamic sampling" (4.2.1, as in DAPO)."""
+"""Samples further prompts for an optimizer step if not all of its groups train: "dynamic sampling" (4.2.1, as in DAPO)."""
 
 from __future__ import annotations
 
@@ -18,14 +18,14 @@ def refill(
     draw: Callable[[int], Sequence[Example]],
     sample: Callable[[Sequence[Example], int, int], Sequence[Rollout]],
 ) -> tuple[list[Example], list[Rollout], int]:
-    """(examples, rollouts, rounds) once `num_prompts` groups train, the rounds are used up, or there is no further prompt.
+    """(examples, rollouts, rounds) once `num_prompts` groups train, `max_rounds` are used up, or no further prompt is left.
 
-    rollouts: this rank's, scored; group g is of examples[g]. `count(rollouts)` is the number of groups that train, over all
-    ranks; `draw(n)` gives up to n further examples, the same on all ranks; `sample(examples, first_group, round)` this rank's
-    scored rollouts of examples[first_group:], rounds counted from 1.
+    rollouts: this rank's, scored; group g belongs to examples[g]. `count(rollouts)` returns the number of groups that train, over
+    all ranks; `draw(n)` up to n further examples, the same on all ranks; `sample(examples, first_group, round)` this rank's
+    scored rollouts of examples[first_group:], with rounds counted from 1.
 
-    Each round draws as many prompts as groups are missing, so there is never a surplus to keep or to drop. Paper: 4.2.1 does not
-    say whether a step is filled up.
+    Each round draws as many prompts as groups are missing, so no surplus arises. Paper: 4.2.1 does not say whether a step is
+    filled up.
     """
     examples, rollouts, rounds = list(examples), list(rollouts), 0
     while rounds < max_rounds and (missing := num_prompts - count(rollouts)) > 0 and (more := draw(missing)):

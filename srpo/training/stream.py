@@ -1,4 +1,4 @@
-"""Rollouts on their way from the engine to their reward: group by group, scored on a thread while others are sampled."""
+"""Streams rollouts from the engine to their rewards: groups are scored on a thread while others are still being sampled."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ Score = Callable[[Sequence[Rollout]], list[Rollout]]
 
 
 class Stopped(RuntimeError):
-    """Sampling was told to stop from outside (`stream_scored(stop=...)`): nobody wants what it would have given."""
+    """Sampling was stopped from outside (`stream_scored(stop=...)`); its rollouts are discarded."""
 
 
 def stream_scored(
@@ -25,14 +25,14 @@ def stream_scored(
     enough: int = 0,
     stop: threading.Event | None = None,
 ) -> list[Rollout]:
-    """The scored rollouts of the first `enough` groups to finish (0: of all), in the order of their group numbers.
+    """The scored rollouts of the first `enough` groups to finish (0: all groups), sorted by group number.
 
-    overlap: score what has finished so far while the others are sampled, on one thread, one call at a time. Else all is scored in
-    one call at the end, in that order. Where the reward of a response does not depend on what is scored beside it, both give the
-    same rollouts. `groups` is closed as soon as enough have come, so that an engine stops sampling the rest.
+    overlap: score finished groups while others are sampled, on one thread, one call at a time; otherwise score all of them in one
+    call at the end, in that order. Both give the same rollouts if the reward of a response does not depend on the other responses
+    in the call. `groups` is closed as soon as enough have come, so that the engine stops sampling the rest.
 
-    What either side raises ends the other: scoring after the call that it is in, sampling after the next group to finish. Once
-    `stop` is set, it ends likewise, with Stopped.
+    An error on one side ends the other: scoring after its current call, sampling after the next group to finish. Once `stop` is
+    set, both end in the same way, with Stopped.
     """
     rollouts: list[Rollout] = []
     with closing(groups), _Scorer(score, overlap) as scorer:
@@ -48,7 +48,7 @@ def stream_scored(
 
 
 class _Scorer:
-    """Scores what it is given: on a thread, or (overlap False) all at once when it is finished. Not for use after its `with`."""
+    """Scores the groups it is given: on a thread, or (overlap False) all at once in `finish`. Unusable after its `with` block."""
 
     def __init__(self, score: Score, overlap: bool) -> None:
         self._score = score
@@ -59,7 +59,7 @@ class _Scorer:
         self._future = self._pool.submit(self._run) if self._pool else None
 
     def _run(self) -> list[Rollout]:
-        """Everything that has come, scored: all that waits goes into one call."""
+        """Score groups until None comes, and return all of them; all groups that are waiting go into one call."""
         scored: list[Rollout] = []
         last = False
         while not last:
@@ -73,7 +73,7 @@ class _Scorer:
         return scored
 
     def put(self, group: list[Rollout]) -> None:
-        """Raises what scoring has raised meanwhile."""
+        """Add a group. Raises the error that scoring has raised meanwhile, if any."""
         if self._future is None:
             self._held += group
             return
@@ -82,7 +82,7 @@ class _Scorer:
         self._waiting.put(group)
 
     def finish(self) -> list[Rollout]:
-        """All of them scored. Raises what scoring raises."""
+        """All rollouts, scored. Raises any error of scoring."""
         if self._future is None:
             return self._score(sorted(self._held, key=lambda rollout: rollout.group))
         self._waiting.put(None)
@@ -95,11 +95,11 @@ class _Scorer:
         if self._pool is not None:
             self._given_up = True
             self._waiting.put(None)
-            self._pool.shutdown()  # waits for the call that it is in
+            self._pool.shutdown()  # waits for the current call
 
 
 def quota(num_prompts: int, world_size: int, cut_tail: float) -> int:
-    """Groups that a rank needs before it stops the others: its share of `num_prompts`, less what may be left unfinished.
+    """Number of groups after which a rank aborts the rest: its share of `num_prompts` less `cut_tail` of it (rounded down).
 
     At least one. `num_prompts` is a multiple of `world_size`.
     """
@@ -108,7 +108,7 @@ def quota(num_prompts: int, world_size: int, cut_tail: float) -> int:
 
 
 def check_age(rollouts: Sequence[Rollout], version: int, max_age: int) -> None:
-    """Raise ValueError where a rollout was sampled more than `max_age` weight syncs before `version`, or after it."""
+    """Raise ValueError if a rollout was sampled more than `max_age` weight syncs before `version`, or after it."""
     found = sorted({r.policy_version for r in rollouts if not 0 <= version - r.policy_version <= max_age})
     if found:
         raise ValueError(

@@ -1,6 +1,6 @@
-"""An engine's process without vLLM, run as `python fake_engine.py TRICKS SOCKET SOCKET`: it holds tensors by name and "samples"
-from their sum, so that a test sees which weights were used. TRICKS is JSON that says where it fails; a failure happens once and
-is remembered in a file, for its successor to do better."""
+"""An engine's process without vLLM, run as `python fake_engine.py TRICKS SOCKET SOCKET`. It holds tensors by name and reports
+their sum as log-probabilities, so that a test sees which weights were used. TRICKS is JSON that says where it fails. A failure
+happens once: it is recorded in a file, so that the next process does not fail there."""
 
 from __future__ import annotations
 
@@ -22,9 +22,10 @@ from srpo.rollout.weights.buckets import add_sums, bit_sum
 
 
 class FakeBackend:
-    """`stale`: parameters that a sync leaves as they are. `die`, `hang`, `raise`: where it fails (PLACE or PLACE:NUMBER).
-    `pause_s`: before each group. `diary`: a file that gets a letter for each group that it begins, and one for each abort.
-    `journal`: a file that gets a line for each place that it comes by."""
+    """Its tricks: `stale`, parameters that a sync does not change; `die`, `hang`, `raise`, the place (or PLACE:NUMBER) where it
+    fails, once or `always`; `marker`, the file that records a failure; `lose`, number of samples missing from each group;
+    `pause_s`, seconds before each group; `diary`, a file that gets `g` for each group begun and `a` for each abort; `journal`, a
+    file that gets a line for each place passed."""
 
     def __init__(self, tricks: dict[str, Any]) -> None:
         self.tricks = tricks
@@ -76,7 +77,7 @@ class FakeBackend:
     def generate(
         self, prompts: Sequence[tuple[int, list[int]]], params: SamplingParams, seeds: Sequence[int]
     ) -> Generator[Group | None, None, None]:
-        """Responses [prompt index, seed mod 1000], every log-probability minus the sum of all weights; last prompts first."""
+        """Responses [prompt index, seed mod 1000]; every log-probability is minus the sum of all weights. Last prompts first."""
         total = sum(float(tensor.double().sum()) for tensor in self.weights.values())
         for (index, _), seed in reversed(list(zip(prompts, seeds, strict=True))):
             self.here("generate")

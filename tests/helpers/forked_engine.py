@@ -1,6 +1,6 @@
-"""A `subprocess.Popen` for tests that start tests/helpers/fake_engine.py again and again: it forks a process that has imported
-torch already, where a new interpreter takes seconds. Everything else is as `EngineProcess` has it: sockets, log, environment, a
-session of its own, signals, exit codes."""
+"""A replacement of `subprocess.Popen` for tests that often start tests/helpers/fake_engine.py: it forks a process that has
+already imported torch, because a new interpreter takes seconds. Sockets, log, environment, session, signals and exit codes are
+those that `EngineProcess` expects."""
 
 from __future__ import annotations
 
@@ -17,16 +17,16 @@ from typing import Any
 
 FAKE = str(Path(__file__).with_name("fake_engine.py"))
 CONTEXT = multiprocessing.get_context("forkserver")
-CONTEXT.set_forkserver_preload(["pytest", "srpo.rollout.vllm.server"])  # pytest: __main__ of the process that asks
+CONTEXT.set_forkserver_preload(["pytest", "srpo.rollout.vllm.server"])  # pytest: __main__ of the parent
 
 
 def popen(command: Sequence[str], **options: Any) -> Any:
-    """Of `python fake_engine.py ...` a fork, of any other command a process as ever."""
+    """A fork for `python fake_engine.py ...`; an ordinary process for any other command."""
     return Forked(command, **options) if command[1] == FAKE else subprocess.Popen(command, **options)
 
 
 class Descriptor:
-    """Goes to the process that is being started, where it is a number."""
+    """A file descriptor that is pickled to the process being started, and is a number there."""
 
     def __init__(self, fd: int) -> None:
         self.fd = fd
@@ -40,7 +40,7 @@ def _number(descriptor: Any) -> int:
 
 
 class Forked:
-    """What `EngineProcess` uses of `subprocess.Popen`."""
+    """The part of `subprocess.Popen` that `EngineProcess` uses."""
 
     def __init__(
         self, command: Sequence[str], *, env: Mapping[str, str], stdout: Any, pass_fds: tuple[int, int], **options: Any
@@ -55,7 +55,7 @@ class Forked:
         self._process.start()
         theirs.close()
         with begun:
-            begun.recv_bytes()  # it leads a process group from now on, so that killpg finds it
+            begun.recv_bytes()  # now it leads a process group, so that killpg finds it
         assert self._process.pid is not None
         self.pid = self._process.pid
 

@@ -1,8 +1,8 @@
-"""Run under torchrun: every two ranks share an engine, and sample on a thread beside the main one.
-`python shared_ranks.py FOLDER [real]` with a checkpoint in it; writes rank<r>.json.
+"""Run under torchrun: every two ranks share an engine, and sample on a thread in parallel with the main one.
+`python shared_ranks.py FOLDER [real]`; FOLDER holds a checkpoint, and rank<r>.json is written there.
 
-Without "real" it is 4 ranks and the fake engine, and the second engine's process dies meanwhile; at the end rank 1 ends, whose
-engine rank 0 has, and rank 2, which has that of rank 3."""
+Without "real" it takes 4 ranks and the fake engine, and the second engine's process dies meanwhile. At the end ranks 1 and 2
+exit: rank 1 used the engine of rank 0, rank 2 owned the engine of rank 3."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ def sample(engine: SharedEngine, policy: nn.Module, parallel: Parallel) -> list[
         for version in (1, 2):
             engine.sync_weights(policy, version)
             ahead = pool.submit(engine.generate, [PROMPTS[i] for i in mine], PARAMS, 5, mine)
-            parallel.barrier()  # the main thread's collectives go on beside it
+            parallel.barrier()  # the main thread's collectives go on meanwhile
             with torch.no_grad():
                 for parameter in policy.parameters():
                     parameter.mul_(2)
@@ -48,7 +48,7 @@ def sample(engine: SharedEngine, policy: nn.Module, parallel: Parallel) -> list[
 
 
 def last_words(engine: SharedEngine, policy: nn.Module, rank: int) -> str:
-    """What the ranks that are left say when those end with which they share an engine."""
+    """The errors of ranks 0 and 3 after the ranks with which they share an engine have exited."""
     if rank in (1, 2):
         os._exit(0)
     try:
@@ -85,7 +85,7 @@ def main(folder: Path, real: bool) -> None:
         path.write_text(json.dumps({**result, "said": said}), encoding="utf-8")
     engine.close()
     sys.stdout.flush()
-    os._exit(0)  # the process group has lost ranks
+    os._exit(0)  # the process group has lost ranks, so it cannot be closed
 
 
 if __name__ == "__main__":

@@ -1,5 +1,5 @@
-"""Run under torchrun: a sharded policy is synced into an engine of its own on every rank; on rank 1 the engine's process dies
-meanwhile. `python vllm_ranks.py FOLDER` with a checkpoint's config.json in it; writes rank<r>.json."""
+"""Run under torchrun: a sharded policy is synced into each rank's own engine; on rank 1 the engine's process dies meanwhile.
+`python vllm_ranks.py FOLDER`; FOLDER holds a checkpoint, and rank<r>.json is written there."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What tests of engines share."""
+"""Fixtures shared by tests of engines."""
 
 from __future__ import annotations
 
@@ -15,8 +15,8 @@ from srpo.rollout.vllm import process as engine_process
 
 @pytest.fixture(scope="module")
 def forks() -> Iterator[None]:
-    """Fake engines are forks of a process that has torch; vllm/test_engine.py has some in an interpreter of their own."""
-    forkserver.ensure_running()  # before a test moves temporary files: its socket's path has to stay short
+    """Starts fake engines by forking a process that has imported torch; `fork=False` in vllm/test_engine.py avoids this."""
+    forkserver.ensure_running()  # before a test moves the temporary folder: the path of its socket must stay short
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(engine_process, "subprocess", SimpleNamespace(**{**vars(subprocess), "Popen": forked_engine.popen}))
         yield

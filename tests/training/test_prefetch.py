@@ -1,4 +1,4 @@
-"""Sampling that is cut, scored meanwhile, or a step ahead, in whole runs."""
+"""Whole runs that cut groups, score during sampling, or prefetch one step off-policy."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ AHEAD = {"rollout": {"off_policy_steps": 1}, "loss": {"importance": "truncate"}}
 
 
 def changes(*several: dict[str, Any]) -> dict[str, Any]:
-    """Settings by section, put together."""
+    """Settings merged section by section."""
     merged: dict[str, Any] = {}
     for one in several:
         for key, value in one.items():
@@ -45,11 +45,11 @@ def files_of(run_dir: Path) -> list[bytes]:
     return [(run_dir / name).read_bytes() for name in ("metrics.jsonl", "rollouts.jsonl", "policy/model.safetensors")]
 
 
-# ---- scoring beside sampling ---------------------------------------------------------------------------------------------------
+# ---- scoring in parallel with sampling -----------------------------------------------------------------------------------------
 
 
 def test_scored_meanwhile_or_afterwards_it_is_the_same_run(world: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Bit for bit, with several waves, a judge that takes its time, and refill rounds."""
+    """Bit for bit, with several waves, a slow judge, and refill rounds."""
     threads: Counter[bool] = Counter()
     original = srpo.training.collect.score_rollouts
 
@@ -63,7 +63,7 @@ def test_scored_meanwhile_or_afterwards_it_is_the_same_run(world: Any, tmp_path:
     runs = []
     for overlap in ("off", "on"):
         threads.clear()
-        # The folder of a run is in none of these files.
+        # None of the compared files contains the folder of its run.
         train(
             world.config(tmp_path / overlap, num_steps=2, rollout={"overlap": overlap}, sampler={"refill": 1}),
             small.ONE,
@@ -73,11 +73,11 @@ def test_scored_meanwhile_or_afterwards_it_is_the_same_run(world: Any, tmp_path:
     assert runs[0] == runs[1]
 
 
-# ---- what is cut ---------------------------------------------------------------------------------------------------------------
+# ---- cut groups ----------------------------------------------------------------------------------------------------------------
 
 
 def test_the_last_groups_are_cut_and_their_prompts_come_back(world: Any, tmp_path: Path) -> None:
-    """Of six prompts the four that finish first; on this engine, those with the shortest prompts, as 256 rows are one wave."""
+    """Of six prompts the first four to finish are kept: on this engine the shortest, because all fit one wave of 256 rows."""
     drawn: list[list[str]] = []
     original = Curriculum.next
 
@@ -103,7 +103,7 @@ def test_the_last_groups_are_cut_and_their_prompts_come_back(world: Any, tmp_pat
         cut = set(names) - set(kept)
         assert len(cut) == 2 and len(lengths) == 4
         if number < len(drawn):
-            assert cut <= set(drawn[number])  # nothing is lost: they are drawn again at once
+            assert cut <= set(drawn[number])  # cut prompts are drawn again in the next step
 
 
 def test_a_tail_is_cut_without_others_in_its_place(world: Any, tmp_path: Path) -> None:
@@ -117,11 +117,11 @@ def test_nothing_is_cut_by_default(world: Any, tmp_path: Path) -> None:
     assert "rollout/num_cut_groups" not in small.metrics_of(tmp_path / "run")[0]
 
 
-# ---- one step ahead ------------------------------------------------------------------------------------------------------------
+# ---- prefetch ------------------------------------------------------------------------------------------------------------------
 
 
 def test_one_step_ahead_the_samples_are_one_step_older(world: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Version 0 samples the batches of steps 1 and 2; each prompt is drawn once; and it is sampled beside the update."""
+    """Version 0 samples the batches of steps 1 and 2; each prompt is drawn once; sampling runs in parallel with the update."""
     beside: list[bool] = []
     running = threading.Event()
     original, sampling = srpo.train.policy_update, srpo.training.collect.generate
@@ -160,7 +160,7 @@ def test_one_step_ahead_the_samples_are_one_step_older(world: Any, tmp_path: Pat
 
 
 def test_turned_off_nothing_of_it_is_there(world: Any, tmp_path: Path) -> None:
-    """The first step of a run that samples ahead is that of any run, but for the rounding that importance weights see."""
+    """The first step of a run with prefetch equals that of one without, except for the rounding that importance weights see."""
     train(world.config(tmp_path / "off", num_steps=1), small.ONE)
     train(world.config(tmp_path / "on", num_steps=1, **AHEAD), small.ONE)
     off, on = (small.metrics_of(tmp_path / name)[0] for name in ("off", "on"))
@@ -170,7 +170,7 @@ def test_turned_off_nothing_of_it_is_there(world: Any, tmp_path: Path) -> None:
 
 
 def test_a_killed_run_loses_no_prompt(world: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Stopped with a batch under way, it draws that batch's prompts again, in order, and samples them with newer weights."""
+    """A run stopped during a prefetch draws the batch's prompts again, in order, and samples them with newer weights."""
     whole = world.config(tmp_path / "whole", **changes(AHEAD, {"num_steps": 5, "sampler": {"refill": 1}}))
     train(whole, small.ONE)
     stopped = replace(whole, run_dir=str(tmp_path / "stopped"))
@@ -184,20 +184,20 @@ def test_a_killed_run_loses_no_prompt(world: Any, tmp_path: Path, monkeypatch: p
     with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
         patch.setattr(srpo.train, "policy_update", stopping)
         train(stopped, small.ONE)
-    assert not [t for t in threading.enumerate() if t.name.startswith(("ahead", "score"))]  # nobody samples on
+    assert not [t for t in threading.enumerate() if t.name.startswith(("ahead", "score"))]  # no thread samples on
     checkpoint = latest_checkpoint(tmp_path / "stopped/checkpoints")
     assert checkpoint is not None and checkpoint.name == "step_000002"
     train(stopped, small.ONE)
     want, got = steps_of(tmp_path / "whole"), steps_of(tmp_path / "stopped")
     assert [sorted(got), got[1], got[2]] == [sorted(want), want[1], want[2]]
     first = [list(dict.fromkeys(r.example_id for r in steps[3])) for steps in (want, got)]
-    assert first[0][:4] == first[1][:4]  # the prompts of the batch that was under way; what refills it may differ
+    assert first[0][:4] == first[1][:4]  # the prefetched batch's prompts; those of its refill may differ
     assert {r.policy_version for r in got[3][:16]} == {2} and {r.policy_version for r in want[3][:16]} == {1}
-    assert {r.policy_version for r in got[4][:16]} == {2}  # and it is one step ahead again
+    assert {r.policy_version for r in got[4][:16]} == {2}  # and it prefetches again
 
 
 def test_a_new_stage_begins_with_samples_of_its_own(world: Any, tmp_path: Path) -> None:
-    """What was drawn ahead is of the stage that has ended: it is dropped, as if it had not been drawn."""
+    """The prefetched batch belongs to the stage that has ended: it is dropped, as if it had not been drawn."""
     stages = (
         StageConfig("first", num_steps=2, tags={"grade": ("L1", "L2")}),
         StageConfig("second", tags={"grade": ("L3", "L4")}),
@@ -241,12 +241,12 @@ def test_two_ranks_sample_ahead_and_cut(world: Any, tmp_path: Path) -> None:
         assert {r.policy_version for r in rollouts[:16]} == {max(0, number - 2)}
 
 
-# ---- the support ---------------------------------------------------------------------------------------------------------------
+# ---- support -------------------------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("num_updates", [1, 2])
 def test_ratios_on_the_engine_s_support(world: Any, tmp_path: Path, num_updates: int) -> None:
-    """On-policy it is the trainer's own, so the run is the same but for rounding; a step ahead, what was sampled stays inside."""
+    """On-policy the engine's support equals the trainer's, so the run is the same except for rounding."""
     losses = {"num_updates": num_updates, "kl_coef": 0.05}
     common = {"rollout": {"top_k": 20}, "loss": losses, "num_steps": 1}
     train(world.config(tmp_path / "own", **common), small.ONE)

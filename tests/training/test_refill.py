@@ -1,4 +1,4 @@
-"""Dynamic sampling with a fake engine: what is drawn, counted, given up, and shared by ranks."""
+"""Dynamic sampling with a fake engine: which prompts are drawn, when it gives up, and that ranks agree."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ def rollout(example_id: str, group: int, reward: float = 0.0) -> Rollout:
 
 
 def solves(example: Example) -> float:
-    """A policy whose solve rate of an example is always the same: a third is too easy, a third too hard."""
+    """A policy whose solve rate of an example never changes: a third is too easy, a third too hard."""
     return (0.0, 0.5, 1.0)[hash_of(example.example_id) % 3]
 
 
@@ -33,7 +33,7 @@ def hash_of(text: str) -> int:
 
 
 def fake(rank: int, world_size: int) -> Callable[[Sequence[Example], int, int], list[Rollout]]:
-    """The fake engine with its judge: one rollout per prompt of this rank, whose reward is the group's score."""
+    """A fake engine with its judge: one rollout per prompt of this rank, whose reward is the group's score."""
 
     def sample(examples: Sequence[Example], first: int, number: int) -> list[Rollout]:
         mine = range(first + rank, len(examples), world_size)
@@ -108,7 +108,7 @@ class Ranks:
 
 
 def run(world_size: int, seed: int, num_steps: int = 12) -> list[list[tuple[Any, ...]]]:
-    """For each rank, what its sampler drew, step by step, and its state at the end."""
+    """For each rank, the prompts that its sampler drew, step by step, and its state at the end."""
     ranks, told, results = Ranks(world_size), [{} for _ in range(num_steps)], [[] for _ in range(world_size)]
 
     def work(rank: int) -> None:
@@ -126,7 +126,7 @@ def run(world_size: int, seed: int, num_steps: int = 12) -> list[list[tuple[Any,
                 sample=sample,
             )
             told[step] |= {r.group: (r.example_id, (r.step_rewards or (0.0,))[0]) for r in rollouts}
-            ranks.total(rank, 0)  # everybody has told
+            ranks.total(rank, 0)  # a barrier: every rank has added its rollouts
             everyone = [told[step][g] for g in range(len(examples))]
             assert [name for name, _ in everyone] == [e.example_id for e in examples]
             rates.observe(*zip(*everyone, strict=True))

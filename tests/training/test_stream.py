@@ -1,4 +1,4 @@
-"""Scoring beside sampling: the same rollouts, errors of either side, enough, and what a stop does."""
+"""Scoring in parallel with sampling: equal rollouts, errors on either side, early ends, stops."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ def rollout(group: int, number: int = 0, version: int = 3) -> Rollout:
 
 
 class Source:
-    """Groups in a given order; remembers how many were asked for and whether it was closed before its end."""
+    """Yields groups in a given order; records how many were requested and whether it was closed before its end."""
 
     def __init__(
         self, order: Sequence[int], pause_s: float = 0.0, fails_at: int = -1, wait_for: threading.Event | None = None
@@ -47,7 +47,7 @@ class Source:
 
 
 class Scorer:
-    """Pays each rollout by its text, slowly; keeps which thread asked for which groups. Its first call waits for an event."""
+    """Rewards each rollout by its text, slowly; records groups and threads of its calls. The first call waits for an event."""
 
     def __init__(self, pause_s: float = 0.0, fails_at: int = -1, wait_for: threading.Event | None = None) -> None:
         self.pause_s, self.fails_at, self.wait_for = pause_s, fails_at, wait_for
@@ -77,12 +77,12 @@ def test_all_come_scored_in_the_order_of_their_groups(seed: int, overlap: bool) 
     assert all(r.step_rewards == (float(r.group * 10 + int(r.text[-1])),) for r in scored)
     assert source.ended and sorted(g for call in scorer.calls for g in call) == sorted(order * 3)
     if not overlap:
-        assert scorer.calls == [[g for g in sorted(order) for _ in range(3)]]  # one call, as if nothing were streamed
+        assert scorer.calls == [[g for g in sorted(order) for _ in range(3)]]  # one call, as without streaming
         assert scorer.threads == {threading.get_ident()}
 
 
 def test_groups_are_scored_while_others_are_sampled() -> None:
-    """The last group comes only when the first are being scored, and those are done only when the last has come."""
+    """The last group comes only once the first are being scored, and their scoring ends only once the last has come."""
     scorer = Scorer()
     source = Source(range(10), wait_for=scorer.begun)
     scorer.wait_for = source.last_given
@@ -103,7 +103,7 @@ def test_enough_is_the_first_to_finish_and_closes_the_source(overlap: bool) -> N
     scored = stream_scored(source.groups(), scorer, overlap=overlap, enough=3)
     assert sorted({r.group for r in scored}) == [1, 3, 4] and len(scored) == 9
     assert source.given == 3 and source.closed and not source.ended
-    assert len(stream_scored(Source([1, 2]).groups(), scorer, overlap=overlap, enough=3)) == 6  # there are no more
+    assert len(stream_scored(Source([1, 2]).groups(), scorer, overlap=overlap, enough=3)) == 6  # the source has only two groups
 
 
 @pytest.mark.parametrize("overlap", [True, False])
@@ -114,7 +114,7 @@ def test_an_engine_s_error_ends_scoring(overlap: bool) -> None:
         stream_scored(source.groups(), scorer, overlap=overlap)
     calls = len(scorer.calls)
     time.sleep(0.05)
-    assert len(scorer.calls) == calls <= 2  # the one that it was in, and no other
+    assert len(scorer.calls) == calls <= 2  # the current call, and no other
 
 
 def test_a_judge_s_error_ends_sampling() -> None:

@@ -1,4 +1,4 @@
-"""Sampling in an engine's process, from the trainer's side: one request, its groups as they finish, and how to stop it."""
+"""A sampling request to an engine's process: sends it, yields its groups as they finish, aborts it."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ import numpy as np
 from srpo.rollout.engine import Groups, Sample, SamplingParams
 from srpo.rollout.vllm.process import EngineError, EngineFailure, EngineProcess
 
-# (prompt index, its responses as JSON has them: see `srpo.rollout.vllm.server.Response`); None as a sign of life
+# (prompt index, its responses as JSON, see `srpo.rollout.vllm.server.Response`), or None as a heartbeat
 Replies = Generator[tuple[int, list[list[Any]]] | None, None, None]
 
 
@@ -26,10 +26,10 @@ def ask(
     missing: Sequence[int],
     version: int,
 ) -> Replies:
-    """(prompt index, its responses) of the prompts `missing`, as they finish, from weights of `version`.
+    """Samples the prompts with indices `missing` from weights of `version`; yields (prompt index, its responses) as they finish.
 
-    Closed early, it has the process stop, which then waits for requests. Raises EngineError where the process gives what was not
-    asked for (it is killed then), EngineFailure where it died or hangs.
+    If the generator is closed early, the process drops the rest and waits for the next request. Raises EngineError if the replies
+    do not match the request (the process is killed), EngineFailure if the process died or hangs.
     """
     waiting = set(missing)
     try:
@@ -51,14 +51,14 @@ def ask(
     except GeneratorExit:
         stop(process)
         raise
-    except BaseException:  # what it is still doing is nobody's business: its replies would be taken for the next request's
+    except BaseException:  # a late reply would be read as the answer to the next request
         process.kill()
         raise
 
 
 def stop(process: EngineProcess) -> None:
-    """Have it drop what it still samples, and read what it had sent before it heard. One that fails at that is started again when
-    it is needed next."""
+    """Abort the running request and discard the replies sent before the process noticed. If the process fails meanwhile, it is
+    killed with a warning, and the next request starts a new one."""
     try:
         with process.killed_unless_done():
             process.send("abort")
@@ -71,7 +71,7 @@ def stop(process: EngineProcess) -> None:
 
 
 def samples_of(replies: Replies, version: int, stats: dict[str, float]) -> Groups:
-    """(prompt index, its samples, stamped with `version`); what is sampled and how long it took goes into `stats`."""
+    """Yields (prompt index, its samples with policy version `version`); keeps num_tokens, generate_s, tokens_per_s in `stats`."""
     start, num_tokens = time.perf_counter(), 0
     with closing(replies):
         for group in replies:
@@ -91,7 +91,7 @@ def sample_of(
     support: str | None = None,
     routed: tuple[int, int, str] | None = None,
 ) -> Sample:
-    """One response of a process's reply; support, routed: see `srpo.rollout.vllm.server.Response`."""
+    """The `Sample` of one response in a reply; for support and routed see `srpo.rollout.vllm.server.Response`."""
     kept = None
     if support is not None:
         kept = np.frombuffer(base64.b64decode(support), dtype="<i4").reshape(len(ids), -1)

@@ -1,8 +1,8 @@
-"""New weights straight into a running vLLM on its CPU backend: each kernel is made from the shared memory that they arrived in.
+"""Loads new weights directly into a running vLLM on its CPU backend: kernels are made from the memory that the trainer wrote.
 
-vLLM's own reload goes through every tensor's loader twice and copies it three times before a kernel is made from it. Here the
-tensors of a layer are looked for where the trainer wrote them; if they lie there as the layer wants them (the experts of a layer,
-q beside k beside v), nothing is copied at all. Then vLLM's own preparation of that layer runs, as when the model was loaded.
+vLLM's own reload passes every tensor through its loader twice and copies it three times before a kernel is made from it. Here, if
+the trainer wrote the tensors of a layer in the layer's own layout (all experts in one block; q, k and v in a row), nothing is
+copied. Then vLLM's own preparation of the layer (`process_weights_after_loading`) runs, as when the model was first loaded.
 """
 
 from __future__ import annotations
@@ -21,16 +21,16 @@ _HALF = {"gate_proj": 0, "w1": 0, "up_proj": 1, "w3": 1}
 
 
 class UnknownLayoutError(Exception):
-    """This model has a tensor whose place is not known here: vLLM's own reload has to load it."""
+    """The model has a tensor that cannot be assigned to a layer here; vLLM's own reload has to load it."""
 
 
 @dataclass
 class Slot:
-    """A weight of vLLM's model as it is before its kernel is made: checkpoint tensors one behind the other."""
+    """A weight of vLLM's model before its kernel is made: one or more checkpoint tensors, one after another."""
 
     layer: Any
     attribute: str
-    places: dict[str, int]  # checkpoint name -> its first element
+    places: dict[str, int]  # checkpoint name -> index of its first element in the weight
     shape: tuple[int, ...]
     arrived: dict[str, torch.Tensor] = field(default_factory=dict)
 
@@ -39,7 +39,7 @@ class Slot:
         return len(self.arrived) == len(self.places)
 
     def take(self) -> torch.Tensor:
-        """What has arrived as one tensor, without a copy if it lies there as one."""
+        """The arrived tensors as one tensor, without a copy if they already lie one after another in memory."""
         tensors = [self.arrived[name] for name in self.places]
         self.arrived = {}
         first = tensors[0]
@@ -58,16 +58,16 @@ class Slot:
 class DirectLoader:
     """Loads tensors by checkpoint name into `model`.
 
-    shapes: of all tensors of the checkpoint. fused: each layer of experts and its kernel.
-    Raises UnknownLayoutError for a model that it does not know, before anything is changed.
+    shapes: of all tensors of the checkpoint. fused: each layer of experts with its kernel.
+    Raises UnknownLayoutError, before anything is changed, for a tensor that fits no layer of the model.
     """
 
     def __init__(self, model: nn.Module, shapes: Mapping[str, Sequence[int]], fused: Iterable[tuple[nn.Module, Any]]) -> None:
         self._fused = {id(layer): kernel for layer, kernel in fused}
         self._shapes = {name: tuple(shape) for name, shape in shapes.items()}
-        self._slots: dict[str, Slot] = {}  # of each checkpoint name
+        self._slots: dict[str, Slot] = {}  # by checkpoint name
         self._by_layer: dict[int, list[Slot]] = {}
-        self.written: set[int] = set()  # ids of the parameters that were written in place since `begin`
+        self.written: set[int] = set()  # ids of the parameters written in place since `begin`
         slots: dict[tuple[int, str], Slot] = {}
         packed = {part: (whole, parts) for whole, parts in _packed(model).items() for part in parts}
         for name, shape in sorted(self._shapes.items(), key=lambda item: _order(item[0], packed)):
@@ -77,7 +77,7 @@ class DirectLoader:
             slot.shape = (slot.shape[0] + rows, *rest)
             self._slots[name] = slot
         for slot in slots.values():
-            if id(slot.layer) in self._fused:  # of w13 [experts, 2 I, H] gate and up are an expert's, of w2 [experts, H, I] down
+            if id(slot.layer) in self._fused:  # w13 [experts, 2 I, H] holds gate and up of each expert, w2 [experts, H, I] down
                 experts = 1 + max(int(m[2]) for name in slot.places if (m := _EXPERT.match(name)))
                 slot.shape = (experts, slot.shape[0] // experts, *slot.shape[1:])
             self._check(slot)
@@ -86,7 +86,7 @@ class DirectLoader:
     def _find(
         self, model: nn.Module, name: str, shape: tuple[int, ...], packed: Mapping[str, tuple[str, Sequence[str]]]
     ) -> tuple[Any, str, tuple[int, ...]]:
-        """(layer, attribute, shape of what is added to its end)."""
+        """(layer, attribute, shape of the rows that the tensor appends to that weight)."""
         if not shape:
             raise UnknownLayoutError(f"{name} is a single number")
         expert = _EXPERT.match(name)
@@ -114,19 +114,19 @@ class DirectLoader:
             raise UnknownLayoutError(f"{next(iter(slot.places))}: no {slot.attribute} in {type(slot.layer).__name__}")
         in_place = id(slot.layer) not in self._fused and parameter.numel()
         rows = parameter.shape[0] if parameter.ndim else 1
-        # A vocabulary may be padded at its end.
+        # vLLM may pad a vocabulary at its end.
         if in_place and (parameter.shape[1:] != slot.shape[1:] or rows < slot.shape[0]):
             raise UnknownLayoutError(f"{next(iter(slot.places))}: {tuple(parameter.shape)} for {slot.shape}")
 
     def begin(self) -> None:
-        """Forget what an interrupted sync has left."""
+        """Discard the tensors left by an interrupted sync."""
         self.written.clear()
         for slot in self._slots.values():
             slot.arrived = {}
 
     @torch.no_grad()
     def load(self, named: Iterable[tuple[str, torch.Tensor]]) -> None:
-        """Some tensors, which have to stay as they are until `finish`. A layer is made new when it has all of its own."""
+        """Take some tensors, which must not change before `finish`. A layer is rebuilt once all of its tensors have arrived."""
         for name, tensor in named:
             slot = self._slots.get(name)
             if slot is None or tuple(tensor.shape) != self._shapes[name]:
@@ -162,10 +162,10 @@ class DirectLoader:
         for attribute, memory in given.items():
             made = getattr(layer, attribute)
             if made.numel() and id(made) not in self.written and made.untyped_storage().data_ptr() == memory:
-                made.data = made.data.clone()  # this kernel reads weights as they came, and the trainer will write there again
+                made.data = made.data.clone()  # this kernel reads the arrived memory itself, which the trainer will overwrite
 
     def finish(self) -> None:
-        """Raises RuntimeError where something has not arrived."""
+        """Raises RuntimeError if only a part of a layer's tensors has arrived."""
         waiting = sorted(name for slot in self._by_layer.values() for s in slot for name in s.arrived)
         if waiting:
             raise RuntimeError(f"{len(waiting)} tensors arrived without the rest of their layers, first {waiting[0]}")
@@ -176,12 +176,12 @@ def _strides(shape: Sequence[int]) -> tuple[int, ...]:
 
 
 def _packed(model: nn.Module) -> dict[str, list[str]]:
-    """Modules that vLLM makes of several ones of the checkpoint, in their order."""
+    """Name of each module that vLLM packs from several modules of the checkpoint -> their names, in order."""
     return dict(getattr(model, "packed_modules_mapping", None) or {})
 
 
 def _order(name: str, packed: Mapping[str, tuple[str, Sequence[str]]]) -> tuple[int, int]:
-    """Where a tensor stands among those of its slot."""
+    """Sort key: the position of a tensor within its slot."""
     expert = _EXPERT.match(name)
     if expert is not None:
         return int(expert[2]), _HALF.get(expert[3], 0)

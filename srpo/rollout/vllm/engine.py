@@ -1,7 +1,7 @@
-"""The `vllm` engine: vLLM in a process of its own, that samples from the trainer's weights without a copy on disk.
+"""The `vllm` engine: vLLM in a child process, which samples from the trainer's weights without a copy on disk.
 
-On a CPU the weights travel through shared memory, on a GPU as CUDA IPC handles (`srpo/rollout/weights/`). A process that dies or
-hangs is started again, given the weights it had, and asked for what is still missing.
+Weights travel through shared memory on a CPU and as CUDA IPC handles on a GPU (`srpo/rollout/weights/`). A process that dies or
+hangs is replaced; the new one gets the weights of the last sync and samples the groups that are still missing.
 """
 
 from __future__ import annotations
@@ -28,9 +28,9 @@ from srpo.rollout.weights.buckets import differing_groups
 from srpo.rollout.weights.cuda_ipc import CudaSender, Exchange
 from srpo.rollout.weights.shared_memory import Bucket, WeightStore, half_the_threads
 
-MAX_ATTEMPTS = 3  # at one `generate` or `sync_weights`, before a failing engine ends the run
+MAX_ATTEMPTS = 3  # processes that may fail in one `stream` or `generate` before the error ends the run
 WORKER = ("-m", "srpo.rollout.vllm.worker")
-SHARDS_WORKER = ("-m", "srpo.rollout.vllm.shards")  # where it is split over several devices
+SHARDS_WORKER = ("-m", "srpo.rollout.vllm.shards")  # if vLLM is split over several devices
 STATS = (
     "num_tokens",
     "generate_s",
@@ -47,13 +47,13 @@ _MIB = 1 << 20
 
 
 class VllmEngine:
-    """A vLLM of the checkpoint in `path`, with the policy's weights from the first `sync_weights` on.
+    """vLLM started from the checkpoint in `path`; it has the policy's weights from the first `sync_weights` on.
 
-    device, dtype: where and in what it computes. max_context: longest prompt plus response; 0: what the model was made for.
-    `policy_version` is -1 until the first sync. command: what serves instead of vLLM, in tests.
-    devices, exchange: of the ranks that share it, where it is split over their GPUs (`shared_engine`): see `visible_device` and
-    `CudaSender`.
-    Raises ValueError for settings that cannot work, ImportError where vLLM is not installed, EngineError where it does not start.
+    device, dtype: where vLLM computes, and in which precision. max_context: longest prompt plus response in tokens; 0: the
+    model's own limit. `policy_version` is -1 until the first sync. command: the program that tests start in place of vLLM.
+    devices, exchange: GPUs (`visible_device`) and collective (`CudaSender`) of the ranks that share the engine, if it is split
+    over their GPUs (`shared_engine`). routing: whether vLLM reports the experts of each token.
+    Raises ValueError for settings that cannot work, ImportError if vLLM is not installed, EngineError if it does not start.
     """
 
     def __init__(
@@ -93,17 +93,17 @@ class VllmEngine:
             "kv_cache_bytes": (self._config.kv_cache_mib or (0 if self._on_gpu else _CPU_KV_CACHE_MIB)) * _MIB,
             "gpu_memory_frac": self._config.gpu_memory_frac,
             "enforce_eager": self._config.enforce_eager or not self._on_gpu,
-            "routing": routing,  # whether it reports the experts of each token
+            "routing": routing,  # whether vLLM reports the experts of each token
         }
         self._store = WeightStore(num_bytes := bucket_bytes(self._config, self._device), dtype)
         self._layouts: Layouts = {}
         self._sender = CudaSender(num_bytes, dtype, self._device, exchange) if self._on_gpu else None
         self._stats: dict[str, float] = dict.fromkeys(STATS, 0.0)
         self.policy_version = -1
-        self._whole = True  # False from the beginning of a sync until its proof
+        self._whole = True  # False from the start of a sync until its bit sums are verified
         self._asleep = False
         self._process: EngineProcess | None = None
-        self.loads = ""  # how weights get into vLLM's kernels: "direct", or why through its own reload
+        self.loads = ""  # how weights get into vLLM's kernels: "direct", or the reason for vLLM's own reload
         try:
             self.max_context = self._start()
         except EngineFailure as failure:
@@ -117,7 +117,7 @@ class VllmEngine:
 
     @property
     def process(self) -> EngineProcess:
-        """The engine's process, which runs."""
+        """The engine's process; replaced first if it has ended."""
         if self._process is None or not self._process.running:
             self._restart()
         assert self._process is not None
@@ -128,7 +128,7 @@ class VllmEngine:
         return worker_environment(self._device, self._devices)
 
     def _start(self) -> int:
-        """Start a process and return its longest context."""
+        """Start a process and return its longest context in tokens."""
         self._process = EngineProcess(self._command, timeout_s=self._config.timeout_s, env=self._environment)
         with self._process.killed_unless_done():
             self._process.send("start", settings=self._settings)
@@ -137,7 +137,7 @@ class VllmEngine:
             return int(facts["max_context"])
 
     def _restart(self) -> None:
-        """A new process with the weights of the last sync."""
+        """Replace the process and give the new one the weights of the last sync."""
         if self._process is not None:
             self._process.kill()
         self._stats["num_restarts"] += 1
@@ -147,7 +147,7 @@ class VllmEngine:
             self._send_again()
 
     def _send_again(self) -> None:
-        """The last sync's weights, from where they still are, to a new process."""
+        """Send a new process the weights of the last sync: from the store (CPU), or from the unchanged policy (GPU)."""
         assert self._process is not None
         version = self.policy_version
         if self._sender is not None:
@@ -168,16 +168,16 @@ class VllmEngine:
     def stream(
         self, prompts: Sequence[tuple[int, ...]], params: SamplingParams, seed: int, numbers: Sequence[int] | None = None
     ) -> Groups:
-        """See `Engine.stream`. A process that fails is replaced, and asked only for the groups that it has not given.
+        """See `Engine.stream`. A process that fails is replaced; the new one samples only the missing groups.
 
-        Raises EngineError when MAX_ATTEMPTS processes have failed, or after a sync that was interrupted.
+        Raises EngineError if MAX_ATTEMPTS processes have failed, or if the last sync was interrupted.
         """
         return samples_of(self.replies(prompts, params, seed, numbers), self.policy_version, self._stats)
 
     def replies(
         self, prompts: Sequence[tuple[int, ...]], params: SamplingParams, seed: int, numbers: Sequence[int] | None = None
     ) -> Replies:
-        """The same as the process says it, with None as a sign of life."""
+        """Like `stream`, with responses as the process sends them and None as a heartbeat."""
         check_prompts(prompts, params, self.max_context)
         if not self._whole:
             raise EngineError("the last weight sync was interrupted: sync_weights again before sampling")
@@ -207,9 +207,9 @@ class VllmEngine:
                 warnings.warn(f"restarting vLLM for {left} of {len(prompts)} prompts: {failure}", RuntimeWarning, stacklevel=2)
 
     def sync_weights(self, policy: nn.Module, version: int) -> None:
-        """See `Engine.sync_weights`. The process counts the weights that its kernels use and has to arrive at the trainer's sums.
+        """See `Engine.sync_weights`. The bit sums of the weights that vLLM's kernels use must equal the trainer's.
 
-        Raises EngineError where it does not; nothing is sampled then before another sync has succeeded.
+        Raises EngineError if they differ; sampling then raises until another sync has succeeded.
         """
         start = time.perf_counter()
         self._whole = False
@@ -221,8 +221,8 @@ class VllmEngine:
         self._stats["sync_s"] = time.perf_counter() - start
 
     def _sync_cpu(self, policy: nn.Module, version: int) -> None:
-        """Buckets are loaded while the next ones are written. Whatever happens to the process, the store becomes whole: under
-        torchrun the other ranks gather with this one."""
+        """The process loads each bucket while the next one is written. If the process fails, the store is still written to its
+        end, because under torchrun the other ranks gather parameters with this one; a new process then loads the store."""
         start = time.perf_counter()
         process = _survivor(self._begin)
         with process.killed_unless_done() if process is not None else nullcontext():
@@ -238,6 +238,8 @@ class VllmEngine:
             self._restart()
 
     def _sync_gpu(self, sender: CudaSender, policy: nn.Module, version: int) -> None:
+        """Wakes the weights before the transfer and the key-value cache after it: the cache and the buckets in transit never
+        occupy memory at the same time."""
         process = self.process
         with process.killed_unless_done():
             if self._asleep:
@@ -266,7 +268,7 @@ class VllmEngine:
         return process
 
     def _prove(self, process: EngineProcess, expected: dict[str, int], version: int) -> None:
-        """Read the answer to a sync. Raises EngineError where the engine's weights are not the trainer's."""
+        """Read the reply to `finish`. Raises EngineError if the engine's bit sums differ from the trainer's."""
         reply = process.receive()
         self._stats |= {"sync_load_s": reply["load_s"], "sync_finish_s": reply["finish_s"]}
         wrong = differing_groups(expected, reply["sums"])
@@ -278,8 +280,8 @@ class VllmEngine:
             )
 
     def sleep(self) -> None:
-        """Give weights and key-value cache back; the next sync brings them again, and nothing is sampled before it. vLLM's CPU
-        backend cannot: nothing happens."""
+        """Release weights and key-value cache; the next sync restores both, and sampling raises before it. Does nothing on a CPU,
+        where vLLM cannot sleep."""
         if self._sender is None or self._asleep:
             return
         process = self.process
@@ -287,21 +289,20 @@ class VllmEngine:
             with process.killed_unless_done():
                 process.send("sleep")
                 process.receive()
-        except EngineFailure as failure:  # its memory is free, too; the next sync starts another
+        except EngineFailure as failure:  # a dead process holds no memory; the next sync starts a new one
             warnings.warn(f"vLLM fell asleep for good and will be started again: {failure}", RuntimeWarning, stacklevel=2)
         self._asleep, self._whole = True, False
 
     def wake(self) -> None:
-        """Nothing: the next `sync_weights` wakes the weights first and the key-value cache after the sync, when there is room.
-        Woken before, weights would be there twice."""
+        """Does nothing: `sync_weights` wakes the engine's weights before the transfer and its key-value cache after it."""
 
     def _wake(self, tags: list[str]) -> None:
         self.process.send("wake", tags=tags)
         self.process.receive()
 
     def stats(self) -> dict[str, float]:
-        """Also, of the last sync, sync_bytes, seconds that the trainer took to gather and write (sync_write_s) and the engine to
-        load (sync_load_s, beside it on a CPU) and to repack and count (sync_finish_s); and num_restarts so far."""
+        """Adds, for the last sync, its bytes (sync_bytes), the trainer's seconds to gather and write (sync_write_s), and the
+        engine's to load (sync_load_s, concurrent on a CPU) and to repack and sum (sync_finish_s); and num_restarts so far."""
         return dict(self._stats)
 
     def close(self) -> None:
@@ -312,7 +313,7 @@ class VllmEngine:
 
 
 def _survivor(request: Callable[[], EngineProcess]) -> EngineProcess | None:
-    """The process that a request of a weight sync went to, or None, with a warning, where it failed."""
+    """The process that took a request of a weight sync, or None, with a warning, if it failed."""
     try:
         return request()
     except EngineFailure as failure:

@@ -1,7 +1,7 @@
-"""An engine's process, from the trainer's side: started, spoken to over private sockets, watched, killed.
+"""Starts, watches and kills an engine's process, and exchanges messages with it over private sockets.
 
-Requests are pickled (they may carry CUDA handles) and go one way, from parent to child. Replies are JSON: the trainer unpickles
-nothing. Descriptors of shared memory go over a second socket. Nothing listens on a port.
+Requests are pickled, because they may carry CUDA handles, and go only from parent to child. Replies are JSON, so the trainer
+unpickles nothing. Descriptors of shared memory go over a second socket. No port is opened.
 """
 
 from __future__ import annotations
@@ -24,23 +24,23 @@ from typing import Any
 
 LAUNCHER_VARIABLES = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "GROUP_RANK", "GROUP_WORLD_SIZE")
 _LAUNCHER_PREFIXES = ("MASTER_", "TORCHELASTIC_", "ROLE_")
-_DUMP_S = 2.0  # that a hanging process has to write its stacks
+_DUMP_S = 2.0  # time for a hanging process to write its stacks
 _TAIL = 3000  # characters of the process's log that an error shows
 
 
 class EngineError(ValueError):
-    """The engine cannot do what it was asked to; the text has the end of its log."""
+    """The engine cannot serve a request. An error that its process reports includes the end of the process's log."""
 
 
 class EngineFailure(EngineError):
-    """The engine's process died or hangs: it has been killed, and a new one may do better."""
+    """The engine's process died or hung, and has been killed; a new process may succeed."""
 
 
 class EngineProcess:
-    """A child `python *command SOCKET SOCKET`, that serves `srpo.rollout.vllm.server.serve`.
+    """A child process `python *command SOCKET SOCKET` that runs `srpo.rollout.vllm.server.serve`.
 
-    timeout_s: without any sign of life for that long, a process that was asked something is taken for hanging.
-    Used as: `send`, then `receive` until the reply that ends the request.
+    timeout_s: a process that sends nothing for so long, not even a heartbeat, while a reply is due counts as hung.
+    Usage: `send` a request, then `receive` until the reply that ends it.
     """
 
     def __init__(self, command: Sequence[str], *, timeout_s: float, env: Mapping[str, str] | None = None) -> None:
@@ -48,7 +48,7 @@ class EngineProcess:
         self._log = tempfile.NamedTemporaryFile("w+", prefix="srpo-engine-", suffix=".log", delete=False)  # noqa: SIM115
         self.log = Path(self._log.name)
         ours, theirs = socket.socketpair()
-        # A request that nobody reads fills the socket: writing it gives up, too.
+        # A child that stops reading lets the socket fill up: sending times out as well.
         ours.setsockopt(socket.SOL_SOCKET, socket.SO_SNDTIMEO, struct.pack("ll", int(timeout_s), int(timeout_s % 1 * 1e6)))
         self._descriptors, their_descriptors = socket.socketpair()
         self._channel = Connection(ours.detach())
@@ -62,7 +62,7 @@ class EngineProcess:
                 stdout=self._log,
                 stderr=subprocess.STDOUT,
                 pass_fds=(theirs.fileno(), their_descriptors.fileno()),
-                start_new_session=True,  # Ctrl-C is the trainer's: it closes the engine
+                start_new_session=True,  # Ctrl-C reaches the trainer alone, which closes the engine
             )
 
     @property
@@ -74,7 +74,7 @@ class EngineProcess:
         return self._process.poll() is None
 
     def send(self, op: str, **arguments: Any) -> None:
-        """A request. Raises EngineFailure where nobody reads."""
+        """Send a request. Raises EngineFailure if the child does not read it."""
         try:
             self._channel.send((op, arguments))
         except BlockingIOError as error:
@@ -83,7 +83,7 @@ class EngineProcess:
             raise self._failure("died") from error
 
     def send_descriptor(self, key: int, fd: int) -> None:
-        """Give the child a descriptor, once for each key."""
+        """Pass a file descriptor to the child, once per key."""
         if key in self._sent:
             return
         try:
@@ -94,9 +94,9 @@ class EngineProcess:
         self._sent.add(key)
 
     def receive(self, timeout_s: float | None = None, *, signs: bool = False) -> dict[str, Any]:
-        """The next reply that is more than a sign of life; with `signs` also one of those, `{"alive": True}`.
+        """The next reply other than a heartbeat; with `signs` also heartbeats, `{"alive": True}`.
 
-        Raises EngineError where the child reports an error, EngineFailure where it died or hangs.
+        Raises EngineError if the child reports an error, EngineFailure if it died or hangs.
         """
         timeout_s = self.timeout_s if timeout_s is None else timeout_s
         while True:
@@ -118,7 +118,7 @@ class EngineProcess:
         return self._failure(f"gave no sign of life for {timeout_s:g} s (rollout.vllm.timeout_s)")
 
     def _failure(self, what: str) -> EngineFailure:
-        with contextlib.suppress(subprocess.TimeoutExpired):  # it closes its sockets a moment before it has ended
+        with contextlib.suppress(subprocess.TimeoutExpired):  # its sockets close a moment before it has exited
             self._process.wait(timeout=1.0 if what == "died" else 0.0)
         code = self._process.poll()
         self.kill()
@@ -130,8 +130,8 @@ class EngineProcess:
 
     @contextlib.contextmanager
     def killed_unless_done(self) -> Iterator[None]:
-        """A block that has to come to its end: left by any exception, it leaves the process in a state that nobody knows, and its
-        replies would be taken for those to the next request."""
+        """Kill the process if the block is left by any exception: its state is unknown then, and its late replies would be read
+        as answers to the next request."""
         done = False
         try:
             yield
@@ -141,9 +141,9 @@ class EngineProcess:
                 self.kill()
 
     def kill(self) -> None:
-        """End it at once, with whatever processes it has started. The log stays. A second time it does nothing."""
+        """Kill the process and all processes that it started. The log stays. Calling it again does nothing."""
         if self._channel.closed:
-            return  # its number may be somebody else's by now
+            return  # the pid may belong to another process by now
         atexit.unregister(self.close)
         with contextlib.suppress(ProcessLookupError, PermissionError):
             os.killpg(self._process.pid, signal.SIGKILL)
@@ -153,15 +153,15 @@ class EngineProcess:
         self._log.close()
 
     def close(self) -> None:
-        """End it and remove its log."""
+        """Kill the process and remove its log."""
         self.kill()
         self.log.unlink(missing_ok=True)
 
 
 def child_environment(extra: Mapping[str, str]) -> dict[str, str]:
-    """The environment of an engine's process: ours, without what torchrun says of this rank, and `extra`.
+    """The environment of an engine's process: this process's without torchrun's variables, plus `extra`.
 
-    The child finds the packages that this process finds, also where they were put on sys.path by hand.
+    PYTHONPATH repeats sys.path, so the child finds the same packages, including those added to sys.path at run time.
     """
     env = {k: v for k, v in os.environ.items() if k not in LAUNCHER_VARIABLES and not k.startswith(_LAUNCHER_PREFIXES)}
     env["PYTHONPATH"] = os.pathsep.join(path for path in sys.path if path)

@@ -1,10 +1,9 @@
-"""New weights into a running vLLM model, and the proof that its kernels use them. Runs in the engine's process.
+"""Loads new weights into a running vLLM model and proves that its kernels use them. Runs in the engine's process.
 
-On a CPU `direct_load` makes the kernels from the arrived weights; a model that it does not know goes through vLLM's own reload.
-vLLM's layerwise reload (`initialize_layerwise_reload`, `load_weights`, `finalize_layerwise_reload`) has holes on its CPU backend:
+On a CPU `direct_load` makes the kernels from the arrived weights; a model that it cannot lay out goes through vLLM's layerwise
+reload (`initialize_layerwise_reload`, `load_weights`, `finalize_layerwise_reload`). That reload has two gaps on the CPU backend:
 experts come back without the repacking that their kernel expects, and a head tied to the embedding keeps the old weights that
-it had packed. Both are closed here; whether anything else is left open is tested at every start (`Reloader.prove`) and at every
-sync (`Reloader.sums`).
+it had packed. `Reloader` closes both, and tests for further gaps at every start (`prove`) and at every sync (`sums`).
 """
 
 from __future__ import annotations
@@ -19,14 +18,15 @@ from torch import nn
 from srpo.rollout.vllm.direct_load import DirectLoader, UnknownLayoutError
 from srpo.rollout.weights.buckets import add_sums, bit_sum, place_sum
 
-STALE = " (packed)"  # ends the name of a weight that a kernel was not brought to
+STALE = " (packed)"  # suffix of the name under which a kernel's outdated weight is listed
 _HELD = "_srpo_held"  # attribute of a layer: (bit sum, place sum or None) of the weight that its CPU kernel was made from
 
 
 class KernelWatch:
-    """Notes what each linear CPU kernel is made from: it keeps a packed copy, and the weight itself is thrown away.
+    """Records the sums of the weight that each linear CPU kernel is made from: the kernel packs a copy, and vLLM may then discard
+    the weight itself.
 
-    Has to exist before the model is loaded. `places`: also note place sums.
+    Create it before the model is loaded. `places`: record place sums as well.
     """
 
     def __init__(self) -> None:
@@ -45,20 +45,20 @@ class KernelWatch:
         self._dispatch = noting
 
     def dispatch_again(self, layer: nn.Module) -> None:
-        """A new kernel from the layer's present weight."""
+        """Make the layer's kernel again, from its current weight."""
         self._dispatch(layer, remove_weight=False)
 
 
 class Reloader:
-    """Loads weights into the model of a vLLM worker of this process."""
+    """Loads weights into the model of a vLLM worker in this process."""
 
     def __init__(self, worker: Any, watch: KernelWatch) -> None:
         self._worker = worker
         self._watch = watch
         self.model: nn.Module = worker.model_runner.get_model()
-        self._repacked: set[int] = set()  # ids of fused experts that the reload itself repacked
+        self._repacked: set[int] = set()  # ids of the fused experts that vLLM's reload has repacked itself
         self._undo: list[Callable[[], None]] = []
-        self._direct: DirectLoader | None = None  # loads in place of vLLM's reload
+        self._direct: DirectLoader | None = None  # used in place of vLLM's reload, if set
 
     @contextmanager
     def _vllm_config(self) -> Iterator[None]:
@@ -68,7 +68,7 @@ class Reloader:
             yield
 
     def begin(self, *, native: bool = False) -> None:
-        """Open the bracket; with `native` vLLM's weight transfer engine has opened it."""
+        """Begin a weight update. native: vLLM's weight transfer engine has already initialized the reload."""
         if self._direct is not None:
             self._direct.begin()
             return
@@ -82,7 +82,7 @@ class Reloader:
                 initialize_layerwise_reload(self.model)
 
     def load(self, named: Iterable[tuple[str, torch.Tensor]]) -> None:
-        """Some tensors, by checkpoint name."""
+        """Load some tensors, by checkpoint name."""
         with self._vllm_config():
             if self._direct is not None:
                 self._direct.load(named)
@@ -91,7 +91,7 @@ class Reloader:
 
     @torch.no_grad()
     def finish(self, *, native: bool = False) -> None:
-        """Close the bracket, and bring every kernel to the weights that were loaded."""
+        """End the weight update: every kernel uses the loaded weights afterwards. native: as in `begin`."""
         with self._vllm_config():
             if self._direct is not None:
                 self._direct.finish()
@@ -116,7 +116,7 @@ class Reloader:
         self._undo.clear()
 
     def _fused_experts(self) -> Iterator[tuple[nn.Module, Any]]:
-        """(layer, its kernel) of experts on the CPU backend."""
+        """(layer of experts, its kernel) on the CPU backend."""
         from vllm.model_executor.layers.fused_moe.experts.cpu_moe import CPUUnquantizedExperts
 
         for layer in self.model.modules():
@@ -136,21 +136,21 @@ class Reloader:
         self._undo.append(lambda: delattr(fused, "process_weights_after_loading"))
 
     def _kernels(self) -> Iterator[tuple[Any, tuple[int, int | None]]]:
-        """(layer, what its kernel was made from) of linear layers and heads on the CPU backend."""
+        """(layer, sums of the weight its kernel was made from), for linear layers and heads on the CPU backend."""
         for layer in self.model.modules():
             held = getattr(layer, _HELD, None)
             if held is not None:
                 yield layer, held
 
     def sums(self) -> dict[str, int]:
-        """The bit sum of each group of the weights that the kernels use."""
+        """Bit sum of each group of the weights that the kernels use."""
         found = self.parameter_sums()
         sums = {name: value for name, value in found.items() if name.endswith(STALE)}
         add_sums(sums, [item for item in found.items() if item[0] not in sums])
         return sums
 
     def parameter_sums(self) -> dict[str, int]:
-        """The same of each parameter of vLLM's model; and, under a name with STALE, of what a kernel uses in its place."""
+        """Bit sum of each parameter of vLLM's model. A kernel made from other values adds its sum, under the name plus STALE."""
         sums: dict[str, int] = {}
         thrown_away: dict[int, int] = {}
         kept: dict[int, set[int]] = {}
@@ -163,26 +163,27 @@ class Reloader:
             found = thrown_away[id(parameter)] if id(parameter) in thrown_away else bit_sum(parameter)
             sums[name] = found
             for held in kept.get(id(parameter), set()) - {found}:
-                sums[name + STALE] = held  # a kernel that stayed behind: the trainer has no such group
+                sums[name + STALE] = held  # an outdated kernel: the trainer has no group of that name
         return sums
 
     def places(self) -> dict[str, int | None]:
-        """The place sum of each parameter, or of what its kernel was made from; as long as `prove` goes on, and just after it."""
+        """Place sum of each parameter, or of the discarded weight its kernel was made from. Only valid inside `prove` and right
+        after it."""
         thrown_away = {id(layer.weight): held[1] for layer, held in self._kernels() if not layer.weight.numel()}
         named = self.model.named_parameters()
         return {name: thrown_away[id(p)] if id(p) in thrown_away else place_sum(p) for name, p in named}
 
     def _layout(self) -> dict[str, int | None]:
-        """The place sum of every parameter that a kernel reads, and of what every packed kernel was made from."""
+        """Place sum of every parameter that a kernel reads, and of the weight that every packed kernel was made from."""
         layout: dict[str, int | None] = {name: place_sum(p) for name, p in self.model.named_parameters() if p.numel()}
         names = {id(module): name for name, module in self.model.named_modules()}
         return layout | {names[id(layer)] + STALE: held[1] for layer, held in self._kernels()}
 
     def prove(self, checkpoint: Callable[[], Iterable[tuple[str, torch.Tensor]]], *, direct: bool) -> str:
-        """Load the checkpoint that the model was started from a second time, and find every kernel's memory as it was.
+        """Load the model's own checkpoint a second time and check that every kernel's memory is as before.
 
-        direct: by `DirectLoader`, if that knows the model and passes. Returns "direct", or why it is vLLM's own reload.
-        Raises RuntimeError where this version of vLLM lays weights out otherwise the second time: every sync would be wrong.
+        direct: try `DirectLoader` first. Returns "direct" if that restores every weight, else the reason for vLLM's own reload.
+        Raises RuntimeError if vLLM's reload lays weights out differently from the first load: every sync would be wrong.
         """
         self._watch.places = True
         before = self._layout()
@@ -199,7 +200,7 @@ class Reloader:
         return why
 
     def _prove_direct(self, checkpoint: Callable[[], Iterable[tuple[str, torch.Tensor]]], before: dict[str, int | None]) -> str:
-        """Choose the direct way if it restores every weight; else say why not."""
+        """Select `DirectLoader` and return "direct" if it restores every weight; otherwise return the reason."""
         from vllm.platforms import current_platform
 
         if current_platform.is_zen_cpu():
@@ -217,7 +218,7 @@ class Reloader:
         return "direct"
 
     def _load_again(self, checkpoint: Iterable[tuple[str, torch.Tensor]], before: dict[str, int | None]) -> list[str]:
-        """Weights that are not as before, sorted."""
+        """Load the checkpoint; returns the sorted names of weights whose place sums differ from `before`."""
         self.begin()
         self.load(checkpoint)
         self.finish()
@@ -225,11 +226,12 @@ class Reloader:
         return sorted(name for name in before.keys() | after.keys() if before.get(name) != after.get(name))
 
     def _drop_unused_kernels(self) -> None:
-        """vLLM packs an embedding for a matrix product as well, which only a head computes: not to be done at every sync."""
+        """Drop the packed kernels of embeddings that are not also a head: only a head computes that matrix product, and making
+        these kernels at every sync would be wasted."""
         names: dict[int, int] = {}
         for _, module in self.model.named_modules(remove_duplicate=False):
             names[id(module)] = names.get(id(module), 0) + 1
         for layer, _ in list(self._kernels()):
             if type(layer).__name__ == "VocabParallelEmbedding" and names[id(layer)] == 1 and layer.weight.numel():
-                del layer.cpu_linear  # whoever calls it after all fails
+                del layer.cpu_linear  # a call would raise, instead of using outdated weights
                 delattr(layer, _HELD)

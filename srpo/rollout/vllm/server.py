@@ -1,7 +1,7 @@
-"""The engine's process, from the inside: a loop that serves one parent over the sockets it was started with.
+"""The request loop of the engine's process: serves one parent over the sockets that the process was started with.
 
-What does the work is a `Backend` (vLLM's is `srpo.rollout.vllm.worker`). The loop keeps the promise that matters most: once a
-sync has begun, nothing is sampled before all of it has arrived and the weights in use have been counted.
+A `Backend` does the work (vLLM's is `srpo.rollout.vllm.worker`). The loop guarantees that once a sync has begun, nothing is
+sampled before all weights have arrived and the bit sums of the weights in use have been computed.
 """
 
 from __future__ import annotations
@@ -27,8 +27,8 @@ from srpo.rollout.weights.shared_memory import Bucket, half_the_threads, map_seg
 ALIVE_EVERY_S = 1.0
 _ORPHAN_POLL_S = 1.0
 
-# (response ids, log-probabilities, finish) and, where one of them was asked for, support: [L, K] int32 in base64, and routed:
-# (layers, experts of a token, [tokens, layers, experts] int16 in base64)
+# (response ids, log-probabilities, finish); if support or routing was requested also support, [L, K] int32 in base64, and routed,
+# (layers, experts per token, [tokens, layers, experts] int16 in base64), each None unless requested.
 Routed = tuple[int, int, str]
 Response = tuple[list[int], list[float], str] | tuple[list[int], list[float], str, str | None, Routed | None]
 Group = tuple[int, Sequence[Response]]  # (prompt index, its responses)
@@ -38,27 +38,27 @@ class Backend(Protocol):
     """An inference engine in this process."""
 
     def start(self, settings: dict[str, Any]) -> dict[str, Any]:
-        """Load the model. Returns what the parent should know: max_context at least."""
+        """Load the model. Returns facts for the parent, at least max_context."""
         ...
 
     def begin_weights(self) -> None: ...
 
     def load_weights(self, named: list[tuple[str, torch.Tensor]]) -> None:
-        """Some of the tensors, under checkpoint names. They stay as they are until `finish_weights` has returned."""
+        """Load some of the tensors, under checkpoint names. The tensors do not change until `finish_weights` has returned."""
         ...
 
     def load_handles(self, update: dict[str, Any]) -> None:
-        """The same from CUDA handles; they are read before this returns."""
+        """Load some of the tensors from CUDA IPC handles; all are read before this returns."""
         ...
 
     def finish_weights(self) -> dict[str, int]:
-        """The bit sum of each group (`srpo.rollout.weights.buckets.group_of`) of the weights that are now used."""
+        """Bit sum of each group (`srpo.rollout.weights.buckets.group_of`) of the weights that are in use from now on."""
         ...
 
     def generate(
         self, prompts: Sequence[tuple[int, list[int]]], params: SamplingParams, seeds: Sequence[int]
     ) -> Generator[Group | None, None, None]:
-        """Whole groups as they finish; None between them as a sign of life. Closed early, it drops what is unfinished."""
+        """Yields whole groups as they finish, and None in between as a heartbeat. Closing it early drops unfinished groups."""
         ...
 
     def sleep(self) -> None: ...
@@ -67,7 +67,7 @@ class Backend(Protocol):
 
 
 class Server:
-    """State of the loop: which version the weights have (None: in doubt), and the shared memory that is mapped."""
+    """The request loop and its state: the version of the weights (None: unknown) and the mapped segments of shared memory."""
 
     def __init__(self, channel: Connection, descriptors: socket.socket, backend: Backend) -> None:
         self._channel = channel
@@ -76,19 +76,19 @@ class Server:
         self._buffers: dict[int, torch.Tensor] = {}
         self._version: int | None = None
         self._last_sign = 0.0
-        self._load_s = 0.0  # spent on the buckets of the present sync
+        self._load_s = 0.0  # seconds spent on loading buckets in the current sync
 
     def reply(self, **content: Any) -> None:
         self._last_sign = time.monotonic()
         self._channel.send_bytes(json.dumps(content).encode())
 
     def alive(self) -> None:
-        """A sign of life, at most once a second."""
+        """Send a heartbeat, at most one per ALIVE_EVERY_S."""
         if time.monotonic() - self._last_sign > ALIVE_EVERY_S:
             self.reply(alive=True)
 
     def run(self) -> None:
-        """Serve until the parent hangs up or says close."""
+        """Serve requests until the parent closes the socket or sends `close`."""
         while True:
             try:
                 op, arguments = self._channel.recv()
@@ -113,7 +113,7 @@ class Server:
         os.close(fds[0])
 
     def map_segment(self, key: int, fd: int) -> None:
-        """Shared memory that a sync will write its buckets to; the descriptor is closed when this returns."""
+        """Map shared memory that syncs write buckets to. The caller closes the descriptor afterwards."""
         self._buffers[key] = map_segment(fd, os.fstat(fd).st_size)
 
     def on_begin(self) -> None:
@@ -147,7 +147,7 @@ class Server:
         self.reply(version=version, sums=sums, load_s=self._load_s, finish_s=finish_s)
 
     def finish_weights(self, keep: Collection[int]) -> dict[str, int]:
-        """The bit sums of the weights in use. Segments that are not in `keep` are let go of."""
+        """Bit sums of the weights in use. Unmaps the segments that are not in `keep`."""
         sums = self._backend.finish_weights()
         self._buffers = {key: buffer for key, buffer in self._buffers.items() if key in keep}
         return sums
@@ -169,7 +169,7 @@ class Server:
         self.reply(done=True)
 
     def on_abort(self) -> None:
-        """It came too late: what it is about has ended."""
+        """An abort that arrives after its request has ended; ignored."""
 
     def on_sleep(self) -> None:
         self._version = None
@@ -182,18 +182,18 @@ class Server:
 
 
 def serve(backend: Backend, argv: Sequence[str], server: type[Server] = Server) -> None:
-    """Serve the parent whose sockets are the two last arguments; ends with it."""
+    """Serve the parent, whose sockets are the last two arguments. Ends this process when the parent has ended."""
     channel, descriptors = Connection(int(argv[-2])), socket.socket(fileno=int(argv[-1]))
     faulthandler.register(signal.SIGUSR1, all_threads=True)
     threading.Thread(target=_end_with_parent, args=(os.getppid(),), daemon=True).start()
     server(channel, descriptors, backend).run()
     sys.stdout.flush()
     sys.stderr.flush()
-    os._exit(0)  # the parent waits for no destructors of an inference engine
+    os._exit(0)  # skips the destructors of the inference engine, which the parent would have to wait for
 
 
 def _end_with_parent(parent: int) -> None:
-    """A killed parent leaves nobody behind, also where this process is busy and does not read its socket."""
+    """End this process when its parent has died, even if it is busy and does not read its socket."""
     while os.getppid() == parent:
         time.sleep(_ORPHAN_POLL_S)
     os._exit(1)

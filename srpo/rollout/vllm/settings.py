@@ -1,4 +1,4 @@
-"""What vLLM is started with: its environment, the checks of its settings, the seed of each prompt."""
+"""Settings of vLLM's process: its environment, checks of the configuration, the seed of each prompt."""
 
 from __future__ import annotations
 
@@ -13,22 +13,22 @@ import torch
 from srpo.core.config.train import VllmConfig
 
 _CPU_BUCKET_MIB, _GPU_BUCKET_MIB = 16, 512
-# Sizes of config.json that vLLM splits, each evenly.
+# Sizes in config.json that vLLM splits over devices, each evenly.
 _SPLIT = ("num_attention_heads", "num_key_value_heads", "intermediate_size", "moe_intermediate_size")
 
 
 def derive_seed(seed: int, prompt_index: int) -> int:
-    """62 bits for one prompt; vLLM adds the sample's number."""
+    """The 62-bit seed of one prompt; vLLM adds the sample's index to it."""
     return int(np.random.SeedSequence((seed, prompt_index)).generate_state(1, np.uint64)[0] >> 2)
 
 
 def bucket_bytes(config: VllmConfig, device: torch.device) -> int:
-    """Bytes of weights that travel at once."""
+    """Size of a bucket of weights in bytes: `config.bucket_mib`, or the device's default if that is 0."""
     return (config.bucket_mib or (_GPU_BUCKET_MIB if device.type == "cuda" else _CPU_BUCKET_MIB)) << 20
 
 
 def visible_device(device: torch.device) -> str:
-    """A GPU as CUDA_VISIBLE_DEVICES names it, "" for a CPU."""
+    """The name of a GPU in CUDA_VISIBLE_DEVICES; "" for a CPU."""
     if device.type != "cuda":
         return ""
     visible = os.environ.get("CUDA_VISIBLE_DEVICES")
@@ -36,18 +36,18 @@ def visible_device(device: torch.device) -> str:
 
 
 def worker_environment(device: torch.device, devices: Sequence[str] = ()) -> dict[str, str]:
-    """What vLLM reads from the environment; what the user has set stays.
+    """Environment variables of vLLM's process; the user's values take precedence over `defaults`.
 
-    devices: where vLLM is split over several, as `visible_device` names them, in the order of their ranks.
+    devices: if vLLM is split over several GPUs, their names (`visible_device`) in order of rank.
     """
     mine = {
         "VLLM_WORKER_MULTIPROC_METHOD": "spawn",  # a forked worker would hold this process's sockets open
         "VLLM_ENABLE_V1_MULTIPROCESSING": "0",
-        "GLOO_SOCKET_IFNAME": "lo",  # its process group of one listens on the loopback device
+        "GLOO_SOCKET_IFNAME": "lo",  # vLLM's process group, of one process, listens on the loopback device
         "VLLM_HOST_IP": "127.0.0.1",
     }
     defaults = {
-        "VLLM_CPU_OMP_THREADS_BIND": "nobind",  # ranks of one host would all bind to the same cores
+        "VLLM_CPU_OMP_THREADS_BIND": "nobind",  # otherwise all ranks of a host bind to the same cores
         "VLLM_LOGGING_LEVEL": "WARNING",
         "VLLM_NO_USAGE_STATS": "1",
         "HF_HUB_OFFLINE": "1",
@@ -60,7 +60,7 @@ def worker_environment(device: torch.device, devices: Sequence[str] = ()) -> dic
 
 
 def check_vllm_settings(config: VllmConfig) -> None:
-    """Raise ValueError for a setting that cannot work."""
+    """Raise ValueError for a setting that is out of range."""
     for key in ("tensor_parallel_size", "max_num_seqs", "timeout_s", "start_timeout_s"):
         if getattr(config, key) <= 0:
             raise ValueError(f"rollout.vllm.{key} is {getattr(config, key)}: set it above 0")
@@ -72,9 +72,9 @@ def check_vllm_settings(config: VllmConfig) -> None:
 
 
 def check_split(path: str | Path, size: int) -> None:
-    """Raise ValueError where the model in `path` cannot be split over `size` devices.
+    """Raise ValueError if the model in `path` cannot be split over `size` devices.
 
-    vLLM would repeat key-value heads of which there are too few; their weights could not be counted then.
+    With fewer key-value heads than devices vLLM would replicate heads, and bit sums could not verify their weights.
     """
     config = json.loads((Path(path) / "config.json").read_text(encoding="utf-8"))
     for key in _SPLIT:

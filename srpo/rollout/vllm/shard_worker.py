@@ -1,7 +1,7 @@
-"""One of the processes that a vLLM is split over: its share of the weights, and the proof that its kernels use it.
+"""One device of a vLLM that is split over several: loads its shard of the weights and proves that its kernels use it.
 
-vLLM's worker processes import this module before they load the model, and call `ShardWorker` on their worker (its
-`worker_extension_cls`). Nobody else imports it: that takes vLLM.
+vLLM's worker processes import this module before they load the model, and add the methods of `ShardWorker` to their worker
+(`worker_extension_cls`). No other module imports it, because it needs vLLM.
 """
 
 from __future__ import annotations
@@ -18,15 +18,15 @@ from srpo.rollout.vllm.reload import KernelWatch, Reloader
 from srpo.rollout.weights.buckets import add_sums, bit_sum
 from srpo.rollout.weights.shared_memory import Bucket, map_segment
 
-WATCH = KernelWatch()  # has to exist before the model is loaded
+WATCH = KernelWatch()  # must exist before the model is loaded
 
 
 class ShardWorker:
-    """Methods of vLLM's worker. Its loaders take from every tensor what is this worker's."""
+    """Methods added to vLLM's worker. vLLM's loaders cut this worker's shard out of every tensor."""
 
     def srpo_prove(self) -> dict[str, Any]:
-        """Load the checkpoint a second time, see `Reloader.prove`. Returns the bit sum and the place sum of each parameter and,
-        on the first worker, the bit sums of the checkpoint's groups."""
+        """Run `Reloader.prove`. Returns bit sum and place sum of each parameter and, from the first worker, the bit sum of each
+        group of the checkpoint."""
         worker: Any = self
         self._srpo_reloader = Reloader(worker, WATCH)
         self._srpo_segments: dict[int, torch.Tensor] = {}
@@ -44,14 +44,14 @@ class ShardWorker:
         return {"sums": self._srpo_reloader.parameter_sums(), "places": self._srpo_reloader.places(), "checkpoint": whole}
 
     def srpo_transfer_fields(self) -> tuple[list[str], list[str]]:
-        """What vLLM's weight transfer wants to be told at its beginning, and with each update."""
+        """Names of the fields that vLLM's weight transfer takes at initialization, and with each update."""
         transfer = getattr(self, "weight_transfer_engine")  # noqa: B009
         kinds = transfer.init_info_cls, transfer.update_info_cls
         at_init, at_update = ([field.name for field in dataclasses.fields(kind)] for kind in kinds)
         return at_init, at_update
 
     def srpo_map(self, key: int, path: str) -> None:
-        """Map a segment of shared memory that another process of this user holds open."""
+        """Map a segment of shared memory. path: its descriptor, below /proc of another process of this user."""
         fd = os.open(path, os.O_RDWR)
         try:
             self._srpo_segments[key] = map_segment(fd, os.fstat(fd).st_size)
@@ -66,7 +66,7 @@ class ShardWorker:
         self._srpo_reloader.load([(entry.name, entry.view(buffer)) for entry in bucket.entries])
 
     def srpo_finish(self, native: bool, keep: Collection[int]) -> dict[str, int]:
-        """Returns the bit sum of each parameter in use. Segments that are not in `keep` are let go of."""
+        """Bit sum of each parameter in use. Unmaps the segments that are not in `keep`."""
         self._srpo_reloader.finish(native=native)
         self._srpo_segments = {key: buffer for key, buffer in self._srpo_segments.items() if key in keep}
         return self._srpo_reloader.parameter_sums()

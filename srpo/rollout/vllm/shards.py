@@ -1,8 +1,8 @@
-"""A vLLM that is split over several devices, in processes of its own: `python -m srpo.rollout.vllm.shards SOCKET SOCKET`,
-started by `srpo.rollout.vllm.engine` where rollout.vllm.tensor_parallel_size is above 1.
+"""vLLM split over several devices, in processes of its own: `python -m srpo.rollout.vllm.shards SOCKET SOCKET`.
 
-This process has vLLM's scheduler; each device has a worker process of vLLM's (`shard_worker`), which maps the trainer's shared
-memory, or opens the CUDA handle of its own GPU, and loads its share. The proof of a sync adds their bit sums up.
+`srpo.rollout.vllm.engine` starts it if rollout.vllm.tensor_parallel_size is above 1. This process runs vLLM's scheduler. Each
+device has a worker process of vLLM (`shard_worker`), which maps the trainer's shared memory, or opens the CUDA handle of its own
+GPU, and loads its shard. After a sync the bit sums of all shards are added up.
 """
 
 from __future__ import annotations
@@ -26,15 +26,15 @@ DIFFERS = " (differs between shards)"
 
 
 def repeated(places: Sequence[Mapping[str, int | None]]) -> frozenset[str]:
-    """Parameters that every shard has whole, by the place sums of each shard: those that are the same on all."""
+    """Parameters that every shard holds in full: those whose place sums are the same on all shards."""
     return frozenset(name for name in places[0] if len({shard.get(name) for shard in places}) == 1)
 
 
 def add_shards(shards: Sequence[Mapping[str, int]], whole: Collection[str]) -> dict[str, int]:
-    """The bit sum of each group of the model, from those of each shard's parameters.
+    """Bit sum of each group of the model, from the bit sums of each shard's parameters.
 
-    Parameters in `whole` are on every shard and count once; where they are not the same there, and where a kernel was left
-    behind, the result has a name that no trainer has.
+    whole: parameters that every shard holds in full; they count once. If they differ between shards, or if a kernel is outdated,
+    the result has a name that the trainer does not have, so the sums do not compare as equal.
     """
     sums: dict[str, int] = {}
     for name in {name: None for shard in shards for name in shard}:
@@ -51,20 +51,20 @@ def add_shards(shards: Sequence[Mapping[str, int]], whole: Collection[str]) -> d
 
 
 class ShardsBackend(VllmBackend):
-    """See `srpo.rollout.vllm.server.Backend`; weights come as `map_segment` and `load_bucket`, or as handles."""
+    """See `srpo.rollout.vllm.server.Backend`. Weights arrive through `map_segment` and `load_bucket`, or as CUDA handles."""
 
     def __init__(self) -> None:
         super().__init__()
         self._whole: frozenset[str] = frozenset()
 
     def _each(self, method: str, *args: Any) -> list[Any]:
-        """What every worker returns, in order of rank."""
+        """Call a method on every worker; returns their results in order of rank."""
         return self._llm.llm_engine.collective_rpc(method, args=args)
 
     def start(self, settings: dict[str, Any]) -> dict[str, Any]:
         """settings: those of `VllmBackend.start` and tensor_parallel_size.
 
-        Raises RuntimeError where the shards of the checkpoint that it has read do not add up to it.
+        Raises RuntimeError if the bit sums of the shards do not add up to those of the checkpoint.
         """
         size = settings["tensor_parallel_size"]
         options = {"tensor_parallel_size": size, "worker_extension_cls": WORKER_EXTENSION, "distributed_executor_backend": "mp"}
@@ -72,7 +72,7 @@ class ShardsBackend(VllmBackend):
         found = self._each("srpo_prove")
         self._whole = repeated([shard["places"] for shard in found])
         sums = add_shards([shard["sums"] for shard in found], self._whole)
-        # A checkpoint may have more than the model reads, such as a head that is tied.
+        # A checkpoint may hold tensors that the model does not read, such as a tied head.
         wrong = differing_groups({group: value for group, value in found[0]["checkpoint"].items() if group in sums}, sums)
         if wrong:
             raise RuntimeError(
@@ -93,11 +93,11 @@ class ShardsBackend(VllmBackend):
         raise AssertionError("the workers read shared memory by themselves")
 
     def map_segment(self, key: int, path: str) -> None:
-        """Have every worker map a segment that this process holds open."""
+        """Make every worker map a segment that this process holds open."""
         self._each("srpo_map", key, path)
 
     def load_bucket(self, bucket: Bucket) -> None:
-        """Have every worker load its share of a bucket's tensors."""
+        """Make every worker load its shards of a bucket's tensors."""
         self._each("srpo_load", bucket)
 
     def finish_weights(self, keep: Collection[int] = ()) -> dict[str, int]:
@@ -109,7 +109,7 @@ class ShardsBackend(VllmBackend):
 
 
 class ShardsServer(Server):
-    """Hands the trainer's shared memory on to the workers, as files of this process under /proc."""
+    """Passes the trainer's shared memory on to the workers, as paths below /proc of this process."""
 
     def __init__(self, channel: Any, descriptors: socket.socket, backend: ShardsBackend) -> None:
         super().__init__(channel, descriptors, backend)

@@ -1,7 +1,8 @@
-"""One vLLM for several ranks of a host (rollout.vllm.tensor_parallel_size): the first of them has it, all of them ask that one.
+"""One vLLM for several ranks of a host (rollout.vllm.tensor_parallel_size), as each rank sees it: the first owns the vLLM, and
+all send their requests to it.
 
-Sampling takes no collective, so that a rank may sample from a thread of its own, and none or more often than the others. A weight
-sync is collective, as it is with an engine for each rank.
+Sampling needs no collective, so a rank may sample from a thread of its own, and more or less often than the others. A weight sync
+is collective, as it is when each rank has its own engine.
 """
 
 from __future__ import annotations
@@ -26,10 +27,10 @@ from srpo.rollout.weights.cuda_ipc import CudaSender, Exchange
 
 
 class SharedEngine:
-    """What one rank has of the vLLM that it shares; see `Engine`.
+    """One rank's `Engine` on a vLLM that it shares.
 
-    channel: to the `SharedServer`, which the rank that has the vLLM also has as `server`. exchange: among the ranks that share.
-    sender: on a GPU, another rank's part of a weight sync.
+    channel: connection to the `SharedServer`. server: that server itself, on the rank that owns the vLLM. exchange: collective of
+    the ranks that share. sender: on a GPU, sends the weights of a rank that does not own the vLLM.
     """
 
     def __init__(
@@ -56,9 +57,9 @@ class SharedEngine:
     def stream(
         self, prompts: Sequence[tuple[int, ...]], params: SamplingParams, seed: int, numbers: Sequence[int] | None = None
     ) -> Groups:
-        """See `Engine.stream`. Sampled with the other ranks' prompts, and stopped where none of them wants the rest.
+        """See `Engine.stream`. Prompts are sampled together with other ranks' prompts, until no rank wants further groups.
 
-        Raises EngineError with what the engine raises, and where its rank has ended.
+        Raises EngineError with the engine's own error, or if the rank that owns the vLLM has ended.
         """
         check_prompts(prompts, params, self.max_context)
         how = {"params": asdict(params), "seed": seed, "version": self.policy_version}
@@ -73,12 +74,12 @@ class SharedEngine:
         except EngineError:
             raise
         except GeneratorExit:
-            with suppress(EngineError):  # what nobody wants may fail
+            with suppress(EngineError):  # a failure of the abandoned rest does not matter
                 self._say(None)
                 while "done" not in self._hear():
                     pass
             raise
-        except BaseException:  # what else comes would be taken for the next request's
+        except BaseException:  # late replies would be read as answers to the next request
             self._channel.close()
             raise
 
@@ -101,8 +102,8 @@ class SharedEngine:
         return EngineError("the rank that has the vLLM which this one shares has ended: see that rank's errors")
 
     def sync_weights(self, policy: nn.Module, version: int) -> None:
-        """See `Engine.sync_weights`. It begins when all ranks have come, with all their samples, and ends when the engine's proof
-        is there: where that fails it fails on all of them."""
+        """See `Engine.sync_weights`. Starts once all ranks call it, which they do after receiving their samples, and returns once
+        the engine's bit sums are verified. A failure raises EngineError on all ranks."""
         start = time.perf_counter()
         if set(versions := self._exchange(version)) != {version}:
             raise EngineError(f"the ranks that share a vLLM sync different versions of the weights: {versions}")
@@ -118,32 +119,32 @@ class SharedEngine:
         self._stats["sync_s"] = time.perf_counter() - start
 
     def _sync(self, policy: nn.Module, version: int) -> None:
-        """This rank's part."""
+        """This rank's part of a weight sync."""
         if self._server is not None:
-            with self._server.busy:  # it may not have ended what nobody waits for
+            with self._server.busy:  # the server may still be stopping an abandoned request
                 self._server.engine.sync_weights(policy, version)
         elif self._sender is not None:
             self._sender.send(None, policy, version)
         else:
             for _ in iter_checkpoint_blocks(policy, self._layouts):
-                pass
+                pass  # takes part in gathering a sharded policy
 
     def sleep(self) -> None:
-        """See `Engine.sleep`; after all ranks have their samples."""
+        """See `Engine.sleep`. Call it after all ranks have received their samples."""
         if self._server is not None:
             with self._server.busy:
                 self._server.engine.sleep()
 
     def wake(self) -> None:
-        """Nothing, see `VllmEngine.wake`."""
+        """Does nothing, see `VllmEngine.wake`."""
 
     def stats(self) -> dict[str, float]:
-        """As `VllmEngine.stats`: num_tokens, generate_s and tokens_per_s of this rank's samples; what only the engine knows is 0
-        on the ranks that do not have it."""
+        """As `VllmEngine.stats`; num_tokens, generate_s and tokens_per_s are those of this rank's samples. Values that only the
+        engine measures are 0 on ranks that do not own it."""
         return dict.fromkeys(STATS, 0.0) | (self._server.engine.stats() if self._server is not None else {}) | self._stats
 
     def close(self) -> None:
-        """Hang up. On the rank that has the engine it returns when the others have, who may still sample."""
+        """Disconnect. The rank that owns the engine waits until all others have disconnected; they may still be sampling."""
         self._channel.close()
         if self._server is not None:
             self._server.join()

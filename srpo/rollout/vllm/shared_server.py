@@ -1,4 +1,4 @@
-"""One vLLM for several ranks of a host, on the rank that has it: what they ask at about the same time becomes one request."""
+"""One vLLM for several ranks of a host, on the rank that owns it: requests that arrive at about the same time are merged."""
 
 from __future__ import annotations
 
@@ -15,12 +15,12 @@ from srpo.rollout.engine import SamplingParams
 from srpo.rollout.vllm.engine import VllmEngine
 from srpo.rollout.vllm.process import EngineError
 
-GATHER_S = 0.2  # ranks come out of a weight sync together: so long the others are waited for before the first is served alone
+GATHER_S = 0.2  # ranks leave a weight sync together: wait this long for the others' requests before serving the first alone
 
 
 @dataclass(eq=False)
 class Request:
-    """What one rank waits for. `how`: its sampling parameters, seed and version of the weights; requests alike can be one."""
+    """A pending request of one rank. how: sampling parameters, seed and weight version; requests with equal `how` are merged."""
 
     channel: Connection
     prompts: list[list[int]]
@@ -29,23 +29,23 @@ class Request:
 
 
 class SharedServer:
-    """Serves the ranks behind `channels` from `engine`, on a thread, until all of them have hung up.
+    """Serves the ranks behind `channels` from `engine`, on a thread, until all of them have disconnected.
 
-    Messages are JSON, in both directions: nothing is unpickled. A rank asks for one thing at a time, a request as `Request` has
-    it, and gets {"prompt": its index, "samples": rows} as groups finish, and {"done"} or {"error"} in the end; `null` says
-    that it does not want the rest. One that does not read what it is sent holds the others up.
+    Messages are JSON in both directions: nothing is unpickled. A rank sends one request at a time, with the fields of `Request`,
+    and receives {"prompt": index, "samples": rows} as groups finish, then {"done"} or {"error"}. It sends `null` to give up the
+    rest. A rank that does not read its replies blocks the others.
     """
 
     def __init__(self, engine: VllmEngine, channels: Sequence[Connection]) -> None:
         self.engine = engine
         self._channels = list(channels)
         self._requests: list[Request] = []
-        self.busy = threading.Lock()  # held while the engine samples; whoever else wants it takes this
+        self.busy = threading.Lock()  # held while the engine samples; take it for any other use of the engine
         self._thread = threading.Thread(target=self._run, name="shared vllm", daemon=True)
         self._thread.start()
 
     def join(self) -> None:
-        """Return when every rank has hung up."""
+        """Wait until every rank has disconnected."""
         self._thread.join()
 
     def _run(self) -> None:
@@ -58,12 +58,12 @@ class SharedServer:
                 if self._requests:
                     with self.busy:
                         self._serve([request for request in self._requests if request.how == self._requests[0].how])
-        finally:  # also where a bug of ours ends this thread, with a traceback: nobody waits for it
+        finally:  # also if a bug ends this thread with a traceback: no rank waits for a reply then
             for channel in self._channels:
                 channel.close()
 
     def _listen(self, timeout_s: float | None) -> None:
-        """Read what ranks have to say; without a word for `timeout_s` (None: for ever) nothing."""
+        """Read the messages that have arrived; waits at most `timeout_s` for the first one (None: without limit)."""
         for channel in wait(self._channels, timeout_s):
             assert isinstance(channel, Connection)
             try:
@@ -77,14 +77,14 @@ class SharedServer:
                 self._requests.append(Request(channel, **message))
 
     def _drop(self, channel: Connection) -> None:
-        """A rank has hung up."""
+        """Forget a rank that has disconnected."""
         self._requests = [request for request in self._requests if request.channel is not channel]
         if channel in self._channels:
             self._channels.remove(channel)
             channel.close()
 
     def _end(self, requests: Sequence[Request], **outcome: Any) -> None:
-        """The last word on those of these requests that are still waited for."""
+        """Send `outcome` as the last reply to those of `requests` that are still pending."""
         for request in requests:
             if request in self._requests:
                 self._requests.remove(request)
@@ -97,10 +97,10 @@ class SharedServer:
             self._drop(request.channel)
 
     def _serve(self, batch: Sequence[Request]) -> None:
-        """Sample for these requests as for one, until all have come or nobody wants the rest."""
+        """Sample these requests as one, until all groups have come or no rank wants the rest."""
         try:
             self._sample(batch)
-        except (ValueError, RuntimeError, OSError) as error:  # all that an engine raises; EngineError is a ValueError
+        except (ValueError, RuntimeError, OSError) as error:  # all errors of an engine; EngineError is a ValueError
             self._end(batch, error=str(error))
         self._end(batch, done=True)
 

@@ -1,4 +1,4 @@
-"""Which ranks share a vLLM, and how they are brought together. Collective: every rank of the run opens its engine here."""
+"""Forms the groups of ranks that share a vLLM, starts it on the first rank of each group, and connects the others to it."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ from srpo.rollout.weights.cuda_ipc import CudaSender, Exchange
 
 
 def check_groups(hosts: Sequence[str], size: int) -> None:
-    """Raise ValueError where ranks on these hosts do not fall into groups of `size` consecutive ones on one host."""
+    """Raise ValueError unless the ranks form groups of `size` consecutive ranks on one host. hosts: the host of each rank."""
     for host, count in Counter(hosts).items():
         if count % size:
             raise ValueError(
@@ -53,9 +53,10 @@ def open_shared(
     command: Sequence[str] = WORKER,
     routing: bool = False,
 ) -> SharedEngine:
-    """This rank's engine, of which `config.tensor_parallel_size` consecutive ranks have one together; see `VllmEngine`.
+    """This rank's engine; `config.tensor_parallel_size` consecutive ranks share one vLLM. Arguments as for `VllmEngine`.
 
-    Raises ValueError on all ranks where they do not fall into such groups, and on those of a group whose engine does not start.
+    Collective over all ranks of the run. Raises ValueError on all ranks if they do not form such groups, and on all ranks of a
+    group if its engine does not start.
     """
     check_vllm_settings(config)
     size = config.tensor_parallel_size
@@ -86,7 +87,7 @@ def open_shared(
 
 
 def _exchange(parallel: Parallel, config: VllmConfig) -> Exchange:
-    """What the ranks of this one's group tell one another; for as long as an engine takes to start they wait for one another."""
+    """The collective of this rank's group. It waits for twice `config.start_timeout_s`, so that an engine can start."""
     size, timeout = config.tensor_parallel_size, timedelta(seconds=2 * config.start_timeout_s)
     ranks = [list(range(first, first + size)) for first in range(0, parallel.world_size, size)]
     group = [dist.new_group(some, timeout=timeout, backend="gloo") for some in ranks][parallel.rank // size]
@@ -103,17 +104,17 @@ def _exchange(parallel: Parallel, config: VllmConfig) -> Exchange:
 
 
 def _connect(exchange: Exchange, num_ranks: int) -> tuple[Connection, list[Connection]]:
-    """(to the server, the server's to all `num_ranks` of its ranks), over a socket in a folder that only this user may enter and
-    that is gone when all are connected. The server's rank comes with the number, and the others with 0."""
+    """(connection to the server; on the server's rank, its connections to all ranks of the group). The socket lies in a temporary
+    folder that only this user may enter; it is removed once all are connected. num_ranks: 0 except on the server's rank."""
     with ExitStack() as stack:
         path, listener = "", None
         if num_ranks:
-            path = os.path.join(stack.enter_context(tempfile.TemporaryDirectory(prefix="srpo-")), "vllm")  # of mode 700
+            path = os.path.join(stack.enter_context(tempfile.TemporaryDirectory(prefix="srpo-")), "vllm")  # mode 700
             listener = stack.enter_context(Listener(path, "AF_UNIX", backlog=num_ranks))
         path = exchange(path)[0]
         try:
             channel = Client(path, "AF_UNIX")
         except OSError as error:
             raise EngineError(f"no way to the rank whose vLLM this one shares, at {path}: {error}") from error
-        exchange(None)  # all of them are in the listener's queue
+        exchange(None)  # now all ranks are in the listener's queue
         return channel, [listener.accept() for _ in range(num_ranks)] if listener is not None else []

@@ -1,7 +1,7 @@
 """vLLM in a process of its own: `python -m srpo.rollout.vllm.worker SOCKET SOCKET`, started by `srpo.rollout.vllm.engine`.
 
-The engine core and its one worker live in this process (VLLM_ENABLE_V1_MULTIPROCESSING=0): one process to watch and to kill, and
-the model is at hand for the weight sync.
+vLLM's engine core and its worker both run in this process (VLLM_ENABLE_V1_MULTIPROCESSING=0): only one process has to be watched
+and killed, and weight syncs can reach the model.
 """
 
 from __future__ import annotations
@@ -29,8 +29,8 @@ class VllmBackend:
         self._reloader: Any = None
         self._vocab_size = 0
         self._reports_experts = False
-        self._native = False  # weights come through vLLM's own transfer engine, by CUDA IPC
-        self._packed_in_update = False  # whether its wire format says `packed` with each update, and not once at the beginning
+        self._native = False  # whether weights come through vLLM's own transfer engine, by CUDA IPC
+        self._packed_in_update = False  # whether that engine takes the flag `packed` with each update, not at initialization
 
     def start(self, settings: dict[str, Any]) -> dict[str, Any]:
         """settings: path, dtype, device, max_context, max_num_seqs, kv_cache_bytes, gpu_memory_frac, enforce_eager, routing."""
@@ -51,7 +51,7 @@ class VllmBackend:
         return {"max_context": config.model_config.max_model_len, "vllm_version": _version(), "loads": how}
 
     def _open(self, settings: dict[str, Any], **more: Any) -> Any:
-        """Load the model, with `more` options, and return vLLM's configuration."""
+        """Load the model, with `more` as further options of vLLM, and return vLLM's configuration."""
         from vllm import LLM
 
         on_cpu = settings["device"] == "cpu"
@@ -62,7 +62,7 @@ class VllmBackend:
         if settings["kv_cache_bytes"]:
             options["kv_cache_memory_bytes"] = settings["kv_cache_bytes"]
         if on_cpu:
-            # Of a prompt that is computed in parts vLLM takes a token back, and winds its generator back: a CPU's cannot be.
+            # With chunked prefill vLLM discards a sampled token and rewinds the generator; CPU generators cannot rewind.
             options["enable_chunked_prefill"] = False
         else:
             from vllm.config import WeightTransferConfig
@@ -80,13 +80,13 @@ class VllmBackend:
                 enforce_eager=settings["enforce_eager"],
                 max_num_seqs=settings["max_num_seqs"],
                 skip_tokenizer_init=True,
-                generation_config="vllm",  # nothing of the checkpoint's sampling defaults
+                generation_config="vllm",  # ignore the checkpoint's sampling defaults
                 logprobs_mode="processed_logprobs",  # of the distribution that is sampled, not of the raw logits
                 max_logprobs=-1,
                 seed=0,
                 **(options | more),
             )
-        except (TypeError, ValueError) as error:  # of an option that is unknown, or that it has not for this device or model
+        except (TypeError, ValueError) as error:  # an option is unknown, or unavailable for this device or model
             if not self._reports_experts:
                 raise
             raise ValueError(
@@ -100,7 +100,8 @@ class VllmBackend:
         return config
 
     def _open_transfer(self, at_init: Collection[str], at_update: Collection[str]) -> None:
-        """vLLM moved the flag of packed buffers from each update to the beginning: the fields of both say which it is."""
+        """Initialize vLLM's weight transfer. Newer versions take the flag `packed` here, older ones with each update: the fields
+        of both tell which."""
         self._packed_in_update = "packed" in at_update
         self._llm.init_weight_transfer_engine({"init_info": {"packed": True} if "packed" in at_init else {}})
 
@@ -121,7 +122,7 @@ class VllmBackend:
         if self._native:
             self._llm.finish_weight_update()
         self._reloader.finish(native=self._native)
-        self._llm.reset_prefix_cache()  # keys and values of the old weights
+        self._llm.reset_prefix_cache()  # it holds keys and values of the old weights
         return self._reloader.sums()
 
     def generate(
@@ -144,13 +145,13 @@ class VllmBackend:
                     yield int(output.request_id), samples * params.group_size if params.greedy else samples
                 if not finished:
                     yield None
-        except GeneratorExit:  # nobody wants the others; keys and values of their prompts may stay, the weights are the same
+        except GeneratorExit:  # drop the rest; cached keys and values of its prompts stay valid, because the weights are the same
             engine.abort_request(sorted(running))
             raise
 
     def _sampling(self, params: SamplingParams, seed: int) -> Any:
-        """vLLM's parameters. Of a greedy token it reports the log-probability before temperature and top-k; `_filtered` applies
-        both, and needs all tokens of the filter."""
+        """vLLM's sampling parameters. For a greedy token vLLM reports the log-probability before temperature and top-k;
+        `_filtered` applies both, and needs the log-probabilities of all tokens that the filter keeps."""
         from vllm import SamplingParams as VllmSamplingParams
         from vllm.sampling_params import RequestOutputKind
 
@@ -164,7 +165,7 @@ class VllmBackend:
                     f"rollout.support is 'replay' and rollout.top_k {params.top_k} keeps the whole vocabulary of "
                     f"{self._vocab_size}: lower rollout.top_k, or set rollout.support to 'recompute'"
                 )
-            num_logprobs = top_k  # of the filtered distribution: the ids with a finite one are its support
+            num_logprobs = top_k  # log-probabilities of the filtered distribution: finite ones mark its support
         return VllmSamplingParams(
             n=1 if params.greedy else params.group_size,
             temperature=0.0 if params.greedy else params.temperature,
@@ -172,14 +173,14 @@ class VllmBackend:
             seed=None if params.greedy else seed,
             max_tokens=params.max_new_tokens,
             stop_token_ids=[] if params.ignore_eos else list(params.stop_ids),
-            ignore_eos=True,  # the stop ids say it all
+            ignore_eos=True,  # stop_token_ids alone ends a response
             logprobs=num_logprobs,
             detokenize=False,
             output_kind=RequestOutputKind.FINAL_ONLY,
         )
 
     def sleep(self) -> None:
-        """Give up weights and key-value cache. vLLM's CPU backend cannot, and keeps both."""
+        """Release weights and key-value cache. vLLM's CPU backend cannot sleep and keeps both."""
         if self._native:
             self._llm.sleep(level=2)
 
@@ -189,7 +190,7 @@ class VllmBackend:
 
 
 def _sample(completion: Any, params: SamplingParams, prompt_length: int) -> Response:
-    """One response. Anything but stop and length is an aborted one."""
+    """One response. Raises RuntimeError for a finish reason other than stop or length: vLLM aborted the response."""
     ids = [int(token) for token in completion.token_ids]
     logprobs = []
     for token, reported in zip(ids, completion.logprobs, strict=True):
@@ -207,8 +208,8 @@ def _sample(completion: Any, params: SamplingParams, prompt_length: int) -> Resp
 
 
 def _support(reported: Sequence[dict[int, Any]], top_k: int) -> str:
-    """[L, K] int32 in base64, -1 fills up: the ids with a probability above 0. A tie at the last place may keep more than top_k,
-    of which one is reported beyond those where it was drawn."""
+    """[L, K] int32 in base64, padded with -1: the ids with a probability above 0. Ties at the last place may keep more than top_k
+    ids; vLLM then reports top_k of them, plus the drawn id if it is not among those."""
     kept = [[token for token, entry in position.items() if math.isfinite(entry.logprob)] for position in reported]
     width = max(top_k, max(map(len, kept), default=0))
     table = np.array([row + [-1] * (width - len(row)) for row in kept], dtype="<i4").reshape(len(kept), width)
@@ -216,8 +217,8 @@ def _support(reported: Sequence[dict[int, Any]], top_k: int) -> str:
 
 
 def _routed(reported: np.ndarray | None, num_tokens: int) -> Routed:
-    """The experts of the first `num_tokens` tokens, all but a response's last. reported: [tokens, layers, K] of prompt and
-    response; vLLM numbers all layers and has zeros in those without experts."""
+    """The experts of the first `num_tokens` tokens, which are all except the response's last. reported: [tokens, layers, K] of
+    prompt and response, over all layers, with zeros in layers without experts."""
     if reported is None or reported.ndim != 3 or len(reported) < num_tokens:
         shape = None if reported is None else reported.shape
         raise RuntimeError(f"vLLM reports experts of shape {shape} for {num_tokens} tokens")
@@ -226,7 +227,7 @@ def _routed(reported: np.ndarray | None, num_tokens: int) -> Routed:
 
 
 def _filtered(logprob: float, kept: Sequence[float], temperature: float) -> float:
-    """Log-probability after temperature and a filter that keeps tokens of these log-probabilities."""
+    """The log-probability after temperature and a filter that keeps the tokens with log-probabilities `kept`."""
     scaled = [value / temperature for value in kept]
     top = max(scaled)
     return logprob / temperature - top - math.log(sum(math.exp(value - top) for value in scaled))

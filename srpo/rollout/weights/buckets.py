@@ -1,8 +1,8 @@
-"""Weights on their way from trainer to engine: a packing plan of buckets, and bit sums that tell whether they arrived.
+"""Buckets of weights, which say where each tensor lies, and bit sums, which show whether all weights arrived.
 
-A bit sum is the sum of a tensor's bit patterns as integers, modulo 2^64. It is exact, whatever the order of summation, and the
-same for a permutation of the elements and for added zeros. So it still holds after an engine has put q, k and v into one tensor,
-repacked experts for its kernels or padded the vocabulary.
+A bit sum is the sum of a tensor's bit patterns as integers, modulo 2^64. It is exact in any order of summation, and a permutation
+of the elements or added zeros do not change it. So it stays valid after an engine has packed q, k and v into one tensor, repacked
+experts for its kernels or padded the vocabulary.
 """
 
 from __future__ import annotations
@@ -15,9 +15,9 @@ from dataclasses import dataclass
 
 import torch
 
-ALIGNMENT = 64  # bytes; every tensor begins at a multiple
+ALIGNMENT = 64  # bytes; every tensor begins at a multiple of it
 _INTEGERS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
-_CHUNK = 1 << 17  # elements that are widened to int64 at once on a CPU: 1 MiB, in its cache, takes a ninth of the time of 128 MiB
+_CHUNK = 1 << 17  # elements widened to int64 at once on a CPU: 1 MiB stays in cache and takes a ninth of the time of 128 MiB
 _DEVICE_CHUNK = 1 << 26  # the same on another device
 _MASK = (1 << 64) - 1
 _LAYER = re.compile(r"^.*?\.layers\.\d+(?=\.)")
@@ -34,26 +34,26 @@ class Entry:
     num_bytes: int
 
     def view(self, buffer: torch.Tensor) -> torch.Tensor:
-        """The tensor in a bucket's buffer [bytes] uint8."""
+        """The tensor as a view of the bucket's buffer, [bytes] uint8."""
         return buffer[self.offset : self.offset + self.num_bytes].view(getattr(torch, self.dtype)).view(self.shape)
 
     def part(self, name: str, first: int, shape: tuple[int, ...]) -> Entry:
-        """A tensor that lies inside this one, from its element `first` on."""
+        """The entry of a tensor that lies inside this one, from element `first` on."""
         item = getattr(torch, self.dtype).itemsize
         return Entry(name, self.dtype, shape, self.offset + first * item, math.prod(shape) * item)
 
 
 class Packer:
-    """Places tensors one behind the other into buckets of `bucket_bytes`; a tensor larger than that has a bucket of its own."""
+    """Assigns tensors to buckets of `bucket_bytes`, one after another; a larger tensor gets a bucket of its own."""
 
     def __init__(self, bucket_bytes: int) -> None:
         if bucket_bytes < 1:
             raise ValueError(f"buckets of {bucket_bytes} bytes hold nothing: set rollout.vllm.bucket_mib to 1 or more")
         self.bucket_bytes = bucket_bytes
-        self._end = 0  # of what the open bucket holds
+        self._end = 0  # bytes used in the open bucket
 
     def place(self, name: str, shape: Sequence[int], dtype: torch.dtype) -> tuple[bool, Entry]:
-        """(whether the tensor opens a new bucket, its place)."""
+        """(whether the tensor opens a new bucket, its entry)."""
         num_bytes = dtype.itemsize
         for size in shape:
             num_bytes *= size
@@ -74,8 +74,8 @@ def bit_sum(tensor: torch.Tensor) -> int:
 
 @torch.no_grad()
 def copy_counting(target: torch.Tensor, source: torch.Tensor) -> int:
-    """Copy into a contiguous tensor (of another dtype, if need be) and return the bit sum of what is there then. Each part is
-    counted while it is in the cache, which spares a walk through memory."""
+    """Copy `source` into `target` (contiguous; its dtype may differ) and return the bit sum of the result. Each chunk is summed
+    while it is in the cache, which saves a pass over memory."""
     integers = _INTEGERS[target.element_size()]
     size, total = _chunk_of(target), 0
     for into, out_of in zip(target.view(-1).split(size), source.detach().reshape(-1).split(size), strict=True):
@@ -85,7 +85,7 @@ def copy_counting(target: torch.Tensor, source: torch.Tensor) -> int:
 
 @torch.no_grad()
 def place_sum(tensor: torch.Tensor) -> int:
-    """Like `bit_sum`, but each pattern counts with a weight of its place: a permutation changes it. For layouts."""
+    """Like `bit_sum`, but each pattern is weighted by its position, so a permutation changes the sum: it compares layouts."""
     flat = tensor.detach().contiguous().view(-1).view(_INTEGERS[tensor.element_size()])
     total = place = 0
     for chunk in flat.split(_chunk_of(flat)):
@@ -101,14 +101,14 @@ def _chunk_of(tensor: torch.Tensor) -> int:
 
 @functools.cache
 def group_of(name: str) -> str:
-    """The part of a model that a parameter is counted with: its decoder layer, or its module. Trainer and engine agree on it,
-    whatever either packs together inside a layer."""
+    """The part of a model whose bit sum includes a parameter: its decoder layer, else its module. It is the same for trainer and
+    engine, however either packs tensors inside a layer."""
     layer = _LAYER.match(name)
     return layer[0] if layer else name.rpartition(".")[0]
 
 
 def add_sums(sums: dict[str, int], named: Iterable[tuple[str, int]]) -> None:
-    """Add bit sums of parameters to those of their groups, in place."""
+    """Add bit sums of parameters to the sums of their groups, in place."""
     for name, value in named:
         group = group_of(name)
         sums[group] = (sums.get(group, 0) + value) & _MASK

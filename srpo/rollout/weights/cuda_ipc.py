@@ -1,7 +1,7 @@
-"""Weights to an engine on the same GPU: handles of one staging buffer, in the wire format of vLLM's `ipc` weight transfer.
+"""Sends weights to an engine on the same GPU: one CUDA IPC handle per bucket, in the wire format of vLLM's `ipc` weight transfer.
 
-The engine's process maps the buffer (no copy through the host), reads a bucket and answers; only then is the next one packed into
-it. Alike in vLLM 0.26 to 0.33; their trainer-side helpers are not, so the payload is made here.
+The engine's process maps the staging buffer (no copy through the host), reads the bucket and replies; only then is the next one
+packed. vLLM 0.26 to 0.33 share this wire format, but not their trainer-side helpers, so the payload is built here.
 """
 
 from __future__ import annotations
@@ -22,12 +22,12 @@ from srpo.rollout.weights.buckets import add_sums, bit_sum
 
 # One bucket: (checkpoint names, their tensors in the engine's dtype).
 Named = list[tuple[str, torch.Tensor]]
-# Of the ranks of one engine: this rank's value in, those of all of them out, in order of rank. Collective.
+# Collective of the ranks of one engine: takes this rank's value, returns the values of all in order of rank.
 Exchange = Callable[[Any], list[Any]]
 
 
 def chunks(params: Iterator[tuple[str, torch.Tensor]], dtype: torch.dtype, bucket_bytes: int) -> Iterator[Named]:
-    """Tensors one behind the other, without gaps, as many as fit into `bucket_bytes`; a larger one comes alone."""
+    """Buckets of consecutive tensors: as many as fit into `bucket_bytes` without gaps; a larger tensor comes alone."""
     bucket: Named = []
     filled = 0
     for name, tensor in params:
@@ -42,7 +42,7 @@ def chunks(params: Iterator[tuple[str, torch.Tensor]], dtype: torch.dtype, bucke
 
 
 def describe(bucket: Named) -> dict[str, Any]:
-    """A bucket in vLLM's words, without its handle."""
+    """The fields that vLLM's wire format has for a bucket, except its handle."""
     return {
         "names": [name for name, _ in bucket],
         "dtype_names": [str(tensor.dtype).removeprefix("torch.") for _, tensor in bucket],
@@ -52,11 +52,11 @@ def describe(bucket: Named) -> dict[str, Any]:
 
 
 class CudaSender:
-    """Sends a policy's weights to an engine's process on `device`. A process that fails meanwhile ends the run.
+    """Sends a policy's weights to an engine's process on `device`. If the process fails during a sync, the run ends.
 
-    exchange: where an engine is split over the GPUs of several ranks, what they tell one another. Each of its workers reads the
-    staging buffer of the rank on its own GPU, so all of these ranks `send`, the first one to the process and the others to None.
-    Raises ValueError where torch's allocator makes memory that has no handles.
+    exchange: the collective of the ranks, if the engine is split over their GPUs. Each of its workers reads the staging buffer of
+    the rank on its own GPU, so all these ranks call `send`: the first with the process, the others with None.
+    Raises ValueError if torch's allocator is set to use memory that has no IPC handles.
     """
 
     def __init__(self, bucket_bytes: int, dtype: torch.dtype, device: torch.device, exchange: Exchange | None = None) -> None:
@@ -72,8 +72,8 @@ class CudaSender:
         self.num_bytes = 0
 
     def send(self, process: EngineProcess | None, policy: nn.Module, version: int) -> dict[str, int]:
-        """Send everything, ask for the proof (whose answer is left to the caller to read), and return the sums that it has to
-        have. Collective for a sharded policy: every rank sends to its own engine."""
+        """Send all weights, request the engine's bit sums (the caller reads the reply), and return the sums they must equal.
+        Collective for a sharded policy: every rank sends to its own engine."""
         self._policy = weakref.ref(policy)
         uuid = str(torch.cuda.get_device_properties(self._device).uuid)
         sums: dict[str, int] = {}
@@ -81,8 +81,8 @@ class CudaSender:
         if process is not None:
             process.send("begin")
         for bucket in chunks(iter_checkpoint_params(policy), self._dtype, self._bucket_bytes):
-            # The handle's arguments do not keep the memory alive: `staging` does, until the engine has answered. Exported once
-            # and opened once: an export that is opened twice is never given back.
+            # The handle's arguments do not keep the memory alive; `staging` does, until the engine has replied. Each buffer is
+            # exported once and opened once: memory of an export that is opened twice is never freed.
             staging = torch.cat([tensor.reshape(-1).view(torch.uint8) for _, tensor in bucket])
             _, arguments = reduce_tensor(staging)
             add_sums(sums, [(name, bit_sum(tensor)) for name, tensor in bucket])
@@ -107,9 +107,9 @@ class CudaSender:
         return sums
 
     def send_again(self, process: EngineProcess, version: int) -> dict[str, int]:
-        """Bring a new process to the weights of the last `send`.
+        """Send a new process the weights of the last `send`.
 
-        Raises EngineError where the policy is sharded (the other ranks do not take part) or has been updated since.
+        Raises EngineError if the policy is sharded (the other ranks do not take part) or has been updated since.
         """
         policy = self._policy() if self._policy is not None else None
         if policy is None or any(isinstance(parameter, DTensor) for parameter in policy.parameters()):

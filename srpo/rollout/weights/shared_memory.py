@@ -1,14 +1,15 @@
-"""Weights in anonymous shared memory: the trainer writes them once, the engine's process maps the same pages.
+"""Weights in anonymous shared memory: the trainer writes them once, and the engine's process maps the same pages.
 
-The segments have no name: nothing is left behind whatever is killed, and the size of /dev/shm is no limit. Their descriptors go
-to the engine's process over a private socket. All buckets stay as they are until the next sync, so an engine that died is
-brought back to the weights that it had without the trainer (which may be sharded, or already a step further).
+The segments have no name, so a killed process leaves nothing behind, and the size of /dev/shm is no limit. Their descriptors go
+to the engine's process over a private socket. The buckets do not change until the next sync, so a replacement for a dead engine
+gets the same weights without the policy (which may be sharded, or already a step further).
 
-Ranks that send only the experts they own: nothing here needs a sender to have all of a model. `WeightStore.write` takes whatever
-blocks it is given, each with the checkpoint names and places of its parts; the engine collects a layer's tensors by name, from
-whichever bucket they come in, and makes its kernels when it has the last; the sums of a group add up over senders (`add_sums`).
-Such a rank would give `write` a local shard with the `Part`s of its own experts in place of gathered parameters, ranks of one
-engine would give their descriptors to it over the same socket, and the one that says `finish` would first add up their sums.
+Not implemented, but possible: ranks that send only the experts they own. No sender has to hold the whole model:
+`WeightStore.write` takes any blocks, each with the checkpoint names and positions of its parts; the engine collects a layer's
+tensors by name from any bucket, and makes its kernels when the last one has arrived; the sums of a group add up over senders
+(`add_sums`). Such a rank would call `write` with its local shard and the `Part`s of its own experts in place of gathered
+parameters. The ranks of one engine would pass it their descriptors over the same socket, and the rank that sends `finish` would
+first add up their sums.
 """
 
 from __future__ import annotations
@@ -30,7 +31,8 @@ _KEYS = itertools.count()
 
 @contextmanager
 def half_the_threads() -> Iterator[None]:
-    """While buckets are written and loaded two processes compute: with all cores each, their threads wait for one another's."""
+    """Halve torch's threads: one process writes buckets while the other loads them, and with all cores each their threads would
+    wait for one another."""
     before = torch.get_num_threads()
     torch.set_num_threads(max(1, before // 2))
     try:
@@ -41,29 +43,29 @@ def half_the_threads() -> Iterator[None]:
 
 @dataclass
 class Segment:
-    """One bucket: `num_bytes` of shared memory behind a file descriptor."""
+    """Shared memory for one bucket: `num_bytes` behind a file descriptor."""
 
-    key: int  # never used again for another segment
+    key: int  # never reused for another segment
     fd: int
     num_bytes: int
     buffer: torch.Tensor  # [num_bytes] uint8
 
     @classmethod
     def create(cls, num_bytes: int) -> Segment:
-        """New shared memory; pages are taken when they are first written."""
+        """Allocate shared memory; pages are committed when they are first written."""
         fd = os.memfd_create("srpo-weights", os.MFD_CLOEXEC)
         os.ftruncate(fd, num_bytes)
         return cls(next(_KEYS), fd, num_bytes, map_segment(fd, num_bytes))
 
 
 def map_segment(fd: int, num_bytes: int) -> torch.Tensor:
-    """The shared memory behind a descriptor as [num_bytes] uint8. It is unmapped with the last tensor that looks into it."""
+    """The shared memory behind a descriptor as [num_bytes] uint8. It is unmapped with the last tensor that views it."""
     return torch.frombuffer(mmap.mmap(fd, num_bytes), dtype=torch.uint8)
 
 
 @dataclass(frozen=True)
 class Bucket:
-    """What one segment holds after a sync."""
+    """The tensors that one segment holds after a sync."""
 
     segment: int  # its key
     entries: tuple[Entry, ...]
@@ -71,9 +73,9 @@ class Bucket:
 
 @dataclass
 class WeightStore:
-    """The policy's weights of one version, in segments that are written again at every sync.
+    """The policy's weights of one version, in segments that every sync overwrites.
 
-    dtype: the engine's; what is of another floating type is converted. `version` is None while the store is not whole.
+    dtype: the engine's; tensors of another floating-point dtype are converted. `version` is None while the store is incomplete.
     """
 
     bucket_bytes: int
@@ -81,12 +83,12 @@ class WeightStore:
     version: int | None = None
     segments: list[Segment] = field(default_factory=list)
     buckets: list[Bucket] = field(default_factory=list)
-    sums: dict[str, int] = field(default_factory=dict)  # bit sum of each group, see `weights.group_of`
+    sums: dict[str, int] = field(default_factory=dict)  # bit sum of each group, see `buckets.group_of`
 
     def write(self, blocks: Iterable[Block], version: int) -> Iterator[Bucket]:
-        """Write blocks and yield each bucket as soon as it is full; whole once this is exhausted.
+        """Write blocks and yield each bucket as soon as it is full. The store is complete once the generator is exhausted.
 
-        Only one tensor of `blocks` is held at a time, and written in one go. Raises ValueError for a name that comes twice.
+        Holds one tensor of `blocks` at a time. Raises ValueError for a name that comes twice.
         """
         self.version, self.buckets, self.sums = None, [], {}
         packer, entries, seen = Packer(self.bucket_bytes), [], set()
@@ -113,7 +115,7 @@ class WeightStore:
         return self.buckets[-1]
 
     def _segment(self, index: int, needed: int) -> torch.Tensor:
-        """The buffer of segment `index`, which is made, or made anew where it is too small for `needed` bytes."""
+        """The buffer of segment `index`; the segment is created, or replaced if it is smaller than `needed` bytes."""
         if index < len(self.segments) and self.segments[index].num_bytes >= needed:
             return self.segments[index].buffer
         assert index >= len(self.segments) or needed > self.bucket_bytes, "only a bucket's first tensor outgrows it"
@@ -131,11 +133,11 @@ class WeightStore:
 
     @property
     def num_bytes(self) -> int:
-        """Bytes of the tensors in it."""
+        """Bytes of all tensors in the store."""
         return sum(entry.num_bytes for bucket in self.buckets for entry in bucket.entries)
 
     def close(self) -> None:
-        """Give the memory back (that which an engine still maps, when the engine unmaps it)."""
+        """Release the memory; pages that an engine still maps are released when it unmaps them."""
         for segment in self.segments:
             os.close(segment.fd)
         self.segments, self.buckets, self.version = [], [], None

@@ -1,4 +1,4 @@
-"""Groups as they finish, from the local engine and from a process that is not vLLM, and what stops them."""
+"""Groups that arrive as they finish, from the local engine and from a fake engine's process, and how sampling is stopped."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ FAKE = Path(__file__).resolve().parents[2] / "helpers" / "fake_engine.py"
 PARAMS = SamplingParams(max_new_tokens=4, group_size=2)
 PROMPTS = [(1, 2), (3,), (4, 5, 6), (7,)]
 VOCAB = 60
-Process = tuple[VllmEngine, Path]  # and the diary of what it does
+Process = tuple[VllmEngine, Path]  # the engine, the diary file of its process
 
 
 @pytest.fixture
@@ -52,7 +52,7 @@ def local() -> LocalEngine:
 
 @pytest.fixture(scope="module")
 def process(tmp_path_factory: pytest.TempPathFactory, forks: None) -> Iterator[Process]:
-    """One engine on the fake for all tests, that takes 50 ms for each group."""
+    """One engine on the fake for all tests; it takes 50 ms per group."""
     folder = tmp_path_factory.mktemp("engine")
     (folder / "config.json").write_text("{}")
     tricks = {"marker": str(folder / "failed"), "diary": str(folder / "diary"), "pause_s": 0.05}
@@ -69,7 +69,7 @@ def engine(process: Process) -> VllmEngine:
 
 @pytest.fixture
 def diary(process: Process) -> Callable[[], str]:
-    """What the process has noted in this test."""
+    """Reads the diary that the process has written during this test."""
     return process[1].read_text
 
 
@@ -160,7 +160,7 @@ def test_a_support_of_everything_is_refused(local: LocalEngine) -> None:
 
 
 def test_groups_come_as_they_finish(engine: VllmEngine) -> None:
-    """The fake does the last prompt first, one in 50 ms. All at once would be no time apart, however often."""
+    """The fake samples the last prompt first, and takes 50 ms for each. Groups that came all at once would never be apart."""
     spreads = []
     for _ in range(5):
         times, order = [], []
@@ -180,13 +180,13 @@ def test_closed_early_it_stops_the_process_which_goes_on_serving(engine: VllmEng
         assert next(groups)[0] == 49
     assert diary().endswith("a") and diary().count("g") < 10
     assert engine.stats()["num_tokens"] == 4
-    for _ in range(2):  # nothing of the aborted one comes in these
+    for _ in range(2):  # no reply of the aborted request arrives in these
         assert [s.prompt_index for s in engine.generate(PROMPTS, PARAMS, seed=5)] == [0, 0, 1, 1, 2, 2, 3, 3]
     assert engine.process.pid == pid and engine.stats()["num_restarts"] == 0
 
 
 def test_an_abort_that_comes_too_late_does_nothing(engine: VllmEngine, diary: Callable[[], str]) -> None:
-    """The process has sent everything before it hears of it."""
+    """The process has sent all groups before it receives the abort."""
     for _ in range(2):
         with closing(engine.stream(PROMPTS[:2], PARAMS, seed=5)) as groups:
             next(groups)

@@ -1,4 +1,4 @@
-"""Weights straight into a model that is built like vLLM's, with kernels that keep what they were made from."""
+"""Direct loading into a model that is built like vLLM's, with kernels that keep the values they were made from."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ EXPERTS, HIDDEN, INNER, VOCAB = 3, 4, 2, 5
 
 
 class Packing:
-    """Makes a kernel of what it finds and throws the weight away, as vLLM's linear layers do."""
+    """Makes a kernel from the weight and discards the weight, as vLLM's linear layers do."""
 
     def process_weights_after_loading(self, layer: Any) -> None:
         layer.kernel = layer.weight.detach().clone()
@@ -23,7 +23,7 @@ class Packing:
 
 
 class Repacking:
-    """A layer of experts: a permutation, or (plain) whatever came in."""
+    """Prepares a layer of experts: permutes its weights, or (plain) leaves them as they are."""
 
     def __init__(self, plain: bool) -> None:
         self.plain = plain
@@ -41,7 +41,7 @@ def module(**parameters: torch.Tensor) -> Any:
 
 
 def build(plain: bool = False) -> tuple[Any, list[tuple[nn.Module, Any]]]:
-    """vLLM's side: q, k and v in one, experts in two, the vocabulary padded by three rows."""
+    """A model as vLLM has it: q, k and v in one weight, experts in two, the vocabulary padded by three rows."""
     model: Any = nn.Module()
     model.packed_modules_mapping = {"qkv_proj": ["q_proj", "k_proj", "v_proj"]}
     model.embed = module(weight=torch.zeros(VOCAB + 3, HIDDEN))
@@ -66,7 +66,7 @@ def checkpoint() -> dict[str, torch.Tensor]:
 
 
 def load(loader: DirectLoader, named: dict[str, torch.Tensor]) -> None:
-    """In any order, one by one."""
+    """Load the tensors one by one, in random order."""
     items = list(named.items())
     random.shuffle(items)
     loader.begin()
@@ -99,7 +99,7 @@ def test_every_tensor_gets_to_its_place_in_whatever_order_it_comes(plain):
     assert loader.written == {id(model.embed.weight), id(model.attn.qkv_proj.bias)}
     for tensor in named.values():
         before = tensor.clone()
-        tensor.zero_()  # the trainer writes its next weights: nothing here looks into its memory
+        tensor.zero_()  # the trainer writes its next weights: no loaded weight is a view of its memory
         tensor.copy_(before).mul_(2)
     assert not arrived(model, named, plain) and arrived(model, {k: t / 2 for k, t in named.items()}, plain)
 
@@ -115,7 +115,7 @@ def test_what_lies_as_the_layer_wants_it_is_not_copied(monkeypatch):
     monkeypatch.setattr(Repacking, "process_weights_after_loading", lambda self, layer: seen.append(layer.w13_weight.data_ptr()))
     load(loader, named)
     assert seen == [whole.data_ptr()]
-    assert model.mlp.experts.routed.w13_weight.data_ptr() != whole.data_ptr()  # this kernel packs nothing: it keeps a copy
+    assert model.mlp.experts.routed.w13_weight.data_ptr() != whole.data_ptr()  # this kernel does not repack, so it keeps a copy
     assert torch.equal(model.mlp.experts.routed.w13_weight, whole)
 
 

@@ -1,4 +1,4 @@
-"""The engine's protocol, its lifetimes and its faults, with a process that is not vLLM (tests/helpers/fake_engine.py)."""
+"""Protocol, lifetime and faults of the engine's process, with a fake in place of vLLM (tests/helpers/fake_engine.py)."""
 
 from __future__ import annotations
 
@@ -42,8 +42,8 @@ def policy(world) -> nn.Module:
 
 @pytest.fixture
 def engine_with(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, forks: None):
-    """A function that opens an engine on the fake with these tricks; they are closed at the end. `fork=False`: in an interpreter
-    of its own, which costs seconds."""
+    """A function that opens an engine on the fake with these tricks; all are closed at the end. `fork=False`: start the fake in a
+    new interpreter, which takes seconds."""
     monkeypatch.setattr("tempfile.tempdir", str(tmp_path))  # logs of failed processes stay
     opened: list[VllmEngine] = []
     (tmp_path / "config.json").write_text("{}")
@@ -65,7 +65,7 @@ def total(policy: nn.Module) -> float:
 
 
 def check(engine: VllmEngine, policy: nn.Module, version: int) -> None:
-    """Every prompt has its samples once, in order, drawn with the policy's weights."""
+    """Every prompt has its samples once, in order, sampled with the policy's weights."""
     samples = engine.generate(PROMPTS, PARAMS, seed=5)
     assert [s.prompt_index for s in samples] == [0, 0, 1, 1, 2, 2, 3, 3]
     assert [s.response_ids[0] for s in samples] == [s.prompt_index for s in samples]
@@ -98,7 +98,7 @@ def test_samples_come_from_the_weights_of_the_last_sync(engine_with, policy, upd
     stats = engine.stats()
     assert stats["num_tokens"] == 16 and stats["sync_bytes"] == 4 * sum(p.numel() for p in policy.parameters())
     assert stats["num_restarts"] == 0
-    engine.sleep()  # on a CPU nothing, and the weights stay
+    engine.sleep()  # does nothing on a CPU: the weights stay
     engine.wake()
     check(engine, policy, 4)
     with pytest.raises(ValueError, match="prompt 1 is empty"):
@@ -116,7 +116,7 @@ def test_replies_have_signs_of_life_between_groups(engine_with):
 
 
 def test_a_process_killed_while_it_samples_is_replaced(engine_with, policy, update):
-    """The replacement has the weights of the sync, although the trainer's have moved on, and is asked for what was missing."""
+    """The replacement gets the weights of the sync, although the trainer has updated its own, and samples the missing groups."""
     engine = engine_with(die="generate:3")
     update()
     engine.sync_weights(policy, 3)
@@ -154,7 +154,7 @@ def test_a_process_that_dies_in_a_sync_is_replaced_by_one_with_the_new_weights(e
 
 @pytest.mark.slow
 def test_a_process_that_hangs_in_a_sync_does_not_block_the_trainer(engine_with, policy, update):
-    """It reads no more requests, so that the socket is full before the last bucket has been announced."""
+    """The process stops reading requests, so the socket is full before the last bucket has been announced."""
     engine = engine_with(timeout_s=3.0, hang="load:1")
     engine._store.bucket_bytes = 1
     with socket.fromfd(engine.process._channel.fileno(), socket.AF_UNIX, socket.SOCK_STREAM) as channel:
@@ -166,7 +166,7 @@ def test_a_process_that_hangs_in_a_sync_does_not_block_the_trainer(engine_with, 
 
 
 class HostSender:
-    """Sends as `CudaSender` does, one bucket after the other has been read, but through shared memory."""
+    """Takes the place of `CudaSender`, but sends the buckets through shared memory."""
 
     num_bytes = 0
 
@@ -182,13 +182,13 @@ class HostSender:
 
 
 def test_weights_are_woken_before_a_sync_and_the_cache_after_it(engine_with, policy, update, tmp_path):
-    """So that there never are two copies of the weights, and never weights in transit beside a full cache."""
+    """Then two copies of the weights never exist, nor weights in transit together with a full cache."""
     engine = engine_with(journal=str(tmp_path / "journal"))
     engine._sender = HostSender(engine)
     engine.sync_weights(policy, 0)
     check(engine, policy, 0)
     engine.sleep()
-    engine.sleep()  # it sleeps already
+    engine.sleep()  # does nothing: it sleeps already
     engine.wake()
     with pytest.raises(EngineError, match="sync_weights again"):
         engine.generate(PROMPTS, PARAMS, 0)

@@ -1,4 +1,4 @@
-"""FSDP2 over two processes, each with an engine of its own (not vLLM: tests/helpers/fake_engine.py)."""
+"""FSDP2 over two processes, each with its own fake engine (tests/helpers/fake_engine.py)."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ ROOT = HELPER.parents[2]
 
 @pytest.mark.slow
 def test_sharded_weights_arrive_whole_on_every_rank_although_one_engine_dies(tmp_path, world):
-    """The other rank's gathers meet those of the rank whose engine fails: nobody waits for ever."""
+    """The rank whose engine fails still takes part in the other rank's gathers, so neither waits forever."""
     from srpo.data.tokenizer import load_tokenizer
 
     size = TinyConfig(hidden_size=32, num_layers=2, num_heads=1, num_kv_heads=1, head_dim=32, num_experts=3, expert_size=32)

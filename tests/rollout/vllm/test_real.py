@@ -75,7 +75,7 @@ def untied(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Pair]:
 
 @pytest.fixture(scope="module")
 def tied(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Pair]:
-    """The same with the embedding for a head."""
+    """The same with a head tied to the embedding."""
     yield from opened(tmp_path_factory.mktemp("tied"), tied=True)
 
 
@@ -187,7 +187,7 @@ def test_every_way_to_sample_reports_its_own_distribution(pair, change):
 
 
 def test_more_prompts_than_are_computed_at_once(untied):
-    """15,000 tokens of prompts. Computed in parts they would end the process: a CPU's generators cannot be wound back."""
+    """15,000 tokens of prompts. Chunked prefill would end the process, because CPU generators cannot rewind."""
     engine, policy = untied
     prompts = [tuple(torch.randint(3, VOCAB, (75,), generator=torch.Generator().manual_seed(i)).tolist()) for i in range(100)]
     samples = engine.generate(prompts, params := replace(PARAMS, group_size=2), 1)
@@ -234,7 +234,7 @@ def test_a_process_that_fails_while_it_samples_loses_and_doubles_nothing(request
     assert [s.prompt_index for s in samples] == [i for i in range(len(PROMPTS)) for _ in range(16)]
     assert difference(policy, samples, params) < 2 * BOUND  # at most 190 tokens deep
     randomize(policy, 51)
-    assert largest_difference(engine, policy) > 0.1  # the trainer moves on, the engine waits for the next sync
+    assert largest_difference(engine, policy) > 0.1  # the trainer has new weights, the engine has not before the next sync
     engine.sync_weights(policy, 51)
     assert largest_difference(engine, policy) < BOUND
 

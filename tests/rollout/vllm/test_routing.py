@@ -1,4 +1,4 @@
-"""The experts that vLLM reports: as it hands them over, and that its CPU backend reports none."""
+"""The experts that vLLM reports: how they become part of a sample, and that its CPU backend cannot report them."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from srpo.rollout.vllm.worker import VllmBackend, _sample
 @pytest.mark.parametrize("dtype", [np.uint8, np.uint16])
 @pytest.mark.parametrize("num_more", [0, 1])
 def test_what_vllm_reports_becomes_a_sample(dtype: type, num_more: int) -> None:
-    """Rows of prompt (3 tokens) and response (4), of which the last is never an input: vLLM may leave it out."""
+    """Rows of prompt (3 tokens) and response (4 tokens). The last token is never an input, so vLLM may omit its row."""
     reported = np.random.default_rng(0).integers(0, 200, (6 + num_more, 5, 2)).astype(dtype)
     entry = [{token: SimpleNamespace(logprob=-1.0)} for token in (7, 8, 9, 2)]
     done = SimpleNamespace(token_ids=[7, 8, 9, 2], logprobs=entry, finish_reason="stop", routed_experts=reported)

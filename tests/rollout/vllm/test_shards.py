@@ -1,4 +1,4 @@
-"""Bit sums of a model that is split over several processes. The real one: test_vllm_real.py."""
+"""Bit sums of a model that is split over several processes. For the real vLLM see test_real.py."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ LAYER = "model.layers.0"
 
 
 def shards_of(generator: torch.Generator, size: int) -> tuple[dict[str, torch.Tensor], list[dict[str, torch.Tensor]]]:
-    """(a checkpoint, what each of `size` workers has of it): rows, columns, a norm on all, a vocabulary padded at its end."""
+    """(a checkpoint, the shard of each of `size` workers): split by rows, by columns, a norm on all, a padded vocabulary."""
     whole = {
         f"{LAYER}.self_attn.q_proj.weight": torch.randn(8 * size, 6, generator=generator),
         f"{LAYER}.mlp.down_proj.weight": torch.randn(6, 8 * size, generator=generator),

@@ -1,5 +1,5 @@
-"""Ranks that share an engine, here as threads of one process with tests/helpers/fake_engine.py; as processes under torchrun at
-the end."""
+"""Ranks that share an engine: threads of one process on a fake engine (tests/helpers/fake_engine.py), and processes under
+torchrun at the end."""
 
 from __future__ import annotations
 
@@ -72,7 +72,7 @@ def policy(world) -> nn.Module:
 
 @pytest.fixture
 def pair_with(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, forks: None) -> Iterator[Callable[..., Pair]]:
-    """A function that opens the engines of two ranks that share a fake one with these tricks; the first has it."""
+    """A function that opens the engines of two ranks that share one fake engine with these tricks; the first rank owns it."""
     monkeypatch.setattr("tempfile.tempdir", str(tmp_path))
     (tmp_path / "config.json").write_text("{}")
     opened: list[Pair] = []
@@ -93,7 +93,7 @@ def pair_with(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, forks: None) -> I
 
 
 def both(*work: Callable[[], Any]) -> list[Any]:
-    """What each returns, beside one another, within a minute."""
+    """Results of the functions, which run in parallel and must end within a minute."""
     with ThreadPoolExecutor(len(work)) as pool:
         return [future.result(timeout=60) for future in [pool.submit(one) for one in work]]
 
@@ -107,13 +107,13 @@ def total(policy: nn.Module) -> float:
 
 
 def sample_both(pair: Pair, params: SamplingParams = PARAMS) -> list[list[Sample]]:
-    """Four prompts, split as ranks do."""
+    """Four prompts, split over the ranks as in training."""
     prompts = [(1,), (2,), (3,), (4,)]
     return both(*(lambda r=r: pair[r].generate(prompts[r::2], params, 5, numbers=[r, r + 2]) for r in (0, 1)))
 
 
 def check(pair: Pair, policy: nn.Module, version: int) -> None:
-    """Each rank has its own samples in order, with the seeds that they have without sharing, from the policy's weights."""
+    """Each rank gets its own samples in order, from the policy's weights, with the seeds that they have without sharing."""
     for rank, samples in enumerate(sample_both(pair)):
         assert [s.prompt_index for s in samples] == [0, 0, 1, 1]
         assert [s.response_ids[1] for s in samples[::2]] == [derive_seed(5, n) % 1000 for n in (rank, rank + 2)]
@@ -185,7 +185,7 @@ def test_a_sync_that_fails_is_an_error_on_both_ranks(pair_with, policy):
 
 
 def test_the_rank_that_comes_to_a_sync_first_still_serves_the_other(pair_with, policy):
-    """One step ahead a rank may sample with the old weights when another is done: neither waits for the other."""
+    """With prefetch a rank may still sample with the old weights when the other already syncs: neither waits for the other."""
     pair = pair_with(pause_s=0.2)
     sync(pair, policy, 0)
     with ThreadPoolExecutor(1) as pool:
@@ -219,7 +219,7 @@ def test_a_rank_that_has_enough_can_ask_again_and_sync(pair_with, policy, tmp_pa
     assert len(pair[rank].generate([(9,)], PARAMS, 0)) == 2
     sync(pair, policy, 1)
     check(pair, policy, 1)
-    pair[0].sleep()  # on a CPU nothing
+    pair[0].sleep()  # does nothing on a CPU
     check(pair, policy, 1)
     assert (tmp_path / "diary").read_text().count("g") < 20  # the rest was stopped
 
@@ -257,7 +257,7 @@ def test_a_model_that_cannot_be_split(tmp_path, key):
 def open_both(
     folder: Path, monkeypatch: pytest.MonkeyPatch, command: tuple[str, ...], hosts: tuple[str, str] = ("a", "a")
 ) -> list[SharedEngine | ValueError]:
-    """What `open_shared` gives or raises on each of two ranks."""
+    """The engine that `open_shared` returns, or the error that it raises, on each of two ranks."""
     meetings = {name: Meeting(2) for name in ("run", "group")}
     config = VllmConfig(tensor_parallel_size=2, timeout_s=60.0)
     monkeypatch.setattr(sharing, "_exchange", lambda parallel, _: meetings["group"].of(parallel.rank))
@@ -300,7 +300,7 @@ def test_an_engine_that_does_not_start_is_an_error_on_both_ranks(tmp_path, monke
 
 @pytest.mark.parametrize("fails", [False, True])
 def test_each_gpu_s_worker_gets_the_handle_of_its_own_rank(policy, monkeypatch, fails):
-    """What CUDA does is made up here. A process that fails at a bucket ends the sync on both ranks."""
+    """CUDA is faked here. A process that fails at a bucket ends the sync on both ranks."""
     updates: list[dict[str, Any]] = []
 
     class Process:
@@ -336,7 +336,7 @@ def test_each_gpu_s_worker_gets_the_handle_of_its_own_rank(policy, monkeypatch, 
 
 
 def launch(folder: Path, num_ranks: int, *mode: str) -> list[dict[str, Any]]:
-    """What the ranks of tests/helpers/shared_ranks.py have written."""
+    """The results that the ranks of tests/helpers/shared_ranks.py have written."""
     launcher = ["-m", "torch.distributed.run", f"--nproc-per-node={num_ranks}", "--rdzv-backend=c10d"]
     env = {
         **os.environ,
@@ -353,7 +353,7 @@ def launch(folder: Path, num_ranks: int, *mode: str) -> list[dict[str, Any]]:
 
 @pytest.mark.slow
 def test_four_ranks_share_two_engines_under_torchrun(tmp_path, world, monkeypatch):
-    """Their policy is sharded, one of the two engines dies while it samples, and then a rank of each two ends."""
+    """The policy is sharded; one of the two engines dies while it samples; at the end one rank of each pair exits."""
     from srpo.data.tokenizer import load_tokenizer
 
     temporary = tmp_path / "temporary"
@@ -376,7 +376,7 @@ def test_four_ranks_share_two_engines_under_torchrun(tmp_path, world, monkeypatc
 @pytest.mark.slow
 @pytest.mark.vllm
 def test_two_ranks_share_a_real_vllm_that_is_split_in_two(tmp_path, world):
-    """They sample what an engine that is neither shared nor split gives."""
+    """They get the samples of an engine that is neither shared nor split."""
     import shared_ranks
 
     from srpo.data.tokenizer import load_tokenizer

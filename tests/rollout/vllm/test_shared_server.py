@@ -1,4 +1,4 @@
-"""Requests of several ranks to one engine: merged, kept apart, ended, whatever happens."""
+"""Requests of several ranks to one engine: how they are merged, kept apart and ended, also after failures."""
 
 from __future__ import annotations
 
@@ -23,8 +23,8 @@ PARAMS = SamplingParams(max_new_tokens=2, group_size=1, stop_ids=(7,))
 
 
 class Scripted:
-    """An engine that answers each prompt with its tokens and its number, the last one first, and notes how it was asked. It takes
-    a `go` for each, and gives signs of life until then."""
+    """An engine that answers each prompt with its tokens and its number, last prompt first, and records its calls. It waits for a
+    permit of `go` before each answer, with heartbeats meanwhile."""
 
     policy_version = 3
 
@@ -58,7 +58,7 @@ def engine() -> Scripted:
 
 @pytest.fixture
 def serve(engine: Scripted, monkeypatch: pytest.MonkeyPatch) -> Callable[..., list[Connection]]:
-    """A function that starts a server for so many ranks and returns their ends."""
+    """A function that starts a server for `num_ranks` ranks and returns the ranks' ends of the connections."""
 
     def start(num_ranks: int, gather_s: float = 20.0) -> list[Connection]:
         monkeypatch.setattr(shared_server, "GATHER_S", gather_s)
@@ -79,7 +79,7 @@ def ask(rank: Connection, numbers: list[int], params: SamplingParams = PARAMS, s
 
 
 def until(happened: Callable[[], object]) -> None:
-    """Waits for something in the server's thread."""
+    """Wait for something that the server's thread does."""
     deadline = time.monotonic() + 20
     while not happened():
         assert time.monotonic() < deadline, "it never happened"
@@ -92,7 +92,7 @@ def hear(rank: Connection) -> dict[str, Any]:
 
 
 def read(rank: Connection) -> dict[int, list[int]]:
-    """Prompt index -> response, until the end."""
+    """Read replies to the end of the request; returns prompt index -> response."""
     found = {}
     while "done" not in (reply := hear(rank)):
         if "error" in reply:
@@ -108,7 +108,7 @@ def test_ranks_that_come_together_are_one_request_and_get_their_own_samples(serv
     ask(second, [1, 3])
     assert read(first) == {0: [40, 0], 1: [42, 2], 2: [44, 4]}
     assert read(second) == {0: [41, 1], 1: [43, 3]}
-    assert [sorted(call) for call in engine.calls] == [[0, 1, 2, 3, 4]] and time.monotonic() - begin < 8  # nobody is waited for
+    assert [sorted(call) for call in engine.calls] == [[0, 1, 2, 3, 4]] and time.monotonic() - begin < 8  # no further wait
     assert engine.params == PARAMS
 
 
@@ -158,7 +158,7 @@ def test_the_rest_is_stopped_when_nobody_wants_it_and_not_before(serve, engine):
     assert read(second) == {}
     with serve.server.busy:
         assert engine.given == [5, 4] and engine.closed == 1
-    say(second, None)  # too late for anything
+    say(second, None)  # its request has ended: no effect
     engine.go.release(10)
     ask(first, [7])
     ask(second, [])

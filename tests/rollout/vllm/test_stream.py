@@ -55,7 +55,7 @@ def engine(checkpoint: Path) -> Iterator[VllmEngine]:
 
 
 def test_groups_come_while_others_wait(engine: VllmEngine) -> None:
-    """Two groups fit at a time: the first are there long before the last."""
+    """Two groups fit at a time, so the first arrive long before the last."""
     engine.generate(PROMPTS[:1], LONG, 1)
     start, times, found = time.perf_counter(), [], []
     for i, samples in engine.stream(PROMPTS, LONG, 1):
@@ -66,7 +66,7 @@ def test_groups_come_while_others_wait(engine: VllmEngine) -> None:
 
 
 def test_aborted_requests_stop_and_the_process_goes_on(engine: VllmEngine) -> None:
-    """The time of a quarter of the groups, and afterwards none of the aborted ones' tokens: the samples that it gave before."""
+    """An abort after a quarter of the groups saves time, and later samples are those of before, without the aborted tokens."""
     pid, restarts = engine.process.pid, engine.stats()["num_restarts"]
     start = time.perf_counter()
     want = engine.generate(PROMPTS, LONG, 1)
@@ -118,7 +118,7 @@ def settings(world: Any, checkpoint: Path, folder: Path, **changes: Any) -> Conf
 
 
 def test_training_one_step_behind(world: Any, checkpoint: Path, tmp_path: Path) -> None:
-    """Cut, ahead, with the engine's support; the gap between trainer and sampler is that of one update, and bounded."""
+    """With cut groups, prefetch and the engine's support: trainer and sampler differ by one update, and within bounds."""
     rollout = {"off_policy_steps": 1, "oversample": 0.5, "support": "replay", "top_k": 50}
     train(settings(world, checkpoint, tmp_path, rollout=rollout, loss={"importance": "truncate"}), small.ONE)
     lines = small.metrics_of(tmp_path / "run")
@@ -137,7 +137,7 @@ def test_training_one_step_behind(world: Any, checkpoint: Path, tmp_path: Path) 
 
 @pytest.mark.slow
 def test_scored_meanwhile_or_afterwards(world: Any, checkpoint: Path, tmp_path: Path) -> None:
-    """The first step, whose weights are the checkpoint's: the same rollouts, scored alike."""
+    """The first step, with the checkpoint's weights, gives the same rollouts and scores either way."""
     found = []
     for overlap in ("auto", "off"):
         (tmp_path / overlap).mkdir()

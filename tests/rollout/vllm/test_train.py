@@ -1,4 +1,4 @@
-"""Training with the real vLLM on its CPU backend, from `srpo.train` on."""
+"""Training with the real vLLM on its CPU backend, through `srpo.train`."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ VLLM = {"engine": "vllm", "vllm": {"kv_cache_mib": 64, "bucket_mib": 1}}
 
 @pytest.fixture(scope="module")
 def policy(world: Any, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The small world's policy with heads as long as vLLM's CPU attention wants them."""
+    """The small world's policy with heads of 32, the shortest that vLLM's CPU attention takes."""
     folder = tmp_path_factory.mktemp("long_heads")
     tokenizer = load_tokenizer(world.policy)
     make_tiny(tokenizer, dataclasses.replace(small.TINY, head_dim=32), 0).save_pretrained(folder / "base")
@@ -71,7 +71,7 @@ def test_a_run_samples_with_vllm_from_the_trainers_weights(run, world, policy, t
 
 @pytest.mark.slow
 def test_training_gains_with_vllm_what_it_gains_with_the_local_engine(run, tmp_path):
-    """On pairs of which the item is always of another kind: what to say is there to be found, and the policy seldom says it."""
+    """On pairs whose item is always of another kind: the right answer is always the same, and the policy seldom gives it."""
     examples = World(0).examples("train", 4000, start=small.NUM_PAIRS)
     write_examples(tmp_path / "strangers.jsonl", islice((e for e in examples if e.gold[2] == "mismatch"), 16))
     seed = torch.seed() % 1000

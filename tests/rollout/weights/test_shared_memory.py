@@ -1,4 +1,4 @@
-"""Weights on their way to an engine: places in buckets, bit sums, shared memory."""
+"""Transport of weights to an engine: entries of buckets, bit sums, shared memory."""
 
 from __future__ import annotations
 
@@ -30,19 +30,19 @@ from srpo.rollout.weights.shared_memory import Bucket, WeightStore, map_segment
 
 @pytest.fixture
 def params() -> list[tuple[str, torch.Tensor]]:
-    """Tensors of all sorts of sizes, one of them larger than the tests' buckets, and one with no element."""
+    """Tensors of many sizes; one is larger than the tests' buckets, one is empty."""
     torch.manual_seed(torch.seed() % 2**31)
     sizes = [(3,), (7, 5), (64, 33), (1,), (), (0, 4), (16,), (5000,), (2, 3, 4)]
     return [(f"model.layers.{i % 3}.w{i}", torch.randn(size)) for i, size in enumerate(sizes)]
 
 
 def blocks(named: Iterable[tuple[str, torch.Tensor]]) -> Iterator[Block]:
-    """Each tensor by itself."""
+    """One block per tensor."""
     return ((tensor, (Part(name, 0, tuple(tensor.shape)),)) for name, tensor in named)
 
 
 def read(store: WeightStore, buckets: list[Bucket]) -> dict[str, torch.Tensor]:
-    """What another mapping of the same memory sees."""
+    """The tensors as another mapping of the same memory sees them."""
     found = {}
     for bucket in buckets:
         fd = store.descriptor(bucket)
@@ -71,7 +71,7 @@ def test_places_are_aligned_and_never_overlap(params):
 
 
 def test_a_bucket_is_given_away_before_the_next_tensor_is_written(params):
-    """The trainer gathers bucket by bucket: when one is out, at most one more tensor has been asked for."""
+    """The trainer gathers bucket by bucket: when a bucket is yielded, at most one more tensor has been requested."""
     asked = []
 
     def asking():
@@ -98,12 +98,12 @@ def test_segments_are_used_again_and_their_descriptors_go_with_them(params):
     assert len(os.listdir("/proc/self/fd")) == num_descriptors
     assert torch.equal(read(store, first)[params[2][0]], params[2][1] + 1)
     store.close()
-    gc.collect()  # the mappings go with the tensors that look into them
+    gc.collect()  # a mapping ends with the last tensor that views it
     assert len(os.listdir("/proc/self/fd")) == before
 
 
 def test_a_mapping_outlives_the_store(params):
-    """The engine may still read when the trainer has let go."""
+    """The engine may still read after the trainer has closed the store."""
     store = WeightStore(1 << 20, torch.float32)
     (bucket,) = store.write(blocks(params), 0)
     fd = store.descriptor(bucket)
@@ -176,7 +176,7 @@ def test_packer_refuses_buckets_that_hold_nothing():
 
 @pytest.mark.parametrize("tied", [False, True])
 def test_names_and_values_are_those_of_a_checkpoint(tied, tmp_path, world):
-    """Against what transformers itself writes."""
+    """Compared with the checkpoint that transformers writes."""
     from safetensors.torch import load_file
 
     from srpo.data.tokenizer import load_tokenizer
@@ -193,7 +193,7 @@ def test_names_and_values_are_those_of_a_checkpoint(tied, tmp_path, world):
     assert ("lm_head.weight" in saved) is not tied and "model.layers.0.mlp.experts.3.up_proj.weight" in saved
 
     layouts: Layouts = {}
-    for _ in range(2):  # the second time from the layouts that the first has found
+    for _ in range(2):  # the second round uses the layouts that the first has found
         pieces = list(iter_checkpoint_blocks(model, layouts))
         cut = {p.name: t.reshape(-1)[p.first : p.first + math.prod(p.shape)].view(p.shape) for t, parts in pieces for p in parts}
         assert cut.keys() == saved.keys() and all(torch.equal(cut[name], saved[name]) for name in saved)
@@ -205,7 +205,7 @@ def test_names_and_values_are_those_of_a_checkpoint(tied, tmp_path, world):
 
 
 def test_a_parameter_that_is_more_than_cut_up_is_converted_every_time(monkeypatch):
-    """Gate and up interleaved: an expert's gate is not one piece of the parameter."""
+    """Gate and up are interleaved, so an expert's gate is not one contiguous piece of the parameter."""
     import srpo.policy.checkpoint_names as module
 
     weight = torch.randn(2, 6, 4)
