@@ -34,7 +34,10 @@ class SamplingParams:
         if self.group_size < 1:
             raise ValueError(f"rollout.group_size is {self.group_size}: set it to 1 or more")
         if self.support and not self.top_k:
-            raise ValueError("rollout.support is 'replay' and rollout.top_k is 0: without a filter there is nothing to replay")
+            raise ValueError(
+                "rollout.support is 'replay' and rollout.top_k is 0: without a filter every token has the same support. Set "
+                "rollout.top_k above 0, or rollout.support to 'recompute'"
+            )
 
 
 @dataclass(frozen=True)
@@ -57,8 +60,8 @@ Groups = Generator[tuple[int, list[Sample]], None, None]  # (prompt index, its g
 
 def in_order(groups: Iterable[tuple[int, list[Sample]]]) -> list[Sample]:
     """All samples of a stream, sorted by prompt index."""
-    found = dict(groups)
-    return [sample for i in sorted(found) for sample in found[i]]
+    by_prompt = dict(groups)
+    return [sample for i in sorted(by_prompt) for sample in by_prompt[i]]
 
 
 class Engine(Protocol):
@@ -121,6 +124,6 @@ def check_prompts(
             raise ValueError(f"{name} is empty: a prompt needs at least one token, see data.prompt")
         if len(prompt) + params.max_new_tokens > max_context:
             raise ValueError(
-                f"{name} has {len(prompt)} tokens, which with rollout.max_new_tokens = {params.max_new_tokens} is more than the "
+                f"{name} has {len(prompt)} tokens, which with rollout.max_new_tokens ({params.max_new_tokens}) is more than the "
                 f"context of {max_context}: lower rollout.max_new_tokens, shorten data.prompt, or raise policy.max_context"
             )

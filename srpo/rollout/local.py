@@ -41,7 +41,9 @@ class LocalEngine:
         max_rows: int = 256,
     ) -> None:
         if any(isinstance(param, DTensor) for param in model.parameters()):
-            raise ValueError("the local engine copies a whole model: make it before the policy is sharded, then sync_weights")
+            raise ValueError(
+                "the local engine cannot copy a sharded model: create it before the policy is sharded, then call sync_weights"
+            )
         # Each parameter is copied straight to its final dtype and device. Buffers keep their precision: rotary frequencies do
         # not survive bfloat16.
         copied = {id(param): _copy(param, device, dtype) for param in model.parameters()}
@@ -104,8 +106,8 @@ class LocalEngine:
             seconds += time.perf_counter() - start
             self._stats |= {"num_tokens": float(num_tokens), "generate_s": seconds, "tokens_per_s": num_tokens / seconds}
             for place, i in enumerate(wave):
-                mine = rows[place * params.group_size : (place + 1) * params.group_size]
-                yield i, [Sample(i, *row[:3], self.policy_version, *row[3:]) for row in mine]
+                group = rows[place * params.group_size : (place + 1) * params.group_size]
+                yield i, [Sample(i, *row[:3], self.policy_version, *row[3:]) for row in group]
             start = time.perf_counter()  # the consumer's time between two waves does not count
 
     def _wave(
@@ -183,17 +185,17 @@ class LocalEngine:
         with torch.no_grad():
             for name, tensor in iter_full_params(policy):
                 if name not in own or own[name].shape != tensor.shape:
-                    have = tuple(own[name].shape) if name in own else "no such parameter"
+                    shape = tuple(own[name].shape) if name in own else "no such parameter"
                     raise ValueError(
-                        f"policy parameter {name} {tuple(tensor.shape)} does not fit the engine's model ({have}): "
+                        f"policy parameter {name} {tuple(tensor.shape)} does not fit the engine's model ({shape}): "
                         "start the engine from the policy's own checkpoint"
                     )
                 own[name].copy_(tensor)
                 sums[name] = _checksum(tensor.to(own[name]))
-            wrong = [name for name, param in own.items() if sums.get(name) != _checksum(param)]
-        if wrong:
+            differing = [name for name, param in own.items() if sums.get(name) != _checksum(param)]
+        if differing:
             raise ValueError(
-                f"after the weight sync {len(wrong)} parameters differ from the policy's, first {wrong[0]}: "
+                f"after the weight sync {len(differing)} parameters differ from the policy's, first {differing[0]}: "
                 "start the engine from the policy's own checkpoint"
             )
         self.policy_version, self._has_weights = version, True

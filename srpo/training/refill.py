@@ -28,9 +28,9 @@ def refill(
     filled up.
     """
     examples, rollouts, rounds = list(examples), list(rollouts), 0
-    while rounds < max_rounds and (missing := num_prompts - count(rollouts)) > 0 and (more := draw(missing)):
+    while rounds < max_rounds and (missing := num_prompts - count(rollouts)) > 0 and (further := draw(missing)):
         rounds += 1
         first_group = len(examples)
-        examples += more
+        examples += further
         rollouts += sample(examples, first_group, rounds)
     return examples, rollouts, rounds

@@ -109,9 +109,9 @@ def quota(num_prompts: int, world_size: int, cut_tail: float) -> int:
 
 def check_age(rollouts: Sequence[Rollout], version: int, max_age: int) -> None:
     """Raise ValueError if a rollout was sampled more than `max_age` weight syncs before `version`, or after it."""
-    found = sorted({r.policy_version for r in rollouts if not 0 <= version - r.policy_version <= max_age})
-    if found:
+    refused = sorted({r.policy_version for r in rollouts if not 0 <= version - r.policy_version <= max_age})
+    if refused:
         raise ValueError(
-            f"rollouts of policy versions {found} came to optimizer step {version}, which takes those of {version - max_age} to "
-            f"{version} (rollout.off_policy_steps {max_age}): the engine has missed a weight sync"
+            f"optimizer step {version} got rollouts of policy versions {refused}, but trains only on {version - max_age} to "
+            f"{version} (rollout.off_policy_steps is {max_age}): the engine has missed a weight sync"
         )

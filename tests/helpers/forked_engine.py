@@ -81,8 +81,8 @@ def _serve(argv: list[str], env: dict[str, str], descriptors: list[int], begun: 
     os.setsid()
     os.environ.clear()
     os.environ.update(env)
-    with open(os.devnull, "rb") as nothing:
-        os.dup2(nothing.fileno(), 0)
+    with open(os.devnull, "rb") as null:
+        os.dup2(null.fileno(), 0)
     os.dup2(log, 1)
     os.dup2(log, 2)
     sys.stdout, sys.stderr = (open(fd, "w", buffering=1, closefd=False) for fd in (1, 2))  # noqa: SIM115

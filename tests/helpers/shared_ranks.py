@@ -33,21 +33,21 @@ PARAMS = SamplingParams(max_new_tokens=8, group_size=4)
 
 def sample(engine: SharedEngine, policy: nn.Module, parallel: Parallel) -> list[list[Any]]:
     """This rank's share of the prompts after each of two syncs: [response ids, log-probabilities]."""
-    mine = list(range(parallel.rank, len(PROMPTS), parallel.world_size))
-    found = []
+    share = list(range(parallel.rank, len(PROMPTS), parallel.world_size))
+    samples = []
     with ThreadPoolExecutor(1) as pool:
         for version in (1, 2):
             engine.sync_weights(policy, version)
-            ahead = pool.submit(engine.generate, [PROMPTS[i] for i in mine], PARAMS, 5, mine)
+            future = pool.submit(engine.generate, [PROMPTS[i] for i in share], PARAMS, 5, share)
             parallel.barrier()  # the main thread's collectives go on meanwhile
             with torch.no_grad():
                 for parameter in policy.parameters():
                     parameter.mul_(2)
-            found += [[s.response_ids, s.sampling_logprobs] for s in ahead.result()]
-    return found
+            samples += [[s.response_ids, s.sampling_logprobs] for s in future.result()]
+    return samples
 
 
-def last_words(engine: SharedEngine, policy: nn.Module, rank: int) -> str:
+def last_error(engine: SharedEngine, policy: nn.Module, rank: int) -> str:
     """The errors of ranks 0 and 3 after the ranks with which they share an engine have exited."""
     if rank in (1, 2):
         os._exit(0)
@@ -63,9 +63,9 @@ def last_words(engine: SharedEngine, policy: nn.Module, rank: int) -> str:
 
 def main(folder: Path, real: bool) -> None:
     parallel = init_parallel()
-    whole = load_policy(folder)
-    total = sum(float(p.detach().double().sum()) for p in whole.parameters())
-    policy = parallel.shard(Policy(whole))
+    model = load_policy(folder)
+    total = sum(float(p.detach().double().sum()) for p in model.parameters())
+    policy = parallel.shard(Policy(model))
     assert any(isinstance(p, DTensor) for p in policy.parameters())
     tricks = {"marker": str(folder / "failed")} | ({"die": "generate:2"} if parallel.rank >= 2 else {})
     command = WORKER if real else (str(Path(__file__).with_name("fake_engine.py")), json.dumps(tricks))
@@ -81,8 +81,8 @@ def main(folder: Path, real: bool) -> None:
     path = folder / f"rank{parallel.rank}.json"
     path.write_text(json.dumps(result), encoding="utf-8")
     if not real:
-        said = last_words(engine, policy, parallel.rank)
-        path.write_text(json.dumps({**result, "said": said}), encoding="utf-8")
+        error = last_error(engine, policy, parallel.rank)
+        path.write_text(json.dumps({**result, "error": error}), encoding="utf-8")
     engine.close()
     sys.stdout.flush()
     os._exit(0)  # the process group has lost ranks, so it cannot be closed

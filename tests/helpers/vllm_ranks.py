@@ -20,9 +20,9 @@ from srpo.rollout.vllm.engine import VllmEngine
 
 def main(folder: Path) -> None:
     parallel = init_parallel()
-    whole = load_policy(folder)
-    total = sum(float(p.detach().double().sum()) for p in whole.parameters())
-    policy = parallel.shard(Policy(whole))
+    model = load_policy(folder)
+    total = sum(float(p.detach().double().sum()) for p in model.parameters())
+    policy = parallel.shard(Policy(model))
     assert any(isinstance(p, DTensor) for p in policy.parameters())
     tricks = {"marker": str(folder / "failed")} | ({"die": "load:2"} if parallel.rank else {})
     command = (str(Path(__file__).with_name("fake_engine.py")), json.dumps(tricks))
@@ -39,7 +39,7 @@ def main(folder: Path) -> None:
         second = engine.generate([(1,)], SamplingParams(max_new_tokens=2, group_size=1), 0)
     result = {
         "total": total,
-        "found": [-sample.sampling_logprobs[0] for sample in (*first, *second)],
+        "sums": [-sample.sampling_logprobs[0] for sample in (*first, *second)],
         "num_restarts": engine.stats()["num_restarts"],
         "num_warnings": sum("weight sync" in str(w.message) for w in caught),
         "num_buckets": len(engine._store.buckets),

@@ -36,8 +36,8 @@ def fake(rank: int, world_size: int) -> Callable[[Sequence[Example], int, int], 
     """A fake engine with its judge: one rollout per prompt of this rank, whose reward is the group's score."""
 
     def sample(examples: Sequence[Example], first: int, number: int) -> list[Rollout]:
-        mine = range(first + rank, len(examples), world_size)
-        return [rollout(examples[i].example_id, i, solves(examples[i])) for i in mine]
+        share = range(first + rank, len(examples), world_size)
+        return [rollout(examples[i].example_id, i, solves(examples[i])) for i in share]
 
     return sample
 
@@ -47,11 +47,11 @@ def trained(rollouts: Sequence[Rollout]) -> int:
 
 
 def test_rounds_end_when_enough_groups_train() -> None:
-    asked: list[tuple[int, int, int]] = []
+    calls: list[tuple[int, int, int]] = []
     left = iter(EXAMPLES[4:])
 
     def sample(examples: Sequence[Example], first: int, number: int) -> list[Rollout]:
-        asked.append((len(examples), first, number))
+        calls.append((len(examples), first, number))
         return [rollout(e.example_id, g, 0.5 * (g % 2)) for g, e in enumerate(examples) if g >= first]
 
     start = [rollout(e.example_id, g, 0.5 * (g == 1)) for g, e in enumerate(EXAMPLES[:4])]  # 1 of 4 trains
@@ -65,7 +65,7 @@ def test_rounds_end_when_enough_groups_train() -> None:
         sample=sample,
     )
     # 3 are missing: groups 4, 5, 6, of which 5 trains; 2 missing: 7, 8, of which 7 trains; 1 missing: 9 trains
-    assert asked == [(7, 4, 1), (9, 7, 2), (10, 9, 3)] and rounds == 3
+    assert calls == [(7, 4, 1), (9, 7, 2), (10, 9, 3)] and rounds == 3
     assert [r.group for r in rollouts] == list(range(10)) == [EXAMPLES.index(e) for e in examples]
     assert trained(rollouts) == 4  # never more
 
@@ -109,7 +109,7 @@ class Ranks:
 
 def run(world_size: int, seed: int, num_steps: int = 12) -> list[list[tuple[Any, ...]]]:
     """For each rank, the prompts that its sampler drew, step by step, and its state at the end."""
-    ranks, told, results = Ranks(world_size), [{} for _ in range(num_steps)], [[] for _ in range(world_size)]
+    ranks, scores, results = Ranks(world_size), [{} for _ in range(num_steps)], [[] for _ in range(world_size)]
 
     def work(rank: int) -> None:
         rates = SolveRates([e.example_id for e in EXAMPLES], new_weight=0.7, max_age=6)
@@ -121,16 +121,16 @@ def run(world_size: int, seed: int, num_steps: int = 12) -> list[list[tuple[Any,
                 sample(examples, 0, 0),
                 num_prompts=NUM_PROMPTS,
                 max_rounds=2,
-                count=lambda mine: ranks.total(rank, trained(mine)),
+                count=lambda rollouts: ranks.total(rank, trained(rollouts)),
                 draw=sampler.more,
                 sample=sample,
             )
-            told[step] |= {r.group: (r.example_id, (r.step_rewards or (0.0,))[0]) for r in rollouts}
+            scores[step] |= {r.group: (r.example_id, (r.step_rewards or (0.0,))[0]) for r in rollouts}
             ranks.total(rank, 0)  # a barrier: every rank has added its rollouts
-            everyone = [told[step][g] for g in range(len(examples))]
-            assert [name for name, _ in everyone] == [e.example_id for e in examples]
-            rates.observe(*zip(*everyone, strict=True))
-            results[rank].append((rounds, everyone))
+            groups = [scores[step][g] for g in range(len(examples))]
+            assert [name for name, _ in groups] == [e.example_id for e in examples]
+            sampler.observe(*zip(*groups, strict=True))
+            results[rank].append((rounds, groups))
         results[rank].append((sampler.state_dict(), rates.state_dict()))
 
     threads = [threading.Thread(target=work, args=(rank,)) for rank in range(world_size)]

@@ -146,7 +146,7 @@ def test_a_rank_s_quota(num_prompts: int, world_size: int, cut_tail: float, expe
 
 def test_rollouts_that_are_too_old_are_refused() -> None:
     check_age([rollout(0, version=3), rollout(1, version=2)], 3, 1)
-    with pytest.raises(ValueError, match=r"policy versions \[2\] came to optimizer step 3, which takes those of 3 to 3"):
+    with pytest.raises(ValueError, match=r"step 3 got rollouts of policy versions \[2\], but trains only on 3 to 3"):
         check_age([rollout(0, version=3), rollout(1, version=2)], 3, 0)
     with pytest.raises(ValueError, match=r"versions \[1, 4\].*missed a weight sync"):
         check_age([rollout(0, version=4), rollout(1, version=1)], 3, 1)

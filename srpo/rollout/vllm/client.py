@@ -33,19 +33,21 @@ def ask(
     """
     waiting = set(missing)
     try:
-        asked = [(i, list(prompts[i])) for i in missing]
-        process.send("generate", prompts=asked, params=params, seeds=[seeds[i] for i in missing], version=version)
+        numbered = [(i, list(prompts[i])) for i in missing]
+        process.send("generate", prompts=numbered, params=params, seeds=[seeds[i] for i in missing], version=version)
         while "done" not in (reply := process.receive(signs=True)):
             if "alive" in reply:
                 yield None
                 continue
             i, rows = reply["prompt"], reply["samples"]
             if i not in waiting or len(rows) != params.group_size:
-                raise EngineError(f"vLLM gave {len(rows)} samples for prompt {i}, which was not asked for, or not so often")
+                raise EngineError(
+                    f"vLLM returned {len(rows)} samples for prompt {i}: expected {params.group_size} for one of {sorted(waiting)}"
+                )
             waiting.remove(i)
             yield i, rows
         if waiting:
-            raise EngineError(f"vLLM gave nothing for {len(waiting)} prompts")
+            raise EngineError(f"vLLM returned no samples for {len(waiting)} of {len(missing)} prompts")
     except EngineFailure:
         raise
     except GeneratorExit:
@@ -65,9 +67,7 @@ def stop(process: EngineProcess) -> None:
             while "done" not in process.receive():
                 pass
     except EngineFailure as failure:
-        warnings.warn(
-            f"vLLM failed while it stopped sampling, and will be started again: {failure}", RuntimeWarning, stacklevel=2
-        )
+        warnings.warn(f"vLLM failed while aborting a request and will be started again: {failure}", RuntimeWarning, stacklevel=2)
 
 
 def samples_of(replies: Replies, version: int, stats: dict[str, float]) -> Groups:
@@ -92,10 +92,10 @@ def sample_of(
     routed: tuple[int, int, str] | None = None,
 ) -> Sample:
     """The `Sample` of one response in a reply; for support and routed see `srpo.rollout.vllm.server.Response`."""
-    kept = None
+    support_ids = None
     if support is not None:
-        kept = np.frombuffer(base64.b64decode(support), dtype="<i4").reshape(len(ids), -1)
+        support_ids = np.frombuffer(base64.b64decode(support), dtype="<i4").reshape(len(ids), -1)
     experts = None
     if routed is not None:
         experts = np.frombuffer(base64.b64decode(routed[2]), dtype="<i2").reshape(-1, routed[0], routed[1])
-    return Sample(prompt, tuple(ids), tuple(logprobs), finish, version, kept, experts)
+    return Sample(prompt, tuple(ids), tuple(logprobs), finish, version, support_ids, experts)

@@ -35,7 +35,7 @@ class Slot:
     arrived: dict[str, torch.Tensor] = field(default_factory=dict)
 
     @property
-    def whole(self) -> bool:
+    def complete(self) -> bool:
         return len(self.arrived) == len(self.places)
 
     def take(self) -> torch.Tensor:
@@ -49,10 +49,10 @@ class Slot:
             for tensor, place in zip(tensors, self.places.values(), strict=True)
         ):
             return first.as_strided(self.shape, _strides(self.shape))
-        whole = first.new_empty(self.shape)
+        weight = first.new_empty(self.shape)
         for tensor, place in zip(tensors, self.places.values(), strict=True):
-            whole.view(-1)[place : place + tensor.numel()].view(tensor.shape).copy_(tensor)
-        return whole
+            weight.view(-1)[place : place + tensor.numel()].view(tensor.shape).copy_(tensor)
+        return weight
 
 
 class DirectLoader:
@@ -69,7 +69,7 @@ class DirectLoader:
         self._by_layer: dict[int, list[Slot]] = {}
         self.written: set[int] = set()  # ids of the parameters written in place since `begin`
         slots: dict[tuple[int, str], Slot] = {}
-        packed = {part: (whole, parts) for whole, parts in _packed(model).items() for part in parts}
+        packed = {part: (module, parts) for module, parts in _packed(model).items() for part in parts}
         for name, shape in sorted(self._shapes.items(), key=lambda item: _order(item[0], packed)):
             layer, attribute, (rows, *rest) = self._find(model, name, shape, packed)
             slot = slots.setdefault((id(layer), attribute), Slot(layer, attribute, {}, (0,)))
@@ -97,7 +97,7 @@ class DirectLoader:
                 raise UnknownLayoutError(f"{name}: {error}") from error
             layers = [layer for layer in block.modules() if id(layer) in self._fused]
             if len(layers) != 1:
-                raise UnknownLayoutError(f"{name}: {len(layers)} layers of experts in {expert[1]}")
+                raise UnknownLayoutError(f"{name}: {expert[1]} has {len(layers)} layers of experts in vLLM's model, not one")
             return layers[0], "w13_weight" if expert[3] in _HALF else "w2_weight", shape
         path, _, attribute = name.rpartition(".")
         parent, _, last = path.rpartition(".")
@@ -111,12 +111,14 @@ class DirectLoader:
     def _check(self, slot: Slot) -> None:
         parameter = getattr(slot.layer, slot.attribute, None)
         if not isinstance(parameter, torch.Tensor):
-            raise UnknownLayoutError(f"{next(iter(slot.places))}: no {slot.attribute} in {type(slot.layer).__name__}")
+            kind = type(slot.layer).__name__
+            raise UnknownLayoutError(f"{next(iter(slot.places))}: vLLM's {kind} has no {slot.attribute}")
         in_place = id(slot.layer) not in self._fused and parameter.numel()
         rows = parameter.shape[0] if parameter.ndim else 1
         # vLLM may pad a vocabulary at its end.
         if in_place and (parameter.shape[1:] != slot.shape[1:] or rows < slot.shape[0]):
-            raise UnknownLayoutError(f"{next(iter(slot.places))}: {tuple(parameter.shape)} for {slot.shape}")
+            shape = tuple(parameter.shape)
+            raise UnknownLayoutError(f"{next(iter(slot.places))}: vLLM's weight has shape {shape}, the checkpoint's {slot.shape}")
 
     def begin(self) -> None:
         """Discard the tensors left by an interrupted sync."""
@@ -132,10 +134,10 @@ class DirectLoader:
             if slot is None or tuple(tensor.shape) != self._shapes[name]:
                 raise RuntimeError(f"the checkpoint that vLLM was started from has no parameter {name} {tuple(tensor.shape)}")
             slot.arrived[name] = tensor
-            mine = self._by_layer[id(slot.layer)]
-            if all(other.whole for other in mine):
-                self._renew(mine)
-                for other in mine:
+            layer_slots = self._by_layer[id(slot.layer)]
+            if all(other.complete for other in layer_slots):
+                self._renew(layer_slots)
+                for other in layer_slots:
                     other.arrived = {}
 
     def _renew(self, slots: Sequence[Slot]) -> None:
@@ -154,15 +156,15 @@ class DirectLoader:
             prepare = True
         if not prepare:
             return
-        given = {slot.attribute: getattr(layer, slot.attribute).untyped_storage().data_ptr() for slot in slots}
+        memories = {slot.attribute: getattr(layer, slot.attribute).untyped_storage().data_ptr() for slot in slots}
         if kernel is not None:
             kernel.process_weights_after_loading(layer)
         else:
             layer.quant_method.process_weights_after_loading(layer)
-        for attribute, memory in given.items():
-            made = getattr(layer, attribute)
-            if made.numel() and id(made) not in self.written and made.untyped_storage().data_ptr() == memory:
-                made.data = made.data.clone()  # this kernel reads the arrived memory itself, which the trainer will overwrite
+        for attribute, memory in memories.items():
+            prepared = getattr(layer, attribute)
+            if prepared.numel() and id(prepared) not in self.written and prepared.untyped_storage().data_ptr() == memory:
+                prepared.data = prepared.data.clone()  # this kernel reads the arrived memory, which the trainer will overwrite
 
     def finish(self) -> None:
         """Raises RuntimeError if only a part of a layer's tensors has arrived."""

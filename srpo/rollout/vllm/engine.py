@@ -75,11 +75,14 @@ class VllmEngine:
         check_vllm_settings(self._config)
         size = self._config.tensor_parallel_size
         if self._on_gpu and len(set(devices)) != size > 1:
-            raise ValueError(f"rollout.vllm.tensor_parallel_size is {size}: it takes so many ranks of this host, with a GPU each")
+            raise ValueError(
+                f"rollout.vllm.tensor_parallel_size is {size} and the ranks of this engine have {len(set(devices))} GPUs: start "
+                f"{size} ranks on one host with a GPU each, or lower it"
+            )
         if not (Path(path) / "config.json").is_file():
             raise ValueError(f"no model in {str(path)!r}: vLLM starts from a folder with config.json and safetensors files")
         if tuple(command) == WORKER and importlib.util.find_spec("vllm") is None:
-            raise ImportError("rollout.engine = 'vllm' needs vLLM: 'make vllm', or take 'local'")
+            raise ImportError("rollout.engine is 'vllm', and vLLM is not installed: run 'make vllm', or set it to 'local'")
         if size > 1:
             check_split(path, size)
         self._command = SHARDS_WORKER if size > 1 and tuple(command) == WORKER else command
@@ -100,7 +103,7 @@ class VllmEngine:
         self._sender = CudaSender(num_bytes, dtype, self._device, exchange) if self._on_gpu else None
         self._stats: dict[str, float] = dict.fromkeys(STATS, 0.0)
         self.policy_version = -1
-        self._whole = True  # False from the start of a sync until its bit sums are verified
+        self._weights_valid = True  # False while asleep, and from the start of a sync until its proof
         self._asleep = False
         self._process: EngineProcess | None = None
         self.loads = ""  # how weights get into vLLM's kernels: "direct", or the reason for vLLM's own reload
@@ -109,7 +112,7 @@ class VllmEngine:
         except EngineFailure as failure:
             raise EngineError(str(failure)) from failure
         if self.loads not in ("", "direct") and size == 1 and not self._on_gpu:
-            warnings.warn(f"weight syncs take vLLM's own, slower reload: {self.loads}", RuntimeWarning, stacklevel=2)
+            warnings.warn(f"weight syncs use vLLM's own, slower reload: {self.loads}", RuntimeWarning, stacklevel=2)
 
     @property
     def _on_gpu(self) -> bool:
@@ -143,7 +146,7 @@ class VllmEngine:
         self._stats["num_restarts"] += 1
         self._asleep = False
         self._start()
-        if self.policy_version >= 0 and self._whole:
+        if self.policy_version >= 0 and self._weights_valid:
             self._send_again()
 
     def _send_again(self) -> None:
@@ -179,8 +182,8 @@ class VllmEngine:
     ) -> Replies:
         """Like `stream`, with responses as the process sends them and None as a heartbeat."""
         check_prompts(prompts, params, self.max_context)
-        if not self._whole:
-            raise EngineError("the last weight sync was interrupted: sync_weights again before sampling")
+        if not self._weights_valid:
+            raise EngineError("the last weight sync was interrupted: call sync_weights again before sampling")
         seeds = [derive_seed(seed, number) for number in (range(len(prompts)) if numbers is None else numbers)]
         return self._replies(prompts, params, seeds)
 
@@ -212,12 +215,12 @@ class VllmEngine:
         Raises EngineError if they differ; sampling then raises until another sync has succeeded.
         """
         start = time.perf_counter()
-        self._whole = False
+        self._weights_valid = False
         if self._sender is not None:
             self._sync_gpu(self._sender, policy, version)
         else:
             self._sync_cpu(policy, version)
-        self.policy_version, self._whole = version, True
+        self.policy_version, self._weights_valid = version, True
         self._stats["sync_s"] = time.perf_counter() - start
 
     def _sync_cpu(self, policy: nn.Module, version: int) -> None:
@@ -234,7 +237,7 @@ class VllmEngine:
             if process is not None:
                 process = _survivor(partial(self._finish, process, version))
         if process is None:
-            self.policy_version, self._whole = version, True
+            self.policy_version, self._weights_valid = version, True
             self._restart()
 
     def _sync_gpu(self, sender: CudaSender, policy: nn.Module, version: int) -> None:
@@ -271,12 +274,12 @@ class VllmEngine:
         """Read the reply to `finish`. Raises EngineError if the engine's bit sums differ from the trainer's."""
         reply = process.receive()
         self._stats |= {"sync_load_s": reply["load_s"], "sync_finish_s": reply["finish_s"]}
-        wrong = differing_groups(expected, reply["sums"])
-        if reply["version"] != version or wrong:
+        differing = differing_groups(expected, reply["sums"])
+        if reply["version"] != version or differing:
             process.kill()
             raise EngineError(
-                f"after the sync of version {version} vLLM (which answers {reply['version']}) holds other weights than the "
-                f"trainer in {len(wrong)} of {len(expected)} groups, first {wrong[:1]}: rollout.engine 'local' takes any model"
+                f"after the weight sync of version {version} vLLM (at version {reply['version']}) holds other weights than the "
+                f"trainer in {len(differing)} of {len(expected)} groups, first {differing[:1]}: set rollout.engine to 'local'"
             )
 
     def sleep(self) -> None:
@@ -290,8 +293,8 @@ class VllmEngine:
                 process.send("sleep")
                 process.receive()
         except EngineFailure as failure:  # a dead process holds no memory; the next sync starts a new one
-            warnings.warn(f"vLLM fell asleep for good and will be started again: {failure}", RuntimeWarning, stacklevel=2)
-        self._asleep, self._whole = True, False
+            warnings.warn(f"vLLM failed while falling asleep and will be started again: {failure}", RuntimeWarning, stacklevel=2)
+        self._asleep, self._weights_valid = True, False
 
     def wake(self) -> None:
         """Does nothing: `sync_weights` wakes the engine's weights before the transfer and its key-value cache after it."""

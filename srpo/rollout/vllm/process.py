@@ -115,7 +115,7 @@ class EngineProcess:
         with contextlib.suppress(ProcessLookupError):
             self._process.send_signal(signal.SIGUSR1)  # the child writes the stacks of all threads into its log
         time.sleep(_DUMP_S)
-        return self._failure(f"gave no sign of life for {timeout_s:g} s (rollout.vllm.timeout_s)")
+        return self._failure(f"gave no sign of life for {timeout_s:g} s (rollout.vllm.timeout_s, at the start start_timeout_s)")
 
     def _failure(self, what: str) -> EngineFailure:
         with contextlib.suppress(subprocess.TimeoutExpired):  # its sockets close a moment before it has exited

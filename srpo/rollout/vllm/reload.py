@@ -144,34 +144,34 @@ class Reloader:
 
     def sums(self) -> dict[str, int]:
         """Bit sum of each group of the weights that the kernels use."""
-        found = self.parameter_sums()
-        sums = {name: value for name, value in found.items() if name.endswith(STALE)}
-        add_sums(sums, [item for item in found.items() if item[0] not in sums])
+        by_parameter = self.parameter_sums()
+        sums = {name: value for name, value in by_parameter.items() if name.endswith(STALE)}
+        add_sums(sums, [item for item in by_parameter.items() if item[0] not in sums])
         return sums
 
     def parameter_sums(self) -> dict[str, int]:
         """Bit sum of each parameter of vLLM's model. A kernel made from other values adds its sum, under the name plus STALE."""
         sums: dict[str, int] = {}
-        thrown_away: dict[int, int] = {}
-        kept: dict[int, set[int]] = {}
+        discarded: dict[int, int] = {}  # id of a parameter -> sum of its discarded weight
+        kept: dict[int, set[int]] = {}  # id of a parameter that still exists -> sums that its kernels were made from
         for layer, (held, _) in self._kernels():
             if layer.weight.numel():
                 kept.setdefault(id(layer.weight), set()).add(held)
             else:
-                thrown_away[id(layer.weight)] = held
+                discarded[id(layer.weight)] = held
         for name, parameter in self.model.named_parameters():
-            found = thrown_away[id(parameter)] if id(parameter) in thrown_away else bit_sum(parameter)
-            sums[name] = found
-            for held in kept.get(id(parameter), set()) - {found}:
+            value = discarded[id(parameter)] if id(parameter) in discarded else bit_sum(parameter)
+            sums[name] = value
+            for held in kept.get(id(parameter), set()) - {value}:
                 sums[name + STALE] = held  # an outdated kernel: the trainer has no group of that name
         return sums
 
     def places(self) -> dict[str, int | None]:
         """Place sum of each parameter, or of the discarded weight its kernel was made from. Only valid inside `prove` and right
         after it."""
-        thrown_away = {id(layer.weight): held[1] for layer, held in self._kernels() if not layer.weight.numel()}
+        discarded = {id(layer.weight): held[1] for layer, held in self._kernels() if not layer.weight.numel()}
         named = self.model.named_parameters()
-        return {name: thrown_away[id(p)] if id(p) in thrown_away else place_sum(p) for name, p in named}
+        return {name: discarded[id(p)] if id(p) in discarded else place_sum(p) for name, p in named}
 
     def _layout(self) -> dict[str, int | None]:
         """Place sum of every parameter that a kernel reads, and of the weight that every packed kernel was made from."""
@@ -187,14 +187,14 @@ class Reloader:
         """
         self._watch.places = True
         before = self._layout()
-        why = self._prove_direct(checkpoint, before) if direct else "this device takes vLLM's own reload"
+        why = self._prove_direct(checkpoint, before) if direct else "this device uses vLLM's own reload"
         if why != "direct":
             wrong = self._load_again(checkpoint(), before)
             if wrong:
                 raise RuntimeError(
                     f"this vLLM does not restore {len(wrong)} of {len(before)} weights when they are loaded again, first "
-                    f"{wrong[0]}: its samples would be wrong after the first weight sync. Use rollout.engine 'local', or another "
-                    "version of vLLM"
+                    f"{wrong[0]}: its samples would be wrong after the first weight sync. Set rollout.engine to 'local', or "
+                    "install another version of vLLM"
                 )
         self._watch.places = False
         return why
@@ -213,7 +213,7 @@ class Reloader:
         wrong = self._load_again(checkpoint(), before)
         if wrong:
             self._direct = None
-            return f"written directly, {len(wrong)} of {len(before)} weights are not as vLLM had loaded them, first {wrong[0]}"
+            return f"loaded directly, {len(wrong)} of {len(before)} weights differ from those that vLLM loads, first {wrong[0]}"
         self._drop_unused_kernels()
         return "direct"
 

@@ -154,7 +154,7 @@ class Server:
 
     def on_generate(self, prompts: list[tuple[int, list[int]]], params: SamplingParams, seeds: list[int], version: int) -> None:
         if self._version != version:
-            raise RuntimeError(f"asked to sample with weights of version {version}, but this process has {self._version}")
+            raise RuntimeError(f"request to sample from weights of version {version}, but this process has {self._version}")
         with closing(self._backend.generate(prompts, params, seeds)) as groups:
             for group in groups:
                 if group is None:
@@ -164,7 +164,7 @@ class Server:
                 if self._channel.poll():
                     op, _ = self._channel.recv()
                     if op != "abort":
-                        raise RuntimeError(f"asked to {op} while it samples")
+                        raise RuntimeError(f"request {op!r} during sampling: only 'abort' is possible")
                     break
         self.reply(done=True)
 

@@ -40,7 +40,7 @@ def worker_environment(device: torch.device, devices: Sequence[str] = ()) -> dic
 
     devices: if vLLM is split over several GPUs, their names (`visible_device`) in order of rank.
     """
-    mine = {
+    required = {
         "VLLM_WORKER_MULTIPROC_METHOD": "spawn",  # a forked worker would hold this process's sockets open
         "VLLM_ENABLE_V1_MULTIPROCESSING": "0",
         "GLOO_SOCKET_IFNAME": "lo",  # vLLM's process group, of one process, listens on the loopback device
@@ -56,7 +56,7 @@ def worker_environment(device: torch.device, devices: Sequence[str] = ()) -> dic
     env = {k: os.environ.get(k, v) for k, v in defaults.items()}
     if device.type == "cuda":
         env["CUDA_VISIBLE_DEVICES"] = ",".join(devices or [visible_device(device)])
-    return env | mine
+    return env | required
 
 
 def check_vllm_settings(config: VllmConfig) -> None:
@@ -80,5 +80,6 @@ def check_split(path: str | Path, size: int) -> None:
     for key in _SPLIT:
         if config.get(key) and config[key] % size:
             raise ValueError(
-                f"rollout.vllm.tensor_parallel_size is {size} and {key} of {str(path)!r} is {config[key]}: take a divisor of it"
+                f"rollout.vllm.tensor_parallel_size is {size}, and {key} of the model in {str(path)!r} is {config[key]}: set "
+                f"rollout.vllm.tensor_parallel_size to a divisor of {config[key]}"
             )

@@ -37,11 +37,11 @@ class ShardWorker:
             return loader.get_all_weights(config.model_config, self._srpo_reloader.model)
 
         self._srpo_reloader.prove(checkpoint, direct=False)
-        whole: dict[str, int] = {}
+        expected: dict[str, int] = {}
         if worker.rank == 0:
             dtype = config.model_config.dtype
-            add_sums(whole, ((name, bit_sum(t.to(dtype) if t.is_floating_point() else t)) for name, t in checkpoint()))
-        return {"sums": self._srpo_reloader.parameter_sums(), "places": self._srpo_reloader.places(), "checkpoint": whole}
+            add_sums(expected, ((name, bit_sum(t.to(dtype) if t.is_floating_point() else t)) for name, t in checkpoint()))
+        return {"sums": self._srpo_reloader.parameter_sums(), "places": self._srpo_reloader.places(), "checkpoint": expected}
 
     def srpo_transfer_fields(self) -> tuple[list[str], list[str]]:
         """Names of the fields that vLLM's weight transfer takes at initialization, and with each update."""

@@ -30,23 +30,23 @@ def repeated(places: Sequence[Mapping[str, int | None]]) -> frozenset[str]:
     return frozenset(name for name in places[0] if len({shard.get(name) for shard in places}) == 1)
 
 
-def add_shards(shards: Sequence[Mapping[str, int]], whole: Collection[str]) -> dict[str, int]:
+def add_shards(shards: Sequence[Mapping[str, int]], replicated: Collection[str]) -> dict[str, int]:
     """Bit sum of each group of the model, from the bit sums of each shard's parameters.
 
-    whole: parameters that every shard holds in full; they count once. If they differ between shards, or if a kernel is outdated,
-    the result has a name that the trainer does not have, so the sums do not compare as equal.
+    replicated: parameters that every shard holds in full; they count once. If they differ between shards, or if a kernel is
+    outdated, the result has a name that the trainer does not have, so the sums do not compare as equal.
     """
     sums: dict[str, int] = {}
     for name in {name: None for shard in shards for name in shard}:
-        found = [shard[name] for shard in shards if name in shard]
+        values = [shard[name] for shard in shards if name in shard]
         if name.endswith(STALE):
-            sums[name] = found[0]
-        elif name not in whole:
-            add_sums(sums, [(name, value) for value in found])
-        elif len(found) == len(shards) and len(set(found)) == 1:
-            add_sums(sums, [(name, found[0])])
+            sums[name] = values[0]
+        elif name not in replicated:
+            add_sums(sums, [(name, value) for value in values])
+        elif len(values) == len(shards) and len(set(values)) == 1:
+            add_sums(sums, [(name, values[0])])
         else:
-            sums[name + DIFFERS] = found[-1]
+            sums[name + DIFFERS] = values[-1]
     return sums
 
 
@@ -55,7 +55,7 @@ class ShardsBackend(VllmBackend):
 
     def __init__(self) -> None:
         super().__init__()
-        self._whole: frozenset[str] = frozenset()
+        self._replicated: frozenset[str] = frozenset()
 
     def _each(self, method: str, *args: Any) -> list[Any]:
         """Call a method on every worker; returns their results in order of rank."""
@@ -69,15 +69,15 @@ class ShardsBackend(VllmBackend):
         size = settings["tensor_parallel_size"]
         options = {"tensor_parallel_size": size, "worker_extension_cls": WORKER_EXTENSION, "distributed_executor_backend": "mp"}
         config = self._open(settings, **options)
-        found = self._each("srpo_prove")
-        self._whole = repeated([shard["places"] for shard in found])
-        sums = add_shards([shard["sums"] for shard in found], self._whole)
+        shards = self._each("srpo_prove")
+        self._replicated = repeated([shard["places"] for shard in shards])
+        sums = add_shards([shard["sums"] for shard in shards], self._replicated)
         # A checkpoint may hold tensors that the model does not read, such as a tied head.
-        wrong = differing_groups({group: value for group, value in found[0]["checkpoint"].items() if group in sums}, sums)
+        wrong = differing_groups({group: value for group, value in shards[0]["checkpoint"].items() if group in sums}, sums)
         if wrong:
             raise RuntimeError(
                 f"the shards of {len(wrong)} groups of weights, first {wrong[0]}, do not add up to the checkpoint: this vLLM "
-                "splits the model in a way that a weight sync could not prove. Set rollout.vllm.tensor_parallel_size to 1"
+                "splits the model in a way that weight syncs cannot verify. Set rollout.vllm.tensor_parallel_size to 1"
             )
         if self._native:
             self._open_transfer(*self._each("srpo_transfer_fields")[0])
@@ -105,7 +105,7 @@ class ShardsBackend(VllmBackend):
             self._llm.finish_weight_update()
         shards = self._each("srpo_finish", self._native, list(keep))
         self._llm.reset_prefix_cache()  # keys and values of the old weights
-        return add_shards(shards, self._whole)
+        return add_shards(shards, self._replicated)
 
 
 class ShardsServer(Server):

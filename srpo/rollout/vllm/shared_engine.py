@@ -99,20 +99,20 @@ class SharedEngine:
         return reply
 
     def _ended(self) -> EngineError:
-        return EngineError("the rank that has the vLLM which this one shares has ended: see that rank's errors")
+        return EngineError("the rank that owns the vLLM shared by this rank has ended: see that rank's errors")
 
     def sync_weights(self, policy: nn.Module, version: int) -> None:
         """See `Engine.sync_weights`. Starts once all ranks call it, which they do after receiving their samples, and returns once
         the engine's bit sums are verified. A failure raises EngineError on all ranks."""
         start = time.perf_counter()
         if set(versions := self._exchange(version)) != {version}:
-            raise EngineError(f"the ranks that share a vLLM sync different versions of the weights: {versions}")
+            raise EngineError(f"ranks that share a vLLM called sync_weights with different versions of the weights: {versions}")
         problem = ""
         try:
             self._sync(policy, version)
         except EngineError as error:
             problem = str(error)
-        problems = [said for said in self._exchange(problem) if said]
+        problems = [message for message in self._exchange(problem) if message]
         if problems:
             raise EngineError(problem or problems[0])
         self.policy_version = version

@@ -107,7 +107,7 @@ class SharedServer:
     def _sample(self, batch: Sequence[Request]) -> None:
         how, version = batch[0].how, self.engine.policy_version
         if how["version"] != version:
-            raise EngineError(f"asked to sample with weights of version {how['version']}, the shared vLLM has {version}")
+            raise EngineError(f"request to sample from weights of version {how['version']}, the shared vLLM has {version}")
         params = SamplingParams(**{**how["params"], "stop_ids": tuple(how["params"]["stop_ids"])})
         owners = [(request, i) for request in batch for i in range(len(request.prompts))]
         prompts = [tuple(request.prompts[i]) for request, i in owners]

@@ -32,14 +32,14 @@ def check_groups(hosts: Sequence[str], size: int) -> None:
     for host, count in Counter(hosts).items():
         if count % size:
             raise ValueError(
-                f"rollout.vllm.tensor_parallel_size is {size} and {host} has {count} ranks: so many consecutive ranks of a host "
-                "share one vLLM. Set it to a divisor, or start a multiple of it (torchrun --nproc-per-node)"
+                f"rollout.vllm.tensor_parallel_size is {size}, and host {host} has {count} ranks: every {size} of them share one "
+                f"vLLM. Set it to a divisor of {count}, or start a multiple of {size} ranks per host (torchrun --nproc-per-node)"
             )
     for first in range(0, len(hosts), size):
         if len(set(hosts[first : first + size])) > 1:
             raise ValueError(
-                f"ranks {first} to {first + size - 1} are to share a vLLM (rollout.vllm.tensor_parallel_size {size}) and are on "
-                f"{sorted(set(hosts[first : first + size]))}: start torchrun with the ranks of a host one behind the other"
+                f"rollout.vllm.tensor_parallel_size is {size}, so ranks {first} to {first + size - 1} share one vLLM, but run on "
+                f"hosts {sorted(set(hosts[first : first + size]))}: start torchrun so that the ranks of a host are consecutive"
             )
 
 
@@ -73,32 +73,34 @@ def open_shared(
         except (ValueError, ImportError) as error:
             started = error
     engine = started if isinstance(started, VllmEngine) else None
-    problem, found = exchange((str(started) if isinstance(started, Exception) else "", engine.max_context if engine else 0))[0]
+    outcome = str(started) if isinstance(started, Exception) else "", engine.max_context if engine else 0
+    problem, context = exchange(outcome)[0]
     if isinstance(started, Exception):
         raise started
     if problem:
         raise EngineError(f"the vLLM of rank {first}, which rank {parallel.rank} shares, does not start: {problem}")
     channel, channels = _connect(exchange, size if engine else 0)
     if engine is not None:
-        return SharedEngine(channel, found, exchange, server=SharedServer(engine, channels))
+        return SharedEngine(channel, context, exchange, server=SharedServer(engine, channels))
     on_gpu = parallel.device.type == "cuda"
     sender = CudaSender(bucket_bytes(config, parallel.device), dtype, parallel.device, exchange) if on_gpu else None
-    return SharedEngine(channel, found, exchange, sender=sender)
+    return SharedEngine(channel, context, exchange, sender=sender)
 
 
 def _exchange(parallel: Parallel, config: VllmConfig) -> Exchange:
     """The collective of this rank's group. It waits for twice `config.start_timeout_s`, so that an engine can start."""
     size, timeout = config.tensor_parallel_size, timedelta(seconds=2 * config.start_timeout_s)
-    ranks = [list(range(first, first + size)) for first in range(0, parallel.world_size, size)]
-    group = [dist.new_group(some, timeout=timeout, backend="gloo") for some in ranks][parallel.rank // size]
+    firsts = range(0, parallel.world_size, size)
+    groups = [dist.new_group(list(range(first, first + size)), timeout=timeout, backend="gloo") for first in firsts]
+    group = groups[parallel.rank // size]
 
     def exchange(x: Any) -> list[Any]:
-        found: list[Any] = [None] * size
+        values: list[Any] = [None] * size
         try:
-            dist.all_gather_object(found, x, group=group)
+            dist.all_gather_object(values, x, group=group)
         except RuntimeError as error:
-            raise EngineError(f"a rank that shares this one's vLLM has ended, see that rank's errors: {error}") from error
-        return found
+            raise EngineError(f"a rank that shares a vLLM with this rank has ended, see that rank's errors: {error}") from error
+        return values
 
     return exchange
 
@@ -115,6 +117,6 @@ def _connect(exchange: Exchange, num_ranks: int) -> tuple[Connection, list[Conne
         try:
             channel = Client(path, "AF_UNIX")
         except OSError as error:
-            raise EngineError(f"no way to the rank whose vLLM this one shares, at {path}: {error}") from error
+            raise EngineError(f"cannot connect to the rank that owns the shared vLLM, at {path}: {error}") from error
         exchange(None)  # now all ranks are in the listener's queue
         return channel, [listener.accept() for _ in range(num_ranks)] if listener is not None else []

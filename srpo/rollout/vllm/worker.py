@@ -41,14 +41,14 @@ class VllmBackend:
         worker = self._llm.llm_engine.model_executor.driver_worker.worker
         self._reloader = Reloader(worker, watch)
         loader: Any = get_model_loader(config.load_config)  # the loaders that read checkpoints have get_all_weights
-        how = self._reloader.prove(
+        loads = self._reloader.prove(
             lambda: loader.get_all_weights(config.model_config, self._reloader.model), direct=not self._native
         )
         if self._native:
             transfer = worker.weight_transfer_engine
             self._open_transfer(_fields(transfer.init_info_cls), _fields(transfer.update_info_cls))
         self._llm.reset_prefix_cache()
-        return {"max_context": config.model_config.max_model_len, "vllm_version": _version(), "loads": how}
+        return {"max_context": config.model_config.max_model_len, "vllm_version": _version(), "loads": loads}
 
     def _open(self, settings: dict[str, Any], **more: Any) -> Any:
         """Load the model, with `more` as further options of vLLM, and return vLLM's configuration."""
@@ -90,8 +90,8 @@ class VllmBackend:
             if not self._reports_experts:
                 raise
             raise ValueError(
-                "vLLM does not start where it has to report the experts of each token (rollout.routing 'replay'; it takes vLLM "
-                f"0.26 or later on CUDA): set rollout.routing to 'recompute', or rollout.engine to 'local'. vLLM says: {error}"
+                "rollout.routing is 'replay', and vLLM cannot report the experts of each token here (that needs vLLM 0.26 or "
+                f"later on CUDA): set rollout.routing to 'recompute', or rollout.engine to 'local'. vLLM's error: {error}"
             ) from error
         config = self._llm.llm_engine.vllm_config
         self._vocab_size = config.model_config.get_vocab_size()
@@ -130,7 +130,7 @@ class VllmBackend:
     ) -> Generator[Group | None, None, None]:
         engine = self._llm.llm_engine
         if params.routing and not self._reports_experts:
-            raise ValueError("vLLM was started with rollout.routing 'recompute': it does not know the experts of each token")
+            raise ValueError("vLLM was started with rollout.routing 'recompute': it cannot report the experts of each token")
         running: set[str] = set()
         try:
             for (index, prompt), seed in zip(prompts, seeds, strict=True):
@@ -199,7 +199,7 @@ def _sample(completion: Any, params: SamplingParams, prompt_length: int) -> Resp
             value = _filtered(value, [entry.logprob for entry in reported.values()], params.temperature)
         logprobs.append(float(value))
     if completion.finish_reason not in ("stop", "length"):
-        raise RuntimeError(f"vLLM ended a response for the reason {completion.finish_reason!r}")
+        raise RuntimeError(f"vLLM ended a response with finish reason {completion.finish_reason!r}: expected 'stop' or 'length'")
     if not (params.support or params.routing):
         return ids, logprobs, completion.finish_reason
     support = _support(completion.logprobs, params.top_k) if params.support else None
@@ -221,7 +221,7 @@ def _routed(reported: np.ndarray | None, num_tokens: int) -> Routed:
     prompt and response, over all layers, with zeros in layers without experts."""
     if reported is None or reported.ndim != 3 or len(reported) < num_tokens:
         shape = None if reported is None else reported.shape
-        raise RuntimeError(f"vLLM reports experts of shape {shape} for {num_tokens} tokens")
+        raise RuntimeError(f"vLLM reported experts of shape {shape} for {num_tokens} tokens")
     table = np.ascontiguousarray(reported[:num_tokens], dtype="<i2")
     return table.shape[1], table.shape[2], base64.b64encode(table.tobytes()).decode()
 
@@ -239,7 +239,7 @@ def _check_head_size(head_size: int) -> None:
     sizes = CPUAttentionBackend.get_supported_head_sizes()
     if head_size not in sizes:
         raise ValueError(
-            f"vLLM's CPU backend has no attention for head_dim {head_size}, only {sizes}: set rollout.engine to 'local'"
+            f"the model's head_dim is {head_size}, and vLLM's CPU backend supports only {sizes}: set rollout.engine to 'local'"
         )
 
 

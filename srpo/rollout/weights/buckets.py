@@ -48,7 +48,7 @@ class Packer:
 
     def __init__(self, bucket_bytes: int) -> None:
         if bucket_bytes < 1:
-            raise ValueError(f"buckets of {bucket_bytes} bytes hold nothing: set rollout.vllm.bucket_mib to 1 or more")
+            raise ValueError(f"buckets of {bucket_bytes} bytes hold no weights: set rollout.vllm.bucket_mib to 1 or more")
         self.bucket_bytes = bucket_bytes
         self._end = 0  # bytes used in the open bucket
 

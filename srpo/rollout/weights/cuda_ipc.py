@@ -62,7 +62,7 @@ class CudaSender:
     def __init__(self, bucket_bytes: int, dtype: torch.dtype, device: torch.device, exchange: Exchange | None = None) -> None:
         for name in ("PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF"):
             if "expandable_segments:true" in os.environ.get(name, "").lower():
-                raise ValueError(f"{name} has expandable_segments:True, whose memory cannot be shared with vLLM: take it out")
+                raise ValueError(f"{name} has expandable_segments:True, whose memory cannot be shared with vLLM: remove it")
         self._bucket_bytes = bucket_bytes
         self._dtype = dtype
         self._device = device
@@ -113,7 +113,7 @@ class CudaSender:
         """
         policy = self._policy() if self._policy is not None else None
         if policy is None or any(isinstance(parameter, DTensor) for parameter in policy.parameters()):
-            raise EngineError("the engine failed and a sharded policy cannot send its weights again: resume from the checkpoint")
+            raise EngineError("the engine failed, and a sharded policy cannot send its weights again: resume from the checkpoint")
         before = self._sums
         sums = self.send(process, policy, version)
         if sums != before:

@@ -34,10 +34,10 @@ class Repacking:
 
 
 def module(**parameters: torch.Tensor) -> Any:
-    made = nn.Module()
+    new = nn.Module()
     for name, tensor in parameters.items():
-        made.register_parameter(name, nn.Parameter(tensor, requires_grad=False))
-    return made
+        new.register_parameter(name, nn.Parameter(tensor, requires_grad=False))
+    return new
 
 
 def build(plain: bool = False) -> tuple[Any, list[tuple[nn.Module, Any]]]:
@@ -78,14 +78,14 @@ def load(loader: DirectLoader, named: dict[str, torch.Tensor]) -> None:
 def arrived(model: Any, named: dict[str, torch.Tensor], plain: bool = False) -> bool:
     turned = (lambda x: x) if plain else (lambda x: x.flip(-1))
     layers = [[named[f"mlp.experts.{e}.{n}_proj.weight"] for n in ("gate", "up", "down")] for e in range(EXPERTS)]
-    wanted = {
+    pairs = {
         "w13": (model.mlp.experts.routed.w13_weight, turned(torch.stack([torch.cat(layer[:2]) for layer in layers]))),
         "w2": (model.mlp.experts.routed.w2_weight, turned(torch.stack([layer[2] for layer in layers]))),
         "qkv": (model.attn.qkv_proj.kernel, torch.cat([named[f"attn.{n}_proj.weight"] for n in "qkv"])),
         "bias": (model.attn.qkv_proj.bias, torch.cat([named[f"attn.{n}_proj.bias"] for n in "qkv"])),
         "embed": (model.embed.weight, torch.cat([named["embed.weight"], torch.zeros(3, HIDDEN)])),
     }
-    return all(torch.equal(found, right) for found, right in wanted.values())
+    return all(torch.equal(loaded, expected) for loaded, expected in pairs.values())
 
 
 @pytest.mark.parametrize("plain", [False, True])
@@ -125,8 +125,8 @@ def test_what_lies_as_the_layer_wants_it_is_not_copied(monkeypatch):
         ("attn.o_proj.weight", (4, 4), "o_proj"),
         ("mlp.other.experts.0.up_proj.weight", (2, 4), "other"),
         ("embed.scale", (1,), "no scale"),
-        ("embed.weight", (9, 4), r"\(8, 4\) for \(9, 4\)"),
-        ("embed.weight", (5, 3), r"\(8, 4\) for \(5, 3\)"),
+        ("embed.weight", (9, 4), r"has shape \(8, 4\), the checkpoint's \(9, 4\)"),
+        ("embed.weight", (5, 3), r"has shape \(8, 4\), the checkpoint's \(5, 3\)"),
         ("embed.number", (), "single number"),
     ],
 )

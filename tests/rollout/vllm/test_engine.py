@@ -204,7 +204,7 @@ def test_an_engine_that_dies_in_its_sleep_is_replaced(engine_with, policy, updat
     engine = engine_with(die="sleep")
     engine._sender = HostSender(engine)
     engine.sync_weights(policy, 0)
-    with pytest.warns(RuntimeWarning, match="fell asleep for good"):
+    with pytest.warns(RuntimeWarning, match="failed while falling asleep"):
         engine.sleep()
     update()
     engine.sync_weights(policy, 1)
@@ -248,7 +248,7 @@ def test_weights_that_did_not_arrive_stop_the_run(engine_with, policy, update):
     ("tricks", "message"),
     [
         ({"raise": "generate", "always": True}, "RuntimeError: no luck in generate"),
-        ({"lose": 1}, "gave 1 samples"),
+        ({"lose": 1}, "returned 1 samples for prompt .: expected 2"),
     ],
 )
 def test_what_another_attempt_would_not_change_is_raised_at_once(engine_with, policy, tricks, message):

@@ -31,7 +31,7 @@ def test_what_vllm_reports_becomes_a_sample(dtype: type, num_more: int) -> None:
     assert sample_of(0, 3, *response).routed is None
     for missing in (None, reported[:5]):
         done.routed_experts = missing
-        with pytest.raises(RuntimeError, match=r"vLLM reports experts of shape .* for 6 tokens"):
+        with pytest.raises(RuntimeError, match=r"vLLM reported experts of shape .* for 6 tokens"):
             _sample(done, SamplingParams(4, top_k=3, routing=True), 3)
 
 

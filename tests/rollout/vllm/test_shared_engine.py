@@ -55,9 +55,9 @@ class Meeting:
         def exchange(x: Any) -> list[Any]:
             self._values[rank] = x
             self._barrier.wait()
-            found = list(self._values)
+            values = list(self._values)
             self._barrier.wait()
-            return found
+            return values
 
         return exchange
 
@@ -177,8 +177,8 @@ def test_a_sync_that_fails_is_an_error_on_both_ranks(pair_with, policy):
             engine.sync_weights(policy, 1)
         return str(caught.value)
 
-    mine, theirs = both(*(lambda engine=engine: failing(engine) for engine in pair))
-    assert "holds other weights" in mine and mine in theirs
+    first, second = both(*(lambda engine=engine: failing(engine) for engine in pair))
+    assert "holds other weights" in first and first in second
     for engine in pair:
         with pytest.raises(EngineError, match="sync_weights again"):
             engine.generate([(1,)], PARAMS, 0)
@@ -325,14 +325,14 @@ def test_each_gpu_s_worker_gets_the_handle_of_its_own_rank(policy, monkeypatch, 
         except EngineError as error:
             return error
 
-    mine, theirs = both(partial(send, 0), partial(send, 1))
+    first, second = both(partial(send, 0), partial(send, 1))
     for update in updates:
         num_bytes = sum(update["tensor_sizes"])
         assert update["ipc_handles"] == {f"gpu {rank}": (f"gpu {rank}", num_bytes) for rank in (0, 1)}
     if fails:
-        assert str(mine) == str(theirs) == "out of luck" and len(updates) == 2
+        assert str(first) == str(second) == "out of luck" and len(updates) == 2
     else:
-        assert mine == theirs and mine and len(updates) > 2
+        assert first == second and first and len(updates) > 2
 
 
 def launch(folder: Path, num_ranks: int, *mode: str) -> list[dict[str, Any]]:
@@ -361,15 +361,15 @@ def test_four_ranks_share_two_engines_under_torchrun(tmp_path, world, monkeypatc
     monkeypatch.setenv("TMPDIR", str(temporary))
     size = TinyConfig(hidden_size=32, num_layers=2, num_heads=2, num_kv_heads=2, head_dim=16, num_experts=2, expert_size=32)
     make_tiny(load_tokenizer(world.policy), size, seed=1).save_pretrained(tmp_path)
-    found = launch(tmp_path, 4)
-    for rank, result in enumerate(found):
+    results = launch(tmp_path, 4)
+    for rank, result in enumerate(results):
         assert result["leads"] == (rank % 2 == 0)
         assert [ids[1] for ids, _ in result["samples"]] == [derive_seed(5, rank) % 1000] * 8
         totals = [-logprobs[0] for _, logprobs in result["samples"]]
         assert totals == pytest.approx([result["total"]] * 4 + [2 * result["total"]] * 4, rel=1e-5)
-    assert [result["num_restarts"] for result in found] == [0, 0, 1, 0]
-    assert "rank that shares this one's vLLM has ended" in found[0]["said"]
-    assert "which this one shares has ended" in found[3]["said"]
+    assert [result["num_restarts"] for result in results] == [0, 0, 1, 0]
+    assert "rank that shares a vLLM with this rank has ended" in results[0]["error"]
+    assert "rank that owns the vLLM shared by this rank has ended" in results[3]["error"]
     assert not [path for path in temporary.rglob("*") if path.name == "vllm"]  # no socket is left
 
 
@@ -384,15 +384,15 @@ def test_two_ranks_share_a_real_vllm_that_is_split_in_two(tmp_path, world):
 
     size = TinyConfig(hidden_size=64, num_layers=2, num_heads=4, num_kv_heads=2, head_dim=32, num_experts=4, expert_size=64)
     make_tiny(load_tokenizer(world.policy), size, seed=1).save_pretrained(tmp_path)
-    found = launch(tmp_path, 2, "real")
+    results = launch(tmp_path, 2, "real")
     alone, policy = VllmEngine(tmp_path, config=VllmConfig(bucket_mib=1, kv_cache_mib=64, max_num_seqs=16)), load_policy(tmp_path)
     for version in (1, 2):
         alone.sync_weights(policy, version)
         expected = alone.generate(shared_ranks.PROMPTS, shared_ranks.PARAMS, 5)
         for rank in (0, 1):
-            mine = [s for s in expected if s.prompt_index % 2 == rank]
-            theirs = found[rank]["samples"][(version - 1) * 8 : version * 8]
-            for sample, (ids, logprobs) in zip(mine, theirs, strict=True):
+            unshared = [s for s in expected if s.prompt_index % 2 == rank]
+            shared = results[rank]["samples"][(version - 1) * 8 : version * 8]
+            for sample, (ids, logprobs) in zip(unshared, shared, strict=True):
                 assert list(sample.response_ids) == ids
                 assert logprobs == pytest.approx(sample.sampling_logprobs, abs=1e-5)
         with torch.no_grad():

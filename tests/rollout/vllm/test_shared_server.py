@@ -93,12 +93,12 @@ def hear(rank: Connection) -> dict[str, Any]:
 
 def read(rank: Connection) -> dict[int, list[int]]:
     """Read replies to the end of the request; returns prompt index -> response."""
-    found = {}
+    responses = {}
     while "done" not in (reply := hear(rank)):
         if "error" in reply:
             raise EngineError(reply["error"])
-        found[reply["prompt"]] = reply["samples"][0][0]
-    return found
+        responses[reply["prompt"]] = reply["samples"][0][0]
+    return responses
 
 
 def test_ranks_that_come_together_are_one_request_and_get_their_own_samples(serve, engine):

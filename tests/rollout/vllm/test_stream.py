@@ -57,12 +57,12 @@ def engine(checkpoint: Path) -> Iterator[VllmEngine]:
 def test_groups_come_while_others_wait(engine: VllmEngine) -> None:
     """Two groups fit at a time, so the first arrive long before the last."""
     engine.generate(PROMPTS[:1], LONG, 1)
-    start, times, found = time.perf_counter(), [], []
+    start, times, order = time.perf_counter(), [], []
     for i, samples in engine.stream(PROMPTS, LONG, 1):
         times.append(time.perf_counter() - start)
-        found.append(i)
+        order.append(i)
         assert [len(s.response_ids) for s in samples] == [100] * 4
-    assert sorted(found) == list(range(12)) and times[0] < times[-1] / 2
+    assert sorted(order) == list(range(12)) and times[0] < times[-1] / 2
 
 
 def test_aborted_requests_stop_and_the_process_goes_on(engine: VllmEngine) -> None:
@@ -102,8 +102,8 @@ def test_the_support_is_the_trainer_s(engine: VllmEngine, checkpoint: Path) -> N
 
 
 def settings(world: Any, checkpoint: Path, folder: Path, **changes: Any) -> Config:
-    nothing = (None, None)
-    write_examples(folder / "pairs.jsonl", (replace(e, gold=nothing, truth=nothing) for e in world.examples()))
+    unlabelled = (None, None)
+    write_examples(folder / "pairs.jsonl", (replace(e, gold=unlabelled, truth=unlabelled) for e in world.examples()))
     common: dict[str, Any] = {
         "num_steps": 4,
         "steps": STEPS,
@@ -138,11 +138,11 @@ def test_training_one_step_behind(world: Any, checkpoint: Path, tmp_path: Path) 
 @pytest.mark.slow
 def test_scored_meanwhile_or_afterwards(world: Any, checkpoint: Path, tmp_path: Path) -> None:
     """The first step, with the checkpoint's weights, gives the same rollouts and scores either way."""
-    found = []
+    runs = []
     for overlap in ("auto", "off"):
         (tmp_path / overlap).mkdir()
         cfg = settings(world, checkpoint, tmp_path / overlap, num_steps=1, rollout={"overlap": overlap})
         train(cfg, small.ONE)
         rows = [(r.group, r.response_ids, r.step_rewards) for _, r in read_rollouts(tmp_path / overlap / "run/rollouts.jsonl")]
-        found.append(rows)
-    assert found[0] == found[1]
+        runs.append(rows)
+    assert runs[0] == runs[1]

@@ -43,19 +43,19 @@ def blocks(named: Iterable[tuple[str, torch.Tensor]]) -> Iterator[Block]:
 
 def read(store: WeightStore, buckets: list[Bucket]) -> dict[str, torch.Tensor]:
     """The tensors as another mapping of the same memory sees them."""
-    found = {}
+    tensors = {}
     for bucket in buckets:
         fd = store.descriptor(bucket)
         buffer = map_segment(fd, os.fstat(fd).st_size)
-        found |= {entry.name: entry.view(buffer).clone() for entry in bucket.entries}
-    return found
+        tensors |= {entry.name: entry.view(buffer).clone() for entry in bucket.entries}
+    return tensors
 
 
 def test_what_is_written_is_read_from_another_mapping(params):
     store = WeightStore(4096, torch.float32)
     buckets = list(store.write(blocks(params), 7))
-    found = read(store, buckets)
-    assert list(found) == [name for name, _ in params] and all(torch.equal(found[name], tensor) for name, tensor in params)
+    tensors = read(store, buckets)
+    assert list(tensors) == [name for name, _ in params] and all(torch.equal(tensors[name], tensor) for name, tensor in params)
     assert store.version == 7 and store.num_bytes == sum(tensor.nbytes for _, tensor in params)
     store.close()
 
@@ -72,17 +72,17 @@ def test_places_are_aligned_and_never_overlap(params):
 
 def test_a_bucket_is_given_away_before_the_next_tensor_is_written(params):
     """The trainer gathers bucket by bucket: when a bucket is yielded, at most one more tensor has been requested."""
-    asked = []
+    requested = []
 
-    def asking():
+    def requesting():
         for name, tensor in params:
-            asked.append(name)
+            requested.append(name)
             yield name, tensor
 
     store, done = WeightStore(256, torch.float32), 0
-    for bucket in store.write(blocks(asking()), 0):
+    for bucket in store.write(blocks(requesting()), 0):
         done += len(bucket.entries)
-        assert len(asked) <= done + 1
+        assert len(requested) <= done + 1
     assert done == len(params)
     store.close()
 
@@ -131,10 +131,10 @@ def test_an_interrupted_write_leaves_no_version(params):
 def test_floats_are_written_in_the_engine_s_dtype_and_counted_in_it(params):
     store = WeightStore(1 << 20, torch.bfloat16)
     integers = ("ids", torch.arange(5))
-    found = read(store, list(store.write(blocks([*params, integers]), 0)))
-    assert all(torch.equal(found[name], tensor.bfloat16()) for name, tensor in params) and found["ids"].dtype == torch.int64
+    tensors = read(store, list(store.write(blocks([*params, integers]), 0)))
+    assert all(torch.equal(tensors[name], tensor.bfloat16()) for name, tensor in params) and tensors["ids"].dtype == torch.int64
     sums: dict[str, int] = {}
-    add_sums(sums, [(name, bit_sum(tensor)) for name, tensor in found.items()])
+    add_sums(sums, [(name, bit_sum(tensor)) for name, tensor in tensors.items()])
     assert sums == store.sums
     store.close()
 
@@ -154,10 +154,10 @@ def test_bit_sums_forget_the_order_and_zeros_and_nothing_else(dtype):
 
 def test_long_tensors_are_summed_in_chunks(monkeypatch):
     x = torch.randint(-(2**31), 2**31 - 1, (70_000,), dtype=torch.int32)
-    whole = bit_sum(x), place_sum(x)
+    sums = bit_sum(x), place_sum(x)
     monkeypatch.setattr("srpo.rollout.weights.buckets._CHUNK", 999)
-    assert bit_sum(x) == whole[0] == sum(x.tolist()) % 2**64
-    assert place_sum(x) == whole[1] == sum(v * (i % 65521 + 1) for i, v in enumerate(x.tolist())) % 2**64
+    assert bit_sum(x) == sums[0] == sum(x.tolist()) % 2**64
+    assert place_sum(x) == sums[1] == sum(v * (i % 65521 + 1) for i, v in enumerate(x.tolist())) % 2**64
 
 
 def test_groups_are_decoder_layers_on_both_sides():
@@ -188,8 +188,8 @@ def test_names_and_values_are_those_of_a_checkpoint(tied, tmp_path, world):
     model.save_pretrained(tmp_path)
     model = load_policy(tmp_path)
     saved = load_file(tmp_path / "model.safetensors")
-    found = {name: tensor.clone() for name, tensor in iter_checkpoint_params(model)}
-    assert found.keys() == saved.keys() and all(torch.equal(found[name], saved[name]) for name in saved)
+    converted = {name: tensor.clone() for name, tensor in iter_checkpoint_params(model)}
+    assert converted.keys() == saved.keys() and all(torch.equal(converted[name], saved[name]) for name in saved)
     assert ("lm_head.weight" in saved) is not tied and "model.layers.0.mlp.experts.3.up_proj.weight" in saved
 
     layouts: Layouts = {}
@@ -220,8 +220,8 @@ def test_a_parameter_that_is_more_than_cut_up_is_converted_every_time(monkeypatc
     layouts: Layouts = {}
     for _ in range(2):
         store = WeightStore(1 << 20, torch.float32)
-        found = read(store, list(store.write(iter_checkpoint_blocks(torch.nn.Module(), layouts), 0)))
-        assert len(found) == 4 and all(torch.equal(found[f"model.layers.0.{e}.up"], weight[e, 1::2]) for e in range(2))
+        tensors = read(store, list(store.write(iter_checkpoint_blocks(torch.nn.Module(), layouts), 0)))
+        assert len(tensors) == 4 and all(torch.equal(tensors[f"model.layers.0.{e}.up"], weight[e, 1::2]) for e in range(2))
         weight.mul_(3)
     assert layouts == {"model.layers.0.gate_up": None}
 
