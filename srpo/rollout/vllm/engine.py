@@ -24,9 +24,9 @@ from srpo.rollout.engine import Groups, Sample, SamplingParams, check_prompts, i
 from srpo.rollout.vllm.client import Replies, ask, samples_of
 from srpo.rollout.vllm.process import EngineError, EngineFailure, EngineProcess
 from srpo.rollout.vllm.settings import bucket_bytes, check_split, check_vllm_settings, derive_seed, worker_environment
-from srpo.rollout.weights.buckets import differing_groups
+from srpo.rollout.weights.buckets import Bucket, differing_groups
 from srpo.rollout.weights.cuda_ipc import CudaSender, Exchange
-from srpo.rollout.weights.shared_memory import Bucket, WeightStore, half_the_threads
+from srpo.rollout.weights.shared_memory import WeightStore, half_the_threads
 
 MAX_ATTEMPTS = 3  # processes that may fail in one `stream` or `generate` before the error ends the run
 WORKER = ("-m", "srpo.rollout.vllm.worker")

@@ -22,7 +22,8 @@ from typing import Any, Protocol
 import torch
 
 from srpo.rollout.engine import SamplingParams
-from srpo.rollout.weights.shared_memory import Bucket, half_the_threads, map_segment
+from srpo.rollout.weights.buckets import Bucket
+from srpo.rollout.weights.shared_memory import half_the_threads, map_segment
 
 ALIVE_EVERY_S = 1.0
 _ORPHAN_POLL_S = 1.0

@@ -15,8 +15,8 @@ import torch
 from vllm.model_executor.model_loader import get_model_loader
 
 from srpo.rollout.vllm.reload import KernelWatch, Reloader
-from srpo.rollout.weights.buckets import add_sums, bit_sum
-from srpo.rollout.weights.shared_memory import Bucket, map_segment
+from srpo.rollout.weights.buckets import Bucket, add_sums, bit_sum
+from srpo.rollout.weights.shared_memory import map_segment
 
 WATCH = KernelWatch()  # must exist before the model is loaded
 

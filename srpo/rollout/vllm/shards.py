@@ -18,8 +18,7 @@ import torch
 from srpo.rollout.vllm.reload import STALE
 from srpo.rollout.vllm.server import Server, serve
 from srpo.rollout.vllm.worker import VllmBackend
-from srpo.rollout.weights.buckets import add_sums, differing_groups
-from srpo.rollout.weights.shared_memory import Bucket
+from srpo.rollout.weights.buckets import Bucket, add_sums, differing_groups
 
 WORKER_EXTENSION = "srpo.rollout.vllm.shard_worker.ShardWorker"
 DIFFERS = " (differs between shards)"

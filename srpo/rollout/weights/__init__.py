@@ -4,7 +4,7 @@
 - shared_memory.py (CPU): the trainer writes each bucket to shared memory; vLLM's process maps the same pages.
 - cuda_ipc.py (GPU): the trainer packs each bucket into a staging buffer; vLLM's process opens its CUDA IPC handle.
 
-All three run in the trainer's process; vLLM's process uses the bit sums, and `Bucket` and `map_segment` to read shared memory. A
-sync begins, sends all buckets and finishes; vLLM's process then returns the bit sums of the weights that its kernels use
+All three run in the trainer's process; vLLM's process also uses buckets.py, and `map_segment` of shared_memory.py. A sync begins,
+sends all buckets and finishes; vLLM's process then returns the bit sums of the weights that its kernels use
 (`srpo.rollout.vllm.reload`), and these must equal the trainer's.
 """

@@ -43,6 +43,14 @@ class Entry:
         return Entry(name, self.dtype, shape, self.offset + first * item, math.prod(shape) * item)
 
 
+@dataclass(frozen=True)
+class Bucket:
+    """The tensors that one segment of shared memory holds after a sync."""
+
+    segment: int  # key of the segment
+    entries: tuple[Entry, ...]
+
+
 class Packer:
     """Assigns tensors to buckets of `bucket_bytes`, one after another; a larger tensor gets a bucket of its own."""
 
@@ -73,7 +81,7 @@ def bit_sum(tensor: torch.Tensor) -> int:
 
 
 @torch.no_grad()
-def copy_counting(target: torch.Tensor, source: torch.Tensor) -> int:
+def copy_and_sum(target: torch.Tensor, source: torch.Tensor) -> int:
     """Copy `source` into `target` (contiguous; its dtype may differ) and return the bit sum of the result. Each chunk is summed
     while it is in the cache, which saves a pass over memory."""
     integers = _INTEGERS[target.element_size()]

@@ -26,7 +26,7 @@ Named = list[tuple[str, torch.Tensor]]
 Exchange = Callable[[Any], list[Any]]
 
 
-def chunks(params: Iterator[tuple[str, torch.Tensor]], dtype: torch.dtype, bucket_bytes: int) -> Iterator[Named]:
+def iter_buckets(params: Iterator[tuple[str, torch.Tensor]], dtype: torch.dtype, bucket_bytes: int) -> Iterator[Named]:
     """Buckets of consecutive tensors: as many as fit into `bucket_bytes` without gaps; a larger tensor comes alone."""
     bucket: Named = []
     filled = 0
@@ -80,7 +80,7 @@ class CudaSender:
         self.num_bytes = 0
         if process is not None:
             process.send("begin")
-        for bucket in chunks(iter_checkpoint_params(policy), self._dtype, self._bucket_bytes):
+        for bucket in iter_buckets(iter_checkpoint_params(policy), self._dtype, self._bucket_bytes):
             # The handle's arguments do not keep the memory alive; `staging` does, until the engine has replied. Each buffer is
             # exported once and opened once: memory of an export that is opened twice is never freed.
             staging = torch.cat([tensor.reshape(-1).view(torch.uint8) for _, tensor in bucket])

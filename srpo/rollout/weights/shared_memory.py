@@ -24,7 +24,7 @@ from dataclasses import dataclass, field
 import torch
 
 from srpo.policy.checkpoint_names import Block
-from srpo.rollout.weights.buckets import Entry, Packer, add_sums, copy_counting, group_of
+from srpo.rollout.weights.buckets import Bucket, Entry, Packer, add_sums, copy_and_sum, group_of
 
 _KEYS = itertools.count()
 
@@ -63,14 +63,6 @@ def map_segment(fd: int, num_bytes: int) -> torch.Tensor:
     return torch.frombuffer(mmap.mmap(fd, num_bytes), dtype=torch.uint8)
 
 
-@dataclass(frozen=True)
-class Bucket:
-    """The tensors that one segment holds after a sync."""
-
-    segment: int  # its key
-    entries: tuple[Entry, ...]
-
-
 @dataclass
 class WeightStore:
     """The policy's weights of one version, in segments that every sync overwrites.
@@ -104,7 +96,7 @@ class WeightStore:
                 entries = []
             target = block.view(self._segment(len(self.buckets), block.offset + block.num_bytes))
             assert len({group_of(part.name) for part in parts}) == 1, "a parameter lies in one decoder layer"
-            add_sums(self.sums, [(parts[0].name, copy_counting(target, tensor))])
+            add_sums(self.sums, [(parts[0].name, copy_and_sum(target, tensor))])
             entries += [block.part(part.name, part.first, part.shape) for part in parts]
         if entries:
             yield self._close(entries)

@@ -16,16 +16,17 @@ from srpo.policy.checkpoint_names import Block, Layouts, Part, iter_checkpoint_b
 from srpo.policy.model import load_policy, make_tiny
 from srpo.rollout.weights.buckets import (
     ALIGNMENT,
+    Bucket,
     Packer,
     add_sums,
     bit_sum,
-    copy_counting,
+    copy_and_sum,
     differing_groups,
     group_of,
     place_sum,
 )
-from srpo.rollout.weights.cuda_ipc import CudaSender, chunks, describe
-from srpo.rollout.weights.shared_memory import Bucket, WeightStore, map_segment
+from srpo.rollout.weights.cuda_ipc import CudaSender, describe, iter_buckets
+from srpo.rollout.weights.shared_memory import WeightStore, map_segment
 
 
 @pytest.fixture
@@ -231,7 +232,7 @@ def test_what_is_copied_is_counted_as_it_arrives(monkeypatch, dtype):
     monkeypatch.setattr("srpo.rollout.weights.buckets._CHUNK", 999)
     source = torch.randn(70, 101).t()
     target = torch.empty(101, 70, dtype=dtype)
-    assert copy_counting(target, source) == bit_sum(source.to(dtype)) and torch.equal(target, source.to(dtype))
+    assert copy_and_sum(target, source) == bit_sum(source.to(dtype)) and torch.equal(target, source.to(dtype))
 
 
 @pytest.mark.parametrize("name", ["PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF"])
@@ -242,7 +243,7 @@ def test_an_allocator_whose_memory_has_no_handles_is_refused(monkeypatch, name):
 
 
 def test_chunks_for_handles_hold_whole_tensors_without_gaps(params):
-    buckets = list(chunks(iter(params), torch.float32, 3000))
+    buckets = list(iter_buckets(iter(params), torch.float32, 3000))
     assert [name for bucket in buckets for name, _ in bucket] == [name for name, _ in params]
     for bucket in buckets:
         words = describe(bucket)
