@@ -98,11 +98,7 @@ class Engine(Protocol):
         ...
 
     def sleep(self) -> None:
-        """Release the engine's memory while the trainer updates."""
-        ...
-
-    def wake(self) -> None:
-        """Undo `sleep`."""
+        """Release the engine's memory while the trainer updates; the next `sync_weights` takes it again."""
         ...
 
     def stats(self) -> dict[str, float]:

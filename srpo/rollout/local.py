@@ -17,7 +17,7 @@ from srpo.policy.model import unwrap
 from srpo.policy.parallel import iter_full_params
 from srpo.policy.routing import Routing
 from srpo.rollout.engine import Groups, Sample, SamplingParams, check_prompts, in_order
-from srpo.rollout.sampling import choose_with_support
+from srpo.rollout.sampling import choose
 
 _COMPACT_BELOW = 0.75  # compact a wave if its cost falls below this fraction
 _CHUNK_COST = 0.5  # attention cost of one more chunk, in slots
@@ -135,7 +135,7 @@ class LocalEngine:
         if routes is not None and routing is not None:
             routes.put_prompts(routing, len(prompts))
         for t in range(capacity):
-            tokens, chosen, kept_ids = choose_with_support(
+            tokens, chosen, kept_ids = choose(
                 logits, uniforms[rows, t], temperature=params.temperature, top_k=params.top_k, greedy=params.greedy
             )
             ids[rows, t] = tokens
@@ -203,9 +203,6 @@ class LocalEngine:
 
     def sleep(self) -> None:
         """Does nothing: the engine keeps its weights, and the key-value store exists only while it samples."""
-
-    def wake(self) -> None:
-        """Does nothing, see `sleep`."""
 
     def stats(self) -> dict[str, float]:
         return dict(self._stats)

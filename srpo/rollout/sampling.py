@@ -11,19 +11,13 @@ _BELOW_ONE = 1 - 2**-53
 
 def choose(
     logits: torch.Tensor, uniforms: torch.Tensor, *, temperature: float, top_k: int, greedy: bool = False
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """(token ids [S], their log-probabilities [S] fp32) from softmax(logits / temperature) cut to its top_k tokens (0: all).
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]:
+    """One token per row from softmax(logits / temperature) restricted to its top_k tokens (0: all).
 
+    Returns (token ids [S], their log-probabilities [S] fp32, ids [S, K] that top-k kept, unsorted, None if nothing is filtered).
     logits: [S, V] fp32, overwritten. uniforms: [S] float64 in [0, 1), one per row, so a row's token does not depend on the other
     rows. A token of probability 0 is never chosen.
     """
-    return choose_with_support(logits, uniforms, temperature=temperature, top_k=top_k, greedy=greedy)[:2]
-
-
-def choose_with_support(
-    logits: torch.Tensor, uniforms: torch.Tensor, *, temperature: float, top_k: int, greedy: bool = False
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]:
-    """Like `choose`, plus the ids [S, K] that top-k kept, unsorted; None if nothing is filtered."""
     if temperature != 1.0:
         logits.div_(temperature)
     ids = None

@@ -15,7 +15,7 @@ def test_each_uniform_picks_its_slice_of_the_distribution(seed, vocab, top_k):
     probs = torch.zeros(vocab).index_copy(0, kept, (logits[0, kept] / 0.7).softmax(-1))
     n = 4000
     uniforms = (torch.arange(n, dtype=torch.float64) + 0.5) / n
-    tokens, logprobs = choose(logits.repeat(n, 1), uniforms, temperature=0.7, top_k=top_k)
+    tokens, logprobs, _ = choose(logits.repeat(n, 1), uniforms, temperature=0.7, top_k=top_k)
     torch.testing.assert_close(torch.bincount(tokens, minlength=vocab) / n, probs, atol=1.5 / n, rtol=0)
     torch.testing.assert_close(logprobs.exp(), probs[tokens], atol=1e-6, rtol=1e-5)
 
@@ -25,7 +25,7 @@ def test_tokens_without_probability_are_never_chosen(vocab):
     logits = torch.full((4, vocab), -torch.inf)
     logits[:, 1] = logits[:, vocab - 2] = 0.0
     uniforms = torch.tensor([0.0, 0.499, 0.5, 1 - 2**-53], dtype=torch.float64)
-    tokens, logprobs = choose(logits, uniforms, temperature=1.0, top_k=0)
+    tokens, logprobs, _ = choose(logits, uniforms, temperature=1.0, top_k=0)
     assert tokens.tolist() == [1, 1, vocab - 2, vocab - 2]
     torch.testing.assert_close(logprobs, torch.full((4,), 0.5).log())
 
@@ -35,13 +35,14 @@ def test_extreme_uniforms_stay_inside_the_distribution(seed):
     generator = torch.Generator().manual_seed(seed)
     logits = torch.randn(64, 3000, generator=generator) * 30  # many probabilities underflow to 0
     for uniform in (0.0, 2**-53, 0.5, 1 - 2**-53):
-        tokens, logprobs = choose(logits.clone(), torch.full((64,), uniform, dtype=torch.float64), temperature=1.0, top_k=0)
+        uniforms = torch.full((64,), uniform, dtype=torch.float64)
+        tokens, logprobs, _ = choose(logits.clone(), uniforms, temperature=1.0, top_k=0)
         assert logprobs.isfinite().all()
         assert ((tokens >= 0) & (tokens < 3000)).all()
 
 
 def test_greedy_reports_the_filtered_logprob():
     logits = torch.tensor([[1.0, 3.0, 2.0]])
-    token, logprob = choose(logits.clone(), torch.zeros(1, dtype=torch.float64), temperature=2.0, top_k=2, greedy=True)
+    token, logprob, _ = choose(logits.clone(), torch.zeros(1, dtype=torch.float64), temperature=2.0, top_k=2, greedy=True)
     assert token.item() == 1
     torch.testing.assert_close(logprob, torch.tensor([1.5, 1.0]).log_softmax(0)[:1])

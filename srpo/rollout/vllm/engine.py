@@ -296,9 +296,6 @@ class VllmEngine:
             warnings.warn(f"vLLM failed while falling asleep and will be started again: {failure}", RuntimeWarning, stacklevel=2)
         self._asleep, self._weights_valid = True, False
 
-    def wake(self) -> None:
-        """Does nothing: `sync_weights` wakes the engine's weights before the transfer and its key-value cache after it."""
-
     def _wake(self, tags: list[str]) -> None:
         self.process.send("wake", tags=tags)
         self.process.receive()

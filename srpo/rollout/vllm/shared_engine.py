@@ -135,9 +135,6 @@ class SharedEngine:
             with self._server.busy:
                 self._server.engine.sleep()
 
-    def wake(self) -> None:
-        """Does nothing, see `VllmEngine.wake`."""
-
     def stats(self) -> dict[str, float]:
         """As `VllmEngine.stats`; num_tokens, generate_s and tokens_per_s are those of this rank's samples. Values that only the
         engine measures are 0 on ranks that do not own it."""

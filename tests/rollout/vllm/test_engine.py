@@ -99,7 +99,6 @@ def test_samples_come_from_the_weights_of_the_last_sync(engine_with, policy, upd
     assert stats["num_tokens"] == 16 and stats["sync_bytes"] == 4 * sum(p.numel() for p in policy.parameters())
     assert stats["num_restarts"] == 0
     engine.sleep()  # does nothing on a CPU: the weights stay
-    engine.wake()
     check(engine, policy, 4)
     with pytest.raises(ValueError, match="prompt 1 is empty"):
         engine.generate([(1,), ()], PARAMS, 0)
@@ -189,7 +188,6 @@ def test_weights_are_woken_before_a_sync_and_the_cache_after_it(engine_with, pol
     check(engine, policy, 0)
     engine.sleep()
     engine.sleep()  # does nothing: it sleeps already
-    engine.wake()
     with pytest.raises(EngineError, match="sync_weights again"):
         engine.generate(PROMPTS, PARAMS, 0)
     update()
