@@ -38,7 +38,7 @@ from srpo.policy.parallel import Parallel
 from srpo.rollout.engine import Engine, SamplingParams
 from srpo.rollout.local import LocalEngine
 from srpo.rollout.vllm.engine import VllmEngine
-from srpo.training.prefetch import Ahead
+from srpo.training.prefetch import Prefetch
 from srpo.training.stream import quota, stream_scored
 from srpo.training.update import Objective, update, with_logprobs
 
@@ -112,7 +112,7 @@ def measure_judge(engine: VllmEngine, prompts: Prompts, params: SamplingParams, 
 
 
 class _Endless:
-    """As much of a sampler as `Ahead` needs, of no data."""
+    """The part of a sampler that `Prefetch` needs, without data."""
 
     def next(self, n: int) -> list[Any]:
         return []
@@ -139,22 +139,22 @@ def measure_ahead(engine: VllmEngine, prompts: Prompts, params: SamplingParams, 
             dump = Path(folder) / "dump.pt"
             update(policy, optimizer, batches, objective, ONE, step_names=["all"], grad_clip=1.0, dump=dump)
 
-    with Ahead(cast(Any, _Endless()), sample) as ahead:
+    with Prefetch(cast(Any, _Endless()), sample) as prefetch:
 
         def step(round_: int, off_policy: bool) -> dict[str, float]:
             if off_policy:
-                ahead.start(0, round_)  # what the step before has left
-                ahead.wait()
+                prefetch.start(0, round_)  # as the step before would have left it
+                prefetch.wait()
             start = time.perf_counter()
-            taken = ahead.take()
+            taken = prefetch.take()
             engine.sync_weights(policy, version=round_)
             rollouts = taken[1] if taken else sample(None, round_, None)
             sampled = time.perf_counter()
             if off_policy:
-                ahead.start(0, round_ + 1)
+                prefetch.start(0, round_ + 1)
             train_on(rollouts)
             trained = time.perf_counter()
-            rest = ahead.take()
+            rest = prefetch.take()
             seconds = time.perf_counter() - start
             assert bool(rest) == off_policy
             return {"s": seconds, "before_update_s": sampled - start, "update_s": trained - sampled}

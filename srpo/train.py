@@ -37,7 +37,7 @@ from srpo.training.collect import collect, gather, sample
 from srpo.training.credit import Credit, assign_credit, rollout_metrics
 from srpo.training.evaluation import evaluate_policy
 from srpo.training.optim import learning_rate, set_learning_rate
-from srpo.training.prefetch import Ahead
+from srpo.training.prefetch import Prefetch
 from srpo.training.run import Clock, Run
 from srpo.training.update import update, with_logprobs
 
@@ -49,10 +49,10 @@ def train(cfg: Config, parallel: Parallel) -> Path:
     state = run.resume()
     logger = run.open_logger(state.step)
     bar = Progress("SRPO", cfg.num_steps, start=state.step, enabled=parallel.is_main)
-    with bar, Ahead(sampler, lambda *work: sample(run, *work)) as ahead:
+    with bar, Prefetch(sampler, lambda *work: sample(run, *work)) as prefetch:
         for step in range(state.step, cfg.num_steps):  # Algorithm 1
             clock = Clock()
-            prefetched = ahead.take()  # off_policy_steps 1: sampled during the last update
+            prefetched = prefetch.take()  # off_policy_steps 1: sampled during the last update
             clock.lap("rollout")
             engine.sync_weights(run.policy, version=step)  # pi_old <- pi_theta
             clock.lap("sync")
@@ -69,14 +69,14 @@ def train(cfg: Config, parallel: Parallel) -> Path:
             batches = pack_own(run, rollouts, credit)
             clock.lap("score")
             if cfg.rollout.off_policy_steps and step + 1 < cfg.num_steps:
-                ahead.start(cfg.rollout.num_started, step + 1)
+                prefetch.start(cfg.rollout.num_started, step + 1)
             else:
                 engine.sleep()  # frees its memory for the update; the next sync wakes it
             if credit.num_in_window:
                 metrics |= policy_update(run, batches, step)  # line 16, Eq. 6
             clock.lap("update")
             if run.eval_examples and evaluation_due(cfg, step + 1):
-                ahead.wait()
+                prefetch.wait()
                 metrics |= evaluate_now(run, step + 1)
                 clock.lap("eval")
             if logger is not None:
@@ -84,10 +84,10 @@ def train(cfg: Config, parallel: Parallel) -> Path:
                     write_rollouts(run.run_dir / "rollouts.jsonl", sorted(everyone, key=lambda r: r.group), step + 1)
                 logger.log(step + 1, metrics | clock.metrics(engine))
             if sampler.end_step(metrics):  # 4.2.2
-                ahead.drop()  # it was drawn from the stage that has ended
+                prefetch.drop()  # it was drawn from the stage that has ended
                 bar.print(f"optimizer step {step + 1}: stage {sampler.stage.name!r} begins")
             if (step + 1) % cfg.train.checkpoint_every == 0 or step + 1 == cfg.num_steps:
-                run.save(state, ahead.sampler_state(), logger)
+                run.save(state, prefetch.sampler_state(), logger)
             for alarm in audited.news:
                 bar.print(f"optimizer step {step + 1}: {alarm}")
             bar.advance(1, reward=metrics["reward/total"])

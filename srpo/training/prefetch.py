@@ -29,12 +29,12 @@ class _Pending:
     before: Mapping[str, Any]  # the sampler's state before the examples were drawn
 
 
-class Ahead:
+class Prefetch:
     """Samples at most one batch in advance. Leaving its `with` block stops that batch and waits for its thread."""
 
     def __init__(self, sampler: Curriculum, sample: Sample) -> None:
         self._sampler, self._sample = sampler, sample
-        self._pool = ThreadPoolExecutor(1, thread_name_prefix="ahead")
+        self._pool = ThreadPoolExecutor(1, thread_name_prefix="prefetch")
         self._stop = threading.Event()
         self._pending: _Pending | None = None
 
@@ -80,7 +80,7 @@ class Ahead:
                 self._pending.rollouts.result()
             self._stop.clear()
 
-    def __enter__(self) -> Ahead:
+    def __enter__(self) -> Prefetch:
         return self
 
     def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:

@@ -22,7 +22,7 @@ from srpo.policy.checkpoint import latest_checkpoint
 from srpo.rollout.local import LocalEngine
 from srpo.train import train
 
-AHEAD = {"rollout": {"off_policy_steps": 1}, "loss": {"importance": "truncate"}}
+PREFETCH = {"rollout": {"off_policy_steps": 1}, "loss": {"importance": "truncate"}}
 
 
 def changes(*several: dict[str, Any]) -> dict[str, Any]:
@@ -140,7 +140,7 @@ def test_one_step_ahead_the_samples_are_one_step_older(world: Any, tmp_path: Pat
     monkeypatch.setattr(srpo.training.collect, "generate", watched)
     cfg = world.config(
         tmp_path / "run",
-        **changes(AHEAD, {"num_steps": 4, "data": {"eval": str(world.eval)}, "train": {"eval_every": 2}}),
+        **changes(PREFETCH, {"num_steps": 4, "data": {"eval": str(world.eval)}, "train": {"eval_every": 2}}),
     )
     train(cfg, small.ONE)
     steps, lines = steps_of(tmp_path / "run"), small.metrics_of(tmp_path / "run")
@@ -162,7 +162,7 @@ def test_one_step_ahead_the_samples_are_one_step_older(world: Any, tmp_path: Pat
 def test_turned_off_nothing_of_it_is_there(world: Any, tmp_path: Path) -> None:
     """The first step of a run with prefetch equals that of one without, except for the rounding that importance weights see."""
     train(world.config(tmp_path / "off", num_steps=1), small.ONE)
-    train(world.config(tmp_path / "on", num_steps=1, **AHEAD), small.ONE)
+    train(world.config(tmp_path / "on", num_steps=1, **PREFETCH), small.ONE)
     off, on = (small.metrics_of(tmp_path / name)[0] for name in ("off", "on"))
     assert on.pop("rollout/importance_clip_frac") == 0
     assert on == pytest.approx(off, rel=1e-4, abs=1e-7)
@@ -171,7 +171,7 @@ def test_turned_off_nothing_of_it_is_there(world: Any, tmp_path: Path) -> None:
 
 def test_a_killed_run_loses_no_prompt(world: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """A run stopped during a prefetch draws the batch's prompts again, in order, and samples them with newer weights."""
-    whole = world.config(tmp_path / "whole", **changes(AHEAD, {"num_steps": 5, "sampler": {"refill": 1}}))
+    whole = world.config(tmp_path / "whole", **changes(PREFETCH, {"num_steps": 5, "sampler": {"refill": 1}}))
     train(whole, small.ONE)
     stopped = replace(whole, run_dir=str(tmp_path / "stopped"))
     original = srpo.train.policy_update
@@ -184,7 +184,7 @@ def test_a_killed_run_loses_no_prompt(world: Any, tmp_path: Path, monkeypatch: p
     with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
         patch.setattr(srpo.train, "policy_update", stopping)
         train(stopped, small.ONE)
-    assert not [t for t in threading.enumerate() if t.name.startswith(("ahead", "score"))]  # no thread samples on
+    assert not [t for t in threading.enumerate() if t.name.startswith(("prefetch", "score"))]  # no thread samples on
     checkpoint = latest_checkpoint(tmp_path / "stopped/checkpoints")
     assert checkpoint is not None and checkpoint.name == "step_000002"
     train(stopped, small.ONE)
@@ -202,7 +202,7 @@ def test_a_new_stage_begins_with_samples_of_its_own(world: Any, tmp_path: Path) 
         StageConfig("first", num_steps=2, tags={"grade": ("L1", "L2")}),
         StageConfig("second", tags={"grade": ("L3", "L4")}),
     )
-    cfg: Config = world.config(tmp_path / "run", **changes(AHEAD, {"num_steps": 4, "curriculum": stages}))
+    cfg: Config = world.config(tmp_path / "run", **changes(PREFETCH, {"num_steps": 4, "curriculum": stages}))
     train(cfg, small.ONE)
     grades = {e.example_id: e.gold[-1] for e in world.examples() if e.gold}
     steps = steps_of(tmp_path / "run")
@@ -226,12 +226,12 @@ def test_what_fails_beside_the_update_ends_the_run(world: Any, tmp_path: Path, m
 
     monkeypatch.setattr(srpo.training.collect, "score_rollouts", failing)
     with pytest.raises(ValueError, match="the judge is gone"):
-        train(world.config(tmp_path / "run", **AHEAD), small.ONE)
+        train(world.config(tmp_path / "run", **PREFETCH), small.ONE)
     assert [line["step"] for line in small.metrics_of(tmp_path / "run")] == [1]
 
 
 def test_two_ranks_sample_ahead_and_cut(world: Any, tmp_path: Path) -> None:
-    settings = changes(AHEAD, {"num_steps": 3, "rollout": {"oversample": 0.5}, "sampler": {"refill": 1}})
+    settings = changes(PREFETCH, {"num_steps": 3, "rollout": {"oversample": 0.5}, "sampler": {"refill": 1}})
     small.Program("srpo.train", world.config(tmp_path / "run", **settings), tmp_path, num_ranks=2).finish()
     lines, steps = small.metrics_of(tmp_path / "run"), steps_of(tmp_path / "run")
     assert [line["rollout/num_cut_groups"] for line in lines] == [2, 2, 2]

@@ -129,7 +129,7 @@ def run(world_size: int, seed: int, num_steps: int = 12) -> list[list[tuple[Any,
             ranks.total(rank, 0)  # a barrier: every rank has added its rollouts
             groups = [scores[step][g] for g in range(len(examples))]
             assert [name for name, _ in groups] == [e.example_id for e in examples]
-            sampler.observe(*zip(*groups, strict=True))
+            rates.observe(*zip(*groups, strict=True))
             results[rank].append((rounds, groups))
         results[rank].append((sampler.state_dict(), rates.state_dict()))
 
