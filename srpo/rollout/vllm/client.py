@@ -18,7 +18,7 @@ from srpo.rollout.vllm.process import EngineError, EngineFailure, EngineProcess
 Replies = Generator[tuple[int, list[list[Any]]] | None, None, None]
 
 
-def ask(
+def request_samples(
     process: EngineProcess,
     prompts: Sequence[tuple[int, ...]],
     params: SamplingParams,
@@ -51,14 +51,14 @@ def ask(
     except EngineFailure:
         raise
     except GeneratorExit:
-        stop(process)
+        abort(process)
         raise
     except BaseException:  # a late reply would be read as the answer to the next request
         process.kill()
         raise
 
 
-def stop(process: EngineProcess) -> None:
+def abort(process: EngineProcess) -> None:
     """Abort the running request and discard the replies sent before the process noticed. If the process fails meanwhile, it is
     killed with a warning, and the next request starts a new one."""
     try:

@@ -21,7 +21,7 @@ from torch import nn
 from srpo.core.config.train import VllmConfig
 from srpo.policy.checkpoint_names import Layouts, iter_checkpoint_blocks
 from srpo.rollout.engine import Groups, Sample, SamplingParams, check_prompts, in_order
-from srpo.rollout.vllm.client import Replies, ask, samples_of
+from srpo.rollout.vllm.client import Replies, request_samples, samples_of
 from srpo.rollout.vllm.process import EngineError, EngineFailure, EngineProcess
 from srpo.rollout.vllm.settings import bucket_bytes, check_split, check_vllm_settings, derive_seed, worker_environment
 from srpo.rollout.weights.buckets import Bucket, differing_groups
@@ -193,7 +193,7 @@ class VllmEngine:
         while missing:
             attempt += 1
             try:
-                with closing(ask(self.process, prompts, params, seeds, missing, self.policy_version)) as replies:
+                with closing(request_samples(self.process, prompts, params, seeds, missing, self.policy_version)) as replies:
                     for group in replies:
                         if group is not None and not all(math.isfinite(x) for row in group[1] for x in row[1]):
                             raise ValueError(

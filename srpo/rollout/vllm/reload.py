@@ -35,14 +35,14 @@ class KernelWatch:
         self.places = True
         dispatch: Callable[..., None] = utils.dispatch_cpu_unquantized_gemm
 
-        def noting(layer: nn.Module, remove_weight: bool) -> None:
+        def recording(layer: nn.Module, remove_weight: bool) -> None:
             weight = layer.weight
             if isinstance(weight, torch.Tensor) and not weight.is_meta:
                 setattr(layer, _HELD, (bit_sum(weight), place_sum(weight) if self.places else None))
             dispatch(layer, remove_weight)
 
-        utils.dispatch_cpu_unquantized_gemm = noting
-        self._dispatch = noting
+        utils.dispatch_cpu_unquantized_gemm = recording
+        self._dispatch = recording
 
     def dispatch_again(self, layer: nn.Module) -> None:
         """Make the layer's kernel again, from its current weight."""
@@ -76,7 +76,7 @@ class Reloader:
 
         self._repacked.clear()
         for _, fused in self._fused_experts():
-            self._note_repacking(fused)
+            self._record_repacking(fused)
         if not native:
             with self._vllm_config():
                 initialize_layerwise_reload(self.model)
@@ -125,14 +125,14 @@ class Reloader:
             if isinstance(fused, CPUUnquantizedExperts):
                 yield layer, fused
 
-    def _note_repacking(self, fused: Any) -> None:
+    def _record_repacking(self, fused: Any) -> None:
         process = fused.process_weights_after_loading
 
-        def noting(layer: nn.Module) -> None:
+        def recording(layer: nn.Module) -> None:
             self._repacked.add(id(fused))
             process(layer)
 
-        fused.process_weights_after_loading = noting
+        fused.process_weights_after_loading = recording
         self._undo.append(lambda: delattr(fused, "process_weights_after_loading"))
 
     def _kernels(self) -> Iterator[tuple[Any, tuple[int, int | None]]]:

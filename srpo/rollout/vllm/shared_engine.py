@@ -67,38 +67,38 @@ class SharedEngine:
         return samples_of(self._replies(prompts=prompts, numbers=numbers, how=how), self.policy_version, self._stats)
 
     def _replies(self, **request: Any) -> Replies:
-        self._say(request)
+        self._send(request)
         try:
-            while "done" not in (reply := self._hear()):
+            while "done" not in (reply := self._receive()):
                 yield reply["prompt"], reply["samples"]
         except EngineError:
             raise
         except GeneratorExit:
             with suppress(EngineError):  # a failure of the abandoned rest does not matter
-                self._say(None)
-                while "done" not in self._hear():
+                self._send(None)
+                while "done" not in self._receive():
                     pass
             raise
         except BaseException:  # late replies would be read as answers to the next request
             self._channel.close()
             raise
 
-    def _say(self, message: dict[str, Any] | None) -> None:
+    def _send(self, message: dict[str, Any] | None) -> None:
         try:
             self._channel.send_bytes(json.dumps(message).encode())
         except OSError as error:
-            raise self._ended() from error
+            raise self._owner_ended() from error
 
-    def _hear(self) -> dict[str, Any]:
+    def _receive(self) -> dict[str, Any]:
         try:
             reply = json.loads(self._channel.recv_bytes())
         except (EOFError, OSError) as error:
-            raise self._ended() from error
+            raise self._owner_ended() from error
         if "error" in reply:
             raise EngineError(reply["error"])
         return reply
 
-    def _ended(self) -> EngineError:
+    def _owner_ended(self) -> EngineError:
         return EngineError("the rank that owns the vLLM shared by this rank has ended: see that rank's errors")
 
     def sync_weights(self, policy: nn.Module, version: int) -> None:

@@ -88,9 +88,9 @@ class SharedServer:
         for request in requests:
             if request in self._requests:
                 self._requests.remove(request)
-                self._say(request, outcome)
+                self._send(request, outcome)
 
-    def _say(self, request: Request, message: dict[str, Any]) -> None:
+    def _send(self, request: Request, message: dict[str, Any]) -> None:
         try:
             request.channel.send_bytes(json.dumps(message).encode())
         except OSError:
@@ -117,7 +117,7 @@ class SharedServer:
                 if group is not None:
                     request, i = owners[group[0]]
                     if request in self._requests:
-                        self._say(request, {"prompt": i, "samples": group[1]})
+                        self._send(request, {"prompt": i, "samples": group[1]})
                 self._listen(0)
                 if not any(request in self._requests for request in batch):
                     return

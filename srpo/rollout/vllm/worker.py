@@ -50,8 +50,8 @@ class VllmBackend:
         self._llm.reset_prefix_cache()
         return {"max_context": config.model_config.max_model_len, "vllm_version": _version(), "loads": loads}
 
-    def _open(self, settings: dict[str, Any], **more: Any) -> Any:
-        """Load the model, with `more` as further options of vLLM, and return vLLM's configuration."""
+    def _open(self, settings: dict[str, Any], **extra: Any) -> Any:
+        """Load the model, with `extra` as further options of vLLM, and return vLLM's configuration."""
         from vllm import LLM
 
         on_cpu = settings["device"] == "cpu"
@@ -84,7 +84,7 @@ class VllmBackend:
                 logprobs_mode="processed_logprobs",  # of the distribution that is sampled, not of the raw logits
                 max_logprobs=-1,
                 seed=0,
-                **(options | more),
+                **(options | extra),
             )
         except (TypeError, ValueError) as error:  # an option is unknown, or unavailable for this device or model
             if not self._reports_experts:
