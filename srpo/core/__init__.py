@@ -1,1 +1,1 @@
-"""What every room uses: settings, steps, rollouts and batches, metrics, tables, run folders."""
+"""Shared by every room: config and settings, steps, rollouts and batches, metrics, tables, progress bars, run folders."""

@@ -1,7 +1,8 @@
-"""The two things that flow: `Rollout`, one sampled response, and `Batch`, packed tensors; and `pack`, where the shift happens.
+"""`Rollout`, one sampled response; `Batch`, packed tensors; and `pack`, which turns the first into the second.
 
-Shapes: N sequences, T packed token positions, J reasoning steps, K kept ids of a top-k filter, L tokens of one response.
-Of experts (`routed`): P prompt tokens, D decoder layers, K experts of a token.
+`pack` shifts labels by one token. No other code in the project shifts.
+Shapes: N sequences, T packed rows, J reasoning steps, L tokens of a response, P tokens of a prompt, K ids kept by a top-k filter.
+In the routing tables (`routed`, `routed_experts`) D is decoder layers and K the experts of a token.
 """
 
 from __future__ import annotations
@@ -19,10 +20,7 @@ from srpo_kernels.segments import IGNORE, compact  # IGNORE: label of a position
 
 @dataclass(frozen=True)
 class Rollout:
-    """One sampled response; one line of `rollouts.jsonl`.
-
-    `step_ends[j]` is the exclusive end of step j in response tokens: nondecreasing, the last one equals len(response_ids).
-    """
+    """One sampled response, and one line of `rollouts.jsonl`."""
 
     example_id: str
     group: int  # rollouts of one prompt in one optimizer step share it
@@ -44,7 +42,7 @@ class Rollout:
     routed: np.ndarray | None = field(default=None, compare=False, repr=False)
 
     def bare(self) -> Rollout:
-        """Without what is large and not in rollouts.jsonl."""
+        """This rollout without its token tables, which are large and not written to `rollouts.jsonl`."""
         return replace(self, support=None, routed=None)
 
     @property
@@ -54,7 +52,7 @@ class Rollout:
 
 
 def write_rollouts(path: Path, rollouts: Iterable[Rollout], step: int) -> None:
-    """Append rollouts to a JSON Lines file, each with the optimizer step it was used in."""
+    """Append rollouts to a JSON Lines file, one line each, with the optimizer step that used them; token tables are left out."""
     with path.open("a", encoding="utf-8") as file:
         for rollout in rollouts:
             row = {"step": step, **asdict(rollout.bare())}
@@ -63,7 +61,7 @@ def write_rollouts(path: Path, rollouts: Iterable[Rollout], step: int) -> None:
 
 
 def read_rollouts(path: Path) -> Iterator[tuple[int, Rollout]]:
-    """(optimizer step, rollout) of every line of a `rollouts.jsonl`."""
+    """Yield (optimizer step, rollout) for every line of a `rollouts.jsonl`."""
     with path.open(encoding="utf-8") as file:
         for line in file:
             row: dict[str, Any] = {k: tuple(v) if isinstance(v, list) else v for k, v in json.loads(line).items()}
@@ -72,10 +70,9 @@ def read_rollouts(path: Path) -> Iterator[tuple[int, Rollout]]:
 
 @dataclass(frozen=True)
 class Batch:
-    """Sequences packed end to end. Row t holds the input token t and, in `labels`, the token that it has to predict.
+    """Sequences packed end to end, without padding. Row t holds one input token and, in `labels`, the token it predicts.
 
-    All per-row tensors are aligned with the row that *predicts* the token they speak of, so nothing downstream shifts.
-    `step_ends` counts rows from the first row of the sequence (prompt included); rows past the last end belong to the last step.
+    Log-probabilities, weights and kept ids of a token stand in the row that *predicts* it, so later code never shifts.
     """
 
     input_ids: torch.Tensor  # [T] int64
@@ -101,19 +98,19 @@ class Batch:
         return int((self.cu_seqlens[1:] - self.cu_seqlens[:-1]).max()) if self.num_sequences else 0
 
     def to(self, device: torch.device) -> Batch:
-        """The same batch on another device."""
+        """Return the batch with all tensors on `device`."""
         moved = {k: v.to(device) for k, v in vars(self).items() if isinstance(v, torch.Tensor)}
         return replace(self, **moved)
 
     def with_(self, **tensors: torch.Tensor | None) -> Batch:
-        """The same batch with some tensors replaced."""
+        """Return the batch with the named fields replaced."""
         return replace(self, **tensors)
 
     def rows(self) -> tuple[torch.Tensor, Batch]:
-        """(indices of the rows that have a label [R], the batch cut down to those rows).
+        """Return (index [R] int64 of the labelled rows, the batch cut down to those rows).
 
-        The output head runs on these rows alone: prompts and padding never reach the vocabulary. Step ends are counted anew from
-        the first kept row of each sequence.
+        Only these rows go through the output head; prompt rows do not. `step_ends` and `cu_seqlens` of the cut batch count
+        labelled rows.
         """
         keep = self.labels != IGNORE
         index = keep.nonzero()[:, 0]
@@ -132,11 +129,12 @@ def pack(
     sequence_weights: np.ndarray | torch.Tensor,
     max_tokens: int | None = None,
 ) -> list[Batch]:
-    """Pack rollouts into micro-batches of at most `max_tokens` rows, in the order given. The shift by one happens here, once.
+    """Pack rollouts into micro-batches of at most `max_tokens` rows (None: one micro-batch), in the order given.
 
-    step_advantages: [N, J]; sequence_weights: [N], the weight of every response token of that sequence (see
-    `srpo.algorithm.losses.sequence_weights`). The last token of a sequence is never an input, so a sequence has
-    len(prompt) + len(response) - 1 rows. Raises ValueError for an empty prompt or one longer than `max_tokens`.
+    Labels are shifted by one here and nowhere else. The last token of a sequence is never an input, so a sequence has
+    len(prompt) + len(response) - 1 rows. step_advantages: [N, J]. sequence_weights: [N], the weight of each response token of
+    the sequence (`srpo.algorithm.losses.sequence_weights`).
+    Raises ValueError for an empty prompt, and for a sequence of more than `max_tokens` rows.
     """
     step_advantages = torch.as_tensor(step_advantages, dtype=torch.float32)
     sequence_weights = torch.as_tensor(sequence_weights, dtype=torch.float32)
@@ -169,7 +167,7 @@ def _pack_chunk(rollouts: list[Rollout], step_advantages: torch.Tensor, sequence
     routed: list[tuple[int, np.ndarray]] = []  # (first row, [P + L - 1, D, K])
     for rollout, weight in zip(rollouts, sequence_weights.tolist(), strict=True):
         tokens = (*rollout.prompt_ids, *rollout.response_ids)
-        ignored = len(rollout.prompt_ids) - 1  # these rows predict prompt tokens
+        ignored = len(rollout.prompt_ids) - 1  # rows that predict prompt tokens
         num_response = len(rollout.response_ids)
         input_ids += tokens[:-1]
         labels += [IGNORE] * ignored + list(rollout.response_ids)
@@ -197,7 +195,7 @@ def _pack_chunk(rollouts: list[Rollout], step_advantages: torch.Tensor, sequence
 
 
 def _table(parts: Sequence[tuple[int, np.ndarray]], num_rows: int, dtype: type[np.integer]) -> torch.Tensor:
-    """[T, ..., K] from parts [rows, ..., K] and the rows that they begin at; -1 elsewhere."""
+    """Table [num_rows, ..., K] of (first row, ids [rows, ..., k]) parts with k <= K; -1 in all other places."""
     shape = parts[0][1].shape[1:-1]
     table = np.full((num_rows, *shape, max(ids.shape[-1] for _, ids in parts)), -1, dtype=dtype)
     for first, ids in parts:

@@ -1,7 +1,7 @@
-"""Every metric key of the project, and where metrics are written.
+"""All metric keys of the project, and the logger that writes them.
 
-`metrics.jsonl` holds nothing that depends on the clock, so that a run killed and resumed writes the same file, byte for byte, as
-one never killed. What does depend on it, or on what a process has cached (`time/*`, `service/*`), goes to `timing.jsonl`.
+`metrics.jsonl` never depends on the clock, so that a killed and resumed run writes the same bytes as an uninterrupted one.
+Metrics that depend on the clock or on a process's cache (`time/*`, `service/*`) go to `timing.jsonl`.
 """
 
 from __future__ import annotations
@@ -17,7 +17,8 @@ from pathlib import Path
 from types import ModuleType, TracebackType
 from typing import Any, Protocol, SupportsFloat
 
-# {step} is the name of a reasoning step, {class} a grade 1..4, {phase} a phase of the loop. docs/metrics.md repeats this table.
+# {step} is the name of a reasoning step, {class} a grade 1..4, {phase} a phase of the loop. docs/metrics.md repeats this table; a
+# test compares them.
 METRICS: dict[str, str] = {
     "reward/total": "mean over responses of the sum of step rewards (Eq. 5)",
     "reward/total_std": "standard deviation of the same, over all responses of the optimizer step",
@@ -93,8 +94,8 @@ METRICS: dict[str, str] = {
     "time/{phase}_s": "wall-clock seconds of one phase of the loop (step: all of it)",
     "time/rollout_tokens_per_s": "sampled tokens per second of the rollout phase",
 }
-CLOCK_AREAS = ("time", "service")  # of the clock, or of what this process has seen: a run that was resumed has other numbers
-FILES = ("metrics.jsonl", "timing.jsonl", "rollouts.jsonl")  # cut back together when a run resumes
+CLOCK_AREAS = ("time", "service")  # depend on the clock or the process's cache: a resumed run has other numbers
+FILES = ("metrics.jsonl", "timing.jsonl", "rollouts.jsonl")  # truncated together when a run resumes
 
 _PLACEHOLDERS = {"step": "[a-z][a-z0-9_]*", "class": "[1-4]", "phase": "[a-z_]+"}
 _PATTERNS = [
@@ -105,7 +106,7 @@ _PATTERNS = [
 
 
 def check_key(key: str) -> None:
-    """Raises ValueError when `key` is not in METRICS (its `{...}` parts filled in)."""
+    """Raise ValueError if `key` is not in METRICS (with its `{...}` parts filled in)."""
     if key not in METRICS and not any(pattern.fullmatch(key) for pattern in _PATTERNS):
         raise ValueError(
             f"metric {key!r} is not declared: add it with one line of description to METRICS in srpo/core/metrics.py"
@@ -113,7 +114,7 @@ def check_key(key: str) -> None:
 
 
 def evaluation_metrics(results: Mapping[str, Any], step_names: tuple[str, ...]) -> dict[str, float]:
-    """The `eval/*` metrics of a results dict of `evaluation.results_dict`; a step accuracy that is not known has no key."""
+    """Return the `eval/*` metrics of a dict made by `scores.evaluation.results_dict`; a step accuracy of None has no key."""
     metrics: dict[str, float] = {
         f"eval/{key}": results[key] for key in ("macro_f1", "accuracy", "good_f1", "parse_rate", "num_examples")
     }
@@ -123,10 +124,10 @@ def evaluation_metrics(results: Mapping[str, Any], step_names: tuple[str, ...]) 
 
 
 def truncate_jsonl(path: Path, last_step: int | None) -> None:
-    """Cut a file of `{"step": n, ...}` lines, n nondecreasing, to its lines with n <= last_step; None cuts it to nothing.
+    """Truncate a file of `{"step": n, ...}` lines, n nondecreasing, to its lines with n <= last_step; None empties it.
 
-    Everything from the first later or broken line on goes, so a half-written last line does too. It is one truncate(2): a kill at
-    any moment leaves the old file or the new one. A file that does not exist stays absent.
+    Removes the first later or broken line and all lines after it, a half-written last line included. It is one truncate(2), so a
+    kill at any moment leaves the old file or the new one. A file that does not exist is not created.
     """
     if not path.exists():
         return
@@ -141,7 +142,7 @@ def truncate_jsonl(path: Path, last_step: int | None) -> None:
 
 
 def _line_step(line: bytes) -> int | None:
-    """The step of a complete line, None for a broken one. Does not parse a line of the usual form: rollout files are large."""
+    """Step of a complete line, None for a broken one. Skips the JSON parser if "step" comes first: rollout files are large."""
     if not line.endswith(b"}\n"):
         return None
     if usual := re.match(rb'\{"step": (\d+)[,}]', line):
@@ -154,24 +155,24 @@ def _line_step(line: bytes) -> int | None:
 
 
 def read_metrics(path: Path) -> list[dict[str, float]]:
-    """The lines of a `metrics.jsonl` or `timing.jsonl`, in order, without a half-written last one (of a run that goes on)."""
+    """Return the lines of a `metrics.jsonl` or `timing.jsonl` in order, without a half-written one (the run may be alive)."""
     with path.open("rb") as file:
         return [json.loads(line) for line in file if _line_step(line) is not None]
 
 
 class Tracker(Protocol):
-    """What a tracker is asked to do."""
+    """An experiment tracker: TensorBoard, W&B or trackio."""
 
     def log(self, step: int, metrics: dict[str, float]) -> None: ...
     def close(self) -> None: ...
 
 
 class MetricsLogger:
-    """Writes one line per optimizer step to `metrics.jsonl` and `timing.jsonl` of a run folder, and to the trackers asked for.
+    """Writes one line per optimizer step to `metrics.jsonl` and `timing.jsonl` of a run folder, and to the chosen trackers.
 
-    Only one process of a run owns one (rank 0). `resume_step` is the step of the checkpoint that the run continues from: the two
-    files and `rollouts.jsonl` are cut back to it; None is a new run, which starts them empty. Raises ImportError with the pip
-    command when a tracker that is asked for is not installed.
+    Only rank 0 has a logger. `resume_step` is the step of the checkpoint that the run resumes from: the two files and
+    `rollouts.jsonl` are truncated to it; None starts a new run with empty files.
+    Raises ImportError, with the pip command, if a chosen tracker is not installed.
     """
 
     def __init__(
@@ -197,8 +198,8 @@ class MetricsLogger:
     def log(self, step: int, metrics: Mapping[str, SupportsFloat | None]) -> None:
         """Write the line of one optimizer step: `{"step": n, ...}` with sorted keys and exact numbers.
 
-        Values are numbers or one-element tensors and arrays; None leaves the key out, a number that is not finite becomes null.
-        Raises ValueError for an undeclared key and for a step that is not later than the last one.
+        Values are numbers or one-element tensors and arrays. None omits the key; NaN and infinity become null.
+        Raises ValueError for a key that METRICS lacks, and for a step that is not after the last one.
         """
         if self._step is not None and step <= self._step:
             raise ValueError(f"step {step} is logged after step {self._step}: each optimizer step is logged once, in order")
@@ -215,7 +216,7 @@ class MetricsLogger:
             tracker.log(step, numbers)
 
     def sync(self) -> None:
-        """Force what was logged to the disk. Called before each checkpoint, so that none is ever ahead of these files."""
+        """Flush the files to disk. Call before saving a checkpoint, so that no checkpoint is newer than these files."""
         for name in FILES:
             path = self.run_dir / name
             if path.exists():
@@ -237,8 +238,8 @@ class MetricsLogger:
 
 
 def _number(value: SupportsFloat) -> float:
-    """A Python int or float with exactly the value of `value`."""
-    item = getattr(value, "item", None)  # of a tensor or an array
+    """The Python int or float equal to `value`."""
+    item = getattr(value, "item", None)  # tensors and arrays have it
     number = item() if item is not None else value
     return int(number) if isinstance(number, int) else float(number)
 
@@ -270,7 +271,7 @@ class _TensorBoard:
 
 
 class _WandB:
-    """The run id is kept in the run folder, so that a resumed run goes on in the same W&B run."""
+    """Keeps the W&B run id in the run folder, so that a resumed run continues the same W&B run."""
 
     def __init__(self, run_dir: Path, resume_step: int | None, config: dict[str, Any]) -> None:
         id_file = run_dir / "wandb_id.txt"

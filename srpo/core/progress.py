@@ -1,4 +1,4 @@
-"""How far a long stage is: a bar on a terminal, plain lines elsewhere."""
+"""Progress of long stages: a bar on a terminal, plain lines elsewhere."""
 
 from __future__ import annotations
 
@@ -13,13 +13,13 @@ from rich.progress import Progress as RichProgress
 
 
 class Progress:
-    """Progress of one long stage with an estimate of the time left: `with Progress("SFT", total) as bar: bar.advance(1, loss=x)`.
+    """Progress of one long stage with the estimated time left: `with Progress("SFT", total) as bar: bar.advance(1, loss=x)`.
 
-    On a terminal a bar (stages within stages stand below one another); elsewhere a line every `interval_s` seconds and one at the
-    end. `start` is what a resumed run finds done already. `enabled=False` (ranks other than 0) is silent.
+    Shows a bar on a terminal (nested stages below one another); elsewhere prints a line every `interval_s` seconds and one at the
+    end. `start` is the amount done before this process, for a resumed run. `enabled=False` (all ranks but 0) prints nothing.
     """
 
-    _display: RichProgress | None = None  # what is on the terminal now; stages within a stage join it
+    _display: RichProgress | None = None  # the display on the terminal; nested stages share it
 
     def __init__(
         self,
@@ -60,7 +60,7 @@ class Progress:
             self._line(f"{'done' if kind is None else 'stopped'} in {_duration(time.monotonic() - self._began)}")
 
     def advance(self, amount: int = 1, **values: SupportsFloat) -> None:
-        """Count `amount` more as done; `values` are shown beside the bar until others of the same name come."""
+        """Add `amount` to the work done. `values` are shown next to the bar until new ones of the same name replace them."""
         if not self._enabled:
             return
         self.done += amount
@@ -73,7 +73,7 @@ class Progress:
             self._line(f"{_duration(left)} left")
 
     def print(self, text: str) -> None:
-        """Print a line (or a table) without tearing the bar."""
+        """Print a line (or a table) without breaking the bar."""
         if self._bar is not None:
             self._bar.console.print(text, markup=False, highlight=False)
         elif self._enabled:
@@ -90,7 +90,7 @@ class Progress:
 
 def _display(stream: TextIO) -> RichProgress:
     columns = ("{task.description}", BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(), "left", TimeRemainingColumn())
-    # A terminal's speed is taken over the last ten minutes, as stages have steps of seconds.
+    # The speed is averaged over the last ten minutes, since one step of a stage can take seconds.
     return RichProgress(*columns, TextColumn("{task.fields[values]}"), console=Console(file=stream), speed_estimate_period=600.0)
 
 

@@ -1,7 +1,8 @@
-"""Reasoning steps as configuration: what the J steps of a response are, and the total parser that finds them (pi_Sj of Eq. 5).
+"""Reasoning steps as configuration, and the parser that finds them in a response (pi_Sj of Eq. 5).
 
-A response is a sequence of J steps, each opened by a header. `StepSpec` describes one step, `StepSchema` a response, and
-`parse_response` cuts the tokens of a sampled response into step spans and reads the answer of each step. Parsing never raises.
+A response is a sequence of J steps, each opened by a header. `StepSpec` describes one step and `StepSchema` all J;
+`parse_response` cuts the tokens of a response into step spans and reads each step's answer. The parser is total: no text makes
+it raise.
 """
 
 from __future__ import annotations
@@ -35,18 +36,18 @@ def _compile(where: str, key: str, pattern: str) -> re.Pattern[str]:
 
 @dataclass(frozen=True)
 class StepSpec:
-    """One reasoning step S_j. Lists are taken for tuples, so a TOML table can be splatted in.
+    """One reasoning step S_j: how to find, read and grade it. Lists become tuples, so a TOML table fits: `StepSpec(**table)`.
 
-    Raises ValueError that says the fix for anything that could not work.
+    Raises ValueError, with the fix in its text, for a value that cannot work.
     """
 
-    name: str  # lower case; part of metric keys
-    header: str  # regex that opens the step; multi-line, case-insensitive
-    answer: str = ""  # regex with one group, read in the step's text, last match wins; empty: all of the text
-    options: tuple[str, ...] = ()  # canonical answers; empty: free text
-    sources: tuple[str, ...] = ("judge",)  # who grades the step, the first that can: gold | judge | rule | skip
-    reward: float = 0.2  # of a correct step (Appendix B)
-    missing_verdict: float | None = None  # share of it where the judge gives no verdict; unset: reward.missing_verdict
+    name: str  # lower-case letters, digits and _; part of metric keys
+    header: str  # regex of the step's header; multi-line, case-insensitive
+    answer: str = ""  # regex with one group, searched in the step's text, the last match counts; empty: the whole text
+    options: tuple[str, ...] = ()  # allowed answers; empty: free text
+    sources: tuple[str, ...] = ("judge",)  # gold | judge | rule | skip: the first that can grade the step does
+    reward: float = 0.2  # reward of a correct step (Appendix B)
+    missing_verdict: float | None = None  # fraction of `reward` earned without a verdict; unset: reward.missing_verdict
 
     def __post_init__(self) -> None:
         for key in ("options", "sources"):
@@ -79,8 +80,11 @@ class StepSpec:
             raise ValueError(f"{where}: missing_verdict {self.missing_verdict} is a fraction of the step's reward, from 0 to 1")
 
     def canonical(self, text: str) -> str | None:
-        """The answer that `text` stands for: the option that equals it up to case and spaces, else the only option that ends with
-        it ("4" is "L4"), else None. Without options the text itself, bold marks and extra spaces dropped; None where empty."""
+        """Return the option that `text` means, else None.
+
+        That is the option equal to it but for case and spaces, else the only option that ends with it ("4" means "L4"). Without
+        options: the text itself without bold marks and extra spaces, None if empty.
+        """
         text = " ".join(text.replace("**", " ").split())
         if not self.options or not text:
             return text or None
@@ -90,8 +94,8 @@ class StepSpec:
         return equal[0] if equal else ending[0] if len(ending) == 1 else None
 
 
-# Headers stand at the start of a line, after any decoration ("- ", "**", "## ") and number ("3.", "S3:", "Step 3 -"), and end in
-# a colon, a dash, closing bold or the end of the line. Possessive quantifiers keep the search linear in the text.
+# A header stands at the start of a line, after optional decoration ("- ", "**", "## ") and number ("3.", "S3:", "Step 3 -"), and
+# ends in a colon, a dash, closing bold or the end of the line. Possessive quantifiers keep the search linear in the text.
 _DECOR = r"(?:[^\w\n]|_)*+"
 _OPEN = rf"^{_DECOR}(?:(?:step|s)?[^\S\n]*+\d{{1,2}}{_DECOR})?+"
 _CLOSE = r"(?:(?:[^\S\n]|[*_`\])])*+(?:[:=\uff1a\u2010-\u2015]++|-++(?:>|(?!\w))|$)|[^\S\n]*+\*\*)"
@@ -106,9 +110,9 @@ def _words(*alternatives: str) -> str:
 
 
 def _last_option(*options: str) -> str:
-    """Regex of the option that the last arrow points at, or of the last option word where no arrow points at one."""
+    """Regex of the option after the last arrow that points at one; without such an arrow, of the last option word."""
     words = "|".join(options)
-    arrow = rf"[\s\S]*(?:->|=>|\u2192)\W{{0,8}}+(?:{words})\b"  # greedy: runs to the last one
+    arrow = rf"[\s\S]*(?:->|=>|\u2192)\W{{0,8}}+(?:{words})\b"  # greedy: matches up to the last arrow
     return rf"\A(?:(?={arrow})[\s\S]*(?:->|=>|\u2192)\W{{0,8}}+|(?!{arrow})[\s\S]*)\b({words})\b"
 
 
@@ -153,20 +157,21 @@ PAPER_STEPS: tuple[StepSpec, ...] = (
 
 @dataclass(frozen=True)
 class ParsedText:
-    """What was found in a text. Step j is text[char_ends[j-1]:char_ends[j]]; the J spans partition the text.
+    """Steps found in a text. Step j is text[char_ends[j-1]:char_ends[j]]; the J spans partition the text.
 
-    Text before the first header belongs to step 1; a step whose header is missing has an empty span (step 1: that text alone).
+    Text before the first header belongs to step 1. A step without header has an empty span; step 1 without header has the text
+    before the first header.
     """
 
     char_ends: tuple[int, ...]  # [J] nondecreasing, the last one is len(text)
-    answers: tuple[str | None, ...]  # [J] None where the step is missing or says nothing that can be read
-    found: tuple[bool, ...]  # [J] whether the header of the step is there
+    answers: tuple[str | None, ...]  # [J] None if the step is missing or its answer cannot be read
+    found: tuple[bool, ...]  # [J] whether the text has the step's header
     problems: frozenset[str]  # missing | unanswered | duplicate | out_of_order
 
 
 @dataclass(frozen=True)
 class ParsedResponse:
-    """`ParsedText` of a sampled response, with spans in tokens: step j is response_ids[step_ends[j-1]:step_ends[j]]."""
+    """`ParsedText` with spans in tokens: step j is response_ids[step_ends[j-1]:step_ends[j]]."""
 
     text: str
     step_ends: tuple[int, ...]  # [J] nondecreasing, the last one is the number of tokens
@@ -183,7 +188,7 @@ class _Header:
 
 
 class StepSchema:
-    """The J steps of a response. Raises ValueError where they cannot be a schema."""
+    """The J steps of a response. Raises ValueError for no steps, for two of the same name, and if none can earn a reward."""
 
     def __init__(self, specs: Iterable[StepSpec]) -> None:
         self.specs = tuple(specs)
@@ -199,7 +204,7 @@ class StepSchema:
 
     @classmethod
     def from_tables(cls, tables: Sequence[Mapping[str, Any]]) -> StepSchema:
-        """The schema of a list of TOML tables (`[[steps]]`), each with the fields of `StepSpec`."""
+        """Return the schema of TOML tables (`[[steps]]`), each with the fields of `StepSpec`."""
         known = {f.name for f in fields(StepSpec)}
         for i, table in enumerate(tables):
             if unknown := sorted(set(table) - known):
@@ -214,20 +219,20 @@ class StepSchema:
 
     @cached_property
     def max_reward(self) -> float:
-        """Reward of a response that is right in every step that can be graded (1.8 in Appendix B)."""
+        """Reward of a response that is correct in every graded step (1.8 in Appendix B)."""
         return math.fsum(spec.reward for spec in self.specs if spec.sources != ("skip",))
 
     def parse_text(self, text: str) -> ParsedText:
-        """Find the steps of a text. Total: never raises.
+        """Find the steps of a text (pi_Sj of Eq. 5). Total: never raises.
 
-        Of all headers, the ones adopted are the longest chain that goes forward both in the text and in the steps, so that one
-        stray header cannot hide the steps after it. Between chains of the same length the one with the earlier steps wins (of
-        "1 3 2 4", step 3 came before its predecessor and is the one out of order), then the one whose headers come first. Any
-        other header is a "duplicate" where its step was adopted before it, else "out_of_order"; it moves no span. It does end
-        the text that an answer is read from: the answer of a step is that of its adopted header, or of the first repetition
-        within its span where that one says nothing.
+        The parser adopts the longest chain of headers that increases both in position and in step number, so that one stray
+        header cannot hide the steps after it. Ties go to the chain with the earlier steps ("1 3 2 4" adopts 1 2 4: step 3 came
+        before its predecessor), then to the chain whose headers come first.
+        A header outside the chain is a "duplicate" if its step was adopted before it, else "out_of_order". It moves no span, but
+        it ends the text that an answer is read from. The answer of a step is read after its adopted header; if that text has
+        none, after the first repeated header in the step's span that has one.
 
-        Paper: it says only that pi_Sj is deterministic.
+        Paper: the paper says only that pi_Sj is deterministic; these rules are ours.
         """
         headers = self._find_headers(text)
         adopted = _longest_chain(headers)
@@ -269,10 +274,10 @@ class StepSchema:
 
 
 def parse_response(schema: StepSchema, tokenizer: Decoder, response_ids: Sequence[int]) -> ParsedResponse:
-    """Decode a response and cut its tokens into steps. Total for any ids that the tokenizer decodes.
+    """Decode a response and cut its tokens into steps. Total for all ids that the tokenizer can decode.
 
-    A token that straddles a boundary belongs to the earlier step. Special tokens at the end (those in
-    `tokenizer.all_special_ids`) are not part of the text; they belong to the step that the text ends in.
+    A token that straddles two steps belongs to the earlier one. Special tokens at the end (`tokenizer.all_special_ids`) are not
+    part of the text; they belong to the step that the text ends in.
     """
     special = frozenset(getattr(tokenizer, "all_special_ids", None) or ())
     length = len(response_ids)
@@ -288,25 +293,25 @@ def parse_response(schema: StepSchema, tokenizer: Decoder, response_ids: Sequenc
 
 
 def _longest_chain(headers: Sequence[_Header]) -> dict[int, _Header]:
-    """{step: header} of the longest chain of headers with increasing start and step; ties as in `StepSchema.parse_text`."""
-    best: dict[int, tuple[_Header, ...]] = {}  # first step -> best chain of the headers seen so far, from the right
+    """{step: header} of the longest chain of headers that increases in start and step; ties as in `StepSchema.parse_text`."""
+    best: dict[int, tuple[_Header, ...]] = {}  # first step -> best chain of the headers visited, right to left
 
     def rank(chain: tuple[_Header, ...]) -> tuple[int, tuple[int, ...]]:
         return -len(chain), tuple(header.step for header in chain)
 
     for _, group in groupby(reversed(headers), key=lambda header: header.start):
         chains = [(h, *min((c for j, c in best.items() if j > h.step), key=rank, default=())) for h in group]
-        for chain in chains:  # headers at one place are alternatives
+        for chain in chains:  # headers at the same position exclude each other
             if chain[0].step not in best or rank(chain) <= rank(best[chain[0].step]):
                 best[chain[0].step] = chain
     return {header.step: header for header in min(best.values(), key=rank, default=())}
 
 
 def facts(answer: str) -> frozenset[str]:
-    """The `;`-separated facts of an answer, without case, order, repetition or extra spaces."""
+    """Set of the `;`-separated facts of an answer, without case and extra spaces."""
     return frozenset(fact for part in answer.split(";") if (fact := _fold(part).strip(" .")))
 
 
 def same_answer(answer: str | None, truth: str | None) -> bool:
-    """Whether two answers state the same facts; False where either is missing."""
+    """Whether two answers state the same facts; False if either is missing."""
     return answer is not None and truth is not None and facts(answer) == facts(truth)

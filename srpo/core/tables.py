@@ -1,4 +1,4 @@
-"""Text tables: aligned columns, cut into blocks where they would not fit on the line."""
+"""Text tables with aligned columns, split into blocks if they are wider than a line."""
 
 from __future__ import annotations
 
@@ -8,22 +8,22 @@ MAX_WIDTH = 130
 
 
 def percent(value: float | None, interval: Sequence[float] | None = None, *, signed: bool = False) -> str:
-    """ "60.1" of a fraction, "60.1 [58.2 62.0]" with its interval, "+1.9" where signed; "-" for None."""
+    """Format a fraction as percent: "60.1", with interval "60.1 [58.2 62.0]", signed "+1.9"; "-" for None."""
     if value is None:
         return "-"
     form = "+.1f" if signed else ".1f"
     cells = [format(100 * number, form) for number in (value, *(interval or ()))]
     if interval is None:
         return cells[0]
-    first, low, high = (cell.replace("100.0", "100") for cell in cells)  # what all responses have widens no column
+    first, low, high = (cell.replace("100.0", "100") for cell in cells)  # an interval with 100 % keeps the column narrow
     return f"{first} [{low} {high}]"
 
 
 def text_table(header: Sequence[str], parts: Sequence[Sequence[Sequence[str]]], notes: Sequence[str] = ()) -> str:
-    """A table: first column left, others right; rules under the header, after each of the parts (lists of rows), then the notes.
+    """Return a table with the first column left-aligned and the others right-aligned.
 
-    Columns that need more than MAX_WIDTH characters are set in several blocks, one below the other, each with the first column.
-    Parts without rows are left out.
+    A rule follows the header and each part (a list of rows; empty parts are dropped); the notes come last. Columns that do not
+    fit into MAX_WIDTH characters go to further blocks below, each with the first column repeated.
     """
     parts = [part for part in parts if part]
     rows = [header, *(row for part in parts for row in part)]

@@ -1,4 +1,4 @@
-"""Where each token of a response ends in its text, for any tokenizer."""
+"""Character position where each token of a response ends in the decoded text, for any tokenizer."""
 
 from __future__ import annotations
 
@@ -6,9 +6,9 @@ from collections.abc import Callable, Sequence
 from itertools import takewhile
 from typing import Any, Protocol
 
-REPLACEMENT = "\ufffd"  # what decoders put where bytes are no character (yet)
-MAX_PENDING = 3  # bytes of an unfinished UTF-8 character; decoders mark them all with one REPLACEMENT, or each with its own
-LONG_WINDOW = 8  # tokens without a finished character
+REPLACEMENT = "\ufffd"  # decoders write this character for bytes that are no (or not yet a) character
+MAX_PENDING = 3  # most bytes of an unfinished UTF-8 character; decoders write one REPLACEMENT for all of them, or one each
+LONG_WINDOW = 8  # so many tokens without a finished character are cut off, to stay linear
 
 
 class Decoder(Protocol):
@@ -18,26 +18,26 @@ class Decoder(Protocol):
 
 
 def token_char_ends(tokenizer: Decoder, ids: Sequence[int]) -> list[int]:
-    """Exclusive end of each token in decode(ids), in characters: nondecreasing, the last one is the length of the text.
+    """Return the exclusive end of each token in decode(ids), in characters: nondecreasing, the last one is the text's length.
 
-    A token ends where the text of the tokens up to it stops being a prefix of the whole text. So one that ends inside a
-    character ends where that character starts: the token with its last byte takes it.
+    A token ends where decode(tokens up to it) stops being a prefix of the full text. A token that ends inside a character
+    therefore ends before that character, which belongs to the token with its last byte.
     """
     return decode_with_ends(tokenizer, ids)[1]
 
 
 def decode_with_ends(tokenizer: Decoder, ids: Sequence[int]) -> tuple[str, list[int]]:
-    """(decode(ids), `token_char_ends`)."""
+    """Return (decode(ids), `token_char_ends` of the ids)."""
     ids = list(ids)
     if not ids:
         return "", []
     decode = tokenizer.decode
     text = decode(ids)
-    for overlap in (False, True):  # byte-level tokenizers decode token by token; others need to see the token before
+    for overlap in (False, True):  # byte-level tokenizers decode token by token; others need the token before
         ends = _windowed_ends(decode, ids, text, overlap)
         if ends is not None:
             return text, ends
-    # A decoder that goes back on what it said: count what the text of each prefix shares with the text. Quadratic, and rare.
+    # This decoder changes earlier text when tokens follow: measure the common prefix for each number of tokens. Quadratic; rare.
     ends, end = [], 0
     for i in range(1, len(ids)):
         shared = takewhile(lambda pair: pair[0] == pair[1], zip(decode(ids[:i]), text, strict=False))
@@ -47,10 +47,10 @@ def decode_with_ends(tokenizer: Decoder, ids: Sequence[int]) -> tuple[str, list[
 
 
 def _windowed_ends(decode: Callable[[list[int]], str], ids: list[int], text: str, overlap: bool) -> list[int] | None:
-    """Token ends by decoding a few tokens at a time, None where the pieces do not add up to the text.
+    """Token ends found by decoding a few tokens at a time; None if the pieces do not add up to the text.
 
-    ids[first:] are the tokens since the last character known to be finished. With `overlap`, the tokens ids[context:first]
-    of the window before are decoded along, since some decoders treat the first token of a text differently (leading spaces).
+    ids[first:] are the tokens since the last finished character. With `overlap` the tokens ids[context:first] before them are
+    decoded along, because some decoders treat the first token of a text differently (leading spaces).
     """
     ends: list[int] = []
     context, first, total, settled, piece = 0, 0, 0, "", ""
@@ -58,7 +58,7 @@ def _windowed_ends(decode: Callable[[list[int]], str], ids: list[int], text: str
         window = decode(ids[context : i + 1])
         piece = window[len(settled) :]
         pending = min(len(piece) - len(piece.rstrip(REPLACEMENT)), MAX_PENDING)
-        lengths = range(len(piece), len(piece) - pending - 1, -1)  # marks count where the text has them too
+        lengths = range(len(piece), len(piece) - pending - 1, -1)  # REPLACEMENT counts as text if the full text has it too
         finished = next((n for n in lengths if text.startswith(piece[:n], total)), None)
         if finished is None or not window.startswith(settled):
             return None
@@ -69,7 +69,7 @@ def _windowed_ends(decode: Callable[[list[int]], str], ids: list[int], text: str
         if piece and not pending:
             context, first, total = (first if overlap else i + 1), i + 1, end
             settled = decode(ids[context:first]) if overlap else ""
-        elif not overlap and i - first >= LONG_WINDOW:  # bytes that are no text: cut between characters, to stay linear
+        elif not overlap and i - first >= LONG_WINDOW:  # bytes that form no characters: cut the window, to stay linear
             for cut in range(i, i - MAX_PENDING - 1, -1):
                 head = decode(ids[first:cut])
                 if head + decode(ids[cut : i + 1]) == piece:

@@ -1,11 +1,11 @@
-"""A live audit of the judge: what it says of steps that have a gold label, held against that label while the policy trains.
+"""Audit of the judge during training: its verdicts on steps with a gold label are compared with that label.
 
-The judge reads a response as a whole, so it judges S3, S4 and S5 in the same call as S1 and S2. Where labels exist they tell how
-often it errs now, on what the present policy writes: a policy that learns to please the judge (reward hacking) shows as wrong
-steps that the judge calls correct. The audit costs no call of the judge and reads the rollouts of all ranks, so that every rank
-comes to the same decision.
+The judge reads a whole response, so one call judges S3, S4 and S5 along with S1 and S2. Where labels exist, they measure its
+error rate on the current policy's responses. Reward hacking, a policy that learns to please the judge, shows as wrong steps
+that the judge calls correct. The audit needs no further call of the judge. It reads the rollouts of all ranks, so that every rank
+takes the same decision.
 
-Paper: it evaluates the judge before the policy trains (Table 2) and not during; the audit is ours.
+Paper: the paper evaluates the judge before the policy trains (Table 2), not during training; the audit is ours.
 """
 
 from __future__ import annotations
@@ -21,14 +21,14 @@ from srpo.core.config.train import RewardConfig
 from srpo.core.steps import StepSchema, same_answer
 from srpo.data.examples import Example
 
-NUM, ERRORS, WRONG, FALSE_CORRECT = range(4)  # rows of the counts
+NUM, ERRORS, WRONG, FALSE_CORRECT = range(4)  # row numbers of the counts
 
 
 def audit_counts(rollouts: Sequence[Rollout], examples: Sequence[Example], schema: StepSchema) -> np.ndarray:
-    """[4, J]: verdicts on steps with a label, those that are wrong, the steps that are wrong, those of them called correct.
+    """Return counts [4, J]: audited verdicts, wrong verdicts, wrong steps, wrong steps that the judge calls correct.
 
-    rollouts[i].group indexes `examples`. A step counts where the judge was asked and said something, the example has a label, and
-    the response an answer. A probability of 0.5 or more is "correct".
+    rollouts[i].group indexes `examples`. A step is audited if it has a verdict, a gold label and an answer. A probability of 0.5
+    or more is the verdict "correct".
     """
     counts = np.zeros((4, schema.num_steps))
     for rollout in rollouts:
@@ -45,22 +45,22 @@ def audit_counts(rollouts: Sequence[Rollout], examples: Sequence[Example], schem
 
 @dataclass(frozen=True)
 class Audit:
-    """The judge's errors up to some optimizer step; what a checkpoint keeps of it is `state`.
+    """The judge's errors up to one optimizer step; a checkpoint stores its `state`.
 
-    `average` decays by `reward.audit_decay` with each optimizer step, counts and errors alike, so that a step with few labels
-    weighs little; `baseline` is the sum over the first `reward.audit_warmup` steps that had any.
+    `average` is a decaying sum of the counts: factor `reward.audit_decay` per optimizer step, so that optimizer steps with few
+    labels weigh little. `baseline` is the sum over the first `reward.audit_warmup` optimizer steps with an audited verdict.
     """
 
     counts: np.ndarray  # [4, J] of this optimizer step
     average: np.ndarray  # [4, J]
     baseline: np.ndarray  # [4, J]
     num_steps: int  # optimizer steps with at least one audited verdict
-    beyond: tuple[str, ...]  # names of the reasoning steps whose error rate is beyond the bound now
-    news: tuple[str, ...]  # one line for each of them that was not, one optimizer step before
+    beyond: tuple[str, ...]  # names of the reasoning steps whose error rate exceeds the bound
+    news: tuple[str, ...]  # one line of text for each name in `beyond` that is new in this optimizer step
 
     @property
     def state(self) -> dict[str, Any]:
-        """As plain values; `audit` continues from it exactly."""
+        """JSON-able values from which `audit` continues exactly."""
         return {
             "average": self.average.tolist(),
             "baseline": self.baseline.tolist(),
@@ -69,7 +69,7 @@ class Audit:
         }
 
     def metrics(self, schema: StepSchema) -> dict[str, float]:
-        """The `judge/*` metrics of this optimizer step; a rate of nothing has no key."""
+        """Return the `judge/*` metrics of this optimizer step; a rate with denominator 0 has no key."""
         metrics: dict[str, float] = {}
         for j, spec in enumerate(schema.specs):
             num, errors, wrong, false_correct = self.counts[:, j].tolist()
@@ -84,7 +84,7 @@ class Audit:
 
 
 def drift(average: np.ndarray, baseline: np.ndarray) -> np.ndarray:
-    """[J] rise of the averaged error rate over that of the warm-up; NaN where nothing was audited. Both [4, J]."""
+    """Return [J], the averaged error rate minus that of the warm-up; NaN without audited verdicts. Arguments: [4, J] counts."""
     with np.errstate(invalid="ignore"):
         return average[ERRORS] / average[NUM] - baseline[ERRORS] / baseline[NUM]
 
@@ -96,11 +96,11 @@ def audit(
     schema: StepSchema,
     cfg: RewardConfig,
 ) -> Audit:
-    """The audit after the scored rollouts of *all* ranks of one optimizer step, from the `state` of the one before (None: new).
+    """Audit one optimizer step: the scored rollouts of *all* ranks, and the `state` of the optimizer step before (None: new run).
 
-    Raises ValueError where `reward.audit` is "stop" and, after the warm-up, a step's averaged error rate has risen by more than
-    `reward.audit_bound` over that of the warm-up, with at least `reward.audit_min` verdicts in the average. With "warn" the loop
-    prints `news`; with "off" nothing is counted.
+    A reasoning step is beyond the bound if, after the warm-up, its averaged error rate exceeds that of the warm-up by more than
+    `reward.audit_bound`, with at least `reward.audit_min` verdicts in the average. With `reward.audit` "warn" the loop prints
+    `news`; with "off" nothing is counted. Raises ValueError with "stop" and a step beyond the bound.
     """
     shape = (4, schema.num_steps)
     counts = audit_counts(rollouts, examples, schema) if cfg.audit != "off" else np.zeros(shape)
@@ -112,7 +112,7 @@ def audit(
     if num_steps > cfg.audit_warmup and cfg.audit in ("warn", "stop"):
         rise = drift(average, baseline)
         for j, spec in enumerate(schema.specs):
-            if rise[j] > cfg.audit_bound and average[NUM, j] >= cfg.audit_min:  # False for NaN
+            if rise[j] > cfg.audit_bound and average[NUM, j] >= cfg.audit_min:  # False if the rise is NaN
                 alarms[spec.name] = _alarm(spec.name, average[:, j], baseline[:, j], cfg)
     if alarms and cfg.audit == "stop":
         raise ValueError(

@@ -1,4 +1,4 @@
-"""The judge on a rollout engine: texts in, tokens through the engine, texts out; several threads share its batches."""
+"""The judge on a rollout engine: encodes prompts, samples, decodes texts. Threads that call at once share a batch."""
 
 from __future__ import annotations
 
@@ -13,14 +13,14 @@ Texts = list[list[str | None]]  # [N][group_size]
 
 
 class Generator(Protocol):
-    """The part of a rollout engine that the judge uses (`srpo.rollout.engine.Engine` is one)."""
+    """The part of a rollout engine that the judge uses; `srpo.rollout.engine.Engine` has it."""
 
     def generate(self, prompts: Sequence[tuple[int, ...]], params: Any, seed: int) -> Sequence[Any]: ...
 
 
 @dataclass(eq=False)
 class _Request:
-    """What one thread waits for."""
+    """A call of `write` that waits for its texts."""
 
     prompts: Sequence[str]
     params: Any
@@ -31,10 +31,11 @@ class _Request:
 
 
 class EngineWriter:
-    """See `srpo.rewards.judge.Writer`. One call of the engine at a time: what other threads ask for meanwhile is its next batch.
+    """A `srpo.rewards.judge.Writer` on a rollout engine.
 
-    A prompt of more than `max_prompt_tokens` (0: no bound) gets no text. `close`: what frees the engine.
-    Raises ValueError where the engine does, with the judge's name before it.
+    The engine serves one call at a time; greedy requests that arrive meanwhile form its next batch. A prompt of more than
+    `max_prompt_tokens` (0: no bound) gets no text. `close` frees the engine. An engine's ValueError is raised with the judge's
+    name in front.
     """
 
     def __init__(
@@ -64,7 +65,7 @@ class EngineWriter:
         return self._work
 
     def write(self, prompts: Sequence[str], params: Any, seed: int) -> Texts:
-        """`params.group_size` texts after each prompt. Sampled texts depend on the order of the prompts, greedy ones do not."""
+        """Return `params.group_size` texts per prompt. Sampled texts depend on the order of the prompts, greedy ones do not."""
         mine = _Request(prompts, params, seed)
         with self._waiting_lock:
             self._waiting.append(mine)
@@ -77,7 +78,7 @@ class EngineWriter:
         return mine.texts
 
     def _batch(self, mine: _Request) -> list[_Request]:
-        """The requests that one call of the engine answers: greedy ones go together, sampled ones alone."""
+        """Requests for one call of the engine: all waiting greedy ones with the same params, or a single sampled one."""
         with self._waiting_lock:
             batch = [r for r in self._waiting if r is mine or (mine.params.greedy and r.params == mine.params)]
             self._waiting = [r for r in self._waiting if r not in batch]

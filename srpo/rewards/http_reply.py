@@ -1,4 +1,4 @@
-"""What a judge's server says, read with suspicion: replies, errors, how long to wait; and the addresses that are taken."""
+"""Parsing of untrusted replies of a judge's server (texts, errors, waiting times), and checks of its address and key."""
 
 from __future__ import annotations
 
@@ -10,10 +10,10 @@ from email.utils import parsedate_to_datetime
 from typing import Any
 from urllib.parse import urlsplit
 
-MAX_REPLY_BYTES = 1 << 20  # of one text; what is longer is no verdict
-MAX_PAUSE_S = 60.0  # between two attempts, whatever the server asks for
-MAX_READ = 4000  # characters of a server's message that are looked at
-MAX_SHOWN = 300  # of it in ours
+MAX_REPLY_BYTES = 1 << 20  # of one reply; a longer one is no verdict
+MAX_PAUSE_S = 60.0  # between two attempts; caps the server's Retry-After
+MAX_READ = 4000  # characters of a server's message that are read
+MAX_SHOWN = 300  # characters of it that our messages show
 
 _TOO_LONG = re.compile(
     r"context[ _]length|context window|too long|too large|max_model_len|maximum (?:model |input |prompt )?length"
@@ -21,13 +21,13 @@ _TOO_LONG = re.compile(
 
 
 class NotAReply(ValueError):
-    """The server's answer is not one of its API."""
+    """The reply does not have the form of the API."""
 
 
 def read_text(data: bytes, api: str) -> str | None:
-    """The text in an answer of the API "chat" or "completions"; None where the server says that there is none (a refusal).
+    """Return the text of a reply of the API "chat" or "completions"; None if its text is null (a refusal) or no string.
 
-    Total but for NotAReply: no JSON, or JSON without a choice of the API's form. Other choices than the first are not looked at.
+    Reads the first choice only. Raises nothing but NotAReply: for no JSON, and for JSON without a choice of the API's form.
     """
     choices = _json_object(data).get("choices")
     if not isinstance(choices, list) or not choices or not isinstance(choices[0], dict):
@@ -39,7 +39,7 @@ def read_text(data: bytes, api: str) -> str | None:
 
 
 def read_models(data: bytes) -> list[str]:
-    """The names in an answer to /models. Raises NotAReply."""
+    """Return the model names in a reply to /models. Raises NotAReply."""
     models = _json_object(data).get("data")
     if not isinstance(models, list):
         raise NotAReply(f"an answer without models: {server_message(data)}")
@@ -49,7 +49,7 @@ def read_models(data: bytes) -> list[str]:
 def _json_object(data: bytes) -> dict[str, Any]:
     try:
         found = json.loads(data)
-    except (ValueError, RecursionError) as error:  # bad text, a number of a million digits; a million brackets
+    except (ValueError, RecursionError) as error:  # bad text or a number with a million digits; a million brackets
         raise NotAReply(f"an answer that is no JSON: {server_message(data)}") from error
     if not isinstance(found, dict):
         raise NotAReply(f"an answer that is no JSON object: {server_message(data)}")
@@ -57,7 +57,7 @@ def _json_object(data: bytes) -> dict[str, Any]:
 
 
 def server_message(data: bytes) -> str:
-    """The error message in an answer, or how the answer begins: one printable line, quoted, not yet shortened for showing."""
+    """Return the error message of a reply, else the start of the reply: one printable line in quotes, at most MAX_READ long."""
     text = data[:MAX_READ].decode("utf-8", "replace")
     try:
         found = json.loads(data)
@@ -70,23 +70,23 @@ def server_message(data: bytes) -> str:
 
 
 def printable(text: str) -> str:
-    """At most MAX_READ characters on one line, without what a terminal would obey."""
+    """Return at most MAX_READ characters of `text` on one line, without control characters."""
     return " ".join("".join(c if c.isprintable() else " " for c in text[:MAX_READ]).split())
 
 
 def safe(text: str, key: str) -> str:
-    """What may be shown of a server's text: without the key, and only then shortened, so that no part of a key is left."""
+    """Return a server's text without the key and then shortened to MAX_SHOWN, in this order, so that no part of a key is left."""
     text = text.replace(key, "***") if key else text
     return text if len(text) <= MAX_SHOWN else text[:MAX_SHOWN] + "..."
 
 
 def says_too_long(status: int, data: bytes) -> bool:
-    """Whether an error says that the prompt does not fit into the judge's context."""
+    """Whether an error reply states that the prompt does not fit into the judge's context."""
     return status in (400, 413, 422) and bool(_TOO_LONG.search(data[:MAX_READ].decode("utf-8", "replace").casefold()))
 
 
 def retry_after_s(header: str | None, now: datetime | None = None) -> float:
-    """Seconds that a Retry-After header asks for (a number, or a date), from 0 to MAX_PAUSE_S; 0 for anything else."""
+    """Return the seconds of a Retry-After header (a number or a date), clipped to 0..MAX_PAUSE_S; 0 if it is unreadable."""
     if not header:
         return 0.0
     try:
@@ -102,12 +102,15 @@ def retry_after_s(header: str | None, now: datetime | None = None) -> float:
 
 
 def pause_s(attempt: int, first_s: float, draw: float) -> float:
-    """Seconds before attempt number `attempt` + 1 (from 1): doubling, at most MAX_PAUSE_S, times 0.5..1 by `draw` in [0, 1)."""
+    """Return the seconds between attempt number `attempt` (from 1) and the next.
+
+    Exponential backoff: first_s * 2^(attempt - 1), at most MAX_PAUSE_S, times a factor 0.5..1 from `draw` in [0, 1).
+    """
     return min(first_s * 2 ** min(attempt - 1, 32), MAX_PAUSE_S) * (0.5 + draw / 2)
 
 
 def checked_url(url: str) -> str:
-    """The base address without a slash at its end. ValueError, which does not show the address, where it cannot be one."""
+    """Return the base address without trailing slash. Raises ValueError, without showing the address, if it is not usable."""
     try:
         parts = urlsplit(url)
         usable = parts.scheme in ("http", "https") and bool(parts.hostname) and (parts.port or 1) > 0 and url.isprintable()
@@ -128,13 +131,13 @@ def checked_url(url: str) -> str:
 
 
 def is_loopback(url: str) -> bool:
-    """Whether the address is this machine's own."""
+    """Whether the address is a loopback address."""
     host = urlsplit(url).hostname or ""
     return host in ("localhost", "::1") or bool(re.fullmatch(r"127(\.\d{1,3}){3}", host))
 
 
 def checked_key(key: str) -> str:
-    """An API key without white space around it. ValueError, which does not show the key, where no header takes it."""
+    """Return an API key without surrounding white space. Raises ValueError, without showing the key, if no header can hold it."""
     key = key.strip()
     if not all(33 <= ord(c) < 127 for c in key):
         raise ValueError("the key in OPENAI_API_KEY has characters that no HTTP header takes: set it again")

@@ -10,9 +10,9 @@ from srpo.core.steps import StepSchema, StepSpec, same_answer
 from srpo.data.examples import Example
 from srpo.rewards.judge import Judge, Verdicts
 
-# Beside the sources of `StepSpec`, `Rollout.reward_sources` says why nobody graded a step:
-MISSING = "missing"  # the response has no answer for it: 0
-NO_VERDICT = "no_verdict"  # the judge was asked and did not say: missing_verdict * reward
+# Values of `Rollout.reward_sources` for steps that no source of `StepSpec` graded:
+MISSING = "missing"  # the response has no answer to the step: earns 0
+NO_VERDICT = "no_verdict"  # the judge gave no verdict: earns missing_verdict * reward
 
 
 def score(
@@ -22,17 +22,18 @@ def score(
     judge: Judge | None,
     missing_verdict: float = 0.0,
 ) -> list[Rollout]:
-    """The rollouts with `step_rewards` and `reward_sources`, [J] each (Eq. 5); examples[i] is the pair that rollouts[i] answers.
+    """Return the rollouts with `step_rewards` and `reward_sources`, [J] each (Eq. 5); rollouts[i] answers the pair examples[i].
 
-    The sources of a step are asked in order: "gold" where the example has a label (right if the answer states the same facts),
-    "judge" where it gives a verdict (a probability earns that share of the reward), "rule" (right if the answer is one of the
-    options), "skip" (earns 0 and is not counted).
-    A step without an answer earns 0, source "missing"; one whose judge does not say earns a share of its reward, source
-    "no_verdict": `StepSpec.missing_verdict` where the step has one, else `missing_verdict`. The judge is called at most once, for
-    the rollouts that need it; they keep its `verdicts` [J] on all steps, whoever graded them, for `srpo.rewards.audit`.
+    The first source of a step that can grade it does: "gold" if the example has a label (correct if the answer states the same
+    facts), "judge" if it gives a verdict (a probability earns that fraction of the reward), "rule" (correct if the answer is one
+    of the options), "skip" (earns 0, and the step is not counted).
+    A step without answer earns 0, source "missing". A step whose judge gives no verdict, with no source left, earns a fraction of
+    its reward, source "no_verdict": `StepSpec.missing_verdict` if set, else `missing_verdict`.
+    The judge is called at most once, for the rollouts that need it. They keep its `verdicts` [J] on all steps, also on those that
+    another source graded, for `srpo.rewards.audit`.
 
-    Raises ValueError where lengths or ids do not fit together, and where nothing can ever grade a step: no label and no judge.
-    Paper: Eq. 5 has fixed sources (judge for S1, S2; labels for S3, S4) and does not say what an unreadable verdict earns.
+    Raises ValueError if lengths or ids do not match, and for a step that no source can grade (no label and no judge).
+    Paper: Eq. 5 fixes the sources (judge for S1, S2; labels for S3, S4) and does not say what an unreadable verdict earns.
     """
     if len(rollouts) != len(examples):
         raise ValueError(f"{len(rollouts)} rollouts and {len(examples)} examples: pass the example of each rollout, in its order")
@@ -65,7 +66,7 @@ def _gold(rollout: Rollout, example: Example, schema: StepSchema) -> tuple[str |
 
 
 def _sources(spec: StepSpec, label: str | None, judge: Judge | None, example_id: str) -> list[str]:
-    """The sources of a step that can grade this example, in order."""
+    """Sources that can grade the step of this example, in order."""
     can = {"gold": label is not None, "judge": judge is not None, "rule": True, "skip": True}
     able = [source for source in spec.sources if can[source]]
     if not able:
@@ -80,7 +81,7 @@ def _sources(spec: StepSpec, label: str | None, judge: Judge | None, example_id:
 def _ask(
     judge: Judge | None, rollouts: Sequence[Rollout], examples: Sequence[Example], sources: Sequence[Sequence[Sequence[str]]]
 ) -> list[Verdicts | None]:
-    """Verdicts [N][J], None for the rollouts that no judge needs to see."""
+    """Verdicts [N][J]; None for a rollout that has no step for the judge."""
     verdicts: list[Verdicts | None] = [None] * len(rollouts)
     asked = [
         i
@@ -102,17 +103,17 @@ def _grade(
     verdict: bool | float | None,
     missing_verdict: float,
 ) -> tuple[float, str]:
-    """(reward, source) of one step."""
+    """Return (reward, source) of one step: the cases of Eq. 5, times the step's coefficient `spec.reward` (Appendix B)."""
     if answer is None and able[0] != "skip":
-        return 0.0, MISSING
+        return 0.0, MISSING  # pi_Sj finds no answer
     for source in able:
-        if source == "gold":
+        if source == "gold":  # Eq. 5, j in {3, 4}: I[pi_Sj(o) = gt_j], and alike for the verdict S5
             return spec.reward * same_answer(answer, label), source
-        if source == "judge" and verdict is not None:
+        if source == "judge" and verdict is not None:  # Eq. 5, j in {1, 2}: R_phi(q, p, pi_Sj(o))
             return spec.reward * verdict, source
-        if source == "rule":
+        if source == "rule":  # not in the paper: any of the options is correct
             return spec.reward * (answer is not None and spec.canonical(answer) is not None), source
-        if source == "skip":
+        if source == "skip":  # not in the paper: the step is not graded
             return 0.0, source
     share = missing_verdict if spec.missing_verdict is None else spec.missing_verdict
     return share * spec.reward, NO_VERDICT

@@ -1,4 +1,4 @@
-"""The judge R_phi of Eq. 5: what it promises, a simulated annotator, and a language model that writes verdicts (4.3.1)."""
+"""The judge R_phi of Eq. 5: its protocol, a simulated annotator, and a language model that writes verdicts (4.3.1)."""
 
 from __future__ import annotations
 
@@ -14,23 +14,23 @@ from srpo.data.examples import Example
 from srpo.rewards.verdict_cache import Told, VerdictCache, WorkCounts, question_key
 from srpo.rewards.verdicts import PROMPT, judge_prompt, parse_verdicts
 
-# [J] whether each step is right, or with what probability (a graded scalar model); None where the judge does not say
+# [J] whether each step is correct, or its probability (graded scalar model); None if the judge gives no verdict
 Verdicts = tuple[bool | float | None, ...]
 
 
 class Judge(Protocol):
-    """Says of each step of a response whether it is right."""
+    """R_phi of Eq. 5: judges whether each step of a response is correct."""
 
     def judge(self, rollouts: Sequence[Rollout], examples: Sequence[Example]) -> list[Verdicts]:
-        """Verdicts of each rollout, [N][J]; examples[i] is the pair that rollouts[i] answers."""
+        """Return verdicts [N][J]; rollouts[i] answers the pair examples[i]."""
         ...
 
 
 class OracleJudge:
-    """A simulated annotator: holds each answer against `example.truth` and errs at a given rate.
+    """A simulated annotator that compares each answer with `example.truth` and errs at a given rate.
 
-    An error is a pure function of (seed, example, response text, step), so verdicts depend neither on the order nor on the
-    number of calls. A missing answer is always wrong; without a truth there is no verdict. ValueError for a rate outside 0..1.
+    Its errors are a pure function of (seed, example id, response text, step), so verdicts do not depend on the order or number of
+    calls. A missing answer is always wrong; a step without truth gets no verdict. Raises ValueError for a rate outside 0..1.
     """
 
     def __init__(self, error_rate: float, seed: int, schema: StepSchema) -> None:
@@ -41,7 +41,7 @@ class OracleJudge:
         self.num_steps = schema.num_steps
 
     def judge(self, rollouts: Sequence[Rollout], examples: Sequence[Example]) -> list[Verdicts]:
-        """Verdicts [N][J]. ValueError where an example's truth has not one entry per step."""
+        """Return verdicts [N][J]. Raises ValueError if an example's truth or a rollout's answers are not one per step."""
         return [self._judge(rollout, example) for rollout, example in zip(rollouts, examples, strict=True)]
 
     def _judge(self, rollout: Rollout, example: Example) -> Verdicts:
@@ -62,41 +62,41 @@ class OracleJudge:
         return same_answer(answer, truth) != (self._draw(rollout, j) < self.error_rate)
 
     def _draw(self, rollout: Rollout, j: int) -> float:
-        """Uniform in [0, 1)."""
+        """Pseudo-random number, uniform in [0, 1)."""
         key = repr((self.seed, rollout.example_id, rollout.text, j)).encode("utf-8", "backslashreplace")
         return int.from_bytes(hashlib.blake2b(key, digest_size=8).digest()[:6], "big") / 2**48
 
 
 class Writer(Protocol):
-    """A language model that continues texts, wherever it runs; `write` is called by several threads at once."""
+    """A language model that continues texts, in this process or on a server. Several threads may call `write` at once."""
 
     @property
     def identity(self) -> str:
-        """Names the model: what two judges of the same name say is the same."""
+        """Name of the model; writers with equal names give equal greedy texts, so the verdict cache uses it in its keys."""
         ...
 
     @property
     def work(self) -> WorkCounts:
-        """num_calls (texts asked for), num_retries, num_failed, num_too_long."""
+        """Counters num_calls (texts requested), num_retries, num_failed and num_too_long."""
         ...
 
     def write(self, prompts: Sequence[str], params: Any, seed: int) -> list[list[str | None]]:
-        """`params.group_size` texts after each prompt; None where there is none: too long, or failed and counted."""
+        """Return `params.group_size` texts per prompt; None if the prompt is too long or its call failed (both are counted)."""
         ...
 
     def close(self) -> None: ...
 
 
 class GenerativeJudge:
-    """A language model that reads the pair and the response, and writes verdicts in the form of Figure 4.
+    """A language model that reads a pair and a response, and writes verdicts in the form of Figure 4.
 
-    `writer` writes with `params` (a `SamplingParams`: greedy, group size 1, the judge's stop ids). Whatever it writes is read; a
-    step that the schema wants judged and that gets no readable verdict counts as missing. A question that `cache` knows, and the
-    second of two equal ones in a call, is not asked. `judge` may be called by several threads, a few responses at a time.
+    `writer` samples with `params` (greedy, group_size 1, the judge's stop ids). Any text is parsed; `num_missing` counts judged
+    steps without a readable verdict. A question in `cache` is not sent again, nor are equal questions of one call. Several
+    threads may call `judge` at once.
 
-    The judged text is part of the prompt. It can contain verdicts, or what looks like the end of the prompt; only what the model
-    writes after it is read, so at most it changes the verdicts on itself. That it may do, by any means that works on a language
-    model: a policy that learns to shows in the audit (`srpo.rewards.audit`), where steps have labels.
+    The judged response is part of the prompt, so it may contain verdicts or a fake end of the prompt. Only the text that the
+    model writes after the prompt is parsed, so a response can influence no verdicts but its own. A policy that learns to do so
+    shows in the audit (`srpo.rewards.audit`) if steps have labels.
     """
 
     def __init__(
@@ -119,11 +119,11 @@ class GenerativeJudge:
         self.cache = VerdictCache(0) if cache is None else cache
         self._work = WorkCounts()
         self._lock = threading.Lock()
-        self.num_verdicts = 0  # that were asked for so far
-        self.num_missing = 0  # of them, unreadable
+        self.num_verdicts = 0  # requested so far: one per response and step that has the source "judge"
+        self.num_missing = 0  # those without a readable verdict
 
     def judge(self, rollouts: Sequence[Rollout], examples: Sequence[Example]) -> list[Verdicts]:
-        """Verdicts [N][J], None where the text gives none. Raises what the writer raises."""
+        """Return verdicts [N][J], None if the text has no verdict on a step. Raises what the writer raises."""
         prompts = self._prompts(rollouts, examples)
         with self._work.busy():
             told = self._told(list(dict.fromkeys(prompts)))
@@ -136,7 +136,7 @@ class GenerativeJudge:
         return verdicts
 
     def _told(self, prompts: Sequence[str]) -> dict[str, Told]:
-        """The verdicts on different prompts. What has no text is not remembered: it may get one the next time."""
+        """Verdicts by prompt; the prompts differ. A prompt without text is not cached: the next call may succeed."""
         keys = {prompt: question_key(self.writer.identity, self.params, self.seed, prompt) for prompt in prompts}
         known = {prompt: self.cache.get(key) for prompt, key in keys.items()}
         told = {prompt: verdicts for prompt, verdicts in known.items() if verdicts is not None}
@@ -149,13 +149,16 @@ class GenerativeJudge:
         return told
 
     def votes(self, rollouts: Sequence[Rollout], examples: Sequence[Example], num_votes: int, seed: int) -> list[list[Verdicts]]:
-        """`num_votes` sampled opinions on each rollout, [N][num_votes][J]: how sure the judge is. Not counted in `stats`."""
+        """Return `num_votes` sampled verdicts on each rollout, [N][num_votes][J]; their spread measures the judge's certainty.
+
+        Not counted in num_verdicts and num_missing.
+        """
         params = replace(self.params, group_size=num_votes, greedy=False)
         texts = self.write(rollouts, examples, params, seed)
         return [[parse_verdicts(text, self.schema.num_steps) for text in several] for several in texts]
 
     def write(self, rollouts: Sequence[Rollout], examples: Sequence[Example], params: Any, seed: int) -> list[list[str]]:
-        """`params.group_size` texts about each rollout; empty ones where there are none. Equal prompts are asked about once."""
+        """Return `params.group_size` texts about each rollout, "" for a missing one. Equal prompts are sent once."""
         prompts = self._prompts(rollouts, examples)
         asked = list(dict.fromkeys(prompts))
         texts = dict(zip(asked, self.writer.write(asked, params, seed), strict=True)) if asked else {}
@@ -165,14 +168,17 @@ class GenerativeJudge:
         return [judge_prompt(example, rollout.text, self.template) for rollout, example in zip(rollouts, examples, strict=True)]
 
     def stats(self) -> dict[str, float]:
-        """num_verdicts asked for and num_missing of them, since the start."""
+        """Return num_verdicts requested and num_missing of them, since the start."""
         return {"num_verdicts": self.num_verdicts, "num_missing": self.num_missing}
 
     def take_counts(self) -> dict[str, float]:
-        """The work since the last call of this, for `srpo.rewards.verdict_cache.work_metrics`: num_responses judged, num_asked of
-        them that neither the cache nor an equal one answered, busy_s, and what the writer counts."""
+        """Return the work since the last `take_counts`, for `srpo.rewards.verdict_cache.work_metrics`.
+
+        num_responses judged; num_asked, questions sent to the writer (not in the cache, equal ones counted once); busy_s; and the
+        writer's counts.
+        """
         return {**self.writer.work.take(), **self._work.take()}
 
     def close(self) -> None:
-        """Free what the writer holds; the judge is not used again."""
+        """Free the writer's resources. The judge cannot be used afterwards."""
         self.writer.close()

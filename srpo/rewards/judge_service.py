@@ -1,4 +1,4 @@
-"""The judge behind an OpenAI-compatible URL (`vllm serve`, and many others): calls side by side, tried again, given up on."""
+"""The judge behind an OpenAI-compatible URL (`vllm serve` and many others): parallel calls, retries, fallback."""
 
 from __future__ import annotations
 
@@ -32,25 +32,25 @@ from srpo.rewards.http_reply import (
 from srpo.rewards.verdict_cache import WorkCounts
 
 PATHS = {"chat": "/chat/completions", "completions": "/completions"}
-TRIED_AGAIN = (408, 409, 429)  # and 5xx, and no answer at all
-OF_THE_TEXT = (400, 413, 422)  # the server objects to what was asked, which with the next response may be different
+TRIED_AGAIN = (408, 409, 429)  # HTTP statuses that are retried, as are 5xx and a missing answer
+OF_THE_TEXT = (400, 413, 422)  # HTTP statuses that object to this prompt; the next prompt may pass
 ENDED = "reward.judge_fallback = 'missing' goes on without its verdicts"
 
 
 class JudgeServiceError(ValueError):
-    """The judge's server does not do what it has to; the text says what to do about it."""
+    """The judge's server failed or refused; the message names the fix."""
 
 
 class _NoAnswer(Exception):
-    """An attempt failed in a way that the next one may not."""
+    """An attempt failed; a retry may succeed."""
 
     def __init__(self, reason: str, wait_s: float = 0.0) -> None:
         super().__init__(reason)
-        self.wait_s = wait_s  # that the server asked for
+        self.wait_s = wait_s  # from the server's Retry-After
 
 
 class _Refused(Exception):
-    """The server will answer every attempt like this."""
+    """The server refused; a retry would be refused, too."""
 
     def __init__(self, reason: str, status: int) -> None:
         super().__init__(reason)
@@ -62,18 +62,19 @@ class _TooLong(Exception):
 
 
 class JudgeService:
-    """See `srpo.rewards.judge.Writer`. Calls of all threads share `reward.judge_concurrency` places.
+    """A `srpo.rewards.judge.Writer` on a server. All threads together have at most `reward.judge_concurrency` open calls.
 
-    A call whose attempt fails (no connection, no whole answer within `judge_timeout_s`, HTTP 408, 409, 429 or 5xx, an answer that
-    is none) is tried `judge_retries` times more, after pauses that double from `judge_backoff_s` or that the server asks for
-    (Retry-After), at most a minute each. Then `judge_fallback` decides: "stop" raises JudgeServiceError, with "missing" the call
-    has no text and is counted. Once a call has failed in all attempts while no other succeeded, the server counts as down: calls
-    under way are given up and further ones are tried once, until one succeeds, so that an outage costs one series of pauses and
-    not one per response. Any other 4xx stops at once, as do redirects, which are never followed; an objection to one text (400,
-    413, 422) goes by `judge_fallback`, and one that says the prompt is too long gives no text.
+    Retries: an attempt fails without connection, without a complete answer within `judge_timeout_s`, with HTTP 408, 409, 429 or
+    5xx, and with an unreadable answer. It is retried up to `judge_retries` times. Pauses double from `judge_backoff_s`, are at
+    least the server's Retry-After, and at most a minute each. Then `judge_fallback` decides: "stop" raises JudgeServiceError,
+    "missing" gives no text and counts the call.
+    Outages: if a call fails in all attempts while no other succeeds, the server counts as down. Open calls are given up and new
+    calls get one attempt, until one succeeds, so that an outage costs one series of pauses, not one per response.
+    Refusals: any other 4xx and any redirect raise JudgeServiceError at once; redirects are never followed. 400, 413 and 422
+    object to one prompt and follow `judge_fallback`; if the reply states that the prompt is too long, the call gives no text.
 
-    A text is whatever the server says it is, of at most MAX_REPLY_BYTES with its wrapping: `parse_verdicts` reads any. The key
-    goes into one header and nowhere else; it is removed from what the server says before that is shown.
+    A reply may hold any text of up to MAX_REPLY_BYTES: `parse_verdicts` is total. The key is sent in one header only, and removed
+    from the server's messages before they are shown.
     Raises ValueError for an address, key or number that cannot work.
     """
 
@@ -88,18 +89,18 @@ class JudgeService:
         self._key = checked_key(api_key)
         self._model = cfg.judge_model
         self._work = WorkCounts()
-        self._random = random.Random(seed)  # of its own: pauses may not move anybody's numbers
+        self._random = random.Random(seed)  # own generator: pauses must not change the run's random numbers
         self._down_at = self._answered_at = float("-inf")
         self._last_failure = ""
-        headers = {"Content-Type": "application/json", "Accept-Encoding": "identity"}  # nothing to unpack, so no bomb
+        headers = {"Content-Type": "application/json", "Accept-Encoding": "identity"}  # no compression, so no decompression bomb
         if self._key:
             headers["Authorization"] = f"Bearer {self._key}"
         self._client = httpx2.AsyncClient(
             headers=headers,
-            timeout=None,  # the whole call has one
+            timeout=None,  # `_tried` limits each attempt as a whole
             follow_redirects=False,
-            verify=self._url.startswith("https:"),  # reading the certificates takes a while, and http has none
-            trust_env=not is_loopback(self._url),  # no proxy on the way to this machine
+            verify=self._url.startswith("https:"),  # loading certificates is slow, and http needs none
+            trust_env=not is_loopback(self._url),  # no proxy for loopback addresses
             limits=httpx2.Limits(max_connections=cfg.judge_concurrency, max_keepalive_connections=cfg.judge_concurrency),
         )
         self._slots = asyncio.Semaphore(cfg.judge_concurrency)
@@ -117,15 +118,16 @@ class JudgeService:
         return self._work
 
     def start(self) -> None:
-        """Find the model's name if none is set, and ask for one token. Raises JudgeServiceError where the run could not work.
+        """Look up the model's name if `reward.judge_model` is empty, and request one token.
 
-        With fallback "missing" a server that gives no answer is only warned of, as long as the model's name is known.
+        Raises JudgeServiceError if the server refuses or does not answer. With `judge_fallback` "missing" and a known model name
+        a missing answer is only a warning.
         """
         if not self._model:
             self._model = self._only_model()
         try:
             self._wait(self._call(self._body("Query", 1, 0.0, 0, 0)))
-        except _TooLong:  # of one word: the server speaks, and what it says of real prompts is counted
+        except _TooLong:  # for a prompt of one word: the server works, and too long prompts of the run are counted
             pass
         except _Refused as refusal:
             raise self._stopped(str(refusal), "check the settings of the judge") from refusal
@@ -151,7 +153,7 @@ class JudgeService:
         return models[0]
 
     def write(self, prompts: Sequence[str], params: Any, seed: int) -> list[list[str | None]]:
-        """`params.group_size` texts after each prompt, each in a call of its own. JudgeServiceError as the settings have it."""
+        """Return `params.group_size` texts per prompt, one call each. Raises JudgeServiceError as `judge_fallback` decides."""
         temperature = 0.0 if params.greedy else params.temperature
         bodies = [
             self._body(prompt, params.max_new_tokens, temperature, params.top_k, seed + number)
@@ -168,11 +170,11 @@ class JudgeService:
         if self._cfg.judge_api == "chat":
             asked["messages"] = [{"role": "user", "content": prompt}]
         else:
-            asked |= {"prompt": prompt, "add_special_tokens": False}  # as srpo.train_judge trains and the local judge reads
+            asked |= {"prompt": prompt, "add_special_tokens": False}  # like srpo.train_judge and the local judge
         return json.dumps(asked).encode("ascii")
 
     def _wait(self, work: Any) -> Any:
-        """The result of a coroutine on the service's own thread."""
+        """Run a coroutine on the service's thread and return its result."""
         future = asyncio.run_coroutine_threadsafe(work, self._loop)
         try:
             return future.result()
@@ -186,13 +188,13 @@ class JudgeService:
         tasks = [asyncio.create_task(self._text(body)) for body in bodies]
         try:
             return await asyncio.gather(*tasks)
-        finally:  # the first that stops the run stops the others
+        finally:  # after an error in one call, cancel the others
             for task in tasks:
                 task.cancel()
             await asyncio.gather(*tasks, return_exceptions=True)
 
     async def _text(self, body: bytes) -> str | None:
-        """The text of a call, or what the fallback has in its place."""
+        """The text of a call; None if it failed and the run goes on without it."""
         self._work.add(num_calls=1)
         stops = self._cfg.judge_fallback == "stop"
         try:
@@ -214,9 +216,9 @@ class JudgeService:
         return await self._tried(lambda: self._post(body))
 
     async def _tried(self, attempt: Any) -> Any:
-        """The result of `attempt()`, which may be made several times. Raises what its last one did.
+        """Return the result of `attempt()`, retried as the class describes. Raises the error of the last attempt.
 
-        A call keeps its place while it pauses: a server that fails is not met by all the others in turn.
+        A call keeps its slot while it pauses, so that a failing server does not get all other calls meanwhile.
         """
         asked_at = self._loop.time()
         async with self._slots:
@@ -224,7 +226,7 @@ class JudgeService:
             num_attempts = 1 if self._down_at > self._answered_at else 1 + self._cfg.judge_retries
             failure = _NoAnswer(self._last_failure)
             for number in range(1, num_attempts + 1):
-                if self._down_at > max(asked_at, self._answered_at):  # others have found that out meanwhile
+                if self._down_at > max(asked_at, self._answered_at):  # another call found the server down meanwhile
                     raise failure
                 try:
                     async with asyncio.timeout(self._cfg.judge_timeout_s):
@@ -254,7 +256,7 @@ class JudgeService:
         return _NoAnswer(self._safe(printable(f"{type(error).__name__} {error}".strip())))
 
     async def _post(self, body: bytes) -> str | None:
-        """The text that one request gives."""
+        """The text of one request."""
         data = await self._request("POST", PATHS[self._cfg.judge_api], body)
         return read_text(data, self._cfg.judge_api)
 
@@ -262,7 +264,7 @@ class JudgeService:
         return read_models(await self._request("GET", "/models", None))
 
     async def _request(self, method: str, path: str, body: bytes | None) -> bytes:
-        """The body of a good answer."""
+        """The body of a reply with status 2xx."""
         async with self._client.stream(method, self._url + path, content=body) as response:
             status = response.status_code
             data = b""
@@ -282,7 +284,7 @@ class JudgeService:
             raise _TooLong
         raise _Refused(reason, status)
 
-    # ---- what is said --------------------------------------------------------------------------------------------------------
+    # ---- error messages ------------------------------------------------------------------------------------------------------
 
     def _safe(self, text: str) -> str:
         return safe(text, self._key)
@@ -298,12 +300,12 @@ class JudgeService:
         return JudgeServiceError(f"the judge at {self._url} refuses: {reason}; {hint}")
 
     def close(self) -> None:
-        """End the thread and its connections."""
+        """Close the connections and end the service's thread."""
         self._end()
 
 
 def check_service(cfg: RewardConfig) -> None:
-    """Raise ValueError for numbers and an address that cannot work."""
+    """Raise ValueError for an address or numbers that cannot work."""
     checked_url(cfg.judge_url)
     if cfg.judge_concurrency < 1 or cfg.judge_retries < 0:
         raise ValueError(
@@ -324,8 +326,8 @@ def _run(loop: asyncio.AbstractEventLoop) -> None:
 
 
 def _end(loop: asyncio.AbstractEventLoop, thread: threading.Thread, client: httpx2.AsyncClient) -> None:
-    """Not a method: the service may be gone by now."""
-    if thread is threading.current_thread():  # the last reference fell there
+    """Close a service. A function, because the finalizer runs after the service object is gone."""
+    if thread is threading.current_thread():  # the last reference was dropped on the service's own thread
         loop.stop()
     elif thread.is_alive():
         asyncio.run_coroutine_threadsafe(client.aclose(), loop).result(timeout=5)

@@ -1,4 +1,4 @@
-"""The scalar reward model as a judge (Appendix A): a probability for each step, which becomes a verdict or a graded reward."""
+"""The scalar reward model as a judge (Appendix A): one probability per step, used as a verdict or as a graded reward."""
 
 from __future__ import annotations
 
@@ -16,30 +16,30 @@ ScalarCase = tuple[tuple[int, ...], tuple[int, ...], tuple[int, ...]]  # ids of 
 
 
 class Scorer(Protocol):
-    """What computes probabilities (`srpo.rewards.build` has one on a model)."""
+    """Computes probabilities of steps (`srpo.rewards.build.open_scalar_judge` makes one from a model)."""
 
     def __call__(self, cases: Sequence[ScalarCase]) -> Sequence[Sequence[float]]:
-        """[N][J] probabilities that each step is correct."""
+        """Return [N][J], the probability that each step is correct."""
         ...
 
 
 def scalar_case(example: Example, response: str, tokenizer: Any, schema: StepSchema) -> ScalarCase:
-    """What the model reads: the judge's prompt (`verdicts.PROMPT`), the response and its step ends, in the model's tokens."""
+    """Return the model's input for one response: ids of the prompt (`verdicts.PROMPT`) and of the response, and its step ends."""
     prompt = tokenizer.encode(build_prompt(example, PROMPT), add_special_tokens=False)
     ids = tokenizer.encode(response.strip(), add_special_tokens=False)
     return tuple(prompt), tuple(ids), parse_response(schema, tokenizer, ids).step_ends
 
 
 def is_there(case: ScalarCase, j: int) -> bool:
-    """Whether step j has a token of its own to be scored at."""
+    """Whether step j has a token at which it can be scored."""
     return case[2][j] > (case[2][j - 1] if j else 0)
 
 
 class ScalarJudge:
-    """Verdicts of a scalar reward model: whether p >= 0.5, or with `graded` p itself, which Eq. 5 pays as a share of the reward.
+    """Verdicts of a scalar reward model: p >= 0.5, or with `graded` the probability p itself, a fraction of the reward in Eq. 5.
 
-    A step that the response does not have is wrong (p = 0). A case of more than `max_tokens` tokens gets no verdicts, which is
-    counted; equal cases are scored once.
+    A step that the response lacks is wrong (p = 0). A case of more than `max_tokens` tokens gets no verdicts and is counted in
+    `num_missing`. Equal cases are scored once.
     """
 
     def __init__(self, scorer: Scorer, tokenizer: Any, schema: StepSchema, *, max_tokens: int, graded: bool = False) -> None:
@@ -48,18 +48,18 @@ class ScalarJudge:
         self.schema = schema
         self.max_tokens = max_tokens
         self.graded = graded
-        self.num_verdicts = 0  # that were asked for so far
-        self.num_missing = 0  # of them, not given
+        self.num_verdicts = 0  # requested so far: one per response and step
+        self.num_missing = 0  # those not given
 
     def judge(self, rollouts: Sequence[Rollout], examples: Sequence[Example]) -> list[Verdicts]:
-        """Verdicts [N][J]; all None for a case that is too long."""
+        """Return verdicts [N][J]; all None for a case that is too long."""
         probabilities = self.probabilities(rollouts, examples)
         self.num_verdicts += self.schema.num_steps * len(probabilities)
         self.num_missing += sum(p is None for row in probabilities for p in row)
         return [tuple(p if p is None or self.graded else p >= 0.5 for p in row) for row in probabilities]
 
     def probabilities(self, rollouts: Sequence[Rollout], examples: Sequence[Example]) -> list[tuple[float | None, ...]]:
-        """[N][J] probabilities that each step is correct; None for a case that is too long."""
+        """Return [N][J], the probability that each step is correct; None for a case that is too long."""
         cases = [scalar_case(e, r.text, self.tokenizer, self.schema) for r, e in zip(rollouts, examples, strict=True)]
         asked = [case for case in dict.fromkeys(cases) if len(case[0]) + len(case[1]) <= self.max_tokens]
         scored = dict(zip(asked, self.scorer(asked), strict=True)) if asked else {}
@@ -70,5 +70,5 @@ class ScalarJudge:
         ]
 
     def stats(self) -> dict[str, float]:
-        """num_verdicts asked for and num_missing of them, since the start."""
+        """Return num_verdicts requested and num_missing of them, since the start."""
         return {"num_verdicts": self.num_verdicts, "num_missing": self.num_missing}

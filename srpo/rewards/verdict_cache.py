@@ -1,4 +1,4 @@
-"""Verdicts that a generative judge has given before, and a count of the work that they did not save."""
+"""Cache of a generative judge's verdicts, and counters of its remaining work."""
 
 from __future__ import annotations
 
@@ -10,15 +10,15 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
 
-Told = tuple[bool | None, ...]  # [J], None where the judge did not say
+Told = tuple[bool | None, ...]  # [J], None without a verdict
 
 
 class VerdictCache:
-    """The last `max_entries` different questions with their verdicts; of any thread. 0 entries: it remembers nothing.
+    """Verdicts of the `max_entries` most recently used questions (0: no cache). Thread-safe.
 
-    A question is (judge, decoding parameters, prompt with its template filled in): whatever a greedy judge's answer depends on.
-    Groups of GRPO repeat responses, within a step and between steps. About 300 bytes per entry; nothing is written to disk, so a
-    run that is resumed asks again.
+    A question is (judge, decoding parameters, seed, prompt): everything that a greedy judge's answer depends on. It pays because
+    groups of GRPO repeat responses, within an optimizer step and across steps. About 300 bytes per entry. Nothing is written to
+    disk, so a resumed run starts with an empty cache.
     """
 
     def __init__(self, max_entries: int) -> None:
@@ -32,7 +32,7 @@ class VerdictCache:
         return len(self._told)
 
     def get(self, key: bytes) -> Told | None:
-        """What was put under `key`, if it is still there; it is then the youngest."""
+        """Return the verdicts of `key` and mark it as most recently used; None if the cache does not have it."""
         with self._lock:
             if key not in self._told:
                 return None
@@ -40,7 +40,7 @@ class VerdictCache:
             return self._told[key]
 
     def put(self, key: bytes, told: Told) -> None:
-        """Remember verdicts; the entries that were asked for longest ago make room."""
+        """Store verdicts and evict the least recently used entries beyond `max_entries`."""
         with self._lock:
             self._told[key] = told
             self._told.move_to_end(key)
@@ -49,12 +49,12 @@ class VerdictCache:
 
 
 def question_key(identity: str, params: Any, seed: int, prompt: str) -> bytes:
-    """16 bytes of a question; equal questions alone have equal ones."""
+    """Return the cache key of a question: a 16-byte digest."""
     return hashlib.blake2b(repr((identity, params, seed, prompt)).encode("utf-8", "backslashreplace"), digest_size=16).digest()
 
 
 class WorkCounts:
-    """Counts, and the seconds in which at least one thread was at work; of any thread. `take` begins again at nothing."""
+    """Thread-safe counters, and the seconds in which at least one thread was busy. `take` returns and resets them."""
 
     def __init__(self) -> None:
         self._counts: Counter[str] = Counter()
@@ -67,7 +67,7 @@ class WorkCounts:
 
     @contextmanager
     def busy(self) -> Iterator[None]:
-        """Time in here is work; of threads that work side by side it counts once."""
+        """Measure the time inside as busy; overlapping threads count once."""
         with self._lock:
             if not self._num_busy:
                 self._since = time.perf_counter()
@@ -81,7 +81,7 @@ class WorkCounts:
                     self._busy_s += time.perf_counter() - self._since
 
     def take(self) -> dict[str, float]:
-        """The counts since the last `take`, and `busy_s`."""
+        """Return the counts and `busy_s` since the last `take`, and reset them."""
         with self._lock:
             taken: dict[str, float] = {**self._counts, "busy_s": self._busy_s}
             self._counts, self._busy_s = Counter(), 0.0
@@ -89,9 +89,9 @@ class WorkCounts:
 
 
 def work_metrics(shares: Sequence[Mapping[str, float]]) -> dict[str, float]:
-    """The `service/*` metrics of what each rank's judge has done (`GenerativeJudge.take_counts`).
+    """Return the `service/*` metrics of all ranks; shares[rank] is from `GenerativeJudge.take_counts`.
 
-    Counts are sums over ranks, `busy_s` is that of the slowest. A fraction of nothing has no key.
+    Counts are summed over ranks; `busy_s` is the largest. A fraction with denominator 0 has no key.
     """
     total: Counter[str] = Counter()
     for share in shares:

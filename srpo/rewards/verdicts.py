@@ -1,4 +1,4 @@
-"""What a generative judge reads and writes: its prompt, and verdicts in the form of Figure 4."""
+"""Text of a generative judge: its prompt, and verdicts in the form of Figure 4."""
 
 from __future__ import annotations
 
@@ -8,26 +8,26 @@ from collections.abc import Sequence
 from srpo.data.examples import Example
 from srpo.data.prompts import build_prompt
 
-PROMPT = "Query: {query}\nItem: {item}\nResponse:\n"  # over the same names as data.prompt; the response follows
+PROMPT = "Query: {query}\nItem: {item}\nResponse:\n"  # has the same placeholders as data.prompt; the response follows
 QUESTION = "\nJudge each step.\n"
 
-# One line per verdict, alone on it: "Step 1 is [Correct]", brackets and bold at will.
+# Figure 4: one verdict per line and no other text on it, "Step 1 is [Correct]"; brackets and bold marks are optional.
 _MARKS = r"(?:[^\w\n]|_)"
 _SAID = rf"[^\S\n]+is{_MARKS}++(correct|incorrect){_MARKS}*+$"
 _VERDICT = re.compile(rf"^{_MARKS}*+step[^\S\n]*(\d{{1,3}}){_SAID}", re.I | re.M)
-WORDS = ("incorrect", "correct")  # of a verdict that is False, True
+WORDS = ("incorrect", "correct")  # WORDS[verdict]
 
 
 def judge_prompt(example: Example, response: str, template: str = PROMPT) -> str:
-    """Query, item and the response to be judged, as one text that `render_verdicts` continues."""
+    """Return the judge's prompt: query, item and the response to judge. `render_verdicts` continues it."""
     return build_prompt(example, template) + response.strip() + QUESTION
 
 
 def render_verdicts(verdicts: Sequence[bool | None], reasons: Sequence[str | None] | None = None) -> str:
-    """The judge's output for these verdicts (Figure 4): training target of judge SFT, read back by `parse_verdicts`.
+    """Return the judge's output for these verdicts (Figure 4): the target of judge SFT, and input of `parse_verdicts`.
 
-    Two lines per step, "Step 1: <reason>" and "Step 1 is [Correct]"; the first is left out without a reason, both where the
-    verdict is None. ValueError where a number of reasons is given that is not the number of verdicts.
+    Two lines per step, "Step 1: <reason>" and "Step 1 is [Correct]". A step without reason lacks the first line; a step with
+    verdict None lacks both. Raises ValueError if `reasons` is given and differs from `verdicts` in length.
     """
     if reasons is None:
         reasons = [None] * len(verdicts)
@@ -44,9 +44,9 @@ def render_verdicts(verdicts: Sequence[bool | None], reasons: Sequence[str | Non
 
 
 def parse_verdicts(text: str, num_steps: int) -> tuple[bool | None, ...]:
-    """The verdict on each step, [J]; None where the text gives none, or both. Total: any text is read.
+    """Return the verdict on each step (Figure 4), [J]; None without a verdict or with both. Total: any text can be parsed.
 
-    Only a line that says nothing else is a verdict, so a judge that quotes or negates one ("Step 1 is not correct") gives none.
+    A verdict must stand alone on its line, so a quoted or negated one ("Step 1 is not correct") does not count.
     """
     told: list[set[bool]] = [set() for _ in range(num_steps)]
     for match in _VERDICT.finditer(text):
@@ -57,10 +57,10 @@ def parse_verdicts(text: str, num_steps: int) -> tuple[bool | None, ...]:
 
 
 def verdict_header(number: int) -> str:
-    """Regex that opens what the judge writes about a step, "Step 1: <reason>" and "Step 1 is [Correct]" alike."""
+    """Regex of the opening of both lines on a step: of "Step 1: <reason>" and of "Step 1 is [Correct]"."""
     return rf"^{_MARKS}*+step[^\S\n]*{number}(?=[^\S\n]*:|[^\S\n]+is\b)"
 
 
 def verdict_answer() -> str:
-    """Regex of the verdict behind such an opening; there is none behind "Step 1: <reason>"."""
+    """Regex of the verdict after such an opening. It does not match after the opening of "Step 1: <reason>"."""
     return rf"\A{_SAID}"
