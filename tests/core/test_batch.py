@@ -1,4 +1,4 @@
-"""srpo.core.batch: pack and rows against a slow construction one token at a time, and rollouts.jsonl there and back."""
+"""srpo.core.batch: `pack` and `rows` compared with a slow construction token by token; rollouts.jsonl written and read back."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from hypothesis import strategies as st
 
 from srpo.core.batch import IGNORE, Batch, Rollout, pack, read_rollouts, write_rollouts
 
-# Numbers that fp32 holds exactly, so that equality is equality.
+# Multiples of 1/8: fp32 holds them exactly, so that tests can compare with ==.
 exact = st.integers(-64, 64).map(lambda k: k / 8)
 ids = st.integers(0, 99)
 
@@ -61,7 +61,7 @@ def step_of(rollout: Rollout, token: int) -> int:
 
 
 def step_of_row(batch: Batch, n: int, row: int) -> int:
-    """The step that row `row` of sequence n is in, as a reader of Batch works it out."""
+    """Step of row `row` of sequence n, computed from `step_ends` as the docstring of Batch defines it."""
     ends = batch.step_ends[n].tolist()
     return min(sum(end <= row for end in ends), len(ends) - 1)
 
@@ -200,7 +200,7 @@ def test_rollouts_survive_the_file(tmp_path: Path, written: list[tuple[Rollout, 
     assert list(read_rollouts(path)) == [(step, rollout) for rollout, step in written]
     with path.open(encoding="utf-8") as file:
         lines = [json.loads(line) for line in file]
-    names = {"step"} | {f.name for f in fields(Rollout)} - {"support", "routed"}  # tables for each token: too much for a log
+    names = {"step"} | {f.name for f in fields(Rollout)} - {"support", "routed"}  # token tables are not written
     assert all(set(line) == names for line in lines)
 
 

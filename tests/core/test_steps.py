@@ -1,4 +1,4 @@
-"""srpo.core.steps: what the parser finds, rule by rule."""
+"""srpo.core.steps: the rules of the parser, one by one."""
 
 from __future__ import annotations
 
@@ -139,7 +139,7 @@ def test_a_truncated_response_keeps_the_steps_before_the_cut(j: int) -> None:
     assert spans(text, parsed) == [*WORLD[:j], WORLD[j][:-2], *[""] * (4 - j)]
     assert parsed.answers[:j] == ANSWERS[:j]
     assert parsed.answers[j + 1 :] == (None,) * (4 - j)
-    half = before + WORLD[j][: WORLD[j].index(":") - 1]  # a header cut short is text of the step before it
+    half = before + WORLD[j][: WORLD[j].index(":") - 1]  # an incomplete header is text of the step before it
     assert spans(half, SCHEMA.parse_text(half))[max(j - 1, 0)] == (WORLD[j - 1] if j else "") + half[len(before) :]
 
 
@@ -169,7 +169,7 @@ def test_a_repeated_header_is_read_where_the_first_says_nothing() -> None:
     ("order", "found", "problems"),
     [
         ("13245", "1245", {"out_of_order", "missing"}),  # 3 came before its predecessor
-        ("132345", "12345", {"out_of_order"}),  # and was found again
+        ("132345", "12345", {"out_of_order"}),  # and comes once more, in order
         ("51234", "1234", {"out_of_order", "missing"}),  # a stray verdict hides nothing
         ("23451", "2345", {"out_of_order", "missing"}),
         ("54321", "1", {"out_of_order", "missing"}),

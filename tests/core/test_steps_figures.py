@@ -8,7 +8,7 @@ from srpo.core.steps import PAPER_STEPS, StepSchema
 
 SCHEMA = StepSchema(PAPER_STEPS)
 
-# The paper's own responses, as printed.
+# Responses of the paper, as printed.
 FIGURE_4 = """\
 - Query intent identification** - Category: sandals ...
 - Item information analysis** - Category intent: described as “sandals” ...

@@ -1,7 +1,4 @@
-"""srpo.core.steps: properties of the parser on generated responses, 2,000 in the ordinary profile and 20,000 in the nightly one.
-
-HYPOTHESIS_PROFILE=nightly chooses the latter.
-"""
+"""srpo.core.steps: properties of the parser on 2,000 generated responses; HYPOTHESIS_PROFILE=nightly makes it 20,000."""
 
 from __future__ import annotations
 
@@ -77,8 +74,8 @@ pieces = st.one_of(header_lines, header_lines, in_order, st.sampled_from(NOISE),
 @dataclass(frozen=True)
 class Response:
     text: str
-    cut: float  # where the response is truncated
-    scramble: tuple[int, ...]  # token ids put in anywhere, which need not be text
+    cut: float  # fraction of the tokens that is kept
+    scramble: tuple[int, ...]  # arbitrary token ids inserted in the middle, which need not decode to text
 
 
 responses = st.builds(
@@ -91,7 +88,7 @@ responses = st.builds(
 
 @functools.cache
 def byte_level() -> Tokenizer:
-    """Characters outside ASCII, and many inside a word, are several tokens; "\\n2", ". " and the like are one."""
+    """Byte-level BPE: a non-ASCII character takes several tokens, while "\\n2" or ". " is one token."""
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
     tokenizer.decoder = decoders.ByteLevel()
@@ -103,7 +100,7 @@ def byte_level() -> Tokenizer:
 
 
 class Merging:
-    """Code points whose decoder merges runs of spaces and composes letter + accent: a piece alone decodes differently."""
+    """One token per code point; the decoder merges runs of spaces and composes letter + accent, so that tokens interact."""
 
     def decode(self, ids: list[int]) -> str:
         return re.sub(" +", " ", "".join(map(chr, ids))).replace("e\u0301", "\u00e9")
@@ -122,7 +119,7 @@ def check_partition(parsed: ParsedResponse, ids: list[int]) -> None:
 
 
 def slow_owner(text: str) -> list[int]:
-    """The step of each character, by trying every way to choose headers."""
+    """Step of each character, by brute force over all chains of headers."""
     headers = sorted({(m.start(), j) for j, spec in enumerate(PAPER_STEPS) for m in re.finditer(spec.header, text, REGEX_FLAGS)})
     chains = (c for n in range(min(len(headers), J) + 1) for c in itertools.combinations(headers, n))
     forward = (c for c in chains if all(a[0] < b[0] and a[1] < b[1] for a, b in itertools.pairwise(c)))
@@ -131,7 +128,7 @@ def slow_owner(text: str) -> list[int]:
 
 
 def slow_first_character(tokenizer: Tokenizer, ids: list[int]) -> list[int]:
-    """The character that the first byte of each token is in, for ids that encode text."""
+    """Index of the character that holds the first byte of each token, for ids that encode text."""
     sizes = [len(tokenizer.id_to_token(i) or "") for i in ids]  # one symbol per byte
     of_byte = [c for c, character in enumerate(tokenizer.decode(ids)) for _ in character.encode()]
     return [of_byte[offset] for offset in itertools.accumulate(sizes[:-1], initial=0)] if ids else []

@@ -1,4 +1,4 @@
-"""srpo.core.steps: schemas from TOML, and what a schema refuses."""
+"""srpo.core.steps: schemas read from TOML, and values that a schema refuses."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""srpo.core.token_spans: character ends of tokens against slow constructions, for decoders of every kind."""
+"""srpo.core.token_spans: character ends of tokens compared with a slow construction, for several kinds of decoder."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ def symbol_id(tokenizer: Tokenizer, symbol: str) -> int:
 
 
 def sentencepiece_like() -> Tokenizer:
-    """Leading-space marks that the decoder strips from the first token alone, and byte fallback."""
+    """SentencePiece style: the decoder strips the leading space of the first token only; byte fallback."""
     tokenizer = Tokenizer(models.BPE(byte_fallback=True, unk_token="<unk>"))
     tokenizer.pre_tokenizer = pre_tokenizers.Metaspace()
     tokenizer.decoder = decoders.Sequence([decoders.ByteFallback(), decoders.Metaspace()])
@@ -44,7 +44,7 @@ def sentencepiece_like() -> Tokenizer:
 
 
 def word_piece() -> Tokenizer:
-    """A decoder that joins with spaces and tidies up punctuation."""
+    """WordPiece: the decoder joins tokens with spaces and cleans up punctuation."""
     tokenizer = Tokenizer(models.WordPiece(unk_token="[UNK]"))
     tokenizer.normalizer = normalizers.Lowercase()
     tokenizer.pre_tokenizer = pre_tokenizers.BertPreTokenizer()
@@ -56,14 +56,14 @@ def word_piece() -> Tokenizer:
 
 
 class Merging:
-    """Code points whose decoder merges runs of spaces and composes letter + accent, so that no piece stands alone."""
+    """One token per code point; the decoder merges runs of spaces and composes letter + accent, so that tokens interact."""
 
     def decode(self, ids: list[int]) -> str:
         return re.sub(" +", " ", "".join(map(chr, ids))).replace("e\u0301", "\u00e9")
 
 
 def slow_ends(tokenizer: Any, ids: list[int]) -> list[int]:
-    """What each prefix shares with the whole text."""
+    """For each number of tokens, the length of the common prefix of their text and the full text."""
     text, ends, end = tokenizer.decode(ids), [], 0
     for i in range(1, len(ids) + 1):
         end = max(end, len(os.path.commonprefix([tokenizer.decode(ids[:i]), text])))  # noqa: RUF071
@@ -91,7 +91,7 @@ def test_ends_of_a_merging_decoder_equal_those_of_decoded_prefixes() -> None:
         ids = [ord(c) for c in rng.choices("ab  e\u0301\n1.", k=rng.randrange(1, 40))]
         ends, slow = token_char_ends(Merging(), ids), slow_ends(Merging(), ids)
         assert ends[-1] == len(Merging().decode(ids))
-        # An accent may turn the letter before it into another one: until then the letter may count as text or not.
+        # An accent changes the letter before it, so before the accent either end of that letter is correct.
         assert all(a == b or ids[i + 1 : i + 2] == [0x301] for i, (a, b) in enumerate(zip(ends, slow, strict=True))), (
             f"seed {seed}: {ids}"
         )
@@ -103,8 +103,8 @@ def test_a_character_of_several_tokens_belongs_to_the_last_of_them() -> None:
     ids = [symbol_id(tokenizer, symbol) for symbol in symbols]
     assert len(ids) == 5
     assert token_char_ends(tokenizer, ids) == [1, 1, 1, 2, 3]
-    assert token_char_ends(tokenizer, ids[:3]) == [1, 2, 2]  # cut inside: the text ends in a replacement mark
-    assert token_char_ends(tokenizer, [ids[0], *ids[2:]]) == [1, 2, 3, 4]  # bytes that are no character: a mark each
+    assert token_char_ends(tokenizer, ids[:3]) == [1, 2, 2]  # cut inside the character: the text ends in U+FFFD
+    assert token_char_ends(tokenizer, [ids[0], *ids[2:]]) == [1, 2, 3, 4]  # bytes that form no character: one U+FFFD each
 
 
 @pytest.mark.parametrize("make", [byte_level, sentencepiece_like, word_piece])

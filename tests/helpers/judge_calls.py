@@ -1,4 +1,4 @@
-"""What tests of the judge's service share: its settings with small pauses, a pair, and how it is asked."""
+"""Shared by tests of the judge service: settings with short pauses, an example, and calls of the judge."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""A judge's server on a loopback port, for tests: what it answers is a function of the test, and it sees what it is asked."""
+"""A judge server on a loopback port, for tests: a function of the test answers, and all requests are recorded."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ class Asked:
 
 @dataclass(frozen=True)
 class Answer:
-    """`data` is sent in two halves with `pause_s` between them; None: the connection is closed without a word."""
+    """A reply. `data` is sent in two halves with `pause_s` between them; None closes the connection without a reply."""
 
     data: bytes | None
     status: int = 200
@@ -38,22 +38,22 @@ class Answer:
 
 
 def chat(text: Any) -> Answer:
-    """A good answer of the chat API."""
+    """A valid reply of the chat API."""
     return Answer(json.dumps({"choices": [{"index": 0, "message": {"role": "assistant", "content": text}}]}).encode())
 
 
 def completion(text: Any) -> Answer:
-    """A good answer of the completions API."""
+    """A valid reply of the completions API."""
     return Answer(json.dumps({"choices": [{"index": 0, "text": text}]}).encode())
 
 
 def models(*names: str) -> Answer:
-    """A good answer to /models."""
+    """A valid reply to /models."""
     return Answer(json.dumps({"object": "list", "data": [{"id": name} for name in names]}).encode())
 
 
 class JudgeServer:
-    """`asked`: all requests so far, `most_at_once`: the most that were open at the same time. Its threads end with it."""
+    """Serves until `close`. `asked`: all requests so far; `most_at_once`: largest number of simultaneously open requests."""
 
     def __init__(self, answer: Callable[[Asked], Answer], port: int = 0) -> None:
         self.answer, self.asked, self.most_at_once, self._open = answer, list[Asked](), 0, 0
@@ -85,7 +85,7 @@ class JudgeServer:
                 if answer.data is None:
                     self.close_connection = True
                     return
-                with suppress(OSError):  # the client may have gone
+                with suppress(OSError):  # the client may have disconnected
                     self.send_response(answer.status)
                     for name, value in {"Content-Length": str(len(answer.data)), **answer.headers}.items():
                         self.send_header(name, value)
@@ -116,7 +116,7 @@ class JudgeServer:
 
 @contextmanager
 def serving(answer: Callable[[Asked], Answer], port: int = 0) -> Iterator[JudgeServer]:
-    """A server for the time of a test."""
+    """Run a `JudgeServer` inside a with block."""
     server = JudgeServer(answer, port)
     try:
         yield server
@@ -125,7 +125,7 @@ def serving(answer: Callable[[Asked], Answer], port: int = 0) -> Iterator[JudgeS
 
 
 def free_port() -> int:
-    """A loopback port that nobody listens on."""
+    """A free loopback port."""
     import socket
 
     with socket.socket() as probe:
@@ -134,6 +134,6 @@ def free_port() -> int:
 
 
 def takes(seconds: float, answer: Answer) -> Answer:
-    """The answer, after that long."""
+    """Wait, then return the answer."""
     time.sleep(seconds)
     return answer

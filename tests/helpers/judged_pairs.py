@@ -1,4 +1,4 @@
-"""Random graded pairs and responses to them, with every awkward case; and their scores, counted row by row in plain Python."""
+"""Random graded pairs and responses with all edge cases, and their scores counted row by row in plain Python."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ TRUTH = ("shoes; red", "boots; red", "match", "unclear")
 
 
 def random_examples(rng: random.Random, num_examples: int, num_queries: int) -> list[Example]:
-    """Pairs whose steps have a gold label, an annotator's, or none; some classes may be absent."""
+    """Random pairs; each step has a gold label, a truth, both or neither; some classes may be absent."""
     classes = rng.sample([1, 2, 3, 4], rng.randint(1, 4))
     examples = []
     for i in range(num_examples):
@@ -35,7 +35,7 @@ def random_examples(rng: random.Random, num_examples: int, num_queries: int) -> 
 
 
 def random_rollouts(rng: random.Random, examples: Sequence[Example]) -> list[Rollout]:
-    """A response to each: steps right, wrong or missing; verdicts of a few classes, or none."""
+    """One random response per pair: steps correct, wrong or missing; verdicts of a few classes, or missing."""
     guesses = [*rng.sample(["L1", "L2", "L3", "L4"], rng.randint(0, 4)), None]
     rollouts = []
     for i, example in enumerate(examples):
@@ -46,9 +46,9 @@ def random_rollouts(rng: random.Random, examples: Sequence[Example]) -> list[Rol
 
 
 def slow_scores(rollouts: Sequence[Rollout], examples: Sequence[Example]) -> dict[str, Any]:
-    """Every score of the rows, by scikit-learn and by counting; None where nothing can be counted."""
+    """All scores of the rows, by scikit-learn and by counting; None if the denominator is 0."""
     true = [int(str(e.gold[-1])[1:]) for e in examples]
-    pred = [int(r.answers[-1][1:]) if r.answers[-1] else 9 for r in rollouts]  # no verdict is one more class, not averaged over
+    pred = [int(r.answers[-1][1:]) if r.answers[-1] else 9 for r in rollouts]  # 9: no verdict, a class outside the averages
     absent: dict[str, Any] = {"zero_division": 0}
     scores: dict[str, Any] = {
         "class_f1": f1_score(true, pred, labels=[1, 2, 3, 4], average=None, **absent).tolist(),  # pyright: ignore
@@ -77,7 +77,7 @@ def slow_scores(rollouts: Sequence[Rollout], examples: Sequence[Example]) -> dic
 
 
 def flat(scores: dict[str, Any]) -> dict[str, float | None]:
-    """Scores under one name each: "class_f1/0", "consistency/verdict_right_steps_right"."""
+    """Flat dict of scores, with keys such as "class_f1/0" and "consistency/verdict_right_steps_right"."""
     single = {key: scores[key] for key in ("macro_f1", "accuracy", "good_f1", "parse_rate")}
     single |= {f"{key}/{i}": value for key in ("class_f1", "step_accuracy") for i, value in enumerate(scores[key])}
     shares = scores["consistency"] or dict.fromkeys(SHARES)
@@ -85,7 +85,7 @@ def flat(scores: dict[str, Any]) -> dict[str, float | None]:
 
 
 def slow_interval(values: Sequence[float | None], level: float) -> list[float] | None:
-    """Quantiles of the values that are there, with linear interpolation."""
+    """Quantiles [low, high] of the values other than None, with linear interpolation; None if no value is left."""
     ordered = sorted(value for value in values if value is not None)
     if not ordered:
         return None

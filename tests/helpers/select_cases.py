@@ -1,4 +1,4 @@
-"""What the tests of `srpo.select` share: a few examples, an engine that follows a script and can die, ranks that run in turn."""
+"""Shared by tests of `srpo.select`: examples, a scripted engine that can be killed, ranks that run one after the other."""
 
 from __future__ import annotations
 
@@ -52,13 +52,13 @@ PROMPTS = {encode(TOKENIZER, build_prompt(e, TEMPLATE)): e.example_id for e in E
 
 
 class Killed(Exception):
-    """As if the process had ended here."""
+    """Simulates the end of the process."""
 
 
 class Scripted:
-    """An engine that answers by a hash of (seed, prompt number, sample number), counts what it sampled, and dies after k calls.
+    """An engine whose texts are a hash of (seed, prompt number, sample number). Raises Killed after `dies_after` calls.
 
-    Every fifth example gets the same answer always, and that is right for every fourth of those.
+    Every fifth example always gets the same text, whose verdict is correct for a quarter of those examples.
     """
 
     policy_version = 0
@@ -92,7 +92,7 @@ class Scripted:
 
 
 class Ranks(Parallel):
-    """One of several ranks that run one after the other: what rank 0 would say, this one sees for itself."""
+    """One of several ranks that run one after the other; a broadcast returns this rank's own object."""
 
     def broadcast_object(self, x: Any) -> Any:
         return x
@@ -101,7 +101,7 @@ class Ranks(Parallel):
 
 
 class Fresh(Ranks):
-    """One of several ranks that all began before any had finished a shard."""
+    """One of several ranks that all start before any shard is finished: the broadcast set of finished shards is empty."""
 
     def broadcast_object(self, x: Any) -> Any:
         return frozenset()
@@ -132,11 +132,11 @@ def parts_with(engine: Any) -> Callable[..., Parts]:
 
 
 def contents(folder: Path) -> dict[str, bytes]:
-    """Everything that a program left, by name."""
+    """Bytes of all files below `folder`, by relative path."""
     return {str(p.relative_to(folder)): p.read_bytes() for p in sorted(folder.rglob("*")) if p.is_file()}
 
 
 def results(cfg: SelectConfig) -> dict[str, bytes]:
-    """`contents` without the paths inside."""
+    """`contents` of the records folder without config.toml and *.json, which contain paths."""
     found = contents(records_dir(cfg))
     return {name: data for name, data in found.items() if not name.endswith(("config.toml", ".json"))}

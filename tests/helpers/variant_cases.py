@@ -1,6 +1,6 @@
-"""Random responses for the variants of the loss, the way from settings to a gradient, and the words of their formulas.
+"""Random responses, updates and exact formulas for tests of the loss variants.
 
-The policy is a table of logits, so that the gradient of every logit is seen. Everything exact is fp64 and loops over responses.
+The policy is a table of logits, so that tests see the gradient of every logit. The exact formulas loop over responses in fp64.
 """
 
 from __future__ import annotations
@@ -28,23 +28,23 @@ ALL = {"difficulty_low": -1.0, "difficulty_high": 2.0}
 
 
 class Table(nn.Module):
-    """Logits of every labelled row of a batch, whatever it reads."""
+    """A policy of fixed logits, one row per labelled row of the batch; ignores the input ids."""
 
     def __init__(self, logits: torch.Tensor) -> None:
         super().__init__()
         self.logits = nn.Parameter(logits)
 
     def forward(self, batch: Batch) -> torch.Tensor:
-        return self.logits + 0  # no leaf, as a model's
+        return self.logits + 0  # not a leaf tensor, like the output of a model
 
 
 @dataclass
 class Drawn:
-    """Random responses, what the policy and the old policy say of them."""
+    """Random responses with the policy's logits and the old policy's log-probabilities."""
 
     rollouts: list[Rollout]
     logits: torch.Tensor  # [R, V] fp64
-    old: list[torch.Tensor]  # of each response [L], fp32 values
+    old: list[torch.Tensor]  # one tensor [L] per response, fp64 with values that fp32 holds
 
     def logprobs(self, logits: torch.Tensor) -> list[torch.Tensor]:
         labels = torch.tensor([t for r in self.rollouts for t in r.response_ids])
@@ -53,7 +53,7 @@ class Drawn:
 
 
 def draw(seed: int) -> Drawn:
-    """GROUPS x SIZE responses of different lengths, steps (some empty), rewards and ends; old log-probabilities some way off."""
+    """GROUPS x SIZE responses with random lengths, steps (some empty), rewards and finish; old log-probabilities have noise."""
     gen = torch.Generator().manual_seed(seed)
     rollouts = []
     for i in range(GROUPS * SIZE):
@@ -86,7 +86,7 @@ def settings(**changes: Any) -> Config:
 
 
 def packed(drawn: Drawn, cfg: Config) -> Batch:
-    """The single micro-batch of all responses, those that do not train included: they weigh nothing."""
+    """One micro-batch of all responses; those that do not train are included with weight 0."""
     credit = assign_credit(drawn.rollouts, SCHEMA, cfg.advantage, cfg.loss, cfg.sampler, MAX_NEW)
     (batch,) = pack(drawn.rollouts, credit.advantages, credit.weights)
     old = torch.zeros(len(batch.labels)).index_copy(0, batch.rows()[0], torch.cat(drawn.old).float())
@@ -94,7 +94,7 @@ def packed(drawn: Drawn, cfg: Config) -> Batch:
 
 
 def stepped(batch: Batch, drawn: Drawn, cfg: Config, tmp_path: Path) -> tuple[float, torch.Tensor, dict[str, float]]:
-    """(loss, gradient of the logits, metrics) of one update."""
+    """Return (loss, gradient of the logits, metrics) of one update."""
     table = Table(drawn.logits.clone())
     metrics = update(
         table,
@@ -121,7 +121,7 @@ def ratios(drawn: Drawn, logprobs: Terms) -> Terms:
 
 
 def of_groups(drawn: Drawn, rewards: list[float], divide: bool = True) -> list[torch.Tensor]:
-    """Eq. 4, or its numerator."""
+    """Advantages of Eq. 4 per response; without `divide` only its numerator."""
     out = []
     for rollout, reward in zip(drawn.rollouts, rewards, strict=True):
         mine = torch.tensor([x for r, x in zip(drawn.rollouts, rewards, strict=True) if r.group == rollout.group]).double()

@@ -1,4 +1,4 @@
-"""srpo.rewards.audit: the judge against gold labels while the policy trains."""
+"""srpo.rewards.audit: the judge compared with gold labels during training."""
 
 from __future__ import annotations
 
@@ -29,11 +29,11 @@ def test_counts_by_hand() -> None:
     right = ("x", "y", "match", "unclear", "L3")
     wrong = ("x", "y", "related", "match", "L1")
     rollouts = [
-        rollout(right, (True, True, True, False, None)),  # S4: rejects what is right
-        rollout(wrong, (True, True, False, True, True)),  # S4, S5: pass what is wrong
+        rollout(right, (True, True, True, False, None)),  # S4: a correct step is rejected
+        rollout(wrong, (True, True, False, True, True)),  # S4, S5: wrong steps pass
         rollout(wrong, (None, None, 0.5, 0.49, 0.0)),  # probabilities: S3 passes
         rollout((None,) * 5, (True,) * 5),  # no answers
-        rollout(right, None),  # not asked
+        rollout(right, None),  # no verdicts
         rollout(right, (False,) * 5, group=1),  # no labels
     ]
     counts = audit_counts(rollouts, EXAMPLES, SCHEMA)
@@ -50,7 +50,7 @@ def test_counts_by_hand() -> None:
 
 
 def judged(num: int, num_errors: int) -> list[Rollout]:
-    """`num` wrong categories, of which the judge passes `num_errors`."""
+    """`num` rollouts with a wrong category; the judge calls `num_errors` of them correct."""
     answers = ("x", "y", "mismatch", None, None)
     return [rollout(answers, (None, None, i < num_errors, None, None)) for i in range(num)]
 
@@ -71,12 +71,12 @@ def test_a_drifting_judge_is_told_once_and_stops_a_run_that_wants_it() -> None:
     assert [bool(a.news) for a in audits].index(True) == 4
     assert "errs on 30.6% of step 'category_match' after 10.0% at the start" in audits[4].news[0]
     assert [a.beyond for a in audits[4:7]] == [("category_match",)] * 3 and not audits[5].news and not audits[6].news
-    assert not audits[9].beyond and any(a.news for a in audits[10:])  # recovered, and told again
+    assert not audits[9].beyond and any(a.news for a in audits[10:])  # recovered, then reported again
     assert not any(a.news for a in run(errors, replace(CFG, audit="log")))
-    few = replace(CFG, audit_min=20)  # ten a step, of which half are forgotten with each: never twenty
+    few = replace(CFG, audit_min=20)  # ten verdicts per step and decay 0.5: the average never holds twenty
     assert not any(a.beyond or a.news for a in run(errors, few))
-    assert not any(a.beyond for a in run([5] * 12))  # bad from the start is no drift
-    assert not any(a.beyond for a in run([1, 1, 9, 3, 3]))  # the warm-up is the measure
+    assert not any(a.beyond for a in run([5] * 12))  # a judge that is bad from the start does not drift
+    assert not any(a.beyond for a in run([1, 1, 9, 3, 3]))  # the bound is relative to the warm-up, which is bad here
     with pytest.raises(ValueError, match=r"the judge errs on 30\.6% of step 'category_match'.*audit_bound = 0\.2.*new run_dir"):
         run(errors, replace(CFG, audit="stop"))
     off = run(errors, replace(CFG, audit="off"))

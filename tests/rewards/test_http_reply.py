@@ -1,4 +1,4 @@
-"""srpo.rewards.http_reply: whatever a server says is read without a crash, and waited for within bounds."""
+"""srpo.rewards.http_reply: any reply of a server can be parsed, and waiting times are bounded."""
 
 from __future__ import annotations
 

@@ -28,7 +28,7 @@ def make_example(gold: tuple[str | None, ...] = (None, None, "match", "match", "
 
 
 class Says:
-    """A judge that always says the same, and keeps what it was asked about."""
+    """A judge that always gives the same verdicts and records the example ids of each call."""
 
     def __init__(self, *verdicts: bool | float | None) -> None:
         self.verdicts, self.asked = verdicts, []
@@ -94,7 +94,7 @@ def test_a_step_may_say_itself_what_a_missing_verdict_earns() -> None:
             replace(first, missing_verdict=share)
 
 
-# What one step with reward 2 earns: by its sources, the label (the answer is "yes"), the judge's verdict and the answer.
+# Reward of one step with coefficient 2, for all combinations of sources, label, verdict and answer.
 GOLD, VERDICT = [None, "yes", "no"], [None, True, False]
 
 
@@ -193,7 +193,7 @@ def test_everything_the_judge_says_is_kept_whoever_grades() -> None:
     steps = StepSchema(replace(spec, sources=("gold", "judge")) for spec in PAPER_STEPS)
     first, second = score([asked, other], [make_example(), labelled], steps, Says(*said))
     assert first.verdicts == said and first.reward_sources == ("judge", "judge", "gold", "gold", "gold")
-    assert second.verdicts is None and set(second.reward_sources or ()) == {"gold"}  # nobody had to ask
+    assert second.verdicts is None and set(second.reward_sources or ()) == {"gold"}  # no step was left for the judge
 
 
 def test_a_probability_earns_its_share() -> None:

@@ -85,7 +85,7 @@ class CharTokenizer:
 
 @dataclass
 class Writes:
-    """An engine that answers a prompt with what `texts` has for a part of it."""
+    """An engine that answers a prompt with `texts[part]` of the first key that the prompt contains."""
 
     texts: dict[str, str]
     prompts: tuple[str, ...] = ()
@@ -118,9 +118,9 @@ def test_a_generative_judge_reads_what_the_model_writes() -> None:
     rollouts = [make_rollout(text="odd one"), make_rollout(text="good one"), make_rollout(text="odd one")]
     odd, good = (None,) * 5, (True, False, None, None, None)
     assert judge.judge(rollouts, [EXAMPLE] * 3) == [odd, good, odd]
-    assert engine.prompts == (judge_prompt(EXAMPLE, "odd one"), judge_prompt(EXAMPLE, "good one"))  # equal prompts once
+    assert engine.prompts == (judge_prompt(EXAMPLE, "odd one"), judge_prompt(EXAMPLE, "good one"))  # equal prompts are sent once
     assert judge.write(rollouts, [EXAMPLE] * 3, GREEDY, 0) == [[TEXTS["odd one"]], [TEXTS["good one"]], [TEXTS["odd one"]]]
-    assert judge.stats() == {"num_verdicts": 12, "num_missing": 10}  # of the four steps whose sources name the judge
+    assert judge.stats() == {"num_verdicts": 12, "num_missing": 10}  # four steps have the source "judge"
     assert judge.judge([], []) == [] == judge.write([], [], GREEDY, 0)
 
 
@@ -166,7 +166,7 @@ def test_votes_are_several_opinions_on_each_response() -> None:
 
 
 class Slow(Writes):
-    """Takes a while, and counts its calls and the most that were in it at once."""
+    """Takes `pause_s` per call; counts its calls and the largest number of simultaneous ones."""
 
     num_calls = num_inside = most_inside = 0
     pause_s = 0.05
@@ -191,7 +191,7 @@ def test_small_calls_of_several_threads_share_the_engine_s_batches() -> None:
     with ThreadPoolExecutor(16) as threads:
         told = list(threads.map(lambda i: judge.judge([make_rollout(text=f"text {i}")], [EXAMPLE]), range(16)))
     assert told == [[(True, None, None, None, None)]] * 16
-    assert engine.most_inside == 1 and engine.num_calls <= 4  # all that wait go together
+    assert engine.most_inside == 1 and engine.num_calls <= 4  # all waiting requests share a call
     assert judge.take_counts()["num_calls"] == 16 and judge.stats()["num_verdicts"] == 64
 
 
@@ -218,7 +218,7 @@ def test_a_question_that_is_known_is_not_asked_again() -> None:
     for _ in range(3):
         assert judge.judge([make_rollout(text="good one"), make_rollout(text="odd one")], [EXAMPLE] * 2) == [good, odd]
     assert engine.num_calls == 1 and judge.num_verdicts == 24 and judge.num_missing == 18
-    judge.votes([make_rollout(text="good one")], [EXAMPLE], 1, seed=1)  # an opinion is drawn each time
+    judge.votes([make_rollout(text="good one")], [EXAMPLE], 1, seed=1)  # votes are sampled anew each time
     assert engine.num_calls == 2
     judge.judge([make_rollout(text="good one")], [replace(EXAMPLE, title="Blue boots")])
     assert engine.num_calls == 3

@@ -1,4 +1,4 @@
-"""srpo.rewards.judge_service at its start and end: the model's name, the key, outages, settings, threads."""
+"""srpo.rewards.judge_service when it starts and ends: model name, key, outages, settings, threads."""
 
 from __future__ import annotations
 

@@ -1,5 +1,5 @@
-"""configs/hybrid.toml and configs/reward_model_only.toml: Table 3's two settings, one table of sources apart. And
-configs/verdict_only.toml, for pairs without labels of steps."""
+"""configs/hybrid.toml and configs/reward_model_only.toml, the two settings of Table 3, differ in nothing but step sources. Also
+configs/verdict_only.toml, for pairs without step labels."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""srpo.rewards.scalar: probabilities as verdicts."""
+"""srpo.rewards.scalar: probabilities turned into verdicts."""
 
 from __future__ import annotations
 
@@ -57,7 +57,7 @@ def test_probabilities_become_verdicts_or_stay(graded: bool, verdicts: tuple[boo
     texts = ["a: x\nb: y\nc: z", "a: x\nc: z", "a: x\nb: y\nc: z", "a: " + "x" * 60 + "\nb: y\nc: z"]
     told = judge.judge([rollout(text) for text in texts], [PAIR] * 4)
     assert told[0] == told[2] == verdicts
-    assert told[1] == (verdicts[0], 0.0 if graded else False, verdicts[2])  # a step that is not there is wrong
+    assert told[1] == (verdicts[0], 0.0 if graded else False, verdicts[2])  # a missing step is wrong
     assert told[3] == (None,) * 3 and judge.stats() == {"num_verdicts": 12, "num_missing": 3}
-    assert len(scores.asked) == 2  # equal cases once, the one that is too long never
+    assert len(scores.asked) == 2  # equal cases are scored once, the too long one is not
     assert judge.judge([], []) == []

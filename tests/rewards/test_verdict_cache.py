@@ -1,4 +1,4 @@
-"""srpo.rewards.verdict_cache: what is remembered, for how long, and what the work is counted as."""
+"""srpo.rewards.verdict_cache: least recently used entries are evicted; work is counted."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from srpo.rollout.engine import SamplingParams
 
 
 def test_what_was_asked_for_longest_ago_makes_room() -> None:
-    cache, model = VerdictCache(8), dict[bytes, tuple[bool, ...]]()  # a dict in the order of use
+    cache, model = VerdictCache(8), dict[bytes, tuple[bool, ...]]()  # `model` is a dict in the order of use
     rng = random.Random(seed := random.randrange(2**32))
     for _ in range(2000):
         key = bytes([rng.randrange(20)])

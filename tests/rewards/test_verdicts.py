@@ -1,4 +1,4 @@
-"""srpo.rewards.verdicts: the judge's text, written and read."""
+"""srpo.rewards.verdicts: the judge's text (Figure 4), written and parsed."""
 
 from __future__ import annotations
 
@@ -52,7 +52,7 @@ def test_a_reason_cannot_smuggle_a_verdict_in() -> None:
         ("**Step 1 is [Incorrect].**", False),
         ("  - Step1 is: incorrect \r\n", False),
         ("Step 1 is [Correct]\nStep 1 is [Correct]", True),
-        ("Step 1 is [Correct]\nStep 1 is [Incorrect]", None),  # it contradicts itself
+        ("Step 1 is [Correct]\nStep 1 is [Incorrect]", None),  # contradictory
         ("Step 1 is not correct", None),
         ("Step 1 is [Correct] if one is generous", None),
         ("He said: Step 1 is [Correct]", None),

@@ -1,4 +1,4 @@
-"""The judge on the real vLLM, in a process of its own and behind `vllm serve`: what it writes is what the local judge writes."""
+"""The judge on the real vLLM, as a worker process and behind `vllm serve`, writes the same texts as the local judge."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ from srpo.rollout.vllm.settings import worker_environment
 pytestmark = pytest.mark.vllm
 
 SCHEMA = StepSchema(PAPER_STEPS)
-# vLLM's CPU attention begins at heads of 32.
+# vLLM's CPU attention needs a head size of at least 32.
 SIZE = TinyConfig(
     hidden_size=64, num_layers=2, num_heads=2, num_kv_heads=1, head_dim=32, num_experts=4, expert_size=64, max_context=256
 )
@@ -43,7 +43,7 @@ SIZE = TinyConfig(
 
 @pytest.fixture(scope="module")
 def checkpoint(world: Any, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A judge that has learned nothing: what it writes is long and different for each prompt."""
+    """A judge with random weights: its texts are long and differ between prompts."""
     folder, tokenizer = tmp_path_factory.mktemp("judge"), load_tokenizer(world.policy)
     model = make_tiny(tokenizer, SIZE, seed=3)
     with torch.no_grad():
@@ -63,7 +63,7 @@ def settings(checkpoint: Path, **changes: Any) -> RewardConfig:
 
 def asked_about(world: Any) -> tuple[list[Rollout], list[Any]]:
     examples = world.examples()[:12]
-    texts = [f"response {i} " * (1 + 30 * (i == 7)) for i in range(12)]  # one is too long for the context
+    texts = [f"response {i} " * (1 + 30 * (i == 7)) for i in range(12)]  # response 7 is too long for the context
     rollouts = [Rollout(e.example_id, i, (), (), (), (0,) * 5, (None,) * 5, texts[i], "stop", 0) for i, e in enumerate(examples)]
     return rollouts, examples
 
@@ -93,7 +93,7 @@ def test_a_judge_in_vllm_s_process_writes_what_the_local_one_does(
     counts = judge.take_counts()
     assert (counts["num_calls"], counts["num_too_long"]) == (11, 1)
     pid = engine.process.pid
-    os.kill(pid, signal.SIGKILL)  # a new process has the checkpoint's weights, which were never synced
+    os.kill(pid, signal.SIGKILL)  # a restarted process loads the checkpoint's weights; none were ever synced
     time.sleep(0.5)
     assert written(judge, world) == local and engine.stats()["num_restarts"] == 1
     pid = engine.process.pid
@@ -101,7 +101,7 @@ def test_a_judge_in_vllm_s_process_writes_what_the_local_one_does(
     deadline = time.monotonic() + 10
     while Path(f"/proc/{pid}").exists() and time.monotonic() < deadline:
         time.sleep(0.1)
-    assert not Path(f"/proc/{pid}").exists()  # it ends with its judge
+    assert not Path(f"/proc/{pid}").exists()  # the process ends with its judge
 
 
 def test_settings_of_the_judge_s_engine_are_called_by_their_names(checkpoint: Path) -> None:
@@ -115,7 +115,7 @@ def test_settings_of_the_judge_s_engine_are_called_by_their_names(checkpoint: Pa
 
 @contextmanager
 def vllm_serve(checkpoint: Path, log: Path) -> Iterator[str]:
-    """The base address of `vllm serve` on a loopback port."""
+    """Run `vllm serve` on a loopback port; yields its base address."""
     port = free_port()
     command = [sys.executable, "-m", "vllm.entrypoints.openai.api_server", "--model", str(checkpoint), "--port", str(port)]
     command += ["--host", "127.0.0.1", "--served-model-name", "r_phi", "--dtype", "float32", "--enforce-eager"]
@@ -148,7 +148,7 @@ def test_a_judge_behind_vllm_serve_writes_what_the_local_one_does(
         cfg = settings(checkpoint, judge_engine="url", judge_url=url, judge_api="completions")
         judge = open_service_judge(SCHEMA, cfg)
         assert judge.writer.identity == f"{url} r_phi completions"
-        # A server decodes token by token, and holds back bytes that are no whole character.
+        # A server decodes token by token and omits bytes that do not complete a character.
         texts = [[text.replace("\ufffd", "") for text in some] for some in (written(judge, world), local)]
         assert texts[0] == texts[1] and sum(map(bool, texts[0])) >= 8
         counts = judge.take_counts()
