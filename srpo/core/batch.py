@@ -23,23 +23,36 @@ class Rollout:
     """One sampled response, and one line of `rollouts.jsonl`."""
 
     example_id: str
-    group: int  # rollouts of one prompt in one optimizer step share it
+    """Id of the pair (`Example.example_id`) that it answers."""
+    group: int
+    """Number of the prompt within the optimizer step; the responses to one prompt share it."""
     prompt_ids: tuple[int, ...]
-    response_ids: tuple[int, ...]  # [L]
-    sampling_logprobs: tuple[float, ...]  # [L] nats, of the distribution that was sampled: after temperature and top-k
-    step_ends: tuple[int, ...]  # [J]
-    answers: tuple[str | None, ...]  # [J] parsed answer of each step, None where the step is missing
-    text: str  # the decoded response
-    finish: str  # stop | length | abort
-    policy_version: int  # number of the weight sync that it was sampled after
-    step_rewards: tuple[float, ...] | None = None  # [J] Eq. 5; None until scored
-    reward_sources: tuple[str, ...] | None = None  # [J] gold | judge | rule | skip, or why nobody graded: missing | no_verdict
-    verdicts: tuple[bool | float | None, ...] | None = None  # [J] all that the judge said, used or not; None where not asked
-    # [L, K] int32 ids that each token was drawn from, -1 fills up; None where the engine was not asked. Not in rollouts.jsonl
+    """[P] token ids of the prompt."""
+    response_ids: tuple[int, ...]
+    """[L] sampled token ids, the stop token included."""
+    sampling_logprobs: tuple[float, ...]
+    """[L] log-probability of each response token, in nats, under the sampled distribution: after temperature and top-k."""
+    step_ends: tuple[int, ...]
+    """[J] exclusive end of each step in response tokens: nondecreasing, the last one is L."""
+    answers: tuple[str | None, ...]
+    """[J] parsed answer of each step; None if the step is missing or its answer cannot be read."""
+    text: str
+    """The decoded response, without special tokens at its end."""
+    finish: str
+    """Why sampling ended: stop | length | abort."""
+    policy_version: int
+    """Number of the last weight sync before it was sampled."""
+    step_rewards: tuple[float, ...] | None = None
+    """[J] reward of each step (Eq. 5); None until it is scored."""
+    reward_sources: tuple[str, ...] | None = None
+    """[J] source of each reward: gold | judge | rule | skip, or missing | no_verdict for an ungraded step; None until scored."""
+    verdicts: tuple[bool | float | None, ...] | None = None
+    """[J] the judge's verdicts, also on steps that another source graded; None if the judge was not asked."""
     support: np.ndarray | None = field(default=None, compare=False, repr=False)
-    # [P + L - 1, D, K] int16 experts that prompt and response tokens went to, -1 unknown; None and rollouts.jsonl: as support.
-    # The last token of a response is never an input, so it goes nowhere
+    """[L, K] int32 ids that each token was drawn from, padded with -1; None if not requested. Not in `rollouts.jsonl`."""
     routed: np.ndarray | None = field(default=None, compare=False, repr=False)
+    """[P + L - 1, D, K] int16 experts of each input token (the last response token is no input), -1 if unknown; None if not
+    requested. Not in `rollouts.jsonl`."""
 
     def bare(self) -> Rollout:
         """This rollout without its token tables, which are large and not written to `rollouts.jsonl`."""
@@ -75,19 +88,34 @@ class Batch:
     Log-probabilities, weights and kept ids of a token stand in the row that *predicts* it, so later code never shifts.
     """
 
-    input_ids: torch.Tensor  # [T] int64
-    labels: torch.Tensor  # [T] int64, IGNORE where the next token is not a response token
-    position_ids: torch.Tensor  # [T] int64, from 0 in each sequence
-    cu_seqlens: torch.Tensor  # [N+1] int32
-    step_ends: torch.Tensor  # [N, J] int32
-    step_advantages: torch.Tensor  # [N, J] fp32
-    weights: torch.Tensor  # [T] fp32, carries every denominator of Eq. 6; 0 where ignored
-    sampling_logprobs: torch.Tensor  # [T] fp32, 0 where ignored
-    old_logprobs: torch.Tensor | None = None  # [T] fp32, of the trainer before this step's first update
-    ref_logprobs: torch.Tensor | None = None  # [T] fp32
-    kept_ids: torch.Tensor | None = None  # [T, K] int64 support of the behaviour policy's top-k filter; negative ids fill up
-    importance: torch.Tensor | None = None  # [T] fp32, multiplies the weights (`srpo.training.mismatch`); None: not known yet
-    routed_experts: torch.Tensor | None = None  # [T, D, K] int16 that the engine sent a row's input token to; -1 unknown
+    input_ids: torch.Tensor
+    """[T] int64, the input token of each row."""
+    labels: torch.Tensor
+    """[T] int64, the next token if it is a response token, else IGNORE."""
+    position_ids: torch.Tensor
+    """[T] int64, position of the row in its sequence, from 0."""
+    cu_seqlens: torch.Tensor
+    """[N + 1] int32, first row of each sequence, then T."""
+    step_ends: torch.Tensor
+    """[N, J] int32, exclusive end of each step in rows of the sequence, prompt rows included. Rows after the last end belong to
+    the last step."""
+    step_advantages: torch.Tensor
+    """[N, J] fp32, advantage of each step; the loss gives it to all tokens of the step."""
+    weights: torch.Tensor
+    """[T] fp32, weight of each row in the loss, with every denominator of Eq. 6 in it; 0 in rows without a label."""
+    sampling_logprobs: torch.Tensor
+    """[T] fp32, the engine's log-probability of each label, in nats, after temperature and top-k; 0 in rows without a label."""
+    old_logprobs: torch.Tensor | None = None
+    """[T] fp32, the trainer's log-probability of each label before the optimizer step's first update (pi_old); None if not
+    computed."""
+    ref_logprobs: torch.Tensor | None = None
+    """[T] fp32, the reference policy's log-probability of each label; None if not computed."""
+    kept_ids: torch.Tensor | None = None
+    """[T, K] int64 ids that the top-k filter of the behaviour policy kept, padded with negative ids; None if unknown."""
+    importance: torch.Tensor | None = None
+    """[T] fp32 factor on `weights` (`srpo.training.mismatch.importance_weights`); None if not computed."""
+    routed_experts: torch.Tensor | None = None
+    """[T, D, K] int16 experts that the engine chose for each input token, -1 if unknown; None if not requested."""
 
     @property
     def num_sequences(self) -> int:
