@@ -56,7 +56,7 @@ def main(config: CompareConfig) -> None:
     shown: list[str] = []
     if config.data:
         schema = StepSchema(run_settings(beside, config.config).steps)
-        examples = load_examples(config.data, schema.num_steps, options=[spec.options for spec in schema.specs])
+        examples = load_examples(config.data, schema.num_steps, options=schema.options)
         if config.a:
             check_tags((example.tags for example in examples), config.by)
             true_grades(examples)

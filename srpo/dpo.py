@@ -132,11 +132,7 @@ def pack_preferences(pairs: Sequence[Preference], reference: torch.Tensor, max_t
 
 
 def _pack_whole(pairs: Sequence[Preference], reference: torch.Tensor) -> Batch:
-    rollouts = [
-        Rollout("", 0, pair.prompt_ids, ids, (0.0,) * len(ids), (len(ids),), (None,), "", "stop", 0)
-        for pair in pairs
-        for ids in (pair.chosen_ids, pair.rejected_ids)
-    ]
+    rollouts = [Rollout.from_tokens(pair.prompt_ids, ids) for pair in pairs for ids in (pair.chosen_ids, pair.rejected_ids)]
     (batch,) = pack(rollouts, torch.zeros(len(rollouts), 1), torch.ones(len(rollouts)))
     starts = batch.cu_seqlens[:-1].long() + torch.tensor([len(rollout.prompt_ids) - 1 for rollout in rollouts])
     return batch.with_(ref_logprobs=torch.zeros(len(batch.labels)).index_copy(0, starts, reference.reshape(-1).float()))

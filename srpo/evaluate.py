@@ -58,7 +58,7 @@ def evaluate(config: EvaluateConfig, parallel: Parallel) -> None:
     if not data:
         raise ValueError("no data: give graded examples with --data FILE")
     limit = 0 if config.predictions else config.limit  # of predictions, one of no example at all is to be told from one past it
-    examples = load_examples(data, schema.num_steps, limit, options=[spec.options for spec in schema.specs])
+    examples = load_examples(data, schema.num_steps, limit, options=schema.options)
     check_tags((example.tags for example in examples), config.by)
     true_grades(examples[: config.limit or None])
     out = Path(config.out) if config.out else source.resolve().parent / "evaluation"

@@ -34,10 +34,7 @@ def pack_pairs(pairs: Sequence[Pair], parallel: Parallel, max_tokens: int) -> li
     rollout of one step that somebody else wrote."""
     weights = sft_weights([len(response) for _, response in pairs])
     mine = range(parallel.rank, len(pairs), parallel.world_size)
-    rollouts = [
-        Rollout("", i, prompt, response, (0.0,) * len(response), (len(response),), (None,), "", "stop", 0)
-        for i, (prompt, response) in ((i, pairs[i]) for i in mine)
-    ]
+    rollouts = [Rollout.from_tokens(*pairs[i]) for i in mine]
     return pack(rollouts, torch.zeros(len(rollouts), 1), weights[list(mine)], max_tokens)
 
 

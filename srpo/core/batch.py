@@ -54,6 +54,23 @@ class Rollout:
     """[P + L - 1, D, K] int16 experts of each input token (the last response token is no input), -1 if unknown; None if not
     requested. Not in `rollouts.jsonl`."""
 
+    @classmethod
+    def from_tokens(
+        cls, prompt_ids: Sequence[int], response_ids: Sequence[int], step_ends: Sequence[int] | None = None
+    ) -> Rollout:
+        """Return a response that was not sampled, such as a demonstration, ready for `pack`: log-probabilities 0, no text.
+
+        step_ends: [J]; if None, the response is a single step.
+        """
+        ends = (len(response_ids),) if step_ends is None else tuple(step_ends)
+        no_logprobs, no_answers = (0.0,) * len(response_ids), (None,) * len(ends)
+        return cls("", 0, tuple(prompt_ids), tuple(response_ids), no_logprobs, ends, no_answers, "", "stop", 0)
+
+    @classmethod
+    def from_answers(cls, example_id: str, answers: Sequence[str | None], *, text: str = "", group: int = 0) -> Rollout:
+        """Return a response known by its answers [J] and text, without tokens: it can be scored, judged and evaluated."""
+        return cls(example_id, group, (), (), (), (0,) * len(answers), tuple(answers), text, "stop", 0)
+
     def bare(self) -> Rollout:
         """This rollout without its token tables, which are large and not written to `rollouts.jsonl`."""
         return replace(self, support=None, routed=None)
@@ -149,6 +166,10 @@ class Batch:
             if isinstance(v, torch.Tensor) and k not in ("cu_seqlens", "step_ends", "step_advantages")
         }
         return index, replace(self, cu_seqlens=cu_seqlens, step_ends=step_ends, **cut)
+
+    def scatter(self, values: torch.Tensor, index: torch.Tensor) -> torch.Tensor:
+        """Return [T, ...] with `values` [R, ...] in the rows `index` [R], the labelled ones (`rows`), and zeros in all others."""
+        return values.new_zeros(self.labels.shape[0], *values.shape[1:]).index_copy(0, index, values)
 
 
 def pack(

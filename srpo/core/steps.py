@@ -217,6 +217,11 @@ class StepSchema:
     def num_steps(self) -> int:
         return len(self.specs)
 
+    @property
+    def options(self) -> tuple[tuple[str, ...], ...]:
+        """[J] allowed answers of each step; empty for free text."""
+        return tuple(spec.options for spec in self.specs)
+
     @cached_property
     def max_reward(self) -> float:
         """Reward of a response that is correct in every graded step (1.8 in Appendix B)."""

@@ -76,8 +76,7 @@ def simulate_judgments(
 
 def as_rollout(example_id: str, response: str, schema: StepSchema) -> Rollout:
     """The response as a rollout without tokens, with the answers parsed from its text, for a judge to judge."""
-    answers = schema.parse_text(response).answers
-    return Rollout(example_id, 0, (), (), (), (0,) * schema.num_steps, answers, response, "stop", 0)
+    return Rollout.from_answers(example_id, schema.parse_text(response).answers, text=response)
 
 
 def hold_out(

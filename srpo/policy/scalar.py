@@ -65,12 +65,7 @@ def scored_batches(
     targets [N, J] are stored as `step_advantages`: the weight of each step's verdict in the loss, negative for the verdict
     "incorrect", 0 without a verdict. Raises ValueError for a case of more than `max_tokens` tokens.
     """
-    rollouts = [
-        Rollout(
-            "", i, tuple(prompt), (*response, eos), (0.0,) * (len(response) + 1), tuple(ends), (None,) * len(ends), "", "stop", 0
-        )
-        for i, (prompt, response, ends) in enumerate(cases)
-    ]
+    rollouts = [Rollout.from_tokens(prompt, (*response, eos), ends) for prompt, response, ends in cases]
     return pack(rollouts, targets, torch.zeros(len(rollouts)), max_tokens)
 
 

@@ -93,7 +93,7 @@ def from_predictions(
     check_all_there(predictions, chosen, "prediction")
     all_answers = [tuple(predictions[example.example_id]) for example in chosen]
     rollouts = [
-        Rollout(example.example_id, i, (), (), (), (0,) * len(answers), answers, "", "stop", 0)
+        Rollout.from_answers(example.example_id, answers, group=i)
         for i, (example, answers) in enumerate(zip(chosen, all_answers, strict=True))
     ]
     ready = Responses(rollouts, chosen, schema)

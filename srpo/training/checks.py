@@ -199,7 +199,7 @@ def check_examples(
             f"{cfg.data.train} has {len(examples)} examples, fewer than rollout.num_prompts = {cfg.rollout.num_prompts}{more}: "
             "lower that or give more data"
         )
-    silence = [_silence(example, schema.num_steps) for example in examples]
+    silence = [Rollout.from_answers(example.example_id, (None,) * schema.num_steps) for example in examples]
     score(silence, examples, schema, judge, cfg.reward.missing_verdict)  # a judge is not asked about missing answers
     if isinstance(judge, OracleJudge):
         _check_truths(examples, schema)
@@ -219,8 +219,3 @@ def _check_truths(examples: Sequence[Example], schema: StepSchema) -> None:
                     f"{spec.name!r}: it would earn nothing. Give the example one, train a judge (srpo.train_judge), or end the "
                     "step's sources with 'skip'"
                 )
-
-
-def _silence(example: Example, num_steps: int) -> Rollout:
-    """A response without a word."""
-    return Rollout(example.example_id, 0, (), (), (), (0,) * num_steps, (None,) * num_steps, "", "stop", 0)

@@ -128,7 +128,7 @@ def with_token_advantages(
     }
     parts = whitened.split([len(index) for index, *_ in made])
     filled = [
-        TokenBatch(**vars(batch), **{name: _spread(x, index, batch) for name, x in columns.items()})
+        TokenBatch(**vars(batch), **{name: batch.scatter(x.float(), index) for name, x in columns.items()})
         for batch, index, columns in (
             (batch, index, {"advantages": part, "returns": returns, "values": values})
             for batch, (index, _, returns, values), part in zip(batches, made, parts, strict=True)
@@ -147,11 +147,6 @@ def _moments(values: torch.Tensor, parallel: Parallel) -> tuple[float, float]:
     count = _total(torch.ones_like(values), parallel)
     mean = _total(values, parallel) / max(count, 1.0)
     return mean, (_total((values - mean).square(), parallel) / max(count - 1, 1.0)) ** 0.5
-
-
-def _spread(rows: torch.Tensor, index: torch.Tensor, batch: Batch) -> torch.Tensor:
-    """Values of the labelled rows [R] put back among all rows, [T] fp32."""
-    return rows.new_zeros(batch.labels.shape[0]).index_copy(0, index, rows).float()
 
 
 def update_critic(

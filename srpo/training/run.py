@@ -73,11 +73,10 @@ class Run:
         """
         check_settings(cfg, parallel.world_size)
         schema = StepSchema(cfg.steps)
-        options = [spec.options for spec in cfg.steps]
-        stages = load_stages(cfg, lambda path: load_examples(path, schema.num_steps, options=options))
+        stages = load_stages(cfg, lambda path: load_examples(path, schema.num_steps, options=schema.options))
         examples = all_examples(stages)
         limit = cfg.train.eval_examples
-        eval_examples = load_examples(cfg.data.eval, schema.num_steps, limit, options=options) if cfg.data.eval else []
+        eval_examples = load_examples(cfg.data.eval, schema.num_steps, limit, options=schema.options) if cfg.data.eval else []
         tokenizer = load_tokenizer(cfg.policy.path)
         params = sampling_params(cfg, tokenizer)
         model = load_to_shard(cfg.policy.path, parallel, experts=cfg.policy.experts)

@@ -178,8 +178,28 @@ def test_a_batch_by_hand() -> None:
     assert index.tolist() == [1, 2, 3] and cut.step_ends.tolist() == [[1, 1, 3]] and cut.cu_seqlens.tolist() == [0, 3]
 
 
+def test_scatter_undoes_rows() -> None:
+    rollouts = [Rollout.from_tokens((7, 8), (1, 2, 3)), Rollout.from_tokens((7, 8, 9), ()), Rollout.from_tokens((9,), (4, 5))]
+    (batch,) = pack(rollouts, torch.zeros(3, 1), torch.tensor([0.5, 1.0, 0.25]))
+    index, cut = batch.rows()
+    assert torch.equal(batch.scatter(cut.weights, index), batch.weights)
+    ids = torch.arange(2 * len(index)).reshape(-1, 2)
+    table = batch.scatter(ids, index)
+    assert table.shape == (len(batch.labels), 2) and table.dtype == torch.int64
+    assert torch.equal(table[index], ids) and not table[batch.labels == IGNORE].any()
+
+
+def test_rollouts_that_were_not_sampled() -> None:
+    demonstration = Rollout.from_tokens([7, 8], [1, 2, 3])
+    assert demonstration.step_ends == (3,) and demonstration.answers == (None,)
+    assert demonstration == Rollout("", 0, (7, 8), (1, 2, 3), (0.0,) * 3, (3,), (None,), "", "stop", 0)
+    assert Rollout.from_tokens((7, 8), (1, 2, 3), (1, 1, 3)).step_lengths == (1, 0, 2)
+    answered = Rollout.from_answers("a", ("x", None), text="1. x", group=4)
+    assert answered == Rollout("a", 4, (), (), (), (0, 0), ("x", None), "1. x", "stop", 0)
+
+
 def test_what_cannot_be_packed_is_refused() -> None:
-    rollout = Rollout("pair-7", 0, (7, 8), (1, 2, 3), (0.0,) * 3, (3,), ("x",), "", "stop", 0)
+    rollout = replace(Rollout.from_tokens((7, 8), (1, 2, 3)), example_id="pair-7")
     with pytest.raises(ValueError, match="pair-7 has an empty prompt"):
         pack([replace(rollout, prompt_ids=())], torch.zeros(1, 1), torch.ones(1))
     with pytest.raises(ValueError, match="pair-7 has 4 tokens, more than a micro-batch of 3"):

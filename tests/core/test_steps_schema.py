@@ -29,6 +29,7 @@ def test_a_schema_of_another_length_comes_from_toml() -> None:
     schema = StepSchema.from_tables(tomllib.loads(TOML)["steps"])
     assert schema.num_steps == 2
     assert schema.max_reward == 2.0
+    assert schema.options == ((), ("Yes", "No"))
     parsed = schema.parse_text("Think: a lot\nof text\nAnswer: maybe no, maybe YES!\nBye")
     assert parsed.answers == ("a lot of text", "Yes")
     assert parsed.char_ends == (21, 53)

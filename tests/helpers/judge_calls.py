@@ -29,7 +29,7 @@ GOOD = (True, None, None, None, None)
 
 
 def make_rollout(text: str) -> Rollout:
-    return Rollout("a", 0, (1,), (1, 2, 3, 4, 5), (0.0,) * 5, (1, 2, 3, 4, 5), ("x",) * 5, text, "stop", 0)
+    return Rollout.from_answers("a", ("x",) * 5, text=text)
 
 
 def ask(judge: GenerativeJudge, *texts: str) -> list[Any]:

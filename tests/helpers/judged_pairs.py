@@ -41,7 +41,7 @@ def random_rollouts(rng: random.Random, examples: Sequence[Example]) -> list[Rol
     for i, example in enumerate(examples):
         steps = tuple(rng.choice([answer, answer, answer, "mismatch", None]) for answer in TRUTH)
         verdict = rng.choice([example.gold[-1], *guesses])
-        rollouts.append(Rollout(example.example_id, i, (), (), (), (0,) * 5, (*steps, verdict), "", "stop", 0))
+        rollouts.append(Rollout.from_answers(example.example_id, (*steps, verdict), group=i))
     return rollouts
 
 

@@ -22,7 +22,7 @@ CFG = RewardConfig(audit="warn", audit_warmup=3, audit_decay=0.5, audit_bound=0.
 
 
 def rollout(answers: tuple[str | None, ...], verdicts: tuple[bool | float | None, ...] | None, group: int = 0) -> Rollout:
-    return Rollout("a", group, (1,), (1,), (0.0,), (1,) * 5, answers, "text", "stop", 0, verdicts=verdicts)
+    return replace(Rollout.from_answers("a", answers, text="text", group=group), verdicts=verdicts)
 
 
 def test_counts_by_hand() -> None:

@@ -19,8 +19,7 @@ RIGHT = ("shoes; color red", "shoes; color red", "match", "match", "L4")
 
 
 def make_rollout(answers: tuple[str | None, ...] = RIGHT, example_id: str = "a") -> Rollout:
-    n = len(answers)
-    return Rollout(example_id, 0, (1,), tuple(range(n)), (0.0,) * n, tuple(range(1, n + 1)), answers, "text", "stop", 0)
+    return Rollout.from_answers(example_id, answers, text="text")
 
 
 def make_example(gold: tuple[str | None, ...] = (None, None, "match", "match", "L4"), example_id: str = "a") -> Example:

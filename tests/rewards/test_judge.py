@@ -27,7 +27,7 @@ EXAMPLE = Example("a", "q", "boots", "Red boots", gold=(None, None, "match", "un
 
 
 def make_rollout(answers: tuple[str | None, ...] = TRUTH, example_id: str = "a", text: str = "text") -> Rollout:
-    return Rollout(example_id, 0, (1,), (1, 2, 3, 4, 5), (0.0,) * 5, (1, 2, 3, 4, 5), answers, text, "stop", 0)
+    return Rollout.from_answers(example_id, answers, text=text)
 
 
 def test_a_perfect_oracle_compares_sets_of_facts_with_the_truth() -> None:

@@ -36,7 +36,7 @@ def test_pairs_with_a_grade_alone_are_rewarded_by_it_as_in_demo_esci() -> None:
     answers = ("shoes", "boots", "match", "match")
     graded = Example("e", "q", "query", "title", gold=(None, None, None, None, "L2"), truth=(None,) * 5)
     labelled = replace(graded, gold=(None, None, None, "conflict", "L2"))
-    rollouts = [Rollout("e", 0, (), (), (), (0,) * 5, (*answers, verdict), "", "stop", 0) for verdict in ("L2", "L3")]
+    rollouts = [Rollout.from_answers("e", (*answers, verdict)) for verdict in ("L2", "L3")]
     scored = score(rollouts * 2, [graded] * 2 + [labelled] * 2, schema, None)
     assert [r.step_rewards for r in scored] == [(0.0, 0.0, 0.0, 0.0, earned) for earned in (1.0, 0.0)] * 2
     assert [r.reward_sources for r in scored] == [("skip",) * 4 + ("gold",)] * 2 + [("skip",) * 3 + ("gold",) * 2] * 2

@@ -30,7 +30,7 @@ class Chars:
 
 
 def rollout(text: str) -> Rollout:
-    return Rollout("e", 0, (), (), (), (0,) * 3, SCHEMA.parse_text(text).answers, text, "stop", 0)
+    return Rollout.from_answers("e", SCHEMA.parse_text(text).answers, text=text)
 
 
 class Scores:

@@ -64,7 +64,7 @@ def settings(checkpoint: Path, **changes: Any) -> RewardConfig:
 def asked_about(world: Any) -> tuple[list[Rollout], list[Any]]:
     examples = world.examples()[:12]
     texts = [f"response {i} " * (1 + 30 * (i == 7)) for i in range(12)]  # response 7 is too long for the context
-    rollouts = [Rollout(e.example_id, i, (), (), (), (0,) * 5, (None,) * 5, texts[i], "stop", 0) for i, e in enumerate(examples)]
+    rollouts = [Rollout.from_answers(e.example_id, (None,) * 5, text=texts[i], group=i) for i, e in enumerate(examples)]
     return rollouts, examples
 
 
