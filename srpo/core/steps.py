@@ -10,14 +10,12 @@ from __future__ import annotations
 import math
 import re
 from bisect import bisect_left
-from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, fields
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
 from functools import cached_property
 from itertools import groupby
-from typing import Any
 
 from srpo.core.token_spans import Decoder, decode_with_ends
-from srpo.core.token_spans import token_char_ends as token_char_ends
 
 SOURCES = ("gold", "judge", "rule", "skip")
 REGEX_FLAGS = re.MULTILINE | re.IGNORECASE
@@ -202,17 +200,6 @@ class StepSchema:
         self._headers = [re.compile(spec.header, REGEX_FLAGS) for spec in self.specs]
         self._answers = [re.compile(spec.answer, REGEX_FLAGS) if spec.answer else None for spec in self.specs]
 
-    @classmethod
-    def from_tables(cls, tables: Sequence[Mapping[str, Any]]) -> StepSchema:
-        """Return the schema of TOML tables (`[[steps]]`), each with the fields of `StepSpec`."""
-        known = {f.name for f in fields(StepSpec)}
-        for i, table in enumerate(tables):
-            if unknown := sorted(set(table) - known):
-                raise ValueError(f"steps[{i}] has an unknown key {unknown[0]!r}; keys are {', '.join(sorted(known))}")
-            if lacking := sorted({"name", "header"} - set(table)):
-                raise ValueError(f"steps[{i}] has no {lacking[0]!r}; every step needs a name and a header")
-        return cls(StepSpec(**table) for table in tables)
-
     @property
     def num_steps(self) -> int:
         return len(self.specs)
@@ -267,15 +254,15 @@ class StepSchema:
         return ParsedText(tuple(char_ends), tuple(answers), tuple(start is not None for start in starts), frozenset(problems))
 
     def _find_headers(self, text: str) -> list[_Header]:
-        found = [_Header(*m.span(), j) for j, header in enumerate(self._headers) for m in header.finditer(text)]
-        return sorted(found, key=lambda h: (h.start, h.step))
+        headers = [_Header(*m.span(), j) for j, header in enumerate(self._headers) for m in header.finditer(text)]
+        return sorted(headers, key=lambda h: (h.start, h.step))
 
     def _read_answer(self, j: int, body: str) -> str | None:
         spec, pattern = self.specs[j], self._answers[j]
         if pattern is None:
             return spec.canonical(body)
-        told = [spec.canonical(m.group(1)) for m in pattern.finditer(body) if m.group(1)]
-        return next((answer for answer in reversed(told) if answer is not None), None)
+        answers = [spec.canonical(m.group(1)) for m in pattern.finditer(body) if m.group(1)]
+        return next((answer for answer in reversed(answers) if answer is not None), None)
 
 
 def parse_response(schema: StepSchema, tokenizer: Decoder, response_ids: Sequence[int]) -> ParsedResponse:

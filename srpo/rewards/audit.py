@@ -35,10 +35,10 @@ def audit_counts(rollouts: Sequence[Rollout], examples: Sequence[Example], schem
         gold = examples[rollout.group].gold
         if rollout.verdicts is None or not gold:
             continue
-        for j, (said, answer, label) in enumerate(zip(rollout.verdicts, rollout.answers, gold, strict=True)):
-            if said is None or answer is None or label is None:
+        for j, (verdict, answer, label) in enumerate(zip(rollout.verdicts, rollout.answers, gold, strict=True)):
+            if verdict is None or answer is None or label is None:
                 continue
-            correct, right = said >= 0.5, same_answer(answer, label)
+            correct, right = verdict >= 0.5, same_answer(answer, label)
             counts[:, j] += (1, correct != right, not right, correct and not right)
     return counts
 

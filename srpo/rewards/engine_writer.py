@@ -5,17 +5,12 @@ from __future__ import annotations
 import threading
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any
 
 from srpo.rewards.verdict_cache import WorkCounts
+from srpo.rollout.engine import Engine, SamplingParams
 
 Texts = list[list[str | None]]  # [N][group_size]
-
-
-class Generator(Protocol):
-    """The part of a rollout engine that the judge uses; `srpo.rollout.engine.Engine` has it."""
-
-    def generate(self, prompts: Sequence[tuple[int, ...]], params: Any, seed: int) -> Sequence[Any]: ...
 
 
 @dataclass(eq=False)
@@ -23,7 +18,7 @@ class _Request:
     """A call of `write` that waits for its texts."""
 
     prompts: Sequence[str]
-    params: Any
+    params: SamplingParams
     seed: int
     texts: Texts | None = None
     error: ValueError | None = None
@@ -40,7 +35,7 @@ class EngineWriter:
 
     def __init__(
         self,
-        engine: Generator,
+        engine: Engine,
         tokenizer: Any,
         *,
         identity: str = "local",
@@ -64,23 +59,23 @@ class EngineWriter:
     def work(self) -> WorkCounts:
         return self._work
 
-    def write(self, prompts: Sequence[str], params: Any, seed: int) -> Texts:
+    def write(self, prompts: Sequence[str], params: SamplingParams, seed: int) -> Texts:
         """Return `params.group_size` texts per prompt. Sampled texts depend on the order of the prompts, greedy ones do not."""
-        mine = _Request(prompts, params, seed)
+        request = _Request(prompts, params, seed)
         with self._waiting_lock:
-            self._waiting.append(mine)
+            self._waiting.append(request)
         with self._engine_lock:
-            if not mine.taken:
-                self._serve(self._batch(mine))
-        if mine.error is not None:
-            raise ValueError(str(mine.error)) from mine.error
-        assert mine.texts is not None
-        return mine.texts
+            if not request.taken:
+                self._serve(self._batch(request))
+        if request.error is not None:
+            raise ValueError(str(request.error)) from request.error
+        assert request.texts is not None
+        return request.texts
 
-    def _batch(self, mine: _Request) -> list[_Request]:
+    def _batch(self, first: _Request) -> list[_Request]:
         """Requests for one call of the engine: all waiting greedy ones with the same params, or a single sampled one."""
         with self._waiting_lock:
-            batch = [r for r in self._waiting if r is mine or (mine.params.greedy and r.params == mine.params)]
+            batch = [r for r in self._waiting if r is first or (first.params.greedy and r.params == first.params)]
             self._waiting = [r for r in self._waiting if r not in batch]
         for request in batch:
             request.taken = True
@@ -103,15 +98,15 @@ class EngineWriter:
         for request in batch:
             request.texts = [texts[prompt] for prompt in request.prompts]
 
-    def _write(self, prompts: Sequence[str], params: Any, seed: int) -> dict[str, list[str | None]]:
+    def _write(self, prompts: Sequence[str], params: SamplingParams, seed: int) -> dict[str, list[str | None]]:
         ids = {prompt: tuple(self.tokenizer.encode(prompt, add_special_tokens=False)) for prompt in prompts}
-        asked = [p for p in prompts if not self.max_prompt_tokens or len(ids[p]) <= self.max_prompt_tokens]
+        fitting = [p for p in prompts if not self.max_prompt_tokens or len(ids[p]) <= self.max_prompt_tokens]
         texts: dict[str, list[str | None]] = {prompt: [] for prompt in prompts}
-        for sample in self.engine.generate([ids[p] for p in asked], params, seed) if asked else ():
+        for sample in self.engine.generate([ids[p] for p in fitting], params, seed) if fitting else ():
             text = self.tokenizer.decode(list(sample.response_ids), skip_special_tokens=True)
-            texts[asked[sample.prompt_index]].append(text)
-        self._work.add(num_calls=len(asked), num_too_long=len(prompts) - len(asked))
-        return {prompt: found or [None] * params.group_size for prompt, found in texts.items()}
+            texts[fitting[sample.prompt_index]].append(text)
+        self._work.add(num_calls=len(fitting), num_too_long=len(prompts) - len(fitting))
+        return {prompt: samples or [None] * params.group_size for prompt, samples in texts.items()}
 
     def close(self) -> None:
         if self._close is not None:

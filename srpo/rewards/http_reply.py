@@ -48,20 +48,20 @@ def read_models(data: bytes) -> list[str]:
 
 def _json_object(data: bytes) -> dict[str, Any]:
     try:
-        found = json.loads(data)
+        reply = json.loads(data)
     except (ValueError, RecursionError) as error:  # bad text or a number with a million digits; a million brackets
         raise NotAReply(f"an answer that is no JSON: {server_message(data)}") from error
-    if not isinstance(found, dict):
+    if not isinstance(reply, dict):
         raise NotAReply(f"an answer that is no JSON object: {server_message(data)}")
-    return found
+    return reply
 
 
 def server_message(data: bytes) -> str:
     """Return the error message of a reply, else the start of the reply: one printable line in quotes, at most MAX_READ long."""
     text = data[:MAX_READ].decode("utf-8", "replace")
     try:
-        found = json.loads(data)
-        error = found.get("error", found) if isinstance(found, dict) else None
+        reply = json.loads(data)
+        error = reply.get("error", reply) if isinstance(reply, dict) else None
         message = error.get("message") if isinstance(error, dict) else error
         text = message if isinstance(message, str) else text
     except (ValueError, RecursionError):

@@ -46,10 +46,10 @@ def score(
     ]
     verdicts = _ask(judge, rollouts, examples, sources)
     scored = []
-    for rollout, gold, able, said in zip(rollouts, golds, sources, verdicts, strict=True):
-        steps = zip(schema.specs, rollout.answers, gold, able, said or (None,) * schema.num_steps, strict=True)
+    for rollout, gold, able, judged in zip(rollouts, golds, sources, verdicts, strict=True):
+        steps = zip(schema.specs, rollout.answers, gold, able, judged or (None,) * schema.num_steps, strict=True)
         rewards, graders = zip(*(_grade(*step, missing_verdict) for step in steps), strict=True)
-        scored.append(replace(rollout, step_rewards=rewards, reward_sources=graders, verdicts=said))
+        scored.append(replace(rollout, step_rewards=rewards, reward_sources=graders, verdicts=judged))
     return scored
 
 
@@ -83,15 +83,15 @@ def _ask(
 ) -> list[Verdicts | None]:
     """Verdicts [N][J]; None for a rollout that has no step for the judge."""
     verdicts: list[Verdicts | None] = [None] * len(rollouts)
-    asked = [
+    needed = [
         i
         for i, (rollout, able) in enumerate(zip(rollouts, sources, strict=True))
         if any(answer is not None and step[0] == "judge" for answer, step in zip(rollout.answers, able, strict=True))
     ]
-    if judge is not None and asked:
-        told = judge.judge([rollouts[i] for i in asked], [examples[i] for i in asked])
-        for i, said in zip(asked, told, strict=True):
-            verdicts[i] = said
+    if judge is not None and needed:
+        judged = judge.judge([rollouts[i] for i in needed], [examples[i] for i in needed])
+        for i, row in zip(needed, judged, strict=True):
+            verdicts[i] = row
     return verdicts
 
 

@@ -3,16 +3,16 @@
 from __future__ import annotations
 
 import hashlib
-import threading
 from collections.abc import Sequence
 from dataclasses import replace
-from typing import Any, Protocol
+from typing import Protocol
 
 from srpo.core.batch import Rollout
 from srpo.core.steps import StepSchema, same_answer
 from srpo.data.examples import Example
-from srpo.rewards.verdict_cache import Told, VerdictCache, WorkCounts, question_key
+from srpo.rewards.verdict_cache import ParsedVerdicts, VerdictCache, WorkCounts, question_key
 from srpo.rewards.verdicts import PROMPT, judge_prompt, parse_verdicts
+from srpo.rollout.engine import SamplingParams
 
 # [J] whether each step is correct, or its probability (graded scalar model); None if the judge gives no verdict
 Verdicts = tuple[bool | float | None, ...]
@@ -80,7 +80,7 @@ class Writer(Protocol):
         """Counters num_calls (texts requested), num_retries, num_failed and num_too_long."""
         ...
 
-    def write(self, prompts: Sequence[str], params: Any, seed: int) -> list[list[str | None]]:
+    def write(self, prompts: Sequence[str], params: SamplingParams, seed: int) -> list[list[str | None]]:
         """Return `params.group_size` texts per prompt; None if the prompt is too long or its call failed (both are counted)."""
         ...
 
@@ -90,9 +90,8 @@ class Writer(Protocol):
 class GenerativeJudge:
     """A language model that reads a pair and a response, and writes verdicts in the form of Figure 4.
 
-    `writer` samples with `params` (greedy, group_size 1, the judge's stop ids). Any text is parsed; `num_missing` counts judged
-    steps without a readable verdict. A question in `cache` is not sent again, nor are equal questions of one call. Several
-    threads may call `judge` at once.
+    `writer` samples with `params` (greedy, group_size 1, the judge's stop ids). Any text is parsed. A question in `cache` is not
+    sent again, nor are equal questions of one call. Several threads may call `judge` at once.
 
     The judged response is part of the prompt, so it may contain verdicts or a fake end of the prompt. Only the text that the
     model writes after the prompt is parsed, so a response can influence no verdicts but its own. A policy that learns to do so
@@ -103,7 +102,7 @@ class GenerativeJudge:
         self,
         writer: Writer,
         schema: StepSchema,
-        params: Any,
+        params: SamplingParams,
         *,
         template: str = PROMPT,
         seed: int = 0,
@@ -118,58 +117,45 @@ class GenerativeJudge:
         self.seed = seed
         self.cache = VerdictCache(0) if cache is None else cache
         self._work = WorkCounts()
-        self._lock = threading.Lock()
-        self.num_verdicts = 0  # requested so far: one per response and step that has the source "judge"
-        self.num_missing = 0  # those without a readable verdict
 
     def judge(self, rollouts: Sequence[Rollout], examples: Sequence[Example]) -> list[Verdicts]:
         """Return verdicts [N][J], None if the text has no verdict on a step. Raises what the writer raises."""
         prompts = self._prompts(rollouts, examples)
         with self._work.busy():
-            told = self._told(list(dict.fromkeys(prompts)))
-        verdicts: list[Verdicts] = [told[prompt] for prompt in prompts]
-        judged = [j for j, spec in enumerate(self.schema.specs) if "judge" in spec.sources]
+            verdicts = self._verdicts(list(dict.fromkeys(prompts)))
         self._work.add(num_responses=len(prompts))
-        with self._lock:
-            self.num_verdicts += len(judged) * len(verdicts)
-            self.num_missing += sum(said[j] is None for said in verdicts for j in judged)
-        return verdicts
+        return [verdicts[prompt] for prompt in prompts]
 
-    def _told(self, prompts: Sequence[str]) -> dict[str, Told]:
+    def _verdicts(self, prompts: Sequence[str]) -> dict[str, ParsedVerdicts]:
         """Verdicts by prompt; the prompts differ. A prompt without text is not cached: the next call may succeed."""
         keys = {prompt: question_key(self.writer.identity, self.params, self.seed, prompt) for prompt in prompts}
-        known = {prompt: self.cache.get(key) for prompt, key in keys.items()}
-        told = {prompt: verdicts for prompt, verdicts in known.items() if verdicts is not None}
-        asked = [prompt for prompt in prompts if prompt not in told]
-        for prompt, (text,) in zip(asked, self.writer.write(asked, self.params, self.seed) if asked else (), strict=True):
-            told[prompt] = parse_verdicts(text or "", self.schema.num_steps)
+        cached = {prompt: self.cache.get(key) for prompt, key in keys.items()}
+        verdicts = {prompt: known for prompt, known in cached.items() if known is not None}
+        new = [prompt for prompt in prompts if prompt not in verdicts]
+        for prompt, (text,) in zip(new, self.writer.write(new, self.params, self.seed) if new else (), strict=True):
+            verdicts[prompt] = parse_verdicts(text or "", self.schema.num_steps)
             if text is not None:
-                self.cache.put(keys[prompt], told[prompt])
-        self._work.add(num_asked=len(asked))
-        return told
+                self.cache.put(keys[prompt], verdicts[prompt])
+        self._work.add(num_asked=len(new))
+        return verdicts
 
     def votes(self, rollouts: Sequence[Rollout], examples: Sequence[Example], num_votes: int, seed: int) -> list[list[Verdicts]]:
-        """Return `num_votes` sampled verdicts on each rollout, [N][num_votes][J]; their spread measures the judge's certainty.
-
-        Not counted in num_verdicts and num_missing.
-        """
+        """Return `num_votes` sampled verdicts on each rollout, [N][num_votes][J]; their spread measures the judge's certainty."""
         params = replace(self.params, group_size=num_votes, greedy=False)
         texts = self.write(rollouts, examples, params, seed)
         return [[parse_verdicts(text, self.schema.num_steps) for text in several] for several in texts]
 
-    def write(self, rollouts: Sequence[Rollout], examples: Sequence[Example], params: Any, seed: int) -> list[list[str]]:
+    def write(
+        self, rollouts: Sequence[Rollout], examples: Sequence[Example], params: SamplingParams, seed: int
+    ) -> list[list[str]]:
         """Return `params.group_size` texts about each rollout, "" for a missing one. Equal prompts are sent once."""
         prompts = self._prompts(rollouts, examples)
-        asked = list(dict.fromkeys(prompts))
-        texts = dict(zip(asked, self.writer.write(asked, params, seed), strict=True)) if asked else {}
+        unique = list(dict.fromkeys(prompts))
+        texts = dict(zip(unique, self.writer.write(unique, params, seed), strict=True)) if unique else {}
         return [[text or "" for text in texts[prompt]] for prompt in prompts]
 
     def _prompts(self, rollouts: Sequence[Rollout], examples: Sequence[Example]) -> list[str]:
         return [judge_prompt(example, rollout.text, self.template) for rollout, example in zip(rollouts, examples, strict=True)]
-
-    def stats(self) -> dict[str, float]:
-        """Return num_verdicts requested and num_missing of them, since the start."""
-        return {"num_verdicts": self.num_verdicts, "num_missing": self.num_missing}
 
     def take_counts(self) -> dict[str, float]:
         """Return the work since the last `take_counts`, for `srpo.rewards.verdict_cache.work_metrics`.

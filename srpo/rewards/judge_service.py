@@ -30,6 +30,7 @@ from srpo.rewards.http_reply import (
     server_message,
 )
 from srpo.rewards.verdict_cache import WorkCounts
+from srpo.rollout.engine import SamplingParams
 
 PATHS = {"chat": "/chat/completions", "completions": "/completions"}
 TRIED_AGAIN = (408, 409, 429)  # HTTP statuses that are retried, as are 5xx and a missing answer
@@ -152,7 +153,7 @@ class JudgeService:
             )
         return models[0]
 
-    def write(self, prompts: Sequence[str], params: Any, seed: int) -> list[list[str | None]]:
+    def write(self, prompts: Sequence[str], params: SamplingParams, seed: int) -> list[list[str | None]]:
         """Return `params.group_size` texts per prompt, one call each. Raises JudgeServiceError as `judge_fallback` decides."""
         temperature = 0.0 if params.greedy else params.temperature
         bodies = [
@@ -164,14 +165,14 @@ class JudgeService:
         return [texts[i : i + params.group_size] for i in range(0, len(texts), params.group_size)]
 
     def _body(self, prompt: str, max_tokens: int, temperature: float, top_k: int, seed: int) -> bytes:
-        asked: dict[str, Any] = {"model": self._model, "max_tokens": max_tokens, "temperature": temperature, "seed": seed}
+        body: dict[str, Any] = {"model": self._model, "max_tokens": max_tokens, "temperature": temperature, "seed": seed}
         if top_k and temperature:
-            asked["top_k"] = top_k
+            body["top_k"] = top_k
         if self._cfg.judge_api == "chat":
-            asked["messages"] = [{"role": "user", "content": prompt}]
+            body["messages"] = [{"role": "user", "content": prompt}]
         else:
-            asked |= {"prompt": prompt, "add_special_tokens": False}  # like srpo.train_judge and the local judge
-        return json.dumps(asked).encode("ascii")
+            body |= {"prompt": prompt, "add_special_tokens": False}  # like srpo.train_judge and the local judge
+        return json.dumps(body).encode("ascii")
 
     def _wait(self, work: Any) -> Any:
         """Run a coroutine on the service's thread and return its result."""
@@ -220,13 +221,13 @@ class JudgeService:
 
         A call keeps its slot while it pauses, so that a failing server does not get all other calls meanwhile.
         """
-        asked_at = self._loop.time()
+        called_at = self._loop.time()
         async with self._slots:
-            tried_at = self._loop.time()
+            started_at = self._loop.time()
             num_attempts = 1 if self._down_at > self._answered_at else 1 + self._cfg.judge_retries
             failure = _NoAnswer(self._last_failure)
             for number in range(1, num_attempts + 1):
-                if self._down_at > max(asked_at, self._answered_at):  # another call found the server down meanwhile
+                if self._down_at > max(called_at, self._answered_at):  # another call found the server down meanwhile
                     raise failure
                 try:
                     async with asyncio.timeout(self._cfg.judge_timeout_s):
@@ -242,7 +243,7 @@ class JudgeService:
                     self._work.add(num_retries=1)
                     pause = pause_s(number, self._cfg.judge_backoff_s, self._random.random())
                     await asyncio.sleep(max(pause, failure.wait_s))
-            if self._answered_at < tried_at:
+            if self._answered_at < started_at:
                 self._down_at, self._last_failure = self._loop.time(), str(failure)
             raise failure
 

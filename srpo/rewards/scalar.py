@@ -38,8 +38,8 @@ def is_there(case: ScalarCase, j: int) -> bool:
 class ScalarJudge:
     """Verdicts of a scalar reward model: p >= 0.5, or with `graded` the probability p itself, a fraction of the reward in Eq. 5.
 
-    A step that the response lacks is wrong (p = 0). A case of more than `max_tokens` tokens gets no verdicts and is counted in
-    `num_missing`. Equal cases are scored once.
+    A step that the response lacks is wrong (p = 0). A case of more than `max_tokens` tokens gets no verdicts. Equal cases are
+    scored once.
     """
 
     def __init__(self, scorer: Scorer, tokenizer: Any, schema: StepSchema, *, max_tokens: int, graded: bool = False) -> None:
@@ -48,27 +48,19 @@ class ScalarJudge:
         self.schema = schema
         self.max_tokens = max_tokens
         self.graded = graded
-        self.num_verdicts = 0  # requested so far: one per response and step
-        self.num_missing = 0  # those not given
 
     def judge(self, rollouts: Sequence[Rollout], examples: Sequence[Example]) -> list[Verdicts]:
         """Return verdicts [N][J]; all None for a case that is too long."""
         probabilities = self.probabilities(rollouts, examples)
-        self.num_verdicts += self.schema.num_steps * len(probabilities)
-        self.num_missing += sum(p is None for row in probabilities for p in row)
         return [tuple(p if p is None or self.graded else p >= 0.5 for p in row) for row in probabilities]
 
     def probabilities(self, rollouts: Sequence[Rollout], examples: Sequence[Example]) -> list[tuple[float | None, ...]]:
         """Return [N][J], the probability that each step is correct; None for a case that is too long."""
         cases = [scalar_case(e, r.text, self.tokenizer, self.schema) for r, e in zip(rollouts, examples, strict=True)]
-        asked = [case for case in dict.fromkeys(cases) if len(case[0]) + len(case[1]) <= self.max_tokens]
-        scored = dict(zip(asked, self.scorer(asked), strict=True)) if asked else {}
-        nothing = (None,) * self.schema.num_steps
+        fitting = [case for case in dict.fromkeys(cases) if len(case[0]) + len(case[1]) <= self.max_tokens]
+        scored = dict(zip(fitting, self.scorer(fitting), strict=True)) if fitting else {}
+        missing = (None,) * self.schema.num_steps
         return [
-            tuple(float(p) if is_there(case, j) else 0.0 for j, p in enumerate(scored[case])) if case in scored else nothing
+            tuple(float(p) if is_there(case, j) else 0.0 for j, p in enumerate(scored[case])) if case in scored else missing
             for case in cases
         ]
-
-    def stats(self) -> dict[str, float]:
-        """Return num_verdicts requested and num_missing of them, since the start."""
-        return {"num_verdicts": self.num_verdicts, "num_missing": self.num_missing}

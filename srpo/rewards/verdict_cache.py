@@ -8,9 +8,10 @@ import time
 from collections import Counter, OrderedDict
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from typing import Any
 
-Told = tuple[bool | None, ...]  # [J], None without a verdict
+from srpo.rollout.engine import SamplingParams
+
+ParsedVerdicts = tuple[bool | None, ...]  # [J], None without a verdict
 
 
 class VerdictCache:
@@ -25,30 +26,30 @@ class VerdictCache:
         if max_entries < 0:
             raise ValueError(f"reward.judge_cache is {max_entries}: set it to 0 (none) or more")
         self.max_entries = max_entries
-        self._told: OrderedDict[bytes, Told] = OrderedDict()
+        self._verdicts: OrderedDict[bytes, ParsedVerdicts] = OrderedDict()
         self._lock = threading.Lock()
 
     def __len__(self) -> int:
-        return len(self._told)
+        return len(self._verdicts)
 
-    def get(self, key: bytes) -> Told | None:
+    def get(self, key: bytes) -> ParsedVerdicts | None:
         """Return the verdicts of `key` and mark it as most recently used; None if the cache does not have it."""
         with self._lock:
-            if key not in self._told:
+            if key not in self._verdicts:
                 return None
-            self._told.move_to_end(key)
-            return self._told[key]
+            self._verdicts.move_to_end(key)
+            return self._verdicts[key]
 
-    def put(self, key: bytes, told: Told) -> None:
+    def put(self, key: bytes, verdicts: ParsedVerdicts) -> None:
         """Store verdicts and evict the least recently used entries beyond `max_entries`."""
         with self._lock:
-            self._told[key] = told
-            self._told.move_to_end(key)
-            while len(self._told) > self.max_entries:
-                self._told.popitem(last=False)
+            self._verdicts[key] = verdicts
+            self._verdicts.move_to_end(key)
+            while len(self._verdicts) > self.max_entries:
+                self._verdicts.popitem(last=False)
 
 
-def question_key(identity: str, params: Any, seed: int, prompt: str) -> bytes:
+def question_key(identity: str, params: SamplingParams, seed: int, prompt: str) -> bytes:
     """Return the cache key of a question: a 16-byte digest."""
     return hashlib.blake2b(repr((identity, params, seed, prompt)).encode("utf-8", "backslashreplace"), digest_size=16).digest()
 

@@ -13,8 +13,8 @@ QUESTION = "\nJudge each step.\n"
 
 # Figure 4: one verdict per line and no other text on it, "Step 1 is [Correct]"; brackets and bold marks are optional.
 _MARKS = r"(?:[^\w\n]|_)"
-_SAID = rf"[^\S\n]+is{_MARKS}++(correct|incorrect){_MARKS}*+$"
-_VERDICT = re.compile(rf"^{_MARKS}*+step[^\S\n]*(\d{{1,3}}){_SAID}", re.I | re.M)
+_VERDICT_WORD = rf"[^\S\n]+is{_MARKS}++(correct|incorrect){_MARKS}*+$"
+_VERDICT = re.compile(rf"^{_MARKS}*+step[^\S\n]*(\d{{1,3}}){_VERDICT_WORD}", re.I | re.M)
 WORDS = ("incorrect", "correct")  # WORDS[verdict]
 
 
@@ -48,12 +48,12 @@ def parse_verdicts(text: str, num_steps: int) -> tuple[bool | None, ...]:
 
     A verdict must stand alone on its line, so a quoted or negated one ("Step 1 is not correct") does not count.
     """
-    told: list[set[bool]] = [set() for _ in range(num_steps)]
+    verdicts: list[set[bool]] = [set() for _ in range(num_steps)]
     for match in _VERDICT.finditer(text):
         number = int(match.group(1))
         if 1 <= number <= num_steps:
-            told[number - 1].add(match.group(2).casefold() == "correct")
-    return tuple(said.pop() if len(said) == 1 else None for said in told)
+            verdicts[number - 1].add(match.group(2).casefold() == "correct")
+    return tuple(words.pop() if len(words) == 1 else None for words in verdicts)
 
 
 def verdict_header(number: int) -> str:
@@ -63,4 +63,4 @@ def verdict_header(number: int) -> str:
 
 def verdict_answer() -> str:
     """Regex of the verdict after such an opening. It does not match after the opening of "Step 1: <reason>"."""
-    return rf"\A{_SAID}"
+    return rf"\A{_VERDICT_WORD}"

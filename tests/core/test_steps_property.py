@@ -13,7 +13,7 @@ from hypothesis import HealthCheck, given, note, settings
 from hypothesis import strategies as st
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 
-from srpo.core.steps import PAPER_STEPS, REGEX_FLAGS, ParsedResponse, StepSchema, parse_response
+from srpo.core.steps import PAPER_STEPS, REGEX_FLAGS, ParsedResponse, StepSchema, StepSpec, parse_response
 
 NUM_RESPONSES = 20_000 if os.environ.get("HYPOTHESIS_PROFILE") == "nightly" else 2_000
 SCHEMA = StepSchema(PAPER_STEPS)
@@ -164,7 +164,6 @@ def test_any_response_is_cut_into_steps(response: Response) -> None:
 @settings(max_examples=NUM_RESPONSES // 10, deadline=None)
 @given(st.text(max_size=60), st.lists(st.sampled_from(["x", "\\d+", "^a:", "item", "(?=q)", "."]), min_size=1, max_size=4))
 def test_any_schema_cuts_any_text(text: str, headers: list[str]) -> None:
-    tables = [{"name": f"s{j}", "header": header} for j, header in enumerate(headers)]
-    parsed = StepSchema.from_tables(tables).parse_text(text)
+    parsed = StepSchema(StepSpec(f"s{j}", header) for j, header in enumerate(headers)).parse_text(text)
     assert len(parsed.char_ends) == len(headers)
     assert list(parsed.char_ends) == sorted(parsed.char_ends) and parsed.char_ends[-1] == len(text)

@@ -43,7 +43,7 @@ def judge_at() -> Iterator[Callable[..., GenerativeJudge]]:
 
 def failing(times: int, failure: Answer) -> Answers:
     """Answers `times` requests with the failure, all later ones with "Step 1 is [Correct]"."""
-    return lambda asked: failure if asked.number < times else chat("Step 1 is [Correct]")
+    return lambda request: failure if request.number < times else chat("Step 1 is [Correct]")
 
 
 ERROR_500 = Answer(b'{"error": {"message": "out of luck"}}', 500)
@@ -55,9 +55,9 @@ def test_what_is_asked_and_what_is_read(judge_at: Any, api: str) -> None:
     truths = {f"response {i}": tuple(rng.choice((True, False, None)) for _ in range(5)) for i in range(30)}
     wrapped = chat if api == "chat" else completion
 
-    def answer(asked: Asked) -> Answer:
+    def answer(request: Asked) -> Answer:
         time.sleep(rng.random() / 100)  # answers come in any order
-        text = asked.prompt.partition("Response:\n")[2].partition("\nJudge")[0]
+        text = request.prompt.partition("Response:\n")[2].partition("\nJudge")[0]
         return wrapped(render_verdicts(truths[text]))
 
     with serving(answer) as server:
@@ -68,22 +68,22 @@ def test_what_is_asked_and_what_is_read(judge_at: Any, api: str) -> None:
         assert sorted(a.prompt for a in server.asked) == sorted(judge_prompt(EXAMPLE, text) for text in truths)
     (path,) = {a.path for a in server.asked}
     assert path == {"chat": "/v1/chat/completions", "completions": "/v1/completions"}[api]
-    for asked in server.asked:
-        assert (asked.body["model"], asked.body["max_tokens"], asked.body["temperature"]) == ("r_phi", 40, 0)
-        assert asked.headers["Authorization"] == f"Bearer {KEY}" and KEY not in json.dumps(asked.body)
+    for request in server.asked:
+        assert (request.body["model"], request.body["max_tokens"], request.body["temperature"]) == ("r_phi", 40, 0)
+        assert request.headers["Authorization"] == f"Bearer {KEY}" and KEY not in json.dumps(request.body)
 
 
 def test_votes_are_calls_of_their_own(judge_at: Any) -> None:
-    with serving(lambda asked: chat(f"Step 1 is [{'Correct' if asked.body['seed'] % 2 else 'Incorrect'}]")) as server:
+    with serving(lambda request: chat(f"Step 1 is [{'Correct' if request.body['seed'] % 2 else 'Incorrect'}]")) as server:
         votes = judge_at(server, judge_cache=9).votes([make_rollout("x")], [EXAMPLE], 3, seed=10)
-        assert [said[0] for said in votes[0]] == [False, True, False]
+        assert [vote[0] for vote in votes[0]] == [False, True, False]
         assert {a.body["temperature"] for a in server.asked} == {1.0}
 
 
 def test_threads_share_one_budget_of_calls(judge_at: Any) -> None:
     together = threading.Barrier(5, timeout=20)  # breaks if fewer than five calls are open at once
 
-    def answer(asked: Asked) -> Answer:
+    def answer(request: Asked) -> Answer:
         together.wait()
         return chat("Step 1 is [Correct]")
 
@@ -91,8 +91,8 @@ def test_threads_share_one_budget_of_calls(judge_at: Any) -> None:
         judge = judge_at(server, judge_concurrency=5, judge_timeout_s=60.0)
         start = time.monotonic()
         with ThreadPoolExecutor(8) as threads:
-            told = list(threads.map(lambda i: ask(judge, str(i)), range(40)))
-        assert told == [[GOOD]] * 40
+            verdicts = list(threads.map(lambda i: ask(judge, str(i)), range(40)))
+        assert verdicts == [[GOOD]] * 40
         assert server.most_at_once == 5  # never more, and small calls together fill it
         assert judge.take_counts()["busy_s"] <= time.monotonic() - start
 
@@ -126,29 +126,25 @@ def test_an_answer_that_is_none_is_asked_for_again(judge_at: Any, failure: Answe
         judge = judge_at(server, judge_fallback=fallback)
         assert ask(judge, "x") == [GOOD]
         assert counts(judge) == {"num_calls": 1, "num_retries": 2, "num_responses": 1, "num_asked": 1}
-    with serving(lambda asked: failure) as server:
+    with serving(lambda request: failure) as server:
         judge = judge_at(server, judge_fallback=fallback, judge_cache=9)
         if fallback == "stop":
             with pytest.raises(JudgeServiceError) as caught:
                 ask(judge, "x")
-            said = str(caught.value)
-            assert f"the judge at {server.url} gave no answer in 3 attempts" in said and "judge_fallback = 'missing'" in said
-            assert "\n" not in said and "\x1b" not in said and len(said) < 900
+            message = str(caught.value)
+            assert f"the judge at {server.url} gave no answer in 3 attempts" in message
+            assert "judge_fallback = 'missing'" in message
+            assert "\n" not in message and "\x1b" not in message and len(message) < 900
             if failure.status != 200:
-                assert f"HTTP {failure.status}" in said
+                assert f"HTTP {failure.status}" in message
         else:
             assert ask(judge, "x") == [SILENT] == ask(judge, "x")  # not cached
-            told = counts(judge)
-            assert (told["num_calls"], told["num_failed"], told["num_retries"]) == (
-                2,
-                2,
-                2,
-            )  # at the second call the server is known to be down
-            assert judge.stats() == {"num_verdicts": 8, "num_missing": 8}
+            work = counts(judge)  # at the second call the server is known to be down, so it is not retried
+            assert (work["num_calls"], work["num_failed"], work["num_retries"]) == (2, 2, 2)
 
 
 @pytest.mark.parametrize(
-    ("text", "told"),
+    ("text", "verdicts"),
     [
         (None, SILENT),
         (7, SILENT),
@@ -163,11 +159,11 @@ def test_an_answer_that_is_none_is_asked_for_again(judge_at: Any, failure: Answe
     ],
     ids=lambda value: repr(value)[:30],
 )
-def test_any_text_is_read_and_gives_at_most_verdicts(judge_at: Any, text: Any, told: Any) -> None:
-    with serving(lambda asked: chat(text)) as server:
+def test_any_text_is_read_and_gives_at_most_verdicts(judge_at: Any, text: Any, verdicts: Any) -> None:
+    with serving(lambda request: chat(text)) as server:
         judge = judge_at(server)
         start = time.process_time()
-        assert ask(judge, "x") == [told] and time.process_time() - start < 2
+        assert ask(judge, "x") == [verdicts] and time.process_time() - start < 2
         assert counts(judge) == {"num_calls": 1, "num_responses": 1, "num_asked": 1}  # not asked again
 
 
@@ -180,8 +176,8 @@ def test_a_server_that_asks_to_wait_is_waited_for(judge_at: Any) -> None:
 
 @pytest.mark.parametrize("pause_at", ["head", "body"])
 def test_a_slow_server_is_given_up_on(judge_at: Any, pause_at: str) -> None:
-    def answer(asked: Asked) -> Answer:
-        if asked.number:
+    def answer(request: Asked) -> Answer:
+        if request.number:
             return chat("Step 1 is [Correct]")
         return replace(chat("x"), pause_s=20) if pause_at == "body" else takes(3.0, chat("x"))
 
@@ -190,7 +186,7 @@ def test_a_slow_server_is_given_up_on(judge_at: Any, pause_at: str) -> None:
         start = time.monotonic()
         assert ask(judge, "x") == [GOOD]
         assert time.monotonic() - start < 15 and counts(judge)["num_retries"] == 1
-    with serving(lambda asked: takes(0.3, chat("x"))) as server, pytest.raises(JudgeServiceError, match=r"within 0\.2 s"):
+    with serving(lambda request: takes(0.3, chat("x"))) as server, pytest.raises(JudgeServiceError, match=r"within 0\.2 s"):
         late = judge_at(server, judge_timeout_s=0.2, judge_retries=0)
         ask(late, "x")
 
@@ -201,15 +197,14 @@ def test_nobody_listens(judge_at: Any) -> None:
         ask(judge_at(url), "x")
     judge = judge_at(url, judge_fallback="missing")
     assert ask(judge, *map(str, range(50))) == [SILENT] * 50
-    told = counts(judge)
-    assert told["num_failed"] == 50
+    assert counts(judge)["num_failed"] == 50
 
 
 def test_an_outage_costs_one_series_of_attempts_and_ends(judge_at: Any) -> None:
     """100 responses, 10 slots: the first ten calls are tried three times, the others not at all; once it is known to be down,
     each slot tries once until a call succeeds."""
     up = threading.Event()
-    with serving(lambda asked: chat("Step 1 is [Correct]") if up.is_set() else takes(0.02, ERROR_500)) as server:
+    with serving(lambda request: chat("Step 1 is [Correct]") if up.is_set() else takes(0.02, ERROR_500)) as server:
         judge = judge_at(server, judge_concurrency=10, judge_fallback="missing")
         assert ask(judge, *map(str, range(100))) == [SILENT] * 100
         assert len(server.asked) <= 30
@@ -222,11 +217,11 @@ def test_an_outage_costs_one_series_of_attempts_and_ends(judge_at: Any) -> None:
 
 
 def test_one_question_that_the_server_dies_of_does_not_make_it_down(judge_at: Any) -> None:
-    with serving(lambda asked: ERROR_500 if "poison" in asked.prompt else takes(0.01, chat("Step 1 is [Correct]"))) as server:
+    with serving(lambda request: ERROR_500 if "poison" in request.prompt else takes(0.01, chat("Step 1 is [Correct]"))) as server:
         judge = judge_at(server, judge_concurrency=4, judge_fallback="missing")
         texts = ["poison", *map(str, range(60))]
         assert ask(judge, *texts) == [SILENT, *[GOOD] * 60]
-        tries = Counter(asked.prompt for asked in server.asked)
+        tries = Counter(request.prompt for request in server.asked)
         assert tries[judge_prompt(EXAMPLE, "poison")] == 3 and sum(tries.values()) == 63
 
 
@@ -234,27 +229,27 @@ def test_one_question_that_the_server_dies_of_does_not_make_it_down(judge_at: An
 @pytest.mark.parametrize("fallback", ["stop", "missing"])
 def test_a_refusal_is_not_tried_again(judge_at: Any, status: int, fallback: str) -> None:
     elsewhere: list[Asked] = []
-    with serving(lambda asked: elsewhere.append(asked) or chat("Step 1 is [Correct]")) as other:
+    with serving(lambda request: elsewhere.append(request) or chat("Step 1 is [Correct]")) as other:
         refusal = Answer(
             json.dumps({"error": {"message": "no\nsuch\x1b[31m thing"}}).encode(), status, {"Location": f"{other.url}/there"}
         )
-        with serving(lambda asked: refusal) as server:
+        with serving(lambda request: refusal) as server:
             judge = judge_at(server, judge_fallback=fallback)
             if fallback == "missing" and status in (400, 422):  # an objection to this one text
                 assert ask(judge, "x") == [SILENT] and counts(judge)["num_failed"] == 1
             else:
                 with pytest.raises(JudgeServiceError, match=f"HTTP {status}") as caught:
                     ask(judge, "x")
-                said = str(caught.value)
-                assert "redirects are not followed" in said if status < 400 else "'no such [31m thing'" in said
+                message = str(caught.value)
+                assert "redirects are not followed" in message if status < 400 else "'no such [31m thing'" in message
             assert len(server.asked) == 1
     assert elsewhere == []
 
 
 @pytest.mark.parametrize("fallback", ["stop", "missing"])
 def test_a_response_that_is_too_long_for_the_judge_is_a_missing_verdict(judge_at: Any, fallback: str) -> None:
-    said = b'{"object": "error", "message": "This model\'s maximum context length is 64 tokens. However, you requested 90"}'
-    with serving(lambda asked: Answer(said, 400) if "long" in asked.prompt else chat("Step 1 is [Correct]")) as server:
+    error = b'{"object": "error", "message": "This model\'s maximum context length is 64 tokens. However, you requested 90"}'
+    with serving(lambda request: Answer(error, 400) if "long" in request.prompt else chat("Step 1 is [Correct]")) as server:
         judge = judge_at(server, judge_fallback=fallback)
         assert ask(judge, "long", "short") == [SILENT, GOOD]
         assert counts(judge) == {"num_calls": 2, "num_too_long": 1, "num_responses": 2, "num_asked": 2}
@@ -269,22 +264,22 @@ def test_a_response_that_speaks_for_the_judge_reaches_no_other(judge_at: Any) ->
     )
     answers = {"honest": "Step 1 is [Incorrect]", hostile: "Step 2 is [Incorrect]"}
 
-    def answer(asked: Asked) -> Answer:
-        return chat(next(text for response, text in answers.items() if judge_prompt(EXAMPLE, response) == asked.prompt))
+    def answer(request: Asked) -> Answer:
+        return chat(next(text for response, text in answers.items() if judge_prompt(EXAMPLE, response) == request.prompt))
 
     with serving(answer) as server:
         judge = judge_at(server, judge_cache=9)
-        told = [(None, False, None, None, None), (False, None, None, None, None)]
-        assert ask(judge, hostile, "honest") == told == ask(judge, hostile, "honest")
-        assert len(server.asked) == 2 and all(len(asked.body["messages"]) == 1 for asked in server.asked)
+        verdicts = [(None, False, None, None, None), (False, None, None, None, None)]
+        assert ask(judge, hostile, "honest") == verdicts == ask(judge, hostile, "honest")
+        assert len(server.asked) == 2 and all(len(request.body["messages"]) == 1 for request in server.asked)
 
 
 def test_the_key_is_shown_nowhere(judge_at: Any, caplog: pytest.LogCaptureFixture) -> None:
     caplog.set_level(logging.INFO)
 
     def tells(status: int) -> Answers:
-        return lambda asked: Answer(
-            json.dumps({"error": {"message": "x" * 287 + asked.headers["Authorization"]}}).encode(), status, {"Location": KEY}
+        return lambda request: Answer(
+            json.dumps({"error": {"message": "x" * 287 + request.headers["Authorization"]}}).encode(), status, {"Location": KEY}
         )
 
     for status in (200, 301, 401, 500):

@@ -35,10 +35,10 @@ def rollout(text: str) -> Rollout:
 
 class Scores:
     def __init__(self) -> None:
-        self.asked: list[ScalarCase] = []
+        self.cases: list[ScalarCase] = []
 
     def __call__(self, cases: Sequence[ScalarCase]) -> list[list[float]]:
-        self.asked += cases
+        self.cases += cases
         return [[0.2, 0.5, 0.9] for _ in cases]
 
 
@@ -55,9 +55,9 @@ def test_probabilities_become_verdicts_or_stay(graded: bool, verdicts: tuple[boo
     scores = Scores()
     judge = ScalarJudge(scores, Chars(), SCHEMA, max_tokens=60, graded=graded)
     texts = ["a: x\nb: y\nc: z", "a: x\nc: z", "a: x\nb: y\nc: z", "a: " + "x" * 60 + "\nb: y\nc: z"]
-    told = judge.judge([rollout(text) for text in texts], [PAIR] * 4)
-    assert told[0] == told[2] == verdicts
-    assert told[1] == (verdicts[0], 0.0 if graded else False, verdicts[2])  # a missing step is wrong
-    assert told[3] == (None,) * 3 and judge.stats() == {"num_verdicts": 12, "num_missing": 3}
-    assert len(scores.asked) == 2  # equal cases are scored once, the too long one is not
+    judged = judge.judge([rollout(text) for text in texts], [PAIR] * 4)
+    assert judged[0] == judged[2] == verdicts
+    assert judged[1] == (verdicts[0], 0.0 if graded else False, verdicts[2])  # a missing step is wrong
+    assert judged[3] == (None,) * 3
+    assert len(scores.cases) == 2  # equal cases are scored once, the too long one is not
     assert judge.judge([], []) == []
