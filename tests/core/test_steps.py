@@ -166,7 +166,7 @@ def test_a_repeated_header_is_read_where_the_first_says_nothing() -> None:
 
 
 @pytest.mark.parametrize(
-    ("order", "found", "problems"),
+    ("order", "adopted", "problems"),
     [
         ("13245", "1245", {"out_of_order", "missing"}),  # 3 came before its predecessor
         ("132345", "12345", {"out_of_order"}),  # and comes once more, in order
@@ -179,11 +179,11 @@ def test_a_repeated_header_is_read_where_the_first_says_nothing() -> None:
         ("35124", "124", {"out_of_order", "missing"}),
     ],
 )
-def test_headers_are_adopted_in_order(order: str, found: str, problems: set[str]) -> None:
+def test_headers_are_adopted_in_order(order: str, adopted: str, problems: set[str]) -> None:
     lines = [WORLD[int(c) - 1].rstrip("\n") + f" #{i}\n" for i, c in enumerate(order)]
     text = "".join(lines)
     parsed = SCHEMA.parse_text(text)
-    assert "".join(str(j + 1) for j in range(5) if parsed.found[j]) == found
+    assert "".join(str(j + 1) for j in range(5) if parsed.found[j]) == adopted
     assert parsed.problems - {"unanswered"} == problems
     assert "".join(spans(text, parsed)) == text
 

@@ -67,14 +67,14 @@ class JudgeServer:
             def _handle(self) -> None:
                 body = self.rfile.read(int(self.headers.get("Content-Length") or 0))
                 with server._lock:
-                    asked = Asked(
+                    request = Asked(
                         len(server.asked), self.command, self.path, dict(self.headers), json.loads(body) if body else {}
                     )
-                    server.asked.append(asked)
+                    server.asked.append(request)
                     server._open += 1
                     server.most_at_once = max(server.most_at_once, server._open)
                 try:
-                    self._reply(server.answer(asked))
+                    self._reply(server.answer(request))
                 finally:
                     with server._lock:
                         server._open -= 1

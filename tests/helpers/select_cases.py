@@ -138,5 +138,5 @@ def contents(folder: Path) -> dict[str, bytes]:
 
 def results(cfg: SelectConfig) -> dict[str, bytes]:
     """`contents` of the records folder without config.toml and *.json, which contain paths."""
-    found = contents(records_dir(cfg))
-    return {name: data for name, data in found.items() if not name.endswith(("config.toml", ".json"))}
+    files = contents(records_dir(cfg))
+    return {name: data for name, data in files.items() if not name.endswith(("config.toml", ".json"))}

@@ -69,9 +69,9 @@ def draw(seed: int) -> Drawn:
         )  # fmt: skip
     num_rows = sum(len(r.response_ids) for r in rollouts)
     logits = torch.randn(num_rows, VOCAB, generator=gen, dtype=torch.float64)
-    made = Drawn(rollouts, logits, [])
-    made.old = [(x + 0.4 * torch.randn(len(x), generator=gen).double()).float().double() for x in made.logprobs(logits)]
-    return made
+    drawn = Drawn(rollouts, logits, [])
+    drawn.old = [(x + 0.4 * torch.randn(len(x), generator=gen).double()).float().double() for x in drawn.logprobs(logits)]
+    return drawn
 
 
 def settings(**changes: Any) -> Config:
@@ -124,9 +124,9 @@ def of_groups(drawn: Drawn, rewards: list[float], divide: bool = True) -> list[t
     """Advantages of Eq. 4 per response; without `divide` only its numerator."""
     out = []
     for rollout, reward in zip(drawn.rollouts, rewards, strict=True):
-        mine = torch.tensor([x for r, x in zip(drawn.rollouts, rewards, strict=True) if r.group == rollout.group]).double()
-        advantage = (reward - mine.mean()) / (mine.std() + 1e-6 if divide else 1.0)
-        out.append(advantage if float(mine.std()) > 0 else torch.zeros((), dtype=torch.float64))
+        group = torch.tensor([x for r, x in zip(drawn.rollouts, rewards, strict=True) if r.group == rollout.group]).double()
+        advantage = (reward - group.mean()) / (group.std() + 1e-6 if divide else 1.0)
+        out.append(advantage if float(group.std()) > 0 else torch.zeros((), dtype=torch.float64))
     return out
 
 

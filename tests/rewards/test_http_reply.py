@@ -78,7 +78,7 @@ def test_pauses_double_up_to_a_bound() -> None:
 
 
 @pytest.mark.parametrize(
-    "said",
+    "message",
     [
         "This model's maximum context length is 4096 tokens. However, you requested 5000 tokens",
         "context_length_exceeded",
@@ -87,8 +87,8 @@ def test_pauses_double_up_to_a_bound() -> None:
         "`inputs` tokens + `max_new_tokens` must be <= 4096: too long",
     ],
 )
-def test_servers_say_in_several_ways_that_a_prompt_is_too_long(said: str) -> None:
-    data = json.dumps({"error": {"message": said}}).encode()
+def test_servers_say_in_several_ways_that_a_prompt_is_too_long(message: str) -> None:
+    data = json.dumps({"error": {"message": message}}).encode()
     assert says_too_long(400, data) and not says_too_long(500, data) and not says_too_long(404, data)
     assert not says_too_long(400, b'{"error": {"message": "unknown field seed"}}')
 

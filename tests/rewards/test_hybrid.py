@@ -30,10 +30,10 @@ class Says:
     """A judge that always gives the same verdicts and records the example ids of each call."""
 
     def __init__(self, *verdicts: bool | float | None) -> None:
-        self.verdicts, self.asked = verdicts, []
+        self.verdicts, self.calls = verdicts, []
 
     def judge(self, rollouts: Sequence[Rollout], examples: Sequence[Example]) -> list[Verdicts]:
-        self.asked.append([e.example_id for e in examples])
+        self.calls.append([e.example_id for e in examples])
         return [self.verdicts for _ in rollouts]
 
 
@@ -155,9 +155,9 @@ def test_the_judge_is_asked_once_and_only_about_rollouts_that_need_it() -> None:
         ("missing",),
         ("judge",),
     ]
-    assert judge.asked == [["b", "d"]]
+    assert judge.calls == [["b", "d"]]
     score(rollouts[:1], examples[:1], schema, judge)
-    assert judge.asked == [["b", "d"]]
+    assert judge.calls == [["b", "d"]]
     assert score([], [], schema, judge) == []
 
 
@@ -186,12 +186,12 @@ def test_what_cannot_be_scored_is_refused() -> None:
 
 
 def test_everything_the_judge_says_is_kept_whoever_grades() -> None:
-    said = (True, False, False, None, True)
-    asked, other = make_rollout(), make_rollout(example_id="b")
+    verdicts = (True, False, False, None, True)
+    judged, other = make_rollout(), make_rollout(example_id="b")
     labelled = make_example(RIGHT, "b")
     steps = StepSchema(replace(spec, sources=("gold", "judge")) for spec in PAPER_STEPS)
-    first, second = score([asked, other], [make_example(), labelled], steps, Says(*said))
-    assert first.verdicts == said and first.reward_sources == ("judge", "judge", "gold", "gold", "gold")
+    first, second = score([judged, other], [make_example(), labelled], steps, Says(*verdicts))
+    assert first.verdicts == verdicts and first.reward_sources == ("judge", "judge", "gold", "gold", "gold")
     assert second.verdicts is None and set(second.reward_sources or ()) == {"gold"}  # no step was left for the judge
 
 

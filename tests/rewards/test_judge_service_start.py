@@ -18,8 +18,8 @@ def test_opening_asks_for_the_name_and_one_token(monkeypatch: pytest.MonkeyPatch
     monkeypatch.setenv("OPENAI_API_KEY", f" {KEY}\n")
     names = ["the-judge"]
 
-    def answer(asked: Asked) -> Answer:
-        return models(*names) if asked.path == "/v1/models" else chat("Step 1 is [Correct]")
+    def answer(request: Asked) -> Answer:
+        return models(*names) if request.path == "/v1/models" else chat("Step 1 is [Correct]")
 
     with serving(answer) as server:
         cfg = replace(SETTINGS, judge_url=server.url + "/", judge_model="")
@@ -29,20 +29,23 @@ def test_opening_asks_for_the_name_and_one_token(monkeypatch: pytest.MonkeyPatch
         assert {a.headers["Authorization"] for a in server.asked} == {f"Bearer {KEY}"}
         assert counts(judge) == {} and ask(judge, "x") == [GOOD]
         judge.close()
-        for served, said in ((["a", "b\x1b[31m"], "serves 2 models: .* one of them: a, b"), ([], "serves 0 models: .* none")):
+        for served, message in ((["a", "b\x1b[31m"], "serves 2 models: .* one of them: a, b"), ([], "serves 0 models: .* none")):
             names[:] = served
-            with pytest.raises(JudgeServiceError, match=said):
+            with pytest.raises(JudgeServiceError, match=message):
                 open_service_judge(SCHEMA, cfg)
     with pytest.raises(JudgeServiceError, match="gave no answer in 3 attempts"):
         open_service_judge(SCHEMA, cfg)
-    with serving(lambda asked: Answer(b"too long", 400)) as server, pytest.raises(JudgeServiceError, match="HTTP 400 'too long'"):
+    with (
+        serving(lambda request: Answer(b"too long", 400)) as server,
+        pytest.raises(JudgeServiceError, match="HTTP 400 'too long'"),
+    ):
         open_service_judge(SCHEMA, replace(cfg, judge_url=server.url))
 
 
 @pytest.mark.parametrize("fallback", ["stop", "missing"])
 def test_opening_finds_a_wrong_key_and_bears_an_outage_if_it_may(fallback: str) -> None:
     cfg = replace(SETTINGS, judge_fallback=fallback)
-    with serving(lambda asked: Answer(b'{"message": "wrong key"}', 401)) as server:
+    with serving(lambda request: Answer(b'{"message": "wrong key"}', 401)) as server:
         with pytest.raises(JudgeServiceError, match="HTTP 401"):
             open_service_judge(SCHEMA, replace(cfg, judge_url=server.url))
         assert len(server.asked) == 1
@@ -55,13 +58,13 @@ def test_opening_finds_a_wrong_key_and_bears_an_outage_if_it_may(fallback: str) 
     with pytest.warns(RuntimeWarning, match="the run begins without it"):
         judge = open_service_judge(SCHEMA, cfg)
     assert ask(judge, "x") == [SILENT]
-    with serving(lambda asked: chat("Step 1 is [Correct]"), port):
+    with serving(lambda request: chat("Step 1 is [Correct]"), port):
         assert ask(judge, "x") == [GOOD]
     judge.close()
 
 
 @pytest.mark.parametrize(
-    ("changes", "said"),
+    ("changes", "message"),
     [
         ({"judge_url": "127.0.0.1:8000/v1"}, "no address"),
         ({"judge_url": "file:///etc/passwd"}, "no address"),
@@ -76,8 +79,8 @@ def test_opening_finds_a_wrong_key_and_bears_an_outage_if_it_may(fallback: str) 
     ],
     ids=str,
 )
-def test_settings_that_cannot_work_are_refused(changes: dict[str, Any], said: str) -> None:
-    with pytest.raises(ValueError, match=said):
+def test_settings_that_cannot_work_are_refused(changes: dict[str, Any], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
         JudgeService(replace(SETTINGS, **{"judge_url": "http://127.0.0.1/v1", **changes}))
 
 
@@ -86,7 +89,7 @@ def test_a_service_that_nobody_holds_ends_its_thread() -> None:
         return sum(thread.name == "judge-service" for thread in threading.enumerate())
 
     before = threads()
-    with serving(lambda asked: chat("Step 1 is [Correct]")) as server:
+    with serving(lambda request: chat("Step 1 is [Correct]")) as server:
         judge = open_service_judge(SCHEMA, replace(SETTINGS, judge_url=server.url))
         assert ask(judge, "x") == [GOOD] and threads() == before + 1
         del judge

@@ -44,8 +44,8 @@ def test_threads_share_a_cache() -> None:
         rng = random.Random(number)
         for _ in range(2000):
             key = rng.randrange(100)
-            found = cache.get(bytes([key]))
-            if found is not None and found != (key % 2 == 0,):
+            verdicts = cache.get(bytes([key]))
+            if verdicts is not None and verdicts != (key % 2 == 0,):
                 return False
             cache.put(bytes([key]), (key % 2 == 0,))
         return True

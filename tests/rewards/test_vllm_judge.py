@@ -149,7 +149,7 @@ def test_a_judge_behind_vllm_serve_writes_what_the_local_one_does(
         judge = open_service_judge(SCHEMA, cfg)
         assert judge.writer.identity == f"{url} r_phi completions"
         # A server decodes token by token and omits bytes that do not complete a character.
-        texts = [[text.replace("\ufffd", "") for text in some] for some in (written(judge, world), local)]
+        texts = [[text.replace("\ufffd", "") for text in row] for row in (written(judge, world), local)]
         assert texts[0] == texts[1] and sum(map(bool, texts[0])) >= 8
         counts = judge.take_counts()
         assert (counts["num_calls"], counts["num_too_long"], counts.get("num_failed", 0)) == (12, 1, 0)
