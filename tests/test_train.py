@@ -241,7 +241,7 @@ def refused(world: Any, folder: Path, capsys: pytest.CaptureFixture[str], **chan
         ({"reward": {"judge": "none"}}, "nothing can grade step 'query_intent' of world-0-train-.*set reward.judge"),
         ({"reward": {"judge": "generative"}}, "reward.judge_path is not set: name the checkpoint that srpo.train_judge made"),
         ({"reward": {"judge": "generative", "judge_path": "nowhere"}}, "in 'nowhere'"),
-        ({"reward": {"judge_error_rate": 1.5}}, "reward.judge_error_rate is 1.5: set it between 0 and 1"),
+        ({"reward": {"judge_error_rate": 1.5}}, "reward.judge_error_rate is 1.5: set it to a number from 0 to 1"),
         ({"reward": {"missing_verdict": -1.0}}, "reward.missing_verdict is -1.0"),
         ({"train": {"checkpoint_every": 0}}, "train.checkpoint_every is 0: set it to 1 or more"),
     ],

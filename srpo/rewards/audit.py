@@ -117,8 +117,8 @@ def audit(
     if alarms and cfg.audit == "stop":
         raise ValueError(
             f"{next(iter(alarms.values()))}. The policy may have learned to please the judge: read the verdicts in "
-            "rollouts.jsonl, train the judge again on such responses (srpo.train_judge) and start a new run_dir with it; "
-            "reward.audit = 'warn' does not stop"
+            "rollouts.jsonl, train the judge on such responses (srpo.train_judge) and start a new run_dir with it; to continue "
+            "instead, set reward.audit = 'warn'"
         )
     news = tuple(text for name, text in alarms.items() if name not in state["beyond"])
     return Audit(counts, average, baseline, num_steps, tuple(alarms), news)
@@ -126,5 +126,5 @@ def audit(
 
 def _alarm(name: str, average: np.ndarray, baseline: np.ndarray, cfg: RewardConfig) -> str:
     rates = f"errs on {average[ERRORS] / average[NUM]:.1%} of step {name!r} after {baseline[ERRORS] / baseline[NUM]:.1%}"
-    passed = f"{average[FALSE_CORRECT] / average[WRONG]:.0%} of the wrong ones pass" if average[WRONG] else "no step is wrong"
+    passed = f"{average[FALSE_CORRECT] / average[WRONG]:.0%} of the wrong steps pass" if average[WRONG] else "no step is wrong"
     return f"the judge {rates} at the start ({passed}), a rise of more than reward.audit_bound = {cfg.audit_bound}"

@@ -14,6 +14,7 @@ MAX_REPLY_BYTES = 1 << 20  # of one reply; a longer one is no verdict
 MAX_PAUSE_S = 60.0  # between two attempts; caps the server's Retry-After
 MAX_READ = 4000  # characters of a server's message that are read
 MAX_SHOWN = 300  # characters of it that our messages show
+NO_ADDRESS = "reward.judge_url is not the address of a server: set it to one like http://127.0.0.1:8000/v1"
 
 _TOO_LONG = re.compile(
     r"context[ _]length|context window|too long|too large|max_model_len|maximum (?:model |input |prompt )?length"
@@ -31,10 +32,10 @@ def read_text(data: bytes, api: str) -> str | None:
     """
     choices = _json_object(data).get("choices")
     if not isinstance(choices, list) or not choices or not isinstance(choices[0], dict):
-        raise NotAReply(f"an answer without choices: {server_message(data)}")
+        raise NotAReply(f"a reply without choices: {server_message(data)}")
     holder, key = (choices[0].get("message"), "content") if api == "chat" else (choices[0], "text")
     if not isinstance(holder, dict) or key not in holder:
-        raise NotAReply(f"an answer that is none of the {api} API (reward.judge_api): {server_message(data)}")
+        raise NotAReply(f"a reply that does not have the form of the {api} API (reward.judge_api): {server_message(data)}")
     return holder[key] if isinstance(holder[key], str) else None
 
 
@@ -42,7 +43,7 @@ def read_models(data: bytes) -> list[str]:
     """Return the model names in a reply to /models. Raises NotAReply."""
     models = _json_object(data).get("data")
     if not isinstance(models, list):
-        raise NotAReply(f"an answer without models: {server_message(data)}")
+        raise NotAReply(f"a reply without models: {server_message(data)}")
     return [model["id"] for model in models if isinstance(model, dict) and isinstance(model.get("id"), str)]
 
 
@@ -50,9 +51,9 @@ def _json_object(data: bytes) -> dict[str, Any]:
     try:
         reply = json.loads(data)
     except (ValueError, RecursionError) as error:  # bad text or a number with a million digits; a million brackets
-        raise NotAReply(f"an answer that is no JSON: {server_message(data)}") from error
+        raise NotAReply(f"a reply that is not JSON: {server_message(data)}") from error
     if not isinstance(reply, dict):
-        raise NotAReply(f"an answer that is no JSON object: {server_message(data)}")
+        raise NotAReply(f"a reply that is not a JSON object: {server_message(data)}")
     return reply
 
 
@@ -117,16 +118,16 @@ def checked_url(url: str) -> str:
     except ValueError:
         usable = False
     if not usable or " " in url:
-        raise ValueError("reward.judge_url is no address of a server: give one like http://127.0.0.1:8000/v1")
+        raise ValueError(NO_ADDRESS)
     parts = urlsplit(url)
     if parts.username is not None or parts.password is not None or parts.query or parts.fragment:
         raise ValueError(
-            "reward.judge_url holds more than an address (a user, a password, or something behind ? or #): settings are written "
-            "to files, so give the plain address, and a key in the environment variable OPENAI_API_KEY"
+            "reward.judge_url holds more than an address (a user, a password, or a part after ? or #): settings are written to "
+            "files, so give the plain address, and put the key into the environment variable OPENAI_API_KEY"
         )
     base = url.rstrip("/")
     if base.endswith(("/completions", "/models")):
-        raise ValueError("reward.judge_url ends with the name of a call: give the part before it, as http://127.0.0.1:8000/v1")
+        raise ValueError("reward.judge_url ends with the path of a call: give the part before it, like http://127.0.0.1:8000/v1")
     return base
 
 
@@ -140,5 +141,5 @@ def checked_key(key: str) -> str:
     """Return an API key without surrounding white space. Raises ValueError, without showing the key, if no header can hold it."""
     key = key.strip()
     if not all(33 <= ord(c) < 127 for c in key):
-        raise ValueError("the key in OPENAI_API_KEY has characters that no HTTP header takes: set it again")
+        raise ValueError("the key in OPENAI_API_KEY has characters that are not allowed in an HTTP header: set it again")
     return key

@@ -36,9 +36,11 @@ def score(
     Paper: Eq. 5 fixes the sources (judge for S1, S2; labels for S3, S4) and does not say what an unreadable verdict earns.
     """
     if len(rollouts) != len(examples):
-        raise ValueError(f"{len(rollouts)} rollouts and {len(examples)} examples: pass the example of each rollout, in its order")
+        raise ValueError(
+            f"{len(rollouts)} rollouts and {len(examples)} examples: pass one example per rollout, in the same order"
+        )
     if not 0 <= missing_verdict <= 1:
-        raise ValueError(f"reward.missing_verdict is {missing_verdict}: it is a fraction of a step's reward, from 0 to 1")
+        raise ValueError(f"reward.missing_verdict is {missing_verdict}: set it to a number from 0 to 1")
     golds = [_gold(rollout, example, schema) for rollout, example in zip(rollouts, examples, strict=True)]
     sources = [
         [_sources(spec, label, judge, rollout.example_id) for spec, label in zip(schema.specs, gold, strict=True)]
@@ -55,12 +57,12 @@ def score(
 
 def _gold(rollout: Rollout, example: Example, schema: StepSchema) -> tuple[str | None, ...]:
     if rollout.example_id != example.example_id:
-        raise ValueError(f"a rollout of {rollout.example_id} stands beside example {example.example_id}: pass each rollout's own")
+        raise ValueError(f"a rollout of {rollout.example_id} is paired with example {example.example_id}: pass its own")
     gold = example.gold or (None,) * schema.num_steps
     if not len(gold) == len(rollout.answers) == schema.num_steps:
         raise ValueError(
             f"{example.example_id}: {len(gold)} gold labels and {len(rollout.answers)} answers for {schema.num_steps} steps; "
-            "use data and rollouts made for these steps"
+            "use data and rollouts with the steps of the config"
         )
     return gold
 

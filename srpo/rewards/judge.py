@@ -35,7 +35,7 @@ class OracleJudge:
 
     def __init__(self, error_rate: float, seed: int, schema: StepSchema) -> None:
         if not 0 <= error_rate <= 1:
-            raise ValueError(f"reward.judge_error_rate is {error_rate}: set it between 0 and 1")
+            raise ValueError(f"reward.judge_error_rate is {error_rate}: set it to a number from 0 to 1")
         self.error_rate = error_rate
         self.seed = seed
         self.num_steps = schema.num_steps
@@ -49,7 +49,7 @@ class OracleJudge:
         if not len(truth) == len(rollout.answers) == self.num_steps:
             raise ValueError(
                 f"{example.example_id}: {len(truth)} truths and {len(rollout.answers)} answers for {self.num_steps} steps; "
-                "use data and rollouts made for these steps"
+                "use data and rollouts with the steps of the config"
             )
         pairs = zip(rollout.answers, truth, strict=True)
         return tuple(self._verdict(rollout, j, answer, true) for j, (answer, true) in enumerate(pairs))

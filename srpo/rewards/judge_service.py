@@ -16,6 +16,7 @@ import httpx2
 from srpo.core.config.train import RewardConfig
 from srpo.rewards.http_reply import (
     MAX_REPLY_BYTES,
+    NO_ADDRESS,
     NotAReply,
     checked_key,
     checked_url,
@@ -35,7 +36,7 @@ from srpo.rollout.engine import SamplingParams
 PATHS = {"chat": "/chat/completions", "completions": "/completions"}
 TRIED_AGAIN = (408, 409, 429)  # HTTP statuses that are retried, as are 5xx and a missing answer
 OF_THE_TEXT = (400, 413, 422)  # HTTP statuses that object to this prompt; the next prompt may pass
-ENDED = "reward.judge_fallback = 'missing' goes on without its verdicts"
+USE_FALLBACK = "set reward.judge_fallback = 'missing' to continue without its verdicts"
 
 
 class JudgeServiceError(ValueError):
@@ -86,7 +87,7 @@ class JudgeService:
         try:
             httpx2.URL(self._url)
         except httpx2.InvalidURL as error:
-            raise ValueError("reward.judge_url is no address of a server: give one like http://127.0.0.1:8000/v1") from error
+            raise ValueError(NO_ADDRESS) from error
         self._key = checked_key(api_key)
         self._model = cfg.judge_model
         self._work = WorkCounts()
@@ -131,18 +132,18 @@ class JudgeService:
         except _TooLong:  # for a prompt of one word: the server works, and too long prompts of the run are counted
             pass
         except _Refused as refusal:
-            raise self._stopped(str(refusal), "check the settings of the judge") from refusal
+            raise self._stopped(str(refusal), "check the reward.judge_* settings") from refusal
         except _NoAnswer as failure:
             if self._cfg.judge_fallback == "stop":
                 raise self._failed(failure) from failure
-            warnings.warn(f"{self._failed(failure)}; the run begins without it", RuntimeWarning, stacklevel=3)
+            warnings.warn(f"{self._failed(failure)}; the run starts without it", RuntimeWarning, stacklevel=3)
         self._work.take()
 
     def _only_model(self) -> str:
         try:
             models = self._wait(self._tried(self._models))
         except _Refused as refusal:
-            raise self._stopped(str(refusal), "check the address, or set reward.judge_model") from refusal
+            raise self._stopped(str(refusal), "check reward.judge_url, or set reward.judge_model") from refusal
         except _NoAnswer as failure:
             raise self._failed(failure) from failure
         if len(models) != 1:
@@ -205,7 +206,7 @@ class JudgeService:
         except _Refused as refusal:
             self._work.add(num_failed=1)
             if stops or refusal.status not in OF_THE_TEXT:
-                hint = ENDED if refusal.status in OF_THE_TEXT else "check the settings of the judge"
+                hint = USE_FALLBACK if refusal.status in OF_THE_TEXT else "check the reward.judge_* settings"
                 raise self._stopped(str(refusal), f"{hint}, then run the same command again") from refusal
         except _NoAnswer as failure:
             self._work.add(num_failed=1)
@@ -251,7 +252,7 @@ class JudgeService:
         if isinstance(error, _NoAnswer):
             return error
         if isinstance(error, TimeoutError):
-            return _NoAnswer(f"no whole answer within {self._cfg.judge_timeout_s:g} s (reward.judge_timeout_s)")
+            return _NoAnswer(f"no complete reply within {self._cfg.judge_timeout_s:g} s (reward.judge_timeout_s)")
         if isinstance(error, NotAReply):
             return _NoAnswer(self._safe(str(error)))
         return _NoAnswer(self._safe(printable(f"{type(error).__name__} {error}".strip())))
@@ -272,13 +273,13 @@ class JudgeService:
             async for chunk in response.aiter_raw():
                 data += chunk
                 if len(data) > MAX_REPLY_BYTES:
-                    raise _NoAnswer(f"an answer (HTTP {status}) of more than {MAX_REPLY_BYTES} bytes")
+                    raise _NoAnswer(f"a reply (HTTP {status}) of more than {MAX_REPLY_BYTES} bytes")
         if 200 <= status < 300:
             return data
         reason = self._safe(f"HTTP {status} {server_message(data)}" if data else f"HTTP {status}")
         if 300 <= status < 400:
             location = self._safe(printable(response.headers.get("location", "")))
-            raise _Refused(f"HTTP {status}, a redirect to {location!r}, and redirects are not followed", status)
+            raise _Refused(f"HTTP {status}, a redirect to {location!r}; redirects are not followed", status)
         if status in TRIED_AGAIN or status >= 500 or status < 200:
             raise _NoAnswer(reason, retry_after_s(response.headers.get("retry-after")))
         if body is not None and says_too_long(status, data):
@@ -292,13 +293,13 @@ class JudgeService:
 
     def _failed(self, failure: _NoAnswer) -> JudgeServiceError:
         return JudgeServiceError(
-            f"the judge at {self._url} gave no answer in {1 + self._cfg.judge_retries} attempts, at last: {failure}. "
-            "See that its server runs, then run the same command again (a run goes on from its last checkpoint); "
-            f"reward.judge_retries and reward.judge_timeout_s wait longer, {ENDED}"
+            f"the judge at {self._url} gave no answer in {1 + self._cfg.judge_retries} attempts; the last one: {failure}. "
+            "Check that its server runs, then run the same command again (it resumes from the last checkpoint). To wait longer, "
+            f"raise reward.judge_retries or reward.judge_timeout_s; {USE_FALLBACK}"
         )
 
     def _stopped(self, reason: str, hint: str) -> JudgeServiceError:
-        return JudgeServiceError(f"the judge at {self._url} refuses: {reason}; {hint}")
+        return JudgeServiceError(f"the judge at {self._url} refused the call: {reason}; {hint}")
 
     def close(self) -> None:
         """Close the connections and end the service's thread."""
@@ -308,16 +309,14 @@ class JudgeService:
 def check_service(cfg: RewardConfig) -> None:
     """Raise ValueError for an address or numbers that cannot work."""
     checked_url(cfg.judge_url)
-    if cfg.judge_concurrency < 1 or cfg.judge_retries < 0:
-        raise ValueError(
-            f"reward.judge_concurrency is {cfg.judge_concurrency} and reward.judge_retries {cfg.judge_retries}: set them to at "
-            "least 1 and 0"
-        )
-    if not (cfg.judge_timeout_s > 0 and cfg.judge_backoff_s >= 0):
-        raise ValueError(
-            f"reward.judge_timeout_s is {cfg.judge_timeout_s} and reward.judge_backoff_s {cfg.judge_backoff_s}: set them above 0 "
-            "and to at least 0"
-        )
+    if cfg.judge_concurrency < 1:
+        raise ValueError(f"reward.judge_concurrency is {cfg.judge_concurrency}: set it to 1 or more")
+    if cfg.judge_retries < 0:
+        raise ValueError(f"reward.judge_retries is {cfg.judge_retries}: set it to 0 or more")
+    if not cfg.judge_timeout_s > 0:
+        raise ValueError(f"reward.judge_timeout_s is {cfg.judge_timeout_s}: set it above 0")
+    if not cfg.judge_backoff_s >= 0:
+        raise ValueError(f"reward.judge_backoff_s is {cfg.judge_backoff_s}: set it to 0 or more")
 
 
 def _run(loop: asyncio.AbstractEventLoop) -> None:

@@ -32,7 +32,9 @@ def render_verdicts(verdicts: Sequence[bool | None], reasons: Sequence[str | Non
     if reasons is None:
         reasons = [None] * len(verdicts)
     if len(reasons) != len(verdicts):
-        raise ValueError(f"{len(reasons)} reasons for {len(verdicts)} verdicts: give one per step, None where there is none")
+        raise ValueError(
+            f"{len(reasons)} reasons for {len(verdicts)} verdicts: give one reason per step, or None for a step without"
+        )
     lines = []
     for number, (verdict, reason) in enumerate(zip(verdicts, reasons, strict=True), 1):
         if verdict is None:

@@ -45,9 +45,9 @@ def test_the_paper_s_coefficients() -> None:
     [
         ({"name": "Step 1"}, "lower-case"),
         ({"header": ""}, "header is empty"),
-        ({"header": "(a"}, "no regular expression"),
+        ({"header": "(a"}, "not a regular expression"),
         ({"header": "a*"}, "matches the empty text"),
-        ({"answer": "[a"}, "no regular expression"),
+        ({"answer": "[a"}, "not a regular expression"),
         ({"answer": "a"}, "exactly one"),
         ({"answer": "(a)(b)"}, "exactly one"),
         ({"options": ["a", "A "]}, "differ by more"),

@@ -171,7 +171,7 @@ def test_what_cannot_be_scored_is_refused() -> None:
     one, example = [make_rollout()], [make_example()]
     with pytest.raises(ValueError, match="1 rollouts and 2 examples"):
         score(one, example * 2, SCHEMA, Says())
-    with pytest.raises(ValueError, match="stands beside example b"):
+    with pytest.raises(ValueError, match="paired with example b"):
         score(one, [make_example(example_id="b")], SCHEMA, Says())
     with pytest.raises(ValueError, match="4 gold labels and 5 answers for 5 steps"):
         score(one, [make_example(("x",) * 4)], SCHEMA, Says())

@@ -193,7 +193,7 @@ def test_a_slow_server_is_given_up_on(judge_at: Any, pause_at: str) -> None:
 
 def test_nobody_listens(judge_at: Any) -> None:
     url = f"http://127.0.0.1:{free_port()}/v1"
-    with pytest.raises(JudgeServiceError, match=rf"the judge at {url} gave no answer in 3 attempts, at last: ConnectError"):
+    with pytest.raises(JudgeServiceError, match=rf"the judge at {url} gave no answer in 3 attempts; the last one: ConnectError"):
         ask(judge_at(url), "x")
     judge = judge_at(url, judge_fallback="missing")
     assert ask(judge, *map(str, range(50))) == [SILENT] * 50
@@ -294,6 +294,6 @@ def test_the_key_is_shown_nowhere(judge_at: Any, caplog: pytest.LogCaptureFixtur
         with pytest.raises(ValueError, match=r"reward\.judge_url") as refused:
             judge_at(url)
         assert KEY not in str(refused.value)
-    with pytest.raises(ValueError, match="no HTTP header takes") as refused:
+    with pytest.raises(ValueError, match="not allowed in an HTTP header") as refused:
         JudgeService(replace(SETTINGS, judge_url="http://127.0.0.1/v1"), api_key=f"{KEY}\nX-Evil: 1")
     assert KEY not in str(refused.value)

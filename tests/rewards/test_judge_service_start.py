@@ -55,7 +55,7 @@ def test_opening_finds_a_wrong_key_and_bears_an_outage_if_it_may(fallback: str) 
         with pytest.raises(JudgeServiceError, match="gave no answer"):
             open_service_judge(SCHEMA, cfg)
         return
-    with pytest.warns(RuntimeWarning, match="the run begins without it"):
+    with pytest.warns(RuntimeWarning, match="the run starts without it"):
         judge = open_service_judge(SCHEMA, cfg)
     assert ask(judge, "x") == [SILENT]
     with serving(lambda request: chat("Step 1 is [Correct]"), port):
@@ -66,16 +66,16 @@ def test_opening_finds_a_wrong_key_and_bears_an_outage_if_it_may(fallback: str) 
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"judge_url": "127.0.0.1:8000/v1"}, "no address"),
-        ({"judge_url": "file:///etc/passwd"}, "no address"),
-        ({"judge_url": "http://"}, "no address"),
-        ({"judge_url": "http://[::1"}, "no address"),
-        ({"judge_url": "http://h:99999/v1"}, "no address"),
-        ({"judge_url": "http://127.0.0.1/v1/chat/completions"}, "the name of a call"),
+        ({"judge_url": "127.0.0.1:8000/v1"}, "not the address"),
+        ({"judge_url": "file:///etc/passwd"}, "not the address"),
+        ({"judge_url": "http://"}, "not the address"),
+        ({"judge_url": "http://[::1"}, "not the address"),
+        ({"judge_url": "http://h:99999/v1"}, "not the address"),
+        ({"judge_url": "http://127.0.0.1/v1/chat/completions"}, "the path of a call"),
         ({"judge_concurrency": 0}, "judge_concurrency is 0"),
-        ({"judge_retries": -1}, "judge_retries -1"),
+        ({"judge_retries": -1}, "judge_retries is -1"),
         ({"judge_timeout_s": 0.0}, r"judge_timeout_s is 0\.0"),
-        ({"judge_backoff_s": float("nan")}, "judge_backoff_s nan"),
+        ({"judge_backoff_s": float("nan")}, "judge_backoff_s is nan"),
     ],
     ids=str,
 )
