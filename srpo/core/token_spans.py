@@ -17,17 +17,12 @@ class Decoder(Protocol):
     def decode(self, ids: Any, /) -> Any: ...
 
 
-def token_char_ends(tokenizer: Decoder, ids: Sequence[int]) -> list[int]:
-    """Return the exclusive end of each token in decode(ids), in characters: nondecreasing, the last one is the text's length.
+def decode_with_ends(tokenizer: Decoder, ids: Sequence[int]) -> tuple[str, list[int]]:
+    """Return (text = decode(ids), exclusive end of each token in it, in characters: nondecreasing, the last one is len(text)).
 
     A token ends where decode(tokens up to it) stops being a prefix of the full text. A token that ends inside a character
     therefore ends before that character, which belongs to the token with its last byte.
     """
-    return decode_with_ends(tokenizer, ids)[1]
-
-
-def decode_with_ends(tokenizer: Decoder, ids: Sequence[int]) -> tuple[str, list[int]]:
-    """Return (decode(ids), `token_char_ends` of the ids)."""
     ids = list(ids)
     if not ids:
         return "", []

@@ -10,8 +10,6 @@ from srpo.data.catalogue import ATTRIBUTES, CATALOGUE
 from srpo.data.examples import Example
 from srpo.data.world import GRADE_TABLE, MENTION, Constraint, Facts, attribute_relation, category_relation, check
 
-NO_BIAS = TeacherBias(0.0, 0.0, 0.0, 0.0, 0.0)
-
 
 def format_response(query: str, item: str, category: str, attributes: str, verdict: str) -> str:
     """The five steps as text, in the format that `srpo.core.steps.PAPER_STEPS` parses."""

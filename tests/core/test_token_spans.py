@@ -10,12 +10,16 @@ from typing import Any
 import pytest
 from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
 
-from srpo.core.token_spans import token_char_ends
+from srpo.core.token_spans import Decoder, decode_with_ends
 
 CORPUS = [
     "1. Query intent: shoes/sneakers; color not red; waterproof yes\n2. Item: shoes/boots; color blue\n",
     "Crème brûlée – 登山靴 防水，ñandú 👟👩‍👩‍👧 “quoted” L4 – Excellent",
 ]
+
+
+def token_char_ends(tokenizer: Decoder, ids: Sequence[int]) -> list[int]:
+    return decode_with_ends(tokenizer, ids)[1]
 
 
 def byte_level() -> Tokenizer:

@@ -10,9 +10,10 @@ from srpo.core.config.demo import TeacherBias
 from srpo.core.steps import PAPER_STEPS, StepSchema
 from srpo.data.catalogue import ATTRIBUTES, CATALOGUE
 from srpo.data.examples import Example
-from srpo.data.teacher import NO_BIAS, teach
+from srpo.data.teacher import teach
 from srpo.data.world import Facts, World
 
+NO_BIAS = TeacherBias(0.0, 0.0, 0.0, 0.0, 0.0)
 SCHEMA = StepSchema(PAPER_STEPS)
 
 
