@@ -6,20 +6,20 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from judged_pairs import verdict_results
 
 from srpo.core.config.evaluation import ReportConfig
 from srpo.core.config.train import Config
 from srpo.core.settings import dump_toml
 from srpo.core.steps import PAPER_STEPS, StepSchema, StepSpec
 from srpo.report import main, write_report
-from srpo.scores.evaluation import evaluate_predictions
 from srpo.scores.tables import before_after_table, results_table
 
 SCHEMA = StepSchema(PAPER_STEPS)
 
 
 def results(pred: list[int | None], steps: list[float | None], **more: Any) -> dict[str, Any]:
-    scores = evaluate_predictions([1, 2, 3, 4], pred)
+    scores = verdict_results([1, 2, 3, 4], pred)
     return {**scores, "step_accuracy": steps, "parse_rate": 0.75, "num_examples": 1234, **more}
 
 

@@ -105,11 +105,6 @@ def hidden_states(model: PreTrainedModel, batch: Batch, routing: Routing | None 
     ).last_hidden_state[0]
 
 
-def head(model: PreTrainedModel, hidden: torch.Tensor) -> torch.Tensor:
-    """Logits [..., V] in fp32 of hidden states [..., H]."""
-    return model.lm_head(hidden).float()
-
-
 def check_head(model: PreTrainedModel, inputs: str) -> None:
     """Raise ValueError if the loss cannot reproduce how the model turns hidden states into logits: no operation may follow the
     head, and with inputs "hidden" the head must be a single matrix."""

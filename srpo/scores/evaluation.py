@@ -17,26 +17,9 @@ from srpo.core.config.evaluation import BootstrapConfig, EvaluateConfig
 from srpo.core.steps import StepSchema
 from srpo.data.examples import GRADES, Example
 from srpo.scores.bootstrap import cluster_sums, percentile_interval, resampled_sums
-from srpo.scores.tally import CONSISTENCY, NO_VERDICT, confusion_of, consistency_counts, scores, tally, verdict_scores
-from srpo.scores.tally import predicted_grade as predicted_grade
-from srpo.scores.tally import true_grades as true_grades
+from srpo.scores.tally import CONSISTENCY, confusion_of, consistency_counts, scores, tally
 
 Results = Mapping[str, Any]  # a dict of `results_dict`; `results.json` holds one under before and one under after
-
-
-def evaluate_predictions(grades_true: Sequence[int], grades_pred: Sequence[int | None]) -> dict[str, Any]:
-    """`{macro_f1, accuracy, good_f1, class_f1: [4], confusion: [4][5]}` of predicted grades 1..4, None where none could be read.
-
-    Fractions, as `tally.verdict_scores` defines them. confusion[t][p] counts pairs of grade t+1 predicted p+1, with p = 4
-    for no verdict. Raises ValueError for no pairs, for lists of different length and for a grade outside 1..4.
-    """
-    if not grades_true or len(grades_true) != len(grades_pred):
-        raise ValueError(f"{len(grades_true)} grades and {len(grades_pred)} predictions: give one of each per pair, at least one")
-    if outside := sorted({*grades_true, *(p for p in grades_pred if p is not None)} - {*GRADES}):
-        raise ValueError(f"grade {outside[0]} is not one of 1, 2, 3, 4 (1 Irrelevant .. 4 Excellent)")
-    confusion = np.zeros((4, 5), dtype=np.int64)
-    np.add.at(confusion, ([t - 1 for t in grades_true], [NO_VERDICT if p is None else p - 1 for p in grades_pred]), 1)
-    return {**{key: value.tolist() for key, value in verdict_scores(confusion).items()}, "confusion": confusion.tolist()}
 
 
 def results_dict(

@@ -13,7 +13,7 @@ from srpo.rewards.hybrid import score
 from srpo.rewards.judge import Judge, OracleJudge
 from srpo.rewards.judge_service import check_service
 from srpo.rollout.engine import SamplingParams, check_prompts
-from srpo.scores.evaluation import true_grades
+from srpo.scores.tally import true_grades
 from srpo.training.stream import quota
 
 

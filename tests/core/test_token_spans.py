@@ -5,6 +5,7 @@ from __future__ import annotations
 import os.path
 import random
 import re
+from collections.abc import Sequence
 from typing import Any
 
 import pytest

@@ -10,6 +10,8 @@ from sklearn.metrics import f1_score
 
 from srpo.core.batch import Rollout
 from srpo.data.examples import Example
+from srpo.scores.evaluation import results_dict
+from srpo.scores.responses import VERDICT_ONLY, from_predictions
 
 SHARES = (
     "verdict_right_steps_right",
@@ -43,6 +45,14 @@ def random_rollouts(rng: random.Random, examples: Sequence[Example]) -> list[Rol
         verdict = rng.choice([example.gold[-1], *guesses])
         rollouts.append(Rollout.from_answers(example.example_id, (*steps, verdict), group=i))
     return rollouts
+
+
+def verdict_results(true: Sequence[int], predicted: Sequence[int | None]) -> dict[str, Any]:
+    """`results_dict` of verdicts alone: true grades and predicted grades 1..4, None for a response without a verdict."""
+    examples = [Example(f"e{i}", f"q{i}", "", "", gold=(f"L{grade}",)) for i, grade in enumerate(true)]
+    predictions = {f"e{i}": (None if grade is None else f"L{grade}",) for i, grade in enumerate(predicted)}
+    responses = from_predictions(predictions, examples, VERDICT_ONLY)
+    return results_dict(responses.rollouts, responses.examples, responses.schema)
 
 
 def slow_scores(rollouts: Sequence[Rollout], examples: Sequence[Example]) -> dict[str, Any]:

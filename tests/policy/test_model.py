@@ -9,7 +9,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from srpo.core.batch import pack
 from srpo.core.config.demo import TinyConfig
-from srpo.policy.model import Policy, head, hidden_states, load_policy, make_tiny, save_policy
+from srpo.policy.model import Policy, hidden_states, load_policy, make_tiny, save_policy
 from srpo.policy.parallel import iter_full_params
 
 
@@ -32,7 +32,7 @@ def test_seed_decides_the_parameters_and_leaves_the_global_generator() -> None:
 def test_packed_equals_each_sequence_alone_and_transformers_own_forward(seed: int) -> None:
     model = lab.tiny(seed)
     (batch,) = lab.batches(seed)
-    packed = head(model, hidden_states(model, batch))
+    packed = model.lm_head(hidden_states(model, batch))
     plain = AutoModelForCausalLM.from_config(model.config, attn_implementation="sdpa", experts_implementation="eager")
     plain.load_state_dict(model.state_dict())
     plain.eval()
@@ -56,7 +56,7 @@ def test_policy_gives_logits_of_labelled_rows_only() -> None:
     logits, hidden = policy(batch), policy(batch, through=lambda hidden, weight: hidden)
     assert logits.shape == (len(rows.labels), lab.VOCAB)
     assert torch.equal(logits, policy.model.lm_head(hidden))
-    assert torch.allclose(logits, head(policy.model, hidden_states(policy.model, batch))[index], atol=1e-6)
+    assert torch.allclose(logits, policy.model.lm_head(hidden_states(policy.model, batch))[index], atol=1e-6)
 
 
 def test_activation_checkpointing_changes_no_gradient() -> None:

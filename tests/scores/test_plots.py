@@ -8,10 +8,10 @@ from typing import Any
 import matplotlib as mpl
 import numpy as np
 import pytest
+from judged_pairs import verdict_results
 from matplotlib.figure import Figure
 
 from srpo.core.steps import PAPER_STEPS, StepSchema
-from srpo.scores.evaluation import evaluate_predictions
 from srpo.scores.plots import draw_before_after, draw_confusion, draw_macro_f1, draw_rewards, series, smooth, spread, write_plots
 
 SCHEMA = StepSchema(PAPER_STEPS)
@@ -31,7 +31,7 @@ def results(accuracy: float, steps: list[float | None], none_every: int = 10**9)
     rng = random.Random(int(100 * accuracy))
     true = [rng.randint(1, 4) for _ in range(200)]
     pred = [None if i % none_every == 1 else t if rng.random() < accuracy else rng.randint(1, 4) for i, t in enumerate(true)]
-    return {**evaluate_predictions(true, pred), "step_accuracy": steps, "parse_rate": 1.0, "num_examples": 200}
+    return {**verdict_results(true, pred), "step_accuracy": steps, "parse_rate": 1.0, "num_examples": 200}
 
 
 def texts(figure: Figure) -> list[str]:
@@ -95,7 +95,7 @@ def test_before_after_tells_the_change_in_points_and_leaves_unknown_scores_out()
 
 def test_confusion_shows_counts_and_shares_of_the_row():
     figure = Figure()
-    draw_confusion(figure.add_subplot(), evaluate_predictions([1, 1, 1, 2], [1, 1, None, 2]), "", show_unparsed=True)
+    draw_confusion(figure.add_subplot(), verdict_results([1, 1, 1, 2], [1, 1, None, 2]), "", show_unparsed=True)
     shown = texts(figure)
     assert shown[:4] == ["67 %", "2", "0 %", "0"]
     assert shown[8:10] == ["33 %", "1"]
