@@ -19,32 +19,32 @@ RESULTS, DOCS = ROOT / "bench" / "results" / "reproduce", ROOT / "docs"
 HEAD = """# The paper's tables in miniature
 
 Written by `tools/results_page.py` from `bench/results/reproduce/*.json`, which `python -m srpo.reproduce TABLE` makes on the
-catalogue world: a 2 M-parameter mixture-of-experts policy, warmed up on an imperfect teacher and then by DPO, from which every
-row starts. The paper's numbers are those of a 42 B-parameter policy on Taobao's logs: levels cannot be compared, the order of
-the rows can. "Ours" is the mean and the standard deviation over seeds, in percent. A pair of rows *agrees* or *opposes* where
-the difference, seed by seed, is beyond twice its standard error, else it is undecided.
+catalogue world. Every row starts from the same 2 M-parameter mixture-of-experts policy, warmed up on an imperfect teacher and
+then by DPO. The paper's numbers come from a 42 B-parameter policy on Taobao's logs, so only the order of rows can be compared,
+not their levels. "Ours" is the mean and the standard deviation over seeds, in percent. A pair of rows *agrees* or *opposes* if
+its difference, seed by seed, exceeds twice its standard error; otherwise it is undecided.
 
-Each result says its commit.
+Each result names the command and the commit that produced it.
 """
 REMARKS = {
     "table2": """\
-Here GRPO on mined hard cases changes no step by more than 1.2 points on any seed. On a seed that is in no table it did the same
-at this learning rate, and at three times as much cost S4 and the verdict 4 and 3 points: what the judge did not know became a
-bias (`bench/LOG.md`). The paper's judge starts from a large model that knows goods; this one knows what 15,000 judged responses
-of the SFT stage have shown it, and reinforcement adds nothing to that.""",
+Here GRPO on mined hard cases changes no step by more than 1.2 points on any seed. On a further seed, which is in no table, it
+did the same at this learning rate; three times this rate cost S4 4 points and the verdict 3 points, because gaps in the judge's
+knowledge became a bias (`bench/LOG.md`). The paper's judge starts from a large model with knowledge of goods. This judge has
+learned only from the 15,000 judged responses of the SFT stage, and reinforcement adds nothing to that.""",
     "table3": """\
-SRPO as printed whitens advantages over the whole batch, while GRPO and "+ step reward" compare a response with its group. That
-is what puts SRPO below "+ step reward" here: with each step compared with its group, and nothing else changed, it comes out as
+SRPO as printed whitens advantages over the whole batch, while GRPO and "+ step reward" compare a response with its group. This
+difference puts SRPO below "+ step reward" here: if each step is compared with its group, and nothing else changes, SRPO scores as
 high, and with gamma 0.5 above every other row on every seed (`advantage.normalize = "group_step"`, `advantage.gamma = 0.5`).""",
     "table5": """\
-The last two rows say why the curriculum fails here: half as many steps on the harder half alone do about as well as a whole run
-on it, and twice the steps of the curriculum help it little. The world's easier half has next to no pairs whose categories are
-related: training on it drives that conclusion of S3 out, and the responses of the harder stage hardly try it any more
+The last two rows show why the curriculum fails here: half as many steps on the harder half alone do about as well as a whole
+run on it, and doubling the steps of the curriculum helps little. The world's easier half has almost no pairs with related
+categories. Training on it removes the answer "related" from S3, and responses of the harder stage hardly sample it any more
 (`bench/LOG.md`).""",
     "table9": """\
-The means come in the paper's order; no difference is beyond its spread. The two models, which judge S1 and S2 here, err about as
-often (13 to 21 % and 12 to 15 % of held-out steps), and still S1 of the policies is more often right than under GRPO, on every
-seed: by 0.7 to 8.0 points with the generative one, 3.9 to 7.7 with the scalar one.""",
+The means are in the paper's order; no difference exceeds its spread. The two models, which judge S1 and S2 here, err about
+equally often (13 to 21 % and 12 to 15 % of held-out steps). Still, S1 of the policies is right more often than under GRPO on
+every seed: by 0.7 to 8.0 points with the generative model, by 3.9 to 7.7 points with the scalar model.""",
 }
 
 
@@ -66,7 +66,7 @@ def table_section(result: dict[str, Any]) -> list[str]:
         f"Pairs of rows by {order['column']}: {order['agree']} agree, {order['oppose']} oppose, {order['undecided']} undecided.",
     ]
     opposed = [f"{p['second']} against {p['first']} ({p['ours']:+.1f})" for p in order["pairs"] if p["verdict"] == "oppose"]
-    lines += [f"The other way round than in the paper: {'; '.join(opposed)}."] if opposed else []
+    lines += [f"Reversed compared with the paper: {'; '.join(opposed)}."] if opposed else []
     lines += [result["note"][:1].upper() + result["note"][1:] + "."] if result["note"] else []
     return lines
 
@@ -77,8 +77,9 @@ def headline_section(result: dict[str, Any]) -> list[str]:
     lines = [
         "## SRPO against GRPO at equal samples",
         "",
-        f"Macro F1 on {pairs} held-out pairs during training (ends are means of the last three points), and of the last policies "
-        f"on all {whole:,}. *To reach it*: the share of GRPO's responses after which a curve is at GRPO's end.",
+        f"Macro F1 on {pairs} held-out pairs during training (the end of a curve is the mean of its last three points), and of "
+        f"the final policies on all {whole:,}. *To reach it*: the share of GRPO's responses after which a curve reaches GRPO's "
+        "end.",
         "",
     ]
     names = list(result["rivals"])
