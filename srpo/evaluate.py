@@ -33,9 +33,10 @@ from srpo.policy.parallel import Parallel, distributed
 from srpo.rollout.build import open_vllm
 from srpo.rollout.engine import Engine, SamplingParams, check_prompts
 from srpo.rollout.local import LocalEngine
-from srpo.scores.evaluation import check_tags, predicted_grade, results_dict, true_grades
+from srpo.scores.evaluation import check_tags, results_dict
 from srpo.scores.responses import from_predictions, from_rollouts, load_rollouts, read_predictions
 from srpo.scores.tables import results_table
+from srpo.scores.tally import predicted_grade, true_grades
 from srpo.training.evaluation import evaluate_policy
 
 
