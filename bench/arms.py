@@ -1,7 +1,7 @@
-"""The arms of bench/loss_kernel.py: the loss of problem.py by our kernels, by plain torch and by other people's packages.
+"""The arms of bench/loss_kernel.py: the loss of problem.py by our kernels, by plain torch and by other packages.
 
-An arm has a name and is made for a `Problem`. Made, it is a function that runs forward up to the loss, whose backward the caller
-runs. Other people's packages are imported when their arm is made; where one is not there the arm raises `Absent`.
+`Arm.make` builds an arm for a `Problem`: a function that runs the forward pass up to the loss; the caller runs the backward pass.
+Other packages are imported when their arm is made; a missing package raises `Absent`.
 """
 
 from __future__ import annotations
@@ -24,10 +24,10 @@ from torch.nn import functional as F
 
 
 class Absent(Exception):
-    """An arm that cannot run here; the text says why."""
+    """An arm cannot run on this machine; the message gives the reason."""
 
 
-Run = Callable[[], "Tensor | None"]  # the loss; None where there is nothing left to differentiate
+Run = Callable[[], "Tensor | None"]  # returns the loss; None if the backward pass is already done
 
 
 @dataclass(frozen=True)
@@ -37,15 +37,15 @@ class Arm:
     name: str
     form: Form
     make: Callable[[Problem], Run]  # raises Absent
-    in_place: bool = False  # the logits are lost
-    advantages: Literal["step", "sequence", "none"] = "step"  # what the loss knows; "none": it is another function
+    in_place: bool = False  # overwrites the logits
+    advantages: Literal["step", "sequence", "none"] = "step"  # granularity of the advantages; "none": computes another function
     drops_last: bool = False  # leaves out the last row of every sequence
     packages: tuple[str, ...] = ()  # besides torch
     note: str = ""
 
 
 def gradient_error(arm: Arm, run: Run, problem: Problem) -> float | None:
-    """Relative error (L2 norms) of the arm's gradient over the first sequence; None for an arm that computes something else."""
+    """Relative error (L2 norms) of the arm's gradient over the first sequence; None for an arm that computes another function."""
     if arm.advantages == "none":
         return None
     problem.restore()
@@ -60,20 +60,20 @@ def gradient_error(arm: Arm, run: Run, problem: Problem) -> float | None:
 
 
 def finish(run: Run) -> None:
-    """Forward and backward."""
+    """Run forward and backward."""
     loss = run()
     if loss is not None:
         loss.backward()
 
 
 def by_logsumexp(logits: Tensor, labels: Tensor) -> Tensor:
-    """The same, written so that a compiler can do without the log-softmax of the whole vocabulary."""
+    """As `by_log_softmax`, written so that a compiler need not form the log-softmax of the whole vocabulary."""
     scaled = logits.float() / TEMPERATURE
     return scaled.gather(-1, labels[:, None])[:, 0] - torch.logsumexp(scaled, -1)
 
 
 def plain(problem: Problem, logprobs: Callable[[Tensor, Tensor], Tensor], compiled: bool = False) -> Run:
-    """Arm of plain torch, in either form."""
+    """Plain torch, in either form."""
 
     def loss(inputs: tuple[Tensor, ...], labels: Tensor, *tables: Tensor) -> Tensor:
         logits = F.linear(*inputs) if len(inputs) == 2 else inputs[0]
@@ -106,7 +106,7 @@ def ours(problem: Problem, impl: str, in_place: bool, chunk_holds: Literal["logi
 
 
 def trl(problem: Problem) -> Run:
-    """TRL's log-probabilities; a Triton kernel where it has one for the device, else a loop over sequences."""
+    """TRL's log-probabilities: a Triton kernel if TRL has one for the device, else a loop over sequences."""
     selective_log_softmax = _load("trl.trainer.utils").selective_log_softmax
 
     def run() -> Tensor:
@@ -119,7 +119,7 @@ def trl(problem: Problem) -> Run:
 
 
 def liger(problem: Problem, in_place: bool) -> Run:
-    """Liger's Triton GRPO loss. It wants a row of logits more than there are tokens, so it gets one token less."""
+    """Liger's Triton GRPO loss. It expects one row of logits more than tokens, so it gets one token less."""
     _needs_gpu(problem, "Triton kernels")
     triton_grpo_loss = _load("liger_kernel.transformers.grpo_loss").triton_grpo_loss
 
@@ -141,7 +141,7 @@ def liger(problem: Problem, in_place: bool) -> Run:
 
 
 def liger_fused_linear(problem: Problem) -> Run:
-    """Liger's chunked GRPO loss. Its mean over sequences of means over tokens is ours, sequences being equally long."""
+    """Liger's chunked GRPO loss. Its mean over sequences of means over tokens equals ours: all sequences are equally long."""
     module = _load("liger_kernel.chunked_loss.grpo_loss").LigerFusedLinearGRPOLoss(
         beta=BETA, epsilon_low=CLIP, epsilon_high=CLIP, loss_type="grpo", temperature=TEMPERATURE
     )
@@ -156,7 +156,7 @@ def liger_fused_linear(problem: Problem) -> Run:
 
 
 def verl_logits(problem: Problem) -> Run:
-    """verl's log-probabilities as its engines call them; flash-attn's Triton kernel where that is installed."""
+    """verl's log-probabilities, called as in its engines; uses flash-attn's Triton kernel if installed."""
     logprobs_from_logits = _load("verl.utils.torch_functional").logprobs_from_logits
 
     def run() -> Tensor:
@@ -168,7 +168,7 @@ def verl_logits(problem: Problem) -> Run:
 
 
 def verl_hidden(problem: Problem) -> Run:
-    """verl's fused linear cross-entropy, which gives the entropy as well."""
+    """verl's fused linear cross-entropy, which also returns the entropy."""
     _needs_gpu(problem, "Triton kernels")
     if problem.hidden.shape[1] % 128:
         raise Absent(f"its kernels want a hidden size that is a multiple of 128, not {problem.hidden.shape[1]}")
@@ -182,7 +182,7 @@ def verl_hidden(problem: Problem) -> Run:
 
 
 def torch_linear_cross_entropy(problem: Problem) -> Run:
-    """PyTorch's own, in chunks."""
+    """PyTorch's linear_cross_entropy, which works in chunks."""
     if not hasattr(F, "linear_cross_entropy"):
         raise Absent(f"torch {torch.__version__} has no linear_cross_entropy: it came with 2.13")
     call = partial(F.linear_cross_entropy, reduction="none", options=torch.nn.LinearCrossEntropyOptions())
@@ -195,7 +195,7 @@ def torch_linear_cross_entropy(problem: Problem) -> Run:
 
 
 def cce(problem: Problem) -> Run:
-    """Cut cross-entropy with its default gradient filter."""
+    """Cut cross-entropy, with its default gradient filter."""
     _needs_gpu(problem, "Triton kernels")
     linear_cross_entropy = _load("cut_cross_entropy").linear_cross_entropy
 
@@ -226,12 +226,12 @@ def quack_hidden(problem: Problem) -> Run:
 
 
 def copy(problem: Problem) -> Run:
-    """The bound of the form "logits": every logit is read once and every gradient written once."""
+    """The bound of the form "logits": reads every logit once and writes every gradient once."""
     return problem.restore
 
 
 def matmul(problem: Problem) -> Run:
-    """The bound of the form "hidden": the three matrix products that nobody can do without."""
+    """The bound of the form "hidden": the three matrix products that every implementation needs."""
 
     def run() -> None:
         logits = problem.hidden @ problem.weight.T
@@ -242,28 +242,28 @@ def matmul(problem: Problem) -> Run:
 
 
 def failures() -> tuple[type[Exception], ...]:
-    """What somebody else's arm may raise where it cannot do the problem."""
+    """Exceptions with which another package's arm may fail on a problem."""
     builtin = (RuntimeError, ValueError, TypeError, AttributeError, ImportError, AssertionError, LookupError, OSError)
-    own = {"triton.errors": "TritonError", "cutlass.base_dsl.common": "DSLBaseError"}  # derived from Exception itself
+    own = {"triton.errors": "TritonError", "cutlass.base_dsl.common": "DSLBaseError"}  # direct subclasses of Exception
     return *builtin, *(
         getattr(sys.modules[module], name) for module, name in own.items() if hasattr(sys.modules.get(module), name)
     )
 
 
 def _tables(problem: Problem) -> tuple[Tensor, ...]:
-    """What `token_loss` takes besides the log-probabilities."""
+    """The arguments of `token_loss` after the log-probabilities."""
     return problem.token_advantages, problem.weights, problem.old_logprobs, problem.ref_logprobs
 
 
 def _needs_gpu(problem: Problem, what: str, interpreter: bool = True) -> None:
-    """Triton's interpreter is no way to measure, but one to see that an arm is wired up right."""
+    """Raises Absent without a CUDA device. interpreter: accept Triton's interpreter, to test that an arm is called correctly."""
     interpreted = interpreter and os.environ.get("TRITON_INTERPRET") == "1"
     if problem.device.type != "cuda" and not interpreted:
         raise Absent(f"its {what} need a CUDA device")
 
 
 def _load(module: str) -> Any:
-    """Somebody else's module. Raises Absent."""
+    """Import a module of another package. Raises Absent."""
     try:
         return importlib.import_module(module)
     except ModuleNotFoundError as error:

@@ -1,4 +1,4 @@
-"""Draws what bench/loss_kernel.py has measured."""
+"""Draws the results of bench/loss_kernel.py."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ OURS, OTHERS, BOUND = COLORS.values()
 
 
 def draw(outcome: dict[str, Any], path: Path) -> None:
-    """One horizontal bar per arm that ran, fastest on top, a panel for each form; PNG."""
+    """Write a PNG with one horizontal bar per arm that ran, fastest on top, and a panel for each form."""
     import matplotlib
 
     matplotlib.use("Agg")
@@ -56,7 +56,7 @@ def _color(row: dict[str, Any]) -> str:
 
 
 def _label(row: dict[str, Any], bound: str) -> str:
-    """Time, share of the bound and memory."""
+    """Label of a bar: time, share of the bound, and memory."""
     share = "" if row["arm"] == bound else f", {row['percent_of_bound']:.0f} % of {bound}"
     peak = "" if row["peak_extra_bytes"] is None else f", +{row['peak_extra_bytes'] / 1e6:.0f} MB"
     return f"{row['median_ms']:.3g} ms{share}{peak}"

@@ -1,19 +1,19 @@
-"""The loss, forward and backward, by our kernels and by everybody else's, side by side: `python bench/loss_kernel.py`.
+"""Compares the loss, forward and backward, by our kernels and by other packages: `python bench/loss_kernel.py`.
 
-Two forms: from logits to the gradient at the logits, and with `--hidden H` also from hidden states to the gradients at them and
-at the weight of the output layer. The arms take turns within a round, in random order; every round has fresh random data; medians
-over rounds. Each arm gets its input as the result of an op whose backward drops the gradient, so nothing is copied or accumulated
-for anybody. Just before its time starts the logits are written anew, for all alike: an arm that works in place finds them whole,
-and all find the same caches.
+Two forms: from logits to the gradient of the logits, and with `--hidden H` also from hidden states to the gradients of hidden
+states and of the output layer's weight. The arms take turns within a round, in random order; every round has fresh random data;
+times are medians over rounds. Each arm gets its input as the result of an op whose backward drops the gradient, so no arm pays
+for copying or accumulating it. The logits are rewritten before each timed call of any arm, so that arms that work in place find
+them intact and all arms find the same caches.
 
-Percentages are of what the machine itself can do: the arm `copy` moves the bytes that no logits form can avoid (`counted_bytes`),
-the arm `matmul` does the matrix products that no hidden form can avoid (`counted_flops`). Both always run.
+Percentages are relative to the machine's own speed: the arm `copy` moves the bytes that every logits form must move
+(`counted_bytes`), the arm `matmul` computes the matrix products that every hidden form needs (`counted_flops`). Both always run.
 
-Memory is the peak beyond what was there before the call, taken in a run of its own: on a GPU torch's, on Linux the growth of the
-resident set from after a trimmed heap to its high-water mark. The gradient's error is relative to one in fp64, over one sequence
-and, from hidden states, at these.
+Memory is the peak above the level before the call, measured in a separate run: on a GPU by torch; on Linux as the growth of the
+resident set, from a trimmed heap to its high-water mark. The gradient's error is relative to a gradient in fp64, over one
+sequence; in the hidden form it is the error of the gradient of the hidden states.
 
-Arms whose package or device is missing are skipped, with the reason. `pip install -e .[bench]` brings TRL.
+Arms whose package or device is missing are skipped, with the reason. `pip install -e .[bench]` installs TRL.
 """
 
 from __future__ import annotations
@@ -47,22 +47,22 @@ from srpo_kernels import cpu
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 BOUNDS = {"logits": "copy", "hidden": "matmul"}
 TITLES = {"logits": "logits", "hidden": "hidden states"}
-KEYS = ("median_ms", "min_ms", "peak_extra_bytes", "percent_of_bound", "gradient_error")  # null where skipped
+KEYS = ("median_ms", "min_ms", "peak_extra_bytes", "percent_of_bound", "gradient_error")  # null if the arm is skipped
 
 
 def counted_bytes(tokens: int, vocab: int, dtype: torch.dtype) -> int:
-    """Traffic that no logits form can avoid: each logit is read once, and its gradient written once."""
+    """Memory traffic that every logits form needs: each logit is read once, and its gradient written once."""
     return 2 * tokens * vocab * dtype.itemsize
 
 
 def counted_flops(tokens: int, vocab: int, hidden: int) -> int:
-    """Work that no hidden form can avoid: three products of 2 T V H each, for the logits and for the two gradients."""
+    """Operations that every hidden form needs: three products of 2 T V H each, for the logits and for the two gradients."""
     return 3 * 2 * tokens * vocab * hidden
 
 
 def elapsed_ms(run: Run, problem: Problem) -> float:
-    """Milliseconds of one forward and backward. On a GPU those between two events: while it still restores the logits, Python
-    runs ahead, so that launches are not what is measured."""
+    """Milliseconds of one forward and backward. On a GPU the time between two events: Python queues the kernels while the logits
+    are still being restored, so that launch overhead is not measured."""
     problem.restore()
     if problem.device.type == "cuda":
         start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
@@ -77,7 +77,7 @@ def elapsed_ms(run: Run, problem: Problem) -> float:
 
 
 def peak_extra_bytes(call: Callable[[], Any], device: torch.device) -> int | None:
-    """Most memory that a call holds at once beyond what there was before it; None where the system does not tell."""
+    """Peak memory of a call above the level before it; None if the system does not report it."""
     gc.collect()
     if device.type == "cuda":
         torch.cuda.synchronize()
@@ -88,12 +88,12 @@ def peak_extra_bytes(call: Callable[[], Any], device: torch.device) -> int | Non
         return torch.cuda.max_memory_allocated() - before
     if sys.platform != "linux":
         return None
-    cpu.empty_cache()  # memory that is free but still ours would be used again unseen
-    trim = getattr(ctypes.CDLL(None), "malloc_trim", None)  # glibc has it; likewise
+    cpu.empty_cache()  # reused memory would not show in the resident set
+    trim = getattr(ctypes.CDLL(None), "malloc_trim", None)  # glibc only; for the same reason
     if trim is not None:
         trim(0)
     try:
-        Path("/proc/self/clear_refs").write_text("5")  # the high-water mark is what there is now
+        Path("/proc/self/clear_refs").write_text("5")  # resets the high-water mark
     except OSError:
         return None
     before = _status_bytes("VmRSS")
@@ -110,7 +110,7 @@ def _status_bytes(field: str) -> int:
 
 
 def measure(form: Form, arms: Sequence[Arm], options: argparse.Namespace) -> list[dict[str, Any]]:
-    """One result for each arm of that form."""
+    """One result for each arm of the form."""
     dtype, device = DTYPES[options.dtype], torch.device(options.device)
     size = {"dtype": options.dtype, "tokens": options.tokens, "vocab": options.vocab}
     size["hidden"] = options.hidden if form == "hidden" else 0
@@ -160,12 +160,12 @@ def measure(form: Form, arms: Sequence[Arm], options: argparse.Namespace) -> lis
 
 
 def say(text: str) -> None:
-    """Progress."""
+    """Print a line of progress."""
     print(text, file=sys.stderr, flush=True)
 
 
 def machine(options: argparse.Namespace, results: list[dict[str, Any]]) -> dict[str, Any]:
-    """What the numbers were taken on, with the two rates that percentages refer to."""
+    """Description of the machine, with the two rates that percentages refer to."""
     name = platform.processor() or platform.machine()
     info = Path("/proc/cpuinfo")
     if info.is_file():
@@ -182,7 +182,7 @@ def machine(options: argparse.Namespace, results: list[dict[str, Any]]) -> dict[
 
 
 def versions(arms: Sequence[Arm]) -> dict[str, str]:
-    """Of Python, torch and those packages of the arms that are installed."""
+    """Versions of Python, torch and the installed packages of the arms."""
     found = {"python": platform.python_version(), "torch": torch.__version__}
     for package in dict.fromkeys(("triton", *(package for arm in arms for package in arm.packages))):
         try:
@@ -193,7 +193,7 @@ def versions(arms: Sequence[Arm]) -> dict[str, str]:
 
 
 def table(outcome: dict[str, Any]) -> str:
-    """The results for the eye: fastest first, skipped ones and remarks below."""
+    """The results as text: fastest first, with notes and skipped arms below."""
     about, lines = outcome["machine"], []
     for form in BOUNDS:
         rows = [row for row in outcome["results"] if row["form"] == form]
@@ -221,7 +221,7 @@ def table(outcome: dict[str, Any]) -> str:
 
 
 def chosen(names: Sequence[str] | None, with_hidden: bool) -> list[Arm]:
-    """Arms by name or by the part before the slash, and the bounds. Raises ValueError for a name that no arm has."""
+    """Arms by name or by the part before the slash, and the bounds. Raises ValueError for an unknown name."""
     known = {key for arm in ARMS for key in (arm.name, arm.name.partition("/")[0])}
     if unknown := [name for name in names or () if name not in known]:
         raise ValueError(f"no arm is called {', '.join(unknown)}: give some of {', '.join(dict.fromkeys(a.name for a in ARMS))}")
@@ -231,7 +231,7 @@ def chosen(names: Sequence[str] | None, with_hidden: bool) -> list[Arm]:
 
 
 def parse(argv: Sequence[str] | None) -> argparse.Namespace:
-    """The flags, with the defaults of the device filled in. Ends the program with status 2 where they make no sense."""
+    """The flags, with the defaults of the device filled in. Exits with status 2 if they are invalid."""
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0] if __doc__ else None)
     parser.add_argument("--device", choices=("cpu", "cuda"), help="default: cuda where there is one")
     parser.add_argument("--dtype", choices=tuple(DTYPES), help="of the logits; default: fp32 on a CPU, bf16 on a GPU")

@@ -1,4 +1,4 @@
-"""The data that the arms of bench/loss_kernel.py run on, the loss that they all compute, and its exact gradient.
+"""The data of the arms of bench/loss_kernel.py, the loss that they all compute, and its exact gradient.
 
 loss = sum over t of weights[t] * (-min(ratio A, clip(ratio, 1 - CLIP, 1 + CLIP) A) + BETA * k3), with weights[t] = 1 / T
 
@@ -26,17 +26,17 @@ Form = Literal["logits", "hidden"]
 
 
 class Problem:
-    """One set of random data, new after every `refill`; its tensors stay where they are.
+    """One set of random data. `refill` draws new data into the same large tensors.
 
-    Of form "logits" it has logits [T, V] and a pristine copy of them; of form "hidden" hidden [T, H] and weight [V, H], whose
-    product is the logits. Both in `dtype`; labels [T]; advantages [N, J] and, for those who take one per token, token_advantages
-    [T]; step_ends [N, J]; cu_seqlens [N+1]; weights, old_logprobs and ref_logprobs [T] fp32. Every 20th ratio or so is clipped.
+    Form "logits": logits [T, V] and a pristine copy of them. Form "hidden": hidden [T, H] and weight [V, H], whose product is the
+    logits. These are in `dtype`. Also labels [T]; advantages [N, J] and, for arms with one advantage per token, token_advantages
+    [T]; step_ends [N, J]; cu_seqlens [N+1]; weights, old_logprobs and ref_logprobs [T] fp32. About every 20th ratio is clipped.
     """
 
     def __init__(
         self, form: Form, tokens: int, vocab: int, hidden: int, dtype: torch.dtype, device: torch.device, length: int = LENGTH
     ) -> None:
-        """Raises ValueError where `tokens` is no multiple of the `length` of a sequence."""
+        """Raises ValueError if `tokens` is not a multiple of the `length` of a sequence."""
         if tokens % length:
             raise ValueError(f"{tokens} tokens are not whole sequences: give a multiple of {length}")
         self.form, self.device, self.length = form, device, length
@@ -51,14 +51,14 @@ class Problem:
         self.cu_seqlens = torch.arange(0, tokens + 1, length, dtype=torch.int32, device=device)
         self.weights = torch.full((tokens,), 1 / tokens, device=device)
         self.tokens, self.vocab = tokens, vocab
-        self.gradients: dict[str, Tensor] | None = None  # where backward leaves them if it is a dictionary
+        self.gradients: dict[str, Tensor] | None = None  # if a dictionary, backward stores gradients here by name
         self._leaf = torch.zeros((), requires_grad=True, device=device)
 
     def refill(self, seed: int) -> None:
-        """New data."""
+        """Draw new data."""
         generator = torch.Generator(self.device).manual_seed(seed)
         normal = partial(torch.randn, generator=generator, device=self.device)
-        rows = 2**24 // self.vocab + 1  # some at a time: fp32 noise for all would be more than the problem itself
+        rows = 2**24 // self.vocab + 1  # in parts: fp32 noise for all rows would be larger than the problem itself
         if self.form == "logits":
             for part in self.pristine.split(rows):
                 part.copy_(2 * normal(part.shape))
@@ -79,7 +79,7 @@ class Problem:
         self.restore()
 
     def restore(self) -> None:
-        """The logits as they were before an arm wrote over them. For all arms alike, so that all find the same caches."""
+        """Restore logits that an arm has overwritten. Called before every arm, so that all find the same caches."""
         if self.form == "logits":
             self.logits.copy_(self.pristine)
 
@@ -89,17 +89,17 @@ class Problem:
         return tuple(_Handed.apply(self._leaf, self, name) for name in names)
 
     def batched(self, *tensors: Tensor) -> list[Tensor]:
-        """Each [T, ...] as [N, length, ...]: how most others have it."""
+        """Each [T, ...] as [N, length, ...], the layout of most other packages."""
         return [tensor.unflatten(0, (-1, self.length)) for tensor in tensors]
 
 
 class _Handed(torch.autograd.Function):
-    """A tensor of the problem that needs a gradient, and drops the gradient that comes: nobody's is copied or accumulated."""
+    """Returns a tensor of the problem that requires a gradient; backward drops the gradient, so no arm copies or adds it."""
 
     @staticmethod
     def forward(ctx: Any, leaf: Tensor, problem: Problem, name: str) -> Tensor:
         ctx.problem, ctx.name = problem, name
-        return getattr(problem, name).data  # no view in the eyes of autograd: whoever likes may write over it
+        return getattr(problem, name).data  # not a view for autograd, so that arms may overwrite it
 
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor) -> tuple[None, None, None]:
@@ -109,7 +109,7 @@ class _Handed(torch.autograd.Function):
 
 
 def exact_gradient(problem: Problem, advantages: str) -> Tensor:
-    """The loss's gradient at the first sequence's logits [length, V] or hidden states [length, H], in fp64 throughout."""
+    """Gradient of the loss at the first sequence's logits [length, V] or hidden states [length, H], computed in fp64."""
     rows = problem.length
     source = problem.pristine if problem.form == "logits" else problem.hidden
     exact = source[:rows].double().requires_grad_()
@@ -129,7 +129,7 @@ def exact_gradient(problem: Problem, advantages: str) -> Tensor:
 
 
 def token_loss(logprobs: Tensor, advantages: Tensor, weights: Tensor, old_logprobs: Tensor, ref_logprobs: Tensor) -> Tensor:
-    """The loss from log-probabilities, advantages and the rest of any one shape."""
+    """The loss from log-probabilities and its other inputs, all of one shape."""
     ratio = torch.exp(logprobs - old_logprobs)
     surrogate = torch.minimum(ratio * advantages, ratio.clamp(1 - CLIP, 1 + CLIP) * advantages)
     inverse = ref_logprobs - logprobs
@@ -137,5 +137,5 @@ def token_loss(logprobs: Tensor, advantages: Tensor, weights: Tensor, old_logpro
 
 
 def by_log_softmax(logits: Tensor, labels: Tensor) -> Tensor:
-    """Log-probabilities of the labels [T], fp32 inside."""
+    """Log-probabilities of the labels [T], computed in fp32."""
     return torch.log_softmax(logits.float() / TEMPERATURE, -1).gather(-1, labels[:, None])[:, 0]

@@ -1,4 +1,4 @@
-// The PTX instructions of Hopper that rows_cuda.cu is made of; each function is one of them.
+// Wrappers for the PTX instructions of Hopper that the CUDA kernels use.
 #pragma once
 #include <cstdint>
 
@@ -6,8 +6,8 @@ namespace srpo {
 
 __device__ __forceinline__ uint32_t shared_address(const void* p) { return uint32_t(__cvta_generic_to_shared(p)); }
 
-// Barriers in shared memory: a phase ends when `arrivals` threads have arrived and all announced bytes are there. Bytes may come
-// before they are announced.
+// Barriers in shared memory: a phase ends when `arrivals` threads have arrived and all announced bytes have been written. Bytes
+// may arrive before they are announced.
 __device__ __forceinline__ void barrier_init(uint64_t* barrier, uint32_t arrivals) {
   asm volatile("mbarrier.init.shared::cta.b64 [%0], %1;" ::"r"(shared_address(barrier)), "r"(arrivals) : "memory");
 }
@@ -21,8 +21,8 @@ __device__ __forceinline__ void barrier_arrive_expecting(uint64_t* barrier, uint
   const uint32_t address = shared_address(barrier);
   asm volatile("mbarrier.arrive.expect_tx.shared::cta.b64 _, [%0], %1;" ::"r"(address), "r"(num_bytes) : "memory");
 }
-// Waits for the end of phase number `phase` (from 0), which must be the present or the last one. Then all that was written before
-// the arrivals is visible; what other CTAs sent, with kFromCluster.
+// Waits for the end of phase number `phase` (from 0), which must be the present or the last one. Afterwards everything written
+// before the arrivals is visible; kFromCluster: also messages of other CTAs.
 template <bool kFromCluster = false>
 __device__ __forceinline__ void barrier_wait(uint64_t* barrier, uint32_t phase) {
   const uint32_t address = shared_address(barrier), parity = phase & 1;
@@ -44,7 +44,7 @@ __device__ __forceinline__ void barrier_wait(uint64_t* barrier, uint32_t phase) 
         "}" ::"r"(address), "r"(parity) : "memory");
 }
 
-// Named barrier of some of the CTA's warps. Number 0 is __syncthreads.
+// Named barrier of a subset of the CTA's warps. Number 0 is __syncthreads.
 __device__ __forceinline__ void sync_threads(int number, int num_threads) {
   asm volatile("bar.sync %0, %1;" ::"r"(number), "r"(num_threads) : "memory");
 }
@@ -59,12 +59,13 @@ __device__ __forceinline__ uint32_t cluster_size() {
   asm("mov.u32 %0, %%cluster_nctarank;" : "=r"(size));
   return size;
 }
-// All threads of all CTAs of the cluster; whole warps.
+// Barrier of all threads of all CTAs of the cluster; call it by whole warps.
 __device__ __forceinline__ void sync_cluster() {
   asm volatile("barrier.cluster.arrive.release.aligned;\nbarrier.cluster.wait.acquire.aligned;" ::: "memory");
 }
 
-// Copies between global and shared memory by the copy engine; 16-byte units, aligned. Loads count on a barrier, stores in groups.
+// Copies between global and shared memory by the copy engine, in aligned 16-byte units. A load signals a barrier; stores are
+// tracked in groups.
 __device__ __forceinline__ uint64_t read_once_policy() {
   uint64_t policy;
   asm("createpolicy.fractional.L2::evict_first.b64 %0, 1.0;" : "=l"(policy));
@@ -82,7 +83,7 @@ __device__ __forceinline__ void bulk_store(void* to, const void* from, uint32_t 
                "r"(shared_address(from)), "r"(num_bytes)
                : "memory");
 }
-// The thread's own stores have left shared memory; or, with kArrived, are in global memory.
+// Waits until the thread's bulk stores have read shared memory; kArrived: until they are in global memory.
 template <bool kArrived>
 __device__ __forceinline__ void bulk_stores_wait() {
   if (kArrived)
@@ -93,7 +94,7 @@ __device__ __forceinline__ void bulk_stores_wait() {
 // Makes the thread's ordinary writes to shared memory visible to the copy engine.
 __device__ __forceinline__ void publish_to_copy_engine() { asm volatile("fence.proxy.async.shared::cta;" ::: "memory"); }
 
-// Writes 16 bytes into another CTA's copy of `to`, and counts them on that CTA's copy of `barrier`.
+// Writes 16 bytes into another CTA's copy of `to`, and counts these bytes on that CTA's copy of `barrier`.
 __device__ __forceinline__ void send(uint32_t rank, void* to, uint64_t* barrier, float a, float b, float c, float d) {
   asm volatile(
       "{\n"

@@ -1,4 +1,4 @@
-// The entry point of the CPU library: picks the widest instruction set that this machine has.
+// The entry point of the CPU library: picks the widest instruction set of this machine.
 #include "rows.h"
 
 namespace srpo {
@@ -7,7 +7,7 @@ bool rows_portable(const RowArgs&);
 bool rows_avx2(const RowArgs&);
 bool rows_avx512(const RowArgs&);
 #endif
-#ifdef SRPO_AVX512BF16  // a compiler that knows it
+#ifdef SRPO_AVX512BF16  // the compiler knows it
 bool rows_avx512bf16(const RowArgs&);
 #endif
 }  // namespace srpo
@@ -27,8 +27,8 @@ extern "C" int srpo_cpu_level() {
   return 0;
 }
 
-// Runs `args` with instruction set `level`, or the best one where it is negative. Returns 0; 1 where the level is not there;
-// 2 where a label or a kept id was no column of the logits: its row was left out.
+// Runs `args` with instruction set `level`; negative: the best one. Returns 0 for success, 1 if the level is unavailable, 2 if a
+// label or a kept id is not a column of the logits; such rows are left out.
 extern "C" int srpo_cpu_rows(const srpo::RowArgs* args, int level) {
   const int best = srpo_cpu_level();
   if (level > best) return 1;

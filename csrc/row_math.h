@@ -1,5 +1,5 @@
-// What a GPU computes of one row besides moving it: sums of exponentials that can be split anywhere, and what follows from them.
-// Host code too, so that a test without a GPU runs the same lines.
+// A GPU's arithmetic for one row: sums of exponentials that can be split anywhere, and the row's values and gradient from them.
+// It is also host code, so that a test without a GPU runs the same lines.
 #pragma once
 #include <cfloat>
 #include <cstring>
@@ -30,10 +30,10 @@ SRPO_HD float power_of_two(float n) {
   return f;
 }
 
-// Whether logits of this type want exponentials that are exact to rounding.
+// Whether logits of this type need exponentials that are exact to rounding.
 template <class T> constexpr bool kFine = sizeof(T) == 4;
 
-// 2^x by the GPU's own instruction, to 2^-22 of itself; 0 below 2^-126.
+// 2^x by the GPU's instruction, with a relative error of 2^-22; 0 below 2^-126.
 SRPO_HD float exp2_fast(float x) {
 #ifdef __CUDA_ARCH__
   float y;
@@ -44,14 +44,14 @@ SRPO_HD float exp2_fast(float x) {
 #endif
 }
 
-// E = 2^(x c - k) and its exponent, for an integer k near the largest x c, so that nothing is lost to the size of x.
-// -inf gives 0, NaN stays NaN. `fine` (fp32 logits): to rounding, by a polynomial (as simd.h), and the same for every k but for
-// the scale; else by exp2_fast, of which 16-bit logits notice nothing.
+// E = 2^(x c - k) and its exponent, for an integer k near the largest x c, so that large x lose no accuracy.
+// -inf gives 0, NaN stays NaN. `fine` (fp32 logits): exact to rounding, by a polynomial (as simd.h), and the same for every k up
+// to the scale; else by exp2_fast, whose error is far below the rounding of 16-bit logits.
 template <bool fine>
 SRPO_HD float power(float x, Scale c, float k, float* exponent) {
   const float t = *exponent = fmaf(x, c.low, fmaf(x, c.high, -k));
   if (!fine) return exp2_fast(t);
-  const float magic = 12582912.0f;  // 1.5 * 2^23: integers are spaced by 1 there, and end in the lowest bits
+  const float magic = 12582912.0f;  // 1.5 * 2^23: floats near it are spaced by 1, so that the lowest bits hold the integer
   const float shifted = fmaxf(t, -127.0f) + magic, whole = shifted - magic;
   const float f = fmaf(x, c.low, fmaf(x, c.high, -(k + whole)));
   float p = fmaf(1.5370705e-4f, f, 1.3399848e-3f);
@@ -68,23 +68,23 @@ SRPO_HD float power(float x, Scale c, float k, float* exponent) {
   return t < -126.0f ? 0.0f : p * scale;
 }
 
-// Sums over some of a row's logits x, of E = 2^(x c - k). k is an integer near the largest x c, so sums with different k are
-// brought together without a rounding error.
+// Sums of E = 2^(x c - k) over part of a row's logits x. k is an integer near the largest x c, so sums with different k are
+// merged without a rounding error.
 struct alignas(16) Partial {
   float k;
-  float sum;  // of E; 0: nothing but -inf, and then k means nothing
+  float sum;  // of E; 0: all logits are -inf, and k is meaningless
   float dot;  // of E (x c - k)
-  float gap;  // of E (x - x_ref), where there is a reference
+  float gap;  // of E (x - x_ref), with reference logits
 };
 
 SRPO_HD Partial nothing() { return {-FLT_MAX, 0, 0, 0}; }
 
-// k for logits of which the largest is `most`; stays what it was where there are only -inf.
+// k for logits whose largest is `most`; `otherwise` if all are -inf.
 SRPO_HD float exponent_near(float most, Scale c, float otherwise) {
   return most > -INFINITY ? rintf(most * c.high) : otherwise;
 }
 
-// Brings the sums to another k, not below the present one.
+// Rescales the sums to another k, not below the present one.
 SRPO_HD void raise(Partial& p, float k) {
   const float factor = power_of_two(p.k - k);
   p.dot = factor * (p.dot + (p.k - k) * p.sum);
@@ -100,8 +100,8 @@ SRPO_HD Partial merge(Partial a, Partial b) {
   return {a.k, a.sum + b.sum, a.dot + b.dot, a.gap + b.gap};
 }
 
-// A sum with one more term (Kahan); `lost` is how much too large rounding has made it so far. A thread adds hundreds of terms to one
-// that may outweigh them all, so their roundings need not average out. 16-bit logits notice nothing.
+// A sum with one more term (Kahan); `lost` is the accumulated rounding error of the sum. A thread adds hundreds of terms to one
+// that may be larger than all of them, so rounding errors need not average out. For 16-bit logits a plain sum is exact enough.
 template <bool fine>
 SRPO_HD float add_term(float sum, float term, float& lost) {
   if (!fine) return sum + term;
@@ -110,8 +110,8 @@ SRPO_HD float add_term(float sum, float term, float& lost) {
   return next;
 }
 
-// Adds n logits. Their own sums come first, so that what is added up is added in few roundings. kGap: also against x_ref. `lost`:
-// that of p.sum, 0 at the start.
+// Adds n logits. They are summed among themselves first, so that p takes few roundings. kGap: also the gap to x_ref. `lost`: the
+// rounding error of p.sum, 0 at the start.
 template <bool fine, bool kGap, int n>
 SRPO_HD void add_logits(Partial& p, float& lost, const float (&x)[n], const float (&x_ref)[n], Scale c) {
   float sum[2] = {0, 0}, dot[2] = {0, 0}, gap = 0;
@@ -127,7 +127,7 @@ SRPO_HD void add_logits(Partial& p, float& lost, const float (&x)[n], const floa
   p.gap += gap;
 }
 
-// The same while the largest logit is still unknown: k rises as need be.
+// As add_logits while the largest logit is still unknown: raises k if a logit needs it.
 template <bool fine, bool kGap, int n>
 SRPO_HD void add_more_logits(Partial& p, float& lost, const float (&x)[n], const float (&x_ref)[n], Scale c) {
   float most = x[0];
@@ -140,12 +140,12 @@ SRPO_HD void add_more_logits(Partial& p, float& lost, const float (&x)[n], const
   add_logits<fine, kGap>(p, lost, x, x_ref, c);
 }
 
-// The columns that a softmax is taken over: all, or with a filter the label and then the other kept ids.
+// The columns of the softmax: all, or with a filter the label and then the other kept ids.
 struct Candidates {
   const int64_t* kept;  // or null: all ids are candidates
   int label, count;
 
-  SRPO_HD int id(int i) const {  // -1: no candidate
+  SRPO_HD int id(int i) const {  // -1: not a candidate
     if (i >= count) return -1;
     if (!kept) return i;
     if (i == 0) return label;
@@ -154,13 +154,13 @@ struct Candidates {
   }
 };
 
-// What the sums of a whole row say.
+// Results from the sums of a whole row.
 struct RowTotal {
   double lse2;      // log2 of the sum of 2^(x c)
   double entropy2;  // of the softmax, in bits
 };
 
-// From the parts of a row (anything with k, sum and dot), in their order and in double: the same on every CTA.
+// Adds the parts of a row (any type with k, sum and dot) in their order and in double, so that every CTA gets the same result.
 template <class Part>
 SRPO_HD RowTotal add_up(const Part* parts, int num_parts) {
   float top = -FLT_MAX;
@@ -169,7 +169,7 @@ SRPO_HD RowTotal add_up(const Part* parts, int num_parts) {
   double sum = 0, dot = 0;
   for (int i = 0; i < num_parts; ++i) {
     const Part p = parts[i];
-    if (p.sum == 0) continue;  // a NaN goes on
+    if (p.sum == 0) continue;  // false for NaN, which must propagate
     const double factor = power_of_two(p.k - top);
     sum += factor * p.sum;
     dot += factor * (double(p.dot) + (double(p.k) - top) * p.sum);
@@ -178,7 +178,7 @@ SRPO_HD RowTotal add_up(const Part* parts, int num_parts) {
   return {sum == 0 ? -double(INFINITY) : top + log_sum, log_sum - dot / sum};
 }
 
-// What the tables say about a row.
+// A row's entries of the tables.
 struct RowInputs {
   float advantage, weight, old_logprob, ref_logprob;  // kLogprobsBackward: gradient by logprob, by lse, 0, 0
   int32_t step;
@@ -200,11 +200,11 @@ struct Coefs {
 
 struct RowValues {
   double lse2, logprob, entropy;
-  double kl;  // exact, where there are reference logits
+  double kl;  // exact KL, with reference logits; else 0
 };
 
-// `k`: that of the sum which the label is part of. A likely label's own power is taken with the error that it has in the sum, so
-// that a certain one gets exactly 0.
+// `k`: the k of the sum that contains the label. For a likely label the rounded power is used, as it is in the sum, so that a
+// certain label gets exactly 0.
 template <bool fine>
 SRPO_HD RowValues row_values(const RowTotal& total, float x_label, Scale c, float k) {
   double log2_p = double(x_label) * (double(c.high) + c.low) - total.lse2;
@@ -216,7 +216,7 @@ SRPO_HD RowValues row_values(const RowTotal& total, float x_label, Scale c, floa
   return {total.lse2, log2_p * kLn2, total.entropy2 * kLn2, 0};
 }
 
-// Coefficients of the gradient; with `write` also the row's entries of a.rows.
+// Returns the coefficients of the gradient; with `write` also stores the row's entries of a.rows.
 SRPO_HD Coefs finish_row(const RowArgs& a, int64_t row, const RowInputs& in, const RowValues& v, bool outside, bool write) {
   float* plane = a.rows + row;
   if (write) {
@@ -232,7 +232,7 @@ SRPO_HD Coefs finish_row(const RowArgs& a, int64_t row, const RowInputs& in, con
   const double old = a.old_logprobs ? snap(in.old_logprob, v.logprob) : v.logprob;
   const double ref = a.ref_logprobs ? snap(in.ref_logprob, v.logprob) : v.logprob;
   Token<double> token = token_loss<double>(a, v.logprob, in.advantage, old, ref);
-  const double weight = in.weight;
+  const double weight = in.weight;  // 1/G sum 1/|o_i| of Eq. 6, decided by the caller
   double full_kl = 0;
   if (a.kl_estimator == kFullKl) {
     token.kl = v.kl;
@@ -254,22 +254,22 @@ SRPO_HD void ignore_row(const RowArgs& a, int64_t row) {
   for (int f = 0; f < kNumFields; ++f) a.rows[f * a.T + row] = f == kStep ? -1.0f : 0.0f;
 }
 
-// Gradient of every entry but the label's: E times it.
+// The gradient of every entry except the label's is E times this factor.
 SRPO_HD float gradient_factor(const RowArgs& a, const Coefs& g, const RowValues& v, float k) {
   return g.softmax == 0 ? 0.0f : float(-g.softmax / a.temperature * exp2(double(k) - v.lse2));
 }
 
-// Gradient of the label's entry; p - 1 is not taken from a rounded p.
+// Gradient of the label's entry; p - 1 comes from expm1, not from a rounded p.
 SRPO_HD float label_gradient(const RowArgs& a, const Coefs& g, const RowValues& v) {
   return float(((g.label - g.softmax) - g.softmax * expm1(v.logprob)) / a.temperature);
 }
 
-// What the gradient of a row is made of where every entry has its own part of the exact KL: E (softmax + gap (x - x_ref)).
+// Gradient of a row with the exact KL, to which every entry contributes: E (softmax + gap (x - x_ref)), and `label` at the label.
 struct ElementGradient {
   float softmax, gap, label;
 };
 
-// `shift`: log-sum-exp of the logits minus that of the reference; `label_gap`: x - x_ref at the label.
+// `shift`: log-sum-exp of the logits minus log-sum-exp of the reference; `label_gap`: x - x_ref at the label.
 SRPO_HD ElementGradient element_gradient(const RowArgs& a, const Coefs& g, const RowValues& v, float k, double shift,
                                          double label_gap) {
   if (g.full_kl == 0) return {gradient_factor(a, g, v, k), 0, label_gradient(a, g, v)};

@@ -2,12 +2,12 @@
 //
 // First sweep of a row: in tiles of 2048, E = 2^(x c - k) with c = log2(e) / temperature and k an integer near the tile's largest
 // x c, kept in a buffer that stays in the cache; sums of E. Then the row's log-sum-exp, the token's loss and its derivative are
-// known. Second sweep: gradient = E * (a number per tile). One exponential per logit, any logits from -inf to 1e6.
+// known. Second sweep: gradient = E * (a number per tile). One exponential per logit, for any logits from -inf to 1e6.
 //
-// The second sweep of a row is woven into the first one of the next, a few cache lines at a time: while exponentials are computed,
-// gradients go out to memory and further logits come in.
+// The second sweep of a row is interleaved with the first sweep of the next, a few cache lines at a time: while exponentials are
+// computed, gradients are written to memory and further logits are fetched.
 //
-// Compiled once per instruction set (SRPO_ISA names it); dispatch_cpu.cpp picks. Tests hold each against fp64.
+// Compiled once per instruction set (SRPO_ISA names it); dispatch_cpu.cpp picks one. Tests compare each with fp64.
 #include "row_math.h"
 #include "simd.h"
 
@@ -21,16 +21,16 @@ namespace {
 constexpr int64_t kTile = 2048;
 constexpr int64_t kUnroll = 4 * kLanes;  // a tile's tail is padded to a multiple of it
 constexpr int64_t kBlock = 8 * kUnroll;
-constexpr int64_t kAhead = 1024;                      // logits are fetched so many before they are needed
-constexpr int64_t kStreamBytes = int64_t(24) << 20;  // gradients above this size go past the caches
+constexpr int64_t kAhead = 1024;                      // logits are prefetched this many entries before they are needed
+constexpr int64_t kStreamBytes = int64_t(24) << 20;  // gradients above this size bypass the caches
 
 struct Tile {
   float k;          // exponents are relative to it
   double sum, dot;  // of E, and of E * (x c - k)
 };
 
-// How exact the exponentials of a dtype are (kFine): the polynomial's degree, and whether c = log2(e) / temperature counts to
-// double precision (its rounding to fp32 moves a log-probability of -20 by up to 6e-7). 16-bit logits are far coarser than either.
+// c = log2(e) / temperature. kFine dtypes use c in double precision (its rounding to fp32 moves a log-probability of -20 by up to
+// 6e-7) and a polynomial of higher degree. 16-bit logits are far coarser than either effect.
 struct Factor {
   float high, low;
   double exact;  // high + low
@@ -42,7 +42,7 @@ Factor factor_of(double c) {
   return {high, low, double(high) + low};
 }
 
-// 2^(v c - k), as shift = round(v c) - k and a fraction that is rounded once, whatever the size of v.
+// 2^(v c - k), from shift = round(v c) - k and a fraction that is rounded once for v of any size.
 // 16-bit logits: v c - k is itself rounded once, which moves no exponent above -30 by more than 2e-6.
 template <bool fine>
 inline Vec power(Vec v, Vec c_high, Vec c_low, Vec k, Vec* exponent) {
@@ -55,7 +55,7 @@ inline Vec power(Vec v, Vec c_high, Vec c_low, Vec k, Vec* exponent) {
   return scale(exp2_fraction<6>(f), shift);
 }
 
-// d = e * factor over a tile, a unit of kUnroll entries at a time; all at once if there may be a NaN.
+// Writes d = e * factor over a tile, kUnroll entries per unit(); `careful`, for values that may be NaN: all in the constructor.
 template <class T, bool kStream>
 struct Writer {
   T* d;
@@ -65,7 +65,7 @@ struct Writer {
 
   Writer(T* d, const float* e, int64_t n, float factor, bool careful = false) : d(d), e(e), left(n), factor(factor) {
     if (careful) one_by_one(n);
-    if (kStream) one_by_one((-reinterpret_cast<uintptr_t>(d) % kPairBytes<T>) / sizeof(T));  // to where vectors fit
+    if (kStream) one_by_one((-reinterpret_cast<uintptr_t>(d) % kPairBytes<T>) / sizeof(T));  // up to the vectors' alignment
   }
   void unit() {
     if (left < kUnroll) return;
@@ -95,12 +95,12 @@ struct NoWriter {
   void rest() {}
 };
 
-// E and its sums for one tile and a given k; n is a multiple of kUnroll. Without kKeep, E is not stored.
+// E and its sums for one tile and a given k; n is a multiple of kUnroll. kKeep: store E.
 template <bool kKeep, class T, class Out>
 Tile exp_tile_at(float k, const T* x, int64_t n, const Factor& c, float* e, Out& out) {
   const Vec high = fill(c.high), low = fill(c.low), vk = fill(k), lowest = fill((k - 160.0f) / c.high);
   double sum = 0, dot = 0;
-  for (int64_t begin = 0; begin < n; begin += kBlock) {  // a block's sums are short enough for fp32
+  for (int64_t begin = 0; begin < n; begin += kBlock) {  // a block is short enough for sums in fp32
     Vec sums[4] = {fill(0), fill(0), fill(0), fill(0)}, dots[4] = {fill(0), fill(0), fill(0), fill(0)};
     for (int64_t i = begin; i < std::min(begin + kBlock, n); i += kUnroll) {
       for (int64_t j = 0; j < kUnroll; j += 64 / int64_t(sizeof(T))) __builtin_prefetch(x + i + kAhead + j);
@@ -120,7 +120,7 @@ Tile exp_tile_at(float k, const T* x, int64_t n, const Factor& c, float* e, Out&
   return {k, sum, dot};
 }
 
-// An integer near the largest x c of n logits; 0 where all are -inf, or NaN.
+// An integer near the largest x c of n logits; 0 if all are -inf or NaN.
 template <class T>
 float exponent_of(const T* x, int64_t n, const Factor& c) {
   Vec most[4] = {load(x), load(x + kLanes), load(x + 2 * kLanes), load(x + 3 * kLanes)};
@@ -130,7 +130,7 @@ float exponent_of(const T* x, int64_t n, const Factor& c) {
   return top > -std::numeric_limits<float>::max() ? std::nearbyint(top) : 0.0f;
 }
 
-// The same with a k of its own. The first few logits say where the rest will be; where they were wrong, it is done again.
+// E and its sums for one tile. k is estimated from the first few logits; if the sum shows that it was wrong, the tile is redone.
 template <bool kKeep, class T, class Out>
 Tile exp_tile(const T* x, int64_t n, const Factor& c, float* e, Out out) {
   const Tile tile = exp_tile_at<kKeep>(exponent_of(x, kUnroll, c), x, n, c, e, out);
@@ -140,23 +140,23 @@ Tile exp_tile(const T* x, int64_t n, const Factor& c, float* e, Out out) {
   return exp_tile_at<kKeep>(exponent_of(x, n, c), x, n, c, e, none);
 }
 
-// Floats from a multiple of 64 bytes on: no vector lies in two cache lines.
+// Floats aligned to 64 bytes, so that no vector crosses a cache line.
 class Buffer {
  public:
   float* data() const { return reinterpret_cast<float*>((reinterpret_cast<uintptr_t>(floats_.data()) + 63) / 64 * 64); }
-  void hold(int64_t n) { if (int64_t(floats_.size()) < n + 16) floats_.resize(n + 16); }  // what was in it is lost
+  void hold(int64_t n) { if (int64_t(floats_.size()) < n + 16) floats_.resize(n + 16); }  // the content is lost
 
  private:
   std::vector<float> floats_;
 };
 
-// A row's logits as powers, and what is known of it. Of a row that waits for its second sweep, also where the gradient goes.
+// A row's logits as powers E, and the sums of its tiles.
 struct Powers {
   std::vector<Tile> tiles;
   Buffer e;
 };
 
-struct Scratch {  // one per thread, kept
+struct Scratch {  // one per thread, kept between calls
   Powers rows[2], ref;
   std::vector<float> candidates, ref_candidates, gradient;
 };
@@ -166,7 +166,7 @@ struct RowSum {
   double mean_xc;  // expectation of x c under the softmax
 };
 
-// The first sweep over a row; writer(i, n, tile) says what is to be written meanwhile. Sums in double.
+// The first sweep over a row; writer(i, n, tile) returns the writer that runs at the same time. Sums in double.
 template <bool kKeep, class T, class MakeWriter>
 RowSum exp_row(const T* x, int64_t n, const Factor& c, Powers& to, const MakeWriter& writer) {
   to.tiles.clear();
@@ -188,7 +188,7 @@ RowSum exp_row(const T* x, int64_t n, const Factor& c, Powers& to, const MakeWri
     if (t.sum > 0) top = std::max(top, t.k);
   double sum = 0, dot = 0;
   for (const Tile& t : to.tiles) {
-    if (t.sum == 0) continue;  // nothing but -inf; a NaN goes on
+    if (t.sum == 0) continue;  // all -inf; false for NaN, which must propagate
     const double factor = std::ldexp(1.0, int(t.k - top));
     sum += factor * t.sum;
     dot += factor * (t.dot + double(t.k) * t.sum);
@@ -203,7 +203,7 @@ class Worker {
  public:
   Worker(const RowArgs& args, Scratch& scratch) : a_(args), s_(scratch) {}
 
-  // Does row r; false where its label or a kept id is no column. The gradient may still wait: for the next row, or `flush`.
+  // Computes row r; false if its label or a kept id is not a column. Its gradient may be pending until the next row or `flush`.
   bool run(int64_t r) {
     T* d = a_.dlogits ? static_cast<T*>(a_.dlogits) + r * a_.dlogits_stride : nullptr;
     const int64_t label = a_.labels[r];
@@ -220,7 +220,7 @@ class Worker {
     return true;
   }
 
-  // Writes the gradient that still waits.
+  // Writes the pending gradient.
   void flush() {
     if (!d_) return;
     for (int64_t i = 0, t = 0; i < a_.V; i += kTile, ++t) waiting(i, std::min(kTile, a_.V - i), t).rest();
@@ -237,7 +237,7 @@ class Worker {
     if (kStream) stream_fence();
   }
 
-  // The part of the waiting row that is tile t: entries i .. i + n.
+  // A writer for tile t of the pending row: entries i .. i + n.
   Writer<T, kStream> waiting(int64_t i, int64_t n, int64_t t) const {
     const Powers& row = s_.rows[1 - turn_];
     return {d_ + i, row.e.data() + i, n, float(std::ldexp(unit_, int(double(row.tiles[t].k) - shift_))), careful_};
@@ -272,7 +272,7 @@ class Worker {
     turn_ = 1 - turn_;
   }
 
-  // A likely label's own power is taken with the rounding that it has in the sum, so that a certain one gets exactly 0.
+  // For a likely label the rounded power is used, as it is in the sum, so that a certain label gets exactly 0.
   template <bool fine>
   RowValues values_of(const RowSum& sums, float x_label, int64_t label, const Factor& c) {
     double log2_p = double(x_label) * c.exact - sums.lse2;
@@ -286,7 +286,7 @@ class Worker {
     return {sums.lse2, log2_p * kLn2, (sums.lse2 - sums.mean_xc) * kLn2, 0};
   }
 
-  // The label first, then the rest of the support, gathered; and the gradient is scattered.
+  // Gathers the label and then the rest of the support, and scatters the gradient.
   bool run_filtered(int64_t r, const T* x, const T* ref, int64_t label, T* d) {
     const int64_t* kept = a_.kept_ids + r * a_.K;
     std::vector<float>&v = s_.candidates, &q = s_.ref_candidates, &g = s_.gradient;
@@ -310,7 +310,7 @@ class Worker {
     return true;
   }
 
-  // Everything about one row of n candidates at once, with the exact KL where there is a reference. d may be x.
+  // Values and gradient of one row of n candidates, with the exact KL if `ref` is given. d may be x.
   template <class X>
   void with_reference(int64_t r, const X* x, const X* ref, int64_t n, int64_t label, bool outside, X* d) {
     const Factor c = factor_of<kFine<X>>(kLog2e / a_.temperature);
@@ -336,7 +336,7 @@ class Worker {
     from_float(at_label, d + label);
   }
 
-  // Expectation of x - x_ref under the softmax; entries that it excludes count nothing.
+  // Expectation of x - x_ref under the softmax; entries of probability 0 contribute nothing.
   template <class X>
   double mean_gap(const X* x, const X* ref, int64_t n, double lse2) {
     double gap = 0;
@@ -353,13 +353,13 @@ class Worker {
 
   const RowArgs& a_;
   Scratch& s_;
-  int turn_ = 0;  // which of the two rows of scratch is being filled; the other may wait
-  // The row whose gradient waits: E * unit * 2^(k - shift), and at the label.
+  int turn_ = 0;  // index of the scratch row that is being filled; the other one may be pending
+  // The pending row: its gradient is E * unit * 2^(k - shift), and at_label at the label.
   T* d_ = nullptr;
   int64_t label_ = 0;
   double unit_ = 0, shift_ = 0;
   float at_label_ = 0;
-  bool careful_ = false;  // something in it is no number
+  bool careful_ = false;  // the pending row may hold NaN or infinity
 };
 
 template <class T, bool kStream>

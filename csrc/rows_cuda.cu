@@ -1,4 +1,4 @@
-// Loss and gradient of Eq. 6 on a GPU: picks a kernel and starts it. Plain C at the outside, no torch.
+// Loss and gradient of Eq. 6 on a GPU: picks a kernel and launches it. The interface is plain C, without torch.
 #include <cuda_bf16.h>
 #include <cuda_fp16.h>
 #include <cuda_runtime.h>
@@ -14,9 +14,9 @@
 namespace srpo {
 namespace {
 
-// How rows_one_read is started for rows of one length on one device.
+// Launch parameters of rows_one_read for rows of one length on one device.
 struct Plan {
-  int cluster;  // CTAs per row; 0: it cannot take them
+  int cluster;  // CTAs per row; 0: rows_one_read cannot take these rows
   int slice_vectors, dynamic_bytes, max_clusters;
 };
 
@@ -33,11 +33,11 @@ Kernels kernels_for(int32_t dtype) {
   }
 }
 
-// Returns from the calling function with the error, if there is one.
+// Returns from the calling function if the call fails.
 #define SRPO_TRY(call) \
   if (const cudaError_t error = (call)) return error
 
-// `dimension` has to live as long as the result.
+// `dimension` must outlive the result, which points to it.
 cudaLaunchConfig_t cluster_launch(const Plan& plan, int64_t num_clusters, cudaStream_t stream, cudaLaunchAttribute* dimension) {
   dimension->id = cudaLaunchAttributeClusterDimension;
   dimension->val.clusterDim.x = plan.cluster;
@@ -52,7 +52,8 @@ cudaLaunchConfig_t cluster_launch(const Plan& plan, int64_t num_clusters, cudaSt
   return config;
 }
 
-// The smallest cluster that leaves room for kCtasPerSm CTAs on an SM, else the largest that the device can run; or that wanted.
+// The smallest cluster that leaves room for kCtasPerSm CTAs on an SM, else the largest that the device can run; `wanted` > 0:
+// only that size.
 cudaError_t make_plan(const void* kernel, int64_t row_bytes, int device, int wanted, Plan* best) {
   *best = {};
   cudaFuncAttributes of_kernel;
@@ -73,7 +74,7 @@ cudaError_t make_plan(const void* kernel, int64_t row_bytes, int device, int wan
     cudaLaunchAttribute dimension;
     const cudaLaunchConfig_t config = cluster_launch(plan, 1, nullptr, &dimension);
     if (cudaOccupancyMaxActiveClusters(&plan.max_clusters, kernel, &config) != cudaSuccess) {
-      cudaGetLastError();  // larger than this device's clusters
+      cudaGetLastError();  // clears the error: the cluster is larger than this device allows
       continue;
     }
     if (plan.max_clusters < 1) continue;
@@ -83,7 +84,7 @@ cudaError_t make_plan(const void* kernel, int64_t row_bytes, int device, int wan
   return cudaSuccess;
 }
 
-// Plans are made once: making one asks the driver a dozen questions.
+// Plans are cached, since making one takes a dozen calls of the driver.
 cudaError_t find_plan(const RowArgs& a, int device, int wanted, Plan* plan) {
   static std::mutex mutex;
   static std::map<std::tuple<int, int, int64_t, int>, Plan> plans;
@@ -126,7 +127,7 @@ cudaError_t launch(RowArgs a, int device, int wanted, cudaStream_t stream) {
   return cudaLaunchKernel(kernels.two_reads, dim3(num_ctas), dim3(kPlainThreads), args, size_t(filter_bytes), stream);
 }
 
-// Runs f with `device` as the thread's current one.
+// Runs f with `device` as the thread's current device.
 template <class F>
 cudaError_t on_device(int device, F f) {
   int before;
@@ -142,13 +143,14 @@ cudaError_t on_device(int device, F f) {
 
 #define SRPO_EXPORT extern "C" __attribute__((visibility("default")))
 
-// Queues `args`, whose pointers are of `device`, on a stream of it. `cluster`: CTAs per row, 1 to 16; 0: rows_two_reads;
-// negative: what is best. Returns a CUDA error code; cudaErrorInvalidConfiguration where the cluster wanted cannot be.
+// Queues `args`, whose pointers belong to `device`, on a stream of that device. `cluster`: CTAs per row, 1 to 16; 0:
+// rows_two_reads; negative: the best choice. Returns a CUDA error code; cudaErrorInvalidConfiguration if that cluster size is
+// impossible.
 SRPO_EXPORT int srpo_cuda_rows(const srpo::RowArgs* args, int device, int cluster, void* stream) {
   return srpo::on_device(device, [&] { return srpo::launch(*args, device, cluster, static_cast<cudaStream_t>(stream)); });
 }
 
-// The size of cluster that `args` would get, 0 for the kernel with two reads; or minus a CUDA error code.
+// The cluster size that `args` would get, 0 for the kernel with two reads; or minus a CUDA error code.
 SRPO_EXPORT int srpo_cuda_cluster(const srpo::RowArgs* args, int device) {
   srpo::Plan plan = {};
   const cudaError_t error = srpo::on_device(device, [&] { return srpo::find_plan(*args, device, -1, &plan); });

@@ -1,11 +1,12 @@
 // The kernel for a GPU with clusters: each row of logits is read once and its gradient written once.
 //
-// A cluster of CTAs works on a row, each on a slice that it holds in shared memory: the copy engine brings it, the CTA sums
-// 2^(x c - k), the CTAs tell each other their sums, each derives the token's loss and its derivative for itself, and overwrites
-// its slice by the gradient, which the copy engine takes away. Two slices per CTA, so that the next row comes in meanwhile. Every
-// sum has a fixed order, which does not depend on the grid: the same bits on every run.
+// A cluster of CTAs works on a row, each CTA on a slice in its shared memory: the copy engine loads the slice, the CTA sums
+// 2^(x c - k), the CTAs exchange their sums, each computes the token's loss and its derivative, and overwrites its slice with the
+// gradient, which the copy engine stores. Each CTA has two slices, so that the next row is loaded at the same time. Every sum has
+// a fixed order, independent of the grid: every run gives the same bits.
 //
-// It takes rows that the copy engine can move (16-byte units) and that fit, without a filter or reference logits.
+// It takes rows that the copy engine can move (16-byte units) and that fit into shared memory, without a filter or reference
+// logits.
 #pragma once
 #include <cuda_bf16.h>
 #include <cuda_fp16.h>
@@ -16,9 +17,9 @@
 namespace srpo {
 namespace {
 
-constexpr int kWarps = 8, kThreads = 32 * kWarps;  // that compute; one more warp moves data
+constexpr int kWarps = 8, kThreads = 32 * kWarps;  // for computing; one more warp moves data
 constexpr int kStages = 2, kMaxCluster = 16, kCtasPerSm = 3;
-constexpr int64_t kMaxSliceBytes = 1 << 17;  // more than shared memory holds kStages of
+constexpr int64_t kMaxSliceBytes = 1 << 17;  // kStages slices of this size exceed shared memory
 
 // 16 bytes of logits
 template <class T> struct Pair;
@@ -120,30 +121,30 @@ __device__ __forceinline__ Partial sum_slice(const uint4* slice, int first, int 
   return p;
 }
 
-// What CTAs tell each other about their slice.
+// Message from one CTA to the others about its slice.
 struct alignas(16) Message {
   float k, sum, dot;  // as in Partial
   float x_label;      // from the CTA whose slice has the label
 };
 
-// A row on its way through a stage.
+// A row that occupies a stage.
 struct Job {
-  int64_t row;  // -1: there are no more
+  int64_t row;  // -1: no more rows
   int64_t label;
   RowInputs inputs;
 };
 
 struct Shared {
-  uint64_t loaded[kStages];     // the slice and the job are there
-  uint64_t finished[kStages];   // nobody works on the slice any more, and its gradient may be taken away
-  uint64_t exchanged[kStages];  // all messages have come
+  uint64_t loaded[kStages];     // the slice and the job are in shared memory
+  uint64_t finished[kStages];   // all warps have finished the slice: its gradient may be stored
+  uint64_t exchanged[kStages];  // all messages have arrived
   Job jobs[kStages];
   Partial parts[kWarps];
-  float factors[kWarps];  // gradient of a logit in a warp's share: E times it
+  float factors[kWarps];  // the gradient of a logit in a warp's share is E times this
   float label_gradient;
 };
 
-// One CTA of a cluster. The slices of a row are `slice_vectors` of 16 bytes long, the last ones less or empty.
+// One CTA of a cluster. The slices of a row are `slice_vectors` of 16 bytes long; the last ones may be shorter or empty.
 template <class T>
 class ClusterWorker {
  public:
@@ -157,7 +158,7 @@ class ClusterWorker {
     num_vectors = left < 0 ? 0 : left < slice_vectors ? int(left) : slice_vectors;
   }
 
-  // One warp: brings the rows in, one after the other, and takes the gradients away. Ignored rows are its own business.
+  // For one warp: loads the rows one after the other and stores their gradients. It handles ignored rows by itself.
   __device__ void move() {
     const int lane = threadIdx.x % 32;
     const uint64_t policy = read_once_policy();
@@ -183,7 +184,7 @@ class ClusterWorker {
     }
   }
 
-  // The other warps.
+  // For the other warps: sums, results and gradient of each row.
   __device__ void compute() {
     const int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
     const Scale c = scale_of(a);
@@ -194,9 +195,9 @@ class ClusterWorker {
       if (s.jobs[stage].row < 0) return;
       const Partial own = sum_slice<T>(slice, threadIdx.x, num_vectors, c);
       if (lane == 0) s.parts[warp] = own;
-      sync_threads(1, kThreads);  // all parts are there
+      sync_threads(1, kThreads);  // all parts are written
       if (warp == 0) finish(n, slice, c);
-      sync_threads(1, kThreads);  // the factors are there, the parts are read
+      sync_threads(1, kThreads);  // the factors are written, the parts are read
       if (a.dlogits) {
         write_gradient(slice, s.jobs[stage].label - first, c, own.k);
         publish_to_copy_engine();
@@ -209,7 +210,7 @@ class ClusterWorker {
  private:
   __device__ T* gradient(int64_t row) const { return static_cast<T*>(a.dlogits) + row * a.dlogits_stride + first; }
 
-  // Loads the n-th job's slice, into the memory of job n - kStages.
+  // Loads the n-th job's slice into the memory of job n - kStages.
   __device__ void bring(uint32_t n, int64_t row, int64_t label, uint64_t policy) {
     const int stage = n % kStages;
     if (n >= kStages) {
@@ -232,8 +233,8 @@ class ClusterWorker {
     if (a.dlogits && num_vectors) bulk_store(gradient(s.jobs[stage].row), ring + stage * slice_vectors, num_vectors * 16);
   }
 
-  // Warp 0: from the parts of all warps to the row's results. A slot of `slots` is free to be sent to: its sender has had message
-  // n - 1 of this CTA, which this warp sent after it had read messages n - kStages.
+  // For warp 0: computes the row's results from the parts of all warps. Other CTAs may write to this CTA's `slots` for job n:
+  // they have received its message n - 1, which it sent after reading the messages n - kStages.
   __device__ void finish(uint32_t n, const uint4* slice, Scale c) {
     const int stage = n % kStages;
     const uint32_t lane = threadIdx.x;
@@ -297,11 +298,11 @@ __global__ void __launch_bounds__(kThreads + 32, kCtasPerSm) rows_one_read(const
     }
     barrier_init_done();
   }
-  sync_cluster();  // nobody sends before the barriers are there
+  sync_cluster();  // no CTA sends before all barriers are initialized
   ClusterWorker<T> worker(a, slice_vectors, memory, s);
   if (threadIdx.x >= kThreads) worker.move(); else worker.compute();
   __syncwarp();
-  sync_cluster();  // nobody leaves while others may send
+  sync_cluster();  // no CTA exits while others may still send to it
 }
 
 }  // namespace

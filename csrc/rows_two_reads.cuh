@@ -1,5 +1,5 @@
-// The kernel for all rows that rows_one_read.cuh does not take: a CTA per row, which reads it twice, element by element. With a
-// filter the row is that of the kept logits.
+// The kernel for all rows that rows_one_read.cuh does not take. One CTA per row reads it twice, element by element. With a filter
+// the row consists of the label's logit and the kept ones.
 #pragma once
 #include "row_math.h"
 

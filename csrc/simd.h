@@ -1,7 +1,7 @@
-// The few vector operations that rows_cpu.cpp needs beyond + - *, for AVX-512 (with BF16), AVX2 with FMA, and any other machine.
-//   store_pair, stream_pair: two vectors in a row, without a NaN; stream_pair goes past the caches, to multiples of kPairBytes.
-//   fraction(x, c, whole): x c - whole, rounded once. scale(a, n): a * 2^n for integer n >= -161, at least a * 2^120 above n = 120.
-//   larger(a, b): b where one is NaN.
+// The vector operations that rows_cpu.cpp needs besides + - *, for AVX-512 (with BF16), AVX2 with FMA, and any other machine.
+//   store_pair, stream_pair: two consecutive vectors without NaN; stream_pair bypasses the caches and needs kPairBytes alignment.
+//   fraction(x, c, whole): x c - whole, rounded once. larger(a, b): b if one is NaN.
+//   scale(a, n): a * 2^n for integer n >= -161, at least a * 2^120 above n = 120.
 #pragma once
 #include <cstdint>
 #include <cstring>
@@ -20,7 +20,7 @@ struct Float16 { uint16_t bits; };
 inline float bits_to_float(uint32_t u) { float f; std::memcpy(&f, &u, 4); return f; }
 inline uint32_t float_to_bits(float f) { uint32_t u; std::memcpy(&u, &f, 4); return u; }
 
-// One element: what tails and labels are read and written with. Rounds to nearest even; NaN stays NaN.
+// Conversions of one element, for tails and labels. Rounds to nearest even; NaN stays NaN.
 inline float to_float(float x) { return x; }
 inline float to_float(BFloat16 x) { return bits_to_float(uint32_t(x.bits) << 16); }
 inline float to_float(Float16 x) {
@@ -66,7 +66,7 @@ inline __m256i narrow(Vec v, BFloat16*) {
 }
 inline __m256i narrow(Vec v, Float16*) { return _mm512_cvtps_ph(v, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC); }
 template <class T> inline void store(T* p, Vec v) { _mm256_storeu_si256(reinterpret_cast<__m256i*>(p), narrow(v, p)); }
-#if defined(__AVX512BF16__)  // in one instruction, to which gradients below 2^-126 are 0
+#if defined(__AVX512BF16__)  // one instruction, which flushes gradients below 2^-126 to 0
 inline __m512i narrow_pair(Vec a, Vec b, BFloat16*) { return reinterpret_cast<__m512i>(_mm512_cvtne2ps_pbh(b, a)); }
 #else
 inline __m512i narrow_pair(Vec a, Vec b, BFloat16*) {
@@ -121,7 +121,7 @@ inline Vec larger(Vec a, Vec b) { return _mm256_max_ps(a, b); }
 inline Vec fma(Vec a, Vec b, Vec c) { return _mm256_fmadd_ps(a, b, c); }
 inline Vec fraction(Vec x, Vec c, Vec whole) { return _mm256_fmsub_ps(x, c, whole); }
 inline Vec round(Vec a) { return _mm256_round_ps(a, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC); }
-inline Vec scale(Vec a, Vec n) {  // in two halves, since 2^-161 is no float
+inline Vec scale(Vec a, Vec n) {  // in two halves, since 2^-161 is not a float
   const __m256i whole = _mm256_cvtps_epi32(_mm256_min_ps(n, fill(120.0f))), half = _mm256_srai_epi32(whole, 1), rest = _mm256_sub_epi32(whole, half);
   const __m256i bias = _mm256_set1_epi32(127);
   const Vec first = _mm256_castsi256_ps(_mm256_slli_epi32(_mm256_add_epi32(half, bias), 23));
@@ -140,12 +140,12 @@ template <class T> inline void store_pair(T* p, Vec a, Vec b) { store(p, a), sto
 template <class T> inline void stream_pair(T* p, Vec a, Vec b) { store_pair(p, a, b); }
 inline Vec larger(Vec a, Vec b) { return a > b ? a : b; }
 inline Vec fma(Vec a, Vec b, Vec c) { return a * b + c; }
-inline Vec fraction(Vec x, Vec c, Vec whole) {  // rounded once also where there is no fused multiply-add
+inline Vec fraction(Vec x, Vec c, Vec whole) {  // rounded once, also without a fused multiply-add
   typedef double Wide __attribute__((vector_size(32)));
   return __builtin_convertvector(
       __builtin_convertvector(x, Wide) * __builtin_convertvector(c, Wide) - __builtin_convertvector(whole, Wide), Vec);
 }
-inline Vec round(Vec a) {  // to an integer while |a| < 2^22; above, a float is close to one anyway
+inline Vec round(Vec a) {  // to an integer if |a| < 2^22; larger floats are close to an integer anyway
   const Vec magic = fill(0x1.8p23f), limit = fill(0x1p22f);
   const Vec near = (a + magic) - magic;
   return ((a < limit) & (a > -limit)) ? near : a;

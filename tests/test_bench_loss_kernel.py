@@ -31,10 +31,10 @@ NAMES = {
 }
 OTHERS = ("trl", "liger_kernel", "verl", "cut_cross_entropy", "quack")
 PLAIN = ("srpo/reference", "srpo/cpu", "eager")
-# Largest relative error of a gradient. To round the exact one to bf16 costs at most 2^-8 of each entry.
+# Largest relative error of a gradient. Rounding the exact gradient to bf16 changes each entry by at most 2^-8.
 EXACT = {"fp32": 1e-6, "bf16": 2**-8}
-# The same of arms that round logits, log-probabilities or losses to bf16 on the way: one of a sequence's few tokens may then fall
-# on the other side of a clip edge. That they are wired up right is seen in fp32.
+# The bound for arms that round logits, log-probabilities or losses to bf16: one of a sequence's few tokens may then fall on the
+# other side of a clip edge. The test in fp32 shows that such an arm is called correctly.
 COARSE = {"fp32": 2e-6, "bf16": 0.5}
 
 
@@ -51,7 +51,7 @@ def bench() -> SimpleNamespace:
 
 @pytest.fixture
 def without_others(monkeypatch: pytest.MonkeyPatch) -> None:
-    """As if nobody else's package were installed."""
+    """Hides the other packages, as if they were not installed."""
     for name in OTHERS:
         for module in [module for module in sys.modules if module.partition(".")[0] == name]:
             monkeypatch.delitem(sys.modules, module)
@@ -59,7 +59,7 @@ def without_others(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def run(bench: SimpleNamespace, tmp_path: Path, *flags: str) -> dict[str, Any]:
-    """What the program writes for a tiny problem on the CPU."""
+    """The program's JSON output for a tiny problem on the CPU."""
     path = tmp_path / "result.json"
     small = ("--device", "cpu", "--tokens", "16", "--vocab", "50", "--rounds", "3", "--warmup", "1", "--json", str(path))
     assert bench.loss_kernel.main([*small, *flags]) == 0
@@ -133,7 +133,7 @@ def test_percentages_are_of_the_bound(bench: SimpleNamespace, tmp_path: Path) ->
 
 @pytest.mark.parametrize("dtype", ["fp32", "bf16"])
 def test_gradients_agree_with_the_exact_one(bench: SimpleNamespace, dtype: str) -> None:
-    """Every arm that can run here, but for those that compile."""
+    """Every arm that can run on this machine, except those that compile."""
     checked = set()
     for arm in bench.arms.ARMS:
         if arm.name.startswith("compile/") or arm.advantages == "none":
@@ -162,8 +162,8 @@ def test_compiled_gradients_agree_with_the_exact_one(bench: SimpleNamespace, for
 
 @pytest.mark.gpu
 def test_gradients_agree_on_a_gpu(bench: SimpleNamespace) -> None:
-    """With two whole sequences and a size that all kernels take; skips what is not installed. Other people's filters and bf16
-    losses are theirs: here an arm must only be wired up right."""
+    """With two whole sequences and a size that all kernels take; missing packages are skipped. The bound is loose, for other
+    packages filter gradients and round losses to bf16: the test checks that an arm is called correctly."""
     checked = set()
     for arm in bench.arms.ARMS:
         if arm.advantages != "none":

@@ -1,7 +1,7 @@
-"""Ops of the SRPO loss: one signature each, several implementations, of which `impl="auto"` takes the best that exists here.
+"""Ops of the SRPO loss. Each op has one signature and several implementations; `impl="auto"` takes the best one available.
 
-Shapes: T packed rows, V vocabulary, N sequences, J reasoning steps, K ids of a top-k filter. Row t predicts `labels[t]`; nothing
-is shifted here. Rows with label -100 are never read: NaN in them harms nothing, and they get zero gradient.
+Shapes: T packed rows, V vocabulary, N sequences, J reasoning steps, K ids of a top-k filter. Row t predicts `labels[t]`; the ops
+shift nothing. Rows with label -100 are never read: NaN in them does no harm, and their gradient is zero.
 """
 
 from __future__ import annotations
@@ -56,44 +56,45 @@ def policy_loss(
     in_place: bool | None = None,
     impl: str = "auto",
 ) -> PolicyLoss:
-    """Loss of Eq. 6, log-probabilities of the labels, and sums per reasoning step; GRPO (Eq. 2) is the same with equal columns.
+    """Loss of Eq. 6, log-probabilities of the labels, and sums per reasoning step. GRPO (Eq. 2) is the case of equal columns.
 
     loss = sum over t of weights[t] * (-min(ratio A, clip(ratio, 1 - clip_eps_low, 1 + clip_eps_high) A) + kl_coef * KL)
 
-    `weights` holds every denominator, so the losses of micro-batches add up to that of the batch. A is step_advantages[i, j] of
-    the sequence i and the step j that row t lies in. ratio = exp(logprobs - old_logprobs).
+    `weights` holds every denominator, so the losses of micro-batches add up to the loss of the batch. A is step_advantages[i, j]
+    for the sequence i and the step j that row t lies in. ratio = exp(logprobs - old_logprobs).
 
     logits [T, V] fp32, bf16, fp16 or fp64; labels [T] int64 in [0, V) or -100; step_advantages [N, J]; step_ends [N, J] exclusive
     ends counted from the first row of the sequence, nondecreasing, rows past the last end belong to the last step; cu_seqlens
     [N+1] from 0 to T; weights, old_logprobs, ref_logprobs [T]. Gradient flows to `logits` alone.
 
-    old_logprobs: None means on-policy: the ratio is 1 and its gradient that of log pi.
-    temperature: probabilities are those of softmax(logits / temperature); old and ref must be taken likewise.
+    old_logprobs: None means on-policy: the ratio is 1 and its gradient is the gradient of log pi.
+    temperature: probabilities are softmax(logits / temperature); old_logprobs and ref_logprobs must use the same temperature.
     top_k, kept_ids: take ratio, KL and entropy on the sampler's filtered distribution, renormalised over its support. `kept_ids`
         [T, K] int (negative: padding; no duplicates) is exact; with `top_k` alone (None or 0: no filter) the support is
-        `topk_support(logits, top_k)`, which moves with the policy. A label outside its support is added to it, so that nothing
-        is -inf, and counted in `stats.num_outside_support`.
-    ratio_over: "sequence" takes one ratio for all tokens of a sequence, the geometric mean of theirs (GSPO; in its token form, so
-        that advantages may differ by step), "step" one for each reasoning step. One more read of the logits. The KL stays a
-        token's own.
+        `topk_support(logits, top_k)`, which moves with the policy. A label outside its support is added to the support, so that
+        no log-probability is -inf, and counted in `stats.num_outside_support`.
+    ratio_over: "sequence" takes one ratio for all tokens of a sequence, the geometric mean of the token ratios (GSPO in its token
+        form, so that advantages may differ by step); "step" takes one ratio for each reasoning step. Both read the logits once
+        more. The KL stays per token.
     dual_clip: c > 1 bounds the ratio by c where A < 0, i.e. max(surrogate, c A) there; None: off.
-    clip_form: "ppo" is the above. "cispo" (arXiv 2506.13585) bounds the importance weight and not the update: the term is
-        -stop_gradient(clip(ratio)) A log pi, so that a clipped row keeps a gradient. It has no dual clip.
+    clip_form: "ppo" is the formula above. "cispo" (arXiv 2506.13585) bounds the importance weight instead of the update: the term
+        is -stop_gradient(clip(ratio)) A log pi, so that a clipped row keeps a gradient. It has no dual clip.
     kl_estimator, with d = logprobs - ref_logprobs: k1 = d, k2 = d^2 / 2, k3 = exp(-d) - 1 + d; "full" is the exact KL over all
         candidates and needs `ref_logits` [T, V] in place of `ref_logprobs`. The gradient of k1 is the score function, whose
-        expectation on-policy is zero: as a loss term it measures, but does not hold the policy back.
-        Paper: writes D_KL[pi || pi_ref] and names no estimator; k3.
+        expectation on-policy is zero: as a loss term k1 measures the KL but does not hold the policy back.
+        Paper: Eq. 6 writes D_KL[pi || pi_ref] and names no estimator; k3.
 
-    in_place: write the gradient over the logits, which are then lost: no memory beyond them. None: where they are the result of
-        another op, so that nobody else is likely to need them (autograd raises if someone does). The reference never does.
+    in_place: write the gradient over the logits, which are then lost: no memory beyond the logits. None: in place if the logits
+        are the result of another op, since other code rarely needs them then (autograd raises if it does). The reference
+        implementation never writes in place.
 
-    Under "ppo" a clipped row has zero gradient; exactly on the edge a row is not clipped. Inside an exponential, log ratios above
-    20 count as 20 and have (but for "cispo") no gradient: it cannot overflow. The stats hold the KL whenever a reference is
-    given, also with kl_coef 0.
+    Under "ppo" a clipped row has zero gradient; a row exactly on the edge is not clipped. Inside an exponential, log ratios above
+    20 count as 20 and have no gradient (except under "cispo"), so the exponential cannot overflow. The stats hold the KL whenever
+    a reference is given, also with kl_coef 0.
 
     Raises ValueError for shapes that do not fit, options out of range, a kl_coef without the reference that its estimator needs,
-    an `impl` that does not exist here, and, in the CPU kernels, labels and ids that are no columns (the reference raises torch's
-    own error for them; on a GPU nobody looks).
+    an `impl` that is unavailable, and, in the CPU kernels, labels and ids that are not columns (the reference raises torch's
+    own error for them; GPU kernels do not check).
     """
     check_logits(logits, labels, temperature, top_k, kept_ids)
     check_segments(labels.shape[0], step_advantages, step_ends, cu_seqlens)
@@ -158,8 +159,8 @@ def token_logprobs(
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """(log-probabilities of the labels [T], log-sum-exp of logits / temperature [T]), 0 where ignored.
 
-    Both fp32 (fp64 for fp64 logits) and differentiable in `logits`. Arguments as in `policy_loss`; with a filter both are those
-    of the filtered distribution.
+    Both are fp32 (fp64 for fp64 logits) and differentiable in `logits`. Arguments as in `policy_loss`; with a filter both belong
+    to the filtered distribution.
     """
     check_logits(logits, labels, temperature, top_k, kept_ids)
     name = choose("token_logprobs", impl, logits.device, logits.dtype)
@@ -171,9 +172,9 @@ def token_logprobs(
 
 
 def topk_support(logits: torch.Tensor, top_k: int) -> torch.Tensor:
-    """Ids of the top-k filter's support, [T, min(top_k, V)] int64, largest logit first; ties fall as in torch.topk.
+    """Ids of the top-k filter's support, [T, min(top_k, V)] int64, largest logit first; ties are broken as in torch.topk.
 
-    A sampler that filters by these ids and a loss that recomputes them agree exactly. Raises ValueError where top_k is below 1.
+    A sampler that filters by these ids and a loss that recomputes them agree exactly. Raises ValueError if top_k is below 1.
     """
     if top_k < 1:
         raise ValueError(f"top_k is {top_k}: a support needs at least one id")

@@ -1,7 +1,7 @@
-"""Compiles csrc/ with the machine's own compiler, once per source and flags, into a cache: seconds, no torch headers.
+"""Compiles csrc/ with the machine's own compiler into a cache, once per source and flags. Takes seconds; needs no torch headers.
 
-`python -m srpo_kernels.build` compiles ahead of the first use. The cache is $SRPO_CACHE_DIR, else $XDG_CACHE_HOME/srpo, else
-~/.cache/srpo; a file in it is named by a hash of everything that it was made from, so nothing in it is ever stale.
+`python -m srpo_kernels.build` compiles before the first use. The cache is $SRPO_CACHE_DIR, else $XDG_CACHE_HOME/srpo, else
+~/.cache/srpo. The name of a cached file contains a hash of all its inputs, so the cache is never stale.
 """
 
 from __future__ import annotations
@@ -30,20 +30,20 @@ _ISA_FLAGS = {
 
 
 class BuildError(RuntimeError):
-    """There is no compiler, or it failed; the text says what it printed."""
+    """The compiler is missing or failed; the message holds its output."""
 
 
 def cache_dir() -> Path:
-    """Where compiled libraries are kept."""
+    """Folder of the compiled libraries."""
     default = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "srpo"
     return Path(os.environ.get("SRPO_CACHE_DIR") or default)
 
 
 def compile_once(name: str, sources: Sequence[str], commands: Sequence[Sequence[str]]) -> Path:
-    """The shared library `name` made by `commands`, from the cache if it is there.
+    """Path of the shared library `name` that `commands` build, taken from the cache if it is there.
 
-    `sources` are files of csrc/ that the result depends on. In the commands "{src}" is csrc/, "{tmp}" an empty folder and "{out}"
-    the library. Processes that build the same at once do not disturb each other. Raises BuildError.
+    `sources` are the files of csrc/ that the result depends on. In the commands "{src}" is csrc/, "{tmp}" an empty folder and
+    "{out}" the library. Processes may build the same library at the same time. Raises BuildError.
     """
     compiler = commands[0][0]
     text = "".join((CSRC / source).read_text(encoding="utf-8") for source in sources)
@@ -59,13 +59,13 @@ def compile_once(name: str, sources: Sequence[str], commands: Sequence[Sequence[
             done = subprocess.run(filled, capture_output=True, text=True, check=False)
             if done.returncode:
                 raise BuildError(f"{' '.join(filled)} failed:\n{done.stderr[-4000:]}")
-        made.replace(library)  # atomic: whoever comes second replaces it by the same
+        made.replace(library)  # atomic: a second process replaces the file by an equal one
     return library
 
 
 @cache
 def _version(compiler: str) -> str:
-    """What `compiler --version` prints. Raises BuildError where it is not there."""
+    """Output of `compiler --version`. Raises BuildError if the compiler is missing."""
     if shutil.which(compiler) is None:
         raise BuildError(f"{compiler} is not on the PATH: install a C++ compiler, or name one in CXX")
     done = subprocess.run([compiler, "--version"], capture_output=True, text=True, check=False)
@@ -74,14 +74,15 @@ def _version(compiler: str) -> str:
 
 @cache
 def _takes(compiler: str, flag: str) -> bool:
-    """Whether the compiler knows a flag."""
+    """Whether the compiler accepts a flag."""
     done = subprocess.run([compiler, flag, "-E", "-x", "c++", os.devnull], capture_output=True, check=False)
     return done.returncode == 0
 
 
 def cpu_commands() -> list[list[str]]:
-    """One object per instruction set, then the library. It takes OpenMP from whoever has loaded it, which is torch. Compilers of
-    before 2020 do not know the last set and leave it out. Raises BuildError where there is no compiler."""
+    """Commands that build one object per instruction set, then the library. The library is not linked with OpenMP: it uses the
+    runtime that torch has loaded. Compilers from before 2020 lack -mavx512bf16, which is then left out. Raises BuildError if the
+    compiler is missing."""
     compiler = os.environ.get("CXX") or "g++"
     _version(compiler)
     x86 = platform.machine().lower() in ("x86_64", "amd64")
@@ -107,15 +108,15 @@ def cpu_commands() -> list[list[str]]:
 
 
 def build_cpu() -> Path:
-    """The CPU library. Raises BuildError."""
+    """Path of the CPU library. Raises BuildError."""
     return compile_once("srpo_cpu", ["rows.h", "row_math.h", "simd.h", "rows_cpu.cpp", "dispatch_cpu.cpp"], cpu_commands())
 
 
 def build_cuda() -> Path:
-    """The CUDA library: machine code for Hopper and, from CUDA 12.8 on, Blackwell; PTX for what comes later. Raises BuildError.
+    """Path of the CUDA library: machine code for Hopper and, from CUDA 12.8 on, Blackwell; PTX for later GPUs. Raises BuildError.
 
-    The compiler is $NVCC, nvcc on the PATH, or that of $CUDA_HOME or /usr/local/cuda. Without one, a library in the cache will do
-    that was compiled from these very sources.
+    The compiler is $NVCC, nvcc on the PATH, or nvcc of $CUDA_HOME or /usr/local/cuda. Without a compiler, a cached library that
+    was built from the same sources is used.
     """
     sources = ["rows.h", "row_math.h", "cluster.cuh", "rows_one_read.cuh", "rows_two_reads.cuh", "rows_cuda.cu"]
     text = "".join((CSRC / source).read_text(encoding="utf-8") for source in sources)
@@ -136,8 +137,8 @@ def build_cuda() -> Path:
 
 
 def load_with_openmp(library: Path) -> ctypes.CDLL:
-    """Load a library whose OpenMP calls are to meet the runtime that torch has already loaded: a second one in the process would
-    keep threads of its own, which fight with torch's for the cores. Falls back to the system's where torch has none."""
+    """Load a library so that its OpenMP calls go to the runtime that torch has already loaded: a second runtime in the process
+    would have its own threads, which compete with torch's for the cores. Without OpenMP in torch the system's runtime is used."""
     try:
         return ctypes.CDLL(str(library))
     except OSError as error:
@@ -148,7 +149,7 @@ def load_with_openmp(library: Path) -> ctypes.CDLL:
 
 
 def main() -> None:
-    """Build what this machine can use; exit code 1 where the compiler fails."""
+    """Build the CPU library; exit code 1 if the compiler fails."""
     try:
         print(f"CPU kernels: {build_cpu()}")
     except BuildError as error:

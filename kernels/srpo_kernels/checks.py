@@ -1,4 +1,4 @@
-"""What bad input gets: errors that name the argument and say what to give instead."""
+"""Checks of arguments: each error names the argument and says what to give instead."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ RATIOS_OVER = ("token", "step", "sequence")
 def check_logits(
     logits: torch.Tensor, labels: torch.Tensor, temperature: float, top_k: int | None, kept_ids: torch.Tensor | None
 ) -> None:
-    """Raises ValueError where logits and labels do not fit, or a setting of the softmax is out of range."""
+    """Raises ValueError if logits and labels do not fit, or if a setting of the softmax is out of range."""
     if logits.ndim != 2 or labels.shape != logits.shape[:1]:
         raise ValueError(f"logits {tuple(logits.shape)} and labels {tuple(labels.shape)} do not fit: give [T, V] and [T]")
     if not logits.is_floating_point():
@@ -21,7 +21,7 @@ def check_logits(
 
 
 def check_softmax(labels: torch.Tensor, temperature: float, top_k: int | None, kept_ids: torch.Tensor | None) -> None:
-    """Raises ValueError where the temperature, the size or the shape of a filter cannot be."""
+    """Raises ValueError if the temperature, or the size or shape of the filter, is invalid."""
     if top_k is not None and top_k < 0:
         raise ValueError(f"top_k is {top_k}: give the number of ids that the sampler keeps, or None where it keeps all")
     if kept_ids is not None and (kept_ids.ndim != 2 or kept_ids.shape[0] != labels.shape[0]):
@@ -31,7 +31,7 @@ def check_softmax(labels: torch.Tensor, temperature: float, top_k: int | None, k
 
 
 def check_rows(labels: torch.Tensor, **rows: torch.Tensor | None) -> None:
-    """Raises ValueError where what has one value per row has another shape than the labels."""
+    """Raises ValueError if a tensor of per-row values does not have the labels' shape."""
     for name, values in rows.items():
         if values is not None and values.shape != labels.shape:
             raise ValueError(f"{name} has shape {tuple(values.shape)}: give one value per row, {tuple(labels.shape)}")
@@ -40,8 +40,8 @@ def check_rows(labels: torch.Tensor, **rows: torch.Tensor | None) -> None:
 def check_options(
     clip_eps_low: float, clip_eps_high: float, dual_clip: float | None, clip_form: str, kl_estimator: str, ratio_over: str
 ) -> None:
-    """Raises ValueError where an option of the loss is out of range."""
-    if not (clip_eps_low >= 0 and clip_eps_high >= 0):  # nor NaN
+    """Raises ValueError if an option of the loss is out of range."""
+    if not (clip_eps_low >= 0 and clip_eps_high >= 0):  # NaN fails, too
         raise ValueError(f"clip_eps_low {clip_eps_low} and clip_eps_high {clip_eps_high} must not be negative")
     if dual_clip is not None and not dual_clip > 1:
         raise ValueError(f"dual_clip is {dual_clip}: give a bound above 1, or None to switch it off")
@@ -56,7 +56,7 @@ def check_options(
 
 
 def check_segments(num_rows: int, step_advantages: torch.Tensor, step_ends: torch.Tensor, cu_seqlens: torch.Tensor) -> None:
-    """Raises ValueError where the tables of sequences and steps do not fit each other or the number of rows."""
+    """Raises ValueError if the tables of sequences and steps do not fit each other or the number of rows."""
     num_sequences = cu_seqlens.numel() - 1
     if step_ends.ndim != 2 or step_ends.shape != step_advantages.shape or step_ends.shape[1] == 0:
         shapes = f"step_ends {tuple(step_ends.shape)} and step_advantages {tuple(step_advantages.shape)}"
@@ -65,7 +65,7 @@ def check_segments(num_rows: int, step_advantages: torch.Tensor, step_ends: torc
         raise ValueError(f"cu_seqlens has shape {tuple(cu_seqlens.shape)}: give [N+1] with N = {step_ends.shape[0]}")
     if num_sequences == 0 and num_rows:
         raise ValueError(f"there are {num_rows} rows and no sequence: give cu_seqlens [N+1] from 0 to T")
-    looked_at = cu_seqlens.device.type == "cpu" and not torch.compiler.is_compiling()  # elsewhere it would wait for the device
+    looked_at = cu_seqlens.device.type == "cpu" and not torch.compiler.is_compiling()  # reading a GPU tensor would synchronize
     if looked_at and int(cu_seqlens[0]) != 0:
         raise ValueError(f"cu_seqlens starts at {int(cu_seqlens[0])}: its first entry is 0")
     if looked_at and int(cu_seqlens[-1]) != num_rows:

@@ -16,17 +16,17 @@ from srpo_kernels.build import BuildError, build_cpu, load_with_openmp
 from srpo_kernels.native import DTYPES, ROW_FIELDS, RowArgs, row_args
 
 HUGE_PAGE = 2**21
-KEPT_BYTES = 2**24  # gradients of this size and more leave their memory to the next
+KEPT_BYTES = 2**24  # the memory of a gradient of this size or more is kept for the next one
 LEVELS = ("portable", "avx2", "avx512", "avx512bf16")
 any_gradient_dtype = False
 
-_kept: deque[np.ndarray] = deque(maxlen=1)  # the last one freed; any thread may take it, or free another
-forced_level: str | None = None  # tests run every instruction set that the machine has
+_kept: deque[np.ndarray] = deque(maxlen=1)  # memory of the gradient that was freed last, shared by all threads
+forced_level: str | None = None  # an instruction set; set by tests, which run all that the machine has
 
 
 @cache
 def library() -> ctypes.CDLL | BuildError:
-    """The compiled library, built on the first call; or why there is none, which is also said once as a warning."""
+    """The compiled library, built on the first call; if the build fails, the error, which is also issued once as a warning."""
     try:
         lib = load_with_openmp(build_cpu())
     except BuildError as error:
@@ -38,7 +38,7 @@ def library() -> ctypes.CDLL | BuildError:
 
 
 def why_not(logits: torch.Tensor) -> str | None:
-    """Why these logits cannot be taken; None if they can."""
+    """See `operators.Backend`."""
     if logits.device.type != "cpu":
         return f"logits are on {logits.device}"
     if logits.dtype not in DTYPES:
@@ -48,23 +48,23 @@ def why_not(logits: torch.Tensor) -> str | None:
 
 
 def levels() -> tuple[str, ...]:
-    """Instruction sets that this machine can run, slowest first."""
+    """Instruction sets that this machine supports, slowest first."""
     lib = library()
     return () if isinstance(lib, BuildError) else LEVELS[: lib.srpo_cpu_level() + 1]
 
 
 def new_gradient(logits: torch.Tensor) -> torch.Tensor:
-    """An empty tensor like the logits. The memory of a large one comes from the last such gradient that was freed, if it fits:
-    page faults on hundreds of megabytes cost more than the loss does. `empty_cache` gives that memory back."""
+    """An empty tensor like the logits. A large one reuses the memory of the last large gradient that was freed, if it fits,
+    because page faults on hundreds of megabytes cost more than the loss. `empty_cache` releases that memory."""
     if logits.nbytes < KEPT_BYTES:
         return torch.empty_like(logits, memory_format=torch.contiguous_format)
     try:
         block = _kept.pop()
-    except IndexError:  # rather than a test before, which another thread could make stale
+    except IndexError:  # not a check beforehand: another thread could take the block between check and pop
         block = np.empty(0, np.uint8)
     if not logits.nbytes <= block.nbytes <= 2 * logits.nbytes:
-        del block  # freed before the next is taken
-        block = np.empty(logits.nbytes + HUGE_PAGE, np.uint8)  # numpy asks for huge pages
+        del block  # freed before the next block is allocated
+        block = np.empty(logits.nbytes + HUGE_PAGE, np.uint8)  # numpy requests huge pages
         start = -block.ctypes.data % HUGE_PAGE
         block = block[start : start + logits.nbytes]
     used = block[: logits.nbytes]
@@ -73,7 +73,7 @@ def new_gradient(logits: torch.Tensor) -> torch.Tensor:
 
 
 def empty_cache() -> None:
-    """Frees the memory that is kept for the next large gradient."""
+    """Release the memory that is kept for the next large gradient."""
     _kept.clear()
 
 

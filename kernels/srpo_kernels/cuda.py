@@ -1,7 +1,8 @@
 """The CUDA C++ kernels of csrc/rows_cuda.cu, for Hopper and later; fp32, bf16 and fp16 logits.
 
-Rows that can be moved in units of 16 bytes (V and the row stride multiples of 8, or of 4 in fp32) and that a cluster of CTAs can
-hold, up to about 900,000 ids in 16 bits, are read once. Others, filtered ones and the exact KL take a kernel that reads twice.
+Rows that can be moved in units of 16 bytes (V and the row stride are multiples of 8, or of 4 in fp32) and that fit into a cluster
+of CTAs, up to about 900,000 ids in 16 bits, are read once. All other rows, filters and the exact KL take a kernel that reads each
+row twice.
 """
 
 from __future__ import annotations
@@ -26,7 +27,7 @@ forced_cluster: int | None = None  # tests and benchmarks: CTAs per row, or 0 fo
 
 @cache
 def library() -> ctypes.CDLL | BuildError:
-    """The compiled library, built on the first call; or why there is none, which is also said once as a warning."""
+    """The compiled library, built on the first call; if the build fails, the error, which is also issued once as a warning."""
     try:
         lib = ctypes.CDLL(str(build_cuda()))
     except BuildError as error:
@@ -41,7 +42,7 @@ def library() -> ctypes.CDLL | BuildError:
 
 
 def why_not(logits: torch.Tensor) -> str | None:
-    """Why these logits cannot be taken; None if they can."""
+    """See `operators.Backend`."""
     if logits.device.type != "cuda" or torch.version.cuda is None:
         return f"logits are on {logits.device}, not on an NVIDIA GPU"
     if logits.dtype not in DTYPES:
@@ -65,7 +66,7 @@ def rows(
     tables: dict[str, torch.Tensor | None],
     options: dict[str, Any],
 ) -> torch.Tensor:
-    """See `operators.Backend`; queued on the current stream. Raises RuntimeError for an error of CUDA."""
+    """See `operators.Backend`. Queued on the current stream. Raises RuntimeError for a CUDA error."""
     lib = library()
     assert isinstance(lib, ctypes.CDLL)
     for name, tensor in {**tables, "dlogits": dlogits}.items():
@@ -76,17 +77,17 @@ def rows(
     stream = torch.cuda.current_stream(logits.device).cuda_stream
     cluster = -1 if forced_cluster is None else forced_cluster
     _check(lib, lib.srpo_cuda_rows(ctypes.byref(args), _index(logits), cluster, stream))
-    del held  # not before the call: from here on, memory that is freed is reused only after it on this stream
+    del held  # only after the launch: memory freed now is reused on this stream after the kernel has run
     return values
 
 
 def scaled(gradient: torch.Tensor, factor: torch.Tensor) -> torch.Tensor:
-    """See `operators.Backend`. Triton has a kernel that looks at the factor first; without it the product is made."""
+    """See `operators.Backend`. Triton's kernel skips a factor of 1 on the device; without Triton the product is computed."""
     return triton_rows.scaled(gradient, factor) if triton_rows.why_not(gradient) is None else gradient * factor
 
 
 def cluster_size(logits: torch.Tensor) -> int:
-    """CTAs per row that unfiltered logits get; 0: they are read twice. Raises RuntimeError for an error of CUDA."""
+    """Number of CTAs per row for unfiltered logits; 0: the kernel that reads twice. Raises RuntimeError for a CUDA error."""
     lib = library()
     assert isinstance(lib, ctypes.CDLL)
     args, _ = row_args("logprobs", {"logits": logits}, temperature=1.0)

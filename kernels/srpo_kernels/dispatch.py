@@ -1,4 +1,4 @@
-"""Which implementations exist, and which one takes given logits."""
+"""The list of implementations, and the choice of one for given logits."""
 
 from __future__ import annotations
 
@@ -6,19 +6,21 @@ import torch
 
 from srpo_kernels import cpu, cuda, operators, triton_rows
 
-# Best first. The reference comes last: it takes everything.
+# Best first. The reference, which takes every input, comes after all of them.
 operators.BACKENDS.update(cuda=cuda, triton=triton_rows, cpu=cpu)
 
 
 def implementations(logits: torch.Tensor) -> tuple[str, ...]:
-    """Names that `impl` may take for these logits besides "auto", best first."""
+    """Values of `impl` that can take these logits, best first; "auto" is the first of them."""
     return *(name for name, backend in operators.BACKENDS.items() if backend.why_not(logits) is None), "reference"
 
 
 @torch.compiler.assume_constant_result
 def choose(op: str, impl: str, device: torch.device, dtype: torch.dtype, *, narrow: bool = False) -> str:
-    """The best implementation for logits of this kind, or the named one. narrow: a gradient of another dtype than theirs is
-    wanted, and what can write it comes first."""
+    """The best implementation for logits of this device and dtype, or the named one. Raises ValueError if it is unavailable.
+
+    narrow: prefer an implementation that can write the gradient in another dtype than that of the logits.
+    """
     logits = torch.empty(0, 1, device=device, dtype=dtype)
     if impl == "auto":
         names = implementations(logits)

@@ -1,8 +1,8 @@
-"""The loss, and log-probabilities, from hidden states and the output head: logits exist for some rows at a time.
+"""The loss, and log-probabilities, from hidden states and the output head: logits exist for one chunk of rows at a time.
 
-Of one chunk of rows the logits are made in fp32, the gradient of the loss is written over them, and both are gone into the
-gradients of the hidden states and of the head before the next chunk begins. Three matrix products in all, where an op that
-returns log-probabilities needs a fourth, since its backward has to make the logits again.
+For one chunk of rows the logits are computed in fp32, the gradient of the loss is written over them, and the gradients of the
+hidden states and of the head are accumulated from it before the next chunk begins. This takes three matrix products; an op that
+returns log-probabilities needs a fourth, since its backward pass has to compute the logits again.
 
 Shapes: T packed rows, H hidden size, V vocabulary, N sequences, J reasoning steps, K ids of a top-k filter.
 """
@@ -49,37 +49,40 @@ def linear_policy_loss(
     chunk_holds: Literal["logits", "exponentials"] = "logits",
     impl: str = "auto",
 ) -> PolicyLoss:
-    """`srpo_kernels.policy_loss` of the logits hidden @ weight.T, which never exist as a whole.
+    """`srpo_kernels.policy_loss` of the logits hidden @ weight.T, of which only one chunk exists at a time.
 
-    hidden [T, H] and weight [V, H], both fp32, bf16, fp16 or fp64. Gradient flows to them alone, in their dtypes; one that needs
-    none saves its matrix product. All else as in `policy_loss`, but that the reference of the exact KL comes as
-    ref_hidden [T, H'] and ref_weight [V, H'], without gradient. A `ratio_over` other than "token" makes the logits twice.
+    hidden [T, H] and weight [V, H], both fp32, bf16, fp16 or fp64. Gradient flows to these two alone, in their dtypes; an input
+    that needs no gradient saves a matrix product. All other arguments as in `policy_loss`, except that the reference of the exact
+    KL is given as ref_hidden [T, H'] and ref_weight [V, H'], without gradient. A `ratio_over` other than "token" computes the
+    logits twice.
 
-    chunk_rows: the most rows whose logits exist at a time. None: 8192 on a GPU, on a CPU as many as have 256 MiB of fp32 logits;
-        half of that with ref_hidden, whose logits lie beside. It changes memory and time, and results by rounding alone.
+    chunk_rows: the largest number of rows whose logits exist at a time. None: 8192 on a GPU; on a CPU the number that has 256 MiB
+        of fp32 logits; half of that with ref_hidden, whose logits exist at the same time. It changes memory and time, and results
+        only by rounding.
 
-    Logits are fp32 whatever the dtype of the inputs: their products are exact and summed in fp32. For that a CPU brings bf16 and
-    fp16 inputs to fp32, the weight once per call. A GPU rounds the gradient of the logits to the dtype of the inputs before it
-    enters a product, as any backward pass in mixed precision does. The gradient of the weight is summed in fp32, rounded once.
+    Logits are fp32 for inputs of 16 or 32 bits: products of two inputs are exact and summed in fp32. To this end a CPU converts
+    bf16 and fp16 inputs to fp32, the weight once per call. A GPU rounds the gradient of the logits to the dtype of the inputs
+    before the matrix product, as any backward pass in mixed precision does. The gradient of the weight is summed in fp32 and
+    rounded once.
 
     Memory beyond inputs, outputs and gradients: the logits of one chunk (on a GPU also a copy in 16 bits) and, for a weight in 16
-    bits, its gradient's sum and on a CPU its copy, in fp32. The gradients are made in the forward pass and wait for the backward
-    pass; those of fp16 inputs wait in fp32, so that the scale of a scaled loss still reaches what fp16 would have flushed to 0.
+    bits, the fp32 sum of its gradient and on a CPU its fp32 copy. The forward pass computes the gradients and stores them for the
+    backward pass; those of fp16 inputs are stored in fp32, since fp16 would flush small ones to 0 before the scale of a scaled
+    loss is applied.
 
-    Rows without a label are never read. Rows that surely have no gradient (clipped, or advantage or weight 0; only with kl_coef
-    0) are left out of the products of the gradient; to count them, a GPU is waited for once per chunk.
+    Rows without a label are never read. Rows known to have no gradient (clipped, or advantage or weight 0; only with kl_coef 0)
+    are left out of the products of the gradient; counting them synchronizes with the GPU once per chunk.
 
-    chunk_holds: what exists of a chunk. "exponentials" needs bf16 inputs, a GPU and Triton (impl "auto" or "triton"), and takes
-        neither a filter nor the exact KL. A kernel of our own writes E = exp(logits / temperature - the label's) in 16 bits in
-        place of logits, and sums it in fp32 on the way. What Eq. 6 adds is one number per row, which goes to the side of the
-        hidden states: nothing but the three products touches [chunk_rows, V], which has a third of the bytes. Loss,
-        log-probabilities and stats are as exact; the gradient of the weight is rounded once more, where the number per row enters
-        its product. Rows whose label has a probability below 2^-60 are taken again by way of logits; to know of them a GPU is
-        waited for, once.
+    chunk_holds: content of a chunk's buffer. "exponentials" needs bf16 inputs, a GPU and Triton (impl "auto" or "triton"), and
+        supports neither a filter nor the exact KL. A Triton kernel writes E = exp(logits / temperature - the label's) in 16 bits
+        in place of logits, and sums E in fp32 at the same time. Eq. 6 adds one number per row, which is multiplied into the
+        hidden states: only the three products touch [chunk_rows, V], which has a third of the bytes. Loss, log-probabilities and
+        stats are as exact; the gradient of the weight has one more rounding, that of hidden states times this number. Rows whose
+        label has a probability below 2^-60 are computed again from logits; finding them synchronizes with the GPU once.
 
-    impl: "reference" holds all logits. "auto" takes it for fp64 inputs, and where there is no other implementation. For bf16
-        inputs on a GPU it takes "triton", which writes the gradient of a chunk in 16 bits at once; "cuda" writes it in fp32,
-        over the logits, and a copy is made.
+    impl: "reference" holds all logits. "auto" takes it for fp64 inputs, and if no other implementation is available. For bf16
+        inputs on a GPU "auto" takes "triton", which writes the gradient of a chunk directly in 16 bits; "cuda" writes it in fp32
+        over the logits and then copies it.
 
     Raises ValueError as `policy_loss` does, and for hidden states, weights or a chunk_rows that do not fit.
     """
@@ -170,11 +173,11 @@ def linear_token_logprobs(
     chunk_rows: int | None = None,
     impl: str = "auto",
 ) -> tuple[Tensor, Tensor]:
-    """`srpo_kernels.token_logprobs` of the logits hidden @ weight.T, which never exist as a whole: (log-probabilities [T],
-    log-sum-exp [T]), 0 where ignored, fp32 (fp64 for fp64 inputs), differentiable in hidden [T, H] and weight [V, H].
+    """`srpo_kernels.token_logprobs` of the logits hidden @ weight.T, of which only one chunk exists at a time: (log-probabilities
+    [T], log-sum-exp [T]), 0 for ignored rows, fp32 (fp64 for fp64 inputs), differentiable in hidden [T, H] and weight [V, H].
 
-    The backward pass makes the logits again, of those rows alone whose gradient is not zero; it holds a chunk's gradient beside
-    the chunk's logits, so that the default of `chunk_rows` is half as large there. All else as in `linear_policy_loss`.
+    The backward pass recomputes the logits of the rows whose gradient is not zero. It holds a chunk's gradient as well as its
+    logits, so the default of `chunk_rows` is half as large there. Other arguments as in `linear_policy_loss`.
     """
     _check(hidden, weight, labels, temperature, top_k, kept_ids, chunk_rows)
     name = choose("linear_token_logprobs", impl, hidden.device, _math_dtype(hidden))
@@ -190,7 +193,7 @@ def linear_token_logprobs(
 
 
 def _logits(hidden: Tensor, weight: Tensor, rows: Tensor) -> Tensor:
-    """Logits of the selected rows, all at once, in the dtype of the math: the reference's way."""
+    """Logits of the selected rows, all at once, in the dtype of the math; for the reference."""
     dtype = _math_dtype(hidden)
     with torch.autocast(hidden.device.type, enabled=False):
         return hidden[rows].to(dtype) @ weight.to(dtype).T
@@ -217,7 +220,7 @@ def _check(
 
 
 def _check_exponentials(chunk_holds: str, hidden: Tensor, impl: str, *, filtered: bool, full: bool) -> None:
-    """Raises ValueError where a chunk cannot hold exponentials."""
+    """Raises ValueError if a chunk cannot hold exponentials."""
     if chunk_holds != "exponentials":
         raise ValueError(f"chunk_holds {chunk_holds!r} is unknown: give logits or exponentials")
     reason = linear_exponentials.why_not(hidden)
@@ -232,7 +235,7 @@ def _check_exponentials(chunk_holds: str, hidden: Tensor, impl: str, *, filtered
 
 
 def _check_head(hidden: Tensor, weight: Tensor, labels: Tensor, prefix: str) -> None:
-    """Raises ValueError where `hidden` and `weight`, or those of the reference, are no factors of logits for these labels."""
+    """Raises ValueError if `hidden` and `weight` do not give logits for these labels. prefix: "ref_" for the reference's."""
     h, w = f"{prefix}hidden {tuple(hidden.shape)}", f"{prefix}weight {tuple(weight.shape)}"
     if hidden.ndim != 2 or labels.shape != hidden.shape[:1]:
         raise ValueError(f"{h} and labels {tuple(labels.shape)} do not fit: give [T, H] and [T]")

@@ -1,4 +1,4 @@
-"""The loss from hidden states with exponentials in place of logits: the kernels of triton_linear.py on one chunk of rows.
+"""The loss from hidden states with exponentials in place of logits: launches the kernels of triton_linear.py on a chunk of rows.
 
 Shapes: C rows of a chunk, H hidden size, V vocabulary.
 """
@@ -15,26 +15,26 @@ from torch import Tensor
 from srpo_kernels import triton_rows
 from srpo_kernels.native import ROW_FIELDS
 
-WARPS = 8  # on a tile
-BLOCK = 1024  # of its sums that one row's program adds at once
+WARPS = 8  # per tile
+BLOCK = 1024  # number of tile sums that `finish_kernel` loads at once
 
 
 def tiling(major: int | None) -> tuple[dict[str, int], int]:
-    """(rows, columns and how much of the hidden size a tile has, how many of these are on their way at once) for a compute
-    capability; None: AMD. What registers take without spilling, and the shared memory: 64 KiB of gfx942, 99 of sm86 and sm120."""
-    rows = 128 if major in (8, 12) else 256  # tensor cores that read their factors from registers leave room for half
+    """(sizes of a tile in rows, columns and hidden size, number of pipeline stages) for a compute capability; None: AMD. The
+    sizes fit the registers without spilling, and the shared memory: 64 KiB on gfx942, 99 KiB on sm86 and sm120."""
+    rows = 128 if major in (8, 12) else 256  # half on tensor cores that read their factors from registers
     return {"BLOCK_M": rows, "BLOCK_N": 128, "BLOCK_K": 64}, 2 if major is None else 3
 
 
 def why_not(hidden: Tensor) -> str | None:
-    """Why these hidden states cannot be taken; None if they can. In the interpreter of Triton any dtype can."""
+    """The reason why these hidden states cannot be taken; None if they can. Triton's interpreter takes any dtype."""
     if hidden.dtype != torch.bfloat16 and not triton_rows.interpreted():
         return f"hidden states are {hidden.dtype}, not bf16"
     return triton_rows.why_not(hidden)
 
 
 def kernels() -> ModuleType:
-    """The module of kernels; `why_not` has said that it can be imported."""
+    """The module of kernels. Call only if `why_not` returns None."""
     return importlib.import_module("srpo_kernels.triton_linear")
 
 
@@ -43,11 +43,11 @@ def rows(
 ) -> tuple[Tensor, Tensor]:
     """(values per row [len(ROW_FIELDS), C] as `operators.Backend.rows` gives them, v [C] fp32).
 
-    `exponentials` [C, V] is filled: times v it is the gradient of the sum of the losses by the logits hidden @ weight.T. Rows of
-    which that cannot be said, as their label has a probability below 2^-60, or is no column, or their logits are not numbers, get
-    the values of an ignored row, step -1 among them, and no gradient.
+    `exponentials` [C, V] is filled such that v times it is the gradient of the sum of the losses with respect to the logits
+    hidden @ weight.T. Rows for which this is impossible (label of probability below 2^-60, label that is not a column, NaN
+    logits) get the values of an ignored row, with step -1, and no gradient.
 
-    hidden [C, H], weight [V, H]; tables and options as in `operators.Backend`, every row with a label.
+    hidden [C, H], weight [V, H]; tables and options as in `operators.Backend`; every row has a label.
     """
     num_rows, size = hidden.shape
     hidden, weight = triton_rows.rows_together(hidden), triton_rows.rows_together(weight)
@@ -61,7 +61,7 @@ def rows(
     labels, step_ends = table["labels"], table["step_ends"]
     assert labels is not None and step_ends is not None and num_rows > 0
     c, c_error = triton_rows.in_base_2(options["temperature"])
-    # That a product or two are rounded here does no harm: any number near the label's logit will do.
+    # Rounding of these products does no harm: the offset only has to be near the label's logit.
     near = (hidden * weight[labels.clamp(0, vocab - 1)]).sum(1, dtype=torch.float32)
     offsets = torch.round(near * c)
     tiles, num_stages = tiling(_major(hidden.device))
@@ -119,7 +119,7 @@ def rows(
 
 
 def _major(device: torch.device) -> int | None:
-    """The first number of the compute capability, None on AMD; in the interpreter that of sm90."""
+    """Major compute capability; None on AMD, 9 in the interpreter."""
     if torch.version.hip is not None:
         return None
     return torch.cuda.get_device_capability(device)[0] if device.type == "cuda" else 9

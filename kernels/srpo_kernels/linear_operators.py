@@ -1,7 +1,7 @@
-"""The torch operators behind `srpo_kernels.linear`: some rows at a time from hidden states to logits, to the gradient of the
-logits in their place, and on to the gradients of hidden states and weight.
+"""The torch operators of `srpo_kernels.linear`. Chunk by chunk, hidden states give logits, the gradient of the loss overwrites
+the logits, and from it follow the gradients of hidden states and weight.
 
-As in `operators` the gradient of the policy loss is formed by the forward pass; backward only hands it out.
+As in `operators`, the forward pass of the policy loss computes the gradients, and the backward pass returns the stored ones.
 
 Shapes: T packed rows, R of them with a label, C in one chunk, H hidden size, V vocabulary, J reasoning steps, K kept ids.
 """
@@ -48,7 +48,8 @@ def policy_loss(
     impl: str,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     """(loss [], logprobs [T], sums [6, J] fp64 as `StepStats.stack`, gradient [T, H], gradient [V, H]); [0, H] for a gradient
-    that is not wanted. chunk_rows 0: the default; top_k 0: no filter but `kept_ids`; exponentials: what a chunk holds."""
+    that is not needed. chunk_rows 0: the default; top_k 0: no filter except `kept_ids`; exponentials: a chunk holds exponentials
+    in place of logits."""
     backend, with_grad = operators.BACKENDS[impl], hidden_grad or weight_grad
     by_row = {"labels": labels, "weights": weights, "kept_ids": kept_ids}
     by_row |= {"old_logprobs": old_logprobs, "ref_logprobs": ref_logprobs}
@@ -58,10 +59,10 @@ def policy_loss(
     gradient = Gradient(hidden, weight, factor, hidden_grad, weight_grad, _stored)
 
     def take(rows: Tensor, exponentials: bool) -> Tensor:
-        """Values of these rows [R], [len(ROW_FIELDS), R]. What they give goes to `gradient`."""
+        """Values of these rows [R], [len(ROW_FIELDS), R]. Adds their gradients to `gradient`."""
         edges, ends = compact(torch.zeros_like(labels, dtype=torch.bool).index_fill(0, rows, True), cu_seqlens, step_ends)
         whole = {"cu_seqlens": edges, "step_ends": ends, "step_advantages": step_advantages}
-        maybe = None  # [R] rows whose gradient may not be zero
+        maybe = None  # [R] bool: the row's gradient may differ from zero; None: every row's may
         if with_grad and kl_coef == 0:
             sequence, step = step_of_row(edges, ends, torch.arange(rows.shape[0], device=rows.device))
             maybe = (weights[rows] != 0) & (step_advantages[sequence, step] != 0)
@@ -100,7 +101,7 @@ def policy_loss(
     rows = (labels != IGNORE).nonzero()[:, 0]
     values = take(rows, exponentials)
     if exponentials:
-        far = (values[ROW_FIELDS.index("step")] < 0).nonzero()[:, 0]  # waits for the device
+        far = (values[ROW_FIELDS.index("step")] < 0).nonzero()[:, 0]  # rows that need logits; synchronizes
         if far.shape[0]:
             values[:, far] = take(rows[far], False)
     loss, logprobs, sums = operators.reduce_rows(values, step_ends.shape[1])
@@ -148,7 +149,8 @@ def token_logprobs(
     chunk_rows: int,
     impl: str,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """(log-probabilities [T], log-sum-exp [T], both fp32, the top-k filter's support [T, K]: [T, 0] without `top_k`)."""
+    """(log-probabilities [T], log-sum-exp [T], the top-k filter's support [T, K]). The first two are fp32; the support is [T, 0]
+    without `top_k`."""
     rows = (labels != IGNORE).nonzero()[:, 0]
     values = hidden.new_zeros(2, labels.shape[0], dtype=torch.float32)
     support = labels.new_full((labels.shape[0], min(top_k, weight.shape[0])), -1)
@@ -184,7 +186,7 @@ def token_logprobs_backward(
     weight_grad: bool,
     impl: str,
 ) -> tuple[Tensor, Tensor]:
-    """(gradient [T, H], gradient [V, H]) of `linear_token_logprobs`; [0, H] where it is not wanted."""
+    """Backward of `linear_token_logprobs`: (gradient [T, H], gradient [V, H]); [0, H] for a gradient that is not needed."""
     rows = ((labels != IGNORE) & ((grad_logprobs != 0) | (grad_lse != 0))).nonzero()[:, 0]
     factor = as_factor(weight)
     chunks = Chunks(hidden, factor, rows, chunk_rows, operators.BACKENDS[impl], matrices=2)
@@ -220,10 +222,10 @@ torch.library.register_autograd("srpo::linear_token_logprobs", _recompute, setup
 
 
 def _stored(dtype: torch.dtype) -> torch.dtype:
-    """The dtype in which a gradient waits for the backward pass: fp16 is for the scaled loss, whose scale comes only then."""
+    """The dtype in which a gradient is stored until the backward pass: fp32 for fp16, since a loss scale is applied only then."""
     return torch.float32 if dtype == torch.float16 else dtype
 
 
 def spread(values: Tensor, rows: Tensor, labels: Tensor) -> Tensor:
-    """Values of the labelled rows put back among all, [T]; 0 where ignored."""
+    """Values of the labelled rows [R] scattered to all rows [T]; 0 for ignored rows."""
     return values.new_zeros(labels.shape[0]).index_copy(0, rows, values)

@@ -1,4 +1,4 @@
-"""`RowArgs` of csrc/rows.h for ctypes, filled from tensors: what the C++ and the CUDA library are called with."""
+"""`RowArgs` of csrc/rows.h for ctypes, filled from tensors: the argument of the C++ and the CUDA library."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
 CLIP_FORMS = {"ppo": 0, "cispo": 1}
 KL_ESTIMATORS = {None: 0, "k1": 1, "k2": 2, "k3": 3, "full": 4}
 
-POINTERS = {  # name: dtype, None for that of the logits
+POINTERS = {  # name: dtype; None: the dtype of the logits
     "logits": None,
     "ref_logits": None,
     "dlogits": None,
@@ -30,7 +30,7 @@ POINTERS = {  # name: dtype, None for that of the logits
     "grad_lse": torch.float32,
     "rows": torch.float32,
 }
-DEFAULTS = {  # of the options: what a mode that has no use for one is called with
+DEFAULTS = {  # values of options that a mode does not use
     "clip_eps_low": 0.0,
     "clip_eps_high": 0.0,
     "dual_clip": math.inf,
@@ -46,7 +46,7 @@ _CODES = ("dtype", "mode", "kl_estimator", "clip_form", "num_threads")
 
 
 class RowArgs(ctypes.Structure):
-    """Field by field as in csrc/rows.h."""
+    """The struct of csrc/rows.h, field by field."""
 
     _fields_ = [
         *((name, ctypes.c_void_p) for name in POINTERS),
@@ -57,11 +57,11 @@ class RowArgs(ctypes.Structure):
 
 
 def row_args(mode: str, tensors: dict[str, torch.Tensor | None], **options: Any) -> tuple[RowArgs, list[Any]]:
-    """The block, and the tensors that its pointers look into: keep them until the call has ended.
+    """(the struct, the tensors that its pointers refer to). Keep the tensors alive until the call has returned.
 
-    Tensors come by the field names of csrc/rows.h. Those that are only read are brought into the dtype and the layout that the
-    kernels expect, by a copy where need be; `dlogits` and `rows` are written and must have them. Options: temperature,
-    and those of DEFAULTS that differ.
+    The keys of `tensors` are the field names of csrc/rows.h. Tensors that are only read are converted to the dtype and layout
+    that the kernels expect; `dlogits` and `rows` are written and must already have them. Options: temperature, and the options
+    that differ from DEFAULTS.
     """
     logits = tensors["logits"]
     assert logits is not None

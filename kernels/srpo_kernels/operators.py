@@ -1,8 +1,8 @@
 """The ops as torch operators: `torch.ops.srpo.*` with fake implementations and autograd, so that torch.compile, activation
-checkpointing and FSDP2 see opaque, well-behaved functions. A backend computes rows; everything around them is here, once.
+checkpointing and FSDP2 see opaque functions. A backend computes the rows; this module has the rest, once for all backends.
 
-The gradient of `policy_loss` is formed by its forward: one token's gradient is a number times (onehot - softmax), and the number
-follows from the log-probability that the forward has just computed. Backward only hands it out.
+The forward pass of `policy_loss` computes the gradient: one token's gradient is a number times (onehot - softmax), and the number
+follows from the log-probability that the forward pass has just computed. The backward pass returns the stored gradient.
 """
 
 from __future__ import annotations
@@ -17,20 +17,20 @@ from srpo_kernels.segments import StepStats
 
 
 class Backend(Protocol):
-    """What a module that computes rows offers. T rows, V vocabulary.
+    """A module that computes rows. T rows, V vocabulary.
 
-    Of mode "policy_loss" `tables` has the tensors labels, kept_ids, ref_logits, step_advantages, step_ends, cu_seqlens, weights,
-    old_logprobs and ref_logprobs of `srpo_kernels.policy_loss`, None where there is none; `options` has clip_eps_low,
-    clip_eps_high, dual_clip (inf: off), clip_form, kl_coef, kl_estimator (None where there is no reference), temperature, and
-    first_row: the packed index of row 0, where labels, weights and log-probabilities are a slice of a batch while
-    step_advantages, step_ends and cu_seqlens are whole. "logprobs" takes labels, kept_ids and temperature, "logprobs_backward"
-    grad_logprobs and grad_lse as well.
+    In mode "policy_loss" `tables` has the tensors labels, kept_ids, ref_logits, step_advantages, step_ends, cu_seqlens, weights,
+    old_logprobs and ref_logprobs of `srpo_kernels.policy_loss`, None if absent; `options` has clip_eps_low, clip_eps_high,
+    dual_clip (inf: off), clip_form, kl_coef, kl_estimator (None without a reference), temperature, and first_row: the packed
+    index of row 0, needed when labels, weights and log-probabilities are a slice of a batch while step_advantages, step_ends and
+    cu_seqlens cover the whole batch. Mode "logprobs" takes labels, kept_ids and temperature; "logprobs_backward" also takes
+    grad_logprobs and grad_lse.
     """
 
     any_gradient_dtype: bool  # whether `dlogits` may have another dtype than the logits
 
     def why_not(self, logits: Tensor) -> str | None:
-        """Why these logits cannot be taken (device, dtype, a compiler that is missing); None if they can."""
+        """The reason why this backend cannot take these logits (device, dtype, missing compiler); None if it can."""
         ...
 
     def new_gradient(self, logits: Tensor) -> Tensor:
@@ -47,14 +47,14 @@ class Backend(Protocol):
     ) -> Tensor:
         """Values per row, [len(ROW_FIELDS), T] fp32.
 
-        policy_loss: all of them, `loss` with its weight; `step` is -1 and all else 0 where ignored. `dlogits` [T, V], which may
-        be `logits`, is filled with the gradient of the sum of the losses; None: not wanted.
-        logprobs: `logprob` and `lse`, 0 where ignored. logprobs_backward: none, `dlogits` is filled.
+        policy_loss: all fields, `loss` multiplied by its weight; ignored rows have `step` -1 and 0 in all other fields. `dlogits`
+        [T, V], which may be `logits` itself, is filled with the gradient of the sum of the losses; None: no gradient.
+        logprobs: `logprob` and `lse`, 0 for ignored rows. logprobs_backward: no values, `dlogits` is filled.
         """
         ...
 
     def scaled(self, gradient: Tensor, factor: Tensor) -> Tensor:
-        """`gradient` times `factor` [], which is nearly always 1 and then costs nothing. May overwrite `gradient`."""
+        """`gradient` times `factor` []. The factor is nearly always 1, which costs nothing. May overwrite `gradient`."""
         ...
 
 
@@ -114,7 +114,7 @@ def policy_loss_(
     temperature: float,
     impl: str,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """The same with the gradient written over the logits."""
+    """As `policy_loss`, with the gradient written over the logits."""
     tables = _tables(
         labels, step_advantages, step_ends, cu_seqlens, weights, old_logprobs, ref_logprobs, kept_ids, ref_logits, kl_estimator
     )
@@ -134,7 +134,7 @@ def _tables(
     ref_logits: Tensor | None,
     kl_estimator: str,
 ) -> dict[str, Tensor | None]:
-    """The backend's `tables`; of the two references only the one that the estimator uses."""
+    """The backend's `tables`, with only the reference that the estimator uses."""
     return {
         "labels": labels,
         "step_advantages": step_advantages,
@@ -173,7 +173,7 @@ def options_of(
 
 
 def reduce_rows(rows: Tensor, num_steps: int) -> tuple[Tensor, Tensor, Tensor]:
-    """(loss, logprobs, sums by step) of the values per row; in the same order on every run, on a GPU too."""
+    """(loss, logprobs, sums by step) of the values per row. The order of summation is the same on every run, on a GPU too."""
     row: dict[str, Tensor] = dict(zip(ROW_FIELDS, rows, strict=True))
     row["num_tokens"] = torch.ones_like(row["step"])
     fields = ("num_tokens", "clipped", "outside", "ratio", "kl", "entropy")  # the order of `StepStats`
@@ -205,7 +205,7 @@ def _(logits: Tensor, labels: Tensor, step_advantages: Tensor, step_ends: Tensor
 
 def _save_gradient(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
     ctx.num_inputs, ctx.impl = len(inputs), inputs[-1]
-    ctx.set_materialize_grads(False)  # zeros [T, V] for the gradient's own gradient, otherwise
+    ctx.set_materialize_grads(False)  # else autograd allocates zeros [T, V] as the gradient of the saved gradient
     ctx.save_for_backward(output[3])
     ctx.mark_non_differentiable(*output[1:])
 
@@ -216,7 +216,7 @@ def _hand_out(ctx: Any, grad_loss: Tensor, *_: Tensor) -> tuple[Tensor | None, .
 
 
 def times(impl: str, gradient: Tensor, grad_loss: Tensor) -> Tensor:
-    """The saved gradient times that of the loss. Where it is being traced, by torch.compile, an ordinary product."""
+    """The saved gradient times the gradient of the loss; an ordinary product while torch.compile is tracing."""
     traced = type(grad_loss) is not Tensor or torch.compiler.is_compiling()
     return gradient * grad_loss if traced else BACKENDS[impl].scaled(gradient, grad_loss)
 
@@ -225,25 +225,25 @@ torch.library.register_autograd("srpo::policy_loss", _hand_out, setup_context=_s
 
 
 class PolicyLossInPlace(torch.autograd.Function):
-    """`policy_loss_` with autograd, which torch's registration refuses to ops that write to their inputs."""
+    """`policy_loss_` with autograd: `torch.library.register_autograd` refuses ops that mutate their inputs."""
 
     @staticmethod
     def forward(ctx: Any, logits: Tensor, *args: Any) -> tuple[Tensor, ...]:
         """Arguments and results of `policy_loss_`."""
         results = policy_loss_(logits, *args)
         ctx.num_inputs, ctx.impl = 1 + len(args), args[-1]
-        ctx.save_for_backward(logits.detach())  # after the write: it holds the gradient now
+        ctx.save_for_backward(logits.detach())  # after the write: the tensor holds the gradient now
         ctx.mark_non_differentiable(*results[1:])
         return results
 
     @staticmethod
     def backward(ctx: Any, grad_loss: Tensor, *_: Tensor) -> tuple[Tensor | None, ...]:
-        """The gradient for the logits, None for all else."""
+        """The gradient of the logits, and None for all other inputs."""
         return _hand_out(ctx, grad_loss)
 
 
 def logprob_rows(impl: str, logits: Tensor, labels: Tensor, kept_ids: Tensor | None, temperature: float) -> tuple[Tensor, Tensor]:
-    """(log-probabilities, log-sum-exp), each [T] fp32, 0 where ignored."""
+    """(log-probabilities, log-sum-exp), each [T] fp32, 0 for ignored rows."""
     rows = BACKENDS[impl].rows("logprobs", logits, None, {"labels": labels, "kept_ids": kept_ids}, {"temperature": temperature})
     return rows[ROW_FIELDS.index("logprob")].clone(), rows[ROW_FIELDS.index("lse")].clone()
 
@@ -257,7 +257,7 @@ def logprob_rows_backward(
     grad_logprobs: Tensor,
     grad_lse: Tensor,
 ) -> Tensor:
-    """The gradient [T, V] of what `logprob_rows` returns."""
+    """Backward of `logprob_rows`: the gradient of the logits, [T, V]."""
     backend = BACKENDS[impl]
     dlogits = backend.new_gradient(logits)
     tables = {"labels": labels, "kept_ids": kept_ids, "grad_logprobs": grad_logprobs, "grad_lse": grad_lse}
@@ -289,7 +289,7 @@ def token_logprobs_backward(
     grad_lse: Tensor,
     impl: str,
 ) -> Tensor:
-    """The gradient [T, V] of `token_logprobs`."""
+    """Backward of `token_logprobs`: the gradient of the logits, [T, V]."""
     return logprob_rows_backward(impl, logits, labels, kept_ids, temperature, grad_logprobs, grad_lse)
 
 

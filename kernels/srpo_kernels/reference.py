@@ -1,7 +1,7 @@
-"""Every op in plain torch autograd: the specification that other implementations are tested against, and the fallback.
+"""Every op in plain torch autograd: the specification that all other implementations are tested against, and the fallback.
 
-Math is fp32 (fp64 for fp64 logits) whatever the dtype of the logits. Rows are selected before anything is computed, so what an
-ignored row holds (NaN included) reaches neither a result nor a gradient. Nothing is written in place.
+The math is fp32 for logits of 16 or 32 bits and fp64 for fp64 logits. Labelled rows are selected before any computation, so the
+contents of ignored rows (NaN included) reach neither a result nor a gradient. Nothing is written in place.
 
 Shapes: T rows, R labelled rows, V vocabulary, K kept ids, C candidates of the softmax, N sequences, J reasoning steps.
 """
@@ -15,9 +15,9 @@ import torch
 from srpo_kernels.segments import IGNORE, PolicyLoss, StepStats, step_of_row
 
 # exp(20) = 4.9e8: neither a ratio nor a k3 term can overflow, nor the square of its gradient in a global norm. Log ratios up to
-# the bound are untouched; above it the exponential is a constant and exerts no force. Underflow is harmless: no bound from below.
+# the bound are unchanged; above it the exponential is constant and has no gradient. Underflow is harmless: no bound from below.
 MAX_LOG_RATIO = 20.0
-_CACHED = 2**18  # elements of a temporary that fits into a CPU's cache
+_CACHED = 2**18  # number of elements of a temporary that fits into a CPU's cache
 
 
 def policy_loss(
@@ -52,15 +52,16 @@ def policy_loss(
     sequence, step = step_of_row(cu_seqlens, step_ends, rows)
     advantages = step_advantages.detach().to(log_p.dtype)[sequence, step]
     old = logprobs.detach() if old_logprobs is None else _constant(old_logprobs, rows, log_p.dtype)
-    ratio = (logprobs - old).clamp(max=MAX_LOG_RATIO).exp()
-    # min(ratio A, clip(ratio) A) bounds the ratio above where A > 0 and below where A < 0; dual clip bounds it above there, too
+    ratio = (logprobs - old).clamp(max=MAX_LOG_RATIO).exp()  # Eq. 6: rho_{i,t} = pi_theta / pi_theta_old
+    # min(ratio A, clip(ratio) A) bounds the ratio from above where A > 0 and from below where A < 0. Dual clip also bounds it
+    # from above where A < 0.
     low, high = 1 - clip_eps_low, 1 + clip_eps_high
     if clip_form == "cispo":
         bounded = ratio.detach().clamp(low, high)
         terms = torch.where(advantages == 0, 0, -bounded * advantages * logprobs)
     else:
         bounded = torch.where(advantages > 0, ratio.clamp(max=high), ratio.clamp(min=low, max=dual_clip))
-        terms = -bounded * advantages
+        terms = -bounded * advantages  # Eq. 6: -min(r A, clip(r, 1-eps, 1+eps) A)
 
     if kl_estimator == "full" and ref_logits is not None:
         kl = _full_kl(log_p, _candidates(_select(ref_logits.detach(), rows), temperature, support).log_softmax(1))
@@ -69,7 +70,7 @@ def policy_loss(
     else:
         kl = torch.zeros_like(logprobs)
     if kl_coef:
-        terms = terms + kl_coef * kl
+        terms = terms + kl_coef * kl  # Eq. 6: beta * D_KL[pi_theta || pi_ref]
 
     stats = StepStats.sum_rows(
         step,
@@ -80,6 +81,7 @@ def policy_loss(
         sum_kl=kl,
         sum_entropy=_entropy(log_p.detach()),
     )
+    # Eq. 6: 1/G sum_i 1/|o_i| sum_t. The caller decides on the denominators and passes them as the weight of each token.
     loss = (_constant(weights, rows, log_p.dtype) * terms).sum()
     return PolicyLoss(loss, _spread(logprobs.detach(), rows, num_rows), stats)
 
@@ -103,17 +105,17 @@ def token_logprobs(
 
 
 class _Support(NamedTuple):
-    """Candidates of a filtered softmax: the label first, then the kept ids. So the label is always in its own support."""
+    """Candidates of a filtered softmax: the label first, then the kept ids. The label is therefore always in its own support."""
 
     ids: torch.Tensor  # [R, C] with C = 1 + K
     blank: torch.Tensor  # [R, C] bool: the label's second copy, or padding
-    outside: torch.Tensor  # [R] bool: the filter alone would have dropped the label
+    outside: torch.Tensor  # [R] bool: the label is not among the kept ids
 
 
 def _support(
     logits: torch.Tensor, labels: torch.Tensor, rows: torch.Tensor, top_k: int | None, kept_ids: torch.Tensor | None
 ) -> _Support | None:
-    """Candidates of the selected rows; None where nothing is filtered. `kept_ids` is that of all rows."""
+    """Candidates of the selected rows; None without a filter. `kept_ids` covers all rows."""
     if kept_ids is not None:
         kept = _select(kept_ids, rows).to(torch.int64)
     elif top_k:
@@ -131,7 +133,7 @@ def topk_support(logits: torch.Tensor, top_k: int) -> torch.Tensor:
 
 
 def _candidates(logits: torch.Tensor, temperature: float, support: _Support | None) -> torch.Tensor:
-    """Logits over temperature of the candidates, [R, C] in the dtype of the math; -inf where blank."""
+    """Logits of the candidates divided by the temperature, [R, C] in the dtype of the math; -inf where blank."""
     if support is not None:
         logits = logits.gather(1, support.ids)
     scaled = logits.to(torch.float64 if logits.dtype == torch.float64 else torch.float32)
@@ -156,27 +158,27 @@ def _sampled_kl(log_ratio: torch.Tensor, estimator: str) -> torch.Tensor:
 
 
 def _full_kl(log_p: torch.Tensor, log_q: torch.Tensor) -> torch.Tensor:
-    """Exact KL(p || q) of each row, [R]. Candidates that p excludes count nothing, with no gradient."""
+    """Exact KL(p || q) of each row, [R]. Candidates with p = 0 contribute nothing and get no gradient."""
     return (log_p.exp() * (log_p - log_q).masked_fill(log_p == -torch.inf, 0)).sum(1)
 
 
 def _entropy(log_p: torch.Tensor) -> torch.Tensor:
-    """Entropy of each row, [R]; without gradient. Some rows at a time, so that on a CPU what is in between stays in the cache."""
+    """Entropy of each row, [R]; without gradient. Takes a few rows at a time, so that temporaries stay in a CPU's cache."""
     num_rows = max(1, (_CACHED if log_p.device.type == "cpu" else 64 * _CACHED) // max(log_p.shape[1], 1))
-    lowest = torch.finfo(log_p.dtype).min  # instead of -inf: 0 * -inf is 0 here
+    lowest = torch.finfo(log_p.dtype).min  # replaces -inf, so that p log p is 0 rather than NaN where p is 0
     return -torch.cat([torch.linalg.vecdot(part.exp(), part.clamp(min=lowest)) for part in log_p.split(num_rows)])
 
 
 def _select(tensor: torch.Tensor, rows: torch.Tensor) -> torch.Tensor:
-    """The labelled rows of a tensor; the tensor itself, uncopied, where that is all of them."""
+    """The labelled rows of a tensor; the tensor itself, without a copy, if all rows are labelled."""
     return tensor if rows.shape[0] == tensor.shape[0] else tensor.index_select(0, rows)
 
 
 def _constant(tensor: torch.Tensor, rows: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
-    """The labelled rows of something that has no gradient."""
+    """The labelled rows of a tensor, detached, in the given dtype."""
     return _select(tensor.detach(), rows).to(dtype)
 
 
 def _spread(values: torch.Tensor, rows: torch.Tensor, num_rows: int) -> torch.Tensor:
-    """Values of the labelled rows put back among all, [T]; 0 where ignored."""
+    """Values of the labelled rows [R] scattered to all rows [T]; 0 for ignored rows."""
     return values if rows.shape[0] == num_rows else values.new_zeros(num_rows).index_copy(0, rows, values)

@@ -1,4 +1,4 @@
-"""What every implementation of the ops shares: which reasoning step a row belongs to, and the result types.
+"""Shared by every implementation of the ops: the reasoning step that a row belongs to, and the result types.
 
 Shapes: T packed rows, R labelled rows, N sequences, J reasoning steps.
 """
@@ -14,7 +14,7 @@ IGNORE = -100  # label of a row that is never read
 
 
 def step_of_row(cu_seqlens: torch.Tensor, step_ends: torch.Tensor, rows: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """(sequence [R], step [R]) of the given packed rows, both int64: Algorithm 1 line 11.
+    """(sequence [R], step [R]) of the given packed rows, both int64. Algorithm 1, line 11: the step that a token belongs to.
 
     cu_seqlens [N+1]; step_ends [N, J] exclusive ends counted from the first row of the sequence, nondecreasing (an empty step has
     the end of the step before it); rows [R] int64 indices below cu_seqlens[-1]. Rows past the last end belong to the last step.
@@ -22,17 +22,17 @@ def step_of_row(cu_seqlens: torch.Tensor, step_ends: torch.Tensor, rows: torch.T
     starts = cu_seqlens.to(torch.int64)
     sequence = torch.searchsorted(starts, rows, right=True) - 1  # right: an empty sequence owns no row
     position = rows - starts[sequence]
-    step = (position[:, None] >= step_ends[sequence]).sum(1)
+    step = (position[:, None] >= step_ends[sequence]).sum(1)  # Algorithm 1, line 11
     return sequence, step.clamp(max=step_ends.shape[1] - 1)
 
 
 def compact(keep: torch.Tensor, cu_seqlens: torch.Tensor, step_ends: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """(cu_seqlens [N+1], step_ends [N, J]), both int32, counted anew over the rows that `keep` [T] bool marks, as if the others
+    """(cu_seqlens [N+1], step_ends [N, J]), both int32, recounted over the rows that `keep` [T] bool marks, as if the other rows
     had never been packed.
 
     Arguments as in `step_of_row`. A kept row stays in its sequence and its step; ends past the end of a sequence become that end.
     """
-    kept_before = torch.nn.functional.pad(keep.to(torch.int64).cumsum(0), (1, 0))  # [T+1] kept rows before each row
+    kept_before = torch.nn.functional.pad(keep.to(torch.int64).cumsum(0), (1, 0))  # [T+1] number of kept rows before each row
     edges = cu_seqlens.to(torch.int64)
     ends = (edges[:-1, None] + step_ends.to(torch.int64)).minimum(edges[1:, None])
     return kept_before[edges].int(), (kept_before[ends] - kept_before[edges[:-1]][:, None]).int()
@@ -45,8 +45,8 @@ def old_of_segments(
     cu_seqlens: torch.Tensor,
     step_ends: torch.Tensor | None,
 ) -> torch.Tensor:
-    """Old log-probabilities [T] against which each labelled row has the mean log ratio of its sequence, or of its step in it,
-    and still moves with its own token (GSPO in its token form).
+    """Old log-probabilities [T] that give each labelled row the mean log ratio of its sequence, or of its step in the sequence.
+    The row's gradient stays that of its own token (GSPO in its token form).
 
     logprobs, old_logprobs, labels [T]; step_ends [N, J] as in `step_of_row`; None: whole sequences.
     """
@@ -64,12 +64,12 @@ def old_of_segments(
 class StepStats:
     """Sums over the labelled rows of each reasoning step, each [J] float64: add them over micro-batches and ranks, then divide.
 
-    Plain sums over tokens, without `weights`; none carries a gradient.
+    Plain sums over tokens, without `weights` and without gradient.
     """
 
     num_tokens: torch.Tensor  # labelled rows
-    num_clipped: torch.Tensor  # of them: rows whose surrogate is cut by the clip or the dual clip, and so has no gradient
-    num_outside_support: torch.Tensor  # of them: rows whose label the top-k filter alone would have dropped
+    num_clipped: torch.Tensor  # labelled rows whose ratio the clip or the dual clip bounds; under "ppo" they have no gradient
+    num_outside_support: torch.Tensor  # labelled rows whose label is not in the top-k filter's support
     sum_ratio: torch.Tensor  # pi / pi_old
     sum_kl: torch.Tensor  # the chosen estimator of KL(pi || pi_ref), nats; 0 without a reference
     sum_entropy: torch.Tensor  # nats, of the (filtered) distribution that ratios are taken on
@@ -88,7 +88,7 @@ class StepStats:
 
     @staticmethod
     def zeros(num_steps: int, device: torch.device | str = "cpu") -> StepStats:
-        """Where a sum over micro-batches starts."""
+        """All sums 0: the start of a sum over micro-batches."""
         return StepStats.unstack(torch.zeros(len(fields(StepStats)), num_steps, dtype=torch.float64, device=device))
 
     @staticmethod
@@ -100,8 +100,8 @@ class StepStats:
 
 
 class PolicyLoss(NamedTuple):
-    """What `policy_loss` returns."""
+    """Result of `policy_loss`."""
 
     loss: torch.Tensor  # [] fp32 (fp64 for fp64 logits), differentiable
-    logprobs: torch.Tensor  # [T] of the labels, same dtype, detached; 0 where ignored
+    logprobs: torch.Tensor  # [T] of the labels, same dtype, detached; 0 for ignored rows
     stats: StepStats

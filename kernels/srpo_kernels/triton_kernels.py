@@ -1,14 +1,14 @@
 """Triton kernels of the loss rows: one program per row, for sm80 and later and gfx942. triton_rows.py launches them.
 
 First sweep: sums of E = 2^(x c - k) with c = log2(e) / temperature and k an integer no smaller than any x c so far, so that
-exponents are reduced with a single rounding and going over to a larger k scales by a power of two. The row's last tile comes
-first and stays in registers ("held"), the others ("streamed") follow. Then the row's log-sum-exp, the token's loss and its
-derivative are known, and a second sweep writes gradient = E * (a number per row): the held tile from registers, the streamed ones
-backwards, which are then most likely still in the L2 cache. Everything of a tile is read before any of it is written, and the
-label's logit before all: the gradient may go over the logits.
+an exponent has a single rounding and a change to a larger k scales by a power of two. The row's last tiles come first and stay in
+registers ("held"); the others ("streamed") follow. Then the row's log-sum-exp, the token's loss and its derivative are known, and
+a second sweep writes gradient = E * (a number per row): the held tiles from registers, then the streamed ones backwards, which
+are most likely still in the L2 cache. A tile is read completely before it is written, and the label's logit is read before the
+second sweep: the gradient may overwrite the logits.
 
-A filtered row (kept ids) is a single held tile of gathered candidates. Sums are fp32, what is done once per row is fp64.
-Rules are those of csrc/rows.h, tests hold them against fp64.
+A filtered row (kept ids) is a single held tile of gathered candidates. Sums are fp32, per-row computations fp64. The rules are
+those of csrc/rows.h; tests compare with fp64.
 """
 # pyright: reportArgumentType=false, reportGeneralTypeIssues=false, reportInvalidTypeForm=false, reportOperatorIssue=false
 # Annotations here are Triton's, not Python's.
@@ -21,8 +21,8 @@ import triton.language as tl
 from srpo_kernels.triton_tokens import LN2, LOGPROB, LSE, expm1, of_label, step_of_row, store_nothing, store_token
 
 IGNORE = tl.constexpr(-100)
-LOWEST = tl.constexpr(-3.0e38)  # the offset before anything finite has been seen
-# What may differ from call to call without a new compilation: all but the layout of a row.
+LOWEST = tl.constexpr(-3.0e38)  # the offset before the first finite logit
+# Arguments that may differ from call to call without a new compilation: all except the layout of a row.
 ANYTHING = (
     *("labels", "kept_ids", "step_advantages", "step_ends", "cu_seqlens", "weights", "old_logprobs", "ref_logprobs"),
     *("grad_logprobs", "grad_lse", "rows", "num_rows", "num_sequences", "num_steps", "num_kept", "first_row"),
@@ -37,21 +37,22 @@ def _load(row, columns, valid, EVICT: tl.constexpr):
 
 @triton.jit
 def _exponents(x, c, offset):
-    """(offset for this tile and those before it, what the move adds to earlier exponents, x c - offset of the tile)."""
+    """(new offset for this and all earlier tiles, old offset - new offset, x c - new offset of the tile)."""
     moved = tl.maximum(offset, tl.ceil(tl.max(x, 0) * c))
     return moved, offset - moved, tl.fma(x, c, -moved)
 
 
 @triton.jit
 def _fold(x, FOLD: tl.constexpr):
-    """Sums of FOLD neighbours, which are a thread's own."""
+    """Sums of FOLD neighbours, all of which one thread holds."""
     return tl.sum(tl.reshape(x, [x.shape[0] // FOLD, FOLD]), 1)
 
 
 @triton.jit
 def _add_terms(total, lost, scale, terms, FINE: tl.constexpr):
-    """(total scale + terms, by how much rounding has made that too large so far): Kahan's sum, `scale` a power of two. A thread
-    adds dozens of terms to one that may outweigh them all, so their roundings need not average out. Without FINE a plain sum."""
+    """(total scale + terms, the accumulated rounding error of that sum): Kahan summation; `scale` is a power of two. A thread
+    adds dozens of terms to one that may be larger than all of them, so rounding errors need not average out. Without FINE a plain
+    sum."""
     scaled = total * scale
     if FINE:
         owed = terms - lost * scale
@@ -64,11 +65,11 @@ def _add_terms(total, lost, scale, terms, FINE: tl.constexpr):
 
 @triton.jit
 def _add_tile(x, ref_logits, columns, valid, c, sums, FOLD: tl.constexpr):
-    """(offset, total, lost, dot, ref_offset, ref_total, ref_lost, gap) with one more tile. Every thread keeps sums of its own: a
-    tile costs one reduction over the threads, that of its maximum.
+    """(offset, total, lost, dot, ref_offset, ref_total, ref_lost, gap) with one more tile. Every thread keeps its own sums, so a
+    tile costs only one reduction over the threads, for its maximum.
 
-    total: of E; lost: see `_add_terms`; dot: of E log2 E; ref_*: of the reference's E; gap: of E (log2 E - log2 of the
-    reference's E).
+    total: sum of E; lost: see `_add_terms`; dot: sum of E log2 E; ref_*: the same sums for the reference; gap: sum of
+    E (log2 E - log2 of the reference's E).
     """
     offset, total, lost, dot, ref_offset, ref_total, ref_lost, gap = sums
     fine = x.dtype == tl.float32
@@ -88,7 +89,7 @@ def _add_tile(x, ref_logits, columns, valid, c, sums, FOLD: tl.constexpr):
 
 @triton.jit
 def _fill_zero(dlogits, vocab, BLOCK: tl.constexpr):
-    """A row without gradient."""
+    """Fill the gradient of a row with zeros."""
     for start in range(0, vocab, BLOCK):
         columns = start + tl.arange(0, BLOCK)
         tl.store(dlogits + columns, tl.zeros([BLOCK], dlogits.dtype.element_ty), mask=columns < vocab, cache_modifier=".cs")
@@ -96,7 +97,7 @@ def _fill_zero(dlogits, vocab, BLOCK: tl.constexpr):
 
 @triton.jit
 def _held_tiles(logits, columns, vocab, BLOCK: tl.constexpr, NUM_HELD: tl.constexpr):
-    """The tiles that stay in registers; `columns` are those of the first."""
+    """The tiles that stay in registers; `columns` are the columns of the first tile."""
     tiles = (_load(logits, columns, columns < vocab, ""),)
     for i in tl.static_range(1, NUM_HELD):
         tiles = tiles + (_load(logits, columns + i * BLOCK, columns + i * BLOCK < vocab, ""),)  # noqa: RUF005 (Triton does not unpack)
@@ -105,7 +106,7 @@ def _held_tiles(logits, columns, vocab, BLOCK: tl.constexpr, NUM_HELD: tl.conste
 
 @triton.jit
 def _tile(logits, held, i: tl.constexpr, columns, vocab):
-    """One of the held tiles, from memory where none are held."""
+    """One of the held tiles; loaded from memory if no tiles are held."""
     if held is None:
         x = _load(logits, columns, columns < vocab, "evict_last")
     else:
@@ -125,7 +126,7 @@ def _row_sums(logits, ref_logits, held, columns, head, vocab, c, BLOCK: tl.const
         own = columns + i * BLOCK
         sums = _add_tile(_tile(logits, held, i, own, vocab), ref_logits, own, own < vocab, c, sums, FOLD)
     for start in range(0, head, BLOCK):
-        ahead = start + BLOCK  # the next tile comes in while this one is worked on
+        ahead = start + BLOCK  # load the next tile while this one is processed
         next_x = _load(logits, ahead + lanes, lanes < head - ahead, "evict_last")
         sums = _add_tile(x, ref_logits, start + lanes, lanes < head - start, c, sums, FOLD)
         x = next_x
@@ -192,7 +193,7 @@ def rows_kernel(
     num_kept,
     first_row,
     c: tl.float32,  # log2(e) / temperature
-    c_error: tl.float64,  # by how much, relative to c, its rounding to fp32 falls short of it
+    c_error: tl.float64,  # exact c / c - 1: the relative error of rounding c to fp32
     inverse_temperature: tl.float64,
     clip_low: tl.float64,
     clip_high: tl.float64,
@@ -201,11 +202,11 @@ def rows_kernel(
     MODE: tl.constexpr,  # policy_loss, logprobs, logprobs_backward
     CLIP_FORM: tl.constexpr,
     KL_ESTIMATOR: tl.constexpr,
-    BLOCK: tl.constexpr,  # columns of a tile; all candidates where the rows are filtered
+    BLOCK: tl.constexpr,  # columns of a tile; the number of candidates if rows are filtered
     NUM_HELD: tl.constexpr,  # tiles that stay in registers
     FOLD: tl.constexpr,  # neighbours that one thread loads at once
 ):
-    """Values per row, and the gradient where `dlogits` is given."""
+    """Values per row, and the gradient if `dlogits` is given."""
     row = tl.program_id(0).to(tl.int64)
     planes = rows + row
     plane = tl.cast(num_rows, tl.int64)
@@ -221,7 +222,7 @@ def rows_kernel(
     if ref_logits is not None:
         ref_logits += row * ref_stride
 
-    # Columns of the first held tile, and how many stream: they come before.
+    # `columns`: columns of the first held tile; `head`: number of columns before it, which are streamed.
     lanes = tl.arange(0, BLOCK)
     is_column = (label >= 0) & (label < vocab)
     outside = 0.0
@@ -236,13 +237,13 @@ def rows_kernel(
         columns = tl.where(lanes == 0, label, tl.where(kept == label, vocab, kept))
         columns = tl.where((columns < 0) | (columns > vocab), vocab, columns).to(tl.int32)
     held = None
-    if (ref_logits is None) or (kept_ids is not None):  # two whole rows at once leave no registers to hold tiles in
+    if (ref_logits is None) or (kept_ids is not None):  # two unfiltered rows at once leave no registers for held tiles
         held = _held_tiles(logits, columns, vocab, BLOCK, NUM_HELD)
-    readable = tl.where(is_column, label, 0)  # what is no column makes the row NaN: a kernel cannot raise
+    readable = tl.where(is_column, label, 0)  # a label that is not a column makes the row NaN: a kernel cannot raise
     x_label = tl.where(is_column, tl.load(logits + readable).to(tl.float32), float("nan"))
     if ref_logits is not None:
         ref_label = tl.load(ref_logits + readable).to(tl.float32)
-    if MODE == "policy_loss":  # while the tile is on its way
+    if MODE == "policy_loss":  # here, while the held tiles are being loaded
         sequence, step = step_of_row(row + first_row, cu_seqlens, step_ends, num_sequences, num_steps)
         advantage = tl.load(step_advantages + sequence * num_steps + step).to(tl.float64)
         weight = tl.load(weights + row).to(tl.float64)
@@ -264,7 +265,7 @@ def rows_kernel(
         tl.store(planes + LOGPROB * plane, logprob.to(tl.float32))
         tl.store(planes + LSE * plane, ((offset + log_total + c_error * (offset + mean)) * LN2).to(tl.float32))
 
-    # Its gradient: (label_coef onehot - softmax_coef p + kl_of_all p (log(p / q) - full_kl)) / temperature
+    # Gradient of the row: (label_coef onehot - softmax_coef p + kl_of_all p (log(p / q) - full_kl)) / temperature
     label_coef, softmax_coef, kl_of_all = zero, zero, zero
     if MODE == "policy_loss":
         entropy = (log_total - mean) * LN2
@@ -295,7 +296,7 @@ def rows_kernel(
         softmax_coef = label_coef - tl.load(grad_lse + row).to(tl.float64)
     if dlogits is not None:
         if kept_ids is not None:
-            tl.debug_barrier()  # every thread has its candidates before any of them is overwritten
+            tl.debug_barrier()  # every thread has loaded its candidates before the row is overwritten
             _fill_zero(dlogits, vocab, BLOCK)
             tl.debug_barrier()
         if (label_coef != 0) | (softmax_coef != 0) | (kl_of_all != 0):
@@ -303,7 +304,7 @@ def rows_kernel(
             at_label = (label_coef - softmax_coef) - softmax_coef * expm1(logprob)
             factor = -scale * softmax_coef
             per_gap = scale * kl_of_all * LN2
-            if kl_of_all != 0:  # else nothing of the reference, which may be infinitely far away, enters
+            if kl_of_all != 0:  # else the reference, whose KL may be infinite, must not enter
                 p = tl.exp(logprob)
                 at_label += tl.where(p > 0, kl_of_all * p * (label_log_ratio - full_kl), 0.0)
                 factor -= per_gap * log_ratio_of_totals + scale * kl_of_all * full_kl
@@ -319,7 +320,7 @@ def rows_kernel(
 
 @triton.jit
 def scale_kernel(values, factor, stride, size, BLOCK: tl.constexpr):
-    """values [rows, size] *= factor [1]; nothing is touched where that is 1."""
+    """values [rows, size] *= factor [1]; reads and writes no values if the factor is 1."""
     by = tl.load(factor).to(tl.float32)
     if by == 1:
         return

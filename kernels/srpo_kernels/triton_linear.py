@@ -1,13 +1,13 @@
 """Triton kernels of the loss from hidden states with exponentials in place of logits: linear_exponentials.py launches them.
 
-`exponentials_kernel` is the matrix product hidden @ weight.T whose tiles leave it as E = 2^(x c - k), c = log2(e) / temperature,
-in the dtype of the factors, with their sums per row in fp32 and the label's logit. k is an integer per row near the label's own
-x c, so that E is 1 there or thereabouts and the row's total 1 / p(label). bf16 has the exponents of fp32: no maximum has to be
-known.
+`exponentials_kernel` computes the matrix product hidden @ weight.T and stores each tile as E = 2^(x c - k), c = log2(e) /
+temperature, in the dtype of the factors, together with fp32 sums per row and the label's logit. k is an integer per row near the
+label's x c, so that E is about 1 at the label and the row's total about 1 / p(label). bf16 has the exponent range of fp32, so
+the row's maximum need not be known.
 
-`finish_kernel` turns the sums into the values per row and the number v by which E is the gradient of the logits. What the label's
-entry of that gradient has beside -g p goes into E itself: E[label] = -(1 - p) total. So the gradient of the logits never exists:
-those of hidden states and weight are v (E @ weight) and E.T @ (v hidden).
+`finish_kernel` turns the sums into the values per row and the number v for which v E is the gradient of the logits. That gradient
+is -g p, but g (1 - p) at the label, where E is overwritten accordingly: E[label] = -(1 - p) total. The gradient of the logits
+therefore never exists; the gradients of hidden states and weight are v (E @ weight) and E.T @ (v hidden).
 """
 # pyright: reportArgumentType=false, reportGeneralTypeIssues=false, reportInvalidTypeForm=false, reportOperatorIssue=false
 # Annotations here are Triton's, not Python's.
@@ -21,7 +21,7 @@ from srpo_kernels.triton_tokens import LN2, LOGPROB, LSE, expm1, of_label, step_
 
 FARTHEST = tl.constexpr(2.0**60)  # total of a row, or its inverse, up to which E and v lose nothing in bf16 and fp32
 GROUP = tl.constexpr(8)  # tiles of rows that share the tiles of the weight in the L2 cache
-# What may differ from call to call without a new compilation: all but the layout of a row.
+# Arguments that may differ from call to call without a new compilation: all except the layout of a row.
 PRODUCT_ANYTHING = ("labels", "offsets", "sums", "label_logits", "num_rows")
 FINISH_ANYTHING = (
     *("sums", "label_logits", "offsets", "scales", "labels", "step_advantages", "step_ends", "cu_seqlens", "weights"),
@@ -31,7 +31,7 @@ FINISH_ANYTHING = (
 
 @triton.jit
 def _tile_of_program(num_rows, vocab, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr):
-    """(tile of rows, tile of columns): GROUP tiles of rows one below the other before the next columns."""
+    """(tile of rows, tile of columns). Programs take GROUP tiles of rows for one tile of columns before the next columns."""
     program = tl.program_id(0)
     height, width = tl.cdiv(num_rows, BLOCK_M), tl.cdiv(vocab, BLOCK_N)
     first = program // (GROUP * width) * GROUP
@@ -44,11 +44,11 @@ def _tile_of_program(num_rows, vocab, BLOCK_M: tl.constexpr, BLOCK_N: tl.constex
 def exponentials_kernel(
     hidden,  # [num_rows, size]
     weight,  # [vocab, size]
-    exponentials,  # [num_rows, vocab], or None: not wanted
+    exponentials,  # [num_rows, vocab]; None: no gradient is needed
     labels,  # [num_rows] int64
     offsets,  # [num_rows] fp32: k
     sums,  # [2, num_rows, number of tiles of columns] fp32: of E, of E log2 E
-    label_logits,  # [num_rows] fp32; not written where the label is no column
+    label_logits,  # [num_rows] fp32; not written if the label is not a column
     hidden_stride,
     weight_stride,
     exponentials_stride,
@@ -65,7 +65,7 @@ def exponentials_kernel(
     tile_m, tile_n = _tile_of_program(num_rows, vocab, BLOCK_M, BLOCK_N)
     rows, columns = tile_m * BLOCK_M + tl.arange(0, BLOCK_M), tile_n * BLOCK_N + tl.arange(0, BLOCK_N)
     ks = tl.arange(0, BLOCK_K)
-    # Beyond the edges the last row and the last column are taken again, and left out below.
+    # Beyond the edges the last row and the last column are loaded again; masks below exclude them.
     x_rows, w_rows = tl.minimum(rows, num_rows - 1).to(tl.int64), tl.minimum(columns, vocab - 1).to(tl.int64)
     x_tile = hidden + x_rows[:, None] * hidden_stride + ks[None, :]
     w_tile = weight + w_rows[None, :] * weight_stride + ks[:, None]
@@ -100,7 +100,7 @@ def exponentials_kernel(
 
 @triton.jit
 def _sum(values, count, BLOCK: tl.constexpr):
-    """Of `count` fp32 values, in fp64."""
+    """Sum of `count` fp32 values, in fp64."""
     total = tl.zeros([BLOCK], tl.float64)
     for start in range(0, count, BLOCK):
         places = start + tl.arange(0, BLOCK)
@@ -141,7 +141,7 @@ def finish_kernel(
     KL_ESTIMATOR: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
-    """Values of one row, and its v. A row that is too far from its label gets those of an ignored one, and all of its E is 0."""
+    """Values of one row, and its v. A row whose total is beyond FARTHEST gets the values of an ignored row, and E = 0."""
     row = tl.program_id(0).to(tl.int64)
     planes, plane = rows + row, tl.cast(num_rows, tl.int64)
     if exponentials is not None:
@@ -149,7 +149,7 @@ def finish_kernel(
     own = sums + row * num_tiles
     total, dot = _sum(own, num_tiles, BLOCK), _sum(own + plane * num_tiles, num_tiles, BLOCK)
     label = tl.load(labels + row)
-    is_near = (total <= FARTHEST) & (total >= 1.0 / FARTHEST)  # neither of which holds for NaN
+    is_near = (total <= FARTHEST) & (total >= 1.0 / FARTHEST)  # both are false for NaN
     if (label < 0) | (label >= vocab) | (is_near == 0):
         store_nothing(planes, plane)
         tl.store(scales + row, 0.0)

@@ -1,6 +1,6 @@
-"""The Triton kernels of triton_kernels.py: NVIDIA from sm80 and AMD from gfx942; fp32, bf16 and fp16 logits.
+"""Launches the Triton kernels of triton_kernels.py: NVIDIA from sm80 and AMD from gfx942; fp32, bf16 and fp16 logits.
 
-With TRITON_INTERPRET=1 in the environment before triton is first imported they also run on a CPU, slowly: that is for tests.
+If TRITON_INTERPRET=1 is set before triton is first imported, the kernels also run on a CPU, slowly: for tests.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ TABLES = {name: dtype for name, dtype in POINTERS.items() if dtype is not None a
 
 
 class Tiling(NamedTuple):
-    """How a row is cut, and how many warps work on it."""
+    """Division of a row into tiles, and the number of warps per row."""
 
     block: int  # columns of a tile
     num_held: int  # tiles that stay in registers
@@ -33,8 +33,9 @@ class Tiling(NamedTuple):
 
 
 def tiling(num_columns: int, element_bytes: int, *, gathered: bool, aligned: bool) -> Tiling:
-    """Depends on nothing that changes from batch to batch. gathered: single elements are loaded; aligned: rows start at multiples
-    of 16 bytes. Sizes are what the registers take without spilling, tests/ops/test_triton_compile.py holds them."""
+    """The tiling for rows of `num_columns`; the same for every batch of a model, so that kernels are compiled once. gathered:
+    single elements are loaded; aligned: rows start at multiples of 16 bytes. The sizes fit the registers without spilling, which
+    tests/ops/test_triton_compile.py checks."""
     fold = 16 // element_bytes if aligned and not gathered else 1
     block, num_held = (8192, 2) if element_bytes == 2 and aligned else (4096, 4)
     if num_columns > block and not gathered:
@@ -45,7 +46,7 @@ def tiling(num_columns: int, element_bytes: int, *, gathered: bool, aligned: boo
 
 @cache
 def kernels() -> ModuleType | str:
-    """The module of kernels, or why there is none."""
+    """The module of kernels, or the reason why it cannot be imported."""
     try:
         triton = importlib.import_module("triton")
     except ImportError as error:
@@ -57,7 +58,7 @@ def kernels() -> ModuleType | str:
 
 
 def interpreted() -> bool:
-    """Whether kernels run in Triton's interpreter, which takes tensors of a CPU."""
+    """Whether kernels run in Triton's interpreter, on CPU tensors."""
     if os.environ.get("TRITON_INTERPRET", "0") in ("", "0"):
         return False
     module = kernels()
@@ -65,7 +66,7 @@ def interpreted() -> bool:
 
 
 def why_not(logits: torch.Tensor) -> str | None:
-    """Why these logits cannot be taken; None if they can."""
+    """See `operators.Backend`."""
     if logits.dtype not in DTYPES:
         return f"logits are {logits.dtype}"
     if logits.device.type != "cuda":
@@ -141,20 +142,20 @@ def rows(
             NUM_HELD=tiles.num_held,
             FOLD=tiles.fold,
             num_warps=tiles.num_warps,
-            enable_fp_fusion=True,  # said aloud, since the default is about to change, with a warning till then
+            enable_fp_fusion=True,  # explicit, because Triton warns that its default will change
         )
     return values
 
 
 def scaled(gradient: torch.Tensor, factor: torch.Tensor) -> torch.Tensor:
-    """See `operators.Backend`. In place; autograd then refuses to hand the same gradient out again."""
+    """See `operators.Backend`. In place; the version counter makes autograd raise if the gradient is used a second time."""
     scale_(gradient, factor)
     torch.autograd.graph.increment_version(gradient)
     return gradient
 
 
 def scale_(dlogits: torch.Tensor, factor: torch.Tensor) -> torch.Tensor:
-    """`dlogits` [T, V] times `factor` (one element, on the same device), in place; reads and writes nothing where that is 1."""
+    """Multiply `dlogits` [T, V] by `factor` (one element, on the same device) in place; a factor of 1 costs no memory traffic."""
     num_rows, vocab = dlogits.shape
     assert factor.numel() == 1 and (vocab <= 1 or dlogits.stride(1) == 1)
     if num_rows:
@@ -166,14 +167,14 @@ def scale_(dlogits: torch.Tensor, factor: torch.Tensor) -> torch.Tensor:
 
 
 def in_base_2(temperature: float) -> tuple[float, float]:
-    """(c = log2(e) / temperature rounded to fp32, by how much, relative to it, that falls short)."""
+    """(c = log2(e) / temperature rounded to fp32, exact c / rounded c - 1)."""
     exact = math.log2(math.e) / temperature
     rounded = torch.tensor(exact, dtype=torch.float32).item()
     return rounded, exact / rounded - 1
 
 
 def numbers(options: dict[str, Any]) -> dict[str, float]:
-    """The kernels' scalars that follow from the options of a loss."""
+    """The kernels' scalar arguments that depend on the options of the loss."""
     return {
         "inverse_temperature": 1 / options["temperature"],
         "clip_low": 1 - options["clip_eps_low"],
@@ -184,16 +185,16 @@ def numbers(options: dict[str, Any]) -> dict[str, float]:
 
 
 def on(tensor: torch.Tensor) -> AbstractContextManager[Any]:
-    """Kernels are launched on the current device: make it that of the tensor."""
+    """Make the tensor's device current, since kernels are launched on the current device."""
     return torch.cuda.device(tensor.device) if tensor.device.type == "cuda" else nullcontext()
 
 
 def as_table(table: torch.Tensor | None, dtype: torch.dtype) -> torch.Tensor | None:
-    """A table as the kernels read it, by a copy where need be."""
+    """A table in the dtype and layout that the kernels read; copied if it differs."""
     return None if table is None else table.detach().to(dtype).contiguous()
 
 
 def rows_together(logits: torch.Tensor) -> torch.Tensor:
-    """Logits whose rows are contiguous, by a copy where need be."""
+    """Logits whose rows are contiguous; copied if they are not."""
     logits = logits.detach()
     return logits if logits.shape[1] <= 1 or logits.stride(1) == 1 else logits.contiguous()

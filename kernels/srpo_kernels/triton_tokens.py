@@ -1,5 +1,5 @@
-"""Eq. 6 for one token, in Triton and fp64: its reasoning step, log-probability, loss and derivative, and what of it is stored.
-Rules are those of csrc/rows.h."""
+"""Eq. 6 for one token, in Triton and fp64: its reasoning step, log-probability, loss and derivative, and the values stored per
+row. The rules are those of csrc/rows.h."""
 # pyright: reportArgumentType=false, reportGeneralTypeIssues=false, reportInvalidTypeForm=false, reportOperatorIssue=false
 # Annotations here are Triton's, not Python's.
 
@@ -17,7 +17,8 @@ NUM_FIELDS = tl.constexpr(9)
 
 @triton.jit
 def step_of_row(row, cu_seqlens, step_ends, num_sequences, num_steps):
-    """(sequence, reasoning step) of a packed row: Algorithm 1 line 11. An empty sequence owns no row."""
+    """(sequence, reasoning step) of a packed row. Algorithm 1, line 11: the step that a token belongs to. An empty sequence owns
+    no row."""
     low = row * 0
     high = low + num_sequences
     while high - low > 1:  # the last sequence that starts at or before the row
@@ -34,14 +35,14 @@ def step_of_row(row, cu_seqlens, step_ends, num_sequences, num_steps):
 
 @triton.jit
 def expm1(x):
-    """exp(x) - 1 in fp64, good to fp32 for small x as well."""
+    """exp(x) - 1 in fp64, accurate to fp32 for small x, too."""
     return tl.where(tl.abs(x) < 1e-4, x * (1.0 + x * (0.5 + x * (1.0 / 6))), tl.exp(x) - 1.0)
 
 
 @triton.jit
 def stored(logprobs, row, computed):
-    """A stored log-probability in fp64; the computed one where there is none, or where they differ by the rounding to fp32 alone,
-    so that a token that has not moved has ratio 1 and KL 0 exactly."""
+    """A stored log-probability in fp64. The computed one if none is stored, or if the two differ only by the rounding to fp32,
+    so that an unchanged token has ratio 1 and KL 0 exactly."""
     if logprobs is not None:
         stored = tl.load(logprobs + row)
         computed = tl.where(stored == computed.to(tl.float32), computed, stored.to(tl.float64))
@@ -52,10 +53,11 @@ def stored(logprobs, row, computed):
 def token_loss(
     logprob, old_logprob, ref_logprob, full_kl, advantage, clips, kl_coef, CLIP_FORM: tl.constexpr, KL_ESTIMATOR: tl.constexpr
 ):
-    """One token's (loss, derivative by its log-probability, ratio, KL, whether it is clipped), all but `weights`; fp64."""
+    """One token's (loss, derivative by its log-probability, ratio, KL, whether it is clipped), without `weights`; fp64."""
     log_ratio = logprob - old_logprob
-    ratio = tl.exp(tl.where(log_ratio > MAX_LOG_RATIO, MAX_LOG_RATIO, log_ratio))
-    # min(ratio A, clip(ratio) A) bounds the ratio above where A > 0 and below where A < 0; dual clip bounds it above there, too
+    ratio = tl.exp(tl.where(log_ratio > MAX_LOG_RATIO, MAX_LOG_RATIO, log_ratio))  # Eq. 6: rho_{i,t} = pi_theta / pi_theta_old
+    # min(ratio A, clip(ratio) A) bounds the ratio from above where A > 0 and from below where A < 0. Dual clip also bounds it
+    # from above where A < 0.
     clip_low, clip_high, dual_clip = clips
     raised = tl.where(ratio < clip_low, clip_low, ratio)
     if CLIP_FORM == "cispo":  # -stop_gradient(clip(ratio)) A log pi
@@ -67,7 +69,7 @@ def token_loss(
         bounded = tl.where(raised > dual_clip, dual_clip, raised)
         bounded = tl.where(advantage > 0, tl.where(ratio > clip_high, clip_high, ratio), bounded)
         cut = bounded != ratio
-        loss = -bounded * advantage
+        loss = -bounded * advantage  # Eq. 6: -min(r A, clip(r, 1-eps, 1+eps) A)
         dloss = tl.where(cut | (log_ratio > MAX_LOG_RATIO), 0.0, -ratio * advantage)
 
     d = logprob - ref_logprob
@@ -86,18 +88,18 @@ def token_loss(
         dkl = tl.where(-d > MAX_LOG_RATIO, 0.0, -e)
     if KL_ESTIMATOR == "full":
         kl = full_kl
-    if kl_coef != 0:  # so that a KL that only measures cannot spoil the loss with 0 * inf
-        loss += kl_coef * kl
+    if kl_coef != 0:  # else an infinite KL that is only measured would make the loss NaN (0 * inf)
+        loss += kl_coef * kl  # Eq. 6: beta * D_KL[pi_theta || pi_ref]
         dloss += kl_coef * dkl
     return loss, dloss, ratio, kl, cut & (advantage != 0)
 
 
 @triton.jit
 def of_label(x_label, offset, total, dot, c, c_error):
-    """(log-probability of the label, log2 of the total, mean exponent, the label's), in fp64 and relative to `offset`: what large
-    logits have in common has cancelled out.
+    """(log-probability of the label, log2 of the total, mean exponent, the label's exponent), in fp64. Exponents are relative to
+    `offset`, so that the common part of large logits has cancelled.
 
-    total: of E = 2^(x c - offset); dot: of E log2 E; c_error: by how much, relative to c, its rounding falls short of it.
+    total: sum of E = 2^(x c - offset); dot: sum of E log2 E; c_error: exact c / c - 1.
     """
     e_label = tl.exp2(tl.fma(x_label, c, -offset))
     is_certain = e_label == total
@@ -106,16 +108,16 @@ def of_label(x_label, offset, total, dot, c, c_error):
     y_label = x_label.to(tl.float64) * tl.cast(c, tl.float64) - offset
     mean = dot / total
     log2_p = y_label - log_total
-    # A likely label's own power is taken with the rounding that it has in the sum, so that a certain one gets exactly 0.
+    # For a likely label the rounded power is used, as it is in the sum, so that a certain label gets exactly 0.
     log2_p = tl.where(log2_p > -1, tl.log2(e_label.to(tl.float64)) - log_total, log2_p)
-    log2_p += c_error * (tl.maximum(y_label, -1.0e30) - mean)  # as with an exact c: the first order is all there is
+    log2_p += c_error * (tl.maximum(y_label, -1.0e30) - mean)  # first-order correction of the rounding of c
     log2_p = tl.where(is_certain, 0.0, log2_p)
     return tl.where(log2_p > 0, 0.0, log2_p) * LN2, log_total, mean, y_label
 
 
 @triton.jit
 def store_nothing(planes, plane):
-    """Values of a row that counts nothing."""
+    """Store the values of an ignored row."""
     for field in tl.static_range(NUM_FIELDS):
         tl.store(planes + field * plane, -1.0 if field == STEP else 0.0)
 
@@ -139,7 +141,8 @@ def store_token(
     CLIP_FORM: tl.constexpr,
     KL_ESTIMATOR: tl.constexpr,
 ):
-    """Derivative of the token's term of the loss by its log-probability; all values of the row but LOGPROB and LSE are stored."""
+    """Returns the derivative of the token's term of the loss by its log-probability; stores all values of the row except LOGPROB
+    and LSE."""
     old = stored(old_logprobs, row, logprob)
     ref = stored(ref_logprobs, row, logprob)
     loss, dloss, ratio, kl, clipped = token_loss(logprob, old, ref, full_kl, advantage, clips, kl_coef, CLIP_FORM, KL_ESTIMATOR)
@@ -150,4 +153,4 @@ def store_token(
     tl.store(planes + CLIPPED * plane, clipped.to(tl.float32))
     tl.store(planes + OUTSIDE * plane, outside)
     tl.store(planes + STEP * plane, step.to(tl.float32))
-    return weight * dloss
+    return weight * dloss  # the weight carries 1/G sum 1/|o_i| of Eq. 6, decided by the caller

@@ -1,7 +1,8 @@
-"""How far the trainer's distribution is from the one that was sampled, and the importance weights that make up for it.
+"""The mismatch between the trainer's distribution and the one that was sampled, and the importance weights that correct it.
 
-R is the number of sampled tokens, `gap` [R] the trainer's log-probability before the update less the engine's, both of the
-distribution that was sampled. It is rounding where both have the same weights, and more where the engine's are one step older.
+R is the number of sampled tokens; `gap` [R] is the trainer's log-probability before the update minus the engine's, both on the
+distribution that was sampled. With equal weights of trainer and engine the gap is rounding; it is larger if the engine's weights
+are one step older.
 """
 
 from __future__ import annotations
@@ -12,14 +13,14 @@ import torch
 
 from srpo.policy.parallel import Parallel
 
-_MAX_GAP = 20.0  # larger log ratios count as this, as in the loss: no overflow
+_MAX_GAP = 20.0  # bound of log ratios, as in the loss, against overflow
 
 
 def importance_weights(gap: torch.Tensor, kind: str, cap: float) -> torch.Tensor:
-    """[R] fp32, what a token's weight in the loss is multiplied by; ratio = exp(gap).
+    """Factors of the tokens' weights in the loss, [R] fp32, without gradient; ratio = exp(gap).
 
-    "truncate": min(ratio, cap), truncated importance sampling. "mask": 1 where 1/cap <= ratio <= cap, else 0. No gradient.
-    Paper: samples from the policy that it updates, so ratio is 1 there.
+    "truncate": min(ratio, cap), truncated importance sampling. "mask": 1 if 1/cap <= ratio <= cap, else 0.
+    Paper: samples from the policy that it updates, so the ratio is 1 there.
     """
     gap = gap.detach().float()
     if kind == "truncate":
@@ -29,14 +30,14 @@ def importance_weights(gap: torch.Tensor, kind: str, cap: float) -> torch.Tensor
 
 
 def _outside(gap: torch.Tensor, kind: str, cap: float) -> torch.Tensor:
-    """[R] bool: tokens whose weight is bounded ("truncate") or lost ("mask")."""
+    """[R] bool: tokens whose weight is bounded ("truncate") or set to 0 ("mask")."""
     gap = gap.detach().float()
     bound = math.log(cap)
     return gap > bound if kind == "truncate" else gap.abs() > bound
 
 
 class Mismatch:
-    """What is known of the gap over the micro-batches of one update."""
+    """Accumulates the gap over the micro-batches of one update. kind, cap: as for `importance_weights`, or kind "off"."""
 
     def __init__(self, kind: str, cap: float, device: torch.device) -> None:
         self._kind, self._cap, self._device = kind, cap, device
@@ -45,7 +46,7 @@ class Mismatch:
         self._gaps: list[torch.Tensor] = []
 
     def add(self, trainer: torch.Tensor, sampling: torch.Tensor) -> None:
-        """Log-probabilities [R] of one micro-batch."""
+        """Add the log-probabilities [R] of one micro-batch, by the trainer and by the engine."""
         if trainer.numel():
             gap = (trainer - sampling).double()
             self._kl += (torch.expm1(gap) - gap).sum()
@@ -73,10 +74,10 @@ class Mismatch:
 
 
 def quantile(values: torch.Tensor, q: float, parallel: Parallel) -> float:
-    """The smallest of all ranks' values that at least a share `q` of them does not exceed; 0 where there are none. Exact.
+    """The smallest value that at least a fraction `q` of all ranks' values does not exceed; 0 without values. Exact.
 
-    values: [R] fp32, none negative, not NaN. The bit patterns of such numbers have their order, so two histograms, of the upper
-    and then of the lower 16 bits, find it without a rank's having to see what the others hold. Collective.
+    values: [R] fp32, not negative, not NaN. The bit patterns of such numbers have the same order as the numbers, so two summed
+    histograms, of the upper and then of the lower 16 bits, find the value without gathering all values. Collective.
     """
     bits = values.contiguous().view(torch.int32).long()
     counts = parallel.all_reduce_sum(torch.bincount(bits >> 16, minlength=1 << 15)).cumsum(0)

@@ -1,5 +1,5 @@
-"""What a model says of the labelled rows of a batch, and what the loss asks of it: as logits, or as hidden states and the head's
-weight, of which logits are made for some rows at a time.
+"""A model's output for the labelled rows of a batch, with the operations that losses need: as logits, or as hidden states and the
+head's weight, from which logits are computed for one chunk of rows at a time.
 
 Letters: R labelled rows, H hidden, V vocabulary, K kept ids.
 """
@@ -22,74 +22,74 @@ X = TypeVar("X")
 
 @dataclass(frozen=True)
 class Logits:
-    """Of the rows that have a label."""
+    """Logits of the labelled rows."""
 
     logits: torch.Tensor  # [R, V]
 
     @torch.no_grad()
     def support(self, top_k: int) -> torch.Tensor:
-        """[R, min(top_k, V)] int64, see `srpo_kernels.topk_support`."""
+        """Ids of the top-k filter's support, [R, min(top_k, V)] int64; see `srpo_kernels.topk_support`."""
         return topk_support(self.logits, top_k)
 
     @torch.no_grad()
     def num_hits(self, labels: torch.Tensor) -> torch.Tensor:
-        """[] int64: of the labels [R], those whose logit is the largest."""
+        """Number of labels [R] whose logit is the row's largest, [] int64."""
         return (self.logits.argmax(-1) == labels).sum()
 
     def logprobs(self, labels: torch.Tensor, **options: Any) -> torch.Tensor:
-        """[R] fp32, differentiable. options: those of `srpo_kernels.token_logprobs`."""
+        """Log-probabilities of the labels, [R] fp32, differentiable. options: as for `srpo_kernels.token_logprobs`."""
         return token_logprobs(self.logits, labels, **options)[0]
 
     def loss(self, *tables: torch.Tensor | None, reference: Logits | None, **options: Any) -> PolicyLoss:
-        """See `srpo_kernels.policy_loss`; it may write the gradient over the logits. reference: of the exact KL."""
+        """See `srpo_kernels.policy_loss`, which may overwrite the logits with their gradient. reference: for the exact KL."""
         return policy_loss(self.logits, *tables, ref_logits=None if reference is None else reference.logits, **options)  # pyright: ignore[reportArgumentType]
 
     def kept(self) -> Logits:
-        """The same, to be used after the forward."""
+        """An output that stays valid after the model's forward."""
         return self
 
 
 @dataclass(frozen=True)
 class Hidden:
-    """The same from hidden states: its logits are never all there."""
+    """Hidden states of the labelled rows, and the head's weight. Has the methods of `Logits`; all logits never exist at once."""
 
     hidden: torch.Tensor  # [R, H]
     weight: torch.Tensor  # [V, H]
 
     @torch.no_grad()
     def support(self, top_k: int) -> torch.Tensor:
-        """As of `Logits`. One more product with the head: a loss that is given `top_k` alone finds the ids on its way."""
+        """As `Logits.support`. Costs one more product with the head; a loss that is given only `top_k` finds the ids itself."""
         return torch.cat([topk_support(logits, top_k) for logits in self._chunks()])
 
     @torch.no_grad()
     def num_hits(self, labels: torch.Tensor) -> torch.Tensor:
-        """As of `Logits`. One more product with the head."""
+        """As `Logits.num_hits`. Costs one more product with the head."""
         found = [logits.argmax(-1) for logits in self._chunks()]
         return (torch.cat([labels[:0], *found]) == labels).sum()
 
     def _chunks(self) -> Iterator[torch.Tensor]:
-        """The logits of some rows at a time."""
+        """The logits of one chunk of rows at a time."""
         for rows in self.hidden.split(default_rows(self.weight.shape[0], self.weight.device, 1)):
             yield nn.functional.linear(rows, self.weight)
 
     def logprobs(self, labels: torch.Tensor, **options: Any) -> torch.Tensor:
-        """As of `Logits`."""
+        """As `Logits.logprobs`."""
         return linear_token_logprobs(self.hidden, self.weight, labels, **options)[0]
 
     def loss(self, *tables: torch.Tensor | None, reference: Hidden | None, **options: Any) -> PolicyLoss:
-        """See `srpo_kernels.linear_policy_loss`. reference: of the exact KL."""
+        """See `srpo_kernels.linear_policy_loss`. reference: for the exact KL."""
         if reference is not None:
             options |= {"ref_hidden": reference.hidden, "ref_weight": reference.weight}
         return linear_policy_loss(self.hidden, self.weight, *tables, **options)  # pyright: ignore[reportArgumentType]
 
     def kept(self) -> Hidden:
-        """The same with a copy of the weight: after the forward FSDP2 takes the whole one back."""
+        """A copy of the weight, because FSDP2 frees the gathered one after the forward."""
         return Hidden(self.hidden, self.weight.clone())
 
 
 def of_outputs(model: nn.Module, batch: Batch, inputs: Literal["logits", "hidden"], ask: Callable[[Any], X]) -> X:
-    """What `ask` returns of the model's `Logits`, or of its `Hidden`: then it is called within the forward of a
-    `srpo.policy.model.Policy`, whose `through` it is."""
+    """The result of `ask` on the model's `Logits` or `Hidden`. With inputs "hidden", `ask` runs inside `Policy.forward` (as its
+    `through`), while FSDP has the head's weight gathered."""
     if inputs == "logits":
         return ask(Logits(model(batch)))
     return model(batch, through=lambda hidden, weight: ask(Hidden(hidden, weight)))

@@ -1,4 +1,4 @@
-"""Advantages that differ by token (PPO), carried to a loss that knows them by reasoning step.
+"""Advantages per token (PPO) for a loss that takes advantages per reasoning step.
 
 Letters: T packed rows, R labelled rows, N sequences, J reasoning steps.
 """
@@ -15,16 +15,16 @@ from srpo.core.batch import Batch
 
 @dataclass(frozen=True, kw_only=True)
 class TokenBatch(Batch):
-    """A batch with what the critic has made of it; its `step_advantages` are not read. 0 in all three where ignored."""
+    """A batch with the critic's results, all 0 for ignored rows. Its `step_advantages` are not used."""
 
     advantages: torch.Tensor  # [T] fp32
-    returns: torch.Tensor  # [T] fp32, what the critic is trained on
-    values: torch.Tensor  # [T] fp32, of the critic before this optimizer step's first update
+    returns: torch.Tensor  # [T] fp32, the critic's training targets
+    values: torch.Tensor  # [T] fp32, the critic's values before this optimizer step's first update
 
 
 @dataclass(frozen=True)
 class Tables:
-    """The tables of `srpo_kernels.policy_loss`."""
+    """Arguments of `srpo_kernels.policy_loss`."""
 
     step_advantages: torch.Tensor  # [N, J]
     step_ends: torch.Tensor  # [N, J] int32
@@ -32,11 +32,11 @@ class Tables:
 
 
 def loss_tables(rows: Batch) -> Tables:
-    """The tables for rows of `Batch.rows()`. Those of a `TokenBatch` take each row for a sequence of its own, which lies in the
-    step that the row belongs to: step ends 0 before it, 1 from it on.
+    """The tables for rows of `Batch.rows()`. For a `TokenBatch` each row becomes a sequence of its own that lies in the row's
+    reasoning step: its step ends are 0 before that step and 1 from it on.
 
-    So a token has an advantage of its own, and the sums by reasoning step stay those of the reasoning steps. Exact for whatever
-    looks at one token at a time, which a ratio over sequences or steps does not.
+    This gives every token its own advantage and keeps the sums by reasoning step unchanged. It is exact for computations on one
+    token at a time, but not for a ratio over sequences or steps.
     """
     if not isinstance(rows, TokenBatch):
         return Tables(rows.step_advantages, rows.step_ends, rows.cu_seqlens)

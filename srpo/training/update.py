@@ -1,6 +1,6 @@
 """One optimizer step: log-probabilities that stay fixed during it, the loss of Eq. 6 over micro-batches, clip, step.
 
-Every rank runs the same number of micro-batches, since FSDP's collectives must meet: ranks with fewer add empty ones.
+Every rank runs the same number of micro-batches, because FSDP's collectives must match: ranks with fewer add empty ones.
 Letters: T packed rows, R labelled rows, J reasoning steps, V vocabulary, K kept ids.
 """
 
@@ -27,41 +27,41 @@ from srpo.training.token_advantages import TokenBatch, loss_tables
 
 
 class NonFiniteError(ValueError):
-    """The loss or the gradient is not finite. The optimizer has not stepped; what reproduces it has been written to a file."""
+    """The loss or the gradient is not finite. The optimizer has not stepped; a dump that reproduces the error is written."""
 
 
 @dataclass(frozen=True)
 class Objective:
-    """Everything that Eq. 6 needs besides the batch: the settings of `LossConfig` and of the behaviour policy."""
+    """The settings of Eq. 6: those of `LossConfig`, and the distribution of the behaviour policy."""
 
     clip_eps_low: float
     clip_eps_high: float
     kl_coef: float
     kl_estimator: str
     temperature: float
-    top_k: int | None  # of the distribution that ratios are taken on; None: unfiltered
-    sampling_top_k: int | None  # of the distribution that was sampled
+    top_k: int | None  # filter of the distribution that ratios are taken on; None: unfiltered
+    sampling_top_k: int | None  # filter of the distribution that was sampled
     num_updates: int
     impl: str = "auto"
     ratio_over: str = "token"  # token | step | sequence (GSPO)
     clip_form: str = "ppo"  # ppo | cispo
     dual_clip: float | None = None
-    importance: str = "off"  # off | truncate | mask: what becomes of a token's weight by the trainer's ratio to the engine
+    importance: str = "off"  # off | truncate | mask: how the ratio trainer / engine changes a token's weight
     importance_cap: float = 2.0
-    inputs: Literal["logits", "hidden"] = "logits"  # of the loss, and of all log-probabilities
+    inputs: Literal["logits", "hidden"] = "logits"  # the input of the loss and of all log-probabilities
 
     @property
     def reference_ahead(self) -> bool:
-        """Whether `with_logprobs` scores the reference; else `update` does, beside the policy's forward.
+        """Whether `with_logprobs` runs the reference model; else `update` runs it, next to the policy's forward.
 
-        A filtered ratio needs the policy's support first, which a single update has at hand only then; the exact KL needs logits.
-        Decided here and not by what a batch holds, so that all ranks run the same forwards.
+        A filtered ratio needs the policy's support, which a single update computes only in its own forward; the exact KL needs
+        the reference's logits. The decision does not depend on a batch's content, so that all ranks run the same forwards.
         """
         return self.kl_estimator != "full" and (self.num_updates > 1 or self.top_k is None)
 
     @classmethod
     def of(cls, loss: LossConfig, rollout: RolloutConfig) -> Objective:
-        """The objective that a config describes."""
+        """The objective of a config."""
         top_k = rollout.top_k or None
         return cls(
             clip_eps_low=loss.clip_eps_low,
@@ -83,7 +83,7 @@ class Objective:
 
 
 def level(batches: Sequence[Batch], parallel: Parallel) -> list[Batch]:
-    """The batches on this rank's device, with empty ones added up to the largest number of batches of any rank."""
+    """The batches on this rank's device, padded with empty ones to the largest number of batches of any rank. Collective."""
     num_steps = batches[0].step_ends.shape[1] if batches else 0
     counts = torch.tensor([len(batches), num_steps], device=parallel.device)
     most, num_steps = parallel.all_reduce_max(counts).tolist()
@@ -92,7 +92,7 @@ def level(batches: Sequence[Batch], parallel: Parallel) -> list[Batch]:
 
 
 def _empty_batch(num_steps: int) -> Batch:
-    """One row without a label: it passes through the whole model, so that its collectives run, and adds nothing."""
+    """One row without a label. It passes through the whole model, so that all collectives run, and adds nothing to the loss."""
     zero = torch.zeros(1, dtype=torch.long)
     return Batch(
         input_ids=zero,
@@ -111,11 +111,11 @@ def _empty_batch(num_steps: int) -> Batch:
 def with_logprobs(
     batches: Sequence[Batch], policy: nn.Module, reference: nn.Module | None, objective: Objective, parallel: Parallel
 ) -> list[Batch]:
-    """The batches on the device, with what must stay fixed over `objective.num_updates` updates.
+    """The batches on the device, with the tensors that stay fixed over `objective.num_updates` updates.
 
-    More than one update: old_logprobs, the support `kept_ids` of a filtered ratio (the engine's where the batch has it), the
-    `importance` of each token, and ref_logprobs on that support. One update: the old policy is the present one, so nothing of it
-    is computed, and ref_logprobs only where `reference_ahead`. Collective: every rank must call it.
+    With several updates: old_logprobs, the support `kept_ids` of a filtered ratio (the engine's if the batch has it), the
+    `importance` of each token, and ref_logprobs on that support. With one update the old policy is the present one, so none of
+    these is computed, except ref_logprobs if `reference_ahead`. Collective: every rank must call it.
     """
     filled = []
     for batch in level(batches, parallel):
@@ -132,7 +132,7 @@ def with_logprobs(
 
 
 def _fixed(out: Logits | Hidden, rows: Batch, objective: Objective) -> dict[str, torch.Tensor | None]:
-    """What the policy says before the first of several updates: fields of `Batch`, of the labelled rows [R, ...]."""
+    """The policy's values before the first of several updates: fields of `Batch` for the labelled rows, [R, ...]."""
     kept_ids = rows.kept_ids
     if kept_ids is None and objective.top_k is not None:
         kept_ids = out.support(objective.top_k)
@@ -140,7 +140,7 @@ def _fixed(out: Logits | Hidden, rows: Batch, objective: Objective) -> dict[str,
     importance = None
     if objective.importance != "off":
         trainer = old
-        if objective.top_k != objective.sampling_top_k:  # ratios are taken on another distribution than was sampled
+        if objective.top_k != objective.sampling_top_k:  # the distribution of the ratios is not the one that was sampled
             trainer = _logprobs(out, rows, objective, top_k=objective.sampling_top_k)
         importance = _importance(trainer, rows, objective)
     return {"old_logprobs": old, "kept_ids": kept_ids, "importance": importance}
@@ -150,23 +150,23 @@ def _fixed(out: Logits | Hidden, rows: Batch, objective: Objective) -> dict[str,
 def _logprobs(
     out: Logits | Hidden, rows: Batch, objective: Objective, *, kept_ids: torch.Tensor | None = None, top_k: int | None = None
 ) -> torch.Tensor:
-    """[R] fp32, filtered to `kept_ids` [R, K] if given, else to the largest `top_k` if given; without gradient."""
+    """Log-probabilities of the labels, [R] fp32, without gradient. Filtered to `kept_ids` [R, K], or to the largest `top_k`."""
     return out.logprobs(rows.labels, temperature=objective.temperature, kept_ids=kept_ids, top_k=top_k, impl=objective.impl)
 
 
 def _reference_logprobs(reference: nn.Module, batch: Batch, kept_ids: torch.Tensor | None, objective: Objective) -> torch.Tensor:
-    """[R] fp32, on the policy's support."""
+    """The reference model's log-probabilities on the policy's support, [R] fp32."""
     rows = batch.rows()[1]
     return of_outputs(reference, batch, objective.inputs, lambda out: _logprobs(out, rows, objective, kept_ids=kept_ids))
 
 
 def _importance(trainer: torch.Tensor, rows: Batch, objective: Objective) -> torch.Tensor:
-    """[R] fp32, see `importance_weights`. trainer: log-probabilities [R] of the distribution that was sampled."""
+    """Importance weights [R] fp32, see `importance_weights`. trainer: log-probabilities [R] under the sampled distribution."""
     return importance_weights(trainer - rows.sampling_logprobs, objective.importance, objective.importance_cap)
 
 
 def _spread(rows: torch.Tensor | None, index: torch.Tensor, batch: Batch) -> torch.Tensor | None:
-    """Values of the labelled rows [R, ...] put back among all rows [T, ...]; zeros elsewhere."""
+    """Values of the labelled rows [R, ...] scattered to all rows [T, ...]; zeros elsewhere."""
     if rows is None:
         return None
     return rows.new_zeros(batch.labels.shape[0], *rows.shape[1:]).index_copy(0, index, rows)
@@ -174,7 +174,7 @@ def _spread(rows: torch.Tensor | None, index: torch.Tensor, batch: Batch) -> tor
 
 @dataclass(frozen=True)
 class StepResult:
-    """What an optimizer step reports."""
+    """Loss and gradient norm of an optimizer step."""
 
     loss: float  # summed over micro-batches and ranks
     grad_norm: float  # of the whole gradient, before clipping
@@ -191,11 +191,12 @@ def optimizer_step(
     dump: Path,
     info: dict[str, Any] | None = None,
 ) -> StepResult:
-    """Backward of the sum of `loss_of` over all micro-batches of all ranks, clip, step. RL, SFT and DPO all step through here.
+    """Backward of the sum of `loss_of` over all micro-batches of all ranks, clip, step. RL, SFT and DPO all use this function.
 
-    `loss_of(batch)` runs the policy's forward once and returns the loss of one micro-batch; its denominators are in the batch's
-    weights. It is also called for empty batches. Raises NonFiniteError before the optimizer steps, after writing `dump`: the
-    batches, the parameters, the losses and `info` (see `read_dump`); rank r > 0 writes `<stem>.rank<r><suffix>`. Collective.
+    `loss_of(batch)` runs the policy's forward once and returns the loss of one micro-batch; the batch's weights hold the
+    denominators. It is also called for empty batches. If the loss or the gradient is not finite, each rank writes `dump` (rank
+    r > 0: `<stem>.rank<r><suffix>`) with its batches, parameters, losses and `info` (see `read_dump`) and raises NonFiniteError
+    before the optimizer steps. Collective.
     """
     optimizer.zero_grad(set_to_none=True)
     batches = level(batches, parallel)
@@ -235,14 +236,14 @@ def _write_dump(
 
 
 def read_dump(path: Path) -> dict[str, Any]:
-    """What `optimizer_step` wrote: info, loss, grad_norm, micro-batches with their losses, this rank's parameters by name."""
+    """A dump of `optimizer_step`: info, loss, grad_norm, micro-batches with their losses, this rank's parameters by name."""
     state = torch.load(path, weights_only=True)
     kinds = [TokenBatch if "advantages" in tensors else Batch for tensors in state["batches"]]
     return {**state, "batches": [kind(**tensors) for kind, tensors in zip(kinds, state["batches"], strict=True)]}
 
 
 class _Sums:
-    """What is summed over the micro-batches of one update."""
+    """Sums over the micro-batches of one update."""
 
     def __init__(self, num_steps: int, objective: Objective, device: torch.device) -> None:
         self.stats = StepStats.zeros(num_steps, device)
@@ -261,7 +262,7 @@ class _Sums:
         for key, per_step in sums.items():
             metrics[f"policy/{key}"] = float(per_step.sum() / num_tokens)
             for j, name in enumerate(step_names):
-                if stats.num_tokens[j] > 0:  # a step that no response has is left out
+                if stats.num_tokens[j] > 0:  # a step without tokens has no metric
                     metrics[f"policy/{key}/{name}"] = float(per_step[j] / stats.num_tokens[j])
         return metrics
 
@@ -282,16 +283,17 @@ def update(
     """One optimizer step on Eq. 6 (Algorithm 1 line 16); returns the `train/*`, `policy/*` and mismatch metrics (`rollout/*`).
 
     batches: this rank's, from `with_logprobs`; without old_logprobs the update is on-policy (the ratio is 1). `reference` is
-    needed with a kl_coef unless `objective.reference_ahead`; it routes by itself, also where the policy replays routing. The
-    mismatch compares the policy's log-probabilities before this step's first update with the engine's, on the distribution that
-    was sampled. Only the first of several updates can do so where the ratio is unfiltered: take the metric from there, as that of
-    flipped experts. With `objective.importance` the weight of each token, and so also its KL, is multiplied by
-    `importance_weights`. Raises NonFiniteError, see `optimizer_step`. Collective.
+    needed with a kl_coef unless `objective.reference_ahead`; it routes by itself even if the policy replays routing.
+
+    The mismatch compares the policy's log-probabilities before this step's first update with the engine's, on the distribution
+    that was sampled. If ratios are unfiltered but sampling is filtered, only the first of several updates can compute it: take
+    this metric, and that of flipped experts, from the first update. With `objective.importance` the weight of each token, and
+    therefore its KL, is multiplied by `importance_weights`. Raises NonFiniteError, see `optimizer_step`. Collective.
     """
     sums = _Sums(len(step_names), objective, parallel.device)
     replays = policy if isinstance(policy, Policy) and policy.routers is not None else None
     if replays is not None:
-        replays.take_flips()  # those of other forwards
+        replays.take_flips()  # discards the flips of earlier forwards
 
     def loss_of(batch: Batch) -> torch.Tensor:
         return of_outputs(policy, batch, objective.inputs, lambda out: loss_of_outputs(out, batch))
@@ -300,7 +302,7 @@ def update(
         rows = batch.rows()[1]
         support, ref_logprobs, ref = rows.kept_ids, rows.ref_logprobs, None
         ask_reference = reference is not None and bool(objective.kl_coef) and not objective.reference_ahead
-        # From hidden states the support is a product more, which is saved where the loss alone needs it.
+        # From hidden states the support costs one more product; the loss finds it by itself if the reference does not need it.
         if support is None and objective.top_k is not None and (ask_reference or isinstance(out, Logits)):
             support = out.support(objective.top_k)
         if reference is not None and ask_reference:
@@ -309,7 +311,7 @@ def update(
                     ref = of_outputs(reference, batch, objective.inputs, lambda out: out.kept())
                 else:
                     ref_logprobs = _reference_logprobs(reference, batch, support, objective)
-        # Before the loss: an implementation may write the gradient over the logits.
+        # Before the loss, because an implementation may overwrite the logits with the gradient.
         trainer = rows.old_logprobs
         if objective.top_k != objective.sampling_top_k:
             trainer = _logprobs(out, rows, objective, top_k=objective.sampling_top_k)

@@ -1,5 +1,5 @@
-"""Tests of Triton kernels that run in its interpreter on a CPU, and with `-m gpu` on a GPU. The interpreter must be asked for
-before triton is first imported: a test file runs itself in a process of its own."""
+"""Tests of Triton kernels that run in Triton's interpreter on a CPU, and with `-m gpu` on a GPU. TRITON_INTERPRET must be set
+before triton is first imported, so a test file runs itself in another process."""
 
 from __future__ import annotations
 
@@ -20,12 +20,12 @@ ROOT = Path(__file__).resolve().parents[2]
 
 
 def on_device(test: Callable[..., Any]) -> Any:
-    """Marks a test for the interpreter's process, or for a GPU."""
+    """Mark a test for the interpreter's process, or for a GPU."""
     return pytest.mark.usefixtures("triton_backend")(test if INTERPRETED else pytest.mark.gpu(test))
 
 
 def run_interpreted(file: str, which: str) -> None:
-    """The tests of a file that -k WHICH selects, all of which must pass."""
+    """Run the tests of a file that -k WHICH selects in the interpreter, and assert that all pass."""
     if importlib.util.find_spec("triton") is None:
         pytest.skip("triton is not installed")
     if tuple(map(int, importlib.metadata.version("triton").split(".")[:2])) < (3, 9):

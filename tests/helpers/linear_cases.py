@@ -1,4 +1,4 @@
-"""Random inputs of the losses from hidden states, and the fp64 result that they are held to."""
+"""Random inputs of the losses from hidden states, and the fp64 result that tests compare with."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ chunked = pytest.mark.skipif(srpo_kernels.implementations(torch.empty(0, 1)) == 
 
 
 class Case:
-    """Hidden states, head, tables and options. On a `grid` the products are sums of few bits: exact in fp32 in whatever order."""
+    """Hidden states, head, tables and options. On a `grid` all products are sums of few bits, exact in fp32 in any order."""
 
     def __init__(
         self,
@@ -104,19 +104,19 @@ class Case:
     def run(
         self, dtype: torch.dtype | None = None, upstream: float | None = None, **more: Any
     ) -> tuple[PolicyLoss, Tensor, Tensor]:
-        """(result, gradient of hidden, of weight); `dtype` instead of the case's own."""
+        """(result, gradient of hidden, of weight); `dtype` replaces the case's own. upstream: factor of the loss."""
         hidden, weight = (x.detach().to(dtype or x.dtype, copy=True).requires_grad_() for x in (self.hidden, self.weight))
         out = self.loss(hidden, weight, **more)
         (out.loss if upstream is None else upstream * out.loss).backward()
         return out, grad_of(hidden), grad_of(weight)
 
     def exact(self) -> tuple[PolicyLoss, Tensor, Tensor]:
-        """The same in fp64, by plain autograd over all logits."""
+        """As `run`, in fp64 by plain autograd over all logits."""
         return self.run(torch.float64, impl="reference")
 
 
 def two_roundings(dtype: torch.dtype) -> float:
-    """The relative error of many values that were each rounded twice, at worst: all of them just above a power of two."""
+    """Largest relative error of many values that were each rounded twice: that of values just above a power of two."""
     return math.sqrt(2) * torch.finfo(dtype).eps / 2 / math.sqrt(3)
 
 
@@ -131,12 +131,12 @@ def relative(got: Tensor, exact: Tensor) -> float:
 
 
 def rounding(exact: Tensor, dtype: torch.dtype) -> float:
-    """The relative error that storing it in `dtype` costs at least."""
+    """Relative error of storing the exact tensor in `dtype`."""
     return relative(exact.to(dtype), exact)
 
 
 def same(got: tuple[PolicyLoss, Tensor, Tensor], expected: tuple[PolicyLoss, Tensor, Tensor]) -> bool:
-    """Bit for bit."""
+    """Whether two results of `Case.run` are equal bit for bit."""
     pairs = zip(
         (got[0].loss, got[0].logprobs, got[0].stats.stack(), *got[1:]),
         (expected[0].loss, expected[0].logprobs, expected[0].stats.stack(), *expected[1:]),

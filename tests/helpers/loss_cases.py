@@ -1,4 +1,4 @@
-"""Random inputs of the loss kernels with everything awkward in them, and the fp64 reference that implementations are held to."""
+"""Random inputs of the loss kernels, difficult cases included, and the fp64 reference that tests compare with."""
 
 from __future__ import annotations
 
@@ -26,14 +26,14 @@ OPTIONS: dict[str, dict[str, Any]] = {
 
 @dataclass
 class Case:
-    """Arguments of `policy_loss` but for the logits, and the options."""
+    """Logits and the other arguments of `policy_loss`."""
 
     logits: torch.Tensor
     tables: dict[str, Any]
     options: dict[str, Any]
 
     def run(self, logits: torch.Tensor, impl: str, **more: Any) -> PolicyLoss:
-        """The loss at other logits; the reference's logits follow their dtype."""
+        """The loss at the given logits; the reference's logits are converted to their dtype."""
         tables = dict(self.tables)
         if tables["ref_logits"] is not None:
             tables["ref_logits"] = tables["ref_logits"].to(logits.dtype)
@@ -46,7 +46,7 @@ class Case:
         return out, torch.autograd.grad(out.loss, logits)[0]
 
     def measured(self, impl: str, *, in_place: bool = False) -> tuple[PolicyLoss, torch.Tensor]:
-        """(result, gradient) of an implementation. In place the logits are a copy, padded to a larger row stride."""
+        """(result, gradient) of an implementation. In place, the logits are a copy with a larger row stride."""
         if not in_place:
             logits = self.logits.clone().requires_grad_()
             out = self.run(logits, impl, in_place=False)
@@ -62,8 +62,8 @@ class Case:
 
     def error(self, gradient: torch.Tensor, exact: torch.Tensor) -> float:
         """Relative error of a gradient in the L2 norm. Rows with a nearly certain label, without advantage, or whose clip and KL
-        terms cancel have next to no gradient; their error is still that of the terms. So what is smaller than one term of size
-        `weights` for every row is measured against that: a draw may consist of such rows."""
+        terms cancel have almost no gradient, but still the error of these terms. A draw may consist of such rows, so an error is
+        relative to at least one term of size `weights` in every row."""
         return relative(gradient, exact, float(self.tables["weights"].norm()) + 1e-12)
 
 
@@ -72,8 +72,8 @@ def a_seed() -> int:
 
 
 def off_the_edges(old_logprobs: torch.Tensor, logprobs: torch.Tensor, options: dict[str, Any]) -> torch.Tensor:
-    """Old log-probabilities, moved where a row is so near the edge of a clip that rounding would decide on its gradient.
-    One row in a million is; what happens exactly on an edge is for tests of its own."""
+    """Old log-probabilities, moved in rows so near the edge of a clip that rounding would decide on their gradient: one row in a
+    million. Other tests check rows exactly on an edge."""
     low, high = 1 - options["clip_eps_low"], 1 + options["clip_eps_high"]
     edges = torch.tensor([low, high, options.get("dual_clip", high)], dtype=torch.float64, device=logprobs.device)
     near = (logprobs[:, None] - old_logprobs[:, None].double() - edges.log()).abs().amin(1) < 1e-5
@@ -122,8 +122,8 @@ def draw(seed: int, num_rows: int, vocab: int, dtype: torch.dtype, name: str, *,
 
 
 def check_small_terms(impl: str, power: int, device: str = "cpu") -> None:
-    """Asserts that a sum which begins or ends with 1 loses none of 151,935 terms of 2^-power, though each by itself is rounded to
-    nothing or to twice its size, and that the sums of the policy and of an equal reference come out the same."""
+    """Asserts that a sum which begins or ends with 1 loses none of 151,935 terms of 2^-power, each of which rounding alone would
+    drop or double, and that the sums of the policy and of an equal reference are equal."""
     logits = torch.full((4, 151936), -power * math.log(2))
     logits[:2, 0] = logits[2:, -1] = 0
     labels = torch.tensor([0, 7, 151935, 7])
@@ -143,8 +143,8 @@ def relative(got: torch.Tensor, exact: torch.Tensor, floor: float = 1e-12) -> fl
 
 
 def check(case: Case, impl: str, *, in_place: bool, fp64: tuple[PolicyLoss, torch.Tensor] | None = None) -> None:
-    """Asserts that an implementation is as accurate as promised, and that ignored rows get zero gradient. fp64: what
-    `case.exact()` gives, where it is known."""
+    """Asserts that an implementation is as accurate as promised, and that ignored rows get zero gradient. fp64: the result of
+    `case.exact()`, if it has been computed already."""
     exact, exact_grad = case.exact() if fp64 is None else fp64
     out, grad = case.measured(impl, in_place=in_place)
     torch.testing.assert_close(out.logprobs.double(), exact.logprobs, rtol=6e-8, atol=2e-6)  # 6e-8: half a unit of the result

@@ -1,4 +1,4 @@
-"""Triton kernels compiled for GPUs that are not here, and what is in the machine code."""
+"""Compiles Triton kernels for GPUs that this machine need not have, and reads the machine code."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ TARGETS = {"sm80": ("cuda", 80, 32), "sm90": ("cuda", 90, 32), "sm100": ("cuda",
 
 
 def compiled(kernel: Any, arch: str, types: dict[str, str], fixed: dict[str, Any], aligned: set[str], **options: Any) -> Any:
-    """The kernel for arguments of these Triton types ("*fp32" where `types` says nothing), of which some are constants and some
+    """The compiled kernel. types: Triton types of arguments, default "*fp32"; fixed: values of constants; aligned: arguments that
     are multiples of 16."""
     names = kernel.arg_names
     compiler = importlib.import_module("triton.compiler")
@@ -30,7 +30,7 @@ def compiled(kernel: Any, arch: str, types: dict[str, str], fixed: dict[str, Any
 
 
 def disassemble(cubin: bytes, folder: Path) -> tuple[dict[str, int], str]:
-    """(use of resources, machine code), by the tool that comes with Triton."""
+    """(use of resources, machine code), by the cuobjdump that Triton ships."""
     path = folder / "kernel.cubin"
     path.write_bytes(cubin)
     triton_file = importlib.import_module("triton").__file__
@@ -44,6 +44,6 @@ def disassemble(cubin: bytes, folder: Path) -> tuple[dict[str, int], str]:
 
 
 def amd_use(code: str) -> dict[str, int]:
-    """Use of resources that AMD's assembly names: registers and how many of them were spilled."""
+    """Resources named in AMD's assembly: numbers of registers and of spilled registers."""
     found = re.findall(r"\.((?:vgpr|agpr|sgpr|vgpr_spill|sgpr_spill)_count):\s*(\d+)", code)
     return {field: int(value) for field, value in found}

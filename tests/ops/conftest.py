@@ -1,4 +1,4 @@
-"""What the tests of Triton kernels share."""
+"""Fixtures of the tests of Triton kernels."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from srpo_kernels import operators, triton_rows
 
 @pytest.fixture
 def triton_backend(monkeypatch: pytest.MonkeyPatch) -> None:
-    """The backend, also where nothing chooses it: in the interpreter."""
+    """Registers the backend, also in the interpreter, where `impl="auto"` never chooses it."""
     reason = triton_rows.why_not(torch.empty(0, 1, device=DEVICE))
     if reason is not None:
         pytest.skip(reason)
@@ -21,7 +21,7 @@ def triton_backend(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.fixture(scope="session")
 def kernels() -> ModuleType:
-    """The kernels of `triton_rows`, to be compiled for whatever GPU."""
+    """The kernels of `triton_rows`, to be compiled for any GPU."""
     module = triton_rows.kernels()
     if isinstance(module, str):
         pytest.skip(module)

@@ -19,7 +19,7 @@ namespace {
 
 constexpr int kLanes = 32, kWarps = 8, kThreads = kLanes * kWarps, kCount = 4, kChunk = 8;
 
-// What shuffles with lane ^ 16, 8, 4, 2, 1 leave in every lane.
+// The result of shuffles with lane ^ 16, 8, 4, 2, 1 in every lane.
 template <class X, class Add>
 X over_lanes(X (&lanes)[kLanes], Add add) {
   for (int step = kLanes / 2; step; step /= 2) {
@@ -30,7 +30,7 @@ X over_lanes(X (&lanes)[kLanes], Add add) {
   const float* all = reinterpret_cast<const float*>(lanes);
   constexpr size_t n = sizeof(X) / sizeof(float);
   for (size_t i = n; i < kLanes * n; ++i)
-    if (all[i] != all[i % n]) std::abort();  // every lane must go on with the same
+    if (all[i] != all[i % n]) std::abort();  // every lane must have the same result
   return lanes[0];
 }
 

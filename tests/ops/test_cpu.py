@@ -21,7 +21,7 @@ DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 @pytest.fixture(params=cpu.LEVELS, autouse=True)
 def level(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
-    """Sets it; "all" is for a test that does so itself."""
+    """Forces an instruction set; "all": the test loops over them itself."""
     if request.param == "all":
         return "all"
     if request.param not in cpu.levels():
@@ -179,7 +179,7 @@ def test_a_token_that_has_not_moved_has_ratio_one() -> None:
 
 
 def test_rounding_to_16_bits_is_to_nearest_even() -> None:
-    """Gradients of every size down to the subnormals: with one row each, log-probabilities 0, and a weight that is the scale."""
+    """Gradients of every size down to the subnormals: one row for each, whose weight is the scale."""
     weights = torch.cat([10.0 ** torch.linspace(-12, 4, 4000), torch.tensor([65519.9, 65520.1, 6e4])])
     logits = torch.zeros(len(weights), 2)
     for dtype in (torch.bfloat16, torch.float16):
@@ -227,7 +227,7 @@ def test_nothing_is_compiled_twice(level: str) -> None:
 
 @pytest.mark.parametrize("make", [build.build_cpu, build.build_cuda])
 def test_a_library_is_named_by_all_that_it_is_made_from(make: Any, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    """Else a change of a header would go unnoticed by the cache."""
+    """Otherwise the cache would miss the change of a header."""
     known: set[str] = set()
     monkeypatch.setenv("NVCC", "true")
 
@@ -252,7 +252,7 @@ def test_a_compiler_from_before_bf16(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.mark.parametrize("level", ["all"], indirect=True)
 def test_a_gradient_leaves_its_memory_to_the_next(level: str) -> None:
-    """And only then: not while a tensor, a view or an array still has it, nor to one that is much smaller, or larger."""
+    """But not while a tensor, a view or an array still uses it, nor to a gradient that is much smaller or larger."""
     cpu.empty_cache()
     rows = cpu.KEPT_BYTES // 4000
     logits = torch.zeros(1, 1000).expand(rows + 1, 1000)

@@ -1,4 +1,4 @@
-"""The CUDA library compiles, and the machine code is what it was written for. Needs nvcc and no GPU."""
+"""The CUDA library compiles, and the machine code is as intended. Needs nvcc but no GPU."""
 
 from __future__ import annotations
 
@@ -16,9 +16,9 @@ from srpo_kernels import build, cuda, native
 
 ARCHITECTURES = ("sm_90a", "sm_100a")
 DTYPES = {"float": 0, "__nv_bfloat16": 1, "__half": 2}  # as in names of kernels
-# Registers per thread that a kernel may take: three CTAs of 288 threads, or two of 256, have to find room on an SM.
+# Largest number of registers per thread: three CTAs of 288 threads, or two of 256, must fit on an SM.
 MAX_REGISTERS = {"rows_one_read": 72, "rows_two_reads": 128}
-MAX_SHARED_BYTES = {"rows_one_read": 640, "rows_two_reads": 640}  # beside what is asked for at the launch
+MAX_SHARED_BYTES = {"rows_one_read": 640, "rows_two_reads": 640}  # static; the launch requests more
 
 
 @pytest.fixture(scope="module")
@@ -31,7 +31,7 @@ def nvcc() -> str:
 
 @pytest.fixture(scope="module", params=ARCHITECTURES)
 def compiled(request: pytest.FixtureRequest, nvcc: str, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, str]:
-    """(machine code, what the assembler said); any warning of the compiler is an error, and a spilled register is one."""
+    """(machine code, output of the assembler). Compiler warnings are errors, including the warning for spilled registers."""
     cubin = tmp_path_factory.mktemp("cubin") / "rows.cubin"
     flags = ["-std=c++17", "-O3", "-cubin", "-Werror", "all-warnings", "-Xptxas", "-v,--warn-on-spills"]
     target = f"arch=compute_{request.param.removeprefix('sm_')},code={request.param}"
@@ -80,7 +80,7 @@ def test_rows_are_moved_by_the_copy_engine_and_sums_by_messages(code: dict[str, 
 
 
 def test_the_kernels_ask_for_these_instructions(nvcc: str, tmp_path: Path) -> None:
-    """As the test above, in PTX: for machines that cannot disassemble."""
+    """As the test above, in PTX, for machines without a disassembler."""
     out = tmp_path / "rows.ptx"
     flags = ["-std=c++17", "-O3", "-ptx", "-arch=compute_90"]
     subprocess.run([nvcc, *flags, str(build.CSRC / "rows_cuda.cu"), "-o", str(out)], check=True)
@@ -93,7 +93,7 @@ def test_the_kernels_ask_for_these_instructions(nvcc: str, tmp_path: Path) -> No
 
 
 def test_only_16_bit_logits_take_the_faster_exponential(code: dict[str, str]) -> None:
-    """An instruction per logit and sweep in the 16-bit kernels, a polynomial in the fp32 ones."""
+    """One instruction per logit and sweep in the 16-bit kernels, a polynomial in the fp32 kernels."""
     for name, sass in code.items():
         fast = len(re.findall(r"MUFU\.EX2", sass))
         assert fast == 0 if "IfEE" in name else fast >= 16, (name, fast)

@@ -1,5 +1,5 @@
-"""The arithmetic of the CUDA kernels, run on the CPU from the same header, against fp64. Their synchronisation is in
-test_cuda_protocol.py; what only a GPU shows in test_cuda.py."""
+"""The arithmetic of the CUDA kernels, run on the CPU from the same header, against fp64. test_cuda_protocol.py models their
+synchronisation; test_cuda.py runs the kernels on a GPU."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ CLUSTERS = (0, 1, 8, 16)  # CTAs per row; 0: the kernel that reads twice
 
 @dataclass
 class Model:
-    """A backend that does on the CPU what the kernels do on a GPU."""
+    """A backend that runs the arithmetic of the GPU kernels on the CPU."""
 
     library: ctypes.CDLL
     num_ctas: int
@@ -155,7 +155,7 @@ def test_logprobs_and_their_gradient(model: str) -> None:
 def test_16_bit_logits_notice_nothing_of_the_faster_exponential(
     library: ctypes.CDLL, monkeypatch: pytest.MonkeyPatch, dtype: torch.dtype, num_ctas: int, name: str
 ) -> None:
-    """It is off by up to 2^-22.5: log-probabilities stay within 2e-6, and gradients round to what they should, nearly always."""
+    """Its relative error is up to 2^-22.5. Log-probabilities stay within 2e-6, and nearly all gradients round correctly."""
     monkeypatch.setitem(operators.BACKENDS, "cuda_model", Model(library, num_ctas, fine=False))
     case = cases.draw(cases.a_seed(), 30, 3000, dtype, name, nan=False)
     case.logits = case.logits.float()

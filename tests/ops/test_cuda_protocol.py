@@ -1,8 +1,8 @@
-"""The synchronisation of csrc/rows_one_read.cuh as a model, of which every order of events is tried.
+"""A model of the synchronisation of csrc/rows_one_read.cuh; the tests try every order of events.
 
-Each CTA has a thread that moves and one that computes (its warps meet at two barriers per row, which is nothing to model). Loads,
-stores and messages end at any time after they were started. What is read must be what belongs there, nothing may wait for ever,
-and no message may come to a CTA that has ended.
+Each CTA has a thread that moves data and one that computes (the barriers among the computing warps are not modelled). Loads,
+stores and messages may complete at any time after they were started. Every read must find the expected value, no thread may wait
+for ever, and no message may arrive at a CTA that has ended.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ NUM_CTAS, NUM_ROWS = 2, 5  # five rows: every barrier's parity comes round again
 
 @dataclass(frozen=True)
 class Transfer:
-    """Something asynchronous: reads `source`, which must hold `expected`, writes `target`, then counts on `barrier`."""
+    """An asynchronous operation: reads `source`, which must hold `expected`, writes `target`, then counts on `barrier`."""
 
     owner: int
     source: Any = None
@@ -29,7 +29,7 @@ class Transfer:
 
 @dataclass(frozen=True)
 class Barrier:
-    """An mbarrier with one expected arrival; `pending` counts transfers announced and not done, and may be negative."""
+    """An mbarrier with one expected arrival; `pending` is announced minus completed transfers, and may be negative."""
 
     phase: int = 0
     arrived: bool = False
@@ -43,28 +43,28 @@ class Barrier:
 
 @dataclass(frozen=True)
 class Design:
-    """What the kernel does; a test takes parts of it away."""
+    """The kernel's safeguards; a test removes one at a time."""
 
-    num_slots: int = 2  # generations of messages that are kept apart
+    num_slots: int = 2  # generations of messages with separate memory
     store_is_awaited: bool = True  # before the slice is loaded again
     finish_is_awaited: bool = True  # before the slice is stored
-    stays_for_messages: bool = True  # a CTA ends only when it has had its last messages
+    stays_for_messages: bool = True  # a CTA ends only after receiving its last messages
 
 
 @dataclass(frozen=True)
 class Instruction:
-    """Waits, then does its actions at once. Where the kernel reads something over a while, the model looks at both ends of it;
-    where it writes over a while, the model writes at the first moment."""
+    """Waits, then performs all its actions at once. If the kernel reads for some time, the model reads at the start and at the
+    end; if the kernel writes for some time, the model writes at the start."""
 
     wait: tuple[Any, int] | None = None  # barrier, number of the phase that must have ended
-    drain: bool = False  # waits for the own transfers that read
+    drain: bool = False  # waits for the CTA's own transfers that read
     actions: tuple[tuple[Any, ...], ...] = ()
 
 
 def mover(cta: int, design: Design) -> list[Instruction]:
     """ClusterWorker::move with `bring` and `take_away`."""
     out: list[Instruction] = []
-    for n in range(NUM_ROWS + 2):  # row NUM_ROWS tells that there are no more; the one after it takes the last gradient away
+    for n in range(NUM_ROWS + 2):  # row NUM_ROWS signals the end; the one after it stores the last gradient
         slice_, job, loaded = (("slice", cta, n % 2), ("job", cta, n % 2), ("loaded", cta, n % 2))
         if n >= 2:
             store = ("start", Transfer(cta, slice_, f"gradient {n - 2}"))
@@ -124,7 +124,7 @@ class State:
 
 
 def successors(state: State, programs: list[list[Instruction]]) -> list[State]:
-    """All that can happen next."""
+    """All states that can follow."""
     out = []
     for i, program in enumerate(programs):
         if state.counters[i] == len(program):
@@ -163,7 +163,7 @@ def successors(state: State, programs: list[list[Instruction]]) -> list[State]:
 
 
 def explore(design: Design) -> int:
-    """Number of states that can be reached. AssertionError where one of them is wrong."""
+    """Number of reachable states. Raises AssertionError if one of them is wrong."""
     programs = [program(cta, design) for cta in range(NUM_CTAS) for program in (mover, computer)]
     start = State((0,) * len(programs))
     seen, todo = {start}, [start]

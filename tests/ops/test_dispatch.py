@@ -1,4 +1,4 @@
-"""The public front of `srpo_kernels`: which implementation runs, and what bad input gets."""
+"""The public functions of `srpo_kernels`: the choice of an implementation, and errors for bad input."""
 
 from __future__ import annotations
 

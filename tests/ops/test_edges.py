@@ -1,4 +1,4 @@
-"""Rows by hand: on and beside the edges of the clip, ratios that would overflow, and memory that is not zero to begin with."""
+"""Rows by hand: on and next to the edges of the clip, ratios that would overflow, and memory that is not zero initially."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ IMPLS = [
 def rows_of_two(
     impl: str, log_ratios: list[float], advantages: list[float], dtype: torch.dtype = torch.float32, **options: Any
 ) -> tuple[PolicyLoss, list[float]]:
-    """(result, gradient of the labels' logits) of rows with two equal logits, each of which is a reasoning step."""
+    """(result, gradient of the labels' logits) of rows with two equal logits; each row is a reasoning step."""
     num_rows = len(log_ratios)
     logits = torch.zeros(num_rows, 2, dtype=dtype, requires_grad=True)
     tables = (torch.tensor([advantages]), torch.arange(1, num_rows + 1)[None], torch.tensor([0, num_rows]), torch.ones(num_rows))

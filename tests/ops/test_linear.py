@@ -17,7 +17,7 @@ from torch import Tensor
 @pytest.mark.parametrize("option", OPTIONS)
 @pytest.mark.parametrize("shape", [(83, 37, 211), (300, 100, 1000), (40, 1, 5)])
 def test_fp32_on_exact_logits(shape: tuple[int, int, int], option: str, device: str) -> None:
-    """Where fp32 holds the logits exactly, all error is the op's own."""
+    """If fp32 holds the logits exactly, all error is the op's own."""
     case = Case(1, *shape, option, device=device, grid=True)
     exact, *exact_grads = case.exact()
     for chunk_rows in (None, 20, 3):
@@ -92,7 +92,7 @@ def as_on_a_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("scale", [1.0, 2.0**-20])
 def test_rounded_gradients_of_logits(dtype: torch.dtype, option: str, scale: float) -> None:
-    """What a GPU does, with its products emulated; tiny weights must not be flushed to zero by fp16."""
+    """Emulates a GPU's products; fp16 must not flush tiny weights to zero."""
     case = Case(3, 300, 70, 1501, option, dtype, grid=True)
     case.tables["weights"] *= scale
     _, *exact = case.exact()
@@ -105,8 +105,8 @@ def test_rounded_gradients_of_logits(dtype: torch.dtype, option: str, scale: flo
 @pytest.mark.usefixtures("as_on_a_gpu")
 @pytest.mark.parametrize("option", ["plain", "on_policy"])
 def test_the_weights_gradient_is_summed_over_chunks_in_fp32(option: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    """What its one rounding to bf16 at the end finds errs by no more than the gradient of the logits. A sum in bf16 would err by
-    2.9e-3 after two chunks, and by more after each."""
+    """Before its final rounding to bf16 the sum has no larger error than the gradient of the logits. A sum in bf16 would have an
+    error of 2.9e-3 after two chunks, and more after each further chunk."""
     sums: list[Tensor] = []
     finish = linear_chunks.Gradient.finish
 
@@ -122,7 +122,7 @@ def test_the_weights_gradient_is_summed_over_chunks_in_fp32(option: str, monkeyp
 
 
 class Narrow:
-    """The CPU's rows, rounding the gradient as they write it. Knows the dtypes that it was asked for."""
+    """The CPU backend with a gradient that is rounded when written. Records the dtypes of logits and gradient."""
 
     any_gradient_dtype = True
     why_not, new_gradient, scaled = staticmethod(cpu.why_not), staticmethod(cpu.new_gradient), staticmethod(cpu.scaled)
@@ -145,7 +145,7 @@ class Narrow:
 @pytest.mark.parametrize("option", ["plain", "k3", "full", "top_k"])
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_gradient_of_logits_written_in_16_bits(dtype: torch.dtype, option: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Where the rows can, and bit for bit what writing it in fp32 and rounding it gives. fp16 has to be moved first."""
+    """Equals, bit for bit, the gradient written in fp32 and then rounded. fp16 must be scaled first, so it stays fp32."""
     narrow = Narrow()
     monkeypatch.setitem(operators.BACKENDS, "narrow", narrow)
     case = Case(3, 150, 70, 801, option, dtype, grid=True)
@@ -179,7 +179,7 @@ def test_fp16_waits_for_the_scale_of_a_scaled_loss() -> None:
 @chunked
 @pytest.mark.parametrize("option", OPTIONS)
 def test_chunks_change_neither_loss_nor_logprobs(option: str) -> None:
-    """Bit for bit where the logits are exact; elsewhere a BLAS may round small products otherwise than large ones."""
+    """Bit for bit if the logits are exact; otherwise a BLAS may round small products differently from large ones."""
     case, loose = Case(11, option=option, grid=True), Case(11, option=option)
     whole, loose_whole = case.run(), loose.run()
     for chunk_rows in (1, 2, 7, 30, 1000):
@@ -196,7 +196,7 @@ def test_chunks_change_neither_loss_nor_logprobs(option: str) -> None:
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("other_chunk", [None, 9])
 def test_on_policy_ratio_is_one(other_chunk: int | None, dtype: torch.dtype, device: str) -> None:
-    """A step per row, so that the sums by step show each row's ratio."""
+    """Each row is a step, so that the sums by step show each row's ratio."""
     case = Case(2, 60, 200, 3000, dtype=dtype, device=device, std=4.0)
     case.tables |= {
         "cu_seqlens": torch.tensor([0, 60]),

@@ -1,8 +1,8 @@
 """The loss from hidden states with exponentials in place of logits: in Triton's interpreter on a CPU, and with `-m gpu` the same
 tests on a GPU. As in test_triton.py, `test_in_the_interpreter` runs this file in a process of its own.
 
-The interpreter multiplies fp32 alone, and what it holds of a chunk is fp32: errors are then the kernels' own. What a GPU rounds
-is rounded by `as_on_a_gpu`.
+The interpreter multiplies only fp32, and a chunk holds fp32 exponentials there: all errors are the kernels' own. The fixture
+`as_on_a_gpu` adds a GPU's roundings.
 """
 
 from __future__ import annotations
@@ -39,7 +39,7 @@ def draw(num_rows: int = 83, size: int = 37, vocab: int = 211, option: str = "pl
 
 
 def num_taken_again(monkeypatch: pytest.MonkeyPatch) -> list[int]:
-    """Grows by the rows of each chunk whose logits are made."""
+    """A list that grows by the number of rows of each chunk whose logits are computed."""
     heights: list[int] = []
     logits = linear_chunks.Chunks.logits
 
@@ -103,9 +103,8 @@ def test_every_tile_is_computed_once_in_whatever_order(monkeypatch: pytest.Monke
 @pytest.mark.usefixtures("triton_backend", "as_on_a_gpu")
 @pytest.mark.parametrize("chunk_rows", [None, 100])
 def test_rounding_of_the_gradients(chunk_rows: int | None) -> None:
-    """Before the last rounding, that to the dtype of the result. A value that is rounded once errs by 1.66e-3 of itself in the
-    mean, so 2.35e-3 are expected of the weight's gradient; a tenth more is for chance: the labels' entries, most of it, are as
-    few as the rows."""
+    """Before the rounding to the dtype of the result. One rounding has a mean relative error of 1.66e-3, so the weight's gradient
+    should have 2.35e-3; the margin of a tenth is for chance, since the labels' entries dominate and are as few as the rows."""
     case = draw(250, 70, 300, "on_policy", grid=False, ignored=False)
     case.hidden, case.weight = case.hidden.bfloat16().float(), case.weight.bfloat16().float()
     case.tables["weights"][:] = 1
@@ -119,7 +118,7 @@ def test_rounding_of_the_gradients(chunk_rows: int | None) -> None:
 @on_device
 @pytest.mark.parametrize("impl", ["triton", "reference" if INTERPRETED else "cuda"])
 def test_on_policy_ratio_is_one(impl: str) -> None:
-    """Of old log-probabilities that another product has made. A step per row, so that the sums by step show each row's ratio."""
+    """With old log-probabilities from another product. Each row is a step, so that the sums by step show each row's ratio."""
     if impl not in srpo_kernels.implementations(torch.empty(0, 1, device=DEVICE)):
         pytest.skip(f"{impl} is not here")
     case = draw(30, 200, 3000, grid=False)
@@ -147,7 +146,7 @@ def test_edges_of_tiles(num_rows: int, vocab: int) -> None:
 
 @on_device
 def test_offsets_of_more_than_32_bits() -> None:
-    """Rows 2^30 elements apart, between which nothing is touched: the last one begins at element 2^31."""
+    """Rows 2^30 elements apart, so that the last one begins at element 2^31. Memory between rows is never touched."""
     case = draw(3, 64, 304, "k3", ignored=False)
     options = {"dual_clip": math.inf, "clip_form": "ppo", "first_row": 0, **case.options}
 
@@ -180,7 +179,7 @@ def test_nothing_but_ignored_rows_and_ignored_rows_are_never_read() -> None:
 @on_device
 @pytest.mark.parametrize(("option", "chunk_rows"), [("plain", 20), ("k3", None), ("on_policy", None)])
 def test_rows_too_far_from_their_label(option: str, chunk_rows: int | None, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The first kind of row is taken by way of logits."""
+    """Rows with a label of probability below 2^-60 are computed from logits."""
     case = draw(option=option, ignored=False)
     case.hidden *= 0.25
     labels = case.tables["labels"]
@@ -205,7 +204,7 @@ def test_rows_too_far_from_their_label(option: str, chunk_rows: int | None, monk
 
 @on_device
 def test_logits_that_are_no_numbers_and_labels_that_are_no_columns() -> None:
-    """As by way of logits: those rows are NaN, and with them the gradient of the weight, but of hidden states theirs alone."""
+    """As from logits: these rows are NaN, and so is the weight's gradient; of the hidden states only their own gradients are."""
     case = draw(ignored=False)
     case.tables["weights"][:] = 1
     case.tables["step_advantages"][:] = 1
@@ -282,7 +281,7 @@ def test_the_same_bits_again_and_from_any_stride() -> None:
 @interpreted
 @pytest.mark.usefixtures("triton_backend")
 def test_peak_memory_is_one_chunk() -> None:
-    """Of torch's allocations; the interpreter's own are numpy's. In fp32, where a GPU has half of it."""
+    """Counts torch's allocations; those of the interpreter are numpy's. In fp32, twice as much as on a GPU."""
     chunk_rows, vocab, size = 100, 4000, 2
     case = draw(200, size, vocab, ignored=False)
     hidden, weight = case.hidden.requires_grad_(), case.weight.requires_grad_()
@@ -328,8 +327,8 @@ def test_what_it_says_without_a_gpu() -> None:
 
 @on_device
 def test_opcheck() -> None:
-    """With a loss above 0. In its backward pass opcheck multiplies by the sign, which Triton does in place, to the saved
-    gradient, an output that only autograd is given: opcheck would compare it with one that is not negated."""
+    """With a loss above 0. In its backward pass opcheck multiplies the loss by its sign. Triton applies a sign of -1 in place to
+    the saved gradient, which is also an output of the op, and opcheck would compare it with an output that is not negated."""
     case = draw(9, 5, 11, ignored=False)
     case.tables["step_advantages"], case.tables["weights"][:] = -1 - case.tables["step_advantages"].abs(), 1
     t, factors = case.tables, (case.hidden.requires_grad_(), case.weight.requires_grad_())

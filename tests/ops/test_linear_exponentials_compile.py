@@ -1,5 +1,5 @@
-"""The kernels of the loss from hidden states with exponentials compile for every architecture, and the machine code is what they
-were written for: tensor cores fed 16 bytes at a time past the registers, nothing spilled. Needs no GPU."""
+"""The kernels of the loss from hidden states with exponentials compile for every architecture, and the machine code is as
+intended: tensor cores, loads of 16 bytes into shared memory, no spilled registers. Needs no GPU."""
 
 from __future__ import annotations
 
@@ -19,13 +19,13 @@ COUNTS = ("exponentials_stride", "num_tiles", "num_rows", "vocab", "num_sequence
 NUMBERS = ("c_error", "inverse_temperature", "clip_low", "clip_high", "dual_clip", "kl_coef")
 TENSOR_CORES = {"sm80": "HMMA", "sm90": "HGMMA", "sm100": "UTCHMMA"}
 SHARED = {"sm80": 99 * 1024, "sm90": 227 * 1024, "sm100": 227 * 1024, "gfx942": 64 * 1024}  # that of sm80 is what sm86 has
-REGISTERS = {"sm80": 200, "sm90": 248, "sm100": 255, "gfx942": 208}  # of which the sums of the tile are 128, on sm80 64
+REGISTERS = {"sm80": 200, "sm90": 248, "sm100": 255, "gfx942": 208}  # the sums of the tile take 128 of these, on sm80 64
 FINISH_REGISTERS = 64
 
 
 @pytest.fixture(scope="module")
 def kernels(kernels: ModuleType) -> ModuleType:
-    """Those of `linear_exponentials`."""
+    """The kernels of `linear_exponentials`."""
     return linear_exponentials.kernels()
 
 

@@ -74,7 +74,7 @@ def test_three_products_and_none_for_rows_without_a_gradient(monkeypatch: pytest
 @chunked
 @pytest.mark.parametrize(("dtype", "option"), [(torch.float32, "plain"), (torch.bfloat16, "k3"), (torch.float32, "full")])
 def test_peak_memory_is_one_chunk(dtype: torch.dtype, option: str) -> None:
-    """Of every allocation that the profiler saw, freed ones taken off, in order."""
+    """Adds all allocations that the profiler saw and subtracts the freed ones, in order."""
     num_rows, size, vocab, chunk_rows = 1200, 16, 5000, 50
     case = Case(8, num_rows, size, vocab, option, dtype)
     hidden, weight = case.hidden.requires_grad_(), case.weight.requires_grad_()

@@ -69,7 +69,7 @@ def test_compiled_as_one_graph() -> None:
     ids=str,
 )
 def test_compiled_options_give_the_same_bits(name: str, more: dict[str, Any]) -> None:
-    """And the number of tokens may change from call to call."""
+    """With another number of tokens in each call."""
     weight = torch.randn(50, 16)
     cells = [cases.draw(seed, num_rows, 50, torch.float32, name, nan=False) for seed, num_rows in ((7, 20), (8, 33), (9, 47))]
 

@@ -1,4 +1,4 @@
-"""Rows, reasoning steps and their sums: `srpo_kernels.segments`, and that how a batch is cut changes no result."""
+"""Rows, reasoning steps and their sums: `srpo_kernels.segments`; and cutting a batch into micro-batches changes no result."""
 
 from __future__ import annotations
 
@@ -70,7 +70,7 @@ def random_rollouts(seed: int, vocab: int) -> list[Rollout]:
 @pytest.mark.parametrize("seed", range(3))
 @pytest.mark.parametrize("max_tokens", [11, 20, 37])
 def test_micro_batches_and_label_rows_change_nothing(max_tokens: int, seed: int) -> None:
-    """A table of logits per input token stands for the policy: its gradient must not know how the batch was cut."""
+    """The policy is a table of logits per input token. Its gradient must not depend on how the batch was cut."""
     vocab = 10
     rollouts = random_rollouts(seed, vocab)
     gen = torch.Generator().manual_seed(seed)

@@ -1,8 +1,8 @@
 """The Triton kernels against the fp64 reference: in Triton's interpreter on a CPU, and with `-m gpu` the same tests on a GPU.
 
-The interpreter must be asked for before triton is first imported, so `test_in_the_interpreter` runs this file in a process of its
-own; in every other process the tests are those for a GPU. What the interpreter cannot show: types (test_triton_compile.py does),
-how threads interleave, and rounding to bf16, which it does by truncation.
+TRITON_INTERPRET must be set before triton is first imported, so `test_in_the_interpreter` runs this file in another process; in
+every other process the tests need a GPU. The interpreter does not check types (test_triton_compile.py does) or the interleaving
+of threads, and it rounds to bf16 by truncation.
 """
 
 from __future__ import annotations
@@ -131,7 +131,7 @@ def test_a_slice_of_the_batch_is_that_of_the_whole(name: str) -> None:
 
 @on_device
 def test_offsets_of_more_than_32_bits() -> None:
-    """Rows 2^30 elements apart, between which nothing is touched: the last one begins at element 2^31."""
+    """Rows 2^30 elements apart, so that the last one begins at element 2^31. Memory between rows is never touched."""
     case = draw(3, 304, torch.float16, "k3", nan=False)
     assert case.tables["labels"] is not None
     case.tables["labels"].clamp_(min=0)

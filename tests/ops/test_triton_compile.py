@@ -1,7 +1,7 @@
-"""The Triton kernels compile for every architecture, and the machine code is what they were written for. Needs no GPU.
+"""The Triton kernels compile for every architecture, and the machine code is as intended. Needs no GPU.
 
-Registers: 16 warps leave a thread 128 of them, which is the budget of what streams; the compiler takes what it is left. What must
-not happen is that some are spilled, or that logits are moved in less than 16 bytes.
+16 warps leave 128 registers to a thread, the budget of kernels with streamed tiles; the compiler uses what it is allowed. No
+registers may be spilled, and logits must be moved 16 bytes at a time.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from machine_code import TARGETS, amd_use, disassemble
 from srpo_kernels import triton_rows
 
 V = 151936
-# What is constant while a model trains and may be compiled for; of all else nothing is.
+# Arguments that are constant while a model trains, and that a kernel may be compiled for. It is compiled for no others.
 LAYOUT = {"logits", "ref_logits", "dlogits", "logits_stride", "ref_stride", "dlogits_stride", "vocab"}
 TABLES = {"kept_ids": "*i64", "labels": "*i64", "step_ends": "*i32", "cu_seqlens": "*i32"}
 COUNTS = ("num_rows", "vocab", "num_sequences", "num_steps", "num_kept", "first_row")
@@ -27,7 +27,7 @@ POLICY = ("step_advantages", "step_ends", "cu_seqlens", "weights", "old_logprobs
 
 @dataclass(frozen=True)
 class Variant:
-    """What of the kernel is fixed when it is compiled, and the most registers a thread may take on NVIDIA and on AMD."""
+    """Constants of a compiled kernel, and the largest number of registers per thread on NVIDIA and on AMD."""
 
     registers: int
     amd_registers: int
@@ -86,7 +86,7 @@ def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path))
 
 
-# Of the architectures beside sm90: one variant of each way through the kernel, and the one that takes most registers.
+# On architectures other than sm90: one variant of each way through the kernel, and the one with the most registers.
 ELSEWHERE = ("bf16", "exact_kl_fp32", "filtered", "logprobs")
 ON_NVIDIA = [
     pytest.param(name, arch, marks=() if arch == "sm90" or name in ELSEWHERE else pytest.mark.slow)
@@ -98,7 +98,7 @@ ON_NVIDIA = [
 
 @pytest.mark.parametrize(("name", "arch"), ON_NVIDIA)
 def test_nvidia(kernels: ModuleType, name: str, arch: str, tmp_path: Path) -> None:
-    """Slow is what two fast ones show: the variant on sm90, and others of its kind on the architecture."""
+    """A combination is marked slow if fast ones cover it: the variant on sm90, and similar variants on the architecture."""
     variant = VARIANTS[name]
     use, sass = disassemble(compiled(kernels, variant, arch).asm["cubin"], tmp_path)
     print(use)

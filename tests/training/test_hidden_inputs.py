@@ -27,7 +27,7 @@ def same(got: Update, want: Update, tolerance: float) -> None:
 
 
 def replayed(seed: int) -> list[Any]:
-    """Batches that carry the engine's support: that of another policy, and the label."""
+    """Batches with the engine's support: another policy's top ids, and the label."""
     parts, older = [], Policy(lab.tiny(7))
     for batch in lab.batches(seed, 30):
         index, rows = batch.rows()
@@ -137,7 +137,7 @@ def test_bfloat16_is_as_near_to_fp32_as_from_logits(two_ranks: Path, tmp_path: P
 
 
 def test_an_update_never_calls_the_head(tmp_path: Path) -> None:
-    """Nothing goes the way of the logits without a word."""
+    """With inputs "hidden" no code path computes logits through the head."""
     policy, reference = Policy(lab.tiny(1)), Policy(lab.tiny(2))
     for model in (policy, reference):
         model.model.lm_head.forward = None  # not callable

@@ -1,4 +1,4 @@
-"""The sampler/trainer correction and the replayed support inside of an update."""
+"""The correction of the sampler-trainer mismatch, and the replayed support, in an update."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ def spread(batch: Batch, values: torch.Tensor) -> torch.Tensor:
 
 
 def sampled_logprobs(batch: Batch, policy: Policy, temperature: float, top_k: int) -> torch.Tensor:
-    """[R] of the filtered distribution that was sampled."""
+    """Log-probabilities [R] under the filtered distribution that was sampled."""
     with torch.no_grad():
         logits = policy(batch)
         labels = batch.rows()[1].labels
@@ -33,7 +33,7 @@ def sampled_logprobs(batch: Batch, policy: Policy, temperature: float, top_k: in
 @pytest.mark.parametrize("num_updates", [1, 2])
 @pytest.mark.parametrize("top_k", [None, 10])
 def test_weights_are_multiplied_once(tmp_path: Path, kind: str, num_updates: int, top_k: int | None) -> None:
-    """The gradient and loss of an update whose weights were multiplied by hand, whatever ratios are taken on."""
+    """Gradient and loss equal those of an update whose weights were multiplied by hand, for filtered and unfiltered ratios."""
     policy, cap = Policy(lab.tiny(1)), 1.3
     plain = replace(lab.ON_POLICY, top_k=top_k, num_updates=num_updates)
     random = torch.Generator().manual_seed(num_updates)
@@ -71,7 +71,7 @@ def test_nothing_changes_where_sampler_and_trainer_agree(tmp_path: Path) -> None
 
 @pytest.mark.parametrize("num_updates", [1, 2])
 def test_a_replayed_support_is_what_ratios_are_taken_on(tmp_path: Path, num_updates: int) -> None:
-    """The engine kept other ids than the trainer would: the log-probabilities are those on the engine's, and agree with it."""
+    """The engine kept other ids than the trainer would. Log-probabilities are taken on the engine's ids, and agree with it."""
     policy, older = Policy(lab.tiny(1)), Policy(lab.tiny(7))
     rollouts = lab.rollouts(3, [(3, 5), (2, 7), (4, 1)])
     (plain,) = pack(rollouts, torch.ones(3, len(lab.STEPS)), torch.ones(3))
@@ -82,7 +82,7 @@ def test_a_replayed_support_is_what_ratios_are_taken_on(tmp_path: Path, num_upda
         exact = token_logprobs(policy(plain), rows.labels, temperature=0.9, kept_ids=kept, impl="reference")[0]
     ends = np.cumsum([len(r.response_ids) for r in rollouts])[:-1]
     supports = np.split(kept.int().numpy(), ends)
-    supports[1] = np.pad(supports[1], ((0, 0), (0, 2)), constant_values=-1)  # one was told with two places more
+    supports[1] = np.pad(supports[1], ((0, 0), (0, 2)), constant_values=-1)  # one support has two more places
     logprobs = np.split(exact.numpy(), ends)
     replayed = [
         replace(r, support=s, sampling_logprobs=tuple(map(float, p)))

@@ -15,7 +15,7 @@ ONE = Parallel(0, 1, 0, torch.device("cpu"))
 
 
 class Ranks(Parallel):
-    """Several ranks in one process: what each of them has reduced is added up by hand."""
+    """Several ranks in one process: the test supplies the sums of their reductions."""
 
     def all_reduce_sum(self, tensor: torch.Tensor) -> torch.Tensor:
         self.__dict__.setdefault("seen", []).append(tensor)
@@ -46,7 +46,7 @@ def test_the_quantile_is_numpy_s_nearest_rank(seed: int) -> None:
 
 
 def test_the_quantile_over_ranks() -> None:
-    """Each reduction of two ranks is the sum of what the two would reduce."""
+    """One process with all values records the sums that two ranks' reductions would give."""
     rng = np.random.default_rng(3)
     shares = [torch.from_numpy(rng.random(n, dtype=np.float32)) for n in (500, 40)]
     together = torch.cat(shares)

@@ -38,7 +38,7 @@ def run(
 def labelled(
     batch: Batch, policy: Policy, temperature: float, top_k: int | None, support_of: Policy | None = None
 ) -> torch.Tensor:
-    """Log-probabilities of the labels by direct computation, [R]."""
+    """Log-probabilities of the labels, computed directly, [R]. support_of: the policy whose top-k support is used."""
     with torch.no_grad():
         logits = policy(batch)
         kept = topk_support((support_of or policy)(batch), top_k) if top_k else None
@@ -82,7 +82,7 @@ def test_several_updates_fix_old_support_and_reference() -> None:
 @pytest.mark.parametrize("top_k", [None, 10])
 @pytest.mark.parametrize("estimator", ["k3", "full"])
 def test_first_of_several_updates_equals_the_only_one(top_k: int | None, estimator: str, tmp_path: Path) -> None:
-    """Old logprobs that are computed ahead, and those that are not, are the same policy's."""
+    """Old log-probabilities computed in advance equal those of the update's own forward."""
     results = []
     for num_updates in (1, 2):
         objective = replace(lab.ON_POLICY, top_k=top_k, kl_estimator=estimator, num_updates=num_updates)
@@ -115,7 +115,7 @@ def test_no_mismatch_where_the_engine_sampled_what_the_trainer_computes(
 ) -> None:
     policy = Policy(lab.tiny(1))
     parts = []
-    for batch in lab.batches(6, 30):  # the engine filters, whatever ratios are taken on
+    for batch in lab.batches(6, 30):  # the engine filters, even if ratios are unfiltered
         index, _ = batch.rows()
         exact = torch.zeros(len(batch.labels)).index_copy(0, index, labelled(batch, policy, 0.9, 10))
         parts.append(batch.with_(sampling_logprobs=exact))
@@ -180,7 +180,7 @@ def test_non_finite_on_one_rank_stops_all_and_each_dumps(two_ranks: Path) -> Non
 
 
 def test_optimizer_step_takes_any_loss(tmp_path: Path) -> None:
-    """What SFT does: fewer nats per token after some steps."""
+    """The loss of SFT falls after some steps."""
     policy, (batch,) = Policy(lab.tiny(1)), lab.batches(2)
     optimizer = torch.optim.AdamW(policy.parameters(), lr=0.01)
 

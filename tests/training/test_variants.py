@@ -37,7 +37,7 @@ def grpo(drawn: Drawn, logprobs: Terms) -> torch.Tensor:
 
 
 def grpo_star(drawn: Drawn, logprobs: Terms) -> torch.Tensor:
-    """5.1.4: the steps that a label has verified, and the verdict."""
+    """5.1.4: the reward counts the steps verified by a label, and the verdict."""
     rewards = []
     for r in drawn.rollouts:
         steps = zip(r.step_rewards or (), r.reward_sources or (), strict=True)
@@ -179,7 +179,7 @@ def test_a_variant_is_its_paper_s_formula(tmp_path: Path, name: str, seed: int) 
 
 @pytest.mark.parametrize("name", [name for name in CASES if name != "srpo"])
 def test_the_file_of_a_variant_asks_for_its_formula(name: str) -> None:
-    """How wide a bound is, and what reward DAPO's advantage is of, are the file's own."""
+    """The files choose the width of the bounds, and the reward of DAPO's advantage, freely."""
     cfg = apply_toml(Config(), BASELINES / f"{name}.toml")
     for section, changes in CASES[name][1].items():
         for key, value in changes.items():
