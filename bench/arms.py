@@ -100,7 +100,7 @@ def ours(problem: Problem, impl: str, in_place: bool, chunk_holds: Literal["logi
     def run() -> Tensor:
         p = problem
         tables = (p.labels, p.advantages, p.step_ends, p.cu_seqlens, p.weights, p.old_logprobs, p.ref_logprobs)
-        return call(*p.inputs(), *tables, impl=impl, **OPTIONS).loss
+        return call(*p.inputs(), *tables, options=OPTIONS, impl=impl).loss
 
     return run
 

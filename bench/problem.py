@@ -15,13 +15,9 @@ import torch
 from torch import Tensor
 
 CLIP, BETA, TEMPERATURE, STEPS, LENGTH = 0.2, 0.04, 0.99, 4, 256
-OPTIONS: dict[str, Any] = {
-    "clip_eps_low": CLIP,
-    "clip_eps_high": CLIP,
-    "kl_coef": BETA,
-    "kl_estimator": "k3",
-    "temperature": TEMPERATURE,
-}
+OPTIONS = srpo_kernels.LossOptions(
+    clip_eps_low=CLIP, clip_eps_high=CLIP, kl_coef=BETA, kl_estimator="k3", temperature=TEMPERATURE
+)
 Form = Literal["logits", "hidden"]
 
 
@@ -122,8 +118,8 @@ def exact_gradient(problem: Problem, advantages: str) -> Tensor:
         problem.weights[:rows],
         problem.old_logprobs[:rows],
         problem.ref_logprobs[:rows],
+        options=OPTIONS,
         impl="reference",
-        **OPTIONS,
     ).loss
     return torch.autograd.grad(loss, exact)[0]
 

@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from srpo_kernels import LossOptions
 
 from srpo.algorithm.losses import sft_weights
 from srpo.core.batch import Batch, Rollout, pack
@@ -79,12 +80,7 @@ def sft_loss(outputs: Logits | Hidden, rows: Batch) -> torch.Tensor:
         rows.step_ends,
         rows.cu_seqlens,
         rows.weights,
-        reference=None,
-        clip_eps_low=0.0,
-        clip_eps_high=0.0,
-        kl_coef=0.0,
-        kl_estimator="k3",
-        temperature=1.0,
+        options=LossOptions(clip_eps_low=0.0, clip_eps_high=0.0, kl_coef=0.0, kl_estimator="k3", temperature=1.0),
     )
     return out.loss + (-(rows.weights * out.logprobs).sum() - out.loss).detach()
 

@@ -6,20 +6,18 @@ shift nothing. Rows with label -100 are never read: NaN in them does no harm, an
 
 from __future__ import annotations
 
-import math
-from typing import Literal
-
 import torch
 
 from srpo_kernels import operators, reference
-from srpo_kernels.checks import KL_ESTIMATORS, check_logits, check_options, check_rows, check_segments
+from srpo_kernels.checks import check_logits, check_rows, check_segments
 from srpo_kernels.dispatch import choose, implementations
 from srpo_kernels.linear import linear_policy_loss, linear_token_logprobs
-from srpo_kernels.segments import IGNORE, PolicyLoss, StepStats, old_of_segments, step_of_row
+from srpo_kernels.options import LossOptions, check_temperature
+from srpo_kernels.segments import IGNORE, PolicyLoss, StepStats, Tables, old_of_segments, step_of_row
 
 __all__ = [
     "IGNORE",
-    "KL_ESTIMATORS",
+    "LossOptions",
     "PolicyLoss",
     "StepStats",
     "implementations",
@@ -42,17 +40,10 @@ def policy_loss(
     old_logprobs: torch.Tensor | None = None,
     ref_logprobs: torch.Tensor | None = None,
     *,
-    clip_eps_low: float,
-    clip_eps_high: float,
-    kl_coef: float,
-    kl_estimator: Literal["k1", "k2", "k3", "full"],
-    temperature: float,
+    options: LossOptions,
     top_k: int | None = None,
     kept_ids: torch.Tensor | None = None,
     ref_logits: torch.Tensor | None = None,
-    dual_clip: float | None = None,
-    clip_form: Literal["ppo", "cispo"] = "ppo",
-    ratio_over: Literal["token", "step", "sequence"] = "token",
     in_place: bool | None = None,
     impl: str = "auto",
 ) -> PolicyLoss:
@@ -67,23 +58,13 @@ def policy_loss(
     ends counted from the first row of the sequence, nondecreasing, rows past the last end belong to the last step; cu_seqlens
     [N+1] from 0 to T; weights, old_logprobs, ref_logprobs [T]. Gradient flows to `logits` alone.
 
+    options: every setting of the formula; `LossOptions` explains each.
     old_logprobs: None means on-policy: the ratio is 1 and its gradient is the gradient of log pi.
-    temperature: probabilities are softmax(logits / temperature); old_logprobs and ref_logprobs must use the same temperature.
+    ref_logprobs, ref_logits: the reference of the KL; `ref_logits` [T, V] replaces `ref_logprobs` with kl_estimator "full".
     top_k, kept_ids: take ratio, KL and entropy on the sampler's filtered distribution, renormalised over its support. `kept_ids`
         [T, K] int (negative: padding; no duplicates) is exact; with `top_k` alone (None or 0: no filter) the support is
         `topk_support(logits, top_k)`, which moves with the policy. A label outside its support is added to the support, so that
         no log-probability is -inf, and counted in `stats.num_outside_support`.
-    ratio_over: "sequence" takes one ratio for all tokens of a sequence, the geometric mean of the token ratios (GSPO in its token
-        form, so that advantages may differ by step); "step" takes one ratio for each reasoning step. Both read the logits once
-        more. The KL stays per token.
-    dual_clip: c > 1 bounds the ratio by c where A < 0, i.e. max(surrogate, c A) there; None: off.
-    clip_form: "ppo" is the formula above. "cispo" (arXiv 2506.13585) bounds the importance weight instead of the update: the term
-        is -stop_gradient(clip(ratio)) A log pi, so that a clipped row keeps a gradient. It has no dual clip.
-    kl_estimator, with d = logprobs - ref_logprobs: k1 = d, k2 = d^2 / 2, k3 = exp(-d) - 1 + d; "full" is the exact KL over all
-        candidates and needs `ref_logits` [T, V] in place of `ref_logprobs`. The gradient of k1 is the score function, whose
-        expectation on-policy is zero: as a loss term k1 measures the KL but does not hold the policy back.
-        Paper: Eq. 6 writes D_KL[pi || pi_ref] and names no estimator; k3.
-
     in_place: write the gradient over the logits, which are then lost: no memory beyond the logits. None: in place if the logits
         are the result of another op, since other code rarely needs them then (autograd raises if it does). The reference
         implementation never writes in place.
@@ -96,55 +77,40 @@ def policy_loss(
     an `impl` that is unavailable, and, in the CPU kernels, labels and ids that are not columns (the reference raises torch's
     own error for them; GPU kernels do not check).
     """
-    check_logits(logits, labels, temperature, top_k, kept_ids)
+    check_logits(logits, labels, top_k, kept_ids)
     check_segments(labels.shape[0], step_advantages, step_ends, cu_seqlens)
     check_rows(labels, weights=weights, old_logprobs=old_logprobs, ref_logprobs=ref_logprobs)
     if in_place and logits.shape[1] > 1 and logits.stride(1) != 1:
         raise ValueError(f"logits have strides {logits.stride()}: in place a row has to be contiguous; leave in_place at None")
     if ref_logits is not None and ref_logits.shape != logits.shape:
         raise ValueError(f"ref_logits has shape {tuple(ref_logits.shape)}: give that of logits, {tuple(logits.shape)}")
-    check_options(clip_eps_low, clip_eps_high, dual_clip, clip_form, kl_estimator, ratio_over)
-    reference_name = "ref_logits" if kl_estimator == "full" else "ref_logprobs"
-    if kl_coef and (ref_logits if kl_estimator == "full" else ref_logprobs) is None:
-        raise ValueError(f"kl_coef is {kl_coef} but there is no reference: give {reference_name}, or set kl_coef to 0")
+    if options.kl_estimator == "full":
+        ref_logprobs = None
+    else:
+        ref_logits = None
+    if options.kl_coef and ref_logprobs is None and ref_logits is None:
+        missing = "ref_logits" if options.kl_estimator == "full" else "ref_logprobs"
+        raise ValueError(f"kl_coef is {options.kl_coef} but there is no reference: give {missing}, or set kl_coef to 0")
     name = choose("policy_loss", impl, logits.device, logits.dtype)
-    if ratio_over != "token" and old_logprobs is not None:
+    if options.ratio_over != "token" and old_logprobs is not None:
         with torch.no_grad():
-            logprobs = token_logprobs(logits, labels, temperature=temperature, top_k=top_k, kept_ids=kept_ids, impl=impl)[0]
-        old_logprobs = old_of_segments(logprobs, old_logprobs, labels, cu_seqlens, step_ends if ratio_over == "step" else None)
-    if name == "reference":
-        return reference.policy_loss(
-            logits,
-            labels,
-            step_advantages,
-            step_ends,
-            cu_seqlens,
-            weights,
-            old_logprobs,
-            ref_logprobs,
-            clip_eps_low=clip_eps_low,
-            clip_eps_high=clip_eps_high,
-            dual_clip=dual_clip,
-            clip_form=clip_form,
-            kl_coef=kl_coef,
-            kl_estimator=kl_estimator,
-            temperature=temperature,
-            top_k=top_k,
-            kept_ids=kept_ids,
-            ref_logits=ref_logits,
-        )
-    if kept_ids is None and top_k:
+            softmax = {"temperature": options.temperature, "top_k": top_k, "kept_ids": kept_ids}
+            logprobs = token_logprobs(logits, labels, **softmax, impl=impl)[0]
+        ends = step_ends if options.ratio_over == "step" else None
+        old_logprobs = old_of_segments(logprobs, old_logprobs, labels, cu_seqlens, ends)
+    if kept_ids is None and top_k and name != "reference":
         kept_ids = topk_support(logits, top_k)
+    tables = Tables(labels, step_advantages, step_ends, cu_seqlens, weights, old_logprobs, ref_logprobs, kept_ids, ref_logits)
+    if name == "reference":
+        return reference.policy_loss(logits, tables, options, top_k)
     with_grad = logits.requires_grad and torch.is_grad_enabled()
     if in_place is None:
         together = logits.shape[1] <= 1 or logits.stride(1) == 1
         in_place = with_grad and together and not logits.is_leaf and not torch.compiler.is_compiling()
-    tables = (labels, step_advantages, step_ends, cu_seqlens, weights, old_logprobs, ref_logprobs, kept_ids, ref_logits)
-    options = (clip_eps_low, clip_eps_high, dual_clip or math.inf, clip_form, kl_coef, kl_estimator, temperature)
     if with_grad and in_place:
-        loss, logprobs, sums = operators.PolicyLossInPlace.apply(logits, *tables, *options, name)
+        loss, logprobs, sums = operators.PolicyLossInPlace.apply(logits, *tables, options.packed, name)
     else:
-        loss, logprobs, sums, _ = operators.policy_loss(logits, *tables, *options, with_grad, name)
+        loss, logprobs, sums, _ = operators.policy_loss(logits, *tables, options.packed, with_grad, name)
     return PolicyLoss(loss, logprobs, StepStats.unstack(sums))
 
 
@@ -162,7 +128,8 @@ def token_logprobs(
     Both are fp32 (fp64 for fp64 logits) and differentiable in `logits`. Arguments as in `policy_loss`; with a filter both belong
     to the filtered distribution.
     """
-    check_logits(logits, labels, temperature, top_k, kept_ids)
+    check_temperature(temperature)
+    check_logits(logits, labels, top_k, kept_ids)
     name = choose("token_logprobs", impl, logits.device, logits.dtype)
     if name == "reference":
         return reference.token_logprobs(logits, labels, temperature=temperature, top_k=top_k, kept_ids=kept_ids)

@@ -4,30 +4,22 @@ from __future__ import annotations
 
 import torch
 
-KL_ESTIMATORS = ("k1", "k2", "k3", "full")
-CLIP_FORMS = ("ppo", "cispo")
-RATIOS_OVER = ("token", "step", "sequence")
 
-
-def check_logits(
-    logits: torch.Tensor, labels: torch.Tensor, temperature: float, top_k: int | None, kept_ids: torch.Tensor | None
-) -> None:
-    """Raises ValueError if logits and labels do not fit, or if a setting of the softmax is out of range."""
+def check_logits(logits: torch.Tensor, labels: torch.Tensor, top_k: int | None, kept_ids: torch.Tensor | None) -> None:
+    """Raises ValueError if logits and labels do not fit, or if the filter is invalid."""
     if logits.ndim != 2 or labels.shape != logits.shape[:1]:
         raise ValueError(f"logits {tuple(logits.shape)} and labels {tuple(labels.shape)} do not fit: give [T, V] and [T]")
     if not logits.is_floating_point():
         raise ValueError(f"logits are {logits.dtype}: give fp32, bf16, fp16 or fp64")
-    check_softmax(labels, temperature, top_k, kept_ids)
+    check_filter(labels, top_k, kept_ids)
 
 
-def check_softmax(labels: torch.Tensor, temperature: float, top_k: int | None, kept_ids: torch.Tensor | None) -> None:
-    """Raises ValueError if the temperature, or the size or shape of the filter, is invalid."""
+def check_filter(labels: torch.Tensor, top_k: int | None, kept_ids: torch.Tensor | None) -> None:
+    """Raises ValueError if the size or the shape of the top-k filter is invalid."""
     if top_k is not None and top_k < 0:
         raise ValueError(f"top_k is {top_k}: give the number of ids that the sampler keeps, or None where it keeps all")
     if kept_ids is not None and (kept_ids.ndim != 2 or kept_ids.shape[0] != labels.shape[0]):
         raise ValueError(f"kept_ids has shape {tuple(kept_ids.shape)}: give [T, K] with T = {labels.shape[0]}")
-    if not temperature > 0:
-        raise ValueError(f"temperature is {temperature}: it must be above 0")
 
 
 def check_rows(labels: torch.Tensor, **rows: torch.Tensor | None) -> None:
@@ -35,24 +27,6 @@ def check_rows(labels: torch.Tensor, **rows: torch.Tensor | None) -> None:
     for name, values in rows.items():
         if values is not None and values.shape != labels.shape:
             raise ValueError(f"{name} has shape {tuple(values.shape)}: give one value per row, {tuple(labels.shape)}")
-
-
-def check_options(
-    clip_eps_low: float, clip_eps_high: float, dual_clip: float | None, clip_form: str, kl_estimator: str, ratio_over: str
-) -> None:
-    """Raises ValueError if an option of the loss is out of range."""
-    if not (clip_eps_low >= 0 and clip_eps_high >= 0):  # NaN fails, too
-        raise ValueError(f"clip_eps_low {clip_eps_low} and clip_eps_high {clip_eps_high} must not be negative")
-    if dual_clip is not None and not dual_clip > 1:
-        raise ValueError(f"dual_clip is {dual_clip}: give a bound above 1, or None to switch it off")
-    if clip_form not in CLIP_FORMS:
-        raise ValueError(f"clip_form {clip_form!r} is unknown: give one of {', '.join(CLIP_FORMS)}")
-    if clip_form != "ppo" and dual_clip is not None:
-        raise ValueError(f"dual_clip bounds the surrogate of clip_form ppo, not {clip_form}: leave it at None")
-    if ratio_over not in RATIOS_OVER:
-        raise ValueError(f"ratio_over {ratio_over!r} is unknown: give one of {', '.join(RATIOS_OVER)}")
-    if kl_estimator not in KL_ESTIMATORS:
-        raise ValueError(f"kl_estimator {kl_estimator!r} is unknown: give one of {', '.join(KL_ESTIMATORS)}")
 
 
 def check_segments(num_rows: int, step_advantages: torch.Tensor, step_ends: torch.Tensor, cu_seqlens: torch.Tensor) -> None:

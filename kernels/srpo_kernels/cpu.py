@@ -7,13 +7,13 @@ import warnings
 import weakref
 from collections import deque
 from functools import cache
-from typing import Any
 
 import numpy as np
 import torch
 
 from srpo_kernels.build import BuildError, build_cpu, load_with_openmp
 from srpo_kernels.native import DTYPES, ROW_FIELDS, RowArgs, row_args
+from srpo_kernels.options import LossOptions
 
 HUGE_PAGE = 2**21
 KEPT_BYTES = 2**24  # the memory of a gradient of this size or more is kept for the next one
@@ -47,12 +47,6 @@ def why_not(logits: torch.Tensor) -> str | None:
     return str(lib) if isinstance(lib, BuildError) else None
 
 
-def levels() -> tuple[str, ...]:
-    """Instruction sets that this machine supports, slowest first."""
-    lib = library()
-    return () if isinstance(lib, BuildError) else LEVELS[: lib.srpo_cpu_level() + 1]
-
-
 def new_gradient(logits: torch.Tensor) -> torch.Tensor:
     """An empty tensor like the logits. A large one reuses the memory of the last large gradient that was freed, if it fits,
     because page faults on hundreds of megabytes cost more than the loss. `empty_cache` releases that memory."""
@@ -82,13 +76,14 @@ def rows(
     logits: torch.Tensor,
     dlogits: torch.Tensor | None,
     tables: dict[str, torch.Tensor | None],
-    options: dict[str, Any],
+    options: LossOptions,
+    first_row: int = 0,
 ) -> torch.Tensor:
     """See `operators.Backend`."""
     lib = library()
     assert isinstance(lib, ctypes.CDLL)
     values = logits.new_empty(len(ROW_FIELDS), logits.shape[0], dtype=torch.float32)
-    args, held = row_args(mode, {**tables, "logits": logits, "dlogits": dlogits, "rows": values}, **options)
+    args, held = row_args(mode, {**tables, "logits": logits, "dlogits": dlogits, "rows": values}, options, first_row)
     args.num_threads = torch.get_num_threads()
     code = lib.srpo_cpu_rows(args, -1 if forced_level is None else LEVELS.index(forced_level))
     if code == 2:

@@ -10,13 +10,13 @@ from __future__ import annotations
 import ctypes
 import warnings
 from functools import cache
-from typing import Any
 
 import torch
 
 from srpo_kernels import triton_rows
 from srpo_kernels.build import BuildError, build_cuda
 from srpo_kernels.native import DTYPES, ROW_FIELDS, RowArgs, row_args
+from srpo_kernels.options import LossOptions
 
 MIN_CAPABILITY = (9, 0)  # thread block clusters
 CLUSTERS = (1, 2, 4, 8, 16)
@@ -64,7 +64,8 @@ def rows(
     logits: torch.Tensor,
     dlogits: torch.Tensor | None,
     tables: dict[str, torch.Tensor | None],
-    options: dict[str, Any],
+    options: LossOptions,
+    first_row: int = 0,
 ) -> torch.Tensor:
     """See `operators.Backend`. Queued on the current stream. Raises RuntimeError for a CUDA error."""
     lib = library()
@@ -73,7 +74,7 @@ def rows(
         if tensor is not None and tensor.device != logits.device:
             raise ValueError(f"{name} is on {tensor.device} and the logits on {logits.device}: move both to one device")
     values = logits.new_empty(len(ROW_FIELDS), logits.shape[0], dtype=torch.float32)
-    args, held = row_args(mode, {**tables, "logits": logits, "dlogits": dlogits, "rows": values}, **options)
+    args, held = row_args(mode, {**tables, "logits": logits, "dlogits": dlogits, "rows": values}, options, first_row)
     stream = torch.cuda.current_stream(logits.device).cuda_stream
     cluster = -1 if forced_cluster is None else forced_cluster
     _check(lib, lib.srpo_cuda_rows(ctypes.byref(args), _index(logits), cluster, stream))
@@ -84,16 +85,6 @@ def rows(
 def scaled(gradient: torch.Tensor, factor: torch.Tensor) -> torch.Tensor:
     """See `operators.Backend`. Triton's kernel skips a factor of 1 on the device; without Triton the product is computed."""
     return triton_rows.scaled(gradient, factor) if triton_rows.why_not(gradient) is None else gradient * factor
-
-
-def cluster_size(logits: torch.Tensor) -> int:
-    """Number of CTAs per row for unfiltered logits; 0: the kernel that reads twice. Raises RuntimeError for a CUDA error."""
-    lib = library()
-    assert isinstance(lib, ctypes.CDLL)
-    args, _ = row_args("logprobs", {"logits": logits}, temperature=1.0)
-    size = lib.srpo_cuda_cluster(ctypes.byref(args), _index(logits))
-    _check(lib, -min(size, 0))
-    return size
 
 
 def _index(tensor: torch.Tensor) -> int:

@@ -9,17 +9,16 @@ Shapes: T packed rows, H hidden size, V vocabulary, N sequences, J reasoning ste
 
 from __future__ import annotations
 
-import math
 from typing import Literal
 
 import torch
 from torch import Tensor
 
 from srpo_kernels import linear_exponentials, linear_operators, reference
-from srpo_kernels.checks import check_options, check_rows, check_segments, check_softmax
+from srpo_kernels.checks import check_filter, check_rows, check_segments
 from srpo_kernels.dispatch import choose
-from srpo_kernels.linear_operators import spread
-from srpo_kernels.segments import IGNORE, PolicyLoss, StepStats, compact, old_of_segments
+from srpo_kernels.options import LossOptions, check_temperature
+from srpo_kernels.segments import IGNORE, PolicyLoss, StepStats, Tables, compact, old_of_segments, scatter
 
 
 def linear_policy_loss(
@@ -33,18 +32,11 @@ def linear_policy_loss(
     old_logprobs: Tensor | None = None,
     ref_logprobs: Tensor | None = None,
     *,
-    clip_eps_low: float,
-    clip_eps_high: float,
-    kl_coef: float,
-    kl_estimator: Literal["k1", "k2", "k3", "full"],
-    temperature: float,
+    options: LossOptions,
     top_k: int | None = None,
     kept_ids: Tensor | None = None,
     ref_hidden: Tensor | None = None,
     ref_weight: Tensor | None = None,
-    dual_clip: float | None = None,
-    clip_form: Literal["ppo", "cispo"] = "ppo",
-    ratio_over: Literal["token", "step", "sequence"] = "token",
     chunk_rows: int | None = None,
     chunk_holds: Literal["logits", "exponentials"] = "logits",
     impl: str = "auto",
@@ -86,51 +78,36 @@ def linear_policy_loss(
 
     Raises ValueError as `policy_loss` does, and for hidden states, weights or a chunk_rows that do not fit.
     """
-    _check(hidden, weight, labels, temperature, top_k, kept_ids, chunk_rows)
+    _check(hidden, weight, labels, top_k, kept_ids, chunk_rows)
+    full = options.kl_estimator == "full"
     if chunk_holds != "logits":
-        _check_exponentials(chunk_holds, hidden, impl, filtered=bool(top_k) or kept_ids is not None, full=kl_estimator == "full")
+        _check_exponentials(chunk_holds, hidden, impl, filtered=bool(top_k) or kept_ids is not None, full=full)
     check_segments(labels.shape[0], step_advantages, step_ends, cu_seqlens)
     check_rows(labels, weights=weights, old_logprobs=old_logprobs, ref_logprobs=ref_logprobs)
-    check_options(clip_eps_low, clip_eps_high, dual_clip, clip_form, kl_estimator, ratio_over)
-    if kl_estimator == "full":
+    if full:
         ref_logprobs = None
         _check_reference_head(ref_hidden, ref_weight, weight, labels)
     else:
         ref_hidden = ref_weight = None
-    if kl_coef and ref_logprobs is None and ref_hidden is None:
-        wanted = "ref_hidden and ref_weight" if kl_estimator == "full" else "ref_logprobs"
-        raise ValueError(f"kl_coef is {kl_coef} but there is no reference: give {wanted}, or set kl_coef to 0")
+    if options.kl_coef and ref_logprobs is None and ref_hidden is None:
+        missing = "ref_hidden and ref_weight" if full else "ref_logprobs"
+        raise ValueError(f"kl_coef is {options.kl_coef} but there is no reference: give {missing}, or set kl_coef to 0")
     narrow = hidden.is_cuda and hidden.dtype == torch.bfloat16
     name = choose("linear_policy_loss", impl, hidden.device, _math_dtype(hidden), narrow=narrow)
-    if ratio_over != "token" and old_logprobs is not None:
+    if options.ratio_over != "token" and old_logprobs is not None:
         with torch.no_grad():
-            options = {"temperature": temperature, "top_k": top_k, "kept_ids": kept_ids, "chunk_rows": chunk_rows}
-            logprobs = linear_token_logprobs(hidden, weight, labels, **options, impl=impl)[0]
-        old_logprobs = old_of_segments(logprobs, old_logprobs, labels, cu_seqlens, step_ends if ratio_over == "step" else None)
+            softmax = {"temperature": options.temperature, "top_k": top_k, "kept_ids": kept_ids}
+            logprobs = linear_token_logprobs(hidden, weight, labels, **softmax, chunk_rows=chunk_rows, impl=impl)[0]
+        ends = step_ends if options.ratio_over == "step" else None
+        old_logprobs = old_of_segments(logprobs, old_logprobs, labels, cu_seqlens, ends)
     if name == "reference":
         rows = (labels != IGNORE).nonzero()[:, 0]
         cu_seqlens, step_ends = compact(labels != IGNORE, cu_seqlens, step_ends)
-        out = reference.policy_loss(
-            _logits(hidden, weight, rows),
-            labels[rows],
-            step_advantages,
-            step_ends,
-            cu_seqlens,
-            weights[rows],
-            None if old_logprobs is None else old_logprobs[rows],
-            None if ref_logprobs is None else ref_logprobs[rows],
-            clip_eps_low=clip_eps_low,
-            clip_eps_high=clip_eps_high,
-            dual_clip=dual_clip,
-            clip_form=clip_form,
-            kl_coef=kl_coef,
-            kl_estimator=kl_estimator,
-            temperature=temperature,
-            top_k=top_k,
-            kept_ids=None if kept_ids is None else kept_ids[rows],
-            ref_logits=None if ref_hidden is None or ref_weight is None else _logits(ref_hidden, ref_weight, rows),
-        )
-        return out._replace(logprobs=spread(out.logprobs, rows, labels))
+        old, ref, kept = (None if table is None else table[rows] for table in (old_logprobs, ref_logprobs, kept_ids))
+        ref_logits = None if ref_hidden is None or ref_weight is None else _logits(ref_hidden, ref_weight, rows)
+        tables = Tables(labels[rows], step_advantages, step_ends, cu_seqlens, weights[rows], old, ref, kept, ref_logits)
+        out = reference.policy_loss(_logits(hidden, weight, rows), tables, options, top_k)
+        return out._replace(logprobs=scatter(out.logprobs, rows, labels.shape[0]))
     grad = torch.is_grad_enabled()
     loss, logprobs, sums, _, _ = linear_operators.policy_loss(
         hidden,
@@ -145,13 +122,7 @@ def linear_policy_loss(
         kept_ids,
         ref_hidden,
         ref_weight,
-        clip_eps_low,
-        clip_eps_high,
-        dual_clip or math.inf,
-        clip_form,
-        kl_coef,
-        kl_estimator,
-        temperature,
+        options.packed,
         0 if kept_ids is not None else top_k or 0,
         chunk_rows or 0,
         chunk_holds == "exponentials",
@@ -179,7 +150,8 @@ def linear_token_logprobs(
     The backward pass recomputes the logits of the rows whose gradient is not zero. It holds a chunk's gradient as well as its
     logits, so the default of `chunk_rows` is half as large there. Other arguments as in `linear_policy_loss`.
     """
-    _check(hidden, weight, labels, temperature, top_k, kept_ids, chunk_rows)
+    check_temperature(temperature)
+    _check(hidden, weight, labels, top_k, kept_ids, chunk_rows)
     name = choose("linear_token_logprobs", impl, hidden.device, _math_dtype(hidden))
     if name == "reference":
         rows = (labels != IGNORE).nonzero()[:, 0]
@@ -187,7 +159,7 @@ def linear_token_logprobs(
         found = reference.token_logprobs(
             _logits(hidden, weight, rows), labels[rows], temperature=temperature, top_k=top_k, kept_ids=kept_ids
         )
-        return spread(found[0], rows, labels), spread(found[1], rows, labels)
+        return scatter(found[0], rows, labels.shape[0]), scatter(found[1], rows, labels.shape[0])
     filter_by = 0 if kept_ids is not None else top_k or 0
     return linear_operators.token_logprobs(hidden, weight, labels, kept_ids, temperature, filter_by, chunk_rows or 0, name)[:2]
 
@@ -208,13 +180,12 @@ def _check(
     hidden: Tensor,
     weight: Tensor,
     labels: Tensor,
-    temperature: float,
     top_k: int | None,
     kept_ids: Tensor | None,
     chunk_rows: int | None,
 ) -> None:
     _check_head(hidden, weight, labels, "")
-    check_softmax(labels, temperature, top_k, kept_ids)
+    check_filter(labels, top_k, kept_ids)
     if chunk_rows is not None and chunk_rows < 1:
         raise ValueError(f"chunk_rows is {chunk_rows}: give at least 1, or None for the default")
 

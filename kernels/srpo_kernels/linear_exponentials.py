@@ -7,13 +7,13 @@ from __future__ import annotations
 
 import importlib
 from types import ModuleType
-from typing import Any
 
 import torch
 from torch import Tensor
 
 from srpo_kernels import triton_rows
-from srpo_kernels.native import ROW_FIELDS
+from srpo_kernels.native import ROW_FIELDS, kl_estimator
+from srpo_kernels.options import LossOptions
 
 WARPS = 8  # per tile
 BLOCK = 1024  # number of tile sums that `finish_kernel` loads at once
@@ -39,7 +39,12 @@ def kernels() -> ModuleType:
 
 
 def rows(
-    hidden: Tensor, weight: Tensor, exponentials: Tensor | None, tables: dict[str, Tensor | None], options: dict[str, Any]
+    hidden: Tensor,
+    weight: Tensor,
+    exponentials: Tensor | None,
+    tables: dict[str, Tensor | None],
+    options: LossOptions,
+    first_row: int = 0,
 ) -> tuple[Tensor, Tensor]:
     """(values per row [len(ROW_FIELDS), C] as `operators.Backend.rows` gives them, v [C] fp32).
 
@@ -47,7 +52,7 @@ def rows(
     hidden @ weight.T. Rows for which this is impossible (label of probability below 2^-60, label that is not a column, NaN
     logits) get the values of an ignored row, with step -1, and no gradient.
 
-    hidden [C, H], weight [V, H]; tables and options as in `operators.Backend`; every row has a label.
+    hidden [C, H], weight [V, H]; tables, options and first_row as in `operators.Backend`; every row has a label.
     """
     num_rows, size = hidden.shape
     hidden, weight = triton_rows.rows_together(hidden), triton_rows.rows_together(weight)
@@ -60,7 +65,7 @@ def rows(
     }
     labels, step_ends = table["labels"], table["step_ends"]
     assert labels is not None and step_ends is not None and num_rows > 0
-    c, c_error = triton_rows.in_base_2(options["temperature"])
+    c, c_error = triton_rows.in_base_2(options.temperature)
     # Rounding of these products does no harm: the offset only has to be near the label's logit.
     near = (hidden * weight[labels.clamp(0, vocab - 1)]).sum(1, dtype=torch.float32)
     offsets = torch.round(near * c)
@@ -105,12 +110,12 @@ def rows(
             vocab=vocab,
             num_sequences=step_ends.shape[0],
             num_steps=step_ends.shape[1],
-            first_row=options["first_row"],
+            first_row=first_row,
             c=c,
             c_error=c_error,
             **triton_rows.numbers(options),
-            CLIP_FORM=options["clip_form"],
-            KL_ESTIMATOR=options["kl_estimator"],
+            CLIP_FORM=options.clip_form,
+            KL_ESTIMATOR=kl_estimator(tables, options),
             BLOCK=BLOCK,
             num_warps=4,
             enable_fp_fusion=True,

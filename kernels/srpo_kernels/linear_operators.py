@@ -16,7 +16,8 @@ from torch import Tensor
 from srpo_kernels import linear_exponentials, operators, reference
 from srpo_kernels.linear_chunks import Chunks, Gradient, as_factor, gradient_dtype
 from srpo_kernels.native import ROW_FIELDS
-from srpo_kernels.segments import IGNORE, compact, step_of_row
+from srpo_kernels.options import LossOptions
+from srpo_kernels.segments import IGNORE, compact, scatter, step_of_row
 
 
 @torch.library.custom_op("srpo::linear_policy_loss", mutates_args=())
@@ -33,13 +34,7 @@ def policy_loss(
     kept_ids: Tensor | None,
     ref_hidden: Tensor | None,
     ref_weight: Tensor | None,
-    clip_eps_low: float,
-    clip_eps_high: float,
-    dual_clip: float,
-    clip_form: str,
-    kl_coef: float,
-    kl_estimator: str,
-    temperature: float,
+    options: str,
     top_k: int,
     chunk_rows: int,
     exponentials: bool,
@@ -48,13 +43,12 @@ def policy_loss(
     impl: str,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     """(loss [], logprobs [T], sums [6, J] fp64 as `StepStats.stack`, gradient [T, H], gradient [V, H]); [0, H] for a gradient
-    that is not needed. chunk_rows 0: the default; top_k 0: no filter except `kept_ids`; exponentials: a chunk holds exponentials
-    in place of logits."""
+    that is not needed. options: `LossOptions.packed`; top_k 0: no filter except `kept_ids`; chunk_rows 0: the default;
+    exponentials: a chunk holds exponentials in place of logits."""
     backend, with_grad = operators.BACKENDS[impl], hidden_grad or weight_grad
     by_row = {"labels": labels, "weights": weights, "kept_ids": kept_ids}
     by_row |= {"old_logprobs": old_logprobs, "ref_logprobs": ref_logprobs}
-    settings = (clip_eps_low, clip_eps_high, dual_clip, clip_form, kl_coef, kl_estimator, temperature)
-    options = operators.options_of({"ref_logprobs": ref_logprobs, "ref_logits": ref_hidden}, *settings)
+    settings = LossOptions.unpack(options)
     factor = as_factor(weight)
     gradient = Gradient(hidden, weight, factor, hidden_grad, weight_grad, _stored)
 
@@ -63,7 +57,7 @@ def policy_loss(
         edges, ends = compact(torch.zeros_like(labels, dtype=torch.bool).index_fill(0, rows, True), cu_seqlens, step_ends)
         whole = {"cu_seqlens": edges, "step_ends": ends, "step_advantages": step_advantages}
         maybe = None  # [R] bool: the row's gradient may differ from zero; None: every row's may
-        if with_grad and kl_coef == 0:
+        if with_grad and settings.kl_coef == 0:
             sequence, step = step_of_row(edges, ends, torch.arange(rows.shape[0], device=rows.device))
             maybe = (weights[rows] != 0) & (step_advantages[sequence, step] != 0)
         holds, dtype = torch.float32, gradient_dtype(factor, backend)
@@ -79,21 +73,20 @@ def policy_loss(
         for start, stop in chunks:
             own = rows[start:stop]
             tables = {**whole, **{name: None if table is None else table[own] for name, table in by_row.items()}}
-            local = {**options, "first_row": start}
             matrix = chunks.gradient(start, stop) if with_grad else None
             if exponentials:
                 x = chunks.hidden_rows(start, stop)
-                values[:, start:stop], scales = linear_exponentials.rows(x, factor, matrix, tables, local)
+                values[:, start:stop], scales = linear_exponentials.rows(x, factor, matrix, tables, settings, start)
             else:
                 x, logits = chunks.logits(start, stop)
                 tables["ref_logits"] = None if ref_chunks is None else ref_chunks.logits(start, stop)[1]
                 if top_k:
                     tables["kept_ids"] = reference.topk_support(logits, top_k)
-                values[:, start:stop] = backend.rows("policy_loss", logits, matrix, tables, local)
+                values[:, start:stop] = backend.rows("policy_loss", logits, matrix, tables, settings, start)
                 scales = None
             if matrix is not None:
                 alive = None if maybe is None else maybe[start:stop]
-                if alive is not None and clip_form == "ppo":
+                if alive is not None and settings.clip_form == "ppo":
                     alive &= values[ROW_FIELDS.index("clipped"), start:stop] == 0
                 gradient.add(own, x, matrix, alive, scales)
         return values
@@ -105,7 +98,7 @@ def policy_loss(
         if far.shape[0]:
             values[:, far] = take(rows[far], False)
     loss, logprobs, sums = operators.reduce_rows(values, step_ends.shape[1])
-    return loss, spread(logprobs, rows, labels), sums, *gradient.finish()
+    return loss, scatter(logprobs, rows, labels.shape[0]), sums, *gradient.finish()
 
 
 @policy_loss.register_fake
@@ -224,8 +217,3 @@ torch.library.register_autograd("srpo::linear_token_logprobs", _recompute, setup
 def _stored(dtype: torch.dtype) -> torch.dtype:
     """The dtype in which a gradient is stored until the backward pass: fp32 for fp16, since a loss scale is applied only then."""
     return torch.float32 if dtype == torch.float16 else dtype
-
-
-def spread(values: Tensor, rows: Tensor, labels: Tensor) -> Tensor:
-    """Values of the labelled rows [R] scattered to all rows [T]; 0 for ignored rows."""
-    return values.new_zeros(labels.shape[0]).index_copy(0, rows, values)

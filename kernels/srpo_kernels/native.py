@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import ctypes
 import math
-from typing import Any
 
 import torch
+
+from srpo_kernels.options import LossOptions
 
 ROW_FIELDS = ("loss", "logprob", "lse", "ratio", "kl", "entropy", "clipped", "outside", "step")
 MODES = {"policy_loss": 0, "logprobs": 1, "logprobs_backward": 2}
@@ -30,18 +31,9 @@ POINTERS = {  # name: dtype; None: the dtype of the logits
     "grad_lse": torch.float32,
     "rows": torch.float32,
 }
-DEFAULTS = {  # values of options that a mode does not use
-    "clip_eps_low": 0.0,
-    "clip_eps_high": 0.0,
-    "dual_clip": math.inf,
-    "clip_form": "ppo",
-    "kl_coef": 0.0,
-    "kl_estimator": None,
-    "first_row": 0,
-}
 _STRIDES = {"logits": "logits_stride", "ref_logits": "ref_stride", "dlogits": "dlogits_stride"}
 _SIZES = (*_STRIDES.values(), "T", "V", "N", "J", "K", "first_row")
-_NUMBERS = ("temperature", "clip_eps_low", "clip_eps_high", "dual_clip", "kl_coef")
+_OPTIONS = ("temperature", "clip_eps_low", "clip_eps_high", "dual_clip", "kl_coef")
 _CODES = ("dtype", "mode", "kl_estimator", "clip_form", "num_threads")
 
 
@@ -51,23 +43,29 @@ class RowArgs(ctypes.Structure):
     _fields_ = [
         *((name, ctypes.c_void_p) for name in POINTERS),
         *((name, ctypes.c_int64) for name in _SIZES),
-        *((name, ctypes.c_double) for name in _NUMBERS),
+        *((name, ctypes.c_double) for name in _OPTIONS),
         *((name, ctypes.c_int32) for name in _CODES),
     ]
 
 
-def row_args(mode: str, tensors: dict[str, torch.Tensor | None], **options: Any) -> tuple[RowArgs, list[Any]]:
+def kl_estimator(tables: dict[str, torch.Tensor | None], options: LossOptions) -> str | None:
+    """The estimator of the KL; None without a reference."""
+    has_reference = tables.get("ref_logprobs") is not None or tables.get("ref_logits") is not None
+    return options.kl_estimator if has_reference else None
+
+
+def row_args(
+    mode: str, tensors: dict[str, torch.Tensor | None], options: LossOptions, first_row: int = 0
+) -> tuple[RowArgs, list[torch.Tensor]]:
     """(the struct, the tensors that its pointers refer to). Keep the tensors alive until the call has returned.
 
     The keys of `tensors` are the field names of csrc/rows.h. Tensors that are only read are converted to the dtype and layout
-    that the kernels expect; `dlogits` and `rows` are written and must already have them. Options: temperature, and the options
-    that differ from DEFAULTS.
+    that the kernels expect; `dlogits` and `rows` are written and must already have them.
     """
     logits = tensors["logits"]
     assert logits is not None
-    held: list[Any] = []
-    options = DEFAULTS | options
-    args = RowArgs(mode=MODES[mode], dtype=DTYPES[logits.dtype], num_threads=1)
+    held: list[torch.Tensor] = []
+    args = RowArgs(mode=MODES[mode], dtype=DTYPES[logits.dtype], num_threads=1, first_row=first_row)
     args.T, args.V = logits.shape
     for name, tensor in tensors.items():
         if tensor is None:
@@ -89,7 +87,8 @@ def row_args(mode: str, tensors: dict[str, torch.Tensor | None], **options: Any)
             args.N, args.J = tensor.shape
         elif name == "kept_ids":
             args.K = tensor.shape[1]
-    for name in (*_NUMBERS, "first_row"):
-        setattr(args, name, options[name])
-    args.kl_estimator, args.clip_form = KL_ESTIMATORS[options["kl_estimator"]], CLIP_FORMS[options["clip_form"]]
+    for name in _OPTIONS:
+        value = getattr(options, name)
+        setattr(args, name, math.inf if value is None else value)  # None: no bound
+    args.kl_estimator, args.clip_form = KL_ESTIMATORS[kl_estimator(tensors, options)], CLIP_FORMS[options.clip_form]
     return args, held

@@ -13,18 +13,18 @@ import torch
 from torch import Tensor
 
 from srpo_kernels.native import ROW_FIELDS
-from srpo_kernels.segments import StepStats
+from srpo_kernels.options import LossOptions, without_loss
+from srpo_kernels.segments import StepStats, Tables
 
 
 class Backend(Protocol):
     """A module that computes rows. T rows, V vocabulary.
 
-    In mode "policy_loss" `tables` has the tensors labels, kept_ids, ref_logits, step_advantages, step_ends, cu_seqlens, weights,
-    old_logprobs and ref_logprobs of `srpo_kernels.policy_loss`, None if absent; `options` has clip_eps_low, clip_eps_high,
-    dual_clip (inf: off), clip_form, kl_coef, kl_estimator (None without a reference), temperature, and first_row: the packed
-    index of row 0, needed when labels, weights and log-probabilities are a slice of a batch while step_advantages, step_ends and
-    cu_seqlens cover the whole batch. Mode "logprobs" takes labels, kept_ids and temperature; "logprobs_backward" also takes
-    grad_logprobs and grad_lse.
+    In mode "policy_loss" `tables` has the tensors of `segments.Tables`, None if absent; the KL is 0 without a reference.
+    first_row is the packed index of row 0, for labels, weights and log-probabilities that are a slice of a batch while
+    step_advantages, step_ends and cu_seqlens cover the whole batch. Mode "logprobs" uses only labels and kept_ids, and of the
+    options the temperature; "logprobs_backward" also uses grad_logprobs and grad_lse. `options.ratio_over` has already been
+    applied to old_logprobs.
     """
 
     any_gradient_dtype: bool  # whether `dlogits` may have another dtype than the logits
@@ -43,7 +43,8 @@ class Backend(Protocol):
         logits: Tensor,
         dlogits: Tensor | None,
         tables: dict[str, Tensor | None],
-        options: dict[str, Any],
+        options: LossOptions,
+        first_row: int = 0,
     ) -> Tensor:
         """Values per row, [len(ROW_FIELDS), T] fp32.
 
@@ -73,24 +74,18 @@ def policy_loss(
     ref_logprobs: Tensor | None,
     kept_ids: Tensor | None,
     ref_logits: Tensor | None,
-    clip_eps_low: float,
-    clip_eps_high: float,
-    dual_clip: float,
-    clip_form: str,
-    kl_coef: float,
-    kl_estimator: str,
-    temperature: float,
+    options: str,
     with_grad: bool,
     impl: str,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """(loss [], logprobs [T], sums [6, J] fp64 as `StepStats.stack`, gradient [T, V]; [0, V] without `with_grad`)."""
-    tables = _tables(
-        labels, step_advantages, step_ends, cu_seqlens, weights, old_logprobs, ref_logprobs, kept_ids, ref_logits, kl_estimator
-    )
-    options = options_of(tables, clip_eps_low, clip_eps_high, dual_clip, clip_form, kl_coef, kl_estimator, temperature)
+    """(loss [], logprobs [T], sums [6, J] fp64 as `StepStats.stack`, gradient [T, V]; [0, V] without `with_grad`).
+
+    options: `LossOptions.packed`.
+    """
+    tables = Tables(labels, step_advantages, step_ends, cu_seqlens, weights, old_logprobs, ref_logprobs, kept_ids, ref_logits)
     dlogits = BACKENDS[impl].new_gradient(logits) if with_grad else None
-    rows = BACKENDS[impl].rows("policy_loss", logits, dlogits, tables, options)
-    return *reduce_rows(rows, step_ends.shape[1]), logits.new_empty(0, logits.shape[1]) if dlogits is None else dlogits
+    results = _loss_rows(impl, logits, dlogits, tables, options)
+    return *results, logits.new_empty(0, logits.shape[1]) if dlogits is None else dlogits
 
 
 @torch.library.custom_op("srpo::policy_loss_", mutates_args=("logits",))
@@ -105,71 +100,18 @@ def policy_loss_(
     ref_logprobs: Tensor | None,
     kept_ids: Tensor | None,
     ref_logits: Tensor | None,
-    clip_eps_low: float,
-    clip_eps_high: float,
-    dual_clip: float,
-    clip_form: str,
-    kl_coef: float,
-    kl_estimator: str,
-    temperature: float,
+    options: str,
     impl: str,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """As `policy_loss`, with the gradient written over the logits."""
-    tables = _tables(
-        labels, step_advantages, step_ends, cu_seqlens, weights, old_logprobs, ref_logprobs, kept_ids, ref_logits, kl_estimator
-    )
-    options = options_of(tables, clip_eps_low, clip_eps_high, dual_clip, clip_form, kl_coef, kl_estimator, temperature)
-    return reduce_rows(BACKENDS[impl].rows("policy_loss", logits, logits, tables, options), step_ends.shape[1])
+    tables = Tables(labels, step_advantages, step_ends, cu_seqlens, weights, old_logprobs, ref_logprobs, kept_ids, ref_logits)
+    return _loss_rows(impl, logits, logits, tables, options)
 
 
-def _tables(
-    labels: Tensor,
-    step_advantages: Tensor,
-    step_ends: Tensor,
-    cu_seqlens: Tensor,
-    weights: Tensor,
-    old_logprobs: Tensor | None,
-    ref_logprobs: Tensor | None,
-    kept_ids: Tensor | None,
-    ref_logits: Tensor | None,
-    kl_estimator: str,
-) -> dict[str, Tensor | None]:
-    """The backend's `tables`, with only the reference that the estimator uses."""
-    return {
-        "labels": labels,
-        "step_advantages": step_advantages,
-        "step_ends": step_ends,
-        "cu_seqlens": cu_seqlens,
-        "weights": weights,
-        "old_logprobs": old_logprobs,
-        "ref_logprobs": None if kl_estimator == "full" else ref_logprobs,
-        "kept_ids": kept_ids,
-        "ref_logits": ref_logits if kl_estimator == "full" else None,
-    }
-
-
-def options_of(
-    tables: dict[str, Tensor | None],
-    clip_eps_low: float,
-    clip_eps_high: float,
-    dual_clip: float,
-    clip_form: str,
-    kl_coef: float,
-    kl_estimator: str,
-    temperature: float,
-) -> dict[str, Any]:
-    """The backend's `options`."""
-    has_reference = tables["ref_logprobs"] is not None or tables["ref_logits"] is not None
-    return {
-        "clip_eps_low": clip_eps_low,
-        "clip_eps_high": clip_eps_high,
-        "dual_clip": dual_clip,
-        "clip_form": clip_form,
-        "kl_coef": kl_coef,
-        "kl_estimator": kl_estimator if has_reference else None,
-        "temperature": temperature,
-        "first_row": 0,
-    }
+def _loss_rows(impl: str, logits: Tensor, dlogits: Tensor | None, tables: Tables, options: str) -> tuple[Tensor, Tensor, Tensor]:
+    """(loss, logprobs, sums by step); fills `dlogits`."""
+    rows = BACKENDS[impl].rows("policy_loss", logits, dlogits, tables._asdict(), LossOptions.unpack(options))
+    return reduce_rows(rows, tables.step_ends.shape[1])
 
 
 def reduce_rows(rows: Tensor, num_steps: int) -> tuple[Tensor, Tensor, Tensor]:
@@ -244,7 +186,8 @@ class PolicyLossInPlace(torch.autograd.Function):
 
 def logprob_rows(impl: str, logits: Tensor, labels: Tensor, kept_ids: Tensor | None, temperature: float) -> tuple[Tensor, Tensor]:
     """(log-probabilities, log-sum-exp), each [T] fp32, 0 for ignored rows."""
-    rows = BACKENDS[impl].rows("logprobs", logits, None, {"labels": labels, "kept_ids": kept_ids}, {"temperature": temperature})
+    tables: dict[str, Tensor | None] = {"labels": labels, "kept_ids": kept_ids}
+    rows = BACKENDS[impl].rows("logprobs", logits, None, tables, without_loss(temperature))
     return rows[ROW_FIELDS.index("logprob")].clone(), rows[ROW_FIELDS.index("lse")].clone()
 
 
@@ -261,7 +204,7 @@ def logprob_rows_backward(
     backend = BACKENDS[impl]
     dlogits = backend.new_gradient(logits)
     tables = {"labels": labels, "kept_ids": kept_ids, "grad_logprobs": grad_logprobs, "grad_lse": grad_lse}
-    backend.rows("logprobs_backward", logits, dlogits, tables, {"temperature": temperature})
+    backend.rows("logprobs_backward", logits, dlogits, tables, without_loss(temperature))
     return dlogits
 
 

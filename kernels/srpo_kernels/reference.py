@@ -12,7 +12,8 @@ from typing import NamedTuple
 
 import torch
 
-from srpo_kernels.segments import IGNORE, PolicyLoss, StepStats, step_of_row
+from srpo_kernels.options import LossOptions
+from srpo_kernels.segments import IGNORE, PolicyLoss, StepStats, Tables, scatter, step_of_row
 
 # exp(20) = 4.9e8: neither a ratio nor a k3 term can overflow, nor the square of its gradient in a global norm. Log ratios up to
 # the bound are unchanged; above it the exponential is constant and has no gradient. Underflow is harmless: no bound from below.
@@ -20,57 +21,38 @@ MAX_LOG_RATIO = 20.0
 _CACHED = 2**18  # number of elements of a temporary that fits into a CPU's cache
 
 
-def policy_loss(
-    logits: torch.Tensor,
-    labels: torch.Tensor,
-    step_advantages: torch.Tensor,
-    step_ends: torch.Tensor,
-    cu_seqlens: torch.Tensor,
-    weights: torch.Tensor,
-    old_logprobs: torch.Tensor | None,
-    ref_logprobs: torch.Tensor | None,
-    *,
-    clip_eps_low: float,
-    clip_eps_high: float,
-    dual_clip: float | None,
-    clip_form: str,
-    kl_coef: float,
-    kl_estimator: str,
-    temperature: float,
-    top_k: int | None,
-    kept_ids: torch.Tensor | None,
-    ref_logits: torch.Tensor | None,
-) -> PolicyLoss:
+def policy_loss(logits: torch.Tensor, tables: Tables, options: LossOptions, top_k: int | None) -> PolicyLoss:
     """See `srpo_kernels.policy_loss`."""
+    labels, step_ends, temperature = tables.labels, tables.step_ends, options.temperature
     num_rows = labels.shape[0]
     rows = (labels != IGNORE).nonzero()[:, 0]
     logits, labels = _select(logits, rows), _select(labels, rows)
-    support = _support(logits, labels, rows, top_k, kept_ids)
+    support = _support(logits, labels, rows, top_k, tables.kept_ids)
     log_p = _candidates(logits, temperature, support).log_softmax(1)  # [R, C]
     logprobs = _of_label(log_p, labels, support)  # [R]
 
-    sequence, step = step_of_row(cu_seqlens, step_ends, rows)
-    advantages = step_advantages.detach().to(log_p.dtype)[sequence, step]
-    old = logprobs.detach() if old_logprobs is None else _constant(old_logprobs, rows, log_p.dtype)
+    sequence, step = step_of_row(tables.cu_seqlens, step_ends, rows)
+    advantages = tables.step_advantages.detach().to(log_p.dtype)[sequence, step]
+    old = logprobs.detach() if tables.old_logprobs is None else _constant(tables.old_logprobs, rows, log_p.dtype)
     ratio = (logprobs - old).clamp(max=MAX_LOG_RATIO).exp()  # Eq. 6: rho_{i,t} = pi_theta / pi_theta_old
     # min(ratio A, clip(ratio) A) bounds the ratio from above where A > 0 and from below where A < 0. Dual clip also bounds it
     # from above where A < 0.
-    low, high = 1 - clip_eps_low, 1 + clip_eps_high
-    if clip_form == "cispo":
+    low, high = 1 - options.clip_eps_low, 1 + options.clip_eps_high
+    if options.clip_form == "cispo":
         bounded = ratio.detach().clamp(low, high)
         terms = torch.where(advantages == 0, 0, -bounded * advantages * logprobs)
     else:
-        bounded = torch.where(advantages > 0, ratio.clamp(max=high), ratio.clamp(min=low, max=dual_clip))
+        bounded = torch.where(advantages > 0, ratio.clamp(max=high), ratio.clamp(min=low, max=options.dual_clip))
         terms = -bounded * advantages  # Eq. 6: -min(r A, clip(r, 1-eps, 1+eps) A)
 
-    if kl_estimator == "full" and ref_logits is not None:
-        kl = _full_kl(log_p, _candidates(_select(ref_logits.detach(), rows), temperature, support).log_softmax(1))
-    elif kl_estimator != "full" and ref_logprobs is not None:
-        kl = _sampled_kl(logprobs - _constant(ref_logprobs, rows, log_p.dtype), kl_estimator)
+    if tables.ref_logits is not None:
+        kl = _full_kl(log_p, _candidates(_select(tables.ref_logits.detach(), rows), temperature, support).log_softmax(1))
+    elif tables.ref_logprobs is not None:
+        kl = _sampled_kl(logprobs - _constant(tables.ref_logprobs, rows, log_p.dtype), options.kl_estimator)
     else:
         kl = torch.zeros_like(logprobs)
-    if kl_coef:
-        terms = terms + kl_coef * kl  # Eq. 6: beta * D_KL[pi_theta || pi_ref]
+    if options.kl_coef:
+        terms = terms + options.kl_coef * kl  # Eq. 6: beta * D_KL[pi_theta || pi_ref]
 
     stats = StepStats.sum_rows(
         step,
@@ -82,8 +64,8 @@ def policy_loss(
         sum_entropy=_entropy(log_p.detach()),
     )
     # Eq. 6: 1/G sum_i 1/|o_i| sum_t. The caller decides on the denominators and passes them as the weight of each token.
-    loss = (_constant(weights, rows, log_p.dtype) * terms).sum()
-    return PolicyLoss(loss, _spread(logprobs.detach(), rows, num_rows), stats)
+    loss = (_constant(tables.weights, rows, log_p.dtype) * terms).sum()
+    return PolicyLoss(loss, scatter(logprobs.detach(), rows, num_rows), stats)
 
 
 def token_logprobs(
@@ -101,7 +83,7 @@ def token_logprobs(
     support = _support(logits, labels, rows, top_k, kept_ids)
     candidates = _candidates(logits, temperature, support)
     logprobs = _of_label(candidates.log_softmax(1), labels, support)
-    return _spread(logprobs, rows, num_rows), _spread(candidates.logsumexp(1), rows, num_rows)
+    return scatter(logprobs, rows, num_rows), scatter(candidates.logsumexp(1), rows, num_rows)
 
 
 class _Support(NamedTuple):
@@ -177,8 +159,3 @@ def _select(tensor: torch.Tensor, rows: torch.Tensor) -> torch.Tensor:
 def _constant(tensor: torch.Tensor, rows: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
     """The labelled rows of a tensor, detached, in the given dtype."""
     return _select(tensor.detach(), rows).to(dtype)
-
-
-def _spread(values: torch.Tensor, rows: torch.Tensor, num_rows: int) -> torch.Tensor:
-    """Values of the labelled rows [R] scattered to all rows [T]; 0 for ignored rows."""
-    return values if rows.shape[0] == num_rows else values.new_zeros(num_rows).index_copy(0, rows, values)

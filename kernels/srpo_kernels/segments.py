@@ -1,4 +1,4 @@
-"""Shared by every implementation of the ops: the reasoning step that a row belongs to, and the result types.
+"""Shared by every implementation of the ops: the reasoning step that a row belongs to, and the types of inputs and results.
 
 Shapes: T packed rows, R labelled rows, N sequences, J reasoning steps.
 """
@@ -58,6 +58,27 @@ def old_of_segments(
     sums = values.new_zeros(2, ends.shape[0] * num_steps, dtype=torch.float64)
     sums = sums.index_add(1, segment, torch.stack([values.where(counted, 0), counted.to(values.dtype)]).double())
     return logprobs - (sums[0] / sums[1].clamp(min=1))[segment].to(values.dtype)
+
+
+def scatter(values: torch.Tensor, rows: torch.Tensor, num_rows: int) -> torch.Tensor:
+    """Values [R, ...] of the given packed rows [R] among all rows, [num_rows, ...]; 0 in the other rows. Differentiable."""
+    if rows.shape[0] == num_rows:
+        return values
+    return values.new_zeros(num_rows, *values.shape[1:]).index_copy(0, rows, values)
+
+
+class Tables(NamedTuple):
+    """The tensors of `srpo_kernels.policy_loss` besides the logits, with the shapes given there."""
+
+    labels: torch.Tensor
+    step_advantages: torch.Tensor
+    step_ends: torch.Tensor
+    cu_seqlens: torch.Tensor
+    weights: torch.Tensor
+    old_logprobs: torch.Tensor | None
+    ref_logprobs: torch.Tensor | None  # at most one of ref_logprobs and ref_logits: the one that the estimator of the KL uses
+    kept_ids: torch.Tensor | None
+    ref_logits: torch.Tensor | None
 
 
 @dataclass(frozen=True)

@@ -15,7 +15,8 @@ from typing import Any, NamedTuple
 
 import torch
 
-from srpo_kernels.native import DEFAULTS, DTYPES, POINTERS, ROW_FIELDS
+from srpo_kernels.native import DTYPES, POINTERS, ROW_FIELDS, kl_estimator
+from srpo_kernels.options import LossOptions
 
 OLDEST = (3, 6)
 OLDEST_CAPABILITY = (8, 0)
@@ -91,14 +92,14 @@ def rows(
     logits: torch.Tensor,
     dlogits: torch.Tensor | None,
     tables: dict[str, torch.Tensor | None],
-    options: dict[str, Any],
+    options: LossOptions,
+    first_row: int = 0,
 ) -> torch.Tensor:
     """See `operators.Backend`."""
     num_rows, vocab = logits.shape
     values = logits.new_empty(len(ROW_FIELDS), num_rows, dtype=torch.float32)
     if num_rows == 0:
         return values
-    options = DEFAULTS | options
     assert dlogits is None or vocab <= 1 or dlogits.stride(1) == 1
     logits, ref_logits = rows_together(logits), tables.get("ref_logits")
     if ref_logits is not None:
@@ -113,7 +114,7 @@ def rows(
         gathered=kept_ids is not None,
         aligned=logits.data_ptr() % 16 == 0 and logits.stride(0) * logits.element_size() % 16 == 0,
     )
-    c, c_error = in_base_2(options["temperature"])
+    c, c_error = in_base_2(options.temperature)
     module = kernels()
     assert isinstance(module, ModuleType)
     with on(logits):
@@ -131,13 +132,13 @@ def rows(
             num_sequences=num_sequences,
             num_steps=num_steps,
             num_kept=num_kept,
-            first_row=options["first_row"],
+            first_row=first_row,
             c=c,
             c_error=c_error,
             **numbers(options),
             MODE=mode,
-            CLIP_FORM=options["clip_form"],
-            KL_ESTIMATOR=options["kl_estimator"],
+            CLIP_FORM=options.clip_form,
+            KL_ESTIMATOR=kl_estimator(tables, options),
             BLOCK=tiles.block,
             NUM_HELD=tiles.num_held,
             FOLD=tiles.fold,
@@ -173,14 +174,14 @@ def in_base_2(temperature: float) -> tuple[float, float]:
     return rounded, exact / rounded - 1
 
 
-def numbers(options: dict[str, Any]) -> dict[str, float]:
+def numbers(options: LossOptions) -> dict[str, float]:
     """The kernels' scalar arguments that depend on the options of the loss."""
     return {
-        "inverse_temperature": 1 / options["temperature"],
-        "clip_low": 1 - options["clip_eps_low"],
-        "clip_high": 1 + options["clip_eps_high"],
-        "dual_clip": options["dual_clip"],
-        "kl_coef": options["kl_coef"],
+        "inverse_temperature": 1 / options.temperature,
+        "clip_low": 1 - options.clip_eps_low,
+        "clip_high": 1 + options.clip_eps_high,
+        "dual_clip": math.inf if options.dual_clip is None else options.dual_clip,
+        "kl_coef": options.kl_coef,
     }
 
 

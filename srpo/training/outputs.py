@@ -11,7 +11,14 @@ from dataclasses import dataclass
 from typing import Any, Literal, TypeVar
 
 import torch
-from srpo_kernels import PolicyLoss, linear_policy_loss, linear_token_logprobs, policy_loss, token_logprobs, topk_support
+from srpo_kernels import (
+    PolicyLoss,
+    linear_policy_loss,
+    linear_token_logprobs,
+    policy_loss,
+    token_logprobs,
+    topk_support,
+)
 from srpo_kernels.linear_chunks import default_rows
 from torch import nn
 
@@ -40,9 +47,10 @@ class Logits:
         """Log-probabilities of the labels, [R] fp32, differentiable. options: as for `srpo_kernels.token_logprobs`."""
         return token_logprobs(self.logits, labels, **options)[0]
 
-    def loss(self, *tables: torch.Tensor | None, reference: Logits | None, **options: Any) -> PolicyLoss:
+    def loss(self, *tables: torch.Tensor | None, reference: Logits | None = None, **arguments: Any) -> PolicyLoss:
         """See `srpo_kernels.policy_loss`, which may overwrite the logits with their gradient. reference: for the exact KL."""
-        return policy_loss(self.logits, *tables, ref_logits=None if reference is None else reference.logits, **options)  # pyright: ignore[reportArgumentType]
+        ref_logits = None if reference is None else reference.logits
+        return policy_loss(self.logits, *tables, ref_logits=ref_logits, **arguments)  # pyright: ignore[reportArgumentType]
 
     def kept(self) -> Logits:
         """An output that stays valid after the model's forward."""
@@ -64,8 +72,8 @@ class Hidden:
     @torch.no_grad()
     def num_hits(self, labels: torch.Tensor) -> torch.Tensor:
         """As `Logits.num_hits`. Costs one more product with the head."""
-        found = [logits.argmax(-1) for logits in self._chunks()]
-        return (torch.cat([labels[:0], *found]) == labels).sum()
+        best = [logits.argmax(-1) for logits in self._chunks()]
+        return (torch.cat([labels[:0], *best]) == labels).sum()
 
     def _chunks(self) -> Iterator[torch.Tensor]:
         """The logits of one chunk of rows at a time."""
@@ -76,11 +84,11 @@ class Hidden:
         """As `Logits.logprobs`."""
         return linear_token_logprobs(self.hidden, self.weight, labels, **options)[0]
 
-    def loss(self, *tables: torch.Tensor | None, reference: Hidden | None, **options: Any) -> PolicyLoss:
+    def loss(self, *tables: torch.Tensor | None, reference: Hidden | None = None, **arguments: Any) -> PolicyLoss:
         """See `srpo_kernels.linear_policy_loss`. reference: for the exact KL."""
         if reference is not None:
-            options |= {"ref_hidden": reference.hidden, "ref_weight": reference.weight}
-        return linear_policy_loss(self.hidden, self.weight, *tables, **options)  # pyright: ignore[reportArgumentType]
+            arguments |= {"ref_hidden": reference.hidden, "ref_weight": reference.weight}
+        return linear_policy_loss(self.hidden, self.weight, *tables, **arguments)  # pyright: ignore[reportArgumentType]
 
     def kept(self) -> Hidden:
         """A copy of the weight, because FSDP2 frees the gathered one after the forward."""

@@ -13,7 +13,8 @@ from pathlib import Path
 from typing import Any, Literal
 
 import torch
-from srpo_kernels import PolicyLoss, StepStats
+from srpo_kernels import LossOptions, PolicyLoss, StepStats
+from srpo_kernels.segments import scatter
 from torch import nn
 from torch.optim import Optimizer
 
@@ -32,20 +33,13 @@ class NonFiniteError(ValueError):
 
 @dataclass(frozen=True)
 class Objective:
-    """The settings of Eq. 6: those of `LossConfig`, and the distribution of the behaviour policy."""
+    """The loss of an update: the options of Eq. 6, and how log-probabilities and weights are computed for it."""
 
-    clip_eps_low: float
-    clip_eps_high: float
-    kl_coef: float
-    kl_estimator: str
-    temperature: float
+    options: LossOptions
     top_k: int | None  # filter of the distribution that ratios are taken on; None: unfiltered
     sampling_top_k: int | None  # filter of the distribution that was sampled
     num_updates: int
     impl: str = "auto"
-    ratio_over: str = "token"  # token | step | sequence (GSPO)
-    clip_form: str = "ppo"  # ppo | cispo
-    dual_clip: float | None = None
     importance: str = "off"  # off | truncate | mask: how the ratio trainer / engine changes a token's weight
     importance_cap: float = 2.0
     inputs: Literal["logits", "hidden"] = "logits"  # the input of the loss and of all log-probabilities
@@ -57,25 +51,28 @@ class Objective:
         A filtered ratio needs the policy's support, which a single update computes only in its own forward; the exact KL needs
         the reference's logits. The decision does not depend on a batch's content, so that all ranks run the same forwards.
         """
-        return self.kl_estimator != "full" and (self.num_updates > 1 or self.top_k is None)
+        return self.options.kl_estimator != "full" and (self.num_updates > 1 or self.top_k is None)
 
     @classmethod
     def of(cls, loss: LossConfig, rollout: RolloutConfig) -> Objective:
         """The objective of a config."""
         top_k = rollout.top_k or None
-        return cls(
+        options = LossOptions(
             clip_eps_low=loss.clip_eps_low,
             clip_eps_high=loss.clip_eps_high,
             kl_coef=loss.kl_coef,
             kl_estimator=loss.kl_estimator,
             temperature=rollout.temperature,
+            dual_clip=loss.dual_clip or None,
+            clip_form=loss.clip_form,
+            ratio_over=loss.ratio_over,
+        )
+        return cls(
+            options=options,
             top_k=top_k if rollout.ratio == "filtered" else None,
             sampling_top_k=top_k,
             num_updates=loss.num_updates,
             impl=loss.impl,
-            ratio_over=loss.ratio_over,
-            clip_form=loss.clip_form,
-            dual_clip=loss.dual_clip or None,
             importance=loss.importance,
             importance_cap=loss.importance_cap,
             inputs=loss.inputs,
@@ -122,28 +119,30 @@ def with_logprobs(
         if objective.num_updates > 1:
             index, rows = batch.rows()
             fixed = of_outputs(policy, batch, objective.inputs, lambda out, rows=rows: _fixed(out, rows, objective))
-            batch = batch.with_(**{name: _spread(values, index, batch) for name, values in fixed.items()})
+            batch = batch.with_(**{name: scatter(values, index, len(batch.labels)) for name, values in fixed.items()})
         if reference is not None and objective.reference_ahead:
             index, rows = batch.rows()
             ref = _reference_logprobs(reference, batch, rows.kept_ids, objective)
-            batch = batch.with_(ref_logprobs=_spread(ref, index, batch))
+            batch = batch.with_(ref_logprobs=scatter(ref, index, len(batch.labels)))
         filled.append(batch)
     return filled[: len(batches)]
 
 
-def _fixed(out: Logits | Hidden, rows: Batch, objective: Objective) -> dict[str, torch.Tensor | None]:
+def _fixed(out: Logits | Hidden, rows: Batch, objective: Objective) -> dict[str, torch.Tensor]:
     """The policy's values before the first of several updates: fields of `Batch` for the labelled rows, [R, ...]."""
     kept_ids = rows.kept_ids
     if kept_ids is None and objective.top_k is not None:
         kept_ids = out.support(objective.top_k)
     old = _logprobs(out, rows, objective, kept_ids=kept_ids)
-    importance = None
+    fixed = {"old_logprobs": old}
+    if kept_ids is not None:
+        fixed["kept_ids"] = kept_ids
     if objective.importance != "off":
         trainer = old
         if objective.top_k != objective.sampling_top_k:  # the distribution of the ratios is not the one that was sampled
             trainer = _logprobs(out, rows, objective, top_k=objective.sampling_top_k)
-        importance = _importance(trainer, rows, objective)
-    return {"old_logprobs": old, "kept_ids": kept_ids, "importance": importance}
+        fixed["importance"] = _importance(trainer, rows, objective)
+    return fixed
 
 
 @torch.no_grad()
@@ -151,7 +150,9 @@ def _logprobs(
     out: Logits | Hidden, rows: Batch, objective: Objective, *, kept_ids: torch.Tensor | None = None, top_k: int | None = None
 ) -> torch.Tensor:
     """Log-probabilities of the labels, [R] fp32, without gradient. Filtered to `kept_ids` [R, K], or to the largest `top_k`."""
-    return out.logprobs(rows.labels, temperature=objective.temperature, kept_ids=kept_ids, top_k=top_k, impl=objective.impl)
+    return out.logprobs(
+        rows.labels, temperature=objective.options.temperature, kept_ids=kept_ids, top_k=top_k, impl=objective.impl
+    )
 
 
 def _reference_logprobs(reference: nn.Module, batch: Batch, kept_ids: torch.Tensor | None, objective: Objective) -> torch.Tensor:
@@ -163,13 +164,6 @@ def _reference_logprobs(reference: nn.Module, batch: Batch, kept_ids: torch.Tens
 def _importance(trainer: torch.Tensor, rows: Batch, objective: Objective) -> torch.Tensor:
     """Importance weights [R] fp32, see `importance_weights`. trainer: log-probabilities [R] under the sampled distribution."""
     return importance_weights(trainer - rows.sampling_logprobs, objective.importance, objective.importance_cap)
-
-
-def _spread(rows: torch.Tensor | None, index: torch.Tensor, batch: Batch) -> torch.Tensor | None:
-    """Values of the labelled rows [R, ...] scattered to all rows [T, ...]; zeros elsewhere."""
-    if rows is None:
-        return None
-    return rows.new_zeros(batch.labels.shape[0], *rows.shape[1:]).index_copy(0, index, rows)
 
 
 @dataclass(frozen=True)
@@ -236,10 +230,17 @@ def _write_dump(
 
 
 def read_dump(path: Path) -> dict[str, Any]:
-    """A dump of `optimizer_step`: info, loss, grad_norm, micro-batches with their losses, this rank's parameters by name."""
+    """A dump of `optimizer_step`: info, loss, grad_norm, micro-batches with their losses, this rank's parameters by name.
+
+    `info["objective"]` of an `update` is its `Objective`.
+    """
     state = torch.load(path, weights_only=True)
     kinds = [TokenBatch if "advantages" in tensors else Batch for tensors in state["batches"]]
-    return {**state, "batches": [kind(**tensors) for kind, tensors in zip(kinds, state["batches"], strict=True)]}
+    state["batches"] = [kind(**tensors) for kind, tensors in zip(kinds, state["batches"], strict=True)]
+    objective = state["info"].get("objective")
+    if objective is not None:
+        state["info"]["objective"] = Objective(**{**objective, "options": LossOptions(**objective["options"])})
+    return state
 
 
 class _Sums:
@@ -301,13 +302,13 @@ def update(
     def loss_of_outputs(out: Logits | Hidden, batch: Batch) -> torch.Tensor:
         rows = batch.rows()[1]
         support, ref_logprobs, ref = rows.kept_ids, rows.ref_logprobs, None
-        ask_reference = reference is not None and bool(objective.kl_coef) and not objective.reference_ahead
+        ask_reference = reference is not None and bool(objective.options.kl_coef) and not objective.reference_ahead
         # From hidden states the support costs one more product; the loss finds it by itself if the reference does not need it.
         if support is None and objective.top_k is not None and (ask_reference or isinstance(out, Logits)):
             support = out.support(objective.top_k)
         if reference is not None and ask_reference:
             with torch.no_grad():
-                if objective.kl_estimator == "full":
+                if objective.options.kl_estimator == "full":
                     ref = of_outputs(reference, batch, objective.inputs, lambda out: out.kept())
                 else:
                     ref_logprobs = _reference_logprobs(reference, batch, support, objective)
@@ -321,7 +322,7 @@ def update(
                 trainer = _logprobs(out, rows, objective, kept_ids=support, top_k=objective.top_k)
             weights = weights * (_importance(trainer, rows, objective) if rows.importance is None else rows.importance)
         tables = loss_tables(rows)
-        found = out.loss(
+        result = out.loss(
             rows.labels,
             tables.step_advantages,
             tables.step_ends,
@@ -329,26 +330,19 @@ def update(
             weights,
             rows.old_logprobs,
             ref_logprobs,
-            clip_eps_low=objective.clip_eps_low,
-            clip_eps_high=objective.clip_eps_high,
-            kl_coef=objective.kl_coef,
-            kl_estimator=objective.kl_estimator,
-            temperature=objective.temperature,
+            options=objective.options,
             top_k=objective.top_k,
             kept_ids=support,
             reference=ref,
-            dual_clip=objective.dual_clip,
-            clip_form=objective.clip_form,
-            ratio_over=objective.ratio_over,
             impl=objective.impl,
         )
-        sums.add(found, found.logprobs if trainer is None else trainer, rows.sampling_logprobs)
-        return found.loss
+        sums.add(result, result.logprobs if trainer is None else trainer, rows.sampling_logprobs)
+        return result.loss
 
     info = {"objective": asdict(objective), **(info or {})}
     result = optimizer_step(policy, optimizer, batches, loss_of, parallel, grad_clip=grad_clip, dump=dump, info=info)
     metrics = {"train/loss": result.loss, "train/grad_norm": result.grad_norm, **sums.metrics(step_names, parallel)}
     if replays is not None:
-        num_flips, num_told = parallel.all_reduce_sum(replays.take_flips().to(parallel.device)).tolist()
-        metrics["rollout/routing_flip_frac"] = num_flips / max(num_told, 1.0)
+        num_flips, num_replayed = parallel.all_reduce_sum(replays.take_flips().to(parallel.device)).tolist()
+        metrics["rollout/routing_flip_frac"] = num_flips / max(num_replayed, 1.0)
     return metrics

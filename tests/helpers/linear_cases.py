@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import srpo_kernels
 import torch
-from loss_cases import off_the_edges
+from loss_cases import arguments, off_the_edges
 from srpo_kernels import IGNORE, PolicyLoss
 from srpo_kernels.linear import linear_policy_loss, linear_token_logprobs
 from torch import Tensor
@@ -96,10 +96,14 @@ class Case:
             hidden, weight, self.tables["labels"], kept_ids=self.tables.get("kept_ids"), **options, **more
         )
 
+    def arguments(self, dtype: torch.dtype, **more: Any) -> dict[str, Any]:
+        """Keyword arguments of `linear_policy_loss`, with the reference's head in `dtype`."""
+        tables = {k: v.to(dtype) if k in ("ref_hidden", "ref_weight") else v for k, v in self.tables.items()}
+        return arguments({**tables, **self.options, **more})
+
     def loss(self, hidden: Tensor, weight: Tensor, **more: Any) -> PolicyLoss:
-        """`linear_policy_loss`; the reference's head follows the dtype."""
-        tables = {k: v.to(hidden.dtype) if k in ("ref_hidden", "ref_weight") else v for k, v in self.tables.items()}
-        return linear_policy_loss(hidden, weight, **{**tables, **self.options, **more})
+        """`linear_policy_loss`"""
+        return linear_policy_loss(hidden, weight, **self.arguments(hidden.dtype, **more))
 
     def run(
         self, dtype: torch.dtype | None = None, upstream: float | None = None, **more: Any

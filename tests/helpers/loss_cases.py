@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import math
 import random
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, fields
 from typing import Any
 
+import srpo_kernels
 import torch
-from srpo_kernels import IGNORE, PolicyLoss, policy_loss, token_logprobs
+from srpo_kernels import IGNORE, LossOptions, PolicyLoss, token_logprobs
 
 OPTIONS: dict[str, dict[str, Any]] = {
     "plain": {"kl_coef": 0.0},
@@ -22,6 +24,18 @@ OPTIONS: dict[str, dict[str, Any]] = {
     "on_policy": {"kl_coef": 0.0, "old": False},
     "on_policy_kl": {"kl_estimator": "k3", "kl_coef": 0.05, "old": False},
 }
+
+
+def arguments(settings: Mapping[str, Any]) -> dict[str, Any]:
+    """Keyword arguments of `srpo_kernels.policy_loss`: fields of `LossOptions` among the settings become its `options`."""
+    names = {field.name for field in fields(LossOptions)} & settings.keys()
+    others = {name: value for name, value in settings.items() if name not in names}
+    return {"options": LossOptions(**{name: settings[name] for name in names}), **others}
+
+
+def policy_loss(*tensors: torch.Tensor | None, **settings: Any) -> PolicyLoss:
+    """`srpo_kernels.policy_loss` with the fields of `LossOptions` as keyword arguments."""
+    return srpo_kernels.policy_loss(*tensors, **arguments(settings))  # pyright: ignore[reportArgumentType]
 
 
 @dataclass

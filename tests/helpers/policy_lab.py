@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping, Sequence
-from dataclasses import replace
+from dataclasses import fields, replace
 from pathlib import Path
 from typing import Any, cast
 
 import torch
+from srpo_kernels import LossOptions
 from tokenizers import Tokenizer, models
 from transformers import PreTrainedTokenizerFast
 
@@ -25,23 +26,27 @@ CONFIG = TinyConfig(
     hidden_size=32, num_layers=2, num_heads=4, num_kv_heads=2, head_dim=8, num_experts=4, expert_size=16, initializer_range=0.3
 )
 ON_POLICY = Objective(
-    clip_eps_low=0.2,
-    clip_eps_high=0.2,
-    kl_coef=0.05,
-    kl_estimator="k3",
-    temperature=0.9,
+    LossOptions(clip_eps_low=0.2, clip_eps_high=0.2, kl_coef=0.05, kl_estimator="k3", temperature=0.9),
     top_k=10,
     sampling_top_k=10,
     num_updates=1,
     impl="reference",
 )
+
+
+def changed(objective: Objective, **changes: Any) -> Objective:
+    """The objective with other values of its fields, and of the fields of its `LossOptions`."""
+    options = {field.name: changes.pop(field.name) for field in fields(LossOptions) if field.name in changes}
+    return replace(objective, options=replace(objective.options, **options), **changes)
+
+
 # Cases of a loss computed from hidden states: (objective, options of `gradients`).
 HIDDEN: dict[str, tuple[Objective, dict[str, Any]]] = {
     "untied": (replace(ON_POLICY, inputs="hidden", impl="auto"), {}),
     "tied": (replace(ON_POLICY, inputs="hidden", impl="auto"), {"tied": True, "activation_checkpointing": True}),
     "idle_rank": (replace(ON_POLICY, inputs="hidden"), {"tied": True}),
     "several_updates": (replace(ON_POLICY, inputs="hidden", num_updates=2), {}),
-    "full": (replace(ON_POLICY, inputs="hidden", kl_estimator="full"), {}),
+    "full": (changed(ON_POLICY, inputs="hidden", kl_estimator="full"), {}),
     "bfloat16": (replace(ON_POLICY, inputs="hidden"), {"tied": True, "dtype": "bfloat16"}),
 }
 
@@ -149,7 +154,7 @@ def gradients(
 def adam_update(policy: Policy, optimizer: torch.optim.Optimizer, seed: int, parallel: Parallel, dump: Path) -> None:
     """One real optimizer step on this rank's share of random data."""
     parts = batches(seed, 20, slice(parallel.rank, None, parallel.world_size))
-    objective = Objective(**{**vars(ON_POLICY), "kl_coef": 0.0})
+    objective = changed(ON_POLICY, kl_coef=0.0)
     update(policy, optimizer, parts, objective, parallel, step_names=STEPS, grad_clip=1.0, dump=dump)
 
 
@@ -175,7 +180,7 @@ def main(out: Path, parallel: Parallel) -> None:
     for name, part, max_tokens, objective, dtype in (
         ("even", slice(parallel.rank, None, 2), None, ON_POLICY, "float32"),
         ("uneven", uneven, 23, ON_POLICY, "float32"),
-        ("several_updates", uneven, 23, Objective(**{**vars(ON_POLICY), "num_updates": 2}), "float32"),
+        ("several_updates", uneven, 23, replace(ON_POLICY, num_updates=2), "float32"),
         ("idle_rank", slice(0, 8) if parallel.is_main else slice(0, 0), 40, ON_POLICY, "float32"),
         ("bfloat16", uneven, 23, ON_POLICY, "bfloat16"),
     ):

@@ -7,15 +7,16 @@ with `--tool racecheck`, `synccheck` and `initcheck`.
 
 from __future__ import annotations
 
-import math
+import ctypes
 from itertools import product
 from typing import Any
 
 import loss_cases as cases
 import pytest
 import torch
-from srpo_kernels import IGNORE, cuda, operators, token_logprobs
-from srpo_kernels.native import ROW_FIELDS
+from srpo_kernels import IGNORE, LossOptions, cuda, operators, token_logprobs
+from srpo_kernels.native import ROW_FIELDS, row_args
+from srpo_kernels.options import without_loss
 
 pytestmark = pytest.mark.gpu
 
@@ -48,8 +49,7 @@ def draw(*args: Any, **kw: Any) -> Any:
 
 def rows_of(case: Any, logits: torch.Tensor, dlogits: torch.Tensor | None) -> torch.Tensor:
     """The backend's own values per row."""
-    options = {"kl_coef": 0.0, "dual_clip": math.inf, **case.options}
-    return cuda.rows("policy_loss", logits, dlogits, case.tables, options)
+    return cuda.rows("policy_loss", logits, dlogits, case.tables, LossOptions(**case.options))
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
@@ -85,8 +85,7 @@ def test_the_same_bits_in_place_again_and_in_another_batch(dtype: torch.dtype, v
     lone = torch.empty_like(case.logits[100:101])
     per_row = ("labels", "weights", "old_logprobs", "ref_logprobs")
     tables = {name: t[100:101] if name in per_row and t is not None else t for name, t in case.tables.items()}
-    options = {"dual_clip": math.inf, **case.options, "first_row": 100}
-    one = cuda.rows("policy_loss", case.logits[100:101], lone, tables, options)
+    one = cuda.rows("policy_loss", case.logits[100:101], lone, tables, LossOptions(**case.options), first_row=100)
     assert torch.equal(one[:, 0], rows[:, 100]) and torch.equal(lone[0], poisoned[100])
 
 
@@ -239,11 +238,17 @@ def test_more_than_two_to_the_31_elements(vocab: int) -> None:
 
 
 def test_which_kernel_takes_what() -> None:
+    def cluster_size(logits: torch.Tensor) -> int:
+        """Number of CTAs per row; 0: the kernel that reads twice."""
+        args, _ = row_args("logprobs", {"logits": logits}, without_loss(1.0))
+        library: Any = cuda.library()
+        return library.srpo_cuda_cluster(ctypes.byref(args), torch.cuda.current_device())
+
     for dtype, vocab in product(DTYPES, (128, 32000, 151936)):
-        assert cuda.cluster_size(torch.empty(2, vocab, dtype=dtype, device=DEVICE)) in cuda.CLUSTERS
-    assert cuda.cluster_size(torch.empty(2, 50257, device=DEVICE)) == 0
-    assert cuda.cluster_size(torch.empty(2, 1024, device=DEVICE)[:, 1:1021]) == 0  # not aligned
-    assert cuda.cluster_size(torch.empty(2, 1024, device=DEVICE)[:, 4:1020]) > 0
+        assert cluster_size(torch.empty(2, vocab, dtype=dtype, device=DEVICE)) in cuda.CLUSTERS
+    assert cluster_size(torch.empty(2, 50257, device=DEVICE)) == 0
+    assert cluster_size(torch.empty(2, 1024, device=DEVICE)[:, 1:1021]) == 0  # not aligned
+    assert cluster_size(torch.empty(2, 1024, device=DEVICE)[:, 4:1020]) > 0
 
 
 def test_a_cluster_that_cannot_be_is_an_error(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -13,6 +13,7 @@ from pathlib import Path
 import pytest
 import torch
 from srpo_kernels import build, cuda, native
+from srpo_kernels.options import without_loss
 
 ARCHITECTURES = ("sm_90a", "sm_100a")
 DTYPES = {"float": 0, "__nv_bfloat16": 1, "__half": 2}  # as in names of kernels
@@ -110,7 +111,7 @@ def test_the_library_loads_and_reports_errors(nvcc: str) -> None:
         return
     tensors: dict[str, torch.Tensor | None] = {"logits": torch.zeros(2, 8)}
     tensors |= {"labels": torch.zeros(2, dtype=torch.long), "rows": torch.zeros(9, 2)}
-    args, _held = native.row_args("logprobs", tensors, temperature=1.0)
+    args, _held = native.row_args("logprobs", tensors, without_loss(1.0))
     code = library.srpo_cuda_rows(ctypes.byref(args), 0, -1, None)
     assert code > 0
     with pytest.raises(RuntimeError, match=rf"CUDA error {code} in the kernels of srpo: .*(driver|device)"):

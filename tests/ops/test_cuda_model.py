@@ -9,12 +9,11 @@ import subprocess
 from dataclasses import dataclass
 from itertools import product
 from pathlib import Path
-from typing import Any
 
 import loss_cases as cases
 import pytest
 import torch
-from srpo_kernels import build, native, operators, token_logprobs
+from srpo_kernels import LossOptions, build, native, operators, token_logprobs
 
 OPTIONS = ("plain", "k1", "k2", "k3", "full", "kept", "kept_full", "cispo", "on_policy", "on_policy_kl")
 CLUSTERS = (0, 1, 8, 16)  # CTAs per row; 0: the kernel that reads twice
@@ -41,10 +40,11 @@ class Model:
         logits: torch.Tensor,
         dlogits: torch.Tensor | None,
         tables: dict[str, torch.Tensor | None],
-        options: dict[str, Any],
+        options: LossOptions,
+        first_row: int = 0,
     ) -> torch.Tensor:
         rows = logits.new_full((len(native.ROW_FIELDS), logits.shape[0]), 7.0)
-        args, held = native.row_args(mode, {**tables, "logits": logits, "dlogits": dlogits, "rows": rows}, **options)
+        args, held = native.row_args(mode, {**tables, "logits": logits, "dlogits": dlogits, "rows": rows}, options, first_row)
         self.library.rows_model(ctypes.byref(args), self.num_ctas, int(self.fine))
         assert held
         return rows

@@ -9,7 +9,8 @@ from typing import Any
 import pytest
 import srpo_kernels
 import torch
-from srpo_kernels import cpu, policy_loss, token_logprobs, topk_support
+from loss_cases import policy_loss
+from srpo_kernels import cpu, token_logprobs, topk_support
 
 
 def good_input() -> dict[str, Any]:

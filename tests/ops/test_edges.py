@@ -8,7 +8,8 @@ from typing import Any
 import loss_cases as cases
 import pytest
 import torch
-from srpo_kernels import PolicyLoss, cpu, policy_loss
+from loss_cases import policy_loss
+from srpo_kernels import PolicyLoss, cpu
 
 IMPLS = [
     "reference",

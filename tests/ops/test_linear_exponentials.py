@@ -16,7 +16,7 @@ import srpo_kernels
 import torch
 from interpreter import DEVICE, INTERPRETED, on_device, run_interpreted
 from linear_cases import Case, grad_of, relative, same
-from srpo_kernels import IGNORE, linear_chunks, linear_exponentials, triton_rows
+from srpo_kernels import IGNORE, LossOptions, linear_chunks, linear_exponentials, triton_rows
 from torch import Tensor
 
 DTYPE = torch.float32 if INTERPRETED else torch.bfloat16
@@ -148,7 +148,7 @@ def test_edges_of_tiles(num_rows: int, vocab: int) -> None:
 def test_offsets_of_more_than_32_bits() -> None:
     """Rows 2^30 elements apart, so that the last one begins at element 2^31. Memory between rows is never touched."""
     case = draw(3, 64, 304, "k3", ignored=False)
-    options = {"dual_clip": math.inf, "clip_form": "ppo", "first_row": 0, **case.options}
+    options = LossOptions(**case.options)
 
     def run(exponentials: Tensor) -> tuple[Tensor, Tensor]:
         return linear_exponentials.rows(case.hidden, case.weight, exponentials, case.tables, options)
@@ -333,5 +333,5 @@ def test_opcheck() -> None:
     case.tables["step_advantages"], case.tables["weights"][:] = -1 - case.tables["step_advantages"].abs(), 1
     t, factors = case.tables, (case.hidden.requires_grad_(), case.weight.requires_grad_())
     names = ("labels", "step_advantages", "step_ends", "cu_seqlens", "weights", "old_logprobs", "ref_logprobs")
-    rest = (None, None, None, 0.2, 0.3, math.inf, "ppo", 0.1, "k3", 0.9, 0, 4, True, True, True, "triton")
+    rest = (None, None, None, LossOptions(0.2, 0.3, 0.1, "k3", 0.9).packed, 0, 4, True, True, True, "triton")
     torch.library.opcheck(torch.ops.srpo.linear_policy_loss.default, (*factors, *(t[name] for name in names), *rest))

@@ -10,8 +10,9 @@ import pytest
 import srpo_kernels
 import torch
 from linear_cases import DEVICES, OPTIONS, Case, chunked, grad_of, relative, same
-from srpo_kernels import IGNORE, linear_chunks, policy_loss, token_logprobs, topk_support
-from srpo_kernels.linear import linear_token_logprobs
+from loss_cases import policy_loss
+from srpo_kernels import IGNORE, LossOptions, linear_chunks, token_logprobs, topk_support
+from srpo_kernels.linear import linear_policy_loss, linear_token_logprobs
 from srpo_kernels.segments import compact, step_of_row
 from torch import Tensor
 from torch._dynamo.backends.common import aot_autograd
@@ -275,8 +276,10 @@ def test_compiles_whole(option: str) -> None:
         calls.append(1)
         return make_boxed_func(graph.forward)
 
+    arguments = case.arguments(torch.float32)  # in advance: torch.compile cannot trace the packing of options
+
     def run(hidden: Tensor, weight: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        out = case.loss(hidden, weight)
+        out = linear_policy_loss(hidden, weight, **arguments)
         return 3.0 * out.loss, out.logprobs, case.logprobs(hidden, weight)[0].sum()
 
     backend = aot_autograd(fw_compiler=counting, bw_compiler=counting)
@@ -305,7 +308,7 @@ def test_opcheck(option: str) -> None:
     name = srpo_kernels.implementations(torch.empty(0, 1))[0]
     for flags in ((True, True), (True, False), (False, True)):
         factors = [x.detach().requires_grad_(flag) for x, flag in zip((hidden, weight), flags, strict=True)]
-        rest = (None, None, None, 0.2, 0.3, math.inf, "ppo", 0.1, "k3", 0.9, top_k, 4, False, *flags, name)
+        rest = (None, None, None, LossOptions(0.2, 0.3, 0.1, "k3", 0.9).packed, top_k, 4, False, *flags, name)
         torch.library.opcheck(torch.ops.srpo.linear_policy_loss.default, (*factors, *tables, *rest))
         torch.library.opcheck(torch.ops.srpo.linear_token_logprobs.default, (*factors, t["labels"], None, 0.9, top_k, 4, name))
 

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import math
+from dataclasses import asdict, replace
 from typing import Any
 
 import loss_cases as cases
 import pytest
 import torch
-from srpo_kernels import cpu, operators, policy_loss, token_logprobs
+from srpo_kernels import LossOptions, cpu, operators, policy_loss, token_logprobs
 from torch.utils.checkpoint import checkpoint
 
 LOGITS = torch.zeros(1, 2)
@@ -18,10 +18,8 @@ pytestmark = pytest.mark.skipif(cpu.why_not(LOGITS) is not None, reason="no C++ 
 def flat(case: Any, *, with_grad: bool = True) -> tuple[Any, ...]:
     """Arguments of `torch.ops.srpo.policy_loss` after the logits."""
     tables = ("labels", "step_advantages", "step_ends", "cu_seqlens", "weights", "old_logprobs", "ref_logprobs", "kept_ids")
-    o = case.options
-    clip = (o["clip_eps_low"], o["clip_eps_high"], math.inf, o.get("clip_form", "ppo"))
-    options = (*clip, o["kl_coef"], o["kl_estimator"], o["temperature"])
-    return (*(case.tables[name] for name in (*tables, "ref_logits")), *options, with_grad, "cpu")
+    options = LossOptions(**case.options).packed
+    return (*(case.tables[name] for name in (*tables, "ref_logits")), options, with_grad, "cpu")
 
 
 @pytest.mark.parametrize("name", ["k3", "full", "kept"])
@@ -43,10 +41,12 @@ def test_compiled_as_one_graph() -> None:
     old, case.tables["ref_logprobs"] = now + 0.3 * torch.randn(2, 20)
     case.tables["old_logprobs"] = cases.off_the_edges(old, now, case.options)
 
+    options = LossOptions(**case.options)
+
     def loss(hidden: torch.Tensor, weight: torch.Tensor, impl: str = "cpu") -> torch.Tensor:
         logits = hidden @ weight.T
         nll = -token_logprobs(logits, labels, temperature=0.8, impl=impl)[0].mean()
-        return policy_loss(logits, **case.tables, **case.options, impl=impl).loss + nll
+        return policy_loss(logits, **case.tables, options=options, impl=impl).loss + nll
 
     def gradients(function: Any, dtype: torch.dtype, **impl: str) -> tuple[torch.Tensor, ...]:
         inputs = [x.to(dtype, copy=True).requires_grad_() for x in (hidden, weight)]
@@ -73,8 +73,10 @@ def test_compiled_options_give_the_same_bits(name: str, more: dict[str, Any]) ->
     weight = torch.randn(50, 16)
     cells = [cases.draw(seed, num_rows, 50, torch.float32, name, nan=False) for seed, num_rows in ((7, 20), (8, 33), (9, 47))]
 
+    settings = cases.arguments({**cells[0].options, **more})
+
     def loss(hidden: torch.Tensor, case: Any) -> torch.Tensor:
-        return -2.0 * policy_loss(hidden @ weight.T, **case.tables, **case.options, **more, impl="cpu").loss
+        return -2.0 * policy_loss(hidden @ weight.T, **case.tables, **settings, impl="cpu").loss
 
     compiled = torch.compile(loss, fullgraph=True, backend="aot_eager", dynamic=True)
     for case in cells:
@@ -82,6 +84,26 @@ def test_compiled_options_give_the_same_bits(name: str, more: dict[str, Any]) ->
         (expected,) = torch.autograd.grad(loss(hidden, case), hidden)
         (got,) = torch.autograd.grad(compiled(hidden, case), hidden)
         assert expected.any() and torch.equal(got, expected)
+
+
+def test_a_compiled_function_takes_other_options() -> None:
+    """Without keeping those of the first call."""
+    case = cases.draw(7, 20, 50, torch.float32, "k3", nan=False)
+    options = LossOptions(**case.options)
+
+    def loss(logits: torch.Tensor, options: LossOptions) -> torch.Tensor:
+        return policy_loss(logits, **case.tables, options=options, impl="cpu").loss
+
+    compiled = torch.compile(loss, fullgraph=True, backend="aot_eager")
+    for other in (options, replace(options, kl_coef=0.7), replace(options, clip_form="cispo"), options):
+        assert torch.equal(compiled(case.logits, other), loss(case.logits, other))
+
+
+def test_options_survive_packing_exactly() -> None:
+    options = LossOptions(0.1 + 0.2, 1 / 3, 1e-300, "full", 0.99, dual_clip=3.0000000000000004, ratio_over="step")
+    assert LossOptions.unpack(options.packed) == options == LossOptions(**asdict(options))
+    with pytest.raises(ValueError, match="temperature is -1"):
+        replace(options, temperature=-1.0)
 
 
 def test_under_activation_checkpointing() -> None:

@@ -9,7 +9,8 @@ from typing import Any
 
 import pytest
 import torch
-from srpo_kernels import IGNORE, PolicyLoss, StepStats, policy_loss, step_of_row, token_logprobs, topk_support
+from loss_cases import policy_loss
+from srpo_kernels import IGNORE, PolicyLoss, StepStats, step_of_row, token_logprobs, topk_support
 
 PPO: dict[str, Any] = {"clip_eps_low": 0.2, "clip_eps_high": 0.3, "kl_coef": 0.0, "kl_estimator": "k3", "temperature": 1.0}
 STAT_NAMES = [field.name for field in fields(StepStats)]

@@ -7,7 +7,8 @@ from typing import Any
 
 import pytest
 import torch
-from srpo_kernels import StepStats, policy_loss, step_of_row
+from loss_cases import policy_loss
+from srpo_kernels import StepStats, step_of_row
 
 from srpo.algorithm.losses import sequence_weights
 from srpo.core.batch import Rollout, pack

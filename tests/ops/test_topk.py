@@ -6,7 +6,8 @@ from typing import Any
 
 import pytest
 import torch
-from srpo_kernels import policy_loss, token_logprobs, topk_support
+from loss_cases import policy_loss
+from srpo_kernels import token_logprobs, topk_support
 
 OPTIONS: dict[str, Any] = {"clip_eps_low": 0.2, "clip_eps_high": 0.2, "kl_coef": 0.0, "kl_estimator": "k3", "temperature": 0.99}
 

@@ -16,7 +16,7 @@ import loss_cases as cases
 import pytest
 import torch
 from interpreter import DEVICE, INTERPRETED, on_device, run_interpreted
-from srpo_kernels import IGNORE, policy_loss, token_logprobs, triton_rows
+from srpo_kernels import IGNORE, LossOptions, token_logprobs, triton_rows
 from srpo_kernels.native import ROW_FIELDS
 
 OPTIONS = ("plain", "k1", "k2", "k3", "full", "kept", "kept_full", "cispo", "on_policy", "on_policy_kl")
@@ -41,12 +41,9 @@ def draw(*args: Any, **kw: Any) -> cases.Case:
     return cases.Case(case.logits.to(DEVICE), tables, case.options)
 
 
-def rows_of(case: cases.Case, dlogits: torch.Tensor | None, **change: Any) -> torch.Tensor:
+def rows_of(case: cases.Case, dlogits: torch.Tensor | None, first_row: int = 0) -> torch.Tensor:
     """The backend's values per row, and the gradient in `dlogits`."""
-    options = {"dual_clip": math.inf, **case.options, **change}
-    if case.tables["ref_logprobs"] is None and case.tables["ref_logits"] is None:
-        options["kl_estimator"] = None
-    return triton_rows.rows("policy_loss", case.logits, dlogits, case.tables, options)
+    return triton_rows.rows("policy_loss", case.logits, dlogits, case.tables, LossOptions(**case.options), first_row)
 
 
 def poisoned(logits: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
@@ -261,12 +258,11 @@ def test_on_and_beside_the_edges_of_clipping() -> None:
         "weights": torch.ones(num_rows, device=DEVICE),
         "old_logprobs": -math.log(2) - torch.tensor(log_ratios, device=DEVICE),
     }
-    options: dict[str, Any] = {"temperature": 1.0, "kl_coef": 0.0, "kl_estimator": None}
 
-    def run(eps: float, dual_clip: float = math.inf) -> tuple[dict[str, torch.Tensor], list[float]]:
+    def run(eps: float, dual_clip: float | None = None) -> tuple[dict[str, torch.Tensor], list[float]]:
         dlogits = poisoned(logits, torch.float32)
-        clips = {"clip_eps_low": eps, "clip_eps_high": eps, "dual_clip": dual_clip}
-        rows = triton_rows.rows("policy_loss", logits, dlogits, tables, options | clips)
+        options = LossOptions(eps, eps, kl_coef=0.0, kl_estimator="k3", temperature=1.0, dual_clip=dual_clip)
+        rows = triton_rows.rows("policy_loss", logits, dlogits, tables, options)
         return dict(zip(ROW_FIELDS, rows.cpu(), strict=True)), dlogits[:, 0].tolist()
 
     row, gradient = run(0.25)
@@ -300,7 +296,7 @@ def test_columns_apart_and_no_gradient_wanted() -> None:
         tables = case.tables if name == "logits" else {**case.tables, name: apart}
         other = cases.Case(apart if name == "logits" else case.logits, tables, case.options)
         assert torch.equal(rows, rows_of(other, None))
-    out = policy_loss(case.logits, **case.tables, **case.options, impl="triton")  # pyright: ignore[reportArgumentType]
+    out = case.run(case.logits, "triton")
     assert not out.loss.requires_grad and torch.equal(out.logprobs, rows[ROW_FIELDS.index("logprob")])
 
 
@@ -329,7 +325,7 @@ def test_other_batches_need_no_new_compilation() -> None:
     for num_rows in (1, 3, 17, 64):
         case = draw(num_rows, 4096, torch.bfloat16, "k3")
         case.options |= {"temperature": 1.0 + num_rows, "clip_eps_low": 0.0, "kl_coef": 1.0}
-        rows_of(case, None, first_row=0)
+        rows_of(case, None)
     assert num_compiled() == before
 
 

@@ -85,7 +85,7 @@ def test_a_flip_of_near_ties_is_undone(tmp_path: Path, perturbed: str) -> None:
     """The trainer computes in fp64, or packs sequences in fp32 that the engine computed side by side."""
     model = near_ties()
     rollouts = sampled(model, seed=3)
-    objective = replace(lab.ON_POLICY, kl_coef=0.0)
+    objective = lab.changed(lab.ON_POLICY, kl_coef=0.0)
     parts = packed(rollouts, 40)
     if perturbed == "float64":
         model = model.double()
@@ -100,7 +100,7 @@ def test_old_logprobs_are_replayed_too(tmp_path: Path) -> None:
     """With two updates the mismatch is that of `old_logprobs`, which `with_logprobs` computes."""
     model = near_ties()
     parts = packed(sampled(model, seed=4), None)
-    objective = replace(lab.ON_POLICY, kl_coef=0.0, num_updates=2)
+    objective = lab.changed(lab.ON_POLICY, kl_coef=0.0, num_updates=2)
     policy = Policy(model.double(), replay_routing=True)
     ready = lab.with_logprobs(parts, policy, None, objective, lab.one_process())
     metrics = metrics_of(policy, ready, tmp_path / "dump.pt", objective)

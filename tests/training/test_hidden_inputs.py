@@ -63,7 +63,7 @@ def updates(parts: list[Any], objective: Objective, folder: Path, *, tied: bool,
     ready = with_logprobs(parts, policy, reference, objective, lab.one_process())
     metrics: dict[str, float] = {}
     for i in range(2):
-        found = update(
+        result = update(
             policy,
             optimizer,
             ready,
@@ -74,7 +74,7 @@ def updates(parts: list[Any], objective: Objective, folder: Path, *, tied: bool,
             dump=folder / "dump.pt",
             reference=reference,
         )
-        metrics |= {f"{i}/{key}": value for key, value in found.items()}
+        metrics |= {f"{i}/{key}": value for key, value in result.items()}
     return optimizer.gradients, metrics
 
 
@@ -96,18 +96,18 @@ CASES: dict[str, dict[str, Any]] = {
 @pytest.mark.parametrize("case", CASES)
 def test_updates_are_those_from_logits(tmp_path: Path, case: str, tied: bool) -> None:
     parts = lab.batches(4, 30)
-    objective = replace(lab.ON_POLICY, **CASES[case])
+    objective = lab.changed(lab.ON_POLICY, **CASES[case])
     want = updates(parts, objective, tmp_path, tied=tied, double=True)
     got = updates(parts, replace(objective, inputs="hidden"), tmp_path, tied=tied, double=True)
     same(got, want, 1e-7)
-    if objective.num_updates > 1 and objective.clip_eps_low < 0.1:
+    if objective.num_updates > 1 and objective.options.clip_eps_low < 0.1:
         assert want[1]["1/policy/clip_frac"] > 0.02
 
 
 @pytest.mark.parametrize("case", ["several_updates", "no_kl", "unfiltered"])
 def test_the_fastest_implementation_too(tmp_path: Path, case: str) -> None:
     parts = lab.batches(4, 30)
-    objective = replace(lab.ON_POLICY, **CASES[case], impl="auto")
+    objective = lab.changed(lab.ON_POLICY, **CASES[case], impl="auto")
     want = updates(parts, objective, tmp_path, tied=False, double=False)
     same(updates(parts, replace(objective, inputs="hidden"), tmp_path, tied=False, double=False), want, 1e-4)
 

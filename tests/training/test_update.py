@@ -47,7 +47,7 @@ def labelled(
 
 def test_objective_reads_the_config() -> None:
     filtered = Objective.of(LossConfig(clip_eps_high=0.3, num_updates=2), RolloutConfig(temperature=0.7, top_k=20))
-    assert (filtered.clip_eps_high, filtered.num_updates, filtered.temperature) == (0.3, 2, 0.7)
+    assert (filtered.options.clip_eps_high, filtered.num_updates, filtered.options.temperature) == (0.3, 2, 0.7)
     assert (filtered.top_k, filtered.sampling_top_k) == (20, 20)
     unfiltered = Objective.of(LossConfig(), RolloutConfig(top_k=20, ratio="unfiltered"))
     assert (unfiltered.top_k, unfiltered.sampling_top_k) == (None, 20)
@@ -85,7 +85,7 @@ def test_first_of_several_updates_equals_the_only_one(top_k: int | None, estimat
     """Old log-probabilities computed in advance equal those of the update's own forward."""
     results = []
     for num_updates in (1, 2):
-        objective = replace(lab.ON_POLICY, top_k=top_k, kl_estimator=estimator, num_updates=num_updates)
+        objective = lab.changed(lab.ON_POLICY, top_k=top_k, kl_estimator=estimator, num_updates=num_updates)
         results.append(lab.gradients(lab.batches(4, 30), lab.one_process(), tmp_path / "dump.pt", objective))
     (grads, metrics), (grads_ahead, metrics_ahead) = results
     assert metrics == pytest.approx(metrics_ahead, rel=1e-5, abs=1e-6)
@@ -96,7 +96,7 @@ def test_first_of_several_updates_equals_the_only_one(top_k: int | None, estimat
 
 def test_metrics_are_declared_and_right(tmp_path: Path) -> None:
     policy, parts = Policy(lab.tiny(1)), lab.batches(5, 30)
-    objective = replace(lab.ON_POLICY, kl_coef=0.0)
+    objective = lab.changed(lab.ON_POLICY, kl_coef=0.0)
     _, metrics = run(policy, parts, objective, tmp_path)
     for key in metrics:
         check_key(key)
@@ -119,7 +119,7 @@ def test_no_mismatch_where_the_engine_sampled_what_the_trainer_computes(
         index, _ = batch.rows()
         exact = torch.zeros(len(batch.labels)).index_copy(0, index, labelled(batch, policy, 0.9, 10))
         parts.append(batch.with_(sampling_logprobs=exact))
-    objective = replace(lab.ON_POLICY, top_k=top_k, num_updates=num_updates, kl_coef=0.0)
+    objective = lab.changed(lab.ON_POLICY, top_k=top_k, num_updates=num_updates, kl_coef=0.0)
     ready = with_logprobs(parts, policy, None, objective, lab.one_process())
     _, metrics = run(policy, ready, objective, tmp_path)
     assert metrics["rollout/mismatch_max"] < 1e-5
@@ -129,7 +129,7 @@ def test_no_mismatch_where_the_engine_sampled_what_the_trainer_computes(
 def test_step_goes_down_the_gradient_after_the_clip(tmp_path: Path) -> None:
     policy = Policy(lab.tiny(1))
     before = {name: p.detach().clone() for name, p in policy.named_parameters()}
-    objective = replace(lab.ON_POLICY, kl_coef=0.0)
+    objective = lab.changed(lab.ON_POLICY, kl_coef=0.0)
     optimizer = torch.optim.SGD(policy.parameters(), lr=1.0)
     arguments = {"step_names": lab.STEPS, "grad_clip": 0.01, "dump": tmp_path / "dump.pt"}
     metrics = update(policy, optimizer, lab.batches(0), objective, lab.one_process(), **arguments)
@@ -154,7 +154,7 @@ def test_non_finite_stops_before_the_step_with_a_dump_that_reproduces_it(poison:
     else:
         policy.model.lm_head.weight.data[4, 2] = float("nan")
     before = {name: p.detach().clone() for name, p in policy.named_parameters()}
-    objective = replace(lab.ON_POLICY, kl_coef=0.0)
+    objective = lab.changed(lab.ON_POLICY, kl_coef=0.0)
     optimizer = torch.optim.AdamW(policy.parameters(), lr=0.1)
     dump = tmp_path / "deep" / "dump.pt"
     arguments = {"step_names": lab.STEPS, "grad_clip": 1.0, "dump": dump}
@@ -166,7 +166,7 @@ def test_non_finite_stops_before_the_step_with_a_dump_that_reproduces_it(poison:
     assert state["info"]["step"] == 12
     again = Policy(lab.tiny(9))
     again.load_state_dict(state["parameters"])
-    objective = Objective(**state["info"]["objective"])
+    assert state["info"]["objective"] == objective
     arguments["dump"] = tmp_path / "again.pt"
     with pytest.raises(NonFiniteError):
         update(again, torch.optim.AdamW(again.parameters()), state["batches"], objective, lab.one_process(), **arguments)
