@@ -275,7 +275,7 @@ def _load(module: str) -> Any:
 
 
 def _arms() -> list[Arm]:
-    arms = [Arm("copy", "logits", copy, in_place=True, advantages="none", note="bound: as many bytes, nothing computed")]
+    arms = [Arm("copy", "logits", copy, in_place=True, advantages="none", note="bound: moves as many bytes and computes nothing")]
     arms += [Arm("matmul", "hidden", matmul, advantages="none", note="bound: the three matrix products alone")]
     for impl in ("cuda", "triton", "cpu", "reference"):
         places = (False,) if impl == "reference" else (True, False)

@@ -183,13 +183,13 @@ def machine(options: argparse.Namespace, results: list[dict[str, Any]]) -> dict[
 
 def versions(arms: Sequence[Arm]) -> dict[str, str]:
     """Versions of Python, torch and the installed packages of the arms."""
-    found = {"python": platform.python_version(), "torch": torch.__version__}
+    installed = {"python": platform.python_version(), "torch": torch.__version__}
     for package in dict.fromkeys(("triton", *(package for arm in arms for package in arm.packages))):
         try:
-            found[package] = version(package)
+            installed[package] = version(package)
         except PackageNotFoundError:
             continue
-    return found
+    return installed
 
 
 def table(outcome: dict[str, Any]) -> str:
@@ -224,7 +224,7 @@ def chosen(names: Sequence[str] | None, with_hidden: bool) -> list[Arm]:
     """Arms by name or by the part before the slash, and the bounds. Raises ValueError for an unknown name."""
     known = {key for arm in ARMS for key in (arm.name, arm.name.partition("/")[0])}
     if unknown := [name for name in names or () if name not in known]:
-        raise ValueError(f"no arm is called {', '.join(unknown)}: give some of {', '.join(dict.fromkeys(a.name for a in ARMS))}")
+        raise ValueError(f"no arm is called {', '.join(unknown)}: choose among {', '.join(dict.fromkeys(a.name for a in ARMS))}")
     wanted = {*(names or known), *BOUNDS.values()}
     arms = [arm for arm in ARMS if {arm.name, arm.name.partition("/")[0]} & wanted]
     return [arm for arm in arms if with_hidden or arm.form == "logits"]
@@ -233,20 +233,23 @@ def chosen(names: Sequence[str] | None, with_hidden: bool) -> list[Arm]:
 def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     """The flags, with the defaults of the device filled in. Exits with status 2 if they are invalid."""
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0] if __doc__ else None)
-    parser.add_argument("--device", choices=("cpu", "cuda"), help="default: cuda where there is one")
-    parser.add_argument("--dtype", choices=tuple(DTYPES), help="of the logits; default: fp32 on a CPU, bf16 on a GPU")
-    parser.add_argument("--tokens", type=int, help=f"a multiple of {LENGTH}, or less; default: 2048 on a CPU, 8192 on a GPU")
+    parser.add_argument("--device", choices=("cpu", "cuda"), help="default: cuda if there is a GPU")
+    parser.add_argument("--dtype", choices=tuple(DTYPES), help="dtype of the logits; default: fp32 on a CPU, bf16 on a GPU")
+    parser.add_argument("--tokens", type=int, help=f"a multiple of {LENGTH}, or fewer; default: 2048 on a CPU, 8192 on a GPU")
     parser.add_argument("--vocab", type=int, help="default: 32000 on a CPU, 151936 on a GPU")
     parser.add_argument("--hidden", type=int, default=0, help="hidden size; 0 (default): no arms from hidden states")
     parser.add_argument(
-        "--arms", nargs="+", metavar="ARM", help="by name, or srpo, compile, liger for all of these (default: all)"
+        "--arms",
+        nargs="+",
+        metavar="ARM",
+        help="names of arms, or of groups: srpo, compile, liger (default: all)",
     )
     parser.add_argument("--rounds", type=int, default=9, help="timed rounds (default 9)")
     parser.add_argument("--warmup", type=int, default=2, help="untimed calls of each arm after its first (default 2)")
     parser.add_argument("--threads", type=int, help="torch threads; default: all cores")
-    parser.add_argument("--seed", type=int, default=0, help="of the data (default 0)")
-    parser.add_argument("--json", type=Path, help="write the results there")
-    parser.add_argument("--chart", type=Path, help="draw them there, as PNG")
+    parser.add_argument("--seed", type=int, default=0, help="seed of the data (default 0)")
+    parser.add_argument("--json", type=Path, help="file for the results")
+    parser.add_argument("--chart", type=Path, help="file for a chart of the results, as PNG")
     options = parser.parse_args(argv)
     options.device = options.device or ("cuda" if torch.cuda.is_available() else "cpu")
     on_gpu = options.device == "cuda"
@@ -256,7 +259,7 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     options.tokens = options.tokens or (8192 if on_gpu else 2048)
     options.vocab = options.vocab or (151936 if on_gpu else 32000)
     if options.tokens > LENGTH and options.tokens % LENGTH:
-        parser.error(f"--tokens {options.tokens} are not whole sequences: give a multiple of {LENGTH}, or fewer than that")
+        parser.error(f"--tokens is {options.tokens}, not a whole number of sequences: give a multiple of {LENGTH}, or fewer")
     if min(options.tokens, options.vocab, options.rounds) < 1 or min(options.hidden, options.warmup) < 0:
         parser.error("--tokens, --vocab and --rounds must be positive, --hidden and --warmup not negative")
     try:

@@ -34,7 +34,7 @@ class Problem:
     ) -> None:
         """Raises ValueError if `tokens` is not a multiple of the `length` of a sequence."""
         if tokens % length:
-            raise ValueError(f"{tokens} tokens are not whole sequences: give a multiple of {length}")
+            raise ValueError(f"tokens is {tokens}, not a whole number of sequences: give a multiple of {length}")
         self.form, self.device, self.length = form, device, length
         num_sequences = tokens // length
         make = partial(torch.empty, dtype=dtype, device=device)

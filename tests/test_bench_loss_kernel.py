@@ -68,11 +68,11 @@ def run(bench: SimpleNamespace, tmp_path: Path, *flags: str) -> dict[str, Any]:
 
 def problem(bench: SimpleNamespace, form: str, dtype: str) -> Any:
     """Four sequences of eight tokens."""
-    made = bench.problem.Problem(form, 32, 1003, 64, DTYPES[dtype], torch.device("cpu"), length=8)
+    data = bench.problem.Problem(form, 32, 1003, 64, DTYPES[dtype], torch.device("cpu"), length=8)
     seed = int(torch.randint(2**31, ()))
     print(f"seed {seed}")
-    made.refill(seed)
-    return made
+    data.refill(seed)
+    return data
 
 
 def arms(bench: SimpleNamespace, *names: str) -> list[Any]:
@@ -140,11 +140,11 @@ def test_gradients_agree_with_the_exact_one(bench: SimpleNamespace, dtype: str) 
             continue
         data = problem(bench, arm.form, dtype)
         try:
-            made = arm.make(data)
+            prepared = arm.make(data)
         except bench.arms.Absent as error:
             assert str(error)
             continue
-        error = bench.arms.gradient_error(arm, made, data)
+        error = bench.arms.gradient_error(arm, prepared, data)
         bound = EXACT if arm.name in PLAIN and arm.form == "logits" else COARSE
         assert error <= bound[dtype], (arm.name, arm.form, arm.in_place, error)
         checked.add((arm.name, arm.form))
@@ -170,10 +170,10 @@ def test_gradients_agree_on_a_gpu(bench: SimpleNamespace) -> None:
             data = bench.problem.Problem(arm.form, 512, 4096, 256, torch.bfloat16, torch.device("cuda"))
             data.refill(0)
             try:
-                made = arm.make(data)
+                prepared = arm.make(data)
             except bench.arms.Absent:
                 continue
-            error = bench.arms.gradient_error(arm, made, data)
+            error = bench.arms.gradient_error(arm, prepared, data)
             assert error <= COARSE["bf16"], (arm.name, arm.form, arm.in_place, error)
             checked.add(arm.name)
     assert {"eager", "srpo/reference"} <= checked
@@ -182,9 +182,9 @@ def test_gradients_agree_on_a_gpu(bench: SimpleNamespace) -> None:
 def test_a_wrong_gradient_is_seen(bench: SimpleNamespace) -> None:
     (arm,) = [arm for arm in arms(bench, "eager") if arm.form == "logits"]
     data = problem(bench, "logits", "fp32")
-    made = arm.make(data)
+    prepared = arm.make(data)
     data.token_advantages = -data.token_advantages
-    assert bench.arms.gradient_error(arm, made, data) > 0.1
+    assert bench.arms.gradient_error(arm, prepared, data) > 0.1
 
 
 def test_logits_are_whole_again_before_each_call_and_new_in_each_round(bench: SimpleNamespace) -> None:
@@ -235,13 +235,13 @@ def test_in_place_needs_no_memory_and_eager_does(bench: SimpleNamespace) -> None
     for arm in arms(bench, "srpo/cpu", "eager"):
         if arm.form == "logits":
             try:
-                made = arm.make(data)
+                prepared = arm.make(data)
             except bench.arms.Absent as error:
                 pytest.skip(str(error))
             for _ in range(2):
                 data.restore()
                 peaks[arm.name, arm.in_place] = bench.loss_kernel.peak_extra_bytes(
-                    lambda made=made: bench.arms.finish(made), data.device
+                    lambda prepared=prepared: bench.arms.finish(prepared), data.device
                 )
     if None in peaks.values():
         pytest.skip("this kernel does not reset the high-water mark")
@@ -277,9 +277,9 @@ def test_an_error_of_others_skips_their_arm_and_one_of_ours_stops(
     def broken(problem: Any) -> Any:
         raise RuntimeError("no such kernel\nand more")
 
-    made = [arm for arm in bench.arms.ARMS if arm.name == "copy"]
+    copy_arms = [arm for arm in bench.arms.ARMS if arm.name == "copy"]
     for name in ("trl", "srpo/reference"):
-        monkeypatch.setattr(bench.loss_kernel, "ARMS", [*made, bench.arms.Arm(name, "logits", broken)])
+        monkeypatch.setattr(bench.loss_kernel, "ARMS", [*copy_arms, bench.arms.Arm(name, "logits", broken)])
         if name == "trl":
             rows = run(bench, tmp_path, "--arms", name)["results"]
             assert [row["skipped"] for row in rows] == [None, "failed: RuntimeError: no such kernel"]

@@ -81,9 +81,9 @@ def policy_loss(
     check_segments(labels.shape[0], step_advantages, step_ends, cu_seqlens)
     check_rows(labels, weights=weights, old_logprobs=old_logprobs, ref_logprobs=ref_logprobs)
     if in_place and logits.shape[1] > 1 and logits.stride(1) != 1:
-        raise ValueError(f"logits have strides {logits.stride()}: in place a row has to be contiguous; leave in_place at None")
+        raise ValueError(f"logits have strides {logits.stride()}: in_place needs contiguous rows; leave in_place at None")
     if ref_logits is not None and ref_logits.shape != logits.shape:
-        raise ValueError(f"ref_logits has shape {tuple(ref_logits.shape)}: give that of logits, {tuple(logits.shape)}")
+        raise ValueError(f"ref_logits has shape {tuple(ref_logits.shape)}: it must be that of logits, {tuple(logits.shape)}")
     if options.kl_estimator == "full":
         ref_logprobs = None
     else:

@@ -53,13 +53,13 @@ def compile_once(name: str, sources: Sequence[str], commands: Sequence[Sequence[
         return library
     library.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=library.parent) as folder:
-        made = Path(folder) / library.name
+        output = Path(folder) / library.name
         for command in commands:
-            filled = [part.format(src=CSRC, tmp=folder, out=made) for part in command]
+            filled = [part.format(src=CSRC, tmp=folder, out=output) for part in command]
             done = subprocess.run(filled, capture_output=True, text=True, check=False)
             if done.returncode:
                 raise BuildError(f"{' '.join(filled)} failed:\n{done.stderr[-4000:]}")
-        made.replace(library)  # atomic: a second process replaces the file by an equal one
+        output.replace(library)  # atomic: a second process replaces the file by an equal one
     return library
 
 
@@ -124,10 +124,10 @@ def build_cuda() -> Path:
     toolkit = Path(os.environ.get("CUDA_HOME") or "/usr/local/cuda") / "bin"
     nvcc = os.environ.get("NVCC") or shutil.which("nvcc") or shutil.which("nvcc", path=toolkit)
     if nvcc is None:
-        made = sorted(cache_dir().glob(f"{name}-*.so"))
-        if not made:
+        cached = sorted(cache_dir().glob(f"{name}-*.so"))
+        if not cached:
             raise BuildError("nvcc is not on the PATH: install the CUDA toolkit, or name the compiler in NVCC")
-        return made[-1]
+        return cached[-1]
     known = subprocess.run([nvcc, "--list-gpu-arch"], capture_output=True, text=True, check=False).stdout.split()
     flags = ["-std=c++17", "-O3", "-shared", "-Xcompiler", "-fPIC,-fvisibility=hidden"]
     for virtual, real in (("compute_90a", "sm_90a"), ("compute_100a", "sm_100a"), ("compute_90", "compute_90")):

@@ -17,7 +17,7 @@ def check_logits(logits: torch.Tensor, labels: torch.Tensor, top_k: int | None, 
 def check_filter(labels: torch.Tensor, top_k: int | None, kept_ids: torch.Tensor | None) -> None:
     """Raises ValueError if the size or the shape of the top-k filter is invalid."""
     if top_k is not None and top_k < 0:
-        raise ValueError(f"top_k is {top_k}: give the number of ids that the sampler keeps, or None where it keeps all")
+        raise ValueError(f"top_k is {top_k}: give the number of ids that the sampler keeps, or None if it keeps all")
     if kept_ids is not None and (kept_ids.ndim != 2 or kept_ids.shape[0] != labels.shape[0]):
         raise ValueError(f"kept_ids has shape {tuple(kept_ids.shape)}: give [T, K] with T = {labels.shape[0]}")
 
@@ -38,9 +38,9 @@ def check_segments(num_rows: int, step_advantages: torch.Tensor, step_ends: torc
     if cu_seqlens.ndim != 1 or num_sequences != step_ends.shape[0]:
         raise ValueError(f"cu_seqlens has shape {tuple(cu_seqlens.shape)}: give [N+1] with N = {step_ends.shape[0]}")
     if num_sequences == 0 and num_rows:
-        raise ValueError(f"there are {num_rows} rows and no sequence: give cu_seqlens [N+1] from 0 to T")
+        raise ValueError(f"cu_seqlens has no sequence for {num_rows} rows: give [N+1] entries from 0 to T")
     looked_at = cu_seqlens.device.type == "cpu" and not torch.compiler.is_compiling()  # reading a GPU tensor would synchronize
     if looked_at and int(cu_seqlens[0]) != 0:
-        raise ValueError(f"cu_seqlens starts at {int(cu_seqlens[0])}: its first entry is 0")
+        raise ValueError(f"cu_seqlens starts at {int(cu_seqlens[0])}: set its first entry to 0")
     if looked_at and int(cu_seqlens[-1]) != num_rows:
-        raise ValueError(f"cu_seqlens ends at {int(cu_seqlens[-1])} but there are {num_rows} rows: its last entry is T")
+        raise ValueError(f"cu_seqlens ends at {int(cu_seqlens[-1])} but there are {num_rows} rows: set its last entry to T")

@@ -89,7 +89,7 @@ def rows(
     if code == 2:
         columns = f"[0, {logits.shape[1]})"
         raise ValueError(
-            f"a label or a kept id is not a column of the logits: labels lie in {columns} or are -100, ids below 0 are padding"
+            f"a label or kept id is not a column of the logits: labels must lie in {columns} or be -100, ids below 0 are padding"
         )
     assert code == 0 and held, f"this machine has no {forced_level}"
     return values

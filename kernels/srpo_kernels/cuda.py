@@ -93,4 +93,4 @@ def _index(tensor: torch.Tensor) -> int:
 
 def _check(lib: ctypes.CDLL, code: int) -> None:
     if code:
-        raise RuntimeError(f"CUDA error {code} in the kernels of srpo: {lib.srpo_cuda_error(code).decode()}")
+        raise RuntimeError(f"CUDA error {code} in a kernel of srpo: {lib.srpo_cuda_error(code).decode()}")

@@ -34,5 +34,5 @@ def choose(op: str, impl: str, device: torch.device, dtype: torch.dtype, *, narr
     reason = operators.BACKENDS[impl].why_not(logits)
     if reason is not None:
         here = ", ".join(("auto", *implementations(logits)))
-        raise ValueError(f"{op}: implementation {impl!r} cannot be used, since {reason}: give one of {here}")
+        raise ValueError(f"{op}: implementation {impl!r} cannot be used because {reason}: give one of {here}")
     return impl

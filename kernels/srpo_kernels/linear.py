@@ -156,10 +156,10 @@ def linear_token_logprobs(
     if name == "reference":
         rows = (labels != IGNORE).nonzero()[:, 0]
         kept_ids = None if kept_ids is None else kept_ids[rows]
-        found = reference.token_logprobs(
+        logprobs, lse = reference.token_logprobs(
             _logits(hidden, weight, rows), labels[rows], temperature=temperature, top_k=top_k, kept_ids=kept_ids
         )
-        return scatter(found[0], rows, labels.shape[0]), scatter(found[1], rows, labels.shape[0])
+        return scatter(logprobs, rows, labels.shape[0]), scatter(lse, rows, labels.shape[0])
     filter_by = 0 if kept_ids is not None else top_k or 0
     return linear_operators.token_logprobs(hidden, weight, labels, kept_ids, temperature, filter_by, chunk_rows or 0, name)[:2]
 
@@ -196,13 +196,13 @@ def _check_exponentials(chunk_holds: str, hidden: Tensor, impl: str, *, filtered
         raise ValueError(f"chunk_holds {chunk_holds!r} is unknown: give logits or exponentials")
     reason = linear_exponentials.why_not(hidden)
     if impl not in ("auto", "triton"):
-        reason = f"impl is {impl!r} and only 'triton' makes them"
+        reason = f"impl is {impl!r} and only 'triton' computes them"
     elif filtered:
-        reason = "a filter (top_k, kept_ids) gathers logits"
+        reason = "a filter (top_k, kept_ids) needs logits"
     elif full:
         reason = "kl_estimator 'full' needs the logits"
     if reason is not None:
-        raise ValueError(f"chunk_holds 'exponentials' cannot be, since {reason}: leave it at 'logits'")
+        raise ValueError(f"chunk_holds 'exponentials' is unavailable because {reason}: leave it at 'logits'")
 
 
 def _check_head(hidden: Tensor, weight: Tensor, labels: Tensor, prefix: str) -> None:
@@ -223,7 +223,7 @@ def _check_reference_head(ref_hidden: Tensor | None, ref_weight: Tensor | None, 
         return
     if ref_hidden is None or ref_weight is None:
         missing = "ref_hidden" if ref_hidden is None else "ref_weight"
-        raise ValueError(f"the exact KL needs ref_hidden and ref_weight: give {missing}, too")
+        raise ValueError(f"kl_estimator 'full' needs both ref_hidden and ref_weight: give {missing}, too")
     _check_head(ref_hidden, ref_weight, labels, "ref_")
     if ref_weight.shape[0] != weight.shape[0]:
-        raise ValueError(f"ref_weight has {ref_weight.shape[0]} rows and weight {weight.shape[0]}: give as many, V")
+        raise ValueError(f"ref_weight has {ref_weight.shape[0]} rows and weight {weight.shape[0]}: both must have V rows")

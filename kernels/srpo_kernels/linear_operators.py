@@ -55,11 +55,11 @@ def policy_loss(
     def take(rows: Tensor, exponentials: bool) -> Tensor:
         """Values of these rows [R], [len(ROW_FIELDS), R]. Adds their gradients to `gradient`."""
         edges, ends = compact(torch.zeros_like(labels, dtype=torch.bool).index_fill(0, rows, True), cu_seqlens, step_ends)
-        whole = {"cu_seqlens": edges, "step_ends": ends, "step_advantages": step_advantages}
-        maybe = None  # [R] bool: the row's gradient may differ from zero; None: every row's may
+        per_sequence = {"cu_seqlens": edges, "step_ends": ends, "step_advantages": step_advantages}
+        has_gradient = None  # [R] bool: the row's gradient may differ from zero; None: every row's may
         if with_grad and settings.kl_coef == 0:
             sequence, step = step_of_row(edges, ends, torch.arange(rows.shape[0], device=rows.device))
-            maybe = (weights[rows] != 0) & (step_advantages[sequence, step] != 0)
+            has_gradient = (weights[rows] != 0) & (step_advantages[sequence, step] != 0)
         holds, dtype = torch.float32, gradient_dtype(factor, backend)
         if exponentials:
             holds = factor.dtype if with_grad else None
@@ -72,7 +72,7 @@ def policy_loss(
         values = hidden.new_empty(len(ROW_FIELDS), rows.shape[0], dtype=torch.float32)
         for start, stop in chunks:
             own = rows[start:stop]
-            tables = {**whole, **{name: None if table is None else table[own] for name, table in by_row.items()}}
+            tables = {**per_sequence, **{name: None if table is None else table[own] for name, table in by_row.items()}}
             matrix = chunks.gradient(start, stop) if with_grad else None
             if exponentials:
                 x = chunks.hidden_rows(start, stop)
@@ -85,7 +85,7 @@ def policy_loss(
                 values[:, start:stop] = backend.rows("policy_loss", logits, matrix, tables, settings, start)
                 scales = None
             if matrix is not None:
-                alive = None if maybe is None else maybe[start:stop]
+                alive = None if has_gradient is None else has_gradient[start:stop]
                 if alive is not None and settings.clip_form == "ppo":
                     alive &= values[ROW_FIELDS.index("clipped"), start:stop] == 0
                 gradient.add(own, x, matrix, alive, scales)
@@ -154,8 +154,7 @@ def token_logprobs(
         kept = None if kept_ids is None else kept_ids[own]
         if top_k:
             kept = support[own] = reference.topk_support(logits, top_k)
-        found = operators.logprob_rows(impl, logits, labels[own], kept, temperature)
-        values[:, own] = torch.stack(found)
+        values[:, own] = torch.stack(operators.logprob_rows(impl, logits, labels[own], kept, temperature))
     return values[0].clone(), values[1].clone(), support
 
 
@@ -207,8 +206,8 @@ def _save_inputs(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) 
 def _recompute(ctx: Any, grad_logprobs: Tensor, grad_lse: Tensor, _: Tensor) -> tuple[Tensor | None, ...]:
     wanted = ctx.needs_input_grad[:2]
     grads = (grad_logprobs, grad_lse)
-    found = token_logprobs_backward(*ctx.saved_tensors, ctx.temperature, *grads, ctx.chunk_rows, *wanted, ctx.impl)
-    return *(gradient if needed else None for gradient, needed in zip(found, wanted, strict=True)), *[None] * 6
+    gradients = token_logprobs_backward(*ctx.saved_tensors, ctx.temperature, *grads, ctx.chunk_rows, *wanted, ctx.impl)
+    return *(gradient if needed else None for gradient, needed in zip(gradients, wanted, strict=True)), *[None] * 6
 
 
 torch.library.register_autograd("srpo::linear_token_logprobs", _recompute, setup_context=_save_inputs)

@@ -45,5 +45,5 @@ def disassemble(cubin: bytes, folder: Path) -> tuple[dict[str, int], str]:
 
 def amd_use(code: str) -> dict[str, int]:
     """Resources named in AMD's assembly: numbers of registers and of spilled registers."""
-    found = re.findall(r"\.((?:vgpr|agpr|sgpr|vgpr_spill|sgpr_spill)_count):\s*(\d+)", code)
-    return {field: int(value) for field, value in found}
+    counts = re.findall(r"\.((?:vgpr|agpr|sgpr|vgpr_spill|sgpr_spill)_count):\s*(\d+)", code)
+    return {field: int(value) for field, value in counts}

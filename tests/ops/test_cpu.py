@@ -128,7 +128,7 @@ def test_a_label_that_is_impossible_or_not_a_number() -> None:
 @pytest.mark.parametrize("label", [5, -1, -101, 2**40])
 def test_labels_and_ids_that_are_no_columns(label: int) -> None:
     logits = torch.randn(2, 5)
-    with pytest.raises(ValueError, match=r"labels lie in \[0, 5\) or are -100"):
+    with pytest.raises(ValueError, match=r"labels must lie in \[0, 5\) or be -100"):
         token_logprobs(logits, torch.tensor([1, label]), temperature=1.0, impl="cpu")
     if label > 0:
         with pytest.raises(ValueError, match="kept id is not a column"):
@@ -223,7 +223,7 @@ def test_more_logits_than_32_bits_count(level: str) -> None:
     logprobs, gradient = run(1)
     many_logprobs, many_gradients = run(num_rows // period)
     assert torch.equal(many_logprobs, logprobs.repeat(num_rows // period))
-    assert all(torch.equal(some, gradient) for some in many_gradients.split(period))
+    assert all(torch.equal(part, gradient) for part in many_gradients.split(period))
 
 
 def test_nothing_is_compiled_twice(level: str) -> None:

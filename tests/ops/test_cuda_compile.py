@@ -24,10 +24,10 @@ MAX_SHARED_BYTES = {"rows_one_read": 640, "rows_two_reads": 640}  # static; the 
 
 @pytest.fixture(scope="module")
 def nvcc() -> str:
-    found = os.environ.get("NVCC") or shutil.which("nvcc")
-    if found is None:
+    path = os.environ.get("NVCC") or shutil.which("nvcc")
+    if path is None:
         pytest.skip("nvcc is not on the PATH")
-    return found
+    return path
 
 
 @pytest.fixture(scope="module", params=ARCHITECTURES)
@@ -58,9 +58,9 @@ def code(compiled: tuple[Path, str]) -> dict[str, str]:
 
 def test_registers_and_shared_memory(compiled: tuple[Path, str]) -> None:
     pattern = r"Compiling entry function '(\w+)'.*?(\d+) bytes spill stores.*?Used (\d+) registers.*?(\d+) bytes smem"
-    found = re.findall(pattern, compiled[1], flags=re.DOTALL)
-    assert len(found) == 2 * len(DTYPES)
-    for name, spilled_bytes, registers, shared_bytes in found:
+    reports = re.findall(pattern, compiled[1], flags=re.DOTALL)
+    assert len(reports) == 2 * len(DTYPES)
+    for name, spilled_bytes, registers, shared_bytes in reports:
         kernel = next(kernel for kernel in MAX_REGISTERS if kernel in name)
         assert int(spilled_bytes) == 0 and int(registers) <= MAX_REGISTERS[kernel], (name, spilled_bytes, registers)
         assert int(shared_bytes) <= MAX_SHARED_BYTES[kernel], (name, shared_bytes)
@@ -114,16 +114,16 @@ def test_the_library_loads_and_reports_errors(nvcc: str) -> None:
     args, _held = native.row_args("logprobs", tensors, without_loss(1.0))
     code = library.srpo_cuda_rows(ctypes.byref(args), 0, -1, None)
     assert code > 0
-    with pytest.raises(RuntimeError, match=rf"CUDA error {code} in the kernels of srpo: .*(driver|device)"):
+    with pytest.raises(RuntimeError, match=rf"CUDA error {code} in a kernel of srpo: .*(driver|device)"):
         cuda._check(library, code)
 
 
 def test_a_cached_library_does_without_a_compiler(nvcc: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    made = build.build_cuda()
+    library = build.build_cuda()
     monkeypatch.delenv("NVCC", raising=False)
     monkeypatch.setenv("PATH", "")
     monkeypatch.setenv("CUDA_HOME", str(tmp_path))
-    assert build.build_cuda().name.rpartition("-")[0] == made.name.rpartition("-")[0]
+    assert build.build_cuda().name.rpartition("-")[0] == library.name.rpartition("-")[0]
     monkeypatch.setenv("SRPO_CACHE_DIR", str(tmp_path))
     with pytest.raises(build.BuildError, match="install the CUDA toolkit, or name the compiler in NVCC"):
         build.build_cuda()

@@ -58,11 +58,11 @@ def library(tmp_path_factory: pytest.TempPathFactory) -> ctypes.CDLL:
     compiler = shutil.which("g++")
     if compiler is None:
         pytest.skip("g++ is not on the PATH")
-    made = tmp_path_factory.mktemp("model") / "rows_model.so"
+    output = tmp_path_factory.mktemp("model") / "rows_model.so"
     source = Path(__file__).with_name("rows_model.cpp")
     flags = ("-std=c++17", "-O2", "-Wall", "-Wextra", "-Werror", "-shared", "-fPIC", f"-I{build.CSRC}")
-    subprocess.run([compiler, *flags, str(source), "-o", str(made)], check=True)
-    return ctypes.CDLL(str(made))
+    subprocess.run([compiler, *flags, str(source), "-o", str(output)], check=True)
+    return ctypes.CDLL(str(output))
 
 
 @pytest.fixture(params=CLUSTERS)

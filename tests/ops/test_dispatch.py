@@ -46,7 +46,7 @@ def test_an_implementation_that_cannot_take_the_input_says_why() -> None:
     x: dict[str, Any] = {**good_input(), "logits": torch.randn(7, 5, dtype=torch.float64)}
     assert srpo_kernels.implementations(x["logits"]) == ("reference",)
     assert policy_loss(**x).loss.dtype == torch.float64
-    with pytest.raises(ValueError, match=r"'cpu' cannot be used, since logits are torch.float64: give one of auto, reference"):
+    with pytest.raises(ValueError, match=r"'cpu' cannot be used because logits are torch.float64: give one of auto, reference"):
         policy_loss(**x, impl="cpu")
 
 
@@ -87,8 +87,8 @@ def test_without_a_compiler_the_reference_runs_and_one_line_says_so(monkeypatch:
         ({"ref_logits": torch.ones(3, 5)}, "ref_logits has shape"),
         ({"step_ends": torch.ones(2, 3)}, r"step_ends \(2, 3\)"),
         ({"cu_seqlens": torch.tensor([0, 7])}, "cu_seqlens has shape"),
-        ({"cu_seqlens": torch.tensor([0, 3, 6])}, "its last entry is T"),
-        ({"cu_seqlens": torch.tensor([1, 3, 7])}, "its first entry is 0"),
+        ({"cu_seqlens": torch.tensor([0, 3, 6])}, "set its last entry to T"),
+        ({"cu_seqlens": torch.tensor([1, 3, 7])}, "set its first entry to 0"),
         ({"cu_seqlens": torch.tensor([7]), "step_ends": torch.ones(0, 2), "step_advantages": torch.ones(0, 2)}, "no sequence"),
         ({"kept_ids": torch.ones(3, 2)}, "kept_ids has shape"),
     ],

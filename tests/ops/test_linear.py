@@ -128,11 +128,11 @@ class Narrow:
     why_not, new_gradient, scaled = staticmethod(cpu.why_not), staticmethod(cpu.new_gradient), staticmethod(cpu.scaled)
 
     def __init__(self) -> None:
-        self.asked: list[tuple[torch.dtype, torch.dtype]] = []
+        self.dtypes: list[tuple[torch.dtype, torch.dtype]] = []
 
     def rows(self, mode: str, logits: Tensor, dlogits: Tensor | None, *more: Any) -> Tensor:
         assert dlogits is not None
-        self.asked.append((logits.dtype, dlogits.dtype))
+        self.dtypes.append((logits.dtype, dlogits.dtype))
         before, wide = logits.clone(), torch.empty_like(logits)
         values = cpu.rows(mode, logits, wide, *more)
         dlogits.copy_(wide)
@@ -151,7 +151,7 @@ def test_gradient_of_logits_written_in_16_bits(dtype: torch.dtype, option: str, 
     case = Case(3, 150, 70, 801, option, dtype, grid=True)
     out, *grads = case.run(chunk_rows=40, impl="narrow")
     wide, *wide_grads = case.run(chunk_rows=40, impl="cpu")
-    assert narrow.asked == [(torch.float32, dtype if dtype == torch.bfloat16 else torch.float32)] * len(narrow.asked) != []
+    assert narrow.dtypes == [(torch.float32, dtype if dtype == torch.bfloat16 else torch.float32)] * len(narrow.dtypes) != []
     assert torch.equal(out.logprobs, wide.logprobs)
     for got, expected in zip(grads, wide_grads, strict=True):
         assert expected.norm() > 0 and torch.equal(got, expected)
@@ -181,15 +181,15 @@ def test_fp16_waits_for_the_scale_of_a_scaled_loss() -> None:
 def test_chunks_change_neither_loss_nor_logprobs(option: str) -> None:
     """Bit for bit if the logits are exact; otherwise a BLAS may round small products differently from large ones."""
     case, loose = Case(11, option=option, grid=True), Case(11, option=option)
-    whole, loose_whole = case.run(), loose.run()
+    unchunked, loose_unchunked = case.run(), loose.run()
     for chunk_rows in (1, 2, 7, 30, 1000):
         out, *grads = case.run(chunk_rows=chunk_rows)
-        assert torch.equal(out.loss, whole[0].loss) and torch.equal(out.logprobs, whole[0].logprobs)
-        assert torch.equal(out.stats.stack(), whole[0].stats.stack())
-        assert max(relative(a, b.double()) for a, b in zip(grads, whole[1:], strict=True)) <= 3e-7
+        assert torch.equal(out.loss, unchunked[0].loss) and torch.equal(out.logprobs, unchunked[0].logprobs)
+        assert torch.equal(out.stats.stack(), unchunked[0].stats.stack())
+        assert max(relative(a, b.double()) for a, b in zip(grads, unchunked[1:], strict=True)) <= 3e-7
         out, *grads = loose.run(chunk_rows=chunk_rows)
-        torch.testing.assert_close(out.logprobs, loose_whole[0].logprobs, rtol=0, atol=4e-6)
-        assert max(relative(a, b.double()) for a, b in zip(grads, loose_whole[1:], strict=True)) <= 3e-6
+        torch.testing.assert_close(out.logprobs, loose_unchunked[0].logprobs, rtol=0, atol=4e-6)
+        assert max(relative(a, b.double()) for a, b in zip(grads, loose_unchunked[1:], strict=True)) <= 3e-6
 
 
 @pytest.mark.parametrize("device", DEVICES)
@@ -222,9 +222,9 @@ def test_token_logprobs(chunk_rows: int | None, dtype: torch.dtype, option: str,
 
     def run(dtype: torch.dtype, **more: Any) -> tuple[Tensor, ...]:
         factors = [x.detach().to(dtype, copy=True).requires_grad_() for x in (case.hidden, case.weight)]
-        found = case.logprobs(*factors, **more)
-        assert found[0].dtype == found[1].dtype == (torch.float64 if dtype == torch.float64 else torch.float32)
-        return *found, *torch.autograd.grad(found, factors, [row.to(found[0].dtype) for row in upstream])
+        outputs = case.logprobs(*factors, **more)
+        assert outputs[0].dtype == outputs[1].dtype == (torch.float64 if dtype == torch.float64 else torch.float32)
+        return *outputs, *torch.autograd.grad(outputs, factors, [row.to(outputs[0].dtype) for row in upstream])
 
     exact, got = run(torch.float64, impl="reference"), run(dtype, chunk_rows=chunk_rows)
     for a, b in zip(got[:2], exact[:2], strict=True):

@@ -305,8 +305,8 @@ def test_peak_memory_is_one_chunk() -> None:
         ({"top_k": 5}, "a filter .* leave it at 'logits'"),
         ({"kept_ids": torch.zeros(83, 2, dtype=torch.long)}, "a filter"),
         ({"kl_estimator": "full"}, "'full' needs the logits"),
-        ({"impl": "reference"}, "only 'triton' makes them"),
-        ({"impl": "cpu"}, "only 'triton' makes them"),
+        ({"impl": "reference"}, "only 'triton' computes them"),
+        ({"impl": "cpu"}, "only 'triton' computes them"),
     ],
 )
 def test_what_it_cannot_take(change: dict[str, Any], message: str) -> None:
@@ -318,7 +318,7 @@ def test_what_it_cannot_take(change: dict[str, Any], message: str) -> None:
 @pytest.mark.skipif(INTERPRETED, reason="nothing is missing in the interpreter")
 def test_what_it_says_without_a_gpu() -> None:
     case = Case(0, dtype=torch.bfloat16)
-    with pytest.raises(ValueError, match=r"'exponentials' cannot be, since logits are on cpu: leave it at 'logits'"):
+    with pytest.raises(ValueError, match=r"'exponentials' is unavailable because logits are on cpu: leave it at 'logits'"):
         case.loss(case.hidden, case.weight, chunk_holds="exponentials")
     for dtype in (torch.float32, torch.float16):
         reason = linear_exponentials.why_not(torch.empty(1, 1, dtype=dtype))

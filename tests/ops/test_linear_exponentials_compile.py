@@ -66,8 +66,8 @@ def test_nvidia(kernels: ModuleType, arch: str, wanted: str, tmp_path: Path) -> 
     stores = re.findall(r"\bSTG\.E([.\w]*)", sass)
     wide = sum(".128" in store for store in stores)
     tiles, _ = linear_exponentials.tiling(int(arch[2:]) // 10)
-    whole = tiles["BLOCK_M"] * tiles["BLOCK_N"] * 2 // 16 // (32 * linear_exponentials.WARPS)
-    assert wide == (whole if wanted == "with_gradient" else 0), "exponentials leave it likewise"
+    stores_of_tile = tiles["BLOCK_M"] * tiles["BLOCK_N"] * 2 // 16 // (32 * linear_exponentials.WARPS)
+    assert wide == (stores_of_tile if wanted == "with_gradient" else 0), "exponentials leave it likewise"
     assert len(stores) - wide <= 4, "two sums per row and the label's logit"
 
 

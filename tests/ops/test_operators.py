@@ -135,7 +135,7 @@ def test_an_intermediate_result_is_overwritten_and_a_leaf_is_not() -> None:
     assert torch.equal(kept.detach(), case.logits)
     with torch.no_grad():
         case.run(kept, "cpu")
-    assert torch.equal(kept.detach(), case.logits), "nobody asked for a gradient"
+    assert torch.equal(kept.detach(), case.logits), "overwritten without a gradient to write"
 
 
 def test_overwriting_what_somebody_needs_is_an_error() -> None:

@@ -83,15 +83,15 @@ def test_micro_batches_and_label_rows_change_nothing(max_tokens: int, seed: int)
         batches = pack(rollouts, advantages, weights, max_tokens)
         assert (len(batches) > 1) == (max_tokens is not None)
         outs = []
-        for whole in batches:
-            batch = whole.rows()[1] if label_rows_only else whole
+        for full_batch in batches:
+            batch = full_batch.rows()[1] if label_rows_only else full_batch
             tables = (batch.step_advantages, batch.step_ends, batch.cu_seqlens, batch.weights, batch.sampling_logprobs)
             outs.append(policy_loss(table[batch.input_ids], batch.labels, *tables, top_k=6, **OPTIONS))
         loss = torch.stack([out.loss for out in outs]).sum()
         stats = reduce(StepStats.__add__, [out.stats for out in outs], StepStats.zeros(3))
         return loss, torch.autograd.grad(loss, table)[0], stats.stack()
 
-    whole = run(None, label_rows_only=False)
-    assert whole[2][0].sum() == sum(len(r.response_ids) for r in rollouts)
+    expected = run(None, label_rows_only=False)
+    assert expected[2][0].sum() == sum(len(r.response_ids) for r in rollouts)
     for other in (run(None, label_rows_only=True), run(max_tokens, label_rows_only=False), run(max_tokens, label_rows_only=True)):
-        torch.testing.assert_close(other, whole, rtol=1e-12, atol=1e-14)
+        torch.testing.assert_close(other, expected, rtol=1e-12, atol=1e-14)

@@ -116,14 +116,14 @@ def test_fp32_logits_and_a_bf16_gradient() -> None:
 @pytest.mark.parametrize("name", ["k3", "full", "kept"])
 def test_a_slice_of_the_batch_is_that_of_the_whole(name: str) -> None:
     case = draw(10, 300, torch.float32, name)
-    whole = poisoned(case.logits, torch.float32)
-    rows = rows_of(case, whole)
+    full = poisoned(case.logits, torch.float32)
+    rows = rows_of(case, full)
     per_row = ("labels", "weights", "old_logprobs", "ref_logprobs", "kept_ids", "ref_logits")
     for start, end in ((0, 4), (4, 5), (5, 10)):
         tables = {k: v[start:end] if k in per_row and v is not None else v for k, v in case.tables.items()}
         part = cases.Case(case.logits[start:end], tables, case.options)
         d = poisoned(part.logits, torch.float32)
-        assert torch.equal(rows_of(part, d, first_row=start), rows[:, start:end]) and torch.equal(d, whole[start:end])
+        assert torch.equal(rows_of(part, d, first_row=start), rows[:, start:end]) and torch.equal(d, full[start:end])
 
 
 @on_device

@@ -56,9 +56,9 @@ def dr_grpo(drawn: Drawn, logprobs: Terms) -> torch.Tensor:
 def dapo(drawn: Drawn, logprobs: Terms) -> torch.Tensor:
     """Yu et al., arXiv 2503.14476: clip higher, mean over all tokens of the responses that were not cut."""
     advantages = of_groups(drawn, totals(drawn))
-    whole = [r.finish == "stop" for r in drawn.rollouts]
+    finished = [r.finish == "stop" for r in drawn.rollouts]
     terms = [clipped(r, a, 0.2, 0.28) for r, a in zip(ratios(drawn, logprobs), advantages, strict=True)]
-    return torch.cat([t for t, keep in zip(terms, whole, strict=True) if keep]).mean()
+    return torch.cat([t for t, keep in zip(terms, finished, strict=True) if keep]).mean()
 
 
 def gspo(drawn: Drawn, logprobs: Terms) -> torch.Tensor:
