@@ -114,7 +114,7 @@ class Run:
             judge=judge,
             sampler=sampler,
             eval_examples=eval_examples,
-            objective=Objective.of(cfg.loss, cfg.rollout),
+            objective=Objective.from_config(cfg.loss, cfg.rollout),
             ppo=ppo,
         )
 

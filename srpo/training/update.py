@@ -54,7 +54,7 @@ class Objective:
         return self.options.kl_estimator != "full" and (self.num_updates > 1 or self.top_k is None)
 
     @classmethod
-    def of(cls, loss: LossConfig, rollout: RolloutConfig) -> Objective:
+    def from_config(cls, loss: LossConfig, rollout: RolloutConfig) -> Objective:
         """The objective of a config."""
         top_k = rollout.top_k or None
         options = LossOptions(

@@ -100,7 +100,7 @@ def stepped(batch: Batch, drawn: Drawn, cfg: Config, tmp_path: Path) -> tuple[fl
         table,
         torch.optim.SGD(table.parameters(), lr=1.0),
         [batch],
-        Objective.of(cfg.loss, cfg.rollout),
+        Objective.from_config(cfg.loss, cfg.rollout),
         ONE,
         step_names=NAMES,
         grad_clip=0.0,

@@ -150,8 +150,8 @@ def test_an_update_never_calls_the_head(tmp_path: Path) -> None:
 
 
 def test_the_objective_reads_the_config() -> None:
-    assert Objective.of(LossConfig(), RolloutConfig()).inputs == "logits"
-    assert Objective.of(LossConfig(inputs="hidden"), RolloutConfig()).inputs == "hidden"
+    assert Objective.from_config(LossConfig(), RolloutConfig()).inputs == "logits"
+    assert Objective.from_config(LossConfig(inputs="hidden"), RolloutConfig()).inputs == "hidden"
 
 
 def test_a_head_that_is_more_than_a_matrix_is_refused() -> None:

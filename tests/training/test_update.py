@@ -46,12 +46,12 @@ def labelled(
 
 
 def test_objective_reads_the_config() -> None:
-    filtered = Objective.of(LossConfig(clip_eps_high=0.3, num_updates=2), RolloutConfig(temperature=0.7, top_k=20))
+    filtered = Objective.from_config(LossConfig(clip_eps_high=0.3, num_updates=2), RolloutConfig(temperature=0.7, top_k=20))
     assert (filtered.options.clip_eps_high, filtered.num_updates, filtered.options.temperature) == (0.3, 2, 0.7)
     assert (filtered.top_k, filtered.sampling_top_k) == (20, 20)
-    unfiltered = Objective.of(LossConfig(), RolloutConfig(top_k=20, ratio="unfiltered"))
+    unfiltered = Objective.from_config(LossConfig(), RolloutConfig(top_k=20, ratio="unfiltered"))
     assert (unfiltered.top_k, unfiltered.sampling_top_k) == (None, 20)
-    assert Objective.of(LossConfig(), RolloutConfig(top_k=0)).sampling_top_k is None
+    assert Objective.from_config(LossConfig(), RolloutConfig(top_k=0)).sampling_top_k is None
 
 
 def test_one_update_needs_no_old_logprobs() -> None:
