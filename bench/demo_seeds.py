@@ -1,7 +1,7 @@
 """Gains of `python -m srpo.demo --seed S` over several seeds: `python bench/demo_seeds.py RUN_DIR... [--json FILE]`.
 
 Reads the `results.json` of finished demo runs and prints, for each seed, macro F1 before and after on the held-out queries and
-the change of each reasoning step, then whether every seed gains at least ten points of macro F1 with no step getting worse.
+the change in accuracy of each reasoning step, then whether every seed gains at least ten points of macro F1 with no step worse.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ KEYS = ("macro_f1", "accuracy", "good_f1", "class_f1", "step_accuracy", "parse_r
 
 
 def read(run_dir: Path) -> dict[str, Any]:
-    """What is kept of one run."""
+    """The part of a run's results that the report keeps."""
     results = json.loads((run_dir / "results.json").read_text(encoding="utf-8"))
     kept = {when: {key: results[when][key] for key in KEYS} for when in ("before", "after")}
     return {"seed": results["seed"], "command": results["command"], "minutes": results["minutes"], **kept}

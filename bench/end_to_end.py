@@ -1,9 +1,8 @@
-"""One optimizer step of reinforcement, here and in TRL's GRPOTrainer: `python bench/end_to_end.py [--json FILE] [--steps N]`.
+"""One optimizer step of RL, here and in TRL's GRPOTrainer: `python bench/end_to_end.py [--json FILE] [--steps N]`.
 
 The same model (Qwen3-MoE, 2.0 M parameters, vocabulary 2,048, fp32), the same prompts, 16 prompts x 8 completions x exactly
-96 new tokens, beta 0.01, temperature 1, no top-k, one update. The two take turns in one process: TRL trains, and after each of
-its steps a callback runs one of ours, so that whatever else the machine does falls on both. Medians; the first steps of both are
-thrown away.
+96 new tokens, beta 0.01, temperature 1, no top-k, one update. Both alternate in one process: after each step of TRL a callback
+runs one of ours, so that other load on the machine affects both. Reported are medians without the first steps of each.
 
 TRL is an optional dependency: `pip install -e .[bench]`.
 """
@@ -52,7 +51,7 @@ NUM_COMPLETIONS = NUM_PROMPTS * GROUP_SIZE
 
 
 def make_prompts(seed: int, num: int) -> list[str]:
-    """Random words; in tokens about as long as the query-item pairs of the demo."""
+    """Prompts of random words, with about as many tokens as the query-item pairs of the demo."""
     rng = random.Random(seed)
     syllables = [c + v for c in "bcdfghklmnprstvw" for v in "aeiou"]
     words = ["".join(rng.choices(syllables, k=rng.randint(1, 3))) for _ in range(3000)]
@@ -69,19 +68,22 @@ def make_checkpoint(folder: Path) -> int:
 
 
 def made_up_reward(response_ids: tuple[int, ...] | list[int]) -> float:
-    """Something cheap that differs between completions: the share of even token ids."""
+    """The fraction of even token ids: cheap, and different between completions."""
     return sum(token % 2 == 0 for token in response_ids) / len(response_ids)
 
 
 def with_made_up_steps(rollout: Rollout, num_steps: int) -> Rollout:
-    """An untrained model writes no steps: five equal ones with rewards, so that the rest of the step has its full work."""
+    """The rollout with `num_steps` steps of equal length and their rewards.
+
+    An untrained model writes no steps; with made-up ones the later phases have their full work.
+    """
     ends = tuple(len(rollout.response_ids) * (j + 1) // num_steps for j in range(num_steps))
     rewards = tuple(made_up_reward(rollout.response_ids[a:b]) for a, b in zip((0, *ends[:-1]), ends, strict=True))
     return replace(rollout, step_ends=ends, step_rewards=rewards, reward_sources=("rule",) * num_steps)
 
 
 def srpo_step(folder: Path, prompts: list[str], micro_batch_tokens: int) -> Callable[[], dict[str, float]]:
-    """A function that runs one whole step of Algorithm 1 and returns the seconds of each of its phases."""
+    """A function that runs one whole optimizer step of Algorithm 1 and returns the seconds of each phase."""
     parallel = init_parallel()
     tokenizer: PreTrainedTokenizerBase = load_tokenizer(folder)
     model = load_policy(folder)
@@ -131,7 +133,7 @@ def srpo_step(folder: Path, prompts: list[str], micro_batch_tokens: int) -> Call
             reference=reference,
         )
         lap("update")
-        # The mean: in a model that has learned nothing, experts tie nearly, and a token whose router flips differs by more.
+        # Only the mean has a bound: routers of an untrained model have near-ties, and a token that changes experts differs more.
         assert metrics["rollout/mismatch_kl"] < 1e-5, metrics["rollout/mismatch_kl"]
         return laps
 
@@ -157,7 +159,7 @@ class TakeTurns(TrainerCallback):
 
 
 def take_turns(folder: Path, prompts: list[str], ours: Callable[[], dict[str, float]], num_steps: int) -> TakeTurns:
-    """TRL's own training loop on the same checkpoint and prompts, ours after each of its steps."""
+    """Run TRL's own training loop on the same checkpoint and prompts, with one of our steps after each of its steps."""
     from datasets import Dataset
     from trl import GRPOConfig, GRPOTrainer
 
@@ -178,7 +180,7 @@ def take_turns(folder: Path, prompts: list[str], ours: Callable[[], dict[str, fl
         max_steps=num_steps,
         model_init_kwargs={"dtype": "float32"},
         bf16=False,
-        gradient_checkpointing=False,  # its default would make it slower
+        gradient_checkpointing=False,  # TRL's default would make it slower
         use_cpu=True,
         save_strategy="no",
         logging_strategy="no",
@@ -199,7 +201,7 @@ def take_turns(folder: Path, prompts: list[str], ours: Callable[[], dict[str, fl
 
 
 def environment(threads: int) -> dict[str, Any]:
-    """What the numbers were taken on."""
+    """Processor, versions, commit and command of the measurement."""
     cpu = platform.processor() or platform.machine()
     info = Path("/proc/cpuinfo")
     if info.is_file():
@@ -228,7 +230,7 @@ def summary(seconds: list[float]) -> dict[str, Any]:
 
 
 def main() -> int:
-    """The program; the exit status is 2 without TRL."""
+    """Run the benchmark. Returns the exit status: 2 if TRL is not installed."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
     parser.add_argument("--json", type=Path, help="write the result there")
     parser.add_argument("--steps", type=int, default=10, help="timed steps of each (default 10)")

@@ -1,13 +1,13 @@
-"""What sampling costs and what hides it: `python bench/rollout.py --checkpoint DIR [--measure engines|judge|ahead]`.
+"""Time of sampling, alone and in parallel: `python bench/rollout.py --checkpoint DIR [--measure engines|judge|ahead]`.
 
-engines: sampled tokens per second of the two engines, in alternation, at several group sizes; exactly `--tokens` new tokens each.
-Also the first samples: how long vLLM takes to start and to warm up.
-judge: seconds until everything is scored by a judge that takes `--judge-s` for `--judge-concurrency` responses and computes
-nothing here (a server): scored afterwards, scored meanwhile, and meanwhile with the last tenth of the groups cut. Responses have
-different lengths, and vLLM decodes `--max-num-seqs` of them at once.
-ahead: seconds per optimizer step where vLLM samples before the update, and where it samples the next batch beside it.
+engines: sampled tokens per second of the two engines, at several group sizes; each response has exactly `--tokens` new tokens.
+Also the seconds that vLLM takes to start and for its first samples.
+judge: seconds until all responses are scored by a judge that takes `--judge-s` per `--judge-concurrency` responses and uses no
+processor of this machine (as a server): scored after sampling, in parallel with sampling, and in parallel with the last tenth of
+the groups cut. Responses have different lengths, and vLLM decodes `--max-num-seqs` of them at once.
+ahead: seconds per optimizer step if vLLM samples before the update, and if it samples the next batch during the update.
 
-Temperature 0.99, top-k 100, medians over `--rounds` of all arms in alternation. `--json FILE` keeps them. Needs vLLM.
+Temperature 0.99, top-k 100, medians over `--rounds` in which all arms alternate. `--json FILE` writes them. Needs vLLM.
 """
 
 from __future__ import annotations
@@ -77,7 +77,7 @@ def groups_of(engine: VllmEngine, prompts: Prompts, params: SamplingParams, seed
 
 
 def alternate(arms: dict[str, Callable[[int], dict[str, float]]], rounds: int) -> dict[str, dict[str, float]]:
-    """Medians of what each arm reports, after one round that is not counted."""
+    """Median over the rounds of each number that an arm reports; the first of `rounds` + 1 rounds is a warm-up."""
     found: dict[str, list[dict[str, float]]] = {name: [] for name in arms}
     for round_ in range(rounds + 1):
         for name, arm in arms.items():
@@ -88,7 +88,7 @@ def alternate(arms: dict[str, Callable[[int], dict[str, float]]], rounds: int) -
 
 
 def measure_judge(engine: VllmEngine, prompts: Prompts, params: SamplingParams, args: argparse.Namespace) -> dict[str, Any]:
-    """Seconds of a step's sampling and scoring, and how many responses it has."""
+    """For each arm: seconds of sampling and scoring one step, seconds of the judge, numbers of responses and of judge calls."""
     waited: list[float] = []
 
     def judge(rollouts: Sequence[Rollout]) -> list[Rollout]:
@@ -112,7 +112,7 @@ def measure_judge(engine: VllmEngine, prompts: Prompts, params: SamplingParams, 
 
 
 class _Endless:
-    """The part of a sampler that `Prefetch` needs, without data."""
+    """The methods of a sampler that `Prefetch` calls, without data."""
 
     def next(self, n: int) -> list[Any]:
         return []
@@ -122,7 +122,7 @@ class _Endless:
 
 
 def measure_ahead(engine: VllmEngine, prompts: Prompts, params: SamplingParams, args: argparse.Namespace) -> dict[str, Any]:
-    """Seconds of one optimizer step (sync, sampling, update), in turn and side by side; weights never change (lr 0)."""
+    """Seconds of one optimizer step (sync, sampling, update), sampling in turn or one step ahead; weights never change (lr 0)."""
     policy = Policy(load_policy(args.checkpoint))
     optimizer = torch.optim.SGD(policy.parameters(), lr=0.0)
     rollout = RolloutConfig(top_k=params.top_k, temperature=params.temperature)
@@ -143,7 +143,7 @@ def measure_ahead(engine: VllmEngine, prompts: Prompts, params: SamplingParams, 
 
         def step(round_: int, off_policy: bool) -> dict[str, float]:
             if off_policy:
-                prefetch.start(0, round_)  # as the step before would have left it
+                prefetch.start(0, round_)  # the batch that the step before would have sampled
                 prefetch.wait()
             start = time.perf_counter()
             taken = prefetch.take()
@@ -198,7 +198,7 @@ def main() -> None:
             rates = results[-1]["tokens_per_s"].items()
             print(f"group size {size}: " + ", ".join(f"{name} {rate:,.0f}/s" for name, rate in rates))
     else:
-        stops = tuple(draw.sample(range(3, vocab_size), k=max(1, vocab_size // 40)))  # so that lengths differ
+        stops = tuple(draw.sample(range(3, vocab_size), k=max(1, vocab_size // 40)))  # so that responses have different lengths
         params = SamplingParams(max_new_tokens=args.tokens, group_size=args.group_sizes[-1], stop_ids=stops)
         results = (measure_judge if args.measure == "judge" else measure_ahead)(vllm, prompts, params, args)
         for name, numbers in results.items():

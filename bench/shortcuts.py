@@ -1,8 +1,8 @@
-"""How far lexical shortcuts carry on the catalogue world: `python bench/shortcuts.py [--json FILE]`.
+"""Macro F1 of lexical shortcuts on the catalogue world: `python bench/shortcuts.py [--json FILE]`.
 
-A bag-of-words logistic regression on the pair's text (words, word pairs within a field, words of query and item told apart)
-against the rule-based oracle, which reads the true contents of S1 and S2 and applies the rule table. Macro F1 on held-out
-queries. If words alone came near the oracle, a judge would not need to reason.
+Compares a bag-of-words logistic regression on the pair's text (words and word pairs within a field, words of query and item kept
+apart) with the rule-based oracle, which reads the true contents of S1 and S2 and applies the rule table, on held-out queries. If
+words alone came near the oracle, a judge would not need to reason.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from srpo.data.world import Facts, World, reason
 
 
 def words(example: Example) -> str:
-    """The pair's text, words of the query marked: "q_red" in the query and "red" in the item are different words."""
+    """The pair's text with the words of the query marked: "q_red" in the query and "red" in the item are different words."""
     query = " ".join(f"q_{word}" for word in example.query.split())
     return f"{query} | {example.title} {' '.join(example.fields.values())}"
 
@@ -35,7 +35,7 @@ def oracle(example: Example) -> str:
 
 
 def measure(seed: int, num_train: int, num_test: int) -> dict[str, float]:
-    """Macro F1 of both on one world."""
+    """Macro F1 of the oracle and of each bag of words on one world."""
     world = World(seed)
     train, test = list(world.examples("train", num_train)), list(world.examples("wild", num_test))
     gold = [example.gold[-1] for example in test]

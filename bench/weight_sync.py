@@ -1,10 +1,14 @@
 """Seconds of a weight sync into vLLM on a CPU: `python bench/weight_sync.py [--sizes tiny 50m] [--rounds 7] [--json FILE]`.
 
-Ways from the trainer's parameters to a running vLLM, interleaved, each counted at the end. `shared` is `VllmEngine.sync_weights`:
-buckets in shared memory, kernels made straight from them. `disk` is a safetensors file, written and read, with kernels made as in
-`shared`. With `_reload` vLLM's own layerwise reload takes the place of `srpo.rollout.vllm.direct_load`; `tensors_reload` is one
-message and one `load_weights` per tensor. Weights change before every sync. Of the seconds in vLLM's process (load and finish)
-`experts_s` and `linear_s` go into making kernels, `count_s` into the proof. Needs vLLM: pip install 'srpo[vllm]'.
+Compares ways to bring the trainer's parameters into a running vLLM, in alternation; each ends with the proof of the sync.
+
+    shared          `VllmEngine.sync_weights`: buckets in shared memory, from which vLLM's kernels are built directly
+    disk            a safetensors file, written and read; kernels are built as in `shared`
+    *_reload        vLLM's own layerwise reload in place of `srpo.rollout.vllm.direct_load`
+    tensors_reload  one message and one `load_weights` per tensor, with vLLM's own reload
+
+Weights change before every sync. Of the seconds in vLLM's process (load and finish), `experts_s` and `linear_s` are spent on
+building kernels, `count_s` on the proof. Needs vLLM: pip install 'srpo[vllm]'.
 """
 
 from __future__ import annotations
@@ -47,7 +51,7 @@ SIZES = {
 
 
 def timed(times: dict[str, float], key: str, function: Callable[..., Any]) -> Callable[..., Any]:
-    """The function, that adds its seconds to times[key]."""
+    """The function, with the seconds of each call added to times[key]."""
 
     def run(*args: Any, **kwargs: Any) -> Any:
         start = time.perf_counter()
@@ -60,7 +64,7 @@ def timed(times: dict[str, float], key: str, function: Callable[..., Any]) -> Ca
 
 
 class Backend(VllmBackend):
-    """Also measures what kernels and proof take. `reload`: vLLM's own."""
+    """Also measures the seconds of building kernels and of the proof. reload: use vLLM's own reload."""
 
     def __init__(self, reload: bool) -> None:
         super().__init__()
@@ -84,7 +88,7 @@ def refuse(*_: object) -> None:
 
 
 class Server(engine_worker.Server):
-    """The engine's loop, with the other ways."""
+    """The engine's server, with messages for the other ways and for the measured seconds."""
 
     _backend: Backend
 
@@ -158,7 +162,7 @@ def tensors(engine: VllmEngine, policy: torch.nn.Module, number: int, folder: Pa
     return {"sync_load_s": time.perf_counter() - start, **finish(engine, policy, number)}
 
 
-# (what does it, whether vLLM's own reload loads)
+# name: (function that syncs, whether vLLM's own reload loads)
 WAYS: dict[str, tuple[Callable[[VllmEngine, torch.nn.Module, int, Path], dict[str, float]], bool]] = {
     "shared": (shared, False),
     "disk": (disk, False),
@@ -169,7 +173,7 @@ WAYS: dict[str, tuple[Callable[[VllmEngine, torch.nn.Module, int, Path], dict[st
 
 
 def measure(size: str, rounds: int, folder: Path) -> dict[str, Any]:
-    """Median seconds of each way, and of its parts."""
+    """Median seconds of each way and of its parts."""
     num_parameters = checkpoint(folder, size)
     policy = load_policy(folder)
     times: dict[str, list[dict[str, float]]] = {way: [] for way in WAYS}
@@ -178,7 +182,7 @@ def measure(size: str, rounds: int, folder: Path) -> dict[str, Any]:
     engines = []
     for loads in ("direct", "reload"):
         with warnings.catch_warnings():
-            warnings.simplefilter("ignore", RuntimeWarning)  # that the second takes vLLM's reload
+            warnings.simplefilter("ignore", RuntimeWarning)  # the second engine warns that it uses vLLM's reload
             engines.append(VllmEngine(folder, config=config, command=(script, "--worker", loads)))
         assert (engines[-1].loads == "direct") == (loads == "direct"), engines[-1].loads
     number = 0
@@ -230,7 +234,7 @@ def main() -> None:
         "results": results,
     }
     if args.json:
-        if args.json.is_file():  # sizes that were measured before on the same machine and with the same versions stay
+        if args.json.is_file():  # keep other sizes that were measured on the same machine with the same versions
             before = json.loads(args.json.read_text(encoding="utf-8"))
             if (before["machine"], before["versions"]) == (outcome["machine"], outcome["versions"]):
                 kept = [result for result in before["results"] if result["size"] not in args.sizes]

@@ -1,8 +1,8 @@
-"""Which of two systems is better, and how sure that is: `python -m srpo.compare --a X --b Y --data FILE`.
+"""Comparison of two systems, with intervals: `python -m srpo.compare --a X --b Y --data FILE`.
 
 On graded pairs: the difference of every score of 5.1.2 with a paired bootstrap interval over queries, and McNemar's exact test of
-the verdicts. On ranked lists (`--pages.file`): GSB side by side, query goodrate and item goodrate, as in Table 7. Prints tables,
-writes `comparison.json`.
+the verdicts. On ranked lists (`--pages.file`): GSB side by side, query goodrate and item goodrate, as in Table 7. Prints tables
+and writes `comparison.json`.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ from srpo.scores.tally import true_grades
 
 
 def main(config: CompareConfig) -> None:
-    """The program. Raises ValueError for settings that do not say what to compare, before anything is written."""
+    """Compare as configured, print the tables and write the results. Raises ValueError for bad settings, before it writes."""
     check_one_process("srpo.compare", "it only counts, and has nothing for ranks to share")
     pages = config.pages
     if bool(config.a) != bool(config.b) or not (config.a or pages.file):
@@ -73,9 +73,9 @@ def main(config: CompareConfig) -> None:
 
 
 def offline(a: Responses, b: Responses, config: CompareConfig) -> tuple[dict[str, Any], StepSchema]:
-    """(`compare_systems` of two systems, with the results of each as `a` and `b`; the steps that were compared).
+    """(`compare_systems` of two systems, plus the results of each as `a` and `b`; the step schema of the comparison).
 
-    Where one of them has verdicts alone, both are compared by their verdicts; this is printed, as is what was left out.
+    If one system has only verdicts, both are compared by their verdicts alone. Prints this, and how many rollouts are left out.
     """
     for name, responses in ((config.name_a, a), (config.name_b, b)):
         if responses.num_others:
@@ -89,7 +89,7 @@ def offline(a: Responses, b: Responses, config: CompareConfig) -> tuple[dict[str
 
 
 def online(pages: Pages, examples: Sequence[Example], config: CompareConfig) -> dict[str, Any]:
-    """`side_by_side` of the pages, with `num_unjudged` shown items that were left out."""
+    """`side_by_side` of the pages, plus `num_unjudged`, the number of shown items without a class, which are left out."""
     settings = config.pages
     if pages.key == "item_ids" and not settings.judgments:
         raise ValueError(f"{settings.file} lists item_ids: give their classes by --pages.judgments FILE")
@@ -107,7 +107,7 @@ def online(pages: Pages, examples: Sequence[Example], config: CompareConfig) -> 
 
 
 def tags_of_queries(pages: Pages, examples: Sequence[Example]) -> dict[str, dict[str, str]]:
-    """query_id -> tags: those of its pages, and those that all examples of the query agree on."""
+    """query_id -> tags: those of its pages, and those that have one value in all examples of the query."""
     tags: dict[str, dict[str, str]] = {}
     for example in examples:
         known = tags.setdefault(example.query_id, dict(example.tags))
@@ -139,7 +139,7 @@ def offline_table(results: Results, config: CompareConfig, schema: StepSchema) -
 
 
 def parts_tables(results: Results, config: CompareConfig) -> list[str]:
-    """For each tag, the changes of macro F1, accuracy and Good F1 for each of its values."""
+    """One table per tag: the changes of macro F1, accuracy and Good F1 for each value of the tag."""
     tables = []
     for tag, parts in results["by"].items():
         rows = []

@@ -1,8 +1,8 @@
-"""The whole method in miniature, in minutes on a laptop: `make demo`, or `python -m srpo.demo`.
+"""The whole method in miniature, in minutes on a laptop: `python -m srpo.demo`.
 
-On the catalogue world, or on real judged pairs (`--data PATH`): a tokenizer, a tiny mixture-of-experts policy, an SFT warm start
-on imperfect demonstrations, Stepwise Reward Policy Optimization, and the same held-out pairs judged before and after. Each stage
-leaves its result in the run folder and is skipped when it is there: a demo that was stopped continues.
+`make demo` runs it, too. On the catalogue world, or on real judged pairs (`--data PATH`): a tokenizer, a tiny mixture-of-experts
+policy, an SFT warm start on imperfect demonstrations, Stepwise Reward Policy Optimization, and scores on held-out pairs before
+and after it. Each stage leaves its result in the run folder and is skipped if the result exists, so a stopped demo continues.
 """
 
 from __future__ import annotations
@@ -52,11 +52,11 @@ from srpo.training.evaluation import evaluate_policy
 
 
 def demo(cfg: DemoConfig, parallel: Parallel) -> dict[str, Any]:
-    """Run every stage that is not done yet; returns what `results.json` holds."""
+    """Run the stages that are not done yet. Returns the contents of `results.json`."""
     run_dir = Path(cfg.run_dir)
     start, new = time.monotonic(), not (run_dir / "data").is_dir()
     claim = run_dir / "demo"
-    if not new:  # data that could not be read leave the folder free for other settings
+    if not new:  # claimed after the data were made: unreadable data leave the folder free for other settings
         claim_run_dir(claim, cfg, parallel.is_main)
     schema = StepSchema(PAPER_STEPS)
     stage(run_dir / "data", "making the data", lambda out: make_data(cfg, out))
@@ -73,7 +73,7 @@ def demo(cfg: DemoConfig, parallel: Parallel) -> dict[str, Any]:
         "after": after,
         "seed": cfg.seed,
         "command": shlex.join(["python", "-m", "srpo.demo", *sys.argv[1:]]),
-        "minutes": round(minutes, 1) if new else None,  # of a demo that was stopped only the last part is known
+        "minutes": round(minutes, 1) if new else None,  # unknown for a demo that was stopped and continued
     }
     write_whole(run_dir / "results.json", json.dumps(results, indent=1) + "\n")
     write_plots(run_dir / "plots", read_metrics(run_dir / "metrics.jsonl"), schema, results, run_dir.name)
@@ -83,8 +83,10 @@ def demo(cfg: DemoConfig, parallel: Parallel) -> dict[str, Any]:
 
 
 def train_config(cfg: DemoConfig, policy: Path) -> Config:
-    """Algorithm 1 on hybrid step rewards. Real pairs have neither labels for S1 to S4 nor an annotator: the verdict is
-    rewarded."""
+    """Settings of Algorithm 1 on hybrid step rewards, or on real pairs with the reward of the verdict alone.
+
+    Real pairs have neither labels for S1 to S4 nor a simulated annotator.
+    """
     run_dir = Path(cfg.run_dir)
     steps = PAPER_STEPS
     if cfg.data:
@@ -107,7 +109,7 @@ def train_config(cfg: DemoConfig, policy: Path) -> Config:
 
 
 def evaluated(cfg: DemoConfig, policy: Path, path: Path, title: str, schema: StepSchema) -> dict[str, Any]:
-    """Results of a checkpoint on the held-out pairs, kept in a file."""
+    """Results of a checkpoint on the held-out pairs: read from the file `path`, or computed and written there."""
     if not path.is_file():
         examples: list[Example] = load_examples(Path(cfg.run_dir) / "data" / "eval.jsonl", schema.num_steps, cfg.num_eval)
         engine = LocalEngine(load_policy(policy))
@@ -126,7 +128,7 @@ def evaluated(cfg: DemoConfig, policy: Path, path: Path, title: str, schema: Ste
 
 
 def main(cfg: DemoConfig) -> None:
-    """The program."""
+    """Run the demo in this process."""
     check_one_process("srpo.demo", "the demo is one process (srpo.train takes several)")
     distributed(demo)(cfg)
 

@@ -1,7 +1,7 @@
-"""Direct preference optimization, the baseline of 5.1.4: `python -m srpo.dpo @ my.toml`.
+"""Direct preference optimization (DPO) on pairs of responses: `python -m srpo.dpo @ my.toml`.
 
-Pairs are made from the responses that a run has sampled (`rollouts`), or read from a file (`pairs`). What the reference says of
-them is computed once, ahead of training.
+The DPO baseline of 5.1.4. Pairs are made from the responses that a run has sampled (`rollouts`), or read from a file (`pairs`).
+Their log-probabilities under the reference policy are computed once, before training. Runs alone or under torchrun.
 """
 
 from __future__ import annotations
@@ -36,11 +36,14 @@ from srpo.training.outputs import Hidden, Logits, of_outputs
 from srpo.training.supervised import batch_indices, fit
 from srpo.training.update import level
 
-REFERENCE_BATCH = 256  # pairs between two updates of the progress bar while the reference is scored
+REFERENCE_BATCH = 256  # pairs that the reference scores between two updates of the progress bar
 
 
 def load_preferences(cfg: DpoConfig, tokenizer: Any) -> tuple[list[Preference], dict[str, Any]]:
-    """(all pairs as token ids, counts of how they were made). ValueError for whatever is wrong with the files."""
+    """(all pairs as token ids, counts of how they were made).
+
+    Raises ValueError for a file that cannot be used, and for rollouts that make no pair.
+    """
     if cfg.pairs:
         texts = list(read_preferences(cfg.pairs))
         ends = (tokenizer.eos_token_id,)
@@ -64,7 +67,7 @@ def load_preferences(cfg: DpoConfig, tokenizer: Any) -> tuple[list[Preference], 
 
 
 def _check_tokenizer(cfg: DpoConfig, tokenizer: Any, rollouts: Sequence[Rollout]) -> None:
-    """Raises ValueError where the policy's tokenizer is not the one that the rollouts were sampled with."""
+    """Raise ValueError if the rollouts were sampled with another tokenizer than the policy's."""
     special = set(tokenizer.all_special_ids)
     for rollout in rollouts[:100]:
         ids = list(rollout.response_ids)
@@ -112,15 +115,15 @@ def _check_lengths(cfg: DpoConfig, pairs: Sequence[Preference], max_context: int
 
 
 def num_rows(pair: Preference) -> int:
-    """Packed rows of both sequences: the last token of each is no input."""
+    """Number of packed rows of both sequences; the last token of a sequence is not an input."""
     return 2 * len(pair.prompt_ids) + len(pair.chosen_ids) + len(pair.rejected_ids) - 2
 
 
 def pack_preferences(pairs: Sequence[Preference], reference: torch.Tensor, max_tokens: int) -> list[Batch]:
-    """Micro-batches of whole pairs, sequence 2p the chosen and 2p + 1 the rejected response of its pair p.
+    """Micro-batches of whole pairs: in a batch, sequence 2p is the chosen and 2p + 1 the rejected response of pair p.
 
-    reference [P, 2]: log-probabilities of the whole responses under the reference. In `ref_logprobs` they stand on the first
-    response token of each, since only their sum over the response counts.
+    reference [len(pairs), 2]: log-probabilities of whole responses under the reference policy. `ref_logprobs` holds each at the
+    first token of its response and 0 elsewhere, because DPO uses only the sum over a response.
     """
     batches, first, rows = [], 0, 0
     for i, pair in enumerate(pairs):
@@ -139,7 +142,7 @@ def _pack_whole(pairs: Sequence[Preference], reference: torch.Tensor) -> Batch:
 
 
 def response_logprobs(outputs: Logits | Hidden, rows: Batch) -> torch.Tensor:
-    """Log-probabilities of whole responses, [N] fp32: of the unfiltered softmax at temperature 1; differentiable."""
+    """Log-probability of each whole response under the unfiltered softmax at temperature 1, [N] fp32, differentiable."""
     return _by_sequence(outputs.logprobs(rows.labels, temperature=1.0), rows)
 
 
@@ -158,7 +161,7 @@ def reference_logprobs(
     parallel: Parallel,
     inputs: Literal["logits", "hidden"] = "logits",
 ) -> torch.Tensor:
-    """[P, 2] fp32, the same on every rank: log-probabilities of the chosen and the rejected responses. Collective."""
+    """Log-probabilities of the chosen and the rejected responses, [len(pairs), 2] fp32, the same on every rank. Collective."""
 
     def sums_of(batch: Batch) -> torch.Tensor:
         return of_outputs(model, batch, inputs, lambda outputs: response_logprobs(outputs, batch.rows()[1]))
@@ -176,7 +179,10 @@ def reference_logprobs(
 
 
 def dpo(cfg: DpoConfig, parallel: Parallel) -> Path:
-    """Train and return the folder of the resulting checkpoint, `run_dir/policy`. Killed and started again it continues."""
+    """Train and return the folder of the resulting checkpoint, `run_dir/policy`. Collective.
+
+    A run that was killed continues from its last checkpoint when it is started again.
+    """
     run_dir, main = Path(cfg.run_dir), parallel.is_main
     _check_settings(cfg)
     tokenizer = load_tokenizer(cfg.policy.path)
@@ -202,7 +208,7 @@ def dpo(cfg: DpoConfig, parallel: Parallel) -> Path:
         _, rows = batch.rows()
         assert rows.ref_logprobs is not None
         logprobs = of_outputs(policy, batch, cfg.inputs, lambda outputs: response_logprobs(outputs, rows))
-        # The last sequence is cut off where there is an odd one: an empty batch of `level` is a single sequence without rows.
+        # Drops an odd last sequence: `level` pads with empty batches, each a single sequence without rows.
         logprobs, ref = (x[: len(x) // 2 * 2].reshape(-1, 2) for x in (logprobs, _by_sequence(rows.ref_logprobs, rows)))
         out = dpo_loss(
             logprobs[:, 0], logprobs[:, 1], ref[:, 0], ref[:, 1], cfg.beta, cfg.batch_size, label_smoothing=cfg.label_smoothing
@@ -234,8 +240,10 @@ def dpo(cfg: DpoConfig, parallel: Parallel) -> Path:
 def _reference(
     cfg: DpoConfig, policy: torch.nn.Module, pairs: Sequence[Preference], data: str, parallel: Parallel
 ) -> torch.Tensor:
-    """`reference_logprobs` of all pairs: from the run folder, else computed, by the starting policy where no other is named, and
-    written there. So the reference is in memory only before the first optimizer step."""
+    """`reference_logprobs` of all pairs, read from the run folder, or computed and written there. Collective.
+
+    The reference is `policy.reference`, or else the starting policy; it is in memory only before the first optimizer step.
+    """
     path = Path(cfg.run_dir) / "reference.pt"
     if path.is_file():
         stored = torch.load(path, weights_only=True)

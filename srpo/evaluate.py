@@ -1,8 +1,8 @@
-"""How right a judge is on graded pairs: `python -m srpo.evaluate --checkpoint DIR --data FILE`, or the same under torchrun.
+"""Scores of a policy on graded pairs: `python -m srpo.evaluate --checkpoint DIR --data FILE`.
 
-Decodes greedily, or scores what is there already: `--rollouts FILE` or `--predictions FILE`. Prints the scores of 5.1.2, the
-accuracy of each step and how verdict and steps go together, with bootstrap intervals over queries, for all pairs and each query
-type; writes `results.json`, `predictions.jsonl` and `rollouts.jsonl`.
+Decodes greedily, alone or under torchrun, or scores existing responses: `--rollouts FILE` or `--predictions FILE`. Prints the
+scores of 5.1.2, the accuracy of each step and the consistency of verdict and steps, with bootstrap intervals over queries, for
+all pairs and for each query type. Writes `results.json`, `predictions.jsonl` and `rollouts.jsonl`.
 """
 
 from __future__ import annotations
@@ -41,9 +41,9 @@ from srpo.training.evaluation import evaluate_policy
 
 
 def evaluate(config: EvaluateConfig, parallel: Parallel) -> None:
-    """Decode or read, score, print and write; the ranks decode a share each, and the first one says and writes what they found.
+    """Decode or read the responses, score them, and print and write the results. Collective.
 
-    Raises ValueError for settings that do not say what to evaluate.
+    Each rank decodes its share; rank 0 prints and writes. Raises ValueError for settings that cannot work.
     """
     sources = [source for source in (config.checkpoint, config.rollouts, config.predictions) if source]
     if len(sources) != 1:
@@ -58,7 +58,8 @@ def evaluate(config: EvaluateConfig, parallel: Parallel) -> None:
     data = config.data or run.data.eval
     if not data:
         raise ValueError("no data: give graded examples with --data FILE")
-    limit = 0 if config.predictions else config.limit  # of predictions, one of no example at all is to be told from one past it
+    # Load every example for predictions: one for an unknown id is an error, one for an example beyond --limit is not.
+    limit = 0 if config.predictions else config.limit
     examples = load_examples(data, schema.num_steps, limit, options=schema.options)
     check_tags((example.tags for example in examples), config.by)
     true_grades(examples[: config.limit or None])
@@ -87,9 +88,9 @@ def evaluate(config: EvaluateConfig, parallel: Parallel) -> None:
 def decode(
     config: EvaluateConfig, run: Config, schema: StepSchema, examples: Sequence[Example], parallel: Parallel
 ) -> tuple[dict[str, Any], list[Rollout]]:
-    """`evaluate_policy` of the checkpoint, under the settings of its run. Collective.
+    """`evaluate_policy` of the checkpoint with the settings of its run. Collective.
 
-    Raises ValueError for a prompt that does not fit, on all ranks and before any is decoded.
+    Raises ValueError on all ranks, before decoding, if a prompt does not fit into the context.
     """
     tokenizer = load_tokenizer(config.checkpoint)
     max_new_tokens = config.max_new_tokens or run.rollout.max_new_tokens
@@ -108,14 +109,14 @@ def decode(
         by=config.by,
         bootstrap=config.bootstrap,
     )
-    engine.close()  # not after an error: one that ranks share waits for all of them
+    engine.close()  # not after an error: a shared engine would wait for all ranks
     return made
 
 
 def open_engine(config: EvaluateConfig, run: Config, parallel: Parallel) -> Engine:
-    """The engine that decodes, with the weights of the checkpoint: nothing is ever synced into it. Collective where it is shared.
+    """The engine that decodes. It loads the weights of the checkpoint and never syncs others. Collective if ranks share it.
 
-    Raises ValueError for settings that cannot work, ImportError where the engine is not installed.
+    Raises ValueError for settings that cannot work, ImportError if the engine is not installed.
     """
     dtype, max_context = getattr(torch, run.policy.dtype), run.policy.max_context
     if config.engine == "local":
@@ -129,7 +130,7 @@ def open_engine(config: EvaluateConfig, run: Config, parallel: Parallel) -> Engi
 
 
 def write_evaluation(out: Path, results: dict[str, Any], rollouts: Sequence[Rollout], examples: Sequence[Example]) -> Path:
-    """Write results.json and, where there are responses, predictions.jsonl and rollouts.jsonl into `out`; returns it."""
+    """Write results.json and, if rollouts are given, predictions.jsonl and rollouts.jsonl into `out`. Returns `out`."""
     out.mkdir(parents=True, exist_ok=True)
     write_whole(out / "results.json", json.dumps(results, indent=2) + "\n")
     if rollouts:
@@ -145,7 +146,7 @@ def write_evaluation(out: Path, results: dict[str, Any], rollouts: Sequence[Roll
 
 
 def main(config: EvaluateConfig) -> None:
-    """The program."""
+    """Evaluate as configured, on all ranks of torchrun if a checkpoint is decoded."""
     if not config.checkpoint:
         check_one_process("srpo.evaluate with --rollouts or --predictions", "nothing is decoded that ranks could share")
     distributed(evaluate)(config)

@@ -1,6 +1,7 @@
-"""What a run did: `python -m srpo.report RUN_DIR` prints its table and draws RUN_DIR/plots/*.png.
+"""Table and plots of a training run: `python -m srpo.report RUN_DIR`.
 
-Reads `metrics.jsonl`, `config.toml` and, where present, `results.json`; may be run while training goes on.
+Prints the scores before and after training and draws RUN_DIR/plots/*.png. Reads `metrics.jsonl`, `config.toml` and, if present,
+`results.json`. Works while training goes on.
 """
 
 from __future__ import annotations
@@ -24,9 +25,9 @@ from srpo.scores.tables import before_after_table
 
 
 def write_report(run_dir: Path) -> tuple[str, list[Path]]:
-    """(the table, "" where there are no results yet; the plots that were drawn) of a run folder.
+    """(table of the scores before and after training, "" without results; files of the plots that were drawn) of a run folder.
 
-    Raises ValueError where the folder is none of a run.
+    Raises ValueError if the folder is not the run folder of srpo.train.
     """
     for name in ("config.toml", "metrics.jsonl"):
         if not (run_dir / name).is_file():
@@ -41,7 +42,7 @@ def write_report(run_dir: Path) -> tuple[str, list[Path]]:
 
 
 def main(config: ReportConfig) -> None:
-    """The program."""
+    """Write the report of a run folder and print its table and the names of its plots."""
     check_one_process("srpo.report", "it only draws, and has nothing for ranks to share")
     if not config.run_dir:
         raise ValueError("name a run folder: python -m srpo.report runs/demo")

@@ -1,7 +1,8 @@
-"""The paper's tables in miniature: `python -m srpo.reproduce table3` (1, 2, 3, 4, 5, 6, 8, 9, headline, or all).
+"""The paper's tables in miniature: `python -m srpo.reproduce table3`.
 
-Trains what the table needs and is not there yet, over several seeds, and prints the paper's numbers beside ours. Rows and
-starting checkpoints that several tables share are made once. Stopped, it continues; several processes may do different seeds.
+The tables are table1 to 6, 8, 9 and headline; `all` makes each of them. Trains the rows of a table that do not exist yet, over
+several seeds, and prints the paper's numbers next to ours. Rows and starting checkpoints that several tables share are made once.
+A run that was stopped continues when it is started again. Several processes may work on different seeds.
 """
 
 from __future__ import annotations
@@ -37,13 +38,13 @@ from srpo.experiments.summary import headline, judge_scores_of, scores_of, summa
 from srpo.experiments.tables import TABLES
 from srpo.policy.parallel import Parallel, distributed
 
-HEADLINE = ("srpo", "srpo_discounted", "grpo")  # the last one is what the others are to beat
+HEADLINE = ("srpo", "srpo_discounted", "grpo")  # recipes of the headline table; the last one is the baseline
 NAMES = (*TABLES, "headline")
-OWN_CLAIM = {"judge_sft_steps": 0, "judge_grpo_steps": 0, "judge_lr": 0.0}  # the judges' folders claim these for themselves
+OWN_CLAIM = {"judge_sft_steps": 0, "judge_grpo_steps": 0, "judge_lr": 0.0}  # checked in the judges' folders, not in the lab's
 
 
 def reproduce(cfg: ReproduceConfig, parallel: Parallel) -> list[dict[str, Any]]:
-    """Make the tables asked for; returns what was written to `run_dir/<table>.json` of each."""
+    """Make the tables of `cfg.table`. Returns the contents of each `run_dir/<table>.json`."""
     run_dir, made = Path(cfg.run_dir), []
     for name in wanted(cfg):
         start = time.monotonic()
@@ -58,7 +59,7 @@ def reproduce(cfg: ReproduceConfig, parallel: Parallel) -> list[dict[str, Any]]:
 
 
 def wanted(cfg: ReproduceConfig) -> tuple[str, ...]:
-    """Names of the tables asked for. ValueError where there is none of that name, or where seeds are wrong."""
+    """Names of the tables of `cfg.table`. Raises ValueError for an unknown name, and for missing or repeated seeds."""
     names = NAMES if cfg.table == "all" else (cfg.table,)
     if unknown := [name for name in names if name not in NAMES]:
         raise ValueError(f"there is no table {unknown[0]!r}: give one of {', '.join(NAMES)}, or all")
@@ -68,7 +69,7 @@ def wanted(cfg: ReproduceConfig) -> tuple[str, ...]:
 
 
 def make_table(cfg: ReproduceConfig, name: str, parallel: Parallel) -> dict[str, Any]:
-    """Scores of every row and seed, and their summary; prints it and draws `<name>.png`."""
+    """Make all rows of a table for all seeds. Returns their summary, prints it and draws `<name>.png`; {} with train_only."""
     table = TABLES[name]
     by_seed = []
     for seed in cfg.seeds:
@@ -87,7 +88,10 @@ def make_table(cfg: ReproduceConfig, name: str, parallel: Parallel) -> dict[str,
 
 
 def make_headline(cfg: ReproduceConfig, parallel: Parallel) -> dict[str, Any]:
-    """SRPO with the hybrid reward against GRPO on the verdict at equal responses: curves of macro F1; draws `headline.png`."""
+    """Compare curves of macro F1 over sampled responses: SRPO with the hybrid reward against GRPO with the verdict's reward.
+
+    Returns `headline` of the curves, prints it and draws `headline.png`; {} with train_only.
+    """
     curves: dict[str, list[list[tuple[int, float]]]] = {name: [] for name in HEADLINE}
     tests: dict[str, list[float]] = {name: [] for name in HEADLINE}
     for seed in cfg.seeds:
@@ -111,7 +115,7 @@ def make_headline(cfg: ReproduceConfig, parallel: Parallel) -> dict[str, Any]:
 
 @contextmanager
 def lab_of(cfg: ReproduceConfig, seed: int, parallel: Parallel) -> Iterator[Lab]:
-    """The folder of a seed, for this process alone. ValueError where another works in it, or where it is of another scale."""
+    """The lab of a seed, locked for this process. Raises ValueError if another process has the lock or the scale differs."""
     root = Path(cfg.run_dir) / f"seed-{seed}"
     root.mkdir(parents=True, exist_ok=True)
     with (root / "lock").open("w") as lock:
@@ -124,7 +128,7 @@ def lab_of(cfg: ReproduceConfig, seed: int, parallel: Parallel) -> Iterator[Lab]
 
 
 def evidence(minutes: float) -> dict[str, Any]:
-    """Command, commit, time and versions: what a result is quoted with. `minutes` are those of this call, not of earlier ones."""
+    """Command, commit, versions and machine of a result, and the minutes of this call without those of earlier ones."""
     git = ["git", "-C", str(Path(__file__).parent)]
     try:
         commit = subprocess.run([*git, "rev-parse", "HEAD"], capture_output=True, text=True, check=True).stdout.strip()
@@ -141,7 +145,7 @@ def evidence(minutes: float) -> dict[str, Any]:
 
 
 def start_in_background(cfg: ReproduceConfig) -> None:
-    """The same command as a process of its own session; prints its id and where its output goes. ValueError as of `wanted`."""
+    """Start the same command in its own session; prints process id and log file. Raises ValueError like `wanted`."""
     wanted(cfg)
     run_dir = Path(cfg.run_dir)
     run_dir.mkdir(parents=True, exist_ok=True)
@@ -154,7 +158,7 @@ def start_in_background(cfg: ReproduceConfig) -> None:
 
 
 def main(cfg: ReproduceConfig) -> None:
-    """The program."""
+    """Make the tables, in this process or in the background."""
     check_one_process("srpo.reproduce", "start several processes with different --seeds instead")
     if cfg.background:
         start_in_background(replace(cfg, background=False))

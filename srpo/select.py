@@ -1,8 +1,8 @@
-"""Choose training data (paper 4.1, 5.5): `python -m srpo.select @ TRAIN.toml`, or the same under torchrun.
+"""Selection of training data (4.1, 5.5): `python -m srpo.select @ train.toml`.
 
 First the starting policy answers every example `rollout.group_size` times, and the responses are scored as in training: one file
-of records per shard of the data. Then examples are chosen from the records alone, and written in the format of the data. Killed
-at any moment and started again, with as many processes or others, it continues with the shards that are not there yet.
+of records per shard of the data. Then examples are selected from the records alone and written as training data. Runs alone or
+under torchrun. A run that was killed continues with the missing shards, with the same or another number of processes.
 """
 
 from __future__ import annotations
@@ -47,14 +47,14 @@ from srpo.selection.shards import Record, check_shard, finished_shards, read_sha
 from srpo.training.checks import check_judge, check_rollout
 from srpo.training.run import derive_seed
 
-# How training samples beside its updates, and what it is told for its loss: here it would be for nothing, or thrown away.
+# Rollout settings that only matter with updates or a loss; srpo.select ignores them and says so.
 _OF_TRAINING = ("overlap", "oversample", "cut_tail", "off_policy_steps", "support", "routing")
-_POLL_S = 0.5  # how often the first process looks whether the others have finished their shards
+_POLL_S = 0.5  # seconds between two looks of rank 0 at the shards that other ranks have finished
 
 
 @dataclass(frozen=True)
 class SelectionSettings:
-    """What the selected examples depend on: a folder of them belongs to one of these."""
+    """The settings that the selected examples depend on; they identify an output folder."""
 
     format: str
     select: Criteria
@@ -63,7 +63,7 @@ class SelectionSettings:
 
 @dataclass(frozen=True)
 class Parts:
-    """What samples and scores."""
+    """The objects that sample and score."""
 
     tokenizer: Any
     engine: Engine
@@ -73,7 +73,7 @@ class Parts:
 
 
 def open_parts(cfg: SelectConfig, schema: StepSchema, parallel: Parallel) -> Parts:
-    """Tokenizer, engine with the starting policy, and judge, as training has them, but for `ignored_settings`."""
+    """Tokenizer, engine with the starting policy, and judge, as in training except for `ignored_settings`."""
     cfg = replace(cfg, rollout=replace(cfg.rollout, **{name: getattr(RolloutConfig(), name) for name in _OF_TRAINING}))
     tokenizer = load_tokenizer(cfg.policy.path)
     params = sampling_params(cfg, tokenizer)
@@ -83,7 +83,7 @@ def open_parts(cfg: SelectConfig, schema: StepSchema, parallel: Parallel) -> Par
 
 
 def ignored_settings(cfg: SelectConfig) -> list[str]:
-    """Settings of the training run that were set and mean nothing here."""
+    """Names of the settings in `cfg` that are not at their default and that only training uses."""
     default = RolloutConfig()
     return [f"rollout.{name}" for name in _OF_TRAINING if getattr(cfg.rollout, name) != getattr(default, name)]
 
@@ -91,7 +91,7 @@ def ignored_settings(cfg: SelectConfig) -> list[str]:
 def run(
     cfg: SelectConfig, parallel: Parallel, parts_of: Callable[[SelectConfig, StepSchema, Parallel], Parts] = open_parts
 ) -> dict[str, Any] | None:
-    """Sample what is missing, select, write; returns what is in `selection.json` on the first process, None on the others."""
+    """Sample the missing records, then select. Returns the contents of `selection.json` on rank 0, None on the others."""
     sample(cfg, parallel, parts_of)
     if not parallel.is_main:
         return None
@@ -104,10 +104,10 @@ def run(
 def sample(
     cfg: SelectConfig, parallel: Parallel, parts_of: Callable[[SelectConfig, StepSchema, Parallel], Parts] = open_parts
 ) -> None:
-    """Make this process's share of the missing records; returns when it is done.
+    """Write this rank's share of the missing records. Rank 0 returns when all ranks are done, another rank when it is done.
 
-    The k-th missing shard belongs to rank k % world_size. What is in it depends on (seed, ids of its examples) alone. Raises
-    ValueError for whatever could not work later, before anything is sampled or written.
+    The k-th missing shard belongs to rank k % world_size. Its random draws depend on (seed, ids of its examples) alone. Raises
+    ValueError for settings and data that would fail later, before anything is sampled or written.
     """
     check_settings(cfg)
     schema, folder = StepSchema(cfg.steps), records_dir(cfg)
@@ -137,13 +137,13 @@ def sample(
                 write_shard(folder, number, examples, sample_shard(parts(), examples, cfg, schema))
                 bar.advance(len(finished_shards(folder)) - bar.done)
         while parallel.is_main and bar.done < bar.total:
-            time.sleep(_POLL_S)  # no collective: the last shards of others may take longer than one waits
+            time.sleep(_POLL_S)  # not a collective, which could time out while another rank samples its last shards
             bar.advance(len(finished_shards(folder)) - bar.done)
     parts().engine.close()
 
 
 def check_settings(cfg: SelectConfig) -> None:
-    """Raise ValueError for settings that cannot work, whatever the data."""
+    """Raise ValueError for settings that cannot work with any data."""
     if not cfg.data.train:
         raise ValueError("data.train is not set: name the examples to choose from (docs/data.md)")
     if cfg.shard_examples < 1 or cfg.seed < 0:
@@ -166,10 +166,10 @@ def check_settings(cfg: SelectConfig) -> None:
 
 
 def survey(cfg: SelectConfig, schema: StepSchema, done: frozenset[int], parts: Callable[[], Parts]) -> list[int]:
-    """Numbers of the shards that are not there yet, having read all of the data once.
+    """Numbers of the missing shards, after all of the data was read once.
 
-    ValueError where a row is bad, an example lacks a tag to balance by, a quota is more than there is, finished shards are of
-    other data, a prompt is too long, or where nothing can grade any example that is still to be sampled.
+    Raises ValueError for a bad row, an example without a tag of `select.balance`, a quota above the size of its stratum, finished
+    shards of other data, a prompt that is too long, and, in a new run, if no example can be graded.
     """
     strata: Counter[tuple[str, ...]] = Counter()
     missing: list[int] = []
@@ -189,7 +189,7 @@ def survey(cfg: SelectConfig, schema: StepSchema, done: frozenset[int], parts: C
         check_prompts(prompts, parts().params, parts().max_context, [example.example_id for example in examples])
         gradable, problem = split_gradable(parts(), examples, cfg, schema)
         complaint, num_gradable = complaint or problem, num_gradable + len(gradable)
-    if complaint and not num_gradable and not done:  # what is left of a run that was stopped may all be so
+    if complaint and not num_gradable and not done:  # the missing shards of a resumed run may have no gradable example
         raise ValueError(complaint)
     if extra := sorted(number for number in done if number >= num_shards):
         raise ValueError(
@@ -201,11 +201,11 @@ def survey(cfg: SelectConfig, schema: StepSchema, done: frozenset[int], parts: C
 
 
 def split_gradable(parts: Parts, examples: Sequence[Example], cfg: SelectConfig, schema: StepSchema) -> tuple[list[Example], str]:
-    """(the examples whose steps can be graded, why those of the first other one cannot be: "" where there is none)."""
+    """(the examples whose steps can be graded, the error of the first example that cannot be graded or "")."""
     silence = [Sample(i, (), (), "stop") for i in range(len(examples))]
     rollouts = to_rollouts(examples, silence, [()] * len(examples), schema, parts.tokenizer, 0)
     try:
-        score(rollouts, examples, schema, parts.judge, cfg.reward.missing_verdict)  # a judge is not asked about missing answers
+        score(rollouts, examples, schema, parts.judge, cfg.reward.missing_verdict)  # no judge call: all answers are missing
     except ValueError as error:
         if len(examples) == 1:
             return [], str(error)
@@ -215,7 +215,7 @@ def split_gradable(parts: Parts, examples: Sequence[Example], cfg: SelectConfig,
 
 
 def sample_shard(parts: Parts, examples: Sequence[Example], cfg: SelectConfig, schema: StepSchema) -> list[Record]:
-    """The record of each example. One that nothing can grade is not sampled."""
+    """The record of each example. An example that nothing can grade is not sampled."""
     gradable, _ = split_gradable(parts, examples, cfg, schema)
     records: dict[str, Record] = {}
     if gradable:
@@ -223,7 +223,7 @@ def sample_shard(parts: Parts, examples: Sequence[Example], cfg: SelectConfig, s
         samples = parts.engine.generate(prompts, parts.params, derive_seed(*shard_seed(cfg.seed, examples)))
         rollouts = to_rollouts(gradable, samples, prompts, schema, parts.tokenizer, parts.engine.policy_version)
         scored = score(rollouts, [gradable[r.group] for r in rollouts], schema, parts.judge, cfg.reward.missing_verdict)
-        for i, group in groupby(scored, key=lambda rollout: rollout.group):  # an engine answers prompt by prompt
+        for i, group in groupby(scored, key=lambda rollout: rollout.group):  # an engine returns samples prompt by prompt
             records[gradable[i].example_id] = record_of(list(group), schema, tags_with_grade(gradable[i]))
     return [records.get(e.example_id) or unsampled(e.example_id, schema.num_steps, tags_with_grade(e)) for e in examples]
 
@@ -232,9 +232,9 @@ def sample_shard(parts: Parts, examples: Sequence[Example], cfg: SelectConfig, s
 
 
 def choose(cfg: SelectConfig) -> dict[str, Any]:
-    """Select from the records, write the examples and `selection.json`, and print its table; returns what is in it.
+    """Select from the records, write examples and `selection.json`, and print a table. Returns the contents of `selection.json`.
 
-    The examples have a tag `solve_rate`, which stages of a curriculum can go by.
+    The examples get a tag `solve_rate`, by which stages of a curriculum can filter them.
     """
     folder, out = records_dir(cfg), out_dir(cfg)
     scores = collect_scores(_records(folder), cfg.select.balance, cfg.seed)
@@ -267,7 +267,7 @@ def out_dir(cfg: SelectConfig) -> Path:
 
 
 def _claims(cfg: SelectConfig) -> tuple[tuple[Path, Any, str], tuple[Path, Any, str]]:
-    """(folder, what it depends on, setting that names it) of the records and of the selected examples."""
+    """(folder, settings that its contents depend on, setting that names it), of the records and of the selected examples."""
     settings = RecordSettings.from_config(cfg, cfg.shard_examples)
     return (
         (records_dir(cfg), settings, "records_dir"),
@@ -292,13 +292,13 @@ def _prompts(parts: Parts, examples: Sequence[Example], cfg: SelectConfig) -> li
 
 
 def _records(folder: Path) -> Iterator[Record]:
-    """All records, in the order of the data; one shard is held at a time."""
+    """All records in the order of the data, with one shard in memory at a time."""
     for number in sorted(finished_shards(folder)):
         yield from read_shard(folder, number)
 
 
 class _Once:
-    """A function's result, made when it is first asked for."""
+    """A function without arguments that calls `make` once, on first use, and then returns the same parts."""
 
     def __init__(self, make: Callable[[], Parts]) -> None:
         self._make = make

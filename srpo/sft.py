@@ -1,4 +1,7 @@
-"""Supervised fine-tuning on (prompt, response) pairs: `python -m srpo.sft @ my.toml`. The warm start of policy and judge."""
+"""Supervised fine-tuning on pairs of prompt and response: `python -m srpo.sft @ my.toml`.
+
+The warm start of the policy, and the first stage of the step judge. Runs alone or under torchrun.
+"""
 
 from __future__ import annotations
 
@@ -27,12 +30,14 @@ from srpo.policy.parallel import Parallel, distributed
 from srpo.training.outputs import Hidden, Logits, of_outputs
 from srpo.training.supervised import batch_indices, fit
 
-Pair = tuple[tuple[int, ...], tuple[int, ...]]  # token ids of a prompt and of its response, which ends with the end of text
+Pair = tuple[tuple[int, ...], tuple[int, ...]]  # token ids of a prompt and of its response, end of text included
 
 
 def pack_pairs(pairs: Sequence[Pair], parallel: Parallel, max_tokens: int) -> list[Batch]:
-    """This rank's share of a step's pairs as micro-batches whose weights add up to one over all ranks: a demonstration is a
-    rollout of one step that somebody else wrote."""
+    """This rank's share of a step's pairs as micro-batches. The weights add up to 1 over all ranks.
+
+    A demonstration is packed as a `Rollout` with a single reasoning step.
+    """
     weights = sft_weights([len(response) for _, response in pairs])
     mine = range(parallel.rank, len(pairs), parallel.world_size)
     rollouts = [Rollout.from_tokens(*pairs[i]) for i in mine]
@@ -40,7 +45,7 @@ def pack_pairs(pairs: Sequence[Pair], parallel: Parallel, max_tokens: int) -> li
 
 
 def tokenized_pairs(cfg: SftConfig, tokenizer: Any, max_context: int, show: bool) -> list[Pair]:
-    """All pairs as token ids. ValueError for one that fits neither into the context nor into a micro-batch."""
+    """All pairs as token ids. Raises ValueError for a pair that is longer than the context or than a micro-batch."""
     texts = list(read_pairs(cfg.data))
     context = min(cfg.policy.max_context or max_context, max_context)
     pairs: list[Pair] = []
@@ -69,10 +74,10 @@ def _check_settings(cfg: SftConfig) -> None:
 
 
 def sft_loss(outputs: Logits | Hidden, rows: Batch) -> torch.Tensor:
-    """-sum of weight * logprob over the rows of `Batch.rows()`, differentiable in the model's outputs.
+    """-sum of weight * logprob over the rows of `Batch.rows()`; differentiable with respect to the model's outputs.
 
-    The gradient is the policy gradient of the teacher's own tokens with advantage 1, so the loss kernel forms it in its one pass
-    over the logits (and may overwrite them).
+    Its gradient is that of the policy loss at ratio 1 and advantage 1, so the loss kernel computes it in one pass over the
+    logits, which it may overwrite.
     """
     out = outputs.loss(
         rows.labels,
@@ -86,7 +91,10 @@ def sft_loss(outputs: Logits | Hidden, rows: Batch) -> torch.Tensor:
 
 
 def sft(cfg: SftConfig, parallel: Parallel) -> Path:
-    """Train and return the folder of the resulting checkpoint, `run_dir/policy`. Killed and started again it continues."""
+    """Train and return the folder of the resulting checkpoint, `run_dir/policy`. Collective.
+
+    A run that was killed continues from its last checkpoint when it is started again.
+    """
     run_dir = Path(cfg.run_dir)
     _check_settings(cfg)
     tokenizer = load_tokenizer(cfg.policy.path)
@@ -104,7 +112,7 @@ def sft(cfg: SftConfig, parallel: Parallel) -> Path:
         _, rows = batch.rows()
 
         def ask(outputs: Logits | Hidden) -> tuple[torch.Tensor, torch.Tensor]:
-            num_hits = outputs.num_hits(rows.labels)  # tokens that were the first choice, before the loss overwrites the logits
+            num_hits = outputs.num_hits(rows.labels)  # tokens with the highest logit; before the loss overwrites the logits
             return sft_loss(outputs, rows), torch.stack([num_hits, torch.full_like(num_hits, len(rows.labels))]).double()
 
         return of_outputs(policy, batch, cfg.inputs, ask)

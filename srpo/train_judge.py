@@ -1,15 +1,17 @@
-"""The step judge R_phi (4.3.1, 5.1.6): `python -m srpo.train_judge @ x.toml`. Stages, each skipped when its result is there:
+"""Training of the step judge R_phi (4.3.1, 5.1.6): `python -m srpo.train_judge @ my.toml`.
+
+A stage is skipped if its result exists:
 
     sft   SFT on (pair, response, verdicts, reasons) in the form of Figure 4; evaluated per step as in Table 2   sft/, sft.json
     mine  hard cases by the judge's sampled verdicts, as a queue for human verification                          judge_queue.jsonl
     grpo  GRPO on the verified cases with the trainer of the policy; evaluated again                             grpo/, grpo.json
 
 Judgments are JSON Lines of `{"example_id": ..., "response": ..., "verdicts": [true, false, null, ...], "reasons": [...]}`, one
-entry per step, null where nobody judged; reasons are optional. On the catalogue world a simulated annotator writes them:
-`--rollouts runs/demo/rollouts.jsonl` judges the responses that a run has sampled; it then verifies the queue, too.
+entry per step, null for a step without a judgment; reasons are optional. On the catalogue world a simulated annotator writes
+judgments: `--rollouts runs/demo/rollouts.jsonl` judges the responses that a run has sampled. It then verifies the queue, too.
 
-With human judgments the program stops after mining. Fill in the field "human" of the queue and go on with `--verified FILE`.
-`--kind scalar` trains the rival of Appendix A on the same judgments instead; it has the first stage only.
+With human judgments the program stops after mining: fill in the field "human" of the queue, then continue with `--verified FILE`.
+`--kind scalar` trains the scalar reward model of Appendix A on the same judgments instead, which has only the first stage.
 """
 
 from __future__ import annotations
@@ -42,15 +44,15 @@ from srpo.rewards.verdicts import judge_prompt, render_verdicts
 from srpo.sft import sft
 from srpo.train import train
 
-# May change between stages; each has its own claim.
+# Settings that may change between stages; they are not part of the run folder's identity.
 LATER = ("stage", "verified", "unverified", "simulate_human", "human_error_rate", "mine", "grpo")
 
 
 def train_judge(cfg: JudgeConfig, parallel: Parallel) -> dict[str, Any]:
-    """Run the stages asked for; returns what `judge.json` holds: counts, and of each stage done its scores on held-out judgments.
+    """Run the stages of `cfg.stage`. Returns the contents of `judge.json`: counts, and scores of each finished stage. Collective.
 
-    `run_dir/policy` is a link to the judge of the last stage done. ValueError for whatever could not work later, before anything
-    is written.
+    `run_dir/policy` becomes a link to the judge of the last finished stage. Raises ValueError for settings and data that would
+    fail later, before anything is written.
     """
     work = prepare(cfg, parallel)
     claimed = replace(cfg, **{key: getattr(JudgeConfig(), key) for key in LATER})
@@ -73,7 +75,7 @@ def train_judge(cfg: JudgeConfig, parallel: Parallel) -> dict[str, Any]:
 
 
 def run_sft(work: Work) -> None:
-    """First stage, and its scores in sft.json."""
+    """Train the first stage and write its scores on held-out judgments to sft.json."""
     if work.is_done("sft.json"):
         return
     cfg, folder = replace(work.cfg.sft, run_dir=str(work.run_dir / "sft")), work.run_dir / "sft"
@@ -94,7 +96,10 @@ def run_sft(work: Work) -> None:
 
 
 def run_mine(work: Work) -> None:
-    """The queue of hard cases, those to be looked at first at its head; how many there are of what in mine.json."""
+    """Write the queue of hard cases, in the order in which people should verify them, and its counts to mine.json.
+
+    Raises ValueError if no case is hard enough, or if the queue was made with other settings.
+    """
     cfg, settings = work.cfg.mine, json.loads(json.dumps(asdict(work.cfg.mine)))
     if work.is_done(QUEUE):
         path = work.run_dir / "mine.json"
@@ -117,7 +122,7 @@ def run_mine(work: Work) -> None:
 
 
 def run_grpo(work: Work) -> None:
-    """Second stage, and its scores in grpo.json. ValueError where it is done, or has begun, with other verdicts or settings."""
+    """Train the second stage and write its scores to grpo.json. Raises ValueError if it began with other verdicts or settings."""
     cfg, run_dir, schema = work.cfg, work.run_dir, work.schema
     done = work.is_done("grpo.json") and work.is_done("grpo/config.toml")
     verified = Path(cfg.verified) if cfg.verified else run_dir / "judge_verified.jsonl"
@@ -166,7 +171,7 @@ def _judge(work: Work, path: Path) -> Any:
 
 
 def _evaluate(work: Work, stage: str, path: Path) -> None:
-    """Scores of a stage in its file, and the link `policy` to its judge."""
+    """Write the scores of a stage to `<stage>.json` and point the link `policy` at its judge."""
     cfg, judge = work.cfg, _judge(work, path)
     scores = evaluate_judge(judge, work.held_out, work.examples, work.schema, cfg.num_votes, cfg.sft.seed, work.parallel)
     if work.parallel.is_main:
@@ -179,7 +184,7 @@ def _evaluate(work: Work, stage: str, path: Path) -> None:
 
 
 def report(work: Work) -> dict[str, Any]:
-    """What `judge.json` holds, from the files of the stages; also writes and prints it."""
+    """Collect the files of the stages in `judge.json` and print its tables. Returns its contents."""
     result: dict[str, Any] = {
         "num_judgments": len(work.shown),
         "num_held_out": len(work.held_out),

@@ -102,7 +102,7 @@ def test_fixed_texts_are_one_token(done: Path) -> None:
 def test_a_demo_that_was_stopped_goes_on_and_ends_the_same(done: Path, tmp_path: Path) -> None:
     run_dir = tmp_path / "run"
     shutil.copytree(done, run_dir)
-    for name in ("config.toml", "sft/config.toml", "demo/config.toml"):  # they name their folder, for a run elsewhere
+    for name in ("config.toml", "sft/config.toml", "demo/config.toml"):  # these contain the path of the run folder
         path = run_dir / name
         path.write_text(path.read_text().replace(str(done), str(run_dir)))
     for name in ("policy", "plots", "checkpoints"):
@@ -141,7 +141,7 @@ def test_a_stage_appears_when_it_is_whole_and_is_made_once(tmp_path: Path) -> No
 
 
 def judged_pairs(path: Path) -> Path:
-    """Pairs as a team has them: a grade, product fields, and no labels of the other steps."""
+    """Pairs like those of a real team: a grade, product fields, and no labels for the other steps."""
 
     def graded(example: Example) -> Example:
         fields = {**example.fields, "text": "very long " * 200}
@@ -152,7 +152,7 @@ def judged_pairs(path: Path) -> Path:
 
 
 def test_the_demo_on_judged_pairs(tmp_path: Path) -> None:
-    """SFT on silver responses, the verdict alone rewarded, the queries split."""
+    """SFT on silver responses, a reward for the verdict alone, and held-out queries."""
     cfg = settings(tmp_path / "run", data=str(judged_pairs(tmp_path / "pairs.jsonl")), sft_steps=2, rl_steps=1)
     results = demo(cfg, small.ONE)
     data = tmp_path / "run" / "data"

@@ -32,7 +32,7 @@ NAMES = ("accuracy", "margin", "chosen_reward", "rejected_reward")
 
 @pytest.fixture(scope="module")
 def pairs_file(world: Any, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Preferences that can be learned: a demonstration over the same with its lines turned around."""
+    """Preferences that can be learned: each demonstration is preferred to its lines in reverse order."""
     path = tmp_path_factory.mktemp("pairs") / "pairs.jsonl"
     pairs = list(read_pairs(world.pairs))[:120]
     with path.open("w", encoding="utf-8") as file:
@@ -75,7 +75,7 @@ def preferences(cfg: DpoConfig, world: Any) -> list[Preference]:
 
 @pytest.mark.parametrize("smoothing", [0.0, 0.1])
 def test_the_steps_are_those_of_the_formula(world: Any, pairs_file: Path, tmp_path: Path, smoothing: float) -> None:
-    """Rafailov et al., Eq. 7, in fp64 on transformers' own model. AdamW hides a wrong scale, the gradient's norm does not."""
+    """Rafailov et al., Eq. 7, in fp64 on transformers' own model. AdamW hides a wrong scale, the gradient norm shows it."""
     cfg = settings(world, tmp_path, pairs=str(pairs_file), num_steps=2, checkpoint_every=1, label_smoothing=smoothing)
     cfg = small.changed(cfg, {"optimizer": {"grad_clip": 0.0}})
     dpo(cfg, small.ONE)
@@ -227,7 +227,7 @@ def test_a_named_reference_is_the_one_that_is_asked(world: Any, pairs_file: Path
     model = Policy(load_policy(world.base))
     stored = torch.load(tmp_path / "reference.pt", weights_only=True)["logprobs"]
     assert torch.allclose(stored, reference_logprobs(model, pairs, 4000, small.ONE), atol=1e-3)
-    assert small.metrics_of(tmp_path)[0]["dpo/chosen_reward"] > 1  # SFT has moved the policy a long way from it
+    assert small.metrics_of(tmp_path)[0]["dpo/chosen_reward"] > 1  # SFT has moved the policy far from this reference
 
 
 def test_other_pairs_cannot_continue_a_run(world: Any, pairs_file: Path, tmp_path: Path) -> None:

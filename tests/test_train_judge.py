@@ -112,7 +112,7 @@ def rollouts(world: Any, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def base(world: Any, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A policy that has learned nothing and has room for verdicts with reasons."""
+    """An untrained policy whose context has room for verdicts with reasons."""
     folder = tmp_path_factory.mktemp("roomy")
     tokenizer = load_tokenizer(world.base)
     make_tiny(tokenizer, replace(small.TINY, max_context=640), 0).save_pretrained(folder)
@@ -140,7 +140,7 @@ def settings(world: Any, base: Path, run_dir: Path, sampled: Path, **changes: An
 def judged(
     world: Any, base: Path, rollouts: Path, tmp_path_factory: pytest.TempPathFactory
 ) -> tuple[JudgeConfig, dict[str, Any]]:
-    """Settings and report of a judge that has gone through both stages unattended."""
+    """Settings and report of a judge whose stages all ran without human verification."""
     cfg = settings(world, base, tmp_path_factory.mktemp("judges") / "judge", rollouts, human_error_rate=0.2)
     return cfg, train_judge(cfg, small.ONE)
 
@@ -156,7 +156,7 @@ def test_a_judge_is_trained_twice_and_measured(judged: tuple[JudgeConfig, dict[s
     for stage in ("sft", "grpo"):
         steps = report[stage]["steps"]
         assert list(steps) == names and all(0 <= s["agreement"] <= 1 and s["num"] == 12 for s in steps.values())
-        assert sum(s["num_missing"] for s in steps.values()) < 0.2 * 60  # it has learned how to write verdicts
+        assert sum(s["num_missing"] for s in steps.values()) < 0.2 * 60  # the judge has learned the format of verdicts
 
     pairs = list(read_pairs(run_dir / "judge_sft.jsonl"))
     examples = {e.example_id: e for e in world.examples()}
@@ -167,7 +167,7 @@ def test_a_judge_is_trained_twice_and_measured(judged: tuple[JudgeConfig, dict[s
     queue = read_queue(run_dir / "judge_queue.jsonl", SCHEMA)
     rows = [json.loads(line) for line in (run_dir / "judge_queue.jsonl").read_text().split("\n") if line]
     disagreements = [len(row["disagrees"]) for row in rows]
-    assert disagreements == sorted(disagreements, reverse=True) and disagreements[0] > 0  # for people to look at first
+    assert disagreements == sorted(disagreements, reverse=True) and disagreements[0] > 0  # the most disputed cases come first
     told = {case_id: line.human for case_id, line in read_queue(run_dir / "judge_verified.jsonl", SCHEMA).items()}
     assert 6 <= len(queue) == report["mine"]["num_chosen"] <= 16
     assert told.keys() == queue.keys() and None not in told.values()
@@ -248,7 +248,7 @@ def test_humans_verify_between_the_stages(
     cases = load_examples(run_dir / "grpo_cases.jsonl", 5)
     assert {case.gold for case in cases} == {("Incorrect", None, "Correct", None, None)} and len(cases) == 6
 
-    (run_dir / "grpo.json").unlink()  # the stage is not done, and the human changes their mind
+    (run_dir / "grpo.json").unlink()  # the stage is not done, and verdicts change
     line = small.complaint(srpo.train_judge.main, replace(cfg, unverified="use"), tmp_path, capsys)
     assert "has begun with other verdicts" in line
     small.rewrite_line(verified, verified, 2, lambda row: row | {"human": ["yes"] * 5})
@@ -267,7 +267,7 @@ def test_a_pool_of_further_responses_is_mined(judged: tuple[JudgeConfig, dict[st
     report = train_judge(cfg, small.ONE)
     assert report["mine"]["num_responses"] == 9
     for line in read_queue(run_dir / "judge_queue.jsonl", SCHEMA).values():
-        assert line.labels[:2] == (None, None) and None not in line.labels[2:]  # no annotator has seen them: gold labels alone
+        assert line.labels[:2] == (None, None) and None not in line.labels[2:]  # no judgments, only gold labels
 
 
 def test_a_scalar_judge_is_trained_measured_and_used(

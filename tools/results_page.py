@@ -1,6 +1,6 @@
-"""Writes docs/results.md from bench/results/reproduce/*.json, and copies the pictures: `python tools/results_page.py [RUN_DIR]`.
+"""Writes docs/results.md from bench/results/reproduce/*.json: `python tools/results_page.py [RUN_DIR]`.
 
-With RUN_DIR, a folder of `srpo.reproduce`, its tables are taken into bench/results/reproduce first.
+RUN_DIR is a folder of `srpo.reproduce`: its tables are first copied to bench/results/reproduce, and its plots to docs/.
 """
 
 from __future__ import annotations
@@ -49,7 +49,7 @@ every seed: by 0.7 to 8.0 points with the generative model, by 3.9 to 7.7 points
 
 
 def table_section(result: dict[str, Any]) -> list[str]:
-    """A table with the paper beside ours, its order, its picture."""
+    """Lines of a table: the paper's numbers next to ours, and the order of the rows."""
     columns = list(result["rows"][0]["ours"])
     lines = [f"## {result['title']}", ""]
     header = [cell for column in columns for cell in (f"{column}, paper", "ours")]
@@ -72,7 +72,7 @@ def table_section(result: dict[str, Any]) -> list[str]:
 
 
 def headline_section(result: dict[str, Any]) -> list[str]:
-    """Curves of SRPO and GRPO, and the last policies on the whole test set."""
+    """Lines on the curves of SRPO and GRPO, and on the scores of the last policies on the whole test set."""
     pairs, whole = result["scale"]["eval_examples"], result["scale"]["num_eval"]
     lines = [
         "## SRPO against GRPO at equal samples",
@@ -107,7 +107,7 @@ def headline_section(result: dict[str, Any]) -> list[str]:
 
 
 def main() -> None:
-    """Take the tables of a run folder in, then write the page."""
+    """Copy the results of a run folder, if one is given, then write the page."""
     RESULTS.mkdir(parents=True, exist_ok=True)
     for name in NAMES if len(sys.argv) > 1 else ():
         folder = Path(sys.argv[1])

@@ -1,1 +1,1 @@
-"""The paper's tables on the catalogue world: what is trained for each row, and what came out. `srpo.reproduce` runs them."""
+"""The paper's tables on the catalogue world: how each row is trained and summarized. `srpo.reproduce` runs them."""

@@ -1,13 +1,14 @@
-"""What the tables are made from, for one seed: shared starting checkpoints, trained rows, scores. Everything is made once.
+"""Starting checkpoints, trained rows and scores behind the tables, for one seed. Each is made once.
 
-    start/data, start/base, start/sft    as `srpo.demo` makes them: pairs, tokenizer and model, the policy after SFT
-    start/responses                      of the SFT policy, scored: what pairs of DPO are made from
-    start/dpo                            the policy that reinforcement starts from (5.1.7)
-    start/judge_pairs, judge_responses   other pairs with a response of the SFT policy each: what judgments are made from
-    start/judge-generative, -scalar      R_phi and its rival; start/select: training data chosen by the judge
+    start/data, start/base, start/sft    as in `srpo.demo`: pairs, tokenizer and model, the policy after SFT
+    start/responses                      scored responses of the SFT policy, from which the pairs of DPO are made
+    start/dpo                            the policy from which reinforcement learning starts (5.1.7)
+    start/judge_pairs, judge_responses   other pairs and a response of the SFT policy to each, from which judgments are made
+    start/judge-generative, -scalar      R_phi and the scalar reward model
+    start/select                         training data selected by the judge
     <recipe>/                            a run of srpo.train, and its scores on a test set, `wild.json` or `balanced.json`
 
-Killed at any moment and started again, a stage goes on where it was.
+A stage that was killed continues when it is started again.
 """
 
 from __future__ import annotations
@@ -55,13 +56,13 @@ from srpo.training.evaluation import evaluate_policy
 from srpo.training.run import derive_seed
 
 TEST_SETS = {"wild": "eval.jsonl", "balanced": "eval_balanced.jsonl"}
-CHUNK = 64  # prompts that are answered at once
+CHUNK = 64  # prompts per call of the engine
 MAX_NEW_TOKENS = 80
 
 
 @dataclass(frozen=True)
 class Lab:
-    """The folder of one seed."""
+    """The folder of one seed. Each method makes its result if it does not exist yet."""
 
     root: Path
     seed: int
@@ -73,12 +74,12 @@ class Lab:
         return self.root / "start"
 
     def data(self, name: str = "train.jsonl") -> Path:
-        """A file of pairs."""
+        """Path of a file of pairs."""
         self._demo(lambda cfg: stage(self.start / "data", "making the data", lambda out: make_data(cfg, out)))
         return self.start / "data" / name
 
     def sft(self) -> Path:
-        """The policy after SFT on the imperfect teacher."""
+        """The policy after SFT on demonstrations of the imperfect teacher."""
         done = self.start / "sft" / "policy"
         data = self.data().parent
 
@@ -110,7 +111,7 @@ class Lab:
         return self._respond("responses", examples, self.scale.group_size)
 
     def judge_pairs(self) -> Path:
-        """Pairs that nothing else is trained on: a judge needs many queries, and must not know those of the policy's training."""
+        """Path of the pairs that only judges train on: many queries, and none from the training of the policy."""
         out = self.start / "judge_pairs"
         first = self.scale.num_demonstrations + self.scale.num_train
         pairs = World(self.seed).examples("train", self.scale.judge_pairs, start=first)
@@ -126,7 +127,7 @@ class Lab:
         policy = self.sft()
 
         def make(out: Path) -> None:
-            with suppress(FileNotFoundError):  # of a stage that was stopped
+            with suppress(FileNotFoundError):  # left by a stage that was stopped
                 (out / "rollouts.jsonl").unlink()
             asked = list(examples)
             engine, schema = LocalEngine(load_policy(policy)), StepSchema(PAPER_STEPS)
@@ -147,7 +148,7 @@ class Lab:
         return self.start / name / "rollouts.jsonl"
 
     def dpo(self) -> Path:
-        """The policy after DPO on pairs of a right and a wrong verdict: where reinforcement starts."""
+        """The policy after DPO on pairs of a right and a wrong verdict, from which reinforcement learning starts."""
         cfg = DpoConfig(
             run_dir=str(self.start / "dpo"),
             seed=self.seed,
@@ -163,7 +164,7 @@ class Lab:
         return done if done.is_dir() else dpo(cfg, self.parallel)
 
     def judge(self, kind: str) -> dict[str, Any]:
-        """`judge.json` of R_phi ("generative") or its rival ("scalar"), trained on judged responses of the SFT policy (5.1.6)."""
+        """`judge.json` of R_phi ("generative") or of the scalar reward model ("scalar"), trained on judged responses (5.1.6)."""
         run_dir = self.start / f"judge-{kind}"
         small = TrainConfig(micro_batch_tokens=4096, checkpoint_every=20, keep_checkpoints=1, log_rollouts=False)
         optimizer = OptimizerConfig(lr=self.scale.judge_lr, warmup_steps=3, schedule="linear")
@@ -194,7 +195,7 @@ class Lab:
         return train_judge(cfg, self.parallel)
 
     def training_data(self, recipe: Recipe) -> Path:
-        """The pairs that a recipe trains on (Table 8: half of as many as a whole run takes)."""
+        """Path of the pairs that a recipe trains on; for Table 8, half as many as a whole run draws."""
         if recipe.data == "train":
             return self.data()
         num = self.scale.num_steps * self.scale.num_prompts
@@ -220,7 +221,7 @@ class Lab:
         return out
 
     def policy(self, name: str, recipe: Recipe) -> Path:
-        """The checkpoint of a row, trained if it is not there. ValueError where one of other settings is."""
+        """The checkpoint of a row, trained if missing. Raises ValueError if it was trained with other settings."""
         if not recipe.train:
             return self.sft() if recipe.start == "sft" else self.dpo()
         judge_path = None
@@ -239,7 +240,7 @@ class Lab:
     def results(self, name: str, recipe: Recipe, test_set: str) -> dict[str, Any]:
         """Scores of a row on a test set ("wild" or "balanced"), decoded greedily."""
         path = self.root / name / f"{test_set}.json"
-        policy = self.policy(name, recipe)  # also where its scores are there: ValueError for those of other settings
+        policy = self.policy(name, recipe)  # even if its scores exist: ValueError if they are of other settings
         if not path.is_file():
             examples = load_examples(self.data(TEST_SETS[test_set]), len(PAPER_STEPS), self.scale.num_eval)
             results, _ = evaluate_policy(
@@ -257,7 +258,7 @@ class Lab:
         return json.loads(path.read_text(encoding="utf-8"))
 
     def curve(self, name: str) -> list[tuple[int, float]]:
-        """(responses sampled so far, macro F1 on the first pairs of the wild set) during the training of a row."""
+        """[(responses sampled so far, macro F1 on the first pairs of the wild set)] of the training of a row."""
         found, num_responses = [], 0
         for line in read_metrics(self.root / name / "metrics.jsonl"):
             num_responses += int(line["rollout/num_responses"])

@@ -1,4 +1,4 @@
-"""The pictures of a reproduction."""
+"""Plots of `srpo.reproduce`."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ LABELS = {
 
 
 def plot_table(path: Path, table: Table, summary: Mapping[str, Any]) -> None:
-    """The last column of a table: ours with the spread over seeds, dots for the seeds, and the paper's numbers."""
+    """Draw the last column of a table: our mean and standard deviation, a dot per seed, and the paper's numbers."""
     column, rows = table.columns[-1], summary["rows"]
     with mpl.rc_context(STYLE):
         figure = Figure(figsize=(9, 0.5 * len(rows) + 1.6))
@@ -44,7 +44,7 @@ def plot_table(path: Path, table: Table, summary: Mapping[str, Any]) -> None:
 
 
 def plot_headline(path: Path, curves: Mapping[str, Sequence[Sequence[tuple[int, float]]]]) -> None:
-    """Macro F1 against responses sampled: one thin line per seed, the mean over seeds thick."""
+    """Draw macro F1 over sampled responses: a thin line per seed, a thick line for the mean over seeds."""
     with mpl.rc_context(STYLE):
         figure = Figure(figsize=(7, 4))
         ax = figure.subplots()

@@ -1,4 +1,4 @@
-"""How each row of the paper's tables is trained: settings put over `base`, from a starting checkpoint that all rows share."""
+"""How each row of the paper's tables is trained: its settings on top of `base`, and the starting checkpoint."""
 
 from __future__ import annotations
 
@@ -25,19 +25,19 @@ from srpo.core.steps import PAPER_STEPS, StepSpec
 
 @dataclass(frozen=True)
 class Recipe:
-    """One trained policy, or with `train` false the starting checkpoint itself."""
+    """One trained policy, or with train=False the starting checkpoint itself."""
 
     train: bool = True
     start: Literal["sft", "dpo"] = "dpo"  # "Training begins from the Tbstar-DPO checkpoint" (5.1.7)
     settings: Mapping[str, Any] = field(default_factory=dict)  # tables as in a TOML file of srpo.train
     steps: tuple[StepSpec, ...] = PAPER_STEPS
     data: Literal["train", "selected", "random_half"] = "train"
-    share: float = 1.0  # of Scale.num_steps
-    judge: Literal["", "generative", "scalar"] = ""  # a trained one in place of the simulated annotator
-    curve: bool = False  # evaluated on the way
+    share: float = 1.0  # fraction of Scale.num_steps
+    judge: Literal["", "generative", "scalar"] = ""  # a trained judge that replaces the simulated annotator
+    curve: bool = False  # whether to evaluate during training
 
 
-# "Reward Model Only" (5.4.1): the judge grades S3 and S4, too; S5 keeps its grade.
+# "Reward Model Only" (5.4.1): the judge grades S3 and S4, too; S5 is still graded by its label.
 _JUDGED = tuple(replace(spec, sources=("judge",)) if "judge" in spec.sources else spec for spec in PAPER_STEPS)
 _GRPO = {"advantage": {"method": "grpo"}}
 _LABELS, _QUERIES = {"balance": ["grade"]}, {"balance": ["query_type"]}
@@ -45,7 +45,10 @@ _EASY, _HARD = {"tags": {"difficulty": ["easy", "medium"]}}, {"tags": {"difficul
 
 
 def _stages(*stages: tuple[str, dict[str, Any]]) -> dict[str, Any]:
-    """GRPO over stages of equal length; the last one goes on to the end. `num_steps` -1 stands for its share of the run."""
+    """GRPO in curriculum stages of equal length; the last one lasts to the end.
+
+    `num_steps` -1 stands for the stage's share of the run, which `config_of` fills in.
+    """
     last = len(stages) - 1
     return _GRPO | {"curriculum": [{"name": n, **s, "num_steps": 0 if i == last else -1} for i, (n, s) in enumerate(stages)]}
 
@@ -82,7 +85,7 @@ RECIPES: Mapping[str, Recipe] = MappingProxyType(
 
 
 def base(scale: Scale, run_dir: Path, data: Path, eval_data: Path, policy: Path, seed: int) -> Config:
-    """What all rows have in common (5.1.5): SRPO with the hybrid reward, one update per batch, in the size of `scale`."""
+    """The settings that all rows share (5.1.5): SRPO with the hybrid reward, one update per batch, sized by `scale`."""
     return Config(
         run_dir=str(run_dir),
         seed=seed,
@@ -104,7 +107,7 @@ def base(scale: Scale, run_dir: Path, data: Path, eval_data: Path, policy: Path,
 
 
 def config_of(recipe: Recipe, common: Config, judge_path: Path | None = None) -> Config:
-    """The settings of a row: its own over those that all rows have in common."""
+    """The settings of a row: those of its recipe on top of `common`."""
     settings: dict[str, Any] = {**recipe.settings, "num_steps": max(1, round(recipe.share * common.num_steps))}
     if not recipe.curve:
         settings["train"] = {"eval_every": 0}

@@ -1,6 +1,6 @@
-"""Where experiments start: data of the catalogue world or judged pairs, a tokenizer, an untrained policy, the SFT warm start.
+"""The first stages of `srpo.demo` and `srpo.reproduce`: data, tokenizer and untrained policy, settings of the SFT warm start.
 
-`srpo.demo` and the tables of `srpo.reproduce` begin with these stages.
+The data are those of the catalogue world, or judged pairs.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ from srpo.policy.model import make_tiny
 from srpo.scores.tally import true_grades
 
 PROMPT = DataConfig().prompt
-# Fixed texts of prompts and responses: one token each.
+# Fixed texts of prompts and responses; each becomes one token.
 PHRASES = (
     "Query: ", "\nItem: ", "\nbrand: ", "\ncolor: ", "\ncategory: ", "\ntext: ",
     "1. Query intent: ", "\n2. Item: ", "\n3. Category match: ", "\n4. Attribute match: ", "\n5. Verdict: ",
@@ -34,7 +34,7 @@ PHRASES = (
 
 
 def stage(out: Path, title: str, make: Callable[[Path], None]) -> None:
-    """Make the folder `out` unless it is there; it appears under its name only when whole."""
+    """Make the folder `out` unless it exists; it gets its name only when it is complete."""
     if out.is_dir():
         return
     print(title, flush=True)
@@ -45,12 +45,12 @@ def stage(out: Path, title: str, make: Callable[[Path], None]) -> None:
 
 
 def make_data(cfg: DemoConfig, out: Path) -> None:
-    """train.jsonl and eval.jsonl of pairs, sft.jsonl of demonstrations."""
+    """Write pairs for training and evaluation (train.jsonl, eval.jsonl) and demonstrations (sft.jsonl) into `out`."""
     if cfg.data:
         read = read_examples(cfg.data, len(PAPER_STEPS), options=[spec.options for spec in PAPER_STEPS])
         pairs = [replace(e, fields={k: v for k, v in e.fields.items() if k not in cfg.drop_fields}) for e in read]
         train_pairs, eval_pairs = split_by_query(pairs, cfg.eval_frac, cfg.seed)
-        true_grades(eval_pairs)  # an ungraded one stops the demo here and not after the warm start
+        true_grades(eval_pairs)  # raises for an ungraded pair here, not after the warm start
         lexicon = Lexicon.from_examples(train_pairs)
         write_examples(out / "train.jsonl", train_pairs)
         write_examples(out / "eval.jsonl", eval_pairs)
@@ -73,7 +73,7 @@ def make_data(cfg: DemoConfig, out: Path) -> None:
 
 
 def make_base(cfg: DemoConfig, data: Path, out: Path) -> None:
-    """A tokenizer trained on the demonstrations and a policy that has learned nothing yet."""
+    """Write a tokenizer trained on the demonstrations and an untrained policy into `out`."""
     texts = [strip(prompt + response) for prompt, response in read_pairs(data / "sft.jsonl")]
     tokenizer = train_tokenizer(texts[:20_000], cfg.vocab_size, PHRASES)
     make_tiny(tokenizer, cfg.model, cfg.seed).save_pretrained(out)
@@ -81,14 +81,14 @@ def make_base(cfg: DemoConfig, data: Path, out: Path) -> None:
 
 
 def strip(text: str) -> str:
-    """The text without the fixed phrases, which are tokens of their own."""
+    """The text with line breaks in place of the fixed phrases, which are tokens of their own."""
     for phrase in PHRASES:
         text = text.replace(phrase, "\n")
     return text
 
 
 def sft_config(cfg: DemoConfig) -> SftConfig:
-    """The warm start."""
+    """Settings of the SFT warm start."""
     run_dir = Path(cfg.run_dir)
     return SftConfig(
         run_dir=str(run_dir / "sft"),

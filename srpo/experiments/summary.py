@@ -1,4 +1,4 @@
-"""What came out of a table: mean and spread over seeds beside the paper's numbers, and whether the rows come in its order."""
+"""Summary of a table: mean and standard deviation over seeds next to the paper's numbers, and the order of the rows."""
 
 from __future__ import annotations
 
@@ -27,9 +27,10 @@ def judge_scores_of(stage: Mapping[str, Any]) -> dict[str, float]:
 
 
 def summarize(table: Table, scores: Sequence[Sequence[Mapping[str, float]]]) -> dict[str, Any]:
-    """Rows with the paper's numbers and ours, and the order of the rows. scores [R][S]: column -> percent, per row and seed.
+    """Rows with the paper's numbers and ours, and the `order` of the rows.
 
-    Of ours: values per seed, their mean, and std, the sample standard deviation (0 for one seed).
+    scores: for each row and each seed, {column: percent}. Ours are the values per seed, their mean, and their sample standard
+    deviation `std` (0 for one seed).
     """
     rows = []
     for row, by_seed in zip(table.rows, scores, strict=True):
@@ -44,10 +45,11 @@ def summarize(table: Table, scores: Sequence[Sequence[Mapping[str, float]]]) -> 
 
 
 def order(rows: Sequence[Mapping[str, Any]], column: str) -> dict[str, Any]:
-    """Whether every two rows of the paper that differ in `column` differ here the same way.
+    """Whether each two rows that differ in `column` in the paper differ the same way here.
 
-    Seeds share data and starting checkpoints, so rows are compared seed by seed: the mean difference and twice its standard error
-    over seeds. `agree`: the same sign and beyond that; `oppose`: the other sign and beyond; `undecided`: within it.
+    The rows of a seed share data and starting checkpoint, so rows are compared seed by seed. `margin` is twice the standard error
+    of the mean difference over seeds; a difference beyond it has the verdict `agree` if its sign is the paper's, else `oppose`;
+    a difference within it is `undecided`.
     """
     pairs = []
     for first, second in combinations([row for row in rows if row["paper"]], 2):
@@ -65,7 +67,7 @@ def order(rows: Sequence[Mapping[str, Any]], column: str) -> dict[str, Any]:
 
 
 def table_text(table: Table, summary: Mapping[str, Any], num_seeds: int) -> str:
-    """Paper beside ours, mean and spread, and what became of the order."""
+    """The table as text: the paper's numbers next to our mean and standard deviation, and the order of the rows."""
     header = [""]
     for column in table.columns:
         header += [f"{column} paper", "ours"]
@@ -89,12 +91,14 @@ def table_text(table: Table, summary: Mapping[str, Any], num_seeds: int) -> str:
 def headline(
     curves: Mapping[str, Sequence[Sequence[tuple[int, float]]]], tests: Mapping[str, Sequence[float]], reference: str = "grpo"
 ) -> dict[str, Any]:
-    """Of every other recipe, whether it beats `reference`, and with how many of its responses it reaches its final macro F1.
+    """Compare each other recipe with `reference`: gaps in macro F1, and the responses it needs to reach the reference's end.
 
-    curves: recipe -> of each seed [(responses sampled, macro F1 of some pairs)], whose end is the mean of its last three points;
-    tests: recipe -> of each seed the last policy's macro F1 of the whole test set. `share` is the number of responses at which a
-    curve is at or above the end of the reference's, over all responses of that; None where it never is. `margin`: twice the
-    standard error of `test_gap_mean` over seeds, which share data and starting checkpoint.
+    curves: recipe -> per seed [(responses sampled, macro F1 on some pairs)]; the end of a curve is the mean of its last three
+    points. tests: recipe -> per seed, macro F1 of the last policy on the whole test set.
+
+    `responses` is the number of responses at which a curve first reaches the end of the reference, and `share` divides it by all
+    responses of the reference; both are None if the curve never does. `margin` is twice the standard error of `test_gap_mean`
+    over seeds; recipes are compared seed by seed, because those of a seed share data and starting checkpoint.
     """
     ends = {name: [float(np.mean([f1 for _, f1 in curve[-3:]])) for curve in by_seed] for name, by_seed in curves.items()}
     rivals = {}

@@ -1,4 +1,4 @@
-"""The tables of the paper as data: rows, columns, printed numbers (percent), and which recipe stands for each row."""
+"""The tables of the paper as data: rows, columns, printed numbers (percent), and the recipe of each row."""
 
 from __future__ import annotations
 
@@ -13,22 +13,22 @@ STEPS = ("step_1", "step_2", "step_3", "step_4")
 
 @dataclass(frozen=True)
 class Row:
-    """One row; `paper` has a number per column of its table, or none where the paper has no such row."""
+    """One row; `paper` has a number per column of the table, or none for a row that is not in the paper."""
 
     name: str
-    recipe: str  # of RECIPES; of Table 2 the stage of the judge's training
+    recipe: str  # a name in RECIPES; in Table 2 a stage of the judge's training
     paper: tuple[float, ...] = ()
 
 
 @dataclass(frozen=True)
 class Table:
-    """`test_set` is wild (in-the-wild) or balanced (by query type), or judge: held-out verdicts of annotators."""
+    """One table. test_set: wild (in-the-wild), balanced (by query type), or judge (held-out verdicts of annotators)."""
 
     title: str
     test_set: str
     columns: tuple[str, ...]  # the last one orders the rows
     rows: tuple[Row, ...]
-    note: str = ""  # how the miniature differs
+    note: str = ""  # how the miniature differs from the paper
 
 
 _MACRO = ("macro_f1",)

@@ -1,4 +1,4 @@
-"""Recipes are valid settings, differ only in what their row is about, and the paper's tables are whole."""
+"""Recipes are valid settings and differ only in the subject of their row; the paper's tables are complete."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ def test_rows_differ_in_what_they_are_about_and_in_nothing_else() -> None:
     judged = made("srpo_judged")
     assert [spec.sources for spec in judged.steps] == [("judge",)] * 4 + [("gold",)]
     assert replace(judged, steps=COMMON.steps, train=COMMON.train) == COMMON
-    assert judged.train == replace(COMMON.train, eval_every=0)  # no curve of it is shown
+    assert judged.train == replace(COMMON.train, eval_every=0)  # no plot shows its curve
     assert made("grpo_random_half").num_steps == COMMON.num_steps // 2
     assert made("srpo_generative").reward.judge_path == "judge"
 

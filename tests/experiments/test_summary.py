@@ -1,4 +1,4 @@
-"""Means, spreads and orders by hand."""
+"""Means, standard deviations and orders, computed by hand."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ def test_an_order_the_other_way_round_and_one_that_cannot_be_told() -> None:
     assert [pair["verdict"] for pair in found["pairs"]] == ["oppose", "undecided"]
     assert not found["same_order"]
     single = summarize(TABLE, [scores(40), scores(45), scores(0), scores(45)])
-    assert single["order"]["undecided"] == 2  # one seed tells nothing
+    assert single["order"]["undecided"] == 2  # one seed has no standard error
     assert single["rows"][0]["ours"]["macro_f1"]["std"] == 0
 
 
