@@ -78,13 +78,13 @@ def groups_of(engine: VllmEngine, prompts: Prompts, params: SamplingParams, seed
 
 def alternate(arms: dict[str, Callable[[int], dict[str, float]]], rounds: int) -> dict[str, dict[str, float]]:
     """Median over the rounds of each number that an arm reports; the first of `rounds` + 1 rounds is a warm-up."""
-    found: dict[str, list[dict[str, float]]] = {name: [] for name in arms}
+    reports: dict[str, list[dict[str, float]]] = {name: [] for name in arms}
     for round_ in range(rounds + 1):
         for name, arm in arms.items():
             report = arm(round_)
             if round_:
-                found[name].append(report)
-    return {name: {key: statistics.median(r[key] for r in reports) for key in reports[0]} for name, reports in found.items()}
+                reports[name].append(report)
+    return {name: {key: statistics.median(r[key] for r in runs) for key in runs[0]} for name, runs in reports.items()}
 
 
 def measure_judge(engine: VllmEngine, prompts: Prompts, params: SamplingParams, args: argparse.Namespace) -> dict[str, Any]:

@@ -33,40 +33,40 @@ from srpo.scores.tally import true_grades
 
 def main(config: CompareConfig) -> None:
     """Compare as configured, print the tables and write the results. Raises ValueError for bad settings, before it writes."""
-    check_one_process("srpo.compare", "it only counts, and has nothing for ranks to share")
+    check_one_process("srpo.compare", "it only counts, which ranks cannot share")
     pages = config.pages
     if bool(config.a) != bool(config.b) or not (config.a or pages.file):
-        raise ValueError("give two systems, --a X --b Y, or their ranked lists, --pages.file FILE, or all of these")
+        raise ValueError("give two systems, --a X --b Y, or their ranked lists, --pages.file FILE, or both")
     if (pages.judgments or pages.verdicts) and not pages.file:
-        raise ValueError("pages.judgments and pages.verdicts are of ranked lists: give these by --pages.file FILE")
+        raise ValueError("pages.judgments or pages.verdicts is set without pages.file: give ranked lists with --pages.file FILE")
     if config.a and not config.data:
         raise ValueError("no data: give graded examples with --data FILE")
     if config.name_a == config.name_b:
-        raise ValueError(f"both systems are called {config.name_a!r}: name them by --name-a and --name-b")
+        raise ValueError(f"both systems are called {config.name_a!r}: set --name-a or --name-b")
     for name in (config.a, config.b, pages.file, pages.judgments, pages.verdicts):
         if name and not Path(name).exists():
             raise ValueError(f"no such file or folder: {name}")
-    beside = Path(config.b or pages.file)
-    out = Path(config.out) if config.out else (beside if beside.is_dir() else beside.parent) / "comparison.json"
+    source = Path(config.b or pages.file)
+    out = Path(config.out) if config.out else (source if source.is_dir() else source.parent) / "comparison.json"
     if out.is_dir():
-        raise ValueError(f"out: {out} is a folder: name a file, such as {out / 'comparison.json'}")
+        raise ValueError(f"out is {out}, which is a folder: name a file, such as {out / 'comparison.json'}")
 
     examples: list[Example] = []
     results: dict[str, Any] = {"names": {"a": config.name_a, "b": config.name_b}}
-    shown: list[str] = []
+    tables: list[str] = []
     if config.data:
-        schema = StepSchema(run_settings(beside, config.config).steps)
+        schema = StepSchema(run_settings(source, config.config).steps)
         examples = load_examples(config.data, schema.num_steps, options=schema.options)
         if config.a:
             check_tags((example.tags for example in examples), config.by)
             true_grades(examples)
-            a, b = (from_file(Path(source), examples, schema) for source in (config.a, config.b))
+            a, b = (from_file(Path(file), examples, schema) for file in (config.a, config.b))
             results["offline"], schema = offline(a, b, config)
-            shown += [offline_table(results["offline"], config, schema), *parts_tables(results["offline"], config)]
+            tables += [offline_table(results["offline"], config, schema), *parts_tables(results["offline"], config)]
     if pages.file:
         results["online"] = online(read_pages(Path(pages.file), config.name_a, config.name_b), examples, config)
-        shown.append(online_table(results["online"], config))
-    print("\n\n".join(shown))
+        tables.append(online_table(results["online"], config))
+    print("\n\n".join(tables))
     out.parent.mkdir(parents=True, exist_ok=True)
     write_whole(out, json.dumps(results, indent=2) + "\n")
     print(f"written to {out}")
@@ -79,9 +79,9 @@ def offline(a: Responses, b: Responses, config: CompareConfig) -> tuple[dict[str
     """
     for name, responses in ((config.name_a, a), (config.name_b, b)):
         if responses.num_others:
-            print(f"{name}: {responses.num_others:,} rollouts are of pairs that are not compared, and are left out")
+            print(f"{name}: left out {responses.num_others:,} rollouts of pairs that are not compared")
     if a.schema.num_steps != b.schema.num_steps:
-        print("one system has verdicts alone: the steps of the other are not compared")
+        print("one system has only verdicts: the steps of the other are not compared")
         a, b = verdicts_alone(a), verdicts_alone(b)
     options = {"by": config.by, "bootstrap": config.bootstrap}
     single = {key: results_dict(r.rollouts, r.examples, r.schema, **options) for key, r in (("a", a), ("b", b))}
@@ -92,11 +92,13 @@ def online(pages: Pages, examples: Sequence[Example], config: CompareConfig) -> 
     """`side_by_side` of the pages, plus `num_unjudged`, the number of shown items without a class, which are left out."""
     settings = config.pages
     if pages.key == "item_ids" and not settings.judgments:
-        raise ValueError(f"{settings.file} lists item_ids: give their classes by --pages.judgments FILE")
+        raise ValueError(f"{settings.file} lists item_ids: give their classes with --pages.judgments FILE")
     if pages.key == "example_ids" and (settings.judgments or not examples):
-        raise ValueError(f"{settings.file} lists example_ids: their classes are the grades of --data FILE, and no others")
+        raise ValueError(
+            f"{settings.file} lists example_ids: their classes are the grades of --data FILE: give it, and no pages.judgments"
+        )
     if pages.num_others:
-        print(f"{settings.file}: {pages.num_others:,} lists are of other systems, and are left out")
+        print(f"{settings.file}: left out {pages.num_others:,} lists of other systems")
     judgments = read_judgments(Path(settings.judgments)) if settings.judgments else judged_examples(examples)
     verdicts = read_verdicts(Path(settings.verdicts), list(pages.a)) if settings.verdicts else None
     grades_a, grades_b, num_unjudged = shown_grades(pages, judgments, settings.top_n, settings.unjudged)

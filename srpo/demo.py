@@ -64,9 +64,9 @@ def demo(cfg: DemoConfig, parallel: Parallel) -> dict[str, Any]:
     stage(run_dir / "base", "making tokenizer and model", lambda out: make_base(cfg, run_dir / "data", out))
     policy = sft(sft_config(cfg), parallel)
     train_cfg = train_config(cfg, policy)
-    before = evaluated(cfg, policy, run_dir / "before.json", "judging held-out pairs, before", schema)
+    before = evaluated(cfg, policy, run_dir / "before.json", "evaluation before training", schema)
     policy = train(train_cfg, parallel)
-    after = evaluated(cfg, policy, run_dir / "after.json", "judging held-out pairs, after", schema)
+    after = evaluated(cfg, policy, run_dir / "after.json", "evaluation after training", schema)
     minutes = (time.monotonic() - start) / 60
     results = {
         "before": before,
@@ -129,7 +129,7 @@ def evaluated(cfg: DemoConfig, policy: Path, path: Path, title: str, schema: Ste
 
 def main(cfg: DemoConfig) -> None:
     """Run the demo in this process."""
-    check_one_process("srpo.demo", "the demo is one process (srpo.train takes several)")
+    check_one_process("srpo.demo", "the demo runs in one process (srpo.train takes several)")
     distributed(demo)(cfg)
 
 

@@ -47,11 +47,11 @@ def load_preferences(cfg: DpoConfig, tokenizer: Any) -> tuple[list[Preference], 
     if cfg.pairs:
         texts = list(read_preferences(cfg.pairs))
         ends = (tokenizer.eos_token_id,)
-        made = [
+        pairs = [
             Preference(encode(tokenizer, prompt), encode(tokenizer, chosen) + ends, encode(tokenizer, rejected) + ends)
             for prompt, chosen, rejected in texts
         ]
-        return made, {"num_pairs": len(made)}
+        return pairs, {"num_pairs": len(pairs)}
     options = [spec.options for spec in cfg.steps]
     labels = None
     if cfg.data:
@@ -61,7 +61,7 @@ def load_preferences(cfg: DpoConfig, tokenizer: Any) -> tuple[list[Preference], 
     except (ValueError, KeyError, TypeError) as error:
         raise ValueError(f"{cfg.rollouts} is not a rollouts.jsonl of srpo.train ({error})") from error
     if not rollouts:
-        raise ValueError(f"{cfg.rollouts} has no rollouts: train with train.log_rollouts")
+        raise ValueError(f"{cfg.rollouts} has no rollouts: set train.log_rollouts in the run that writes it")
     _check_tokenizer(cfg, tokenizer, rollouts)
     return pairs_from_rollouts(rollouts, labels, cfg.rules)
 
@@ -75,8 +75,8 @@ def _check_tokenizer(cfg: DpoConfig, tokenizer: Any, rollouts: Sequence[Rollout]
             ids.pop()
         if max((*rollout.prompt_ids, *ids)) >= len(tokenizer) or tokenizer.decode(ids) != rollout.text:
             raise ValueError(
-                f"the tokens of {rollout.example_id} in {cfg.rollouts} are not its text by the tokenizer in {cfg.policy.path}: "
-                "start from the policy that has sampled them, or give the pairs as texts (pairs)"
+                f"{cfg.rollouts}: the tokens of {rollout.example_id} are not its text in the tokenizer of {cfg.policy.path}: "
+                "set policy.path to the policy that sampled them, or give the pairs as texts (pairs)"
             )
 
 
@@ -85,14 +85,14 @@ def _check_settings(cfg: DpoConfig) -> None:
         if getattr(cfg, key) < 1:
             raise ValueError(f"{key} is {getattr(cfg, key)}: set it to 1 or more")
     if bool(cfg.pairs) == bool(cfg.rollouts):
-        raise ValueError("set either pairs, a file of preferences, or rollouts, responses to make them from")
+        raise ValueError("set either pairs (a file of preferences) or rollouts (responses to make pairs from)")
     if cfg.pairs and (cfg.data or cfg.rules.balance):
-        named, off = ("data", 'data to ""') if cfg.data else ("rules.balance", "rules.balance to false")
-        raise ValueError(f"{named} is of pairs that are made from rollouts; those of a file are taken as they are: set {off}")
+        key, off = ("data", '""') if cfg.data else ("rules.balance", "false")
+        raise ValueError(f"{key} is set, but only applies to pairs that are made from rollouts: set {key} to {off}")
     if not cfg.beta > 0:
-        raise ValueError(f"beta is {cfg.beta}: it must be above 0")
+        raise ValueError(f"beta is {cfg.beta}: set it to a number above 0")
     if not 0 <= cfg.label_smoothing < 0.5:
-        raise ValueError(f"label_smoothing is {cfg.label_smoothing}: give 0 to below 0.5")
+        raise ValueError(f"label_smoothing is {cfg.label_smoothing}: set it to a number from 0 to below 0.5")
     StepSchema(cfg.steps)
 
 
@@ -101,15 +101,15 @@ def _check_lengths(cfg: DpoConfig, pairs: Sequence[Preference], max_context: int
     for number, pair in enumerate(pairs, start=1):
         name = f"pair {number}" + (f" (of {pair.example_id})" if pair.example_id else "")
         if not (pair.prompt_ids and pair.chosen_ids and pair.rejected_ids):
-            raise ValueError(f"{name} has an empty prompt or response: leave it out")
+            raise ValueError(f"{name} has an empty prompt or response: remove the pair")
         if pair.chosen_ids == pair.rejected_ids:
-            raise ValueError(f"{name} prefers a response to itself: its texts have the same tokens; leave it out")
+            raise ValueError(f"{name} has the same tokens as chosen and as rejected response: remove the pair")
         longest = len(pair.prompt_ids) + max(len(pair.chosen_ids), len(pair.rejected_ids))
         if longest > context:
-            raise ValueError(f"{name} has {longest} tokens, more than the context of {context}: shorten it or leave it out")
+            raise ValueError(f"{name} has {longest} tokens, more than the context of {context}: shorten or remove the pair")
         if num_rows(pair) > cfg.micro_batch_tokens:
             raise ValueError(
-                f"{name} has {num_rows(pair)} rows, more than micro_batch_tokens = {cfg.micro_batch_tokens}: raise that; "
+                f"{name} has {num_rows(pair)} rows, more than micro_batch_tokens = {cfg.micro_batch_tokens}: raise it; "
                 "a pair is never split"
             )
 
@@ -166,16 +166,16 @@ def reference_logprobs(
     def sums_of(batch: Batch) -> torch.Tensor:
         return of_outputs(model, batch, inputs, lambda outputs: response_logprobs(outputs, batch.rows()[1]))
 
-    found = torch.zeros(len(pairs), 2, device=parallel.device)
+    logprobs = torch.zeros(len(pairs), 2, device=parallel.device)
     with Progress("reference", len(pairs), enabled=parallel.is_main) as bar:
         for first in range(0, len(pairs), REFERENCE_BATCH):
-            mine = range(first + parallel.rank, min(first + REFERENCE_BATCH, len(pairs)), parallel.world_size)
-            batches = pack_preferences([pairs[i] for i in mine], torch.zeros(len(mine), 2), max_tokens)
+            indices = range(first + parallel.rank, min(first + REFERENCE_BATCH, len(pairs)), parallel.world_size)
+            batches = pack_preferences([pairs[i] for i in indices], torch.zeros(len(indices), 2), max_tokens)
             sums = [sums_of(batch) for batch in level(batches, parallel)][: len(batches)]
             if sums:
-                found[torch.tensor(mine, device=parallel.device)] = torch.cat(sums).reshape(-1, 2)
+                logprobs[torch.tensor(indices, device=parallel.device)] = torch.cat(sums).reshape(-1, 2)
             bar.advance(min(REFERENCE_BATCH, len(pairs) - first))
-    return parallel.all_reduce_sum(found).cpu()
+    return parallel.all_reduce_sum(logprobs).cpu()
 
 
 def dpo(cfg: DpoConfig, parallel: Parallel) -> Path:
@@ -195,7 +195,7 @@ def dpo(cfg: DpoConfig, parallel: Parallel) -> Path:
     claim_run_dir(run_dir, cfg, main)
     if main:
         write_whole(run_dir / "pairs.json", json.dumps(counts, indent=1) + "\n")
-        print(f"{counts['num_pairs']} pairs ({run_dir / 'pairs.json'} says how they came about)", flush=True)
+        print(f"{counts['num_pairs']} pairs; counts are in {run_dir / 'pairs.json'}", flush=True)
     data = hashlib.blake2b(repr(pairs).encode(), digest_size=16).hexdigest()
     reference = _reference(cfg, policy, pairs, data, parallel)
     names = ("accuracy", "margin", "chosen_reward", "rejected_reward")

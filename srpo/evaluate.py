@@ -49,7 +49,7 @@ def evaluate(config: EvaluateConfig, parallel: Parallel) -> None:
     if len(sources) != 1:
         raise ValueError("give one of --checkpoint DIR, --rollouts FILE and --predictions FILE")
     if config.engine != "local" and not config.checkpoint:
-        raise ValueError(f"engine is {config.engine} and nothing is decoded: give --checkpoint DIR, or leave the engine out")
+        raise ValueError(f"engine is {config.engine}, but only a checkpoint is decoded: give --checkpoint DIR or no --engine")
     source = Path(sources[0])
     if not source.exists():
         raise ValueError(f"no such file or folder: {source}")
@@ -72,14 +72,14 @@ def evaluate(config: EvaluateConfig, parallel: Parallel) -> None:
         results, rollouts = decode(config, run, schema, examples, parallel)
     else:
         if config.predictions:
-            found = from_predictions(read_predictions(source, schema), examples, schema, config.limit)
+            responses = from_predictions(read_predictions(source, schema), examples, schema, config.limit)
         else:
-            found = from_rollouts(load_rollouts(source), examples, schema)
-            rollouts = found.rollouts
-        if found.num_others:
-            print(f"{found.num_others:,} rollouts are of pairs that are not evaluated, and are left out")
-        schema = found.schema
-        results = results_dict(found.rollouts, found.examples, schema, by=config.by, bootstrap=config.bootstrap)
+            responses = from_rollouts(load_rollouts(source), examples, schema)
+            rollouts = responses.rollouts
+        if responses.num_others:
+            print(f"left out {responses.num_others:,} rollouts of pairs that are not evaluated")
+        schema = responses.schema
+        results = results_dict(responses.rollouts, responses.examples, schema, by=config.by, bootstrap=config.bootstrap)
     if parallel.is_main:
         print(results_table(results, schema))
         print(f"written to {write_evaluation(out, results, rollouts, examples)}")
@@ -97,7 +97,7 @@ def decode(
     engine = open_engine(config, run, parallel)
     prompts = [encode(tokenizer, build_prompt(example, run.data.prompt)) for example in examples]
     check_prompts(prompts, SamplingParams(max_new_tokens), engine.max_context, [example.example_id for example in examples])
-    made = evaluate_policy(
+    evaluation = evaluate_policy(
         engine,
         tokenizer,
         schema,
@@ -110,7 +110,7 @@ def decode(
         bootstrap=config.bootstrap,
     )
     engine.close()  # not after an error: a shared engine would wait for all ranks
-    return made
+    return evaluation
 
 
 def open_engine(config: EvaluateConfig, run: Config, parallel: Parallel) -> Engine:
@@ -125,8 +125,8 @@ def open_engine(config: EvaluateConfig, run: Config, parallel: Parallel) -> Engi
     try:
         return open_vllm(config.checkpoint, parallel, dtype=dtype, max_context=max_context, config=config.vllm)
     except (ValueError, ImportError) as error:
-        said = str(error).replace("rollout.vllm.", "vllm.").replace("rollout.engine", "engine")
-        raise (ImportError if isinstance(error, ImportError) else ValueError)(said) from error
+        message = str(error).replace("rollout.vllm.", "vllm.").replace("rollout.engine", "engine")
+        raise (ImportError if isinstance(error, ImportError) else ValueError)(message) from error
 
 
 def write_evaluation(out: Path, results: dict[str, Any], rollouts: Sequence[Rollout], examples: Sequence[Example]) -> Path:
@@ -148,7 +148,7 @@ def write_evaluation(out: Path, results: dict[str, Any], rollouts: Sequence[Roll
 def main(config: EvaluateConfig) -> None:
     """Evaluate as configured, on all ranks of torchrun if a checkpoint is decoded."""
     if not config.checkpoint:
-        check_one_process("srpo.evaluate with --rollouts or --predictions", "nothing is decoded that ranks could share")
+        check_one_process("srpo.evaluate with --rollouts or --predictions", "ranks only share the decoding of a checkpoint")
     distributed(evaluate)(config)
 
 

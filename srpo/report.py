@@ -37,13 +37,13 @@ def write_report(run_dir: Path) -> tuple[str, list[Path]]:
     if (run_dir / "results.json").is_file():
         results = json.loads((run_dir / "results.json").read_text(encoding="utf-8"))
     files = write_plots(run_dir / "plots", read_metrics(run_dir / "metrics.jsonl"), schema, results, run_dir.resolve().name)
-    both = results.get("before"), results.get("after")
-    return before_after_table(both[0], both[1], schema) if both[0] and both[1] else "", files
+    before, after = results.get("before"), results.get("after")
+    return before_after_table(before, after, schema) if before and after else "", files
 
 
 def main(config: ReportConfig) -> None:
     """Write the report of a run folder and print its table and the names of its plots."""
-    check_one_process("srpo.report", "it only draws, and has nothing for ranks to share")
+    check_one_process("srpo.report", "it only draws, which ranks cannot share")
     if not config.run_dir:
         raise ValueError("name a run folder: python -m srpo.report runs/demo")
     table, files = write_report(Path(config.run_dir))

@@ -45,7 +45,7 @@ OWN_CLAIM = {"judge_sft_steps": 0, "judge_grpo_steps": 0, "judge_lr": 0.0}  # ch
 
 def reproduce(cfg: ReproduceConfig, parallel: Parallel) -> list[dict[str, Any]]:
     """Make the tables of `cfg.table`. Returns the contents of each `run_dir/<table>.json`."""
-    run_dir, made = Path(cfg.run_dir), []
+    run_dir, results = Path(cfg.run_dir), []
     for name in wanted(cfg):
         start = time.monotonic()
         outcome = make_headline(cfg, parallel) if name == "headline" else make_table(cfg, name, parallel)
@@ -54,17 +54,17 @@ def reproduce(cfg: ReproduceConfig, parallel: Parallel) -> list[dict[str, Any]]:
         minutes = (time.monotonic() - start) / 60
         result = {"table": name} | outcome | {"seeds": cfg.seeds, "scale": asdict(cfg.scale)} | evidence(minutes)
         write_whole(run_dir / f"{name}.json", json.dumps(result, indent=1) + "\n")
-        made.append(result)
-    return made
+        results.append(result)
+    return results
 
 
 def wanted(cfg: ReproduceConfig) -> tuple[str, ...]:
     """Names of the tables of `cfg.table`. Raises ValueError for an unknown name, and for missing or repeated seeds."""
     names = NAMES if cfg.table == "all" else (cfg.table,)
     if unknown := [name for name in names if name not in NAMES]:
-        raise ValueError(f"there is no table {unknown[0]!r}: give one of {', '.join(NAMES)}, or all")
+        raise ValueError(f"table is {unknown[0]!r}: set it to one of {', '.join(NAMES)}, or all")
     if not cfg.seeds or len(set(cfg.seeds)) < len(cfg.seeds):
-        raise ValueError(f"seeds is {list(cfg.seeds)}: give one or more, each once")
+        raise ValueError(f"seeds is {list(cfg.seeds)}: give one or more seeds, each once")
     return names
 
 
@@ -101,16 +101,16 @@ def make_headline(cfg: ReproduceConfig, parallel: Parallel) -> dict[str, Any]:
                 curves[name].append(lab.curve(name))
     if cfg.train_only:
         return {}
-    found = headline(curves, tests, HEADLINE[-1])
-    for name, rival in found["rivals"].items():
-        for seed, ours, theirs in zip(cfg.seeds, rival["per_seed"], found["per_seed"], strict=True):
+    comparison = headline(curves, tests, HEADLINE[-1])
+    for name, rival in comparison["rivals"].items():
+        for seed, ours, theirs in zip(cfg.seeds, rival["per_seed"], comparison["per_seed"], strict=True):
             share = ours["share"]
-            words = "never gets there" if share is None else f"gets there with {100 * share:.0f} % of the responses"
-            end, test = ([f"{100 * side[of]:.1f}" for side in (theirs, ours)] for of in ("end", "test"))
-            print(f"seed {seed}: macro F1 ends for grpo at {end[0]}, for {name} at {end[1]}, which {words};", end=" ")
+            reached = "never reaches that" if share is None else f"reaches that with {100 * share:.0f} % of the responses"
+            end, test = ([f"{100 * scores[key]:.1f}" for scores in (theirs, ours)] for key in ("end", "test"))
+            print(f"seed {seed}: final macro F1 of grpo {end[0]}, of {name} {end[1]}; {name} {reached};", end=" ")
             print(f"on the test set {test[0]} and {test[1]}")
     plot_headline(Path(cfg.run_dir) / "headline.png", curves)
-    return found
+    return comparison
 
 
 @contextmanager
@@ -154,7 +154,7 @@ def start_in_background(cfg: ReproduceConfig) -> None:
     with log.open("a") as out:
         command = [sys.executable, "-m", "srpo.reproduce", *arguments]
         process = subprocess.Popen(command, stdin=subprocess.DEVNULL, stdout=out, stderr=out, start_new_session=True)
-    print(f"process {process.pid} works on it; its output goes to {log}")
+    print(f"started process {process.pid}; its output goes to {log}")
 
 
 def main(cfg: ReproduceConfig) -> None:

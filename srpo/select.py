@@ -116,13 +116,13 @@ def sample(
             _claim(claimed, settings, name, parallel.is_main)
     done = parallel.broadcast_object(finished_shards(folder))
     if done and not (folder / "config.toml").is_file():
-        raise ValueError(f"{folder} has records and no config.toml that says how they were made: give another records_dir")
+        raise ValueError(f"{folder} has records, but no config.toml with their settings: give another records_dir")
     parts = _Once(lambda: parts_of(cfg, schema, parallel))
     missing = survey(cfg, schema, done, parts)
     if not missing:
         return
     if parallel.is_main and (names := ignored_settings(cfg)):
-        print(f"not used here, training alone has a use for them: {', '.join(names)}", flush=True)
+        print(f"ignored, because only training uses them: {', '.join(names)}", flush=True)
     _claim(*_claims(cfg)[0], parallel.is_main)
     parallel.barrier()
     if not (folder / "config.toml").is_file():
@@ -130,10 +130,10 @@ def sample(
             f"process {parallel.rank} does not see {folder / 'config.toml'}, which process 0 wrote: set records_dir to a folder "
             "that all hosts share"
         )
-    mine = set(missing[parallel.rank :: parallel.world_size])
+    own = set(missing[parallel.rank :: parallel.world_size])
     with Progress("shards sampled", len(done) + len(missing), start=len(done), enabled=parallel.is_main) as bar:
         for number, examples in shards_of(_examples(cfg), cfg.shard_examples):
-            if number in mine:
+            if number in own:
                 write_shard(folder, number, examples, sample_shard(parts(), examples, cfg, schema))
                 bar.advance(len(finished_shards(folder)) - bar.done)
         while parallel.is_main and bar.done < bar.total:
@@ -146,21 +146,23 @@ def check_settings(cfg: SelectConfig) -> None:
     """Raise ValueError for settings that cannot work with any data."""
     if not cfg.data.train:
         raise ValueError("data.train is not set: name the examples to choose from (docs/data.md)")
-    if cfg.shard_examples < 1 or cfg.seed < 0:
-        raise ValueError(f"shard_examples is {cfg.shard_examples} and seed {cfg.seed}: set them to at least 1 and 0")
+    if cfg.shard_examples < 1:
+        raise ValueError(f"shard_examples is {cfg.shard_examples}: set it to 1 or more")
+    if cfg.seed < 0:
+        raise ValueError(f"seed is {cfg.seed}: set it to 0 or more")
     if cfg.rollout.group_size < 2:
         raise ValueError(
-            f"rollout.group_size is {cfg.rollout.group_size}: rejection sampling compares the responses of a group, use 2 or more"
+            f"rollout.group_size is {cfg.rollout.group_size}: set it to 2 or more, because rejection sampling compares responses"
         )
     if cfg.select.score in ("best", "uncertain") and cfg.reward.judge == "none":
-        raise ValueError(f"select.score {cfg.select.score!r} goes by what a judge says of the steps: set reward.judge")
+        raise ValueError(f"select.score is {cfg.select.score!r}, which needs the verdicts of a judge: set reward.judge")
     check_rollout(cfg)
     check_judge(cfg)
     for folder, name in ((records_dir(cfg), "records_dir"), (out_dir(cfg), "out")):
         if folder.exists() and not folder.is_dir():
             raise ValueError(f"{name} is {folder}, which is a file: name a folder")
         if folder.resolve() == Path(cfg.data.train).resolve():
-            raise ValueError(f"{name} is the folder of data.train, {folder}: give another, or what is written is read as data")
+            raise ValueError(f"{name} is {folder}, the folder of data.train, where its files would be read as data: give another")
     if records_dir(cfg).resolve() == out_dir(cfg).resolve():
         raise ValueError(f"records_dir and out are both {out_dir(cfg)}: give another out")
 
@@ -174,7 +176,7 @@ def survey(cfg: SelectConfig, schema: StepSchema, done: frozenset[int], parts: C
     strata: Counter[tuple[str, ...]] = Counter()
     missing: list[int] = []
     num_shards = num_gradable = 0
-    complaint = ""
+    error_text = ""
     for number, examples in shards_of(_examples(cfg, check_duplicates=True), cfg.shard_examples):
         num_shards += 1
         try:
@@ -188,13 +190,13 @@ def survey(cfg: SelectConfig, schema: StepSchema, done: frozenset[int], parts: C
         prompts = _prompts(parts(), examples, cfg)
         check_prompts(prompts, parts().params, parts().max_context, [example.example_id for example in examples])
         gradable, problem = split_gradable(parts(), examples, cfg, schema)
-        complaint, num_gradable = complaint or problem, num_gradable + len(gradable)
-    if complaint and not num_gradable and not done:  # the missing shards of a resumed run may have no gradable example
-        raise ValueError(complaint)
+        error_text, num_gradable = error_text or problem, num_gradable + len(gradable)
+    if error_text and not num_gradable and not done:  # the missing shards of a resumed run may have no gradable example
+        raise ValueError(error_text)
     if extra := sorted(number for number in done if number >= num_shards):
         raise ValueError(
-            f"{records_dir(cfg)} has {len(extra)} shards more than {cfg.data.train}: give the data as it was, "
-            "or another records_dir"
+            f"{records_dir(cfg)} has {len(extra)} more shards than {cfg.data.train}: restore the data, "
+            "or give another records_dir"
         )
     check_quotas(strata, cfg.select)
     return missing
@@ -209,8 +211,8 @@ def split_gradable(parts: Parts, examples: Sequence[Example], cfg: SelectConfig,
     except ValueError as error:
         if len(examples) == 1:
             return [], str(error)
-        found = [split_gradable(parts, [example], cfg, schema) for example in examples]
-        return [e for some, _ in found for e in some], next((problem for _, problem in found if problem), "")
+        splits = [split_gradable(parts, [example], cfg, schema) for example in examples]
+        return [e for gradable, _ in splits for e in gradable], next((problem for _, problem in splits if problem), "")
     return list(examples), ""
 
 

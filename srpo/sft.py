@@ -39,9 +39,9 @@ def pack_pairs(pairs: Sequence[Pair], parallel: Parallel, max_tokens: int) -> li
     A demonstration is packed as a `Rollout` with a single reasoning step.
     """
     weights = sft_weights([len(response) for _, response in pairs])
-    mine = range(parallel.rank, len(pairs), parallel.world_size)
-    rollouts = [Rollout.from_tokens(*pairs[i]) for i in mine]
-    return pack(rollouts, torch.zeros(len(rollouts), 1), weights[list(mine)], max_tokens)
+    indices = range(parallel.rank, len(pairs), parallel.world_size)
+    rollouts = [Rollout.from_tokens(*pairs[i]) for i in indices]
+    return pack(rollouts, torch.zeros(len(rollouts), 1), weights[list(indices)], max_tokens)
 
 
 def tokenized_pairs(cfg: SftConfig, tokenizer: Any, max_context: int, show: bool) -> list[Pair]:
@@ -58,7 +58,7 @@ def tokenized_pairs(cfg: SftConfig, tokenizer: Any, max_context: int, show: bool
             if length - 1 > cfg.micro_batch_tokens:
                 raise ValueError(
                     f"{cfg.data}, pair {number} has {length} tokens, more than micro_batch_tokens = {cfg.micro_batch_tokens}: "
-                    "raise that or shorten it"
+                    "raise it or shorten the pair"
                 )
             pairs.append(pair)
             bar.advance()

@@ -58,16 +58,16 @@ def train_judge(cfg: JudgeConfig, parallel: Parallel) -> dict[str, Any]:
     claimed = replace(cfg, **{key: getattr(JudgeConfig(), key) for key in LATER})
     claim_run_dir(work.run_dir, claimed, parallel.is_main)
     parallel.barrier()
-    wanted = ("sft", "mine", "grpo") if cfg.stage == "all" else (cfg.stage,)
-    if "sft" in wanted:
+    stages = ("sft", "mine", "grpo") if cfg.stage == "all" else (cfg.stage,)
+    if "sft" in stages:
         run_sft(work)
-    if cfg.kind == "generative" and "mine" in wanted:
+    if cfg.kind == "generative" and "mine" in stages:
         run_mine(work)
-    if cfg.kind == "generative" and "grpo" in wanted:
+    if cfg.kind == "generative" and "grpo" in stages:
         if cfg.verified or simulates(cfg):
             run_grpo(work)
         elif parallel.is_main:
-            print(f'fill in "human" in a copy of {work.run_dir / QUEUE}, then go on with --stage grpo --verified FILE')
+            print(f'fill in "human" in a copy of {work.run_dir / QUEUE}, then continue with --stage grpo --verified FILE')
     return report(work)
 
 
@@ -104,7 +104,8 @@ def run_mine(work: Work) -> None:
     if work.is_done(QUEUE):
         path = work.run_dir / "mine.json"
         if path.is_file() and json.loads(path.read_text(encoding="utf-8")).get("settings", settings) != settings:
-            raise ValueError(f"{work.run_dir / QUEUE} was made with other settings of mine, see {path}: give those, or remove it")
+            queue = work.run_dir / QUEUE
+            raise ValueError(f"{queue} was made with other mine.* settings ({path}): restore those, or remove the queue")
         return
     judge = _judge(work, work.run_dir / "sft" / "policy")
     assert isinstance(judge, GenerativeJudge)
@@ -129,11 +130,11 @@ def run_grpo(work: Work) -> None:
     if not (cfg.verified or done):
         queue = read_queue(run_dir / QUEUE, schema).values()
         human = OracleJudge(cfg.human_error_rate, cfg.sft.seed + 1, schema)
-        said = human.judge(
+        judged = human.judge(
             [as_rollout(line.example_id, line.response, schema) for line in queue],
             [work.examples[line.example_id] for line in queue],
         )
-        plain = [[None if v is None else bool(v) for v in verdicts] for verdicts in said]
+        plain = [[None if v is None else bool(v) for v in verdicts] for verdicts in judged]
         work.write(verified.name, fill_in((run_dir / QUEUE).read_text(encoding="utf-8"), plain))
     chosen, numbers = verified_cases(run_dir / QUEUE, verified, schema, cfg.unverified)
     data = run_dir / "grpo_cases.jsonl"
@@ -142,7 +143,7 @@ def run_grpo(work: Work) -> None:
         fresh = data.with_name("grpo_cases.new.jsonl")
         write_examples(fresh, cases)
         if (run_dir / "grpo" / "config.toml").is_file() and fresh.read_bytes() != data.read_bytes():
-            raise ValueError(f"{run_dir / 'grpo'} has begun with other verdicts ({data}): give back those, or remove that folder")
+            raise ValueError(f"{run_dir / 'grpo'} has begun with other verdicts ({data}): restore those, or remove that folder")
         if done:
             fresh.unlink()
         else:
@@ -200,7 +201,7 @@ def report(work: Work) -> dict[str, Any]:
     if scores and work.parallel.is_main:
         print(judge_table(scores))
         last = next(reversed(scores))
-        print(f"\nof steps that the judge ({last}) calls correct with a confidence, so many are:")
+        print(f"\nsteps that are correct, by the confidence with which the judge ({last}) calls them so:")
         print(reliability_table(scores[last]))
     return result
 

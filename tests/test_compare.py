@@ -59,7 +59,7 @@ def test_program_compares_responses_to_the_same_pairs(tmp_path: Path, two: dict[
     assert results["names"] == {"a": "SFT", "b": "SRPO"}
     assert "online" not in results
     shown = capsys.readouterr().out
-    assert "SRPO: 1 rollouts are of pairs that are not compared" in shown
+    assert "SRPO: left out 1 rollouts of pairs that are not compared" in shown
     change = expected["difference"]["macro_f1"]
     low, high = (f"{100 * end:+.1f}" for end in change["interval"])
     lines = {line[:20].strip(): line.split() for line in shown.splitlines()}
@@ -98,7 +98,7 @@ def test_verdicts_alone_are_compared_with_the_verdicts_of_responses(tmp_path: Pa
 def test_program_compares_ranked_lists_by_people_and_by_classes(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
     grades = {"q1": [4, 3, 1], "q2": [4, 2, 1], "q3": [1, 1, 1]}
     judgments = [
-        {"query_id": q, "item_id": f"i{k}", "grade": grade} for q, told in grades.items() for k, grade in enumerate(told)
+        {"query_id": q, "item_id": f"i{k}", "grade": grade} for q, classes in grades.items() for k, grade in enumerate(classes)
     ]
     best = {"A": ["i2", "i0"], "B": ["i0", "i1"]}  # shares of class 3 or 4: A 1/2, 1/2, 0; B 1, 1/2, 0
     pages = [
@@ -107,13 +107,13 @@ def test_program_compares_ranked_lists_by_people_and_by_classes(tmp_path: Path, 
         for name, ids in best.items()
     ]
     argv = ["--pages.judgments", written(tmp_path / "j.jsonl", *judgments), "--pages.top-n", "2"]
-    told = run(tmp_path, "--pages.file", written(tmp_path / "p.jsonl", *pages), *argv)["online"]
-    assert told["item_goodrate"]["a"] == pytest.approx(1 / 3)
-    assert told["item_goodrate"]["b"] == pytest.approx(0.5)
-    assert (told["query_goodrate"]["a"], told["query_goodrate"]["b"]) == (0, pytest.approx(1 / 3))
-    assert told["gsb"]["gsb"] == pytest.approx(2 / 3)  # mean classes: 2.5 to 3.5, 2.5 to 3, 1 to 1
-    assert told["by"]["query_type"]["negation"]["item_goodrate"]["difference"] == 0.5
-    assert told["num_unjudged"] == 0
+    online = run(tmp_path, "--pages.file", written(tmp_path / "p.jsonl", *pages), *argv)["online"]
+    assert online["item_goodrate"]["a"] == pytest.approx(1 / 3)
+    assert online["item_goodrate"]["b"] == pytest.approx(0.5)
+    assert (online["query_goodrate"]["a"], online["query_goodrate"]["b"]) == (0, pytest.approx(1 / 3))
+    assert online["gsb"]["gsb"] == pytest.approx(2 / 3)  # mean classes: 2.5 to 3.5, 2.5 to 3, 1 to 1
+    assert online["by"]["query_type"]["negation"]["item_goodrate"]["difference"] == 0.5
+    assert online["num_unjudged"] == 0
     lines = {line.split("  ")[0]: line.split() for line in capsys.readouterr().out.splitlines() if line}
     assert lines["negation"] == ["negation", "1", "+100.0", "0.0", "100.0", "+100.0", "50.0", "100.0", "+50.0"]
 
@@ -122,7 +122,7 @@ def test_program_compares_ranked_lists_by_people_and_by_classes(tmp_path: Path, 
     people = run(tmp_path, "--pages.file", written(tmp_path / "r.jsonl", *rated), *argv, "--pages.verdicts", verdicts)["online"]
     assert people["gsb"]["gsb"] == -0.5 and people["gsb"]["num_comparisons"] == 2
     assert people["query_goodrate"]["difference"] == -1.0
-    assert people["item_goodrate"] == told["item_goodrate"]
+    assert people["item_goodrate"] == online["item_goodrate"]
     assert "2 comparisons: 0.0 good, 50.0 same, 50.0 bad (people)" in capsys.readouterr().out
 
     few = ["--pages.judgments", written(tmp_path / "few.jsonl", *(j for j in judgments if j["item_id"] != "i2"))]
@@ -142,9 +142,9 @@ def test_lists_of_examples_are_judged_by_their_grades(tmp_path: Path):
     write_examples(tmp_path / "d.jsonl", examples)
     lists = {("A", "q0"): ["e2"], ("B", "q0"): ["e0"], ("A", "q1"): ["e1", "e3"], ("B", "q1"): ["e3"]}
     pages = written(tmp_path / "p.jsonl", *({"system": s, "query_id": q, "example_ids": ids} for (s, q), ids in lists.items()))
-    told = run(tmp_path, "--pages.file", pages, "--data", str(tmp_path / "d.jsonl"))["online"]
-    assert (told["item_goodrate"]["a"], told["item_goodrate"]["b"]) == (0.25, 1.0)
-    assert told["by"]["query_type"]["t1"]["item_goodrate"]["difference"] == 0.5
+    online = run(tmp_path, "--pages.file", pages, "--data", str(tmp_path / "d.jsonl"))["online"]
+    assert (online["item_goodrate"]["a"], online["item_goodrate"]["b"]) == (0.25, 1.0)
+    assert online["by"]["query_type"]["t1"]["item_goodrate"]["difference"] == 0.5
     with pytest.raises(ValueError, match="lists example_ids: their classes are the grades of --data"):
         run(tmp_path, "--pages.file", pages)
 
@@ -157,12 +157,12 @@ def test_lists_of_examples_are_judged_by_their_grades(tmp_path: Path):
         (["--a", "A", "--b", "B"], "no data"),
         (["--a", "A", "--b", "no/such", "--data", "D"], "no such file or folder: no/such"),
         (["--a", "A", "--b", "B", "--data", "D", "--name-a", "B"], "both systems are called 'B'"),
-        (["--a", "A", "--b", "B", "--data", "D", "--pages.verdicts", "B"], "pages.verdicts are of ranked lists"),
+        (["--a", "A", "--b", "B", "--data", "D", "--pages.verdicts", "B"], "pages.verdicts is set without pages.file"),
         (["--a", "A", "--b", "B", "--data", "D", "--by", "colour"], "nothing carries the tag 'colour'"),
         (["--a", "A", "--b", "SHORT", "--data", "D"], "39 of 40 examples have no prediction"),
         (["--a", "A", "--b", "TWICE", "--data", "D"], "several rollouts of e0"),
         (["--a", "A", "--b", "B", "--data", "UNGRADED"], "e0 has no grade"),
-        (["--pages.file", "LISTS"], "lists item_ids: give their classes by --pages.judgments"),
+        (["--pages.file", "LISTS"], "lists item_ids: give their classes with --pages.judgments"),
         (["--pages.file", "LISTS", "--pages.judgments", "JUDGED", "--by", "shop"], "nothing carries the tag 'shop'"),
     ],
 )

@@ -109,9 +109,9 @@ def test_a_demo_that_was_stopped_goes_on_and_ends_the_same(done: Path, tmp_path:
         shutil.rmtree(run_dir / name)
     for name in ("after.json", "results.json", "metrics.jsonl", "rollouts.jsonl"):
         (run_dir / name).unlink()
-    made = (run_dir / "data" / "sft.jsonl").stat().st_mtime_ns
+    modified = (run_dir / "data" / "sft.jsonl").stat().st_mtime_ns
     results = demo(settings(run_dir), small.ONE)
-    assert (run_dir / "data" / "sft.jsonl").stat().st_mtime_ns == made
+    assert (run_dir / "data" / "sft.jsonl").stat().st_mtime_ns == modified
     want = json.loads((done / "results.json").read_text())
     assert (results["before"], results["after"]) == (want["before"], want["after"])
     assert (run_dir / "metrics.jsonl").read_bytes() == (done / "metrics.jsonl").read_bytes()

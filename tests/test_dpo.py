@@ -138,16 +138,16 @@ def test_a_pair_is_never_split(world: Any, pairs_file: Path, tmp_path: Path, max
     assert not limit or all(len(batch.labels) <= limit for batch in batches)
     model = Policy(load_policy(world.policy))
     with torch.no_grad():
-        got = torch.cat([response_logprobs(Logits(model(batch)), batch.rows()[1]) for batch in batches]).reshape(-1, 2)
+        logprobs = torch.cat([response_logprobs(Logits(model(batch)), batch.rows()[1]) for batch in batches]).reshape(-1, 2)
         plain = AutoModelForCausalLM.from_pretrained(world.policy, attn_implementation="sdpa")
-        for pair, values in zip(pairs, got, strict=True):
+        for pair, values in zip(pairs, logprobs, strict=True):
             for ids, value in zip((pair.chosen_ids, pair.rejected_ids), values, strict=True):
                 assert float(value) == pytest.approx(float(plain_logprob(plain, pair.prompt_ids, ids)), rel=1e-4)
     cut = [batch.rows()[1] for batch in batches]
     carried = [srpo.dpo._by_sequence(rows.ref_logprobs, rows) for rows in cut if rows.ref_logprobs is not None]
     assert torch.equal(torch.cat(carried).reshape(-1, 2), reference)
     for inputs in ("logits", "hidden"):
-        assert torch.allclose(reference_logprobs(model, pairs, limit or 10**6, small.ONE, inputs), got, atol=1e-4)
+        assert torch.allclose(reference_logprobs(model, pairs, limit or 10**6, small.ONE, inputs), logprobs, atol=1e-4)
 
 
 def test_micro_batches_change_nothing(world: Any, pairs_file: Path, tmp_path: Path) -> None:
@@ -173,16 +173,16 @@ FIVE_STEPS = {"num_steps": 5, "micro_batch_tokens": 2000}
 
 
 @pytest.fixture(scope="module")
-def whole(world: Any, pairs_file: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+def never_stopped(world: Any, pairs_file: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The folder of a run that was never stopped."""
-    run_dir = tmp_path_factory.mktemp("dpo") / "whole"
+    run_dir = tmp_path_factory.mktemp("dpo") / "never_stopped"
     dpo(settings(world, run_dir, pairs=str(pairs_file), **FIVE_STEPS), small.ONE)
     return run_dir
 
 
 @pytest.mark.parametrize("where", ["reference_logprobs", "learning_rate", "save_checkpoint", "save_policy"])
 def test_stopped_anywhere_it_ends_the_same(
-    world: Any, pairs_file: Path, whole: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, where: str
+    world: Any, pairs_file: Path, never_stopped: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, where: str
 ) -> None:
     stopped = settings(world, tmp_path / "stopped", pairs=str(pairs_file), **FIVE_STEPS)
     module = srpo.training.supervised if where in ("learning_rate", "save_checkpoint") else srpo.dpo
@@ -199,8 +199,8 @@ def test_stopped_anywhere_it_ends_the_same(
         dpo(stopped, small.ONE)
     dpo(stopped, small.ONE)
     assert len(calls) > 1
-    assert (whole / "metrics.jsonl").read_bytes() == (tmp_path / "stopped/metrics.jsonl").read_bytes()
-    assert small.same_bits(*(small.parameters_of(run / "policy") for run in (whole, tmp_path / "stopped")))
+    assert (never_stopped / "metrics.jsonl").read_bytes() == (tmp_path / "stopped/metrics.jsonl").read_bytes()
+    assert small.same_bits(*(small.parameters_of(run / "policy") for run in (never_stopped, tmp_path / "stopped")))
 
 
 def test_pairs_come_from_the_rollouts_of_a_run(world: Any, sampled: Path, tmp_path: Path) -> None:
@@ -244,17 +244,17 @@ def test_rollouts_of_another_tokenizer_are_refused(world: Any, sampled: Path, tm
         row["response_ids"] = row["response_ids"][::-1]
 
     path = small.rewrite_line(sampled, tmp_path / "rollouts.jsonl", 3, swap)
-    with pytest.raises(ValueError, match=r"are not its text by the tokenizer in .*start from the policy that has sampled them"):
+    with pytest.raises(ValueError, match=r"are not its text in the tokenizer of .*set policy.path to the policy that"):
         preferences(settings(world, tmp_path, rollouts=str(path)), world)
 
 
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({}, "set either pairs, a file of preferences, or rollouts"),
+        ({}, r"set either pairs \(a file of preferences\) or rollouts"),
         ({"pairs": "a", "rollouts": "b"}, "set either pairs"),
-        ({"pairs": "PAIRS", "rules": {"balance": True}}, "rules.balance is of pairs .* from rollouts.*balance to false"),
-        ({"pairs": "PAIRS", "data": "EVAL"}, "data is of pairs that are made from rollouts"),
+        ({"pairs": "PAIRS", "rules": {"balance": True}}, "rules.balance is set, .* from rollouts: set rules.balance to false"),
+        ({"pairs": "PAIRS", "data": "EVAL"}, "data is set, but only applies to pairs that are made from rollouts"),
         ({"pairs": "PAIRS", "batch_size": 0}, "batch_size is 0: set it to 1 or more"),
         ({"pairs": "PAIRS", "beta": 0.0}, "beta is 0.0"),
         ({"pairs": "PAIRS", "label_smoothing": 0.5}, "label_smoothing is 0.5"),
@@ -288,7 +288,7 @@ def test_what_cannot_work_is_one_line_and_leaves_no_run(
 
 def test_the_same_tokens_on_both_sides_are_refused(world: Any, tmp_path: Path) -> None:
     pair = Preference((1,), (5, 6), (5, 6), "e7")
-    with pytest.raises(ValueError, match=r"pair 1 \(of e7\) prefers a response to itself"):
+    with pytest.raises(ValueError, match=r"pair 1 \(of e7\) has the same tokens as chosen and as rejected response"):
         srpo.dpo._check_lengths(settings(world, tmp_path), [pair], 100)
     with pytest.raises(ValueError, match="empty prompt or response"):
         srpo.dpo._check_lengths(settings(world, tmp_path), [replace(pair, rejected_ids=())], 100)

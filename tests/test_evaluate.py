@@ -124,8 +124,8 @@ def test_greedy_responses_are_scored_in_the_order_of_the_examples():
 @pytest.mark.parametrize("world_size", [2, 3])
 def test_ranks_decode_their_share_and_agree(world_size: int):
     ranks = Ranks(world_size)
-    found = ranks.run(lambda parallel: evaluated(Scripted(), parallel=parallel))
-    assert found == [evaluated(Scripted())] * world_size
+    evaluations = ranks.run(lambda parallel: evaluated(Scripted(), parallel=parallel))
+    assert evaluations == [evaluated(Scripted())] * world_size
     assert [len(ranks.shares[r]) for r in range(world_size)] == [len(range(r, 10, world_size)) for r in range(world_size)]
 
 
@@ -176,7 +176,7 @@ def test_program_decodes_a_checkpoint_with_the_settings_of_its_run(tmp_path: Pat
         assert json.loads((tmp_path / source / "results.json").read_text()) == results
     argv = ["--rollouts", str(out / "rollouts.jsonl"), "--data", data.eval, "--limit", "2", "--out", str(tmp_path / "two")]
     main(load(EvaluateConfig, argv))
-    assert "4 rollouts are of pairs that are not evaluated" in capsys.readouterr().out
+    assert "left out 4 rollouts of pairs that are not evaluated" in capsys.readouterr().out
 
 
 def written(path: Path, *rows: Any) -> Path:
@@ -198,7 +198,7 @@ def written(path: Path, *rows: Any) -> Path:
         ),
         (["--predictions", "PREDICTIONS", "--data", "DATA", "--limit", "1"], "have no example in the data, such as other"),
         (["--rollouts", "FILE", "--data", "UNGRADED"], "e0 has no grade"),
-        (["--rollouts", "FILE", "--data", "DATA", "--engine", "vllm"], "engine is vllm and nothing is decoded"),
+        (["--rollouts", "FILE", "--data", "DATA", "--engine", "vllm"], "engine is vllm, but only a checkpoint is decoded"),
         (["--rollouts", "FILE", "--data", "DATA", "--out", "FILE"], "out is .*x.jsonl, which is a file"),
     ],
 )
@@ -206,8 +206,8 @@ def test_program_says_what_is_wrong(tmp_path: Path, argv: list[str], message: st
     file = written(tmp_path / "x.jsonl", {"a": 1})
     write_examples(tmp_path / "d.jsonl", EXAMPLES)
     write_examples(tmp_path / "ungraded.jsonl", [replace(e, gold=(*e.gold[:4], None)) for e in EXAMPLES])
-    told = written(tmp_path / "p.jsonl", *({"example_id": name, "prediction": 1} for name in ("e0", "e1", "other")))
-    names = {"FILE": str(file), "DATA": str(tmp_path / "d.jsonl"), "PREDICTIONS": str(told)}
+    predictions = written(tmp_path / "p.jsonl", *({"example_id": name, "prediction": 1} for name in ("e0", "e1", "other")))
+    names = {"FILE": str(file), "DATA": str(tmp_path / "d.jsonl"), "PREDICTIONS": str(predictions)}
     names["UNGRADED"] = str(tmp_path / "ungraded.jsonl")
     with pytest.raises(ValueError, match=message):
         main(load(EvaluateConfig, [names.get(word, word) for word in argv]))
@@ -216,7 +216,7 @@ def test_program_says_what_is_wrong(tmp_path: Path, argv: list[str], message: st
 @pytest.mark.parametrize("mode", ["--rollouts", "--predictions"])
 def test_what_decodes_nothing_is_refused_to_several_processes(tmp_path: Path, mode: str, monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setenv("WORLD_SIZE", "2")
-    with pytest.raises(ValueError, match=r"start srpo\.evaluate on --rollouts or --predictions without torchrun"):
+    with pytest.raises(ValueError, match=r"start srpo\.evaluate with --rollouts or --predictions without torchrun"):
         main(load(EvaluateConfig, [mode, str(written(tmp_path / "x.jsonl", {"a": 1}))]))
 
 
@@ -236,7 +236,7 @@ def checkpoint_of(folder: Path, **changes: Any) -> tuple[Path, Path]:
     return folder / "run" / "policy", folder / "held_out.jsonl"
 
 
-def said(capsys: pytest.CaptureFixture[str]) -> list[str]:
+def printed(capsys: pytest.CaptureFixture[str]) -> list[str]:
     """The printed lines without the progress bar, which counts only a rank's own share."""
     return [line for line in capsys.readouterr().out.splitlines() if not line.startswith("evaluation ")]
 
@@ -252,9 +252,9 @@ def test_of_several_ranks_the_first_one_writes_what_one_process_does(
     monkeypatch.setattr("srpo.evaluate.open_engine", lambda *_: Scripted())
     cfg = EvaluateConfig(checkpoint=str(checkpoint), data=str(data), bootstrap=BootstrapConfig(num_draws=20))
     main(replace(cfg, out=str(tmp_path / "one")))
-    one = said(capsys)
+    one = printed(capsys)
     Ranks(3).run(lambda parallel: evaluate(replace(cfg, out=str(tmp_path / str(parallel.rank))), parallel))
-    assert said(capsys) == [line.replace(str(tmp_path / "one"), str(tmp_path / "0")) for line in one]
+    assert printed(capsys) == [line.replace(str(tmp_path / "one"), str(tmp_path / "0")) for line in one]
     assert files(tmp_path / "0") == files(tmp_path / "one") and len(files(tmp_path / "one")) == 3
     assert not (tmp_path / "1").exists() and not (tmp_path / "2").exists()
 

@@ -93,8 +93,8 @@ class Environment:
         words = [str(word) for word in command]
         code, out = 0, ""
         if words[1] == "-c":
-            asked = re.findall(r"'([a-z-]+)'", words[2])
-            out = "\n".join(self.REQUIRES) if "requires" in words[2] else self.packages.get(asked[0], "")
+            names = re.findall(r"'([a-z-]+)'", words[2])
+            out = "\n".join(self.REQUIRES) if "requires" in words[2] else self.packages.get(names[0], "")
         elif words[1:3] == ["-m", "pip"]:
             self.pip.append(words[3:])
             if "uninstall" in words:
@@ -132,9 +132,9 @@ def test_where_vllm_does_not_exist_one_line_says_so(
     environment = Environment({"torch": "2.13.0"}, failure=failure, listed=False)
     monkeypatch.setattr(install.subprocess, "run", environment.run)
     install.install_cpu_vllm(PYTHON)
-    said = capsys.readouterr().out.splitlines()
-    assert len(said) == 2 and said[0].endswith(" ...")
-    assert "tests marked vllm will be skipped" in said[1] and why in said[1]
+    lines = capsys.readouterr().out.splitlines()
+    assert len(lines) == 2 and lines[0].endswith(" ...")
+    assert "tests marked vllm will be skipped" in lines[1] and why in lines[1]
     assert len(environment.pip) == 1
 
 

@@ -66,11 +66,11 @@ def test_a_table_is_made_once_and_shares_its_rows(
 
 @pytest.mark.usefixtures("start")
 def test_the_headline_compares_curves(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    (found,) = reproduce(settings(tmp_path, "headline"), small.ONE)
-    assert [num for num, _ in found["curves"]["srpo"][0]] == [16, 32]
+    (result,) = reproduce(settings(tmp_path, "headline"), small.ONE)
+    assert [num for num, _ in result["curves"]["srpo"][0]] == [16, 32]
     assert (tmp_path / "headline.png").is_file()
-    assert set(found["rivals"]) == {"srpo", "srpo_discounted"}
-    assert "seed 0: macro F1 ends for grpo" in capsys.readouterr().out
+    assert set(result["rivals"]) == {"srpo", "srpo_discounted"}
+    assert "seed 0: final macro F1 of grpo" in capsys.readouterr().out
 
 
 @pytest.mark.usefixtures("start")
@@ -80,16 +80,16 @@ def test_train_only_writes_no_table(tmp_path: Path) -> None:
 
 
 def test_bad_input_gets_an_error_that_says_what_to_change(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    def told(config: ReproduceConfig) -> str:
+    def error(config: ReproduceConfig) -> str:
         return small.complaint(main, config, tmp_path, capsys)
 
-    assert "table7" in told(settings(tmp_path, "table7")) and all(name in told(settings(tmp_path, "table7")) for name in TABLES)
-    assert "table7" in told(settings(tmp_path, "table7", background=True)) and not (tmp_path / "table7.log").exists()
-    assert "each once" in told(settings(tmp_path, "table4", seeds=(1, 1)))
+    assert "table7" in error(settings(tmp_path, "table7")) and all(name in error(settings(tmp_path, "table7")) for name in TABLES)
+    assert "table7" in error(settings(tmp_path, "table7", background=True)) and not (tmp_path / "table7.log").exists()
+    assert "each once" in error(settings(tmp_path, "table4", seeds=(1, 1)))
     (tmp_path / "seed-0").mkdir()
     with (tmp_path / "seed-0" / "lock").open("w") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
-        assert "another process works on seed 0" in told(settings(tmp_path, "table4"))
+        assert "another process works on seed 0" in error(settings(tmp_path, "table4"))
 
 
 def test_a_folder_belongs_to_one_scale(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -88,8 +88,8 @@ def test_records_say_what_the_group_did(never_killed: SelectConfig) -> None:
         assert record.num_reward_patterns == len(np.unique(rewards, axis=0))
         assert record.num_different == len({r.text for r in group}) and record.num_responses == 6
         assert record.tags == {"query_type": shard[i].tags["query_type"], "grade": f"L{shard[i].grade}"}
-        said = np.array([r.verdicts for r in group], dtype=float)
-        assert record.judge_scores == pytest.approx(said.mean(0)) and record.judge_score == pytest.approx(said.mean())
+        verdicts = np.array([r.verdicts for r in group], dtype=float)
+        assert record.judge_scores == pytest.approx(verdicts.mean(0)) and record.judge_score == pytest.approx(verdicts.mean())
         verdict, steps = rewards[:, 4] > 0, (rewards[:, :4] > 0).all(1)
         assert record.right_verdict_wrong_steps_frac == pytest.approx((verdict & ~steps).mean())
         assert record.wrong_verdict_right_steps_frac == pytest.approx((~verdict & steps).mean())
@@ -174,10 +174,10 @@ def test_nothing_is_judged_twice(never_killed: SelectConfig, tmp_path: Path, k: 
                 run(cfg, ONE, lambda *_, parts=parts: parts)
         return sum((judge.seen for judge in judges), Counter())
 
-    whole = judged(config(tmp_path / "whole"), Asked())
-    assert whole.total() == 6 * NUM
+    counts = judged(config(tmp_path / "whole"), Asked())
+    assert counts.total() == 6 * NUM
     cfg = config(tmp_path / "killed")
-    assert judged(cfg, Asked(goes_after=k), Asked()) == whole
+    assert judged(cfg, Asked(goes_after=k), Asked()) == counts
     assert results(cfg) == results(never_killed)
 
 
@@ -292,11 +292,11 @@ def test_what_only_training_does_while_it_samples_is_named_and_changes_nothing(
     rollout = replace(never_killed.rollout, oversample=0.5, off_policy_steps=1, support="replay", routing="replay")
     cfg = config(tmp_path, rollout=rollout, loss=LossConfig(importance="mask"))
     run(cfg, ONE, parts_with(Scripted()))
-    named = "rollout.oversample, rollout.off_policy_steps, rollout.support, rollout.routing"
-    assert f"training alone has a use for them: {named}\n" in capsys.readouterr().out
+    names = "rollout.oversample, rollout.off_policy_steps, rollout.support, rollout.routing"
+    assert f"only training uses them: {names}\n" in capsys.readouterr().out
     assert results(cfg) == results(never_killed)
     run(config(tmp_path), ONE, parts_with(Scripted(dies_after=0)))  # the same records
-    assert "training alone" not in capsys.readouterr().out
+    assert "only training" not in capsys.readouterr().out
 
 
 def test_engines_are_not_asked_for_reports_that_nobody_reads(world: Any, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -307,18 +307,18 @@ def test_engines_are_not_asked_for_reports_that_nobody_reads(world: Any, monkeyp
     (first, *others) = parts.engine.generate([(5, 6)], parts.params, 0)
     assert len(others) == cfg.rollout.group_size - 1 and first.response_ids
     assert first.support is None and first.routed is None
-    asked: dict[str, Any] = {}
+    given: dict[str, Any] = {}
 
     class Recorder(Scripted):
         max_context = 99
 
         def __init__(self, path: str, **options: Any) -> None:
             super().__init__()
-            asked.update(options, path=path)
+            given.update(options, path=path)
 
     monkeypatch.setattr("srpo.rollout.build.VllmEngine", Recorder)
     parts = open_parts(replace(cfg, rollout=replace(cfg.rollout, engine="vllm")), SCHEMA, small.ONE)
-    assert (asked["path"], asked["routing"], parts.max_context) == (cfg.policy.path, False, 99)
+    assert (given["path"], given["routing"], parts.max_context) == (cfg.policy.path, False, 99)
 
 
 def test_the_command_line(tmp_path: Path) -> None:

@@ -38,13 +38,13 @@ def with_(**changes: Any) -> Change:
     [
         (with_(data=DataConfig()), "data.train is not set"),
         (with_(data=DataConfig(train="no/such")), "no such file or folder: no/such: check data.train"),
-        (with_(shard_examples=0), "shard_examples is 0 .* at least 1"),
-        (with_(rollout=RolloutConfig(group_size=1)), "group_size is 1: .*use 2 or more"),
+        (with_(shard_examples=0), "shard_examples is 0: set it to 1 or more"),
+        (with_(rollout=RolloutConfig(group_size=1)), "group_size is 1: set it to 2 or more"),
         (with_(rollout=RolloutConfig(oversample=-1.0)), "rollout.oversample is -1.0: set it to 0 or more"),
         (with_(rollout=RolloutConfig(off_policy_steps=1)), "off_policy_steps is 1 and loss.importance off"),
         (with_(rollout=RolloutConfig(support="replay", top_k=0)), "support is 'replay' with rollout.top_k 0"),
         (with_(loss=LossConfig(importance_cap=0.5)), "loss.importance_cap is 0.5"),
-        (with_(reward=RewardConfig(), select=Criteria(score="best")), "select.score 'best' .*: set reward.judge"),
+        (with_(reward=RewardConfig(), select=Criteria(score="best")), "select.score is 'best', .*: set reward.judge"),
         (with_(reward=RewardConfig(judge="generative")), "reward.judge_path is not set"),
         (
             with_(select=Criteria(balance=("grade", "domain"))),
@@ -64,7 +64,7 @@ def with_(**changes: Any) -> Change:
         (lambda cfg, folder: replace(cfg, out=cfg.data.train), "out is .*data.jsonl, which is a file: name a folder"),
         (
             lambda cfg, folder: replace(cfg, data=replace(cfg.data, train=str(folder)), records_dir=str(folder)),
-            "records_dir is the folder of data.train",
+            "records_dir is .*, the folder of data.train",
         ),
         (with_(out="same", records_dir="same"), "records_dir and out are both same: give another out"),
     ],
@@ -140,7 +140,7 @@ def test_changed_data_is_refused(never_killed: SelectConfig, tmp_path: Path) -> 
     with pytest.raises(ValueError, match=r"records-000000.parquet was made from other data than the present examples e0 to e7"):
         run(cfg, ONE, parts_with(Scripted()))
     data.write_text("\n".join(lines[:8]) + "\n")
-    with pytest.raises(ValueError, match="has 3 shards more than"):
+    with pytest.raises(ValueError, match="has 3 more shards than"):
         run(cfg, ONE, parts_with(Scripted()))
     data.write_text("\n".join([*lines, lines[3]]) + "\n")
     with pytest.raises(ValueError, match="line 42: example_id 'e3' occurs a second time"):
@@ -152,7 +152,7 @@ def test_records_of_unknown_settings_are_not_taken(tmp_path: Path) -> None:
     cfg = config(tmp_path)
     run(cfg, ONE, parts_with(Scripted()))
     (records_dir(cfg) / "config.toml").unlink()
-    with pytest.raises(ValueError, match=r"has records and no config\.toml .*: give another records_dir"):
+    with pytest.raises(ValueError, match=r"has records, but no config\.toml .*: give another records_dir"):
         run(cfg, ONE, parts_with(Scripted()))
 
 

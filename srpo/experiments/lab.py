@@ -129,20 +129,20 @@ class Lab:
         def make(out: Path) -> None:
             with suppress(FileNotFoundError):  # left by a stage that was stopped
                 (out / "rollouts.jsonl").unlink()
-            asked = list(examples)
+            pairs = list(examples)
             engine, schema = LocalEngine(load_policy(policy)), StepSchema(PAPER_STEPS)
             tokenizer: Any = load_tokenizer(policy)
             params = SamplingParams(MAX_NEW_TOKENS, 0.99, 100, group_size, (tokenizer.eos_token_id,))
             judge = OracleJudge(self.scale.judge_error_rate, self.seed, schema)
-            with Progress("sampling the SFT policy", len(asked)) as bar:
-                for first in range(0, len(asked), CHUNK):
-                    some = asked[first : first + CHUNK]
-                    prompts = [encode(tokenizer, build_prompt(example, PROMPT)) for example in some]
+            with Progress("sampling the SFT policy", len(pairs)) as bar:
+                for first in range(0, len(pairs), CHUNK):
+                    chunk = pairs[first : first + CHUNK]
+                    prompts = [encode(tokenizer, build_prompt(example, PROMPT)) for example in chunk]
                     samples = engine.generate(prompts, params, derive_seed(self.seed, first))
-                    made = to_rollouts(some, samples, prompts, schema, tokenizer, 0, first_group=first)
-                    scored: list[Rollout] = score(made, [some[r.group - first] for r in made], schema, judge)
+                    rollouts = to_rollouts(chunk, samples, prompts, schema, tokenizer, 0, first_group=first)
+                    scored: list[Rollout] = score(rollouts, [chunk[r.group - first] for r in rollouts], schema, judge)
                     write_rollouts(out / "rollouts.jsonl", scored, step=1)
-                    bar.advance(len(some))
+                    bar.advance(len(chunk))
 
         stage(self.start / name, "sampling responses", make)
         return self.start / name / "rollouts.jsonl"
@@ -166,7 +166,7 @@ class Lab:
     def judge(self, kind: str) -> dict[str, Any]:
         """`judge.json` of R_phi ("generative") or of the scalar reward model ("scalar"), trained on judged responses (5.1.6)."""
         run_dir = self.start / f"judge-{kind}"
-        small = TrainConfig(micro_batch_tokens=4096, checkpoint_every=20, keep_checkpoints=1, log_rollouts=False)
+        training = TrainConfig(micro_batch_tokens=4096, checkpoint_every=20, keep_checkpoints=1, log_rollouts=False)
         optimizer = OptimizerConfig(lr=self.scale.judge_lr, warmup_steps=3, schedule="linear")
         cfg = JudgeConfig(
             run_dir=str(run_dir),
@@ -189,7 +189,7 @@ class Lab:
                 rollout=RolloutConfig(num_prompts=32, group_size=8),
                 loss=LossConfig(kl_coef=0.001),
                 optimizer=optimizer,
-                train=small,
+                train=training,
             ),
         )
         return train_judge(cfg, self.parallel)
@@ -259,9 +259,9 @@ class Lab:
 
     def curve(self, name: str) -> list[tuple[int, float]]:
         """[(responses sampled so far, macro F1 on the first pairs of the wild set)] of the training of a row."""
-        found, num_responses = [], 0
+        points, num_responses = [], 0
         for line in read_metrics(self.root / name / "metrics.jsonl"):
             num_responses += int(line["rollout/num_responses"])
             if "eval/macro_f1" in line:
-                found.append((num_responses, float(line["eval/macro_f1"])))
-        return found
+                points.append((num_responses, float(line["eval/macro_f1"])))
+        return points

@@ -48,24 +48,24 @@ def make_data(cfg: DemoConfig, out: Path) -> None:
     """Write pairs for training and evaluation (train.jsonl, eval.jsonl) and demonstrations (sft.jsonl) into `out`."""
     if cfg.data:
         read = read_examples(cfg.data, len(PAPER_STEPS), options=[spec.options for spec in PAPER_STEPS])
-        pairs = [replace(e, fields={k: v for k, v in e.fields.items() if k not in cfg.drop_fields}) for e in read]
-        train_pairs, eval_pairs = split_by_query(pairs, cfg.eval_frac, cfg.seed)
+        examples = [replace(e, fields={k: v for k, v in e.fields.items() if k not in cfg.drop_fields}) for e in read]
+        train_pairs, eval_pairs = split_by_query(examples, cfg.eval_frac, cfg.seed)
         true_grades(eval_pairs)  # raises for an ungraded pair here, not after the warm start
         lexicon = Lexicon.from_examples(train_pairs)
         write_examples(out / "train.jsonl", train_pairs)
         write_examples(out / "eval.jsonl", eval_pairs)
-        shown, num_shown, teacher = iter(train_pairs), len(train_pairs), partial(silver_response, lexicon=lexicon)
+        pairs, num_pairs, teacher = iter(train_pairs), len(train_pairs), partial(silver_response, lexicon=lexicon)
     else:
         world = World(cfg.seed)
         write_examples(out / "train.jsonl", world.examples("train", cfg.num_train, start=cfg.num_demonstrations))
         write_examples(out / "eval.jsonl", world.examples("wild", cfg.num_eval))
         write_examples(out / "eval_balanced.jsonl", world.examples("balanced", cfg.num_eval))
-        shown, num_shown = world.examples("train", cfg.num_demonstrations), cfg.num_demonstrations
+        pairs, num_pairs = world.examples("train", cfg.num_demonstrations), cfg.num_demonstrations
         teacher = partial(teach, bias=cfg.bias, seed=cfg.seed)
-    with Progress("demonstrations", num_shown) as bar:
+    with Progress("demonstrations", num_pairs) as bar:
 
         def demonstrations() -> Iterator[tuple[str, str]]:
-            for example in shown:
+            for example in pairs:
                 yield build_prompt(example, PROMPT), teacher(example)
                 bar.advance()
 

@@ -79,11 +79,11 @@ def table_text(table: Table, summary: Mapping[str, Any], num_seeds: int) -> str:
             cells.append("-" if row["paper"] is None else f"{row['paper'][column]:.2f}")
             cells.append(f"{ours['mean']:.1f} +-{ours['std']:.1f}")
         lines.append(cells)
-    found = summary["order"]
+    rows_order = summary["order"]
     notes = [
         f"percent; ours: mean and standard deviation of {num_seeds} seeds, test set: {table.test_set}",
-        f"order by {found['column']}, pairs of rows: {found['agree']} as in the paper, {found['oppose']} the other way round, "
-        f"{found['undecided']} within twice the standard error",
+        f"order by {rows_order['column']}, pairs of rows: {rows_order['agree']} as in the paper, "
+        f"{rows_order['oppose']} the other way round, {rows_order['undecided']} within twice the standard error",
     ]
     return table.title + "\n" + text_table(header, [lines], [*notes, table.note] if table.note else notes)
 

@@ -16,28 +16,28 @@ from srpo.training.checks import check_settings
 COMMON = base(Scale(), Path("run"), Path("train.jsonl"), Path("eval.jsonl"), Path("policy"), seed=3)
 
 
-def made(name: str) -> Config:
+def settings(name: str) -> Config:
     return config_of(RECIPES[name], COMMON, Path("judge"))
 
 
 @pytest.mark.parametrize("name", RECIPES)
 def test_every_recipe_is_a_run_that_could_start(name: str) -> None:
-    check_settings(made(name), 1)
+    check_settings(settings(name), 1)
 
 
 def test_rows_differ_in_what_they_are_about_and_in_nothing_else() -> None:
-    assert made("srpo") == COMMON
-    assert made("grpo") == replace(COMMON, advantage=replace(COMMON.advantage, method="grpo"))
-    judged = made("srpo_judged")
+    assert settings("srpo") == COMMON
+    assert settings("grpo") == replace(COMMON, advantage=replace(COMMON.advantage, method="grpo"))
+    judged = settings("srpo_judged")
     assert [spec.sources for spec in judged.steps] == [("judge",)] * 4 + [("gold",)]
     assert replace(judged, steps=COMMON.steps, train=COMMON.train) == COMMON
     assert judged.train == replace(COMMON.train, eval_every=0)  # no plot shows its curve
-    assert made("grpo_random_half").num_steps == COMMON.num_steps // 2
-    assert made("srpo_generative").reward.judge_path == "judge"
+    assert settings("grpo_random_half").num_steps == COMMON.num_steps // 2
+    assert settings("srpo_generative").reward.judge_path == "judge"
 
 
 def test_a_curriculum_shares_the_steps_of_the_run() -> None:
-    first, last = made("grpo_easier_harder").curriculum
+    first, last = settings("grpo_easier_harder").curriculum
     assert (first.num_steps, last.num_steps) == (COMMON.num_steps // 2, 0)
     assert first.tags == {"difficulty": ("easy", "medium")} and last.tags == {"difficulty": ("hard",)}
     assert first.balance == last.balance == ("grade",)
