@@ -25,9 +25,8 @@ from srpo.core.config.train import Config
 from srpo.core.run_dir import run_settings, write_whole
 from srpo.core.steps import StepSchema
 from srpo.data.examples import Example
-from srpo.data.prompts import build_prompt
 from srpo.data.readers import load_examples
-from srpo.data.tokenizer import encode, load_tokenizer
+from srpo.data.tokenizer import encode_prompts, load_tokenizer
 from srpo.policy.model import load_policy
 from srpo.policy.parallel import Parallel, distributed
 from srpo.rollout.build import open_vllm
@@ -95,7 +94,7 @@ def decode(
     tokenizer = load_tokenizer(config.checkpoint)
     max_new_tokens = config.max_new_tokens or run.rollout.max_new_tokens
     engine = open_engine(config, run, parallel)
-    prompts = [encode(tokenizer, build_prompt(example, run.data.prompt)) for example in examples]
+    prompts = encode_prompts(tokenizer, examples, run.data.prompt)
     check_prompts(prompts, SamplingParams(max_new_tokens), engine.max_context, [example.example_id for example in examples])
     evaluation = evaluate_policy(
         engine,

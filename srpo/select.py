@@ -28,10 +28,9 @@ from srpo.core.run_dir import claim_run_dir, write_whole
 from srpo.core.steps import StepSchema
 from srpo.data.curriculum import SOLVE_RATE
 from srpo.data.examples import Example
-from srpo.data.prompts import build_prompt
 from srpo.data.readers import read_examples, write_examples
 from srpo.data.strata import stratum, tags_with_grade
-from srpo.data.tokenizer import encode, load_tokenizer
+from srpo.data.tokenizer import encode_prompts, load_tokenizer
 from srpo.policy.model import load_policy
 from srpo.policy.parallel import Parallel, distributed
 from srpo.rewards.build import build_judge
@@ -187,7 +186,7 @@ def survey(cfg: SelectConfig, schema: StepSchema, done: frozenset[int], parts: C
             check_shard(records_dir(cfg), number, examples)
             continue
         missing.append(number)
-        prompts = _prompts(parts(), examples, cfg)
+        prompts = encode_prompts(parts().tokenizer, examples, cfg.data.prompt)
         check_prompts(prompts, parts().params, parts().max_context, [example.example_id for example in examples])
         gradable, problem = split_gradable(parts(), examples, cfg, schema)
         error_text, num_gradable = error_text or problem, num_gradable + len(gradable)
@@ -221,7 +220,7 @@ def sample_shard(parts: Parts, examples: Sequence[Example], cfg: SelectConfig, s
     gradable, _ = split_gradable(parts, examples, cfg, schema)
     records: dict[str, Record] = {}
     if gradable:
-        prompts = _prompts(parts, gradable, cfg)
+        prompts = encode_prompts(parts.tokenizer, gradable, cfg.data.prompt)
         samples = parts.engine.generate(prompts, parts.params, derive_seed(*shard_seed(cfg.seed, examples)))
         rollouts = to_rollouts(gradable, samples, prompts, schema, parts.tokenizer, parts.engine.policy_version)
         scored = score(rollouts, [gradable[r.group] for r in rollouts], schema, parts.judge, cfg.reward.missing_verdict)
@@ -287,10 +286,6 @@ def _claim(folder: Path, settings: Any, name: str, is_main: bool) -> None:
 def _examples(cfg: SelectConfig, check_duplicates: bool = False) -> Iterator[Example]:
     options = [spec.options for spec in cfg.steps]
     return read_examples(cfg.data.train, len(cfg.steps), options=options, check_duplicates=check_duplicates)
-
-
-def _prompts(parts: Parts, examples: Sequence[Example], cfg: SelectConfig) -> list[tuple[int, ...]]:
-    return [encode(parts.tokenizer, build_prompt(example, cfg.data.prompt)) for example in examples]
 
 
 def _records(folder: Path) -> Iterator[Record]:

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import AutoTokenizer, PreTrainedTokenizerBase, PreTrainedTokenizerFast
+
+from srpo.data.examples import Example
+from srpo.data.prompts import build_prompt
 
 EOS, PAD = "<|end|>", "<|pad|>"
 
@@ -49,3 +52,8 @@ def load_tokenizer(path: str | Path) -> PreTrainedTokenizerBase:
 def encode(tokenizer: PreTrainedTokenizerBase, text: str) -> tuple[int, ...]:
     """Token ids of a text, without added special tokens."""
     return tuple(tokenizer.encode(text, add_special_tokens=False))
+
+
+def encode_prompts(tokenizer: PreTrainedTokenizerBase, examples: Sequence[Example], template: str) -> list[tuple[int, ...]]:
+    """Token ids of the prompt of each example. Raises ValueError like `build_prompt`."""
+    return [encode(tokenizer, build_prompt(example, template)) for example in examples]

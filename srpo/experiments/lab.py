@@ -34,9 +34,8 @@ from srpo.core.progress import Progress
 from srpo.core.run_dir import claim_run_dir, write_whole
 from srpo.core.steps import PAPER_STEPS, StepSchema
 from srpo.data.examples import Example
-from srpo.data.prompts import build_prompt
 from srpo.data.readers import load_examples, read_examples, write_examples
-from srpo.data.tokenizer import encode, load_tokenizer
+from srpo.data.tokenizer import encode_prompts, load_tokenizer
 from srpo.data.world import World
 from srpo.dpo import dpo
 from srpo.experiments.recipes import Recipe, base, config_of
@@ -137,7 +136,7 @@ class Lab:
             with Progress("sampling the SFT policy", len(pairs)) as bar:
                 for first in range(0, len(pairs), CHUNK):
                     chunk = pairs[first : first + CHUNK]
-                    prompts = [encode(tokenizer, build_prompt(example, PROMPT)) for example in chunk]
+                    prompts = encode_prompts(tokenizer, chunk, PROMPT)
                     samples = engine.generate(prompts, params, derive_seed(self.seed, first))
                     rollouts = to_rollouts(chunk, samples, prompts, schema, tokenizer, 0, first_group=first)
                     scored: list[Rollout] = score(rollouts, [chunk[r.group - first] for r in rollouts], schema, judge)

@@ -9,8 +9,7 @@ from threading import Event
 
 from srpo.core.batch import Rollout
 from srpo.data.examples import Example
-from srpo.data.prompts import build_prompt
-from srpo.data.tokenizer import encode
+from srpo.data.tokenizer import encode_prompts
 from srpo.rewards.hybrid import score
 from srpo.rollout.rollouts import to_rollouts
 from srpo.training.credit import training_groups
@@ -61,7 +60,7 @@ def generate(
     """This rank's groups of examples[first:] as they finish. Prompt first + i belongs to rank i % world_size."""
     indices = list(range(first + run.parallel.rank, len(examples), run.parallel.world_size))
     chosen = [examples[i] for i in indices]
-    prompts = [encode(run.tokenizer, build_prompt(example, run.cfg.data.prompt)) for example in chosen]
+    prompts = encode_prompts(run.tokenizer, chosen, run.cfg.data.prompt)
     seed, version = derive_seed(run.cfg.seed, step, refill_round), run.engine.policy_version
     with closing(run.engine.stream(prompts, run.params, seed, numbers=[i - first for i in indices])) as groups:
         for _, samples in groups:

@@ -11,8 +11,7 @@ from srpo.core.config.evaluation import BootstrapConfig
 from srpo.core.progress import Progress
 from srpo.core.steps import StepSchema
 from srpo.data.examples import Example
-from srpo.data.prompts import build_prompt
-from srpo.data.tokenizer import encode
+from srpo.data.tokenizer import encode_prompts
 from srpo.policy.parallel import Parallel
 from srpo.rollout.engine import Engine, SamplingParams
 from srpo.rollout.rollouts import to_rollouts
@@ -50,7 +49,7 @@ def evaluate_policy(
         for first in range(0, len(mine), batch_size):
             chunk = mine[first : first + batch_size]
             chosen = [examples[i] for i in chunk]
-            prompts = [encode(tokenizer, build_prompt(example, prompt_template)) for example in chosen]
+            prompts = encode_prompts(tokenizer, chosen, prompt_template)
             samples = engine.generate(prompts, params, seed=0)
             made = to_rollouts(chosen, samples, prompts, schema, tokenizer, engine.policy_version)
             rollouts |= {i: replace(rollout, group=i) for i, rollout in zip(chunk, made, strict=True)}

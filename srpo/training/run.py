@@ -16,9 +16,8 @@ from srpo.core.run_dir import claim_run_dir
 from srpo.core.steps import StepSchema
 from srpo.data.curriculum import Curriculum, all_examples, load_stages
 from srpo.data.examples import Example
-from srpo.data.prompts import build_prompt
 from srpo.data.readers import load_examples
-from srpo.data.tokenizer import encode, load_tokenizer
+from srpo.data.tokenizer import encode_prompts, load_tokenizer
 from srpo.policy.checkpoint import latest_checkpoint, load_checkpoint, save_checkpoint
 from srpo.policy.loading import load_to_shard
 from srpo.policy.model import Policy, check_head
@@ -87,7 +86,7 @@ class Run:
         check_head(model, cfg.loss.inputs)
         engine = open_engine(cfg, model, parallel)
         for some in (examples, eval_examples):
-            prompts = [encode(tokenizer, build_prompt(example, cfg.data.prompt)) for example in some]
+            prompts = encode_prompts(tokenizer, some, cfg.data.prompt)
             check_prompt_lengths(prompts, some, params, engine.max_context, cfg.train.micro_batch_tokens)
         judge = build_judge(cfg, schema, parallel)
         check_examples(examples, eval_examples, schema, judge, cfg)

@@ -6,7 +6,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from srpo.data.tokenizer import encode, load_tokenizer, train_tokenizer
+from srpo.data.examples import Example
+from srpo.data.tokenizer import encode, encode_prompts, load_tokenizer, train_tokenizer
 
 TOKENIZER = train_tokenizer(["red boots for rain", "blue boots"] * 20, 320, ["\n2. Item: "])
 
@@ -19,6 +20,12 @@ def test_any_text_round_trips(text):
 
 def test_a_phrase_is_one_token():
     assert len(encode(TOKENIZER, "\n2. Item: ")) == 1
+
+
+def test_prompts_of_examples():
+    pairs = [Example("1", "1", "boots", "red boots"), Example("2", "2", "rain", "blue boots")]
+    prompts = encode_prompts(TOKENIZER, pairs, "{query} | {title}\n")
+    assert prompts == [encode(TOKENIZER, "boots | red boots\n"), encode(TOKENIZER, "rain | blue boots\n")]
 
 
 def test_saved_and_loaded(tmp_path):
