@@ -81,7 +81,7 @@ def test_shares_of_the_ranks_add_up_to_one_mean(world_size: int) -> None:
 
 @pytest.mark.parametrize("inputs", ["logits", "hidden"])
 def test_the_loss_is_the_mean_cross_entropy_of_the_responses(world: Any, tmp_path: Path, inputs: str) -> None:
-    """Held against transformers' own loss, one pair at a time."""
+    """Compared with transformers' own loss, one pair at a time."""
     cfg = world.sft_config(tmp_path, num_steps=1, batch_size=8, micro_batch_tokens=200, inputs=inputs)
     sft(cfg, small.ONE)
     tokenizer = load_tokenizer(world.base)
@@ -154,7 +154,7 @@ def test_stopped_anywhere_it_ends_the_same(
     assert (whole / "metrics.jsonl").read_bytes() == (tmp_path / "stopped/metrics.jsonl").read_bytes()
     assert small.same_bits(*(small.parameters_of(run / "policy") for run in (whole, tmp_path / "stopped")))
     before = (tmp_path / "stopped/metrics.jsonl").read_bytes()
-    sft(stopped, small.ONE)  # once more, with nothing left to do
+    sft(stopped, small.ONE)  # a finished run, started again
     assert (tmp_path / "stopped/metrics.jsonl").read_bytes() == before
 
 

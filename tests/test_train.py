@@ -172,7 +172,7 @@ def test_one_micro_batch_or_four(world: Any, tmp_path: Path) -> None:
         results.append(gradients(cfg))
     (want, metrics, one), (got, metrics_of_four, several) = results
     assert one == 1 and several >= 4
-    for key in ("rollout/mismatch_kl", "rollout/mismatch_max"):  # these *are* rounding: they stay small, they need not be equal
+    for key in ("rollout/mismatch_kl", "rollout/mismatch_max"):  # rounding errors themselves: small, but not equal
         assert max(metrics.pop(key), metrics_of_four.pop(key)) < 1e-5
     assert metrics_of_four == pytest.approx(metrics, rel=1e-5, abs=1e-9)
     for a, b in zip(got, want, strict=True):
@@ -194,7 +194,7 @@ def test_ranks_share_the_prompts_of_a_step(world: Any, tmp_path: Path, world_siz
 
 
 def test_reward_rises(world: Any, tmp_path: Path) -> None:
-    """On pairs of which the item is always of another kind: what to say is there to be found, and the policy seldom says it."""
+    """All items mismatch their queries, so one answer is always right, and the starting policy seldom gives it."""
     examples = World(0).examples("train", 4000, start=small.NUM_PAIRS)
     write_examples(tmp_path / "strangers.jsonl", islice((e for e in examples if e.gold[2] == "mismatch"), 16))
     seed = torch.seed() % 1000
@@ -205,15 +205,15 @@ def test_reward_rises(world: Any, tmp_path: Path) -> None:
     rewards = [line["reward/total"] for line in lines]
     assert statistics.mean(rewards[-3:]) > rewards[0] + 0.3, rewards
     mismatch = sorted(line["rollout/mismatch_kl"] for line in lines)
-    # A router that is undecided between two experts can choose differently in the engine, which one token shows.
+    # If two experts are nearly equal for a router, the engine can choose another than the trainer: a large mismatch of one token.
     assert mismatch[len(mismatch) // 2] < 1e-9 and mismatch[-1] < 1e-5, mismatch
 
 
-# ---- what bad input gets ------------------------------------------------------------------------------------------------------
+# ---- bad input -----------------------------------------------------------------------------------------------------------------
 
 
 def refused(world: Any, folder: Path, capsys: pytest.CaptureFixture[str], **changes: Any) -> str:
-    """The one line of a run that does not start; its run folder is left alone."""
+    """The one-line error of a run that does not start and does not make its run folder."""
     line = small.complaint(srpo.train.main, world.config(folder / "run", **changes), folder, capsys)
     assert not (folder / "run").exists()
     return line
@@ -302,7 +302,7 @@ def test_a_folder_of_another_configuration(world: Any, tmp_path: Path, capsys: p
 
 
 def test_a_checkpoint_of_another_model(world: Any, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    """The model behind policy.path was exchanged between two starts of a run."""
+    """The model at policy.path was replaced between two starts of a run."""
     shutil.copytree(world.policy, tmp_path / "policy")
     cfg = world.config(tmp_path / "run", num_steps=1, policy={"path": str(tmp_path / "policy")})
     train(cfg, small.ONE)
@@ -331,7 +331,7 @@ def test_a_window_that_lets_nothing_through_stops_the_run(
     lines = small.metrics_of(tmp_path / "run")
     assert [line["step"] for line in lines] == [1, 2]
     assert all(line["rollout/num_groups_in_window"] == 0 and "train/loss" not in line for line in lines)
-    # Started again it counts on, so it stops in its first step.
+    # A restarted run continues to count from the checkpoint, so it stops in its first step.
     assert "for 3 steps" in small.complaint(srpo.train.main, cfg, tmp_path, capsys)
 
 
@@ -385,5 +385,5 @@ def test_a_loss_that_is_not_finite_stops_with_a_dump_that_reproduces_it(
             reference=reference,
         )
     assert str(read_dump(tmp_path / "again.pt")["losses"]) == str(state["losses"])
-    # Nothing was left behind that keeps the run from going on once the cause is gone.
+    # The failed run leaves nothing behind: with the cause removed, the same run folder continues.
     assert len(run(cfg)) == 3

@@ -1,4 +1,4 @@
-"""The audit of the judge in the loop of srpo.train: logged, told, stopping the run, and resumed exactly."""
+"""The audit of the judge in the loop of srpo.train: it is logged, warns, stops the run, and resumes exactly."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ SCHEMA = StepSchema(PAPER_STEPS)
 
 
 class Drifts:
-    """A perfect judge that passes everything from call `turns_at` on, and breaks at call `breaks_at`."""
+    """A perfect judge that accepts every step from call `turns_at` on, and raises at call `breaks_at`."""
 
     def __init__(self, turns_at: int = 99, breaks_at: int = 99) -> None:
         self.turns_at, self.breaks_at, self.num_calls = turns_at, breaks_at, 0

@@ -1,4 +1,4 @@
-"""loss.inputs = "hidden" through the program."""
+"""srpo.train with loss.inputs = "hidden"."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from srpo.training import outputs
 
 @pytest.mark.parametrize("num_updates", [1, 2])
 def test_a_run_is_the_same_to_rounding(world: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, num_updates: int) -> None:
-    """With the defaults otherwise: a filtered ratio, its support recomputed, and a reference that needs it."""
+    """All other settings are the defaults: a filtered ratio, a recomputed support, and a reference that needs the support."""
     lines, calls = [], []
     for name in ("policy_loss", "linear_policy_loss"):
         op = getattr(outputs, name)
@@ -31,7 +31,7 @@ def test_a_run_is_the_same_to_rounding(world: Any, tmp_path: Path, monkeypatch: 
     for plain, hidden, keys in zip(*lines, (first, second), strict=True):
         assert hidden.keys() == keys
         assert hidden == pytest.approx(plain, rel=1e-3, abs=1e-5)
-    assert lines[0][1]["policy/kl"] > 1e-7  # so the reference has been asked
+    assert lines[0][1]["policy/kl"] > 1e-7  # so the reference model was evaluated
 
 
 def test_a_head_that_scales_its_logits_is_refused(world: Any, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -1,4 +1,4 @@
-"""srpo.train with the judge behind a URL: as good as one that is here, when it goes away and comes back, and without it."""
+"""srpo.train with a judge behind a URL: the same numbers as a local judge, also if the server fails, returns or stays away."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ ERROR_500 = Answer(b'{"error": {"message": "out of memory"}}', 500)
 
 
 def opinion(asked: Asked) -> Answer:
-    """A verdict on each step that depends on the prompt alone."""
+    """Verdicts on the steps, a function of the prompt alone."""
     draws = hashlib.sha256(asked.prompt.encode()).digest()
     return chat(render_verdicts([draw % 4 != 0 for draw in draws[:5]]))
 
@@ -53,7 +53,7 @@ def test_a_judge_that_goes_away_stops_the_run_which_then_goes_on(
     assert any("judge" in (r.reward_sources or ()) for _, r in read_rollouts(tmp_path / "straight" / "rollouts.jsonl"))
 
     cfg = settings(world, tmp_path / "run", port, judge_cache=0)
-    said = small.complaint(main, cfg, tmp_path, capsys)  # there is none when the run is to begin
+    said = small.complaint(main, cfg, tmp_path, capsys)  # no server is running when the run starts
     assert f"the judge at http://127.0.0.1:{port}/v1 gave no answer in 2 attempts" in said and "ConnectError" in said
     assert not (tmp_path / "run").exists()
 
@@ -65,7 +65,7 @@ def test_a_judge_that_goes_away_stops_the_run_which_then_goes_on(
     assert "HTTP 500 'out of memory'" in said and "run the same command again" in said
     num_done = len(small.metrics_of(tmp_path / "run"))
     assert 0 < num_done < 4
-    other = free_port()  # it may come back elsewhere, and be waited for longer
+    other = free_port()  # on resume, address and waiting times may differ
     with serving(opinion, other) as server:
         train(settings(world, tmp_path / "run", other, judge_retries=3), small.ONE)
         assert 0 < len(server.asked) <= 1 + 16 * (4 - num_done)

@@ -1,5 +1,5 @@
-"""`torchrun --nproc-per-node 2 -m srpo.train` on a CPU: it runs, and its first step is the step that one process makes of the
-same rollouts, to rounding."""
+"""`torchrun --nproc-per-node 2 -m srpo.train` on a CPU: it runs, and its first optimizer step equals, up to rounding, the step
+of one process on the same rollouts."""
 
 from __future__ import annotations
 
@@ -51,7 +51,7 @@ def test_two_ranks_leave_one_run(world: Any, two_ranks: Path) -> None:
         assert 0 < line["reward/total"] < 1.8 and line["train/grad_norm"] > 0
         assert abs(line["rollout/mismatch_kl"]) < 1e-6 and line["policy/ratio"] == pytest.approx(1.0)
     assert "eval/macro_f1" in lines[1] and lines[1]["eval/num_examples"] == 12
-    assert lines[0]["rollout/num_refill_rounds"] > 0  # so the next test is of a step with groups that came later
+    assert lines[0]["rollout/num_refill_rounds"] > 0  # so the next test covers a step with refill rounds
     second = [rollout for step, rollout in read_rollouts(two_ranks / "rollouts.jsonl") if step == 2]
     assert [r.group for r in second] == [g for g in range(int(lines[1]["rollout/num_groups"])) for _ in range(4)]
     assert len({r.example_id for r in second}) == lines[1]["rollout/num_groups"]
@@ -61,7 +61,7 @@ def test_two_ranks_leave_one_run(world: Any, two_ranks: Path) -> None:
 
 
 def test_two_ranks_sample_what_one_samples(world: Any, two_ranks: Path, tmp_path: Path) -> None:
-    """Prompts and responses, with those of the refill rounds."""
+    """Prompts and responses agree, also those of the refill rounds."""
     train(replace(world.config(tmp_path / "run", **CHANGES), num_steps=1), small.ONE)
     both = ([r for step, r in read_rollouts(run / "rollouts.jsonl") if step == 1] for run in (two_ranks, tmp_path / "run"))
     one, two = ([(r.group, r.example_id, r.response_ids) for r in rollouts] for rollouts in both)
@@ -88,7 +88,7 @@ def test_the_step_of_two_ranks_is_the_step_of_one(world: Any, two_ranks: Path, t
     metrics, gradients, num_batches = first_step(cfg, rollouts)
     assert num_batches == 1 if rows == 100_000 else num_batches >= 4
     line = small.metrics_of(two_ranks)[0]
-    # The largest of some last-bit differences is no sum: it has a bound, and depends on the shapes of the matrix products.
+    # A maximum of last-bit differences depends on the shapes of the matrix products, so it has a bound and need not be equal.
     assert max(line["rollout/mismatch_max"], metrics.pop("rollout/mismatch_max")) < 1e-4
     assert {key: line[key] for key in metrics} == pytest.approx(metrics, rel=1e-5, abs=1e-9)
     assert line["train/loss"] == pytest.approx(metrics["train/loss"], rel=1e-5)

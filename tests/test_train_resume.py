@@ -1,4 +1,4 @@
-"""kill -9 at random moments, then the same command: the run ends with the same bits as one that was never killed."""
+"""After kill -9 at random moments and the same command again, a run ends with the same bits as one that was never killed."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ CHANGES = {
     "num_steps": NUM_STEPS,
     "loss": {"num_updates": 2, "kl_coef": 0.05},
     "sampler": {"balance": "query_type", "refill": 1, "max_age": 4, "difficulty_low": 0.1},
-    # The checkpoint of step 3 is of the middle of a plateau, those of steps 6 and 9 of the middle of a stage.
+    # The checkpoint of step 3 is in the middle of a plateau, those of steps 6 and 9 are in the middle of a stage.
     "curriculum": (
         StageConfig("first", num_steps=5, metric="reward/total", min_gain=1.0, patience=4),
         StageConfig("second", num_steps=3, tags={"difficulty": ("easy", "medium")}, balance=("query_type", "difficulty")),
@@ -40,7 +40,7 @@ def settings(world: Any, run_dir: Path) -> Config:
 
 
 def outcome(run_dir: Path, scratch: Path) -> dict[str, Any]:
-    """Everything of a finished run that must not depend on its having been killed, and not on the clock."""
+    """All results of a finished run that must depend neither on kills nor on the clock."""
     result: dict[str, Any] = {name: (run_dir / name).read_bytes() for name in ("metrics.jsonl", "rollouts.jsonl")}
     result |= {path.name: path.read_bytes() for path in (run_dir / "policy").iterdir()}
     checkpoint = latest_checkpoint(run_dir / "checkpoints")
@@ -60,7 +60,7 @@ def differences(run_dir: Path, whole: dict[str, Any], tmp_path: Path) -> list[st
 
 @pytest.fixture(scope="module")
 def whole(world: Any, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
-    """The outcome of a run that was never stopped, in which every kind of state was at work."""
+    """The outcome of a run that was never stopped and that used every kind of state."""
     folder = tmp_path_factory.mktemp("whole")
     train(settings(world, folder / "run"), small.ONE)
     lines = small.metrics_of(folder / "run")
@@ -75,14 +75,14 @@ def num_lines(run_dir: Path) -> int:
 
 
 def has_begun(run_dir: Path) -> Callable[[], bool]:
-    """The process that is started next has opened the files of the run."""
+    """Condition: the next process has opened the files of the run."""
     path = run_dir / "timing.jsonl"
     before = path.stat().st_mtime_ns if path.exists() else 0
     return lambda: path.exists() and path.stat().st_mtime_ns > before
 
 
 def later(reached: Callable[[], bool], seconds: float) -> Callable[[], bool]:
-    """So many seconds after something was reached."""
+    """Condition: `seconds` have passed since `reached` was first true."""
     until: list[float] = []
 
     def reached_and_waited() -> bool:
@@ -94,26 +94,26 @@ def later(reached: Callable[[], bool], seconds: float) -> Callable[[], bool]:
 
 
 def is_under_way(run_dir: Path, rng: random.Random) -> Callable[[], bool]:
-    """A random time after the process has begun to work on the run."""
+    """Condition: a random time has passed since the process opened the files of the run."""
     return later(has_begun(run_dir), rng.uniform(0, 0.5))
 
 
 def has_lines(run_dir: Path, rng: random.Random) -> Callable[[], bool]:
-    """The process has brought metrics.jsonl to a random number of lines."""
+    """Condition: metrics.jsonl has a random number of lines."""
     begun, least = has_begun(run_dir), num_lines(run_dir) // 3 * 3 + 1
     wanted = rng.randint(least, max(least, NUM_STEPS - 4))
     return lambda: begun() and num_lines(run_dir) >= wanted
 
 
 def is_saving(run_dir: Path, rng: random.Random) -> Callable[[], bool]:
-    """A checkpoint is being written, and some of its files may be there."""
+    """Condition: a checkpoint is being written, perhaps with some of its files already complete."""
     root = run_dir / "checkpoints"
-    before = set(root.glob("step_*.tmp-*"))  # of a process that was killed
+    before = set(root.glob("step_*.tmp-*"))  # left by a killed process
     return later(lambda: not before.issuperset(root.glob("step_*.tmp-*")), rng.uniform(0, 0.03))
 
 
 def start_and_kill(cfg: Config, folder: Path, seed: int, num_ranks: int, extra_kills: int) -> int:
-    """Start the run, kill it, start it again, and so on. Returns how often it was killed."""
+    """Start the run, kill it, start it again, and so on. Returns the number of kills."""
     rng, run_dir = random.Random(seed), Path(cfg.run_dir)
     moments = [is_under_way, is_saving, has_lines, *rng.choices([is_under_way, is_saving, has_lines], k=extra_kills)]
     rng.shuffle(moments)
@@ -136,7 +136,7 @@ def test_killed_and_started_again_it_ends_the_same(world: Any, tmp_path: Path, w
     killed = settings(world, tmp_path / "killed")
     seed = random.randrange(10**6)
     assert start_and_kill(killed, tmp_path / "log", seed, num_ranks=1, extra_kills=0) >= 2
-    train(killed, small.ONE)  # what one more process would do, without its seconds of imports
+    train(killed, small.ONE)  # like one more process, without the time for its imports
     assert differences(tmp_path / "killed", whole, tmp_path) == []
 
 
@@ -160,12 +160,12 @@ AT_THE_END = ["save", "save_policy"]
 def test_stopped_before_every_phase_it_ends_the_same(
     world: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, whole: dict[str, Any]
 ) -> None:
-    """The same in one process: one run that breaks off before each phase of the loop in turn, in a random order and step."""
+    """The same in one process: one run is interrupted before each phase of the loop, in random order and at random steps."""
     seed = random.randrange(10**6)
     rng, cfg = random.Random(seed), settings(world, tmp_path / "stopped")
     past_one = rng.choice([phase for phase in PHASES if phase != "evaluate_now"])
     for phase in [*rng.sample(PHASES, len(PHASES)), *AT_THE_END]:
-        # Of the three steps up to the next checkpoint, so that enough of them are left for all; one phase goes past it.
+        # Interrupt within the three steps up to the next checkpoint, so that steps remain for all phases; one phase goes past it.
         calls_left = 4 if phase == past_one else 1 if phase in ("evaluate_now", *AT_THE_END) else rng.randint(1, 3)
         place = next(place for place in (Run, srpo.training.collect, srpo.train) if hasattr(place, phase))
         original = getattr(place, phase)
@@ -198,8 +198,8 @@ def test_a_half_written_checkpoint_is_never_chosen(
     root = tmp_path / "run" / "checkpoints"
     newest = latest_checkpoint(root)
     assert newest is not None and newest == root / f"step_{NUM_STEPS:06d}"
-    newest.rename(root / f"step_{NUM_STEPS:06d}.tmp-77")  # as if it had died before the rename
-    half = root / "step_000099"  # as if something had copied half of one
+    newest.rename(root / f"step_{NUM_STEPS:06d}.tmp-77")  # as after a kill before the rename
+    half = root / "step_000099"  # as after an incomplete copy
     half.mkdir()
     (half / "rank_0.pt").write_bytes(b"")
     assert latest_checkpoint(root) == root / "step_000009"

@@ -1,4 +1,4 @@
-"""rollout.routing = "replay" through the program."""
+"""srpo.train with rollout.routing = "replay"."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ REPLAY = {"routing": "replay"}
 
 
 def test_a_run_replays_what_its_engine_routed(world: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The trainer's routers are turned around after the engine has sampled: only replayed experts are those of the engine."""
+    """The trainer's routers are inverted after sampling, so only replayed experts equal those of the engine."""
     sampled = srpo.training.collect.generate
 
     def then_turn(run: Any, *args: Any) -> Any:
@@ -39,7 +39,7 @@ def test_a_run_replays_what_its_engine_routed(world: Any, tmp_path: Path, monkey
 
 
 def test_with_nothing_to_undo_it_is_the_same_run_to_rounding(world: Any, tmp_path: Path) -> None:
-    """Two steps on several micro-batches, with a reference model, which routes by itself."""
+    """Two steps of several micro-batches, with a reference model, which uses its own routing."""
     lines = []
     for name, rollout in (("replay", REPLAY), ("recompute", {})):
         train(world.config(tmp_path / name, num_steps=2, rollout=rollout), small.ONE)

@@ -1,4 +1,4 @@
-"""The engine gives its memory back while the trainer updates; the next weight sync wakes it, before anything is sampled."""
+"""The engine frees its memory during the update; the next weight sync wakes it before it samples again."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from srpo.train import train
 
 
 class Sleeper(LocalEngine):
-    """Notes what is asked of it, and refuses to sample without a sync after a sleep."""
+    """Records its calls, and refuses to sample after a sleep without a weight sync."""
 
     def __init__(self, journal: list[str], *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
@@ -39,7 +39,7 @@ class Sleeper(LocalEngine):
 
 @pytest.fixture
 def journal(monkeypatch: pytest.MonkeyPatch) -> list[str]:
-    """What happens in a run, in order."""
+    """The engine calls and updates of a run, in order."""
     found: list[str] = []
     monkeypatch.setattr(
         srpo.training.run,
@@ -57,7 +57,7 @@ def journal(monkeypatch: pytest.MonkeyPatch) -> list[str]:
 
 
 def test_sleep_update_sync_sample(world: Any, tmp_path, journal: list[str]) -> None:
-    """With an evaluation after the second step, that syncs and samples by itself."""
+    """The evaluation after the second step has a sync and samples of its own."""
     train(world.config(tmp_path / "run", num_steps=3, data={"eval": str(world.eval)}, train={"eval_every": 2}), small.ONE)
     step = ["sync", "sample", "sleep", "update"]
     evaluation = ["sync", "sample"]

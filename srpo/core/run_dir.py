@@ -1,4 +1,4 @@
-"""A run folder belongs to one configuration: it is written there once and compared with at every later start."""
+"""Run folders: each belongs to one configuration, which is written once and compared at every later start."""
 
 from __future__ import annotations
 
@@ -13,12 +13,12 @@ from srpo.core.settings import apply_toml, dump_toml
 
 
 def claim_run_dir(run_dir: Path, cfg: Any, is_main: bool, may_change: Collection[str] = ()) -> None:
-    """Make the folder and put the resolved `config.toml` into it.
+    """Make the folder and write the resolved settings into its `config.toml`, on the main process.
 
-    Raises ValueError where the folder already holds a run of another configuration, naming the first setting that differs: a
-    resumed run has to be the run that was started. `run_dir` itself may differ, so folders can be moved, and so may the settings
-    of `may_change`, dotted keys; the file keeps those that the run began with. A setting that is younger than the folder had its
-    default there, where the settings have defaults.
+    Raises ValueError, with the first setting that differs, if the folder holds a run of another configuration: a resumed run must
+    be the run that was started. `run_dir` itself may differ, so folders can be moved, and so may the dotted keys in `may_change`;
+    the file keeps their first values. If the settings have defaults, a setting that the file lacks counts with its default: the
+    folder is older than the setting.
     """
     path = run_dir / "config.toml"
     if path.is_file():
@@ -37,7 +37,7 @@ def claim_run_dir(run_dir: Path, cfg: Any, is_main: bool, may_change: Collection
 
 
 def write_whole(path: Path, text: str) -> None:
-    """Write a file that is there either whole or not at all, whenever the process is killed."""
+    """Write a text file atomically: if the process is killed, the file is complete or as it was before."""
     aside = path.with_name(f".{path.name}.part")
     aside.write_text(text, encoding="utf-8")
     aside.replace(path)
@@ -55,10 +55,10 @@ def _leaves(table: dict[str, Any], prefix: str = "") -> dict[str, Any]:
 
 
 def run_settings(source: Path, config: str, say: bool = True) -> Config:
-    """The settings that `source` is evaluated under; prints whence they are, where it may `say` so.
+    """The settings for evaluating `source`, a checkpoint or a file; prints where they come from if `say` is true.
 
-    Those of the TOML `config`; else of the training run in whose folder `source` lies (up to three folders deep); else the
-    defaults.
+    They come from the TOML file `config` if it is named, else from the training run whose folder contains `source` (up to three
+    folders deep), else they are the defaults.
     """
     if config:
         return apply_toml(Config(), Path(config))

@@ -1,8 +1,8 @@
-"""Settings in and out: sparse TOML files, then command-line flags, onto frozen dataclasses; and the resolved ones back to TOML.
+"""Read settings from sparse TOML files and command-line flags into frozen dataclasses; write the resolved settings as TOML.
 
     python -m srpo.train @ configs/base.toml @ mine.toml --loss.kl-coef 0
 
-Files come first, later ones win; flags win over files. Every field needs a default, so a TOML file says only what it changes.
+Files come first, later ones win; flags win over files. Every field needs a default, so a TOML file holds only changes.
 A field that holds a tuple of dataclasses (`steps`) is an array of tables: a file replaces it as a whole, and it has no flag.
 """
 
@@ -32,10 +32,10 @@ _USER_ERRORS = (ValueError, FileNotFoundError, FileExistsError, NotADirectoryErr
 
 
 def load(cls: type[T], argv: Sequence[str] | None = None, prog: str | None = None) -> T:
-    """An instance of the dataclass `cls` from `[@ file.toml]... [--flag value]...` (`sys.argv[1:]` when None).
+    """An instance of the dataclass `cls` from `[@ file.toml]... [--flag value]...` (`sys.argv[1:]` if `argv` is None).
 
     Raises ValueError in one line for a missing or malformed file, an unknown key or flag (with the nearest known one) and a value
-    of the wrong type (with file and key). A malformed flag value exits with code 2 and `-h` with code 0, as tyro prints them.
+    of the wrong type (with file and key). tyro itself exits with code 2 for a malformed flag value, and with code 0 for `-h`.
     """
     argv = list(sys.argv[1:] if argv is None else argv)
     config = cls()
@@ -57,7 +57,7 @@ def load(cls: type[T], argv: Sequence[str] | None = None, prog: str | None = Non
 
 
 def apply_toml(config: T, path: Path) -> T:
-    """`config` with the values of a TOML file put over it. Raises ValueError that names the file and the key."""
+    """`config` updated with the values of a TOML file. Raises ValueError that names the file and the key."""
     try:
         table = tomllib.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
@@ -70,35 +70,35 @@ def apply_toml(config: T, path: Path) -> T:
 
 
 def apply_table(config: T, table: Mapping[str, Any], where: str) -> T:
-    """`config` with the values of a table, as in a TOML file, put over it. Raises ValueError that names `where` and the key."""
+    """`config` updated with the values of a table, as from a TOML file. Raises ValueError that names `where` and the key."""
     return _replace(config, table, where, "", _keys(type(config)))
 
 
 def flags(cls: type) -> list[tuple[str, str, Any]]:
-    """(name, type in words, default) of what `load` takes for `cls` on the command line, in order.
+    """(name, type in words, default) of each command-line argument of `cls`, in order.
 
-    A name is `--loss.kl-coef`, or `RUN-DIR` for a positional argument. A switch also has a form `--loss.no-x`.
+    A name is `--loss.kl-coef`, or `RUN-DIR` for a positional argument. A switch also has the form `--loss.no-x`.
     """
     return [(_flag(key, hint), _describe(hint), default) for key, hint, default in _leaves(cls()) if not _tables(hint)]
 
 
 def dump_toml(config: Any) -> str:
-    """The resolved settings as TOML that `load` reads back to an equal instance (a field that is None is left out)."""
+    """The resolved settings as TOML, without fields that are None. `load` reads it back to an equal instance."""
     return "\n".join(_dump(config, "")).strip() + "\n"
 
 
 def run_program(main: Callable[[T], int | None], cls: type[T], argv: Sequence[str] | None = None) -> NoReturn:
     """Load `cls`, run `main` on it and exit with its return value (None: 0).
 
-    A user error (ValueError, a missing path, a missing package that the settings ask for) becomes the line `error: ...` and exit
-    code 2; SRPO_DEBUG=1 shows its traceback. Any other exception is a bug of ours and keeps its traceback.
+    A user error (ValueError, a missing path, a missing package that the settings need) prints the line `error: ...` and exits
+    with code 2; SRPO_DEBUG=1 shows its traceback. Any other exception is our own bug and keeps its traceback.
     """
     with _user_errors_in_one_line():
         sys.exit(main(load(cls, argv, _prog())) or 0)
 
 
 def check_command_line(cls: type) -> None:
-    """Exit if the command line asks for help or cannot be loaded as `cls`. Programs call it before they import torch."""
+    """Exit if the command line has `-h` or does not load as `cls`. Programs call this before they import torch."""
     with _user_errors_in_one_line():
         load(cls, prog=_prog())
 
@@ -113,7 +113,7 @@ def _user_errors_in_one_line() -> Iterator[None]:
     try:
         yield
     except (*_USER_ERRORS, ImportError) as error:
-        is_import = isinstance(error, ImportError) and error.name is not None  # Python's own; ours say what to install
+        is_import = isinstance(error, ImportError) and error.name is not None  # raised by an import; our own have no name
         if is_import or os.environ.get(DEBUG, "0") not in ("", "0"):
             raise
         print(f"error: {error}", file=sys.stderr, flush=True)
@@ -124,7 +124,7 @@ def _user_errors_in_one_line() -> Iterator[None]:
 
 
 def check_one_process(program: str, instead: str) -> None:
-    """Raise ValueError where torchrun has started this process with others; `instead` is what to do, or why."""
+    """Raise ValueError if torchrun has started more than this process. `instead` ends the message: what to do, or why."""
     if int(os.environ.get("WORLD_SIZE", 1)) > 1:
         raise ValueError(f"start {program} without torchrun: {instead}")
 
@@ -160,13 +160,13 @@ def _flag(key: str, hint: Any) -> str:
 
 
 def _keys(cls: type) -> list[str]:
-    """Every dotted key of `cls`, and its sections."""
+    """The sections of `cls`, then all its dotted keys."""
     keys = [key for key, _, _ in _leaves(cls())]
     return list(dict.fromkeys([key.rpartition(".")[0] for key in keys if "." in key] + keys))
 
 
 def _nearest(key: str, known: Sequence[str]) -> str | None:
-    """The known dotted key that `key` was probably meant to be: alike as a whole, or in its last part in another section."""
+    """The known dotted key closest to `key`: similar as a whole, similar in the last part, or faintly similar as a whole."""
     whole = difflib.get_close_matches(key, known, n=1, cutoff=0.75)
     if whole:
         return whole[0]
@@ -191,7 +191,7 @@ def _no_flags_for_tables(info: StructTypeInfo) -> StructConstructorSpec | None:
 
 
 def _replace(config: Any, table: Mapping[str, Any], where: str, prefix: str, known: Sequence[str]) -> Any:
-    """`config` with the values of a table put over it; sections go down into nested dataclasses."""
+    """`config` updated with the values of a table; a section updates the nested dataclass."""
     hints = _hints(type(config))
     changes = {}
     for name, value in table.items():
@@ -208,7 +208,7 @@ def _replace(config: Any, table: Mapping[str, Any], where: str, prefix: str, kno
 
 
 def _build(make: Callable[[], Any], where: str, key: str) -> Any:
-    """`make()`, with file and key put before the message of a dataclass's own check."""
+    """The result of `make()`. If a dataclass's own check raises ValueError, file and key are put before its message."""
     try:
         return make()
     except ValueError as error:
@@ -216,7 +216,7 @@ def _build(make: Callable[[], Any], where: str, key: str) -> Any:
 
 
 def _convert(value: Any, hint: Any, where: str, key: str) -> Any:
-    """A TOML value as the Python type `hint`. Raises ValueError that names file, key and what is expected."""
+    """A TOML value as the Python type `hint`. Raises ValueError that names file, key and expected type."""
     origin, args = get_origin(hint), get_args(hint)
     if origin is Annotated:
         return _convert(value, args[0], where, key)
@@ -253,7 +253,7 @@ def _convert(value: Any, hint: Any, where: str, key: str) -> Any:
 
 
 def _convert_table(value: Any, cls: type, where: str, key: str) -> Any:
-    """One table of an array of tables as an instance of `cls`; fields without a default must be there."""
+    """One table of an array of tables as an instance of `cls`. Raises ValueError if a field without a default is missing."""
     if not isinstance(value, dict):
         return _wrong(value, cls, where, key)
     hints = _hints(cls)
@@ -317,7 +317,7 @@ def _show(value: Any) -> str:
 
 
 def _dump(config: Any, prefix: str) -> Iterator[str]:
-    """Lines of `config`: plain values first, as TOML's scoping asks for, then sections, then arrays of tables."""
+    """TOML lines of `config`: plain values first, because of TOML's scoping, then sections, then arrays of tables."""
     values = {name: getattr(config, name) for name in _hints(type(config))}
     tables = {k: v for k, v in values.items() if isinstance(v, (tuple, list)) and v and all(map(is_dataclass, v))}
     sections = {k: v for k, v in values.items() if is_dataclass(v)}

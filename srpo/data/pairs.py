@@ -1,4 +1,4 @@
-"""Pairs of a prompt and its response as texts, the JSON Lines that `srpo.sft` trains on."""
+"""Pairs of a prompt and its response, both texts: the JSON Lines that `srpo.sft` trains on."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from pathlib import Path
 
 
 def write_pairs(path: Path, pairs: Iterable[tuple[str, str]]) -> None:
-    """Write (prompt, response) texts as the JSON Lines that `data` names."""
+    """Write (prompt, response) texts as JSON Lines, the format of `data` of `srpo.sft`."""
     path.parent.mkdir(parents=True, exist_ok=True)
     with path.open("w", encoding="utf-8") as file:
         for prompt, response in pairs:
@@ -16,9 +16,9 @@ def write_pairs(path: Path, pairs: Iterable[tuple[str, str]]) -> None:
 
 
 def read_pairs(path: str | Path) -> Iterator[tuple[str, str]]:
-    """(prompt, response) texts of a file of pairs. ValueError with file and line for what is no pair, or when there is none."""
+    """(prompt, response) texts of a file of pairs. Raises ValueError with file and line for a malformed pair, or for no pairs."""
     empty = True
-    with Path(path).open("rb") as file:  # json decodes it, so that what is not UTF-8 has a line number too
+    with Path(path).open("rb") as file:  # bytes, so that a line that is not UTF-8 has a number too
         for number, line in enumerate(file, start=1):
             try:
                 row = json.loads(line)

@@ -1,4 +1,4 @@
-"""Settings of `srpo.train_judge`, and what they name: read and checked as a whole, before anything is written."""
+"""Settings and data of `srpo.train_judge`, read and checked before anything is written."""
 
 from __future__ import annotations
 
@@ -22,39 +22,39 @@ QUEUE = "judge_queue.jsonl"
 
 @dataclass(frozen=True)
 class Work:
-    """What the stages share."""
+    """Settings and data that all stages share."""
 
     cfg: JudgeConfig
     parallel: Parallel
     schema: StepSchema
     examples: dict[str, Example]
-    shown: list[Judgment]
-    held_out: list[Judgment]
-    num_left_out: int
-    pool: list[Judgment]
+    shown: list[Judgment]  # judgments that train
+    held_out: list[Judgment]  # judgments that evaluate the judge
+    num_left_out: int  # number of other judgments of the held-out queries, which are not used
+    pool: list[Judgment]  # responses among which hard cases are mined
 
     @property
     def run_dir(self) -> Path:
         return Path(self.cfg.run_dir)
 
     def is_done(self, name: str) -> bool:
-        """Whether the result of a stage is there; the same on all ranks."""
+        """Whether the result file of a stage exists; the same on all ranks. Collective."""
         return self.parallel.broadcast_object((self.run_dir / name).is_file())
 
     def write(self, name: str, text: str) -> None:
-        """Rank 0 writes a file of the run folder as a whole."""
+        """Write a file of the run folder, on rank 0 and atomically. Collective."""
         if self.parallel.is_main:
             write_whole(self.run_dir / name, text)
         self.parallel.barrier()
 
 
 def simulates(cfg: JudgeConfig) -> bool:
-    """Whether the simulated annotator verifies the queue."""
+    """Whether the simulated annotator verifies the queue of hard cases."""
     return bool(cfg.rollouts) and cfg.simulate_human and not cfg.verified
 
 
 def prepare(cfg: JudgeConfig, parallel: Parallel) -> Work:
-    """Read and check everything; writes nothing."""
+    """Read and check settings and data. Raises ValueError for what would fail later; writes nothing."""
     schema = StepSchema(cfg.steps)
     if not cfg.data:
         raise ValueError("data is not set: name the examples that the judgments speak of")
@@ -123,7 +123,7 @@ def _check_tags(example: Example, tags: Sequence[str]) -> None:
 
 
 def _pool(cfg: JudgeConfig, examples: dict[str, Example], schema: StepSchema, held_out: Sequence[Judgment]) -> list[Judgment]:
-    """Responses without judgments, of queries that are not held out."""
+    """The responses in `mine.pool` to queries that are not held out, without verdicts."""
     queries = {examples[j.example_id].query_id for j in held_out}
     nothing = (None,) * schema.num_steps
     found = {(r.example_id, r.text): None for r in load_rollouts(Path(cfg.mine.pool)) if r.example_id in examples}

@@ -1,4 +1,4 @@
-"""Training of the scalar reward model (Appendix A) on judgments: binary cross-entropy per step. A part of `srpo.train_judge`."""
+"""Training of the scalar reward model (Appendix A) on judgments, by binary cross-entropy per step, for `srpo.train_judge`."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ from srpo.training.supervised import batch_indices, fit
 
 
 def signed_targets(cases: Sequence[ScalarCase], judgments: Sequence[Judgment]) -> torch.Tensor:
-    """[N, J]: 1 where the annotator says "correct", -1 for "incorrect", 0 where nobody judged or the response lacks the step."""
+    """Targets [N, J]: 1 for the verdict "correct", -1 for "incorrect", 0 for no verdict or a step that the response lacks."""
     signs = [
         [0.0 if v is None or not is_there(case, j) else 1.0 if v else -1.0 for j, v in enumerate(judgment.verdicts)]
         for case, judgment in zip(cases, judgments, strict=True)
@@ -37,7 +37,7 @@ def train_scalar(
     """Train from `cfg.policy` and return the folder of the resulting scalar reward model, `run_dir/policy`.
 
     Resumes like SFT; `cfg.data` is not read. The loss is the mean over the verdicts of an optimizer step, over all ranks.
-    ValueError for a case that fits neither into the context nor into a micro-batch.
+    Raises ValueError for a case that exceeds the context or a micro-batch. Collective.
     """
     run_dir = Path(cfg.run_dir)
     tokenizer: Any = load_tokenizer(cfg.policy.path)
@@ -65,7 +65,7 @@ def train_scalar(
     def loss_of(batch: Batch) -> tuple[torch.Tensor, torch.Tensor]:
         logits = model(batch)
         given = batch.step_advantages != 0
-        right = ((logits.detach() >= 0) == (batch.step_advantages > 0)) & given  # verdicts on the right side of 0.5
+        right = ((logits.detach() >= 0) == (batch.step_advantages > 0)) & given  # p and the verdict are on the same side of 0.5
         return scalar_loss(logits, batch.step_advantages), torch.stack([right.sum(), given.sum()]).double()
 
     def metrics_of(sums: list[float]) -> tuple[dict[str, float], float]:

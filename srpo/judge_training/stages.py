@@ -1,6 +1,6 @@
-"""What `srpo.train_judge` does around its trainings: ask a judge over all ranks, score it, mine, make the second stage.
+"""The work of `srpo.train_judge` around its trainings: score a judge, sample its verdicts, configure the second stage.
 
-Every function that takes `parallel` is called by all ranks and returns the same on all of them.
+Every function that takes `parallel` is called on all ranks and returns the same on all of them.
 """
 
 from __future__ import annotations
@@ -37,13 +37,13 @@ from srpo.rewards.scalar import ScalarJudge
 from srpo.rewards.verdicts import parse_verdicts
 
 X = TypeVar("X")
-CHUNK = 64  # responses that are asked about at once, between two advances of the bar
+CHUNK = 64  # number of responses per call of the judge; the progress bar advances after each call
 
 
 def over_ranks(title: str, num: int, work: Callable[[Sequence[int], int], Sequence[X]], parallel: Parallel) -> list[X]:
-    """[num] results of `work(indices, number of the chunk)` on chunks of 0..num-1, shared by the ranks.
+    """[num] results of `work(indices, chunk number)`, called on chunks of 0..num-1, which the ranks share.
 
-    Chunks are cut before they are shared, so the results do not depend on the number of ranks.
+    The chunks do not depend on the number of ranks, so neither do the results.
     """
     chunks = [range(first, min(first + CHUNK, num)) for first in range(0, num, CHUNK)]
     done: dict[int, X] = {}
@@ -58,7 +58,7 @@ def over_ranks(title: str, num: int, work: Callable[[Sequence[int], int], Sequen
 def load_judge(
     kind: str, path: Path, schema: StepSchema, max_new_tokens: int, policy: PolicyConfig, parallel: Parallel
 ) -> GenerativeJudge | ScalarJudge:
-    """The judge in a folder, on this rank's device."""
+    """The judge of a checkpoint folder, on this rank's device."""
     tokenizer = load_tokenizer(path)
     if kind == "scalar":
         return open_scalar_judge(load_scalar(path, experts=policy.experts).to(parallel.device), tokenizer, schema)
@@ -77,7 +77,7 @@ def evaluate_judge(
 ) -> dict[str, Any]:
     """`judge_scores` of a judge on judgments (Table 2).
 
-    Its probability of "correct" is the share among `num_votes` sampled verdicts of a generative judge, p of a scalar one.
+    The probability of "correct" is its share among `num_votes` sampled verdicts (generative judge) or p (scalar judge).
     """
 
     def work(indices: Sequence[int], chunk: int) -> list[tuple[Verdicts, tuple[float | None, ...]]]:
@@ -94,7 +94,7 @@ def evaluate_judge(
 def asked_about(
     judgments: Sequence[Judgment], examples: dict[str, Example], schema: StepSchema
 ) -> tuple[list[Rollout], list[Example]]:
-    """What a judge is given: the responses as rollouts, and their pairs."""
+    """The input of a judge: the responses as rollouts, and their examples."""
     return [as_rollout(j.example_id, j.response, schema) for j in judgments], [examples[j.example_id] for j in judgments]
 
 
@@ -107,7 +107,7 @@ def vote_on(
     seed: int,
     parallel: Parallel,
 ) -> list[Case]:
-    """The judge's sampled opinions on each response of a pool, as cases (`hard_cases.mine` chooses among them)."""
+    """A case per response of a pool, with `num_votes` sampled verdicts of the judge; `hard_cases.mine` chooses among them."""
 
     def work(indices: Sequence[int], chunk: int) -> list[Case]:
         chosen = [pool[i] for i in indices]
@@ -125,9 +125,9 @@ def vote_on(
 def grpo_config(
     cfg: JudgeGrpoConfig, *, run_dir: Path, data: Path, policy: PolicyConfig, schema: StepSchema, max_new_tokens: int, seed: int
 ) -> Config:
-    """The second stage as a run of `srpo.train`: GRPO (Eq. 2-4) with the judge as policy on the cases in `data`.
+    """Settings of the second stage (4.3.1), a run of `srpo.train`: GRPO (Eq. 2-4) of the judge on the cases in `data`.
 
-    Its steps are the verdicts, its reward the share of right ones (`grpo_step_sum` over J rewards of 1/J).
+    The verdicts are its reasoning steps; its reward is the share of right verdicts (`grpo_step_sum` over J rewards of 1/J).
     """
     return Config(
         run_dir=str(run_dir),

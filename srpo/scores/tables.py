@@ -10,9 +10,9 @@ from srpo.scores.evaluation import Results, consistency_rows, score_rows
 
 
 def before_after_table(before: Results, after: Results, schema: StepSchema) -> str:
-    """The table of all scores before and after training: percent, intervals where there are any, and the change in points.
+    """The table of all scores before and after training, in percent, with intervals if known, and the change in points.
 
-    "-" where a score is not known.
+    "-" stands for an unknown score.
     """
     cells = _cells(schema, before, after)
     changes = [
@@ -26,10 +26,10 @@ def before_after_table(before: Results, after: Results, schema: StepSchema) -> s
 
 
 def results_table(results: Results, schema: StepSchema) -> str:
-    """The table of all scores in percent, with intervals where there are any.
+    """The table of all scores in percent, with intervals if known.
 
-    A column for all pairs, and one for each value of the tags that the results are told by. Columns that do not fit into 130
-    characters stand below.
+    It has a column for all pairs and one for each value of the tags in `results["by"]`. Columns beyond 130 characters continue
+    below.
     """
     columns = {"all": results}
     for tag, parts in results.get("by", {}).items():
@@ -44,9 +44,9 @@ def results_table(results: Results, schema: StepSchema) -> str:
 
 
 def _cells(schema: StepSchema, *results: Results) -> list[tuple[str, ...]]:
-    """Rows of all scores and shares: (name, a cell of each of `results`)."""
+    """Rows of all scores and shares: (name, one cell per result)."""
     rows = [*score_rows(schema, *results), *consistency_rows(*results)]
-    intervals = []  # of each of the results: {name of the row: [interval]}
+    intervals = []  # for each result: {name of the row: [interval]}
     for result in results:
         sure = result.get("confidence")
         intervals.append(dict([*score_rows(schema, sure), *consistency_rows(sure)]) if sure else {})
@@ -57,7 +57,7 @@ def _cells(schema: StepSchema, *results: Results) -> list[tuple[str, ...]]:
 
 
 def _parted(rows: Sequence[Sequence[str]], schema: StepSchema) -> list[Sequence[Sequence[str]]]:
-    """The 7 scores of Table 1, then the steps and what parses, then consistency."""
+    """The rows in three parts: the 7 scores of Table 1; the accuracy of the steps and the parse rate; consistency."""
     num_scores = 7 + schema.num_steps + 1
     return [rows[:7], rows[7:num_scores], rows[num_scores:]]
 

@@ -1,4 +1,4 @@
-"""The `Record` of an example, from its scored group of responses, and the settings that records depend on."""
+"""`Record`: statistics of one example, from its scored group of responses. `RecordSettings`: the settings that it depends on."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ _NOT_GRADED = ("skip", "no_verdict")
 
 @dataclass(frozen=True)
 class RecordSettings:
-    """The settings that records depend on; a folder holds the records of one such set of settings."""
+    """The settings that records depend on. All records in a folder have the same settings."""
 
     seed: int
     shard_examples: int
@@ -40,7 +40,7 @@ class RecordSettings:
 
     @classmethod
     def from_config(cls, cfg: Config, shard_examples: int) -> RecordSettings:
-        """The record settings within a training config."""
+        """The settings of `cfg` that records depend on."""
         rollout, reward = cfg.rollout, cfg.reward
         by_url = reward.judge == "generative" and reward.judge_engine == "url"
         return cls(

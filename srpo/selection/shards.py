@@ -1,7 +1,7 @@
-"""Shards of a stream of examples: each is a run of consecutive examples and one Parquet file with their records.
+"""Shards of a stream of examples: each consists of consecutive examples and one Parquet file with their records.
 
-The bounds of a shard depend only on the stream and the shard size, so any number of ranks and restarts give the same shards. A
-shard's file is written atomically: if it exists, the shard is done.
+The bounds of a shard depend only on the stream and the shard size, so the number of ranks and restarts does not change them. The
+file of a shard is written atomically: if it exists, the shard is done.
 """
 
 from __future__ import annotations
@@ -24,21 +24,21 @@ _FINGERPRINT = b"srpo.examples"
 
 @dataclass(frozen=True)
 class Record:
-    """Numbers of a group of responses to one example: means over the group, None if nothing was graded for them."""
+    """Statistics of the group of responses to one example: means over the group, None if nothing was graded."""
 
     example_id: str
-    solve_rate: float | None  # total reward / the maximum (`srpo.training.credit.group_scores`)
-    verdict_accuracy: float | None  # the same for the last step alone
+    solve_rate: float | None  # total reward / maximum (`srpo.training.credit.group_scores`)
+    verdict_accuracy: float | None  # reward / maximum of the last step alone
     step_rewards: tuple[float, ...]  # [J]
     judge_score: float | None  # mean verdict of the judge over all steps that have one, even if a label or rule graded the step
-    judge_scores: tuple[float | None, ...]  # [J] the same per step
+    judge_scores: tuple[float | None, ...]  # [J] mean verdict of the judge per step
     right_verdict_wrong_steps_frac: float | None  # share of responses with a right verdict and a wrong step before it
     wrong_verdict_right_steps_frac: float | None  # share of responses with a wrong verdict and no wrong step before it
     num_responses: int
-    num_different: int  # different texts among them
-    num_reward_patterns: int  # different rows of step rewards among them; 1: the group is uniform
-    num_verdicts: int  # steps, over all responses, whose reward the judge had to give
-    num_no_verdict: int  # those of them without a verdict
+    num_different: int  # number of different texts among the responses
+    num_reward_patterns: int  # number of different rows of step rewards among the responses; 1: the group is uniform
+    num_verdicts: int  # number of steps, over all responses, whose reward the judge had to give
+    num_no_verdict: int  # number of these steps without a verdict
     tags: dict[str, str]  # `srpo.data.strata.tags_with_grade`
 
 
@@ -62,7 +62,7 @@ def shards_of(examples: Iterable[Example], size: int) -> Iterator[tuple[int, lis
 
 
 def fingerprint(examples: Sequence[Example]) -> str:
-    """Hash of the content of the examples, including the order of their fields."""
+    """Hash of the examples, including the order of their fields."""
     digest = hashlib.blake2b(digest_size=16)
     for example in examples:
         digest.update(repr(example).encode("utf-8", "backslashreplace") + b"\n")
@@ -86,7 +86,7 @@ def finished_shards(folder: Path) -> frozenset[int]:
 
 
 def write_shard(folder: Path, number: int, examples: Sequence[Example], records: Sequence[Record]) -> Path:
-    """Write the records of a shard, record i for example i, and return the path. Atomic and durable, also in a power cut."""
+    """Write the records of a shard, record i for example i, and return the path. Atomic, and durable even after a power cut."""
     assert [record.example_id for record in records] == [example.example_id for example in examples]
     folder.mkdir(parents=True, exist_ok=True)
     path = shard_path(folder, number)

@@ -1,4 +1,4 @@
-"""What can be known of a run before it starts: whatever could not work later stops it here, with what to do about it."""
+"""Checks before a run starts: each raises ValueError for settings or data that would fail later, and says what to change."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from srpo.training.stream import quota
 
 
 def check_settings(cfg: Config, world_size: int = 1) -> None:
-    """Raise ValueError for settings that cannot make a run, whatever the data."""
+    """Raise ValueError for settings of `srpo.train` that fail with any data, or that `world_size` processes cannot share."""
     for key in ("loss.num_updates", "rollout.num_prompts", "train.micro_batch_tokens"):
         _at_least(cfg, key, 1)
     for key in ("train.checkpoint_every", "train.keep_checkpoints"):
@@ -66,7 +66,7 @@ def check_settings(cfg: Config, world_size: int = 1) -> None:
 
 
 def check_judge(cfg: Config) -> None:
-    """Raise ValueError for settings of the judge that cannot work, whatever the data."""
+    """Raise ValueError for settings of the judge that fail with any data."""
     reward = cfg.reward
     service = reward.judge == "generative" and reward.judge_engine == "url"
     if reward.judge in ("generative", "scalar") and not service and not reward.judge_path:
@@ -94,7 +94,7 @@ def check_judge(cfg: Config) -> None:
 
 
 def check_rollout(cfg: Config) -> None:
-    """The part of `check_settings` on when sampling ends, what it runs beside, and what makes up for it."""
+    """The part of `check_settings` on aborted groups, samples of older weights, importance weights and the replayed support."""
     rollout, loss = cfg.rollout, cfg.loss
     _at_least(cfg, "rollout.oversample", 0)
     if not 0 <= rollout.cut_tail < 1:
@@ -121,7 +121,7 @@ def check_rollout(cfg: Config) -> None:
 
 
 def check_support(cfg: Config, vocab_size: int) -> None:
-    """Raise ValueError where the support is to be replayed and the filter keeps all of the vocabulary."""
+    """Raise ValueError if rollout.support is "replay" and rollout.top_k keeps the whole vocabulary."""
     if cfg.rollout.support == "replay" and cfg.rollout.top_k >= vocab_size:
         raise ValueError(
             f"rollout.support is 'replay' and rollout.top_k {cfg.rollout.top_k} keeps the whole vocabulary of {vocab_size}: "
@@ -130,7 +130,7 @@ def check_support(cfg: Config, vocab_size: int) -> None:
 
 
 def _check_sampler(cfg: Config) -> None:
-    """The part of `check_settings` on which prompts are drawn, and on the curriculum."""
+    """The part of `check_settings` on the prompt sampler and the curriculum."""
     for key in ("sampler.max_age", "sampler.refill"):
         _at_least(cfg, key, 0)
     if not 0 < cfg.sampler.new_weight <= 1:
@@ -144,7 +144,7 @@ def _check_sampler(cfg: Config) -> None:
 
 
 def _check_loss(cfg: Config) -> None:
-    """The part of `check_settings` on how the loss is put together and, with advantage.method ppo, on the critic."""
+    """The part of `check_settings` on the loss and, if advantage.method is ppo, on the critic."""
     for key in ("loss.clip_eps_low", "loss.clip_eps_high"):
         _at_least(cfg, key, 0)
     if cfg.loss.dual_clip and not cfg.loss.dual_clip > 1:
@@ -177,7 +177,7 @@ def _at_least(cfg: Config, key: str, least: int) -> None:
 def check_prompt_lengths(
     prompts: Sequence[Sequence[int]], examples: Sequence[Example], params: SamplingParams, max_context: int, max_rows: int
 ) -> None:
-    """Raise ValueError for a prompt that leaves no room for its response in the context or in a micro-batch of `max_rows`."""
+    """Raise ValueError for a prompt whose longest response exceeds the context (`max_context`) or a micro-batch (`max_rows`)."""
     check_prompts(prompts, params, max_context, [example.example_id for example in examples])
     for prompt, example in zip(prompts, examples, strict=True):
         rows = len(prompt) + params.max_new_tokens - 1
@@ -191,8 +191,11 @@ def check_prompt_lengths(
 def check_examples(
     examples: Sequence[Example], eval_examples: Sequence[Example], schema: StepSchema, judge: Judge | None, cfg: Config
 ) -> None:
-    """Raise ValueError where there are fewer examples than prompts in a step, where nothing can grade a step of a training
-    example (the simulated annotator only where the example has a truth), and where an evaluation example has no grade."""
+    """Raise ValueError for fewer training examples than an optimizer step has prompts, a step of a training example that nothing
+    can grade, or an evaluation example without a grade.
+
+    The simulated annotator (reward.judge "oracle") can grade a step only if the example has its truth.
+    """
     if len(examples) < cfg.rollout.num_started:
         more = f" with rollout.oversample {cfg.rollout.oversample} of them" if cfg.rollout.oversample else ""
         raise ValueError(
@@ -200,7 +203,7 @@ def check_examples(
             "lower that or give more data"
         )
     silence = [Rollout.from_answers(example.example_id, (None,) * schema.num_steps) for example in examples]
-    score(silence, examples, schema, judge, cfg.reward.missing_verdict)  # a judge is not asked about missing answers
+    score(silence, examples, schema, judge, cfg.reward.missing_verdict)  # calls no judge: all answers are missing
     if isinstance(judge, OracleJudge):
         _check_truths(examples, schema)
     if eval_examples:
@@ -208,7 +211,7 @@ def check_examples(
 
 
 def _check_truths(examples: Sequence[Example], schema: StepSchema) -> None:
-    """Raise ValueError where the simulated annotator is all that could grade a step, and does not know the right answer."""
+    """Raise ValueError for a step that only the simulated annotator could grade, if the example lacks its right answer."""
     nothing = (None,) * schema.num_steps
     for example in examples:
         for spec, label, truth in zip(schema.specs, example.gold or nothing, example.truth or nothing, strict=True):

@@ -1,6 +1,6 @@
-"""From step rewards to what the loss needs: which groups train (4.2.1), advantages (Algorithm 1, Eq. 4), the weights of Eq. 6.
+"""Credit assignment: which groups train (4.2.1), advantages (Algorithm 1, lines 10-13; Eq. 4), and the weights of Eq. 6.
 
-Decided over the rollouts of *all* ranks at once, from a table of a few numbers per rollout; each rank then takes its own rows.
+Credit is assigned over the rollouts of *all* ranks at once, from a few numbers per rollout; each rank then takes its own rows.
 """
 
 from __future__ import annotations
@@ -21,20 +21,21 @@ from srpo.data.sampler import in_window
 
 @dataclass(frozen=True)
 class Credit:
-    """Rows are the rollouts in the order given."""
+    """The result of `assign_credit`. Row i belongs to rollout i."""
 
-    advantages: torch.Tensor  # [N, J] fp32, 0 where the rollout does not train; of ppo the step rewards: its critic does the rest
-    weights: torch.Tensor  # [N] fp32, 0 where it does not
-    trains: np.ndarray  # [N] bool: its group lies in the difficulty window, and it is not masked for its length
+    advantages: torch.Tensor  # [N, J] fp32, 0 for a rollout that does not train. With method "ppo": step rewards for its critic
+    weights: torch.Tensor  # [N] fp32, weight of each token of a response, 0 for a rollout that does not train
+    trains: np.ndarray  # [N] bool: the rollout's group trains, and loss.overlong does not mask the rollout
     group_scores: dict[int, float]  # group -> difficulty score in 0..1
-    num_in_window: int  # groups that train
-    num_masked: int | None = None  # responses of them that were cut and masked; None where loss.overlong does not mask
+    num_in_window: int  # number of groups that train
+    num_masked: int | None = None  # number of responses in these groups that are masked; None unless loss.overlong is "mask"
 
 
 def group_scores(rollouts: Sequence[Rollout], schema: StepSchema, score: str) -> dict[int, float]:
-    """Group -> mean over its rollouts of total reward / the maximum ("total"), or of verdict reward / its maximum ("final").
+    """Group -> difficulty score in 0..1: mean over its rollouts of total reward / maximum ("total") or verdict reward / its
+    maximum ("final").
 
-    Steps that the schema skips for an example count neither as reward nor towards the maximum. In 0..1; 0 where nothing counts.
+    A step that is skipped for an example (source "skip") adds nothing to the maximum. A rollout with only skipped steps scores 0.
     """
     values: dict[int, list[float]] = {}
     for rollout in rollouts:
@@ -51,10 +52,10 @@ def group_scores(rollouts: Sequence[Rollout], schema: StepSchema, score: str) ->
 def training_groups(
     rollouts: Sequence[Rollout], schema: StepSchema, method: str, sampler: SamplerConfig
 ) -> tuple[dict[int, float], set[int]]:
-    """(`group_scores`, the groups that train): those in the difficulty window.
+    """(`group_scores`, the groups that train): a group trains if its score lies in the difficulty window (4.2.1).
 
-    With `sampler.refill` not those, though, whose rollouts have all earned the same of what the method reads (any step, or its
-    scalar): they are replaced.
+    With `sampler.refill` its rollouts must also differ in the rewards that `method` reads: those of the steps, or one scalar.
+    Further prompts replace the other groups.
     """
     scores = group_scores(rollouts, schema, sampler.difficulty_score)
     within = in_window(list(scores.values()), sampler.difficulty_low, sampler.difficulty_high)
@@ -78,10 +79,10 @@ def assign_credit(
     sampler: SamplerConfig,
     max_new_tokens: int = 0,
 ) -> Credit:
-    """Advantages and weights of all rollouts of an optimizer step; groups outside of the window get neither.
+    """Advantages (Algorithm 1, lines 10-13; Eq. 4) and weights of all rollouts of an optimizer step.
 
-    A response that loss.overlong masks counts in the baseline and the size of its group, and in nothing else. `max_new_tokens` is
-    needed by loss.denominator "constant" alone.
+    Both are 0 for groups that do not train (`training_groups`). A response that loss.overlong masks counts in the baseline and
+    the size of its group, but does not train. Only loss.denominator "constant" reads `max_new_tokens`.
     """
     scores, inside = training_groups(rollouts, schema, advantage.method, sampler)
     trains = np.array([r.group in inside for r in rollouts])
@@ -93,7 +94,7 @@ def assign_credit(
         groups = np.array([r.group for r in chosen])
         cut = np.array([loss.overlong == "mask" and r.finish == "length" for r in chosen])
         index = torch.from_numpy(np.flatnonzero(trains))
-        advantages[index] = _advantages(chosen, rewards, groups, schema, advantage)
+        advantages[index] = _advantages(chosen, rewards, groups, schema, advantage)  # Algorithm 1, lines 10-13, or Eq. 4
         lengths = np.array([len(r.response_ids) for r in chosen])
         weights[index] = sequence_weights(
             np.where(cut, 0, lengths), groups, denominator=loss.denominator, max_length=max_new_tokens
@@ -108,27 +109,27 @@ def assign_credit(
 def _advantages(
     rollouts: Sequence[Rollout], rewards: np.ndarray, groups: np.ndarray, schema: StepSchema, cfg: AdvantageConfig
 ) -> torch.Tensor:
-    """[N, J] by the configured method; rewards [N, J], groups [N]."""
+    """Advantages [N, J] by `advantage.method`; rewards [N, J], groups [N]."""
     num_steps, clip, scale = schema.num_steps, cfg.clip, cfg.scale
     lengths = np.array([r.step_lengths for r in rollouts])
-    if cfg.method == "srpo":
+    if cfg.method == "srpo":  # Algorithm 1, lines 10-13
         return srpo_advantages(rewards, groups, lengths, gamma=cfg.gamma, normalize=cfg.normalize, clip=clip, scale=scale)
     if cfg.method == "ppo":
-        return torch.from_numpy(rewards).float()
+        return torch.from_numpy(rewards).float()  # step rewards: training/ppo.py makes token advantages with the critic
     if cfg.method == "reinforce":
         return reinforce_advantages(rewards.sum(1), lengths.sum(1), num_steps, clip=clip, scale=scale)
     if cfg.method == "rloo":
         return rloo_advantages(rewards.sum(1), groups, num_steps, clip=clip)
-    # Eq. 4 on the verdict alone, with the verified steps (5.1.4), or on the sum of step rewards (Table 3, "+ Step Reward")
+    # Eq. 4 on the verdict's reward, on that plus verified steps (5.1.4), or on the sum of step rewards (Table 3, "+ Step Reward")
     scalar = {"grpo": rewards[:, -1], "grpo_star": verified_rewards(rollouts), "grpo_step_sum": rewards.sum(1)}[cfg.method]
     return grpo_advantages(scalar, groups, num_steps, clip=clip, scale=scale)
 
 
 def verified_rewards(rollouts: Sequence[Rollout]) -> np.ndarray:
-    """The verdict's reward plus those of the earlier steps that a label or a rule has graded, [N]: no judge's opinion.
+    """The verdict's reward plus the rewards of earlier steps that a label or a rule has graded, [N].
 
-    Paper: 5.1.4, GRPO* adds "stepwise verification rewards for Steps 3 and 4", the steps that have labels (Eq. 5). Where one of
-    them has no label and a judge stands in, it earns nothing here.
+    Paper: 5.1.4, GRPO* adds "stepwise verification rewards for Steps 3 and 4", the steps that have labels (Eq. 5). A step whose
+    label is missing, so that the judge has graded it, adds nothing here.
     """
     return np.array(
         [

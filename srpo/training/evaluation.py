@@ -33,11 +33,11 @@ def evaluate_policy(
     by: Sequence[str] = ("query_type",),
     bootstrap: BootstrapConfig | None = None,
 ) -> tuple[dict[str, Any], list[Rollout]]:
-    """(results of `evaluation.results_dict`, the rollouts) of one greedy response per example, in the order of the examples.
+    """(results of `results_dict`, rollouts) of one greedy response per example, in the order of the examples (5.1.2).
 
-    `by` and `bootstrap` are those of `results_dict`; training passes none: intervals cost it nothing.
-    With `parallel` each rank decodes its share and all ranks return the same; every rank must call it. Raises ValueError for an
-    example without a grade or whose prompt does not fit.
+    by, bootstrap: as in `results_dict`; training passes no `bootstrap`, so that it spends no time on intervals.
+    With `parallel` the call is collective: each rank decodes its share, and all ranks return the same. Raises ValueError for an
+    example without a grade or with a prompt that does not fit.
     """
     true_grades(examples)
     rank, world_size = (parallel.rank, parallel.world_size) if parallel is not None else (0, 1)

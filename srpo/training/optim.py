@@ -1,4 +1,4 @@
-"""The optimizer and its learning rate: what SFT and reinforcement share."""
+"""The optimizer and its learning rate, for supervised training and reinforcement learning."""
 
 from __future__ import annotations
 
@@ -11,12 +11,15 @@ from srpo.core.config.train import OptimizerConfig
 
 
 def make_optimizer(parameters: Iterable[torch.nn.Parameter], cfg: OptimizerConfig) -> torch.optim.AdamW:
-    """AdamW over all parameters (also FSDP2's shards)."""
+    """AdamW over all parameters, which FSDP2 may have sharded."""
     return torch.optim.AdamW(parameters, lr=cfg.lr, betas=cfg.betas, weight_decay=cfg.weight_decay)
 
 
 def learning_rate(cfg: OptimizerConfig, step: int, num_steps: int) -> float:
-    """Learning rate of optimizer step 0 <= step < num_steps: a linear warm-up, then constant, or down to min_lr_frac of lr."""
+    """Learning rate of optimizer step `step`, 0 <= step < num_steps: linear warm-up times the schedule.
+
+    The schedules "linear" and "cosine" decay from lr to min_lr_frac * lr at the last step.
+    """
     warmup = min(1.0, (step + 1) / (cfg.warmup_steps + 1))
     if cfg.schedule == "constant":
         return cfg.lr * warmup
@@ -26,6 +29,6 @@ def learning_rate(cfg: OptimizerConfig, step: int, num_steps: int) -> float:
 
 
 def set_learning_rate(optimizer: torch.optim.Optimizer, lr: float) -> None:
-    """Use `lr` from the next step on."""
+    """Set the learning rate of the next optimizer steps."""
     for group in optimizer.param_groups:
         group["lr"] = lr

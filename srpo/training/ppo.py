@@ -1,4 +1,4 @@
-"""What `advantage.method = "ppo"` adds to the loop of `srpo.train`: the critic, its optimizer, its checkpoints."""
+"""The critic of `advantage.method = "ppo"`: token-level advantages from its values, its updates and its checkpoints."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ from srpo.training.update import level, optimizer_step
 
 @dataclass(frozen=True)
 class Ppo:
-    """The critic of a run, beside its policy."""
+    """The critic of a run and its optimizer."""
 
     cfg: Config
     critic: Critic
@@ -34,7 +34,7 @@ class Ppo:
 
     @classmethod
     def from_config(cls, cfg: Config, parallel: Parallel) -> Ppo | None:
-        """As configured; None where the method has no critic. Raises ValueError where critic.path holds no model."""
+        """The critic as configured; None if advantage.method is not "ppo". Raises ValueError if critic.path holds no model."""
         if cfg.advantage.method != "ppo":
             return None
         backbone = load_to_shard(cfg.critic.path or cfg.policy.path, parallel, experts=cfg.policy.experts)
@@ -43,7 +43,7 @@ class Ppo:
         return cls(cfg, critic, make_optimizer(critic.parameters(), cfg.critic.optimizer))
 
     def advantages(self, batches: Sequence[Batch], parallel: Parallel) -> tuple[list[TokenBatch], dict[str, float]]:
-        """(the batches with token-level advantages in place of the step rewards, metrics)."""
+        """`with_token_advantages` with the settings of the run. Collective."""
         critic, advantage = self.cfg.critic, self.cfg.advantage
         return with_token_advantages(
             batches,
@@ -57,7 +57,7 @@ class Ppo:
         )
 
     def update(self, batches: Sequence[TokenBatch], step: int, parallel: Parallel) -> dict[str, float]:
-        """The critic's optimizer steps on a rollout batch; metrics."""
+        """Metrics of the critic's optimizer steps on the batches of optimizer step `step`. Collective."""
         cfg = self.cfg.critic
         lr = learning_rate(cfg.optimizer, step, self.cfg.num_steps)
         set_learning_rate(self.optimizer, lr)
@@ -79,13 +79,16 @@ class Ppo:
         return Path(self.cfg.run_dir) / "critic"
 
     def save(self, step: int, parallel: Parallel) -> None:
-        """Write the critic's checkpoint of this step. To be called before the policy's, of which there is then none without it;
-        one more is kept than of the policy's, so that a kill between the two leaves the one that the run goes on from."""
+        """Write the critic's checkpoint of this step. Collective.
+
+        Call before saving the policy, so that no policy checkpoint lacks its critic. One more checkpoint is kept
+        than of the policy: after a kill between the two saves, the critic of the last complete policy checkpoint still exists.
+        """
         keep = self.cfg.train.keep_checkpoints + 1
         save_checkpoint(self._root, step, self.critic, self.optimizer, {}, parallel, keep)
 
     def load(self, step: int, parallel: Parallel) -> None:
-        """Load the critic that belongs to the policy's checkpoint of this step."""
+        """Load the critic that belongs to the policy's checkpoint of this step. Collective."""
         load_checkpoint(self._root / f"step_{step:06d}", self.critic, self.optimizer, parallel)
 
 
@@ -103,8 +106,8 @@ def with_token_advantages(
 ) -> tuple[list[TokenBatch], dict[str, float]]:
     """(the batches with token-level advantages, returns and values; the `advantage/*` and `critic/*` metrics of all ranks).
 
-    batches: this rank's, on its device, with the step rewards in `step_advantages`. Advantages are those of `gae`, whitened over
-    the response tokens of the whole optimizer step and clipped to +-clip (0: not). Collective.
+    batches: this rank's, on its device, with step rewards in `step_advantages`. Advantages come from `gae`, are whitened over the
+    response tokens of all ranks' batches, and clipped to +-clip (0: no bound). Collective.
     """
     made = []
     for batch in level(batches, parallel):
@@ -161,8 +164,10 @@ def update_critic(
     dump: Path,
     info: dict[str, Any] | None = None,
 ) -> dict[str, float]:
-    """`num_updates` optimizer steps on the clipped value loss, the mean over all tokens of the batches of all ranks; returns the
-    `critic/*` metrics of the last one. Raises NonFiniteError, see `srpo.training.update.optimizer_step`. Collective.
+    """The `critic/*` metrics of the last of `num_updates` optimizer steps on the clipped value loss.
+
+    The loss is the mean over the response tokens of all ranks' batches. Raises NonFiniteError, as
+    `srpo.training.update.optimizer_step`. Collective.
     """
     counts = [torch.zeros((), device=parallel.device), *((batch.labels != IGNORE).sum() for batch in batches)]
     num_tokens = max(int(parallel.all_reduce_sum(torch.stack([count.double() for count in counts]).sum())), 1)
@@ -170,7 +175,7 @@ def update_critic(
 
     def loss_of(batch: Batch) -> torch.Tensor:
         values, (_, rows) = critic(batch), batch.rows()
-        if not isinstance(rows, TokenBatch):  # an empty one of `level`
+        if not isinstance(rows, TokenBatch):  # an empty batch, added by `level`
             return values.sum()
         out = value_loss(values, rows.values, rows.returns, clip=value_clip, num_tokens=num_tokens)
         num_clipped.add_(out.num_clipped)

@@ -1,4 +1,4 @@
-"""Supervised training, step by step: the loop that SFT, DPO and the scalar reward model share."""
+"""The training loop that SFT, DPO and the scalar reward model share."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ Metrics = dict[str, float]
 
 
 class FitConfig(Protocol):
-    """What the settings of a supervised program have."""
+    """The settings that `fit` reads."""
 
     @property
     def run_dir(self) -> str: ...
@@ -49,14 +49,14 @@ def fit(
     loss_of: Callable[[Batch], tuple[torch.Tensor, torch.Tensor]],
     metrics_of: Callable[[list[float]], tuple[Metrics, float]],
 ) -> None:
-    """Train the (sharded) model for `cfg.num_steps` optimizer steps in its run folder; killed and started again it continues.
+    """Train the (sharded) model for `cfg.num_steps` optimizer steps, from the last checkpoint of the run folder if it has one.
 
-    batches_of(step) is this rank's share; loss_of(batch) gives the loss and a vector of float64 sums that are added up over
-    micro-batches and ranks; metrics_of(sums) makes of them the metrics of the step beside loss, gradient norm and learning rate,
-    and the share of right answers for the progress bar. Every rank must call it.
+    batches_of(step): this rank's micro-batches.
+    loss_of(batch): the loss, and a vector of float64 sums, which are added up over micro-batches and ranks.
+    metrics_of(sums): metrics of the step besides loss, gradient norm and learning rate; and the accuracy for the progress bar.
+    data: digest of the training data. subject: begins the error message, "pairs.jsonl is".
 
-    `data` is a digest of what is trained on. ValueError that begins with `subject` ("pairs.jsonl is") where the run folder was
-    begun with other data, and what `claim_run_dir` raises for other settings.
+    Raises ValueError if the run folder was started with other data, or with other settings (`claim_run_dir`). Collective.
     """
     run_dir, main = Path(cfg.run_dir), parallel.is_main
     claim_run_dir(run_dir, cfg, main)
@@ -104,7 +104,7 @@ def fit(
 
 
 def batch_indices(num_pairs: int, batch_size: int, step: int, seed: int) -> list[int]:
-    """The pairs of optimizer step `step`: epochs are shuffled by (seed, epoch), so a step can be had without those before it."""
+    """Indices of the pairs of optimizer step `step`. Each epoch is shuffled by (seed, epoch), so any step is computed alone."""
     positions = (divmod(position, num_pairs) for position in range(step * batch_size, (step + 1) * batch_size))
     return [_epoch_order(num_pairs, seed, epoch)[offset] for epoch, offset in positions]
 

@@ -1,4 +1,4 @@
-"""The settings of the programs: files in configs/ parse, the set of flags is frozen, the resolved settings read back."""
+"""The settings of the programs: the files in configs/ parse, the set of flags is frozen, resolved settings read back equal."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ CONFIGS = sorted((ROOT / "configs").rglob("*.toml"))
 
 @dataclass(frozen=True)
 class Lost:
-    """Settings of which two have no help text: one has no comment, and that of the other is inside the value's parentheses."""
+    """Settings with two flags without a help text: one has no comment, and the other's is inside the value's parentheses."""
 
     path: tyro.conf.Positional[str] = ""  # where to read
     switch: bool = False  # turns it on (or off)
@@ -58,7 +58,7 @@ def printed_help(cls: type, monkeypatch: pytest.MonkeyPatch, capsys: pytest.Capt
 
 
 def help_texts(printed: str) -> dict[str, str]:
-    """{flag: its help text without "(default: ...)"} from the output of `-h`, whose boxes consist of lines or of blanks."""
+    """{flag: its help text without "(default: ...)"} from the output of `-h`, whose boxes are drawn with lines or with blanks."""
     texts: dict[str, str] = {}
     name = ""
     for line in printed.replace("\N{BOX DRAWINGS LIGHT VERTICAL}", " ").splitlines():
@@ -78,8 +78,8 @@ def help_texts(printed: str) -> dict[str, str]:
 def test_help_of_every_program_lists_every_flag_with_a_text(
     module: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """The comment after or above a setting is its help text. tyro does not see a comment inside the parentheses of a value, where
-    ruff-format moves it if the line gets too long: such a flag fails here, too."""
+    """The comment after or above a setting is its help text. ruff-format moves the comment of a long line inside the parentheses
+    of the value, where tyro does not see it: such a flag fails here, too."""
     cls = settings_of(module)
     printed = printed_help(cls, monkeypatch, capsys)
     assert f"python -m {module}" in printed
@@ -115,7 +115,7 @@ def test_every_config_parses_with_the_program_it_names(path: Path) -> None:
 
 
 def test_the_paper_s_settings_are_the_defaults() -> None:
-    """5.1.5 and 5.1.7."""
+    """The values of 5.1.5 and 5.1.7."""
     cfg = Config()
     assert (cfg.rollout.num_prompts, cfg.rollout.group_size, cfg.rollout.temperature, cfg.rollout.top_k) == (64, 16, 0.99, 100)
     assert (cfg.advantage.normalize, cfg.advantage.clip, cfg.advantage.gamma) == ("batch", 2.0, 1.0)

@@ -53,7 +53,7 @@ def test_a_setting_that_is_younger_than_the_folder_had_its_default(tmp_path: Pat
 
 @dataclass(frozen=True)
 class Claim:
-    """Settings without defaults, as those of `srpo.select`'s folders."""
+    """Settings without defaults, like `RecordSettings`."""
 
     seed: int
     data: str

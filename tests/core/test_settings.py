@@ -1,4 +1,4 @@
-"""Settings: files over defaults, flags over files, and errors of one line that name what is wrong and what is near."""
+"""Settings: files over defaults, flags over files, and one-line errors with the wrong key and the nearest known one."""
 
 from __future__ import annotations
 

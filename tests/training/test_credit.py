@@ -79,7 +79,7 @@ def test_scores_of_groups() -> None:
 
 
 def test_steps_that_nobody_grades_do_not_make_a_group_harder() -> None:
-    """Judged pairs have a verdict and no labels for the other steps."""
+    """Pairs that people have judged have a label for the verdict and none for the other steps."""
     skipped = ("skip", "skip", "skip", "skip", "gold")
     rollouts = [rollout(0, (0, 0, 0, 0, 1.0), sources=skipped), rollout(1, WRONG, sources=skipped)]
     assert group_scores(rollouts, SCHEMA, "total") == {0: 1.0, 1: 0.0}
@@ -138,7 +138,7 @@ def test_nothing_in_the_window_trains_nothing() -> None:
 @pytest.mark.parametrize("seed", range(3))
 @pytest.mark.parametrize("method", ["srpo", "grpo"])
 def test_order_of_the_rollouts_does_not_matter(seed: int, method: Any) -> None:
-    """Ranks deal prompts out among themselves, so their number changes the order."""
+    """The number of ranks changes the order of the rollouts, because prompts are dealt to ranks."""
     rollouts = drawn(seed)
     order = random.Random(seed).sample(range(len(rollouts)), len(rollouts))
     straight, shuffled = credit(rollouts, method=method), credit([rollouts[i] for i in order], method=method)
@@ -198,8 +198,8 @@ def test_metrics_of_a_step_without_training_are_numbers() -> None:
         ("srpo", {0, 1, 2}),  # any step differs
         ("ppo", {0, 1, 2}),
         ("grpo", {0}),  # the verdict differs
-        ("grpo_star", {0, 1}),  # or a step that a label has verified
-        ("grpo_step_sum", {0, 1}),  # or the sum
+        ("grpo_star", {0, 1}),  # the verdict or a step that a label has graded differs
+        ("grpo_step_sum", {0, 1}),  # the sum of the rewards differs
         ("rloo", {0, 1}),
         ("reinforce", {0, 1}),
     ],
@@ -208,7 +208,7 @@ def test_with_refill_a_group_trains_that_differs_in_what_the_method_reads(method
     groups = [
         [(0.2, 0.2, 0.2, 0.2, 1.0), (0.2, 0.2, 0.2, 0.2, 0.0)],
         [(0.2, 0.2, 0.2, 0.2, 0.0), (0.2, 0.2, 0.0, 0.2, 0.0)],
-        [(0.2, 0.0, 0.2, 0.2, 0.0), (0.0, 0.2, 0.2, 0.2, 0.0)],  # as much, for other steps
+        [(0.2, 0.0, 0.2, 0.2, 0.0), (0.0, 0.2, 0.2, 0.2, 0.0)],  # equal sums from different steps
         [(0.2, 0.0, 0.2, 0.2, 0.0), (0.2, 0.0, 0.2, 0.2, 0.0)],
         [RIGHT, RIGHT],  # outside the window
     ]
@@ -232,8 +232,8 @@ def test_with_refill_equal_groups_get_no_weight() -> None:
 def test_grpo_star_counts_what_labels_and_rules_have_verified() -> None:
     rollouts = [
         rollout(0, RIGHT),  # S3, S4 gold: 0.2 + 0.2 + 1
-        rollout(0, RIGHT, sources=("judge", "rule", "judge", "gold", "gold")),  # S2 by a rule, S4 gold, the verdict
-        rollout(0, RIGHT, sources=("gold", "judge", "no_verdict", "judge", "judge")),  # S1, and the verdict whoever gave it
+        rollout(0, RIGHT, sources=("judge", "rule", "judge", "gold", "gold")),  # S2 (rule), S4 (gold), verdict
+        rollout(0, RIGHT, sources=("gold", "judge", "no_verdict", "judge", "judge")),  # S1 (gold), verdict of any source
         rollout(0, WRONG),
     ]
     assert verified_rewards(rollouts).tolist() == pytest.approx([1.4, 1.4, 1.2, 0.0])
@@ -263,7 +263,7 @@ def test_a_masked_response_counts_in_the_baseline_alone() -> None:
     kept = assign_credit(rollouts[:3], SCHEMA, advantage, replace(loss, overlong="train"), WIDE)
     assert kept.trains.all() and kept.num_masked is None
     assert "rollout/num_masked" not in rollout_metrics(rollouts[:3], SCHEMA, kept, 0.0)
-    outside = SamplerConfig(difficulty_low=0.1, difficulty_high=0.9)  # what lies outside of the window is not masked, but out
+    outside = SamplerConfig(difficulty_low=0.1, difficulty_high=0.9)  # responses outside the window do not count as masked
     far = assign_credit([*rollouts, rollout(1, WRONG, finish="length")], SCHEMA, advantage, loss, outside)
     assert far.num_masked == 1 and far.trains.tolist() == [False, True, True, False, False]
 

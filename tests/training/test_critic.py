@@ -1,4 +1,4 @@
-"""PPO: token-level advantages and the critic, against plain loops, fp64; and the critic as a model."""
+"""PPO: token-level advantages and the critic's updates against plain fp64 loops; the critic as a model."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from srpo.training.update import NonFiniteError, read_dump
 
 
 class Values(nn.Module):
-    """A critic that is a table."""
+    """A critic whose values are parameters: one per response token."""
 
     def __init__(self, values: torch.Tensor) -> None:
         super().__init__()
@@ -32,7 +32,7 @@ class Values(nn.Module):
 
 
 def plain_advantages(drawn: Drawn, values: Terms, at: str, gamma: float, lam: float, clip: float) -> tuple[Terms, Terms]:
-    """(whitened GAE, returns) by loops."""
+    """(whitened GAE advantages, returns) per response, by loops."""
     raw, returns = [], []
     for rollout, v in zip(drawn.rollouts, values, strict=True):
         length = len(rollout.response_ids)
@@ -82,7 +82,7 @@ def test_ppo_is_plain_ppo(tmp_path: Path, seed: int) -> None:
     assert loss == pytest.approx(plain.item(), rel=1e-6, abs=1e-7)
     (want_gradient,) = torch.autograd.grad(plain, logits)
     assert float((gradient - want_gradient).norm()) <= 2e-6 * float(want_gradient.norm())
-    # The sums by reasoning step are those of the reasoning steps.
+    # The metrics per reasoning step cover the tokens of that step.
     for j, name in enumerate(NAMES):
         cuts = [spans(rollout)[j] for rollout in drawn.rollouts]
         ratio = torch.cat([r[cut] for (r, _), cut in zip(each, cuts, strict=True)]).detach()
@@ -94,7 +94,7 @@ def test_ppo_is_plain_ppo(tmp_path: Path, seed: int) -> None:
 
 
 def test_tables_with_the_step_s_advantage_on_each_token_are_the_step_tables(tmp_path: Path) -> None:
-    """Two roads to one loss: SRPO's [N, J], and PPO's road with every token given the advantage of its step."""
+    """SRPO's loss from advantages [N, J] equals PPO's loss if every token has the advantage of its step."""
     cfg, drawn = settings(advantage={"normalize": "group_step"}), draw(9)
     batch = packed(drawn, cfg)
     per_token = [
@@ -168,7 +168,7 @@ def test_the_critic_s_step_is_the_clipped_value_loss(tmp_path: Path, value_clip:
 
 
 def trained_critic() -> Critic:
-    """A critic whose head is not 0 any more."""
+    """A critic whose head is not 0, as after training."""
     critic = Critic(lab.tiny(3))
     torch.nn.init.normal_(critic._head().weight, generator=torch.Generator().manual_seed(0))
     return critic
@@ -182,12 +182,12 @@ def test_a_critic_starts_at_0_and_shares_nothing_with_the_policy() -> None:
     assert values.shape == batch.rows()[1].labels.shape and values.dtype == torch.float32 and not values.any()
     values.sum().backward()
     names = {name for name, p in critic.named_parameters() if p.grad is not None and p.grad.any()}
-    assert names == {"model.value_head.weight", "model.value_head.bias"}  # a head of 0 passes nothing on
+    assert names == {"model.value_head.weight", "model.value_head.bias"}  # a head of 0 passes no gradient on
     assert not any("lm_head" in name for name, _ in critic.named_parameters())
 
 
 def test_a_value_reads_what_stands_before_its_token() -> None:
-    """Packing changes no value, and the value of a row does not know the token that the row predicts."""
+    """Packing changes no value, and the value of a row does not depend on the token that the row predicts."""
     critic = trained_critic()
     together = torch.cat([critic(b) for b in lab.batches(4)])
     apart = torch.cat([critic(b) for b in lab.batches(4, 22)])

@@ -1,4 +1,4 @@
-"""Two ranks under FSDP2 make the advantages and the critic's step that one process makes."""
+"""Two ranks under FSDP2 compute the same advantages and critic update as one process."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ import torch
 
 @pytest.fixture(scope="module")
 def saved(ranks: Path) -> dict[str, Any]:
-    """What two ranks have written."""
+    """The results of two ranks, from `ppo_lab`."""
     return torch.load(ranks / "ppo_lab" / "saved.pt", weights_only=True)
 
 

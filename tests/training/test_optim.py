@@ -32,7 +32,7 @@ def test_decays_end_at_their_least_fraction(schedule: str, least: float) -> None
     assert got[0] == 2.0
     assert got[-1] == pytest.approx(2.0 * least, abs=1e-12)
     assert all(a > b for a, b in pairwise(got))
-    assert got[NUM_STEPS // 2] == pytest.approx(1.0 * (1 + least))  # both are half-way down in the middle
+    assert got[NUM_STEPS // 2] == pytest.approx(1.0 * (1 + least))  # in the middle both have fallen half-way
 
 
 def test_cosine_is_a_half_wave() -> None:

@@ -79,8 +79,8 @@ def test_a_step_whose_responses_are_all_masked_is_no_trouble(world: Any, tmp_pat
 
 @pytest.mark.parametrize("rewards", ["step_ends", "end"])
 def test_the_critic_s_first_advantages_are_the_rewards_to_go(world: Any, tmp_path: Path, rewards: str) -> None:
-    """A critic of 0 and lambda 1: with rewards at the end every token of a response has its total, whitened over tokens, which is
-    REINFORCE; with rewards at the step ends its step's return, which is SRPO."""
+    """With a critic of 0 and lambda 1, advantages are whitened rewards to go. With rewards at the end each token has the total of
+    its response, as in REINFORCE; with rewards at the step ends it has the return of its step, as in SRPO."""
     same = {"advantage": {"method": "reinforce"}} if rewards == "end" else {}
     ppo = {"advantage": {"method": "ppo"}, "critic": {"rewards": rewards, "gae_lambda": 1.0}}
     lines = []
@@ -107,7 +107,7 @@ def test_stopped_anywhere_ppo_ends_the_same(
     world: Any, whole: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, where: str
 ) -> None:
     stopped = five_steps(world, tmp_path / "stopped")
-    name = "save_checkpoint" if where == "policy checkpoint" else where  # of the policy: the critic's is there by then
+    name = "save_checkpoint" if where == "policy checkpoint" else where  # run.py's call, for the policy: the critic is saved
     module = srpo.training.run if where == "policy checkpoint" else srpo.train
     original, calls = getattr(module, name), []
 
@@ -145,7 +145,7 @@ STEPS = (
 
 
 def toy(world: Any, folder: Path, **changes: Any) -> Config:
-    """Random text, rewarded for certain letters: everything is to be learned and a few steps are enough."""
+    """A policy that writes random text and is rewarded for certain letters, which it learns in a few steps."""
     tokenizer = load_tokenizer(world.base)
     make_tiny(tokenizer, TinyConfig(**{**vars(small.TINY), "initializer_range": 0.2}), 5).save_pretrained(folder / "base")
     tokenizer.save_pretrained(folder / "base")
@@ -169,7 +169,7 @@ def toy(world: Any, folder: Path, **changes: Any) -> Config:
 
 @pytest.mark.parametrize("method", [pytest.param("reinforce", marks=pytest.mark.slow), "rloo", "ppo"])
 def test_rewards_rise(world: Any, tmp_path: Path, method: str) -> None:
-    """REINFORCE is slow for being PPO in a special case: test_the_critic_s_first_advantages_are_the_rewards_to_go[end]."""
+    """REINFORCE is marked slow: test_the_critic_s_first_advantages_are_the_rewards_to_go[end] compares it with PPO."""
     train(toy(world, tmp_path, advantage={"method": method}, critic={"optimizer": {"lr": 1e-3}}), small.ONE)
     rewards = [line["reward/total"] for line in small.metrics_of(tmp_path / "run")]
     assert sum(rewards[-12:]) / 12 > sum(rewards[:6]) / 6 + 0.1, rewards  # the noise of one step is 0.08
