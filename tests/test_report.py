@@ -79,7 +79,7 @@ def test_results_table_has_a_column_for_each_value_of_each_tag():
     lines = results_table({**AFTER, "by": by, "untagged": {"query_type": 7, "domain": 0}}, SCHEMA).splitlines()
     assert lines[0].split() == ["all", "negation", "plain", "domain", "plain"]
     assert cells("\n".join(lines))["Accuracy"] == ["75.0", "50.0", "75.0", "50.0"]
-    assert lines[-1] == "7 pairs carry no tag query_type"
+    assert lines[-1] == "7 pairs have no tag query_type"
     assert results_table(AFTER, SCHEMA).splitlines()[0].split() == ["all"]
 
 
@@ -101,7 +101,7 @@ def test_tables_with_intervals_stay_within_130_columns(num_values: int):
     assert max(map(len, table.splitlines())) <= 130
     assert table.count("Macro F1") == -(-(num_values + 1) // 6)
     assert table.count("[") == (num_values + 1) * 17 - num_values  # S1 is not known before
-    assert "consistency: of 1,000 pairs" in table
+    assert "consistency: over the 1,000 pairs" in table
 
 
 def test_report_of_a_run_folder_follows_its_own_steps(tmp_path: Path):

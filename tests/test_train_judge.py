@@ -235,7 +235,7 @@ def test_humans_verify_between_the_stages(
     report = train_judge(cfg, small.ONE)
     assert "grpo" not in report and "--stage grpo --verified FILE" in capsys.readouterr().out
     line = small.complaint(srpo.train_judge.main, replace(cfg, stage="grpo"), tmp_path, capsys)
-    assert "stage grpo needs --verified FILE" in line
+    assert "stage is grpo and verified is not set" in line
 
     rows = [json.loads(line) for line in (run_dir / "judge_queue.jsonl").read_text().split("\n") if line]
     for i, row in enumerate(rows):
@@ -289,7 +289,7 @@ def test_a_scalar_judge_is_trained_measured_and_used(
         assert earned and (earned <= rewards if rewards else any(0 < x < 0.2 for x in earned))
         assert 0 <= small.metrics_of(tmp_path / reading)[0]["judge/error_rate/category_match"] <= 1
     line = small.complaint(srpo.train_judge.main, replace(cfg, stage="mine"), tmp_path, capsys)
-    assert "stage mine is of the generative judge" in line
+    assert "stage is mine and kind scalar" in line
 
 
 def test_a_judge_without_room_for_prompts_is_refused(world: Any) -> None:
@@ -300,20 +300,20 @@ def test_a_judge_without_room_for_prompts_is_refused(world: Any) -> None:
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"data": ""}, "data is not set: name the examples"),
-        ({"rollouts": ""}, "set one of judgments .* and rollouts"),
-        ({"judgments": "also.jsonl"}, "set one of judgments .* and rollouts"),
+        ({"data": ""}, "data is not set: name the file of the examples"),
+        ({"rollouts": ""}, "set either judgments .* or rollouts"),
+        ({"judgments": "also.jsonl"}, "set either judgments .* or rollouts"),
         ({"rollouts": "nowhere.jsonl"}, "nowhere.jsonl"),
-        ({"held_out": 5000}, r"\d+ judgments have a verdict and held_out is 5000, .*: lower held_out"),
-        ({"held_out": 0}, "held_out is 0: hold out some judgments"),
-        ({"stage": "mine"}, r"stage mine goes on from .*sft\.json, which is not there"),
-        ({"stage": "grpo"}, r"stage grpo goes on from .*judge_queue\.jsonl, which is not there"),
+        ({"held_out": 5000}, r"held_out is 5000 and \d+ judgments have a verdict: .* lower held_out"),
+        ({"held_out": 0}, "held_out is 0: set it to 1 or more"),
+        ({"stage": "mine"}, r"stage mine needs .*sft\.json, which does not exist"),
+        ({"stage": "grpo"}, r"stage grpo needs .*judge_queue\.jsonl, which does not exist"),
         ({"verified": "nowhere.jsonl"}, "nowhere.jsonl"),
-        ({"mine": MineConfig(balance=("flavour",))}, "mine.balance: .* no tag 'flavour' .*--mine.balance alone names none"),
-        ({"mine": MineConfig(num_votes=1)}, "mine.num_votes at least 2"),
+        ({"mine": MineConfig(balance=("flavour",))}, "mine.balance: .* no tag 'flavour' .*`--mine.balance` without a value"),
+        ({"mine": MineConfig(num_votes=1)}, "mine.num_votes 1 .* and mine.num_votes to at least 2"),
         ({"mine": MineConfig(num_responses=-1)}, "mine.num_responses is -1: .* 0 for all"),
-        ({"kind": "scalar", "sft": SftConfig(inputs="hidden")}, "sft.inputs is of a loss over the vocabulary"),
-        ({"mine": MineConfig(solve_low=0.9, solve_high=0.1)}, "no solve rate lies between mine.solve_low 0.9 and"),
+        ({"kind": "scalar", "sft": SftConfig(inputs="hidden")}, "sft.inputs is 'hidden' and kind scalar"),
+        ({"mine": MineConfig(solve_low=0.9, solve_high=0.1)}, "mine.solve_low is 0.9 and mine.solve_high 0.1: set"),
     ],
 )
 def test_what_cannot_work_is_one_line(
@@ -340,4 +340,4 @@ def test_other_files_than_rollouts_and_judgments_of_other_data(
     judged.write_text(json.dumps({**ROW, "example_id": "unheard of"}) + "\n")
     cfg = settings(world, base, tmp_path / "judge", Path(), rollouts="", judgments=str(judged))
     line = small.complaint(srpo.train_judge.main, cfg, tmp_path, capsys)
-    assert "1 judgments speak of examples that are not in" in line and "unheard of" in line
+    assert "1 judgments are of examples that are not in" in line and "unheard of" in line

@@ -66,8 +66,8 @@ def run_settings(source: Path, config: str, say: bool = True) -> Config:
         path = folder / "config.toml"
         if path.is_file() and tomllib.loads(path.read_text(encoding="utf-8")).keys() >= {"steps", "rollout"}:
             if say:
-                print(f"steps, prompt and lengths as in {path}")
+                print(f"steps, prompt and lengths are those of {path}")
             return apply_toml(Config(), path)
     if say:
-        print("no config.toml of a training run around it: steps, prompt and lengths are the defaults")
+        print(f"{source} is not in the folder of a training run: steps, prompt and lengths are the defaults")
     return Config()

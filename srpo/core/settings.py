@@ -42,10 +42,10 @@ def load(cls: type[T], argv: Sequence[str] | None = None, prog: str | None = Non
     while argv and argv[0].startswith("@"):
         path = argv.pop(0)[1:]
         if not path and not argv:
-            raise ValueError("`@` stands alone: write `@ file.toml`")
+            raise ValueError("`@` is not followed by a file: write `@ file.toml`")
         config = apply_toml(config, Path(path or argv.pop(0)))
     if "@" in argv:
-        raise ValueError("`@ file.toml` stands after a flag: put files first, flags after them")
+        raise ValueError("`@ file.toml` comes after a flag: put files first, then flags")
     registry = ConstructorRegistry()
     registry.struct_rule(_no_flags_for_tables)
     with registry:

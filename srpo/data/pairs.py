@@ -24,9 +24,9 @@ def read_pairs(path: str | Path) -> Iterator[tuple[str, str]]:
                 row = json.loads(line)
                 prompt, response = row["prompt"], row["response"]
             except (ValueError, KeyError, TypeError) as error:
-                raise ValueError(f'{path}, line {number}: want {{"prompt": "...", "response": "..."}} ({error})') from error
+                raise ValueError(f'{path}, line {number}: write {{"prompt": "...", "response": "..."}} ({error})') from error
             if not (isinstance(prompt, str) and isinstance(response, str) and prompt and response):
-                raise ValueError(f"{path}, line {number}: prompt and response must be texts that are not empty")
+                raise ValueError(f"{path}, line {number}: prompt and response must be strings that are not empty")
             empty = False
             yield prompt, response
     if empty:

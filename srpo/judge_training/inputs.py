@@ -57,29 +57,33 @@ def prepare(cfg: JudgeConfig, parallel: Parallel) -> Work:
     """Read and check settings and data. Raises ValueError for what would fail later; writes nothing."""
     schema = StepSchema(cfg.steps)
     if not cfg.data:
-        raise ValueError("data is not set: name the examples that the judgments speak of")
+        raise ValueError("data is not set: name the file of the examples that were judged")
     if bool(cfg.judgments) == bool(cfg.rollouts):
-        raise ValueError("set one of judgments (human verdicts) and rollouts (to be judged by the simulated annotator)")
+        raise ValueError("set either judgments (human verdicts) or rollouts (which the simulated annotator judges)")
     if cfg.kind == "scalar" and cfg.stage in ("mine", "grpo"):
-        raise ValueError(f"stage {cfg.stage} is of the generative judge: a scalar one has no verdicts to sample; use --stage sft")
+        raise ValueError(f"stage is {cfg.stage} and kind scalar: a scalar judge has no verdicts to sample, set stage to 'sft'")
     if cfg.kind == "scalar" and cfg.sft.inputs != "logits":
-        raise ValueError("sft.inputs is of a loss over the vocabulary, which a scalar judge does not have: set it to 'logits'")
+        raise ValueError(
+            f"sft.inputs is {cfg.sft.inputs!r} and kind scalar: a scalar judge has no loss over the vocabulary, set sft.inputs "
+            "to 'logits'"
+        )
     if cfg.num_votes < 1 or cfg.mine.num_votes < 2 or cfg.mine.num_cases < 1:
         raise ValueError(
-            "num_votes and mine.num_cases have to be at least 1, mine.num_votes at least 2 (verdicts that can differ)"
+            f"num_votes is {cfg.num_votes}, mine.num_votes {cfg.mine.num_votes} and mine.num_cases {cfg.mine.num_cases}: set "
+            "each to at least 1, and mine.num_votes to at least 2"
         )
     if cfg.mine.num_responses < 0:
         raise ValueError(f"mine.num_responses is {cfg.mine.num_responses}: set it to 1 or more, or to 0 for all of the pool")
     if not cfg.mine.solve_low < cfg.mine.solve_high:
         raise ValueError(
-            f"no solve rate lies between mine.solve_low {cfg.mine.solve_low} and mine.solve_high {cfg.mine.solve_high}"
+            f"mine.solve_low is {cfg.mine.solve_low} and mine.solve_high {cfg.mine.solve_high}: set solve_low below solve_high"
         )
     if cfg.stage == "grpo" and not (cfg.verified or simulates(cfg)):
-        raise ValueError(f"stage grpo needs --verified FILE: a copy of {QUEUE} with its field human filled in")
+        raise ValueError(f"stage is grpo and verified is not set: set it to a copy of {QUEUE} with its field human filled in")
     for stage, needs in (("mine", "sft.json"), ("grpo", QUEUE)):
         if cfg.stage == stage and not (Path(cfg.run_dir) / needs).is_file():
             raise ValueError(
-                f"stage {stage} goes on from {Path(cfg.run_dir) / needs}, which is not there: run the stages before it"
+                f"stage {stage} needs {Path(cfg.run_dir) / needs}, which does not exist: run the earlier stages first"
             )
     if cfg.verified:
         read_queue(cfg.verified, schema)
@@ -96,16 +100,18 @@ def prepare(cfg: JudgeConfig, parallel: Parallel) -> Work:
             cfg.annotator_reasons,
         )
     if unknown := [j.example_id for j in judgments if j.example_id not in examples]:
-        raise ValueError(f"{len(unknown)} judgments speak of examples that are not in {cfg.data}, the first of {unknown[0]}")
+        raise ValueError(
+            f"{len(unknown)} judgments are of examples that are not in {cfg.data}, such as {unknown[0]}: set data to the file "
+            "that was judged"
+        )
     judgments = [j for j in judgments if any(verdict is not None for verdict in j.verdicts)]
     if cfg.held_out < 1:
-        raise ValueError(f"held_out is {cfg.held_out}: hold out some judgments, or nothing is known of the judge")
+        raise ValueError(f"held_out is {cfg.held_out}: set it to 1 or more, because held-out judgments evaluate the judge")
     shown, held_out, num_left_out = hold_out(judgments, examples, cfg.held_out)
     if not shown:
         raise ValueError(
-            f"{len(judgments)} judgments have a verdict and held_out is {cfg.held_out}, which with the judgments of the same "
-            "queries leaves none to train on: lower held_out, or judge more responses (the simulated annotator needs examples "
-            "with a truth)"
+            f"held_out is {cfg.held_out} and {len(judgments)} judgments have a verdict: without the held-out queries none "
+            "is left to train on; lower held_out, or judge more responses (the simulated annotator needs examples with a truth)"
         )
     pool = _pool(cfg, examples, schema, held_out) if cfg.mine.pool else shown
     pool = pool[: cfg.mine.num_responses or None]
@@ -119,7 +125,7 @@ def _check_tags(example: Example, tags: Sequence[str]) -> None:
     try:
         stratum(example, tags)
     except ValueError as error:
-        raise ValueError(f"mine.balance: {error}; --mine.balance alone names none") from error
+        raise ValueError(f"mine.balance: {error}; `--mine.balance` without a value balances nothing") from error
 
 
 def _pool(cfg: JudgeConfig, examples: dict[str, Example], schema: StepSchema, held_out: Sequence[Judgment]) -> list[Judgment]:
@@ -130,6 +136,6 @@ def _pool(cfg: JudgeConfig, examples: dict[str, Example], schema: StepSchema, he
     pool = [Judgment(*key, nothing, nothing) for key in found if examples[key[0]].query_id not in queries]
     if not pool:
         raise ValueError(
-            f"{cfg.mine.pool} has no response to a query of {cfg.data} that is not held out: sample on the same data"
+            f"{cfg.mine.pool} has no response to a query of {cfg.data} that is not held out: sample the pool on the same data"
         )
     return pool

@@ -50,8 +50,8 @@ def train_scalar(
     for case, judgment in zip(cases, judgments, strict=True):
         if len(case[0]) + len(case[1]) > limit:
             raise ValueError(
-                f"a response to {judgment.example_id} has with its prompt {len(case[0]) + len(case[1])} tokens, more than "
-                f"{limit}, the lower of the context and sft.micro_batch_tokens: raise that or leave it out"
+                f"a response to {judgment.example_id} has {len(case[0]) + len(case[1])} tokens with its prompt, more than "
+                f"{limit}, the smaller of context and sft.micro_batch_tokens: raise the smaller one, or remove the response"
             )
     targets = signed_targets(cases, judgments)
     model = parallel.shard(model, dtype=cfg.policy.dtype)

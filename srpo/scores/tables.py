@@ -37,9 +37,9 @@ def results_table(results: Results, schema: StepSchema) -> str:
     parted = _parted(_cells(schema, *columns.values()), schema)
     counts = ("pairs", *(f"{part['num_examples']:,}" for part in columns.values()))
     notes = [f"percent{_interval_note(results)}"]
-    notes += [f"{number:,} pairs carry no tag {tag}" for tag, number in results.get("untagged", {}).items() if number]
+    notes += [f"{number:,} pairs have no tag {tag}" for tag, number in results.get("untagged", {}).items() if number]
     if checked := results.get("consistency"):
-        notes.append(f"consistency: of {checked['num_examples']:,} pairs whose steps before the verdict can be checked")
+        notes.append(f"consistency: over the {checked['num_examples']:,} pairs whose steps before the verdict can be checked")
     return text_table(("", *columns), [*parted, [counts]], notes)
 
 

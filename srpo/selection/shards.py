@@ -133,4 +133,4 @@ def check_shard(folder: Path, number: int, examples: Sequence[Example]) -> None:
 
 
 def _unreadable(path: Path, error: Exception) -> str:
-    return f"{path}: not a readable file of records ({error}): remove it, and its examples are sampled again"
+    return f"{path}: not a readable file of records ({error}): remove it, then its examples are sampled again"

@@ -27,32 +27,33 @@ def check_settings(cfg: Config, world_size: int = 1) -> None:
         _at_least(cfg, key, 0)
     _check_loss(cfg)
     if not 0 <= cfg.advantage.gamma <= 1:
-        raise ValueError(f"advantage.gamma is {cfg.advantage.gamma}: a discount lies between 0 and 1")
+        raise ValueError(f"advantage.gamma is {cfg.advantage.gamma}: set it to a number from 0 to 1")
     method, normalize = cfg.advantage.method, cfg.advantage.normalize
     compares = normalize in ("group", "group_step") if method == "srpo" else method not in ("reinforce", "ppo")
     if cfg.rollout.group_size < 2 and compares:
         baseline = f"advantage.normalize {normalize!r}" if method == "srpo" else f"advantage.method {method!r}"
         raise ValueError(
             f"rollout.group_size is {cfg.rollout.group_size}, but {baseline} compares the rollouts of a group: "
-            "use 2 or more, or advantage.method srpo with advantage.normalize batch"
+            "set it to 2 or more, or use advantage.method srpo with advantage.normalize batch"
         )
     check_rollout(cfg)
     _check_sampler(cfg)
     low, high = cfg.sampler.difficulty_low, cfg.sampler.difficulty_high
     if not (low < high and low < 1 and high > 0):
         raise ValueError(
-            f"the difficulty window ({low}, {high}) filters out everything: scores lie in 0..1, and "
-            "sampler.difficulty_low must be below sampler.difficulty_high"
+            f"sampler.difficulty_low is {low} and sampler.difficulty_high {high}: this window filters out everything, because "
+            "scores lie in 0..1; set difficulty_low below 1 and below difficulty_high, and difficulty_high above 0"
         )
     if cfg.rollout.num_prompts % world_size:
         raise ValueError(
-            f"rollout.num_prompts {cfg.rollout.num_prompts} cannot be shared by {world_size} processes: use a multiple"
+            f"rollout.num_prompts is {cfg.rollout.num_prompts}, which {world_size} processes cannot share equally: set it to a "
+            f"multiple of {world_size}"
         )
     share = cfg.rollout.num_prompts // world_size
     if cfg.rollout.cut_tail and quota(cfg.rollout.num_prompts, world_size, cfg.rollout.cut_tail) == share:
         raise ValueError(
-            f"rollout.cut_tail {cfg.rollout.cut_tail} of the {share} prompts of a process is less than one: nothing would be "
-            f"cut, set it to {1 / share:.3g} or more, or to 0"
+            f"rollout.cut_tail is {cfg.rollout.cut_tail}, less than one of the {share} prompts of a process, so it cuts nothing: "
+            f"set it to {1 / share:.3g} or more, or to 0"
         )
     if not cfg.data.train and not (cfg.curriculum and all(stage.data for stage in cfg.curriculum)):
         raise ValueError("data.train is not set: name a file of judged pairs (docs/data.md)")
@@ -60,8 +61,8 @@ def check_settings(cfg: Config, world_size: int = 1) -> None:
     _at_least(cfg, "reward.audit_warmup", 1)
     if not (0 <= cfg.reward.audit_decay < 1 and cfg.reward.audit_bound > 0):
         raise ValueError(
-            f"reward.audit_decay is {cfg.reward.audit_decay}, reward.audit_bound {cfg.reward.audit_bound}: give a decay of at "
-            "least 0 and below 1, and a bound above 0 (reward.audit = 'off' does without)"
+            f"reward.audit_decay is {cfg.reward.audit_decay} and reward.audit_bound {cfg.reward.audit_bound}: set audit_decay to "
+            "a number from 0 to below 1, and audit_bound above 0"
         )
 
 
@@ -75,12 +76,18 @@ def check_judge(cfg: Config) -> None:
         )
     if reward.judge != "generative" and reward.judge_engine != "local":
         raise ValueError(
-            f"reward.judge_engine is {reward.judge_engine} and reward.judge {reward.judge}: only a generative judge has an engine"
+            f"reward.judge_engine is {reward.judge_engine} and reward.judge {reward.judge}: only a generative judge has an "
+            "engine, set reward.judge_engine to 'local' or reward.judge to 'generative'"
         )
     if reward.judge_url and not service:
-        raise ValueError("reward.judge_url is set: with it go reward.judge 'generative' and reward.judge_engine 'url'")
+        raise ValueError(
+            "reward.judge_url is set, but only reward.judge 'generative' with reward.judge_engine 'url' uses it: set these two, "
+            "or remove reward.judge_url"
+        )
     if service and not reward.judge_url:
-        raise ValueError("reward.judge_engine is url but reward.judge_url is not set: give one like http://127.0.0.1:8000/v1")
+        raise ValueError(
+            "reward.judge_engine is url but reward.judge_url is not set: set it, for example http://127.0.0.1:8000/v1"
+        )
     if service:
         check_service(reward)
     for key in ("reward.judge_cache", "reward.judge_max_context"):
@@ -88,8 +95,8 @@ def check_judge(cfg: Config) -> None:
     memory = cfg.rollout.vllm.gpu_memory_frac + reward.judge_vllm.gpu_memory_frac
     if cfg.rollout.engine == reward.judge_engine == "vllm" and memory >= 1:
         raise ValueError(
-            f"rollout.vllm.gpu_memory_frac and reward.judge_vllm.gpu_memory_frac add up to {memory:g}: policy and judge share a "
-            "GPU with the trainer, lower one of them"
+            f"rollout.vllm.gpu_memory_frac and reward.judge_vllm.gpu_memory_frac add up to {memory:g}: lower one of "
+            "them, because policy and judge share a GPU with the trainer"
         )
 
 
@@ -98,25 +105,25 @@ def check_rollout(cfg: Config) -> None:
     rollout, loss = cfg.rollout, cfg.loss
     _at_least(cfg, "rollout.oversample", 0)
     if not 0 <= rollout.cut_tail < 1:
-        raise ValueError(f"rollout.cut_tail is {rollout.cut_tail}: it is a share of the groups, from 0 to below 1")
+        raise ValueError(f"rollout.cut_tail is {rollout.cut_tail}: set it to a share of the groups, from 0 to below 1")
     if rollout.cut_tail and cfg.sampler.refill:
         raise ValueError(
-            f"rollout.cut_tail {rollout.cut_tail} gives prompts up and sampler.refill {cfg.sampler.refill} samples others in "
-            "their place: set one of them to 0"
+            f"rollout.cut_tail is {rollout.cut_tail} and sampler.refill {cfg.sampler.refill}: refill would sample other prompts "
+            "in place of those that cut_tail aborts, so set one of them to 0"
         )
     if rollout.off_policy_steps not in (0, 1):
-        raise ValueError(f"rollout.off_policy_steps is {rollout.off_policy_steps}: set it to 0, or to 1 for one step of age")
+        raise ValueError(f"rollout.off_policy_steps is {rollout.off_policy_steps}: set it to 0, or to 1 (one step old)")
     if rollout.off_policy_steps and loss.importance == "off":
         raise ValueError(
-            "rollout.off_policy_steps is 1 and loss.importance off: samples of the weights before need importance weights, set "
-            "loss.importance to 'truncate' (or 'mask')"
+            "rollout.off_policy_steps is 1 and loss.importance off: samples of older weights need importance weights, set "
+            "loss.importance to 'truncate' or 'mask'"
         )
     if not loss.importance_cap >= 1:
-        raise ValueError(f"loss.importance_cap is {loss.importance_cap}: give the largest ratio that counts in full, 1 or more")
+        raise ValueError(f"loss.importance_cap is {loss.importance_cap}: set it to 1 or more")
     if rollout.support == "replay" and (not rollout.top_k or rollout.ratio != "filtered"):
         raise ValueError(
-            f"rollout.support is 'replay' with rollout.top_k {rollout.top_k} and rollout.ratio {rollout.ratio!r}: only ratios "
-            "of a filtered distribution have a support, set top_k above 0 and ratio to 'filtered', or support to 'recompute'"
+            f"rollout.support is 'replay' with rollout.top_k {rollout.top_k} and rollout.ratio {rollout.ratio!r}: only a "
+            "filtered distribution has a support, set top_k above 0 and ratio to 'filtered', or support to 'recompute'"
         )
 
 
@@ -137,8 +144,8 @@ def _check_sampler(cfg: Config) -> None:
         raise ValueError(f"sampler.new_weight is {cfg.sampler.new_weight}: set it above 0 and to at most 1")
     if cfg.sampler.refill and cfg.rollout.group_size < 2:
         raise ValueError(
-            f"sampler.refill is {cfg.sampler.refill} and rollout.group_size {cfg.rollout.group_size}: a group of one never has a "
-            "difference to learn from; set sampler.refill to 0 or rollout.group_size to 2 or more"
+            f"sampler.refill is {cfg.sampler.refill} and rollout.group_size {cfg.rollout.group_size}: refill replaces groups "
+            "without differences, and a group of one has none; set sampler.refill to 0 or rollout.group_size to 2 or more"
         )
     check_curriculum(cfg)
 
@@ -148,22 +155,25 @@ def _check_loss(cfg: Config) -> None:
     for key in ("loss.clip_eps_low", "loss.clip_eps_high"):
         _at_least(cfg, key, 0)
     if cfg.loss.dual_clip and not cfg.loss.dual_clip > 1:
-        raise ValueError(f"loss.dual_clip is {cfg.loss.dual_clip}: give a bound of the ratio above 1, or 0 for none")
+        raise ValueError(f"loss.dual_clip is {cfg.loss.dual_clip}: set it above 1, or to 0 for no bound")
     if cfg.loss.dual_clip and cfg.loss.clip_form != "ppo":
-        raise ValueError(f"loss.dual_clip bounds the surrogate of clip_form ppo, not {cfg.loss.clip_form}: set one of them back")
+        raise ValueError(
+            f"loss.dual_clip is {cfg.loss.dual_clip} and loss.clip_form {cfg.loss.clip_form}: only the surrogate of clip_form "
+            "'ppo' has this bound, set loss.dual_clip to 0 or loss.clip_form to 'ppo'"
+        )
     if cfg.advantage.method != "ppo":
         return
     if cfg.loss.ratio_over != "token":
         raise ValueError(
-            f"advantage.method ppo has an advantage for each token, loss.ratio_over {cfg.loss.ratio_over} one ratio for many: "
-            "use loss.ratio_over token"
+            f"loss.ratio_over is {cfg.loss.ratio_over} and advantage.method ppo: each token has its own advantage and needs its "
+            "own ratio, set loss.ratio_over to 'token'"
         )
     _at_least(cfg, "critic.num_updates", 1)
     for key in ("critic.value_clip", "critic.optimizer.lr"):
         _at_least(cfg, key, 0)
     for name in ("gamma", "gae_lambda"):
         if not 0 <= getattr(cfg.critic, name) <= 1:
-            raise ValueError(f"critic.{name} is {getattr(cfg.critic, name)}: give a number from 0 to 1")
+            raise ValueError(f"critic.{name} is {getattr(cfg.critic, name)}: set it to a number from 0 to 1")
 
 
 def _at_least(cfg: Config, key: str, least: int) -> None:
@@ -183,8 +193,9 @@ def check_prompt_lengths(
         rows = len(prompt) + params.max_new_tokens - 1
         if rows > max_rows:
             raise ValueError(
-                f"the prompt of example {example.example_id} has {len(prompt)} tokens, with its response {rows} rows, more than "
-                f"train.micro_batch_tokens = {max_rows}: raise that, lower rollout.max_new_tokens or shorten data.prompt"
+                f"the prompt of example {example.example_id} has {len(prompt)} tokens, and with its longest response {rows} "
+                f"rows, more than train.micro_batch_tokens = {max_rows}: raise that, lower rollout.max_new_tokens or shorten "
+                "data.prompt"
             )
 
 
@@ -197,10 +208,10 @@ def check_examples(
     The simulated annotator (reward.judge "oracle") can grade a step only if the example has its truth.
     """
     if len(examples) < cfg.rollout.num_started:
-        more = f" with rollout.oversample {cfg.rollout.oversample} of them" if cfg.rollout.oversample else ""
+        more = f" with rollout.oversample = {cfg.rollout.oversample}" if cfg.rollout.oversample else ""
         raise ValueError(
             f"{cfg.data.train} has {len(examples)} examples, fewer than rollout.num_prompts = {cfg.rollout.num_prompts}{more}: "
-            "lower that or give more data"
+            "lower num_prompts, or give more data"
         )
     silence = [Rollout.from_answers(example.example_id, (None,) * schema.num_steps) for example in examples]
     score(silence, examples, schema, judge, cfg.reward.missing_verdict)  # calls no judge: all answers are missing
@@ -218,7 +229,7 @@ def _check_truths(examples: Sequence[Example], schema: StepSchema) -> None:
             others = {"skip", "rule"} | ({"gold"} if label is not None else set())
             if truth is None and others.isdisjoint(spec.sources):
                 raise ValueError(
-                    f"reward.judge is oracle, which reads right answers from `truth`, and {example.example_id} has none for step "
-                    f"{spec.name!r}: it would earn nothing. Give the example one, train a judge (srpo.train_judge), or end the "
-                    "step's sources with 'skip'"
+                    f"reward.judge is oracle, which reads right answers from `truth`, but example {example.example_id} has no "
+                    f"truth for step {spec.name!r}, so the step would earn nothing: add the truth, train a judge "
+                    "(srpo.train_judge), or end the step's sources with 'skip'"
                 )

@@ -64,7 +64,7 @@ def fit(
     if (checkpoint := latest_checkpoint(run_dir / "checkpoints")) is not None:
         extra = load_checkpoint(checkpoint, model, optimizer, parallel)
         if extra["data"] != data:
-            raise ValueError(f"{subject} not what {run_dir} has been trained on so far: give another run_dir")
+            raise ValueError(f"{subject} not the data that {run_dir} was trained on so far: restore it, or give another run_dir")
         done = extra["step"]
     logger = MetricsLogger(run_dir, resume_step=done or None) if main else None
     sums: list[torch.Tensor] = []

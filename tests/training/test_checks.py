@@ -39,31 +39,34 @@ def test_the_defaults_with_data_pass() -> None:
         ({"train": {"eval_every": -1}}, "train.eval_every is -1"),
         ({"optimizer": {"lr": -1.0}}, "optimizer.lr is -1.0"),
         ({"advantage": {"clip": -2.0}}, "advantage.clip is -2.0"),
-        ({"advantage": {"gamma": 1.5}}, "advantage.gamma is 1.5: a discount lies between 0 and 1"),
+        ({"advantage": {"gamma": 1.5}}, "advantage.gamma is 1.5: set it to a number from 0 to 1"),
         ({"loss": {"clip_eps_low": -0.1}}, "loss.clip_eps_low is -0.1: set it to 0 or more"),
-        ({"loss": {"dual_clip": 1.0}}, "loss.dual_clip is 1.0: give a bound of the ratio above 1"),
-        ({"loss": {"dual_clip": 3.0, "clip_form": "cispo"}}, "loss.dual_clip bounds the surrogate of clip_form ppo, not cispo"),
+        ({"loss": {"dual_clip": 1.0}}, "loss.dual_clip is 1.0: set it above 1, or to 0"),
+        ({"loss": {"dual_clip": 3.0, "clip_form": "cispo"}}, "loss.dual_clip is 3.0 and loss.clip_form cispo: .*dual_clip to 0"),
         ({"rollout": {"oversample": -0.1}}, "rollout.oversample is -0.1: set it to 0 or more"),
-        ({"rollout": {"cut_tail": 1.0}}, "rollout.cut_tail is 1.0: it is a share of the groups"),
+        ({"rollout": {"cut_tail": 1.0}}, "rollout.cut_tail is 1.0: set it to a share of the groups"),
         (
             {"rollout": {"cut_tail": 0.01}},
-            "cut_tail 0.01 of the 64 prompts of a process is less than one: .* set it to 0.0156 or more",
+            "cut_tail is 0.01, less than one of the 64 prompts of a process, .*: set it to 0.0156 or more",
         ),
-        ({"rollout": {"cut_tail": 0.25}, "sampler": {"refill": 1}}, "cut_tail 0.25 gives prompts up and sampler.refill 1"),
+        ({"rollout": {"cut_tail": 0.25}, "sampler": {"refill": 1}}, "cut_tail is 0.25 and sampler.refill 1"),
         ({"rollout": {"off_policy_steps": 2}}, "rollout.off_policy_steps is 2: set it to 0, or to 1"),
         (
             {"rollout": {"off_policy_steps": 1}},
             "off_policy_steps is 1 and loss.importance off: .*set loss.importance to 'truncate'",
         ),
-        ({"loss": {"importance_cap": 0.9}}, "loss.importance_cap is 0.9: .* 1 or more"),
+        ({"loss": {"importance_cap": 0.9}}, "loss.importance_cap is 0.9: set it to 1 or more"),
         ({"rollout": {"support": "replay", "top_k": 0}}, "rollout.support is 'replay' with rollout.top_k 0"),
         ({"rollout": {"support": "replay", "ratio": "unfiltered"}}, "'replay' with .* rollout.ratio 'unfiltered'"),
-        ({"advantage": {"method": "ppo"}, "loss": {"ratio_over": "step"}}, "use loss.ratio_over token"),
+        ({"advantage": {"method": "ppo"}, "loss": {"ratio_over": "step"}}, "set loss.ratio_over to 'token'"),
         ({"advantage": {"method": "ppo"}, "critic": {"num_updates": 0}}, "critic.num_updates is 0"),
-        ({"advantage": {"method": "ppo"}, "critic": {"gae_lambda": 1.1}}, "critic.gae_lambda is 1.1: give a number from 0 to 1"),
+        (
+            {"advantage": {"method": "ppo"}, "critic": {"gae_lambda": 1.1}},
+            "critic.gae_lambda is 1.1: set it to a number from 0 to 1",
+        ),
         ({"advantage": {"method": "ppo"}, "critic": {"value_clip": -1.0}}, "critic.value_clip is -1.0"),
         ({"reward": {"judge": "generative"}}, "reward.judge_path is not set"),
-        ({"sampler": {"difficulty_low": 0.9, "difficulty_high": 0.9}}, "filters out everything.*difficulty_low must be below"),
+        ({"sampler": {"difficulty_low": 0.9, "difficulty_high": 0.9}}, "filters out everything.*set difficulty_low below 1"),
         ({"sampler": {"difficulty_low": 1.0, "difficulty_high": 2.0}}, "filters out everything"),
         ({"sampler": {"difficulty_low": -1.0, "difficulty_high": 0.0}}, "filters out everything"),
     ],
@@ -86,12 +89,12 @@ def test_settings_that_cannot_make_a_run(changes: dict[str, Any], message: str) 
 def test_a_group_of_one_cannot_be_its_own_baseline(advantage: dict[str, Any], names: str) -> None:
     alone = small.changed(GOOD, {"rollout": {"group_size": 1}})
     check_settings(alone)  # whitening over the batch needs no group
-    with pytest.raises(ValueError, match=f"group_size is 1, but {names} compares .*: use 2 or more"):
+    with pytest.raises(ValueError, match=f"group_size is 1, but {names} compares .*: set it to 2 or more"):
         check_settings(small.changed(alone, {"advantage": advantage}))
 
 
 def test_prompts_are_dealt_out_evenly() -> None:
-    with pytest.raises(ValueError, match="64 cannot be shared by 5 processes: use a multiple"):
+    with pytest.raises(ValueError, match="num_prompts is 64, which 5 processes cannot share equally: set it to a multiple of 5"):
         check_settings(GOOD, world_size=5)
 
 
@@ -117,7 +120,7 @@ def test_examples_that_can_be_trained_on_pass() -> None:
 def test_the_simulated_annotator_needs_a_truth_where_nothing_else_grades() -> None:
     silent = replace(LABELLED, truth=None)
     judged = [spec.name for spec in SCHEMA.specs if not {"gold", "rule", "skip"} & set(spec.sources)]
-    with pytest.raises(ValueError, match=f"{silent.example_id} has none for step '{judged[0]}': it would earn nothing"):
+    with pytest.raises(ValueError, match=f"{silent.example_id} has no truth for step '{judged[0]}', so .* earn nothing: add"):
         check([LABELLED, silent])
     skipped = StepSchema(tuple(replace(spec, sources=(*spec.sources, "skip")) for spec in SCHEMA.specs))
     check_examples(
@@ -137,7 +140,7 @@ def test_examples_have_to_fill_what_a_step_starts() -> None:
     judge = OracleJudge(0.0, 0, SCHEMA)
     check_examples(examples, [], SCHEMA, judge, cfg)
     with pytest.raises(
-        ValueError, match=r"has 5 examples, fewer than rollout.num_prompts = 4 with rollout.oversample 0.3 of them"
+        ValueError, match=r"has 5 examples, fewer than rollout.num_prompts = 4 with rollout.oversample = 0.3: lower"
     ):
         check_examples(examples[:5], [], SCHEMA, judge, cfg)
 
