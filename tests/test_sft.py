@@ -125,16 +125,16 @@ SIX_STEPS = {"num_steps": 6, "checkpoint_every": 2, "batch_size": 8}
 
 
 @pytest.fixture(scope="module")
-def whole(world: Any, tmp_path_factory: pytest.TempPathFactory) -> Path:
+def uninterrupted(world: Any, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The folder of a run that was never stopped."""
-    run_dir = tmp_path_factory.mktemp("sft") / "whole"
+    run_dir = tmp_path_factory.mktemp("sft") / "uninterrupted"
     sft(world.sft_config(run_dir, **SIX_STEPS), small.ONE)
     return run_dir
 
 
 @pytest.mark.parametrize("where", ["learning_rate", "save_checkpoint", "save_policy"])
 def test_stopped_anywhere_it_ends_the_same(
-    world: Any, whole: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, where: str
+    world: Any, uninterrupted: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, where: str
 ) -> None:
     stopped = world.sft_config(tmp_path / "stopped", **SIX_STEPS)
     module = srpo.training.supervised if where in ("learning_rate", "save_checkpoint") else srpo.sft
@@ -151,8 +151,8 @@ def test_stopped_anywhere_it_ends_the_same(
         sft(stopped, small.ONE)
     sft(stopped, small.ONE)
     assert len(calls) > 1
-    assert (whole / "metrics.jsonl").read_bytes() == (tmp_path / "stopped/metrics.jsonl").read_bytes()
-    assert small.same_bits(*(small.parameters_of(run / "policy") for run in (whole, tmp_path / "stopped")))
+    assert (uninterrupted / "metrics.jsonl").read_bytes() == (tmp_path / "stopped/metrics.jsonl").read_bytes()
+    assert small.same_bits(*(small.parameters_of(run / "policy") for run in (uninterrupted, tmp_path / "stopped")))
     before = (tmp_path / "stopped/metrics.jsonl").read_bytes()
     sft(stopped, small.ONE)  # a finished run, started again
     assert (tmp_path / "stopped/metrics.jsonl").read_bytes() == before

@@ -49,7 +49,7 @@ def test_the_log_is_what_the_rollouts_say(world: Any, tmp_path: Path) -> None:
             assert line.get(f"judge/num_audited/{spec.name}", 0) == len(pairs)
             if pairs:
                 assert line[f"judge/error_rate/{spec.name}"] == pytest.approx(sum(a != b for a, b in pairs) / len(pairs))
-            wrong = [said for said, right in pairs if not right]
+            wrong = [verdict for verdict, right in pairs if not right]
             if wrong:
                 assert line[f"judge/false_correct_rate/{spec.name}"] == pytest.approx(sum(map(bool, wrong)) / len(wrong))
     assert audited > 30
@@ -72,20 +72,17 @@ def test_a_judge_that_begins_to_pass_everything(
         assert [line["step"] for line in small.metrics_of(tmp_path)] == [1, 2] and judge.num_calls == 3
         return
     train(cfg, small.ONE)
-    lines, told = small.metrics_of(tmp_path), capsys.readouterr().out
+    lines, printed = small.metrics_of(tmp_path), capsys.readouterr().out
     assert judge.num_calls == 4  # one call per optimizer step, audited or not
-    assert ("optimizer step 3: the judge errs on" in told) == (audit == "warn") and "optimizer step 1:" not in told
+    assert ("optimizer step 3: the judge errs on" in printed) == (audit == "warn") and "optimizer step 1:" not in printed
     drifts = [max((v for k, v in line.items() if k.startswith("judge/drift/")), default=None) for line in lines]
     assert drifts == [None] * 4 if audit == "off" else drifts[:2] == [0, 0] and (drifts[2] or 0) > 0.02
 
 
 def test_the_average_survives_a_broken_run(world: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    made: list[Drifts] = []
-
     def runs(name: str, *judges: Drifts) -> list[dict[str, float]]:
         cfg = world.config(tmp_path / name, num_steps=5, reward={"audit_warmup": 2}, train={"checkpoint_every": 1})
         for judge in judges:
-            made.append(judge)
             monkeypatch.setattr(srpo.training.run, "build_judge", lambda *_, judge=judge: judge)
             if judge.breaks_at < 99:
                 with pytest.raises(ValueError, match="the judge has gone"):

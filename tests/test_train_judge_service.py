@@ -21,9 +21,9 @@ from srpo.train import main, train
 ERROR_500 = Answer(b'{"error": {"message": "out of memory"}}', 500)
 
 
-def opinion(asked: Asked) -> Answer:
+def opinion(call: Asked) -> Answer:
     """Verdicts on the steps, a function of the prompt alone."""
-    draws = hashlib.sha256(asked.prompt.encode()).digest()
+    draws = hashlib.sha256(call.prompt.encode()).digest()
     return chat(render_verdicts([draw % 4 != 0 for draw in draws[:5]]))
 
 
@@ -49,32 +49,32 @@ def test_a_judge_that_goes_away_stops_the_run_which_then_goes_on(
     port = free_port()
     with serving(opinion, port):
         train(settings(world, tmp_path / "straight", port), small.ONE)
-    whole = contents(tmp_path / "straight")
+    straight = contents(tmp_path / "straight")
     assert any("judge" in (r.reward_sources or ()) for _, r in read_rollouts(tmp_path / "straight" / "rollouts.jsonl"))
 
     cfg = settings(world, tmp_path / "run", port, judge_cache=0)
-    said = small.complaint(main, cfg, tmp_path, capsys)  # no server is running when the run starts
-    assert f"the judge at http://127.0.0.1:{port}/v1 gave no answer in 2 attempts" in said and "ConnectError" in said
+    line = small.complaint(main, cfg, tmp_path, capsys)  # no server is running when the run starts
+    assert f"the judge at http://127.0.0.1:{port}/v1 gave no answer in 2 attempts" in line and "ConnectError" in line
     assert not (tmp_path / "run").exists()
 
-    def breaks(asked: Asked) -> Answer:
-        return opinion(asked) if asked.number < 30 else ERROR_500
+    def breaks(call: Asked) -> Answer:
+        return opinion(call) if call.number < 30 else ERROR_500
 
     with serving(breaks, port):
-        said = small.complaint(main, cfg, tmp_path, capsys)
-    assert "HTTP 500 'out of memory'" in said and "run the same command again" in said
+        line = small.complaint(main, cfg, tmp_path, capsys)
+    assert "HTTP 500 'out of memory'" in line and "run the same command again" in line
     num_done = len(small.metrics_of(tmp_path / "run"))
     assert 0 < num_done < 4
     other = free_port()  # on resume, address and waiting times may differ
     with serving(opinion, other) as server:
         train(settings(world, tmp_path / "run", other, judge_retries=3), small.ONE)
         assert 0 < len(server.asked) <= 1 + 16 * (4 - num_done)
-    assert contents(tmp_path / "run") == whole
+    assert contents(tmp_path / "run") == straight
 
 
 def test_a_run_may_go_on_without_its_judge(world: Any, tmp_path: Path) -> None:
-    def breaks(asked: Asked) -> Answer:
-        return opinion(asked) if asked.number < 17 else ERROR_500
+    def breaks(call: Asked) -> Answer:
+        return opinion(call) if call.number < 17 else ERROR_500
 
     port = free_port()
     with serving(breaks, port):
@@ -96,7 +96,7 @@ def test_what_the_judge_did_is_counted_and_the_key_is_in_no_file(
     with serving(opinion) as server:
         cfg = settings(world, tmp_path / "run", server.port)
         train(cfg, small.ONE)
-        assert all(asked.headers["Authorization"] == "Bearer sk-73-secret" for asked in server.asked)
+        assert all(call.headers["Authorization"] == "Bearer sk-73-secret" for call in server.asked)
         written = [path for path in (tmp_path / "run").rglob("*") if path.is_file()]
         assert len(written) > 5 and not any(b"sk-73" in path.read_bytes() for path in written)
 
@@ -121,7 +121,7 @@ def test_what_the_judge_did_is_counted_and_the_key_is_in_no_file(
 
 
 @pytest.mark.parametrize(
-    ("changes", "said"),
+    ("changes", "message"),
     [
         ({"judge_url": ""}, r"reward\.judge_url is not set"),
         ({"judge_engine": "local"}, r"reward\.judge_path is not set"),
@@ -135,9 +135,9 @@ def test_what_the_judge_did_is_counted_and_the_key_is_in_no_file(
     ids=str,
 )
 def test_settings_that_cannot_work_are_refused_at_the_start(
-    world: Any, tmp_path: Path, changes: dict[str, Any], said: str
+    world: Any, tmp_path: Path, changes: dict[str, Any], message: str
 ) -> None:
-    with pytest.raises(ValueError, match=said):
+    with pytest.raises(ValueError, match=message):
         train(settings(world, tmp_path / "run", 9, **changes), small.ONE)
     assert not (tmp_path / "run").exists()
 

@@ -53,15 +53,15 @@ def outcome(run_dir: Path, scratch: Path) -> dict[str, Any]:
     return result | {name: tensor.numpy().tobytes() for name, tensor in flat.items()}
 
 
-def differences(run_dir: Path, whole: dict[str, Any], tmp_path: Path) -> list[str]:
+def differences(run_dir: Path, uninterrupted: dict[str, Any], tmp_path: Path) -> list[str]:
     got = outcome(run_dir, tmp_path / "flat.pt")
-    return sorted(name for name in got.keys() | whole.keys() if got.get(name) != whole.get(name))
+    return sorted(name for name in got.keys() | uninterrupted.keys() if got.get(name) != uninterrupted.get(name))
 
 
 @pytest.fixture(scope="module")
-def whole(world: Any, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
+def uninterrupted(world: Any, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
     """The outcome of a run that was never stopped and that used every kind of state."""
-    folder = tmp_path_factory.mktemp("whole")
+    folder = tmp_path_factory.mktemp("uninterrupted")
     train(settings(world, folder / "run"), small.ONE)
     lines = small.metrics_of(folder / "run")
     assert [line["sampler/stage"] for line in lines] == [1] * 5 + [2] * 3 + [3] * 2
@@ -132,24 +132,24 @@ def start_and_kill(cfg: Config, folder: Path, seed: int, num_ranks: int, extra_k
     return num_kills
 
 
-def test_killed_and_started_again_it_ends_the_same(world: Any, tmp_path: Path, whole: dict[str, Any]) -> None:
+def test_killed_and_started_again_it_ends_the_same(world: Any, tmp_path: Path, uninterrupted: dict[str, Any]) -> None:
     killed = settings(world, tmp_path / "killed")
     seed = random.randrange(10**6)
     assert start_and_kill(killed, tmp_path / "log", seed, num_ranks=1, extra_kills=0) >= 2
     train(killed, small.ONE)  # like one more process, without the time for its imports
-    assert differences(tmp_path / "killed", whole, tmp_path) == []
+    assert differences(tmp_path / "killed", uninterrupted, tmp_path) == []
 
 
 @pytest.mark.slow
 @pytest.mark.timeout(900)
 @pytest.mark.parametrize("num_ranks", [1, 2])
 def test_killed_often(world: Any, tmp_path: Path, num_ranks: int) -> None:
-    whole, killed = settings(world, tmp_path / "whole"), settings(world, tmp_path / "killed")
-    small.Program("srpo.train", whole, tmp_path / "log", num_ranks).finish()
+    uninterrupted, killed = settings(world, tmp_path / "uninterrupted"), settings(world, tmp_path / "killed")
+    small.Program("srpo.train", uninterrupted, tmp_path / "log", num_ranks).finish()
     seed = random.randrange(10**6)
     assert start_and_kill(killed, tmp_path / "log", seed, num_ranks, extra_kills=4) >= 3
     small.Program("srpo.train", killed, tmp_path / "log", num_ranks).finish()
-    assert differences(tmp_path / "killed", outcome(tmp_path / "whole", tmp_path / "flat.pt"), tmp_path) == []
+    assert differences(tmp_path / "killed", outcome(tmp_path / "uninterrupted", tmp_path / "flat.pt"), tmp_path) == []
 
 
 PHASES = ["generate", "score_rollouts", "refill_step", "assign_credit", "pack_own", "policy_update"]
@@ -158,7 +158,7 @@ AT_THE_END = ["save", "save_policy"]
 
 
 def test_stopped_before_every_phase_it_ends_the_same(
-    world: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, whole: dict[str, Any]
+    world: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, uninterrupted: dict[str, Any]
 ) -> None:
     """The same in one process: one run is interrupted before each phase of the loop, in random order and at random steps."""
     seed = random.randrange(10**6)
@@ -181,11 +181,11 @@ def test_stopped_before_every_phase_it_ends_the_same(
             patch.setattr(place, phase, stopping)
             train(cfg, small.ONE)
     train(cfg, small.ONE)
-    assert differences(tmp_path / "stopped", whole, tmp_path) == []
+    assert differences(tmp_path / "stopped", uninterrupted, tmp_path) == []
 
 
 def test_a_half_written_checkpoint_is_never_chosen(
-    world: Any, tmp_path: Path, whole: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+    world: Any, tmp_path: Path, uninterrupted: dict[str, Any], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     cfg = settings(world, tmp_path / "run")
 
@@ -205,5 +205,5 @@ def test_a_half_written_checkpoint_is_never_chosen(
     assert latest_checkpoint(root) == root / "step_000009"
     train(cfg, small.ONE)
     half.joinpath("rank_0.pt").unlink()
-    assert differences(tmp_path / "run", whole, tmp_path) == []
+    assert differences(tmp_path / "run", uninterrupted, tmp_path) == []
     assert not list(root.glob("*.tmp-*"))

@@ -40,20 +40,20 @@ class Sleeper(LocalEngine):
 @pytest.fixture
 def journal(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     """The engine calls and updates of a run, in order."""
-    found: list[str] = []
+    calls: list[str] = []
     monkeypatch.setattr(
         srpo.training.run,
         "open_engine",
-        lambda cfg, model, parallel: Sleeper(found, model, device=parallel.device, max_context=cfg.policy.max_context),
+        lambda cfg, model, parallel: Sleeper(calls, model, device=parallel.device, max_context=cfg.policy.max_context),
     )
     update = srpo.train.policy_update
 
     def noting(*args: Any) -> dict[str, float]:
-        found.append("update")
+        calls.append("update")
         return update(*args)
 
     monkeypatch.setattr(srpo.train, "policy_update", noting)
-    return found
+    return calls
 
 
 def test_sleep_update_sync_sample(world: Any, tmp_path, journal: list[str]) -> None:

@@ -167,9 +167,9 @@ def _keys(cls: type) -> list[str]:
 
 def _nearest(key: str, known: Sequence[str]) -> str | None:
     """The known dotted key closest to `key`: similar as a whole, similar in the last part, or faintly similar as a whole."""
-    whole = difflib.get_close_matches(key, known, n=1, cutoff=0.75)
-    if whole:
-        return whole[0]
+    matches = difflib.get_close_matches(key, known, n=1, cutoff=0.75)
+    if matches:
+        return matches[0]
     lasts = {name.rpartition(".")[2]: name for name in reversed(known)}
     near = difflib.get_close_matches(key.rpartition(".")[2], list(lasts), n=1, cutoff=0.75)
     return lasts[near[0]] if near else next(iter(difflib.get_close_matches(key, known, n=1, cutoff=0.3)), None)
@@ -223,8 +223,8 @@ def _convert(value: Any, hint: Any, where: str, key: str) -> Any:
     if origin is Literal:
         if not any(value == arg and type(value) is type(arg) for arg in args):
             near = difflib.get_close_matches(value, [str(arg) for arg in args], n=1) if isinstance(value, str) else []
-            hinted = f"; the nearest is {near[0]!r}" if near else ""
-            raise ValueError(f"{where}: {key} must be {_describe(hint)}, not {_show(value)}{hinted}")
+            nearest = f"; the nearest is {near[0]!r}" if near else ""
+            raise ValueError(f"{where}: {key} must be {_describe(hint)}, not {_show(value)}{nearest}")
         return value
     if origin in (Union, types.UnionType):
         fits = [arg for arg in args if _fits(value, arg, where, key)]

@@ -131,9 +131,9 @@ def _check_tags(example: Example, tags: Sequence[str]) -> None:
 def _pool(cfg: JudgeConfig, examples: dict[str, Example], schema: StepSchema, held_out: Sequence[Judgment]) -> list[Judgment]:
     """The responses in `mine.pool` to queries that are not held out, without verdicts."""
     queries = {examples[j.example_id].query_id for j in held_out}
-    nothing = (None,) * schema.num_steps
-    found = {(r.example_id, r.text): None for r in load_rollouts(Path(cfg.mine.pool)) if r.example_id in examples}
-    pool = [Judgment(*key, nothing, nothing) for key in found if examples[key[0]].query_id not in queries]
+    unjudged = (None,) * schema.num_steps
+    responses = {(r.example_id, r.text): None for r in load_rollouts(Path(cfg.mine.pool)) if r.example_id in examples}
+    pool = [Judgment(*key, unjudged, unjudged) for key in responses if examples[key[0]].query_id not in queries]
     if not pool:
         raise ValueError(
             f"{cfg.mine.pool} has no response to a query of {cfg.data} that is not held out: sample the pool on the same data"

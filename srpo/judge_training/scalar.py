@@ -58,19 +58,19 @@ def train_scalar(
 
     def batches_of(step: int) -> list[Batch]:
         chosen = batch_indices(len(cases), cfg.batch_size, step, cfg.seed)
-        mine = chosen[parallel.rank :: parallel.world_size]
-        weighted = targets[mine] / targets[chosen].abs().sum().clamp(min=1)
-        return scored_batches([cases[i] for i in mine], weighted, tokenizer.eos_token_id, cfg.micro_batch_tokens)
+        share = chosen[parallel.rank :: parallel.world_size]
+        weighted = targets[share] / targets[chosen].abs().sum().clamp(min=1)
+        return scored_batches([cases[i] for i in share], weighted, tokenizer.eos_token_id, cfg.micro_batch_tokens)
 
     def loss_of(batch: Batch) -> tuple[torch.Tensor, torch.Tensor]:
         logits = model(batch)
-        given = batch.step_advantages != 0
-        right = ((logits.detach() >= 0) == (batch.step_advantages > 0)) & given  # p and the verdict are on the same side of 0.5
-        return scalar_loss(logits, batch.step_advantages), torch.stack([right.sum(), given.sum()]).double()
+        judged = batch.step_advantages != 0
+        right = ((logits.detach() >= 0) == (batch.step_advantages > 0)) & judged  # p and the verdict are on the same side of 0.5
+        return scalar_loss(logits, batch.step_advantages), torch.stack([right.sum(), judged.sum()]).double()
 
     def metrics_of(sums: list[float]) -> tuple[dict[str, float], float]:
-        num_right, num_given = sums
-        accuracy = num_right / max(num_given, 1)
+        num_right, num_judged = sums
+        accuracy = num_right / max(num_judged, 1)
         return {"train/verdict_accuracy": accuracy}, accuracy
 
     fit(

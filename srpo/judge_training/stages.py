@@ -82,13 +82,13 @@ def evaluate_judge(
 
     def work(indices: Sequence[int], chunk: int) -> list[tuple[Verdicts, tuple[float | None, ...]]]:
         rollouts, pairs = asked_about([judgments[i] for i in indices], examples, schema)
-        told = judge.judge(rollouts, pairs)
+        verdicts = judge.judge(rollouts, pairs)
         if isinstance(judge, ScalarJudge):
-            return list(zip(told, judge.probabilities(rollouts, pairs), strict=True))
-        return list(zip(told, vote_shares(judge.votes(rollouts, pairs, num_votes, seed + chunk)), strict=True))
+            return list(zip(verdicts, judge.probabilities(rollouts, pairs), strict=True))
+        return list(zip(verdicts, vote_shares(judge.votes(rollouts, pairs, num_votes, seed + chunk)), strict=True))
 
-    told, shares = zip(*over_ranks("judging held-out responses", len(judgments), work, parallel), strict=True)
-    return judge_scores(told, [j.verdicts for j in judgments], shares, [spec.name for spec in schema.specs])
+    verdicts, shares = zip(*over_ranks("judging held-out responses", len(judgments), work, parallel), strict=True)
+    return judge_scores(verdicts, [j.verdicts for j in judgments], shares, [spec.name for spec in schema.specs])
 
 
 def asked_about(

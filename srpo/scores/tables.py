@@ -48,8 +48,8 @@ def _cells(schema: StepSchema, *results: Results) -> list[tuple[str, ...]]:
     rows = [*score_rows(schema, *results), *consistency_rows(*results)]
     intervals = []  # for each result: {name of the row: [interval]}
     for result in results:
-        sure = result.get("confidence")
-        intervals.append(dict([*score_rows(schema, sure), *consistency_rows(sure)]) if sure else {})
+        confidence = result.get("confidence")
+        intervals.append(dict([*score_rows(schema, confidence), *consistency_rows(confidence)]) if confidence else {})
     return [
         (name, *(percent(value, named.get(name, [None])[0]) for value, named in zip(values, intervals, strict=True)))
         for name, values in rows
@@ -63,8 +63,8 @@ def _parted(rows: Sequence[Sequence[str]], schema: StepSchema) -> list[Sequence[
 
 
 def _interval_note(results: Results) -> str:
-    sure = results.get("confidence")
-    if not sure:
+    confidence = results.get("confidence")
+    if not confidence:
         return ""
-    drawn = f"{sure['num_draws']:,} draws of {sure['num_queries']:,} queries"
-    return f"; in brackets {100 * sure['level']:g} % intervals from {drawn}"
+    draws = f"{confidence['num_draws']:,} draws of {confidence['num_queries']:,} queries"
+    return f"; in brackets {100 * confidence['level']:g} % intervals from {draws}"

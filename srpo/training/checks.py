@@ -213,8 +213,8 @@ def check_examples(
             f"{cfg.data.train} has {len(examples)} examples, fewer than rollout.num_prompts = {cfg.rollout.num_prompts}{more}: "
             "lower num_prompts, or give more data"
         )
-    silence = [Rollout.from_answers(example.example_id, (None,) * schema.num_steps) for example in examples]
-    score(silence, examples, schema, judge, cfg.reward.missing_verdict)  # calls no judge: all answers are missing
+    unanswered = [Rollout.from_answers(example.example_id, (None,) * schema.num_steps) for example in examples]
+    score(unanswered, examples, schema, judge, cfg.reward.missing_verdict)  # calls no judge: all answers are missing
     if isinstance(judge, OracleJudge):
         _check_truths(examples, schema)
     if eval_examples:
@@ -223,9 +223,9 @@ def check_examples(
 
 def _check_truths(examples: Sequence[Example], schema: StepSchema) -> None:
     """Raise ValueError for a step that only the simulated annotator could grade, if the example lacks its right answer."""
-    nothing = (None,) * schema.num_steps
+    unknown = (None,) * schema.num_steps
     for example in examples:
-        for spec, label, truth in zip(schema.specs, example.gold or nothing, example.truth or nothing, strict=True):
+        for spec, label, truth in zip(schema.specs, example.gold or unknown, example.truth or unknown, strict=True):
             others = {"skip", "rule"} | ({"gold"} if label is not None else set())
             if truth is None and others.isdisjoint(spec.sources):
                 raise ValueError(

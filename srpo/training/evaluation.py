@@ -43,16 +43,16 @@ def evaluate_policy(
     rank, world_size = (parallel.rank, parallel.world_size) if parallel is not None else (0, 1)
     stop_ids = () if tokenizer.eos_token_id is None else (tokenizer.eos_token_id,)
     params = SamplingParams(max_new_tokens, temperature=1.0, top_k=0, group_size=1, stop_ids=stop_ids, greedy=True)
-    mine = range(rank, len(examples), world_size)
+    indices = range(rank, len(examples), world_size)
     rollouts: dict[int, Rollout] = {}
-    with Progress(description, len(mine), enabled=rank == 0) as bar:
-        for first in range(0, len(mine), batch_size):
-            chunk = mine[first : first + batch_size]
+    with Progress(description, len(indices), enabled=rank == 0) as bar:
+        for first in range(0, len(indices), batch_size):
+            chunk = indices[first : first + batch_size]
             chosen = [examples[i] for i in chunk]
             prompts = encode_prompts(tokenizer, chosen, prompt_template)
             samples = engine.generate(prompts, params, seed=0)
-            made = to_rollouts(chosen, samples, prompts, schema, tokenizer, engine.policy_version)
-            rollouts |= {i: replace(rollout, group=i) for i, rollout in zip(chunk, made, strict=True)}
+            responses = to_rollouts(chosen, samples, prompts, schema, tokenizer, engine.policy_version)
+            rollouts |= {i: replace(rollout, group=i) for i, rollout in zip(chunk, responses, strict=True)}
             bar.advance(len(chunk))
     if parallel is not None and world_size > 1:
         rollouts = {i: rollout for share in parallel.all_gather_object(rollouts) for i, rollout in share.items()}

@@ -109,32 +109,33 @@ def with_token_advantages(
     batches: this rank's, on its device, with step rewards in `step_advantages`. Advantages come from `gae`, are whitened over the
     response tokens of all ranks' batches, and clipped to +-clip (0: no bound). Collective.
     """
-    made = []
+    token_columns = []  # per batch: (rows, advantages, returns, values), each [R]
     for batch in level(batches, parallel):
         index, rows = batch.rows()
         values = critic(batch).double()
-        given = token_rewards(rows.step_advantages, rows.step_ends, rows.cu_seqlens, rewards)
-        advantages, returns = gae(given, values, rows.cu_seqlens, gamma=gamma, gae_lambda=gae_lambda)
-        made.append((index, advantages, returns, values))
-    made = made[: len(batches)]
-    none = torch.zeros(0, dtype=torch.float64, device=parallel.device)
-    advantages, returns, values = (torch.cat([none, *column]) for column in list(zip(*made, strict=True))[1:] or ((), (), ()))
+        rewards_of_tokens = token_rewards(rows.step_advantages, rows.step_ends, rows.cu_seqlens, rewards)
+        advantages, returns = gae(rewards_of_tokens, values, rows.cu_seqlens, gamma=gamma, gae_lambda=gae_lambda)
+        token_columns.append((index, advantages, returns, values))
+    token_columns = token_columns[: len(batches)]  # without the empty batches of `level`
+    no_rows = torch.zeros(0, dtype=torch.float64, device=parallel.device)
+    per_column = list(zip(*token_columns, strict=True))[1:] or ((), (), ())
+    advantages, returns, values = (torch.cat([no_rows, *column]) for column in per_column)
     mean, std = _moments(advantages, parallel)
     whitened = whiten(advantages, mean, std, scale=scale, clip=clip)
     num_tokens = max(_total(torch.ones_like(values), parallel), 1.0)
-    spread, left = _moments(returns, parallel)[1], _moments(returns - values, parallel)[1]
+    returns_std, residual_std = _moments(returns, parallel)[1], _moments(returns - values, parallel)[1]
     metrics = {
         "advantage/abs_mean": _total(whitened.abs(), parallel) / num_tokens,
         "advantage/clip_frac": _total((whitened.abs() >= clip).double(), parallel) / num_tokens if clip else 0.0,
         "critic/value": _total(values, parallel) / num_tokens,
-        "critic/explained_var": 1 - (left / spread) ** 2 if spread else 0.0,
+        "critic/explained_var": 1 - (residual_std / returns_std) ** 2 if returns_std else 0.0,
     }
-    parts = whitened.split([len(index) for index, *_ in made])
+    parts = whitened.split([len(index) for index, *_ in token_columns])
     filled = [
         TokenBatch(**vars(batch), **{name: batch.scatter(x.float(), index) for name, x in columns.items()})
         for batch, index, columns in (
             (batch, index, {"advantages": part, "returns": returns, "values": values})
-            for batch, (index, _, returns, values), part in zip(batches, made, parts, strict=True)
+            for batch, (index, _, returns, values), part in zip(batches, token_columns, parts, strict=True)
         )
     ]
     return filled, metrics

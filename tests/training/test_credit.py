@@ -83,8 +83,8 @@ def test_steps_that_nobody_grades_do_not_make_a_group_harder() -> None:
     skipped = ("skip", "skip", "skip", "skip", "gold")
     rollouts = [rollout(0, (0, 0, 0, 0, 1.0), sources=skipped), rollout(1, WRONG, sources=skipped)]
     assert group_scores(rollouts, SCHEMA, "total") == {0: 1.0, 1: 0.0}
-    nothing = [rollout(0, WRONG, sources=("skip",) * 5)]
-    assert group_scores(nothing, SCHEMA, "total") == group_scores(nothing, SCHEMA, "final") == {0: 0.0}
+    ungraded = [rollout(0, WRONG, sources=("skip",) * 5)]
+    assert group_scores(ungraded, SCHEMA, "total") == group_scores(ungraded, SCHEMA, "final") == {0: 0.0}
 
 
 def test_the_worked_example() -> None:

@@ -95,16 +95,16 @@ def five_steps(world: Any, run_dir: Path) -> Config:
 
 
 @pytest.fixture(scope="module")
-def whole(world: Any, tmp_path_factory: pytest.TempPathFactory) -> Path:
+def uninterrupted(world: Any, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The folder of a run that was never stopped."""
-    run_dir = tmp_path_factory.mktemp("ppo") / "whole"
+    run_dir = tmp_path_factory.mktemp("ppo") / "uninterrupted"
     train(five_steps(world, run_dir), small.ONE)
     return run_dir
 
 
 @pytest.mark.parametrize("where", ["assign_credit", "policy checkpoint", "save_policy"])
 def test_stopped_anywhere_ppo_ends_the_same(
-    world: Any, whole: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, where: str
+    world: Any, uninterrupted: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, where: str
 ) -> None:
     stopped = five_steps(world, tmp_path / "stopped")
     name = "save_checkpoint" if where == "policy checkpoint" else where  # run.py's call, for the policy: the critic is saved
@@ -125,8 +125,8 @@ def test_stopped_anywhere_ppo_ends_the_same(
         assert critic is not None and policy is not None and (critic.name, policy.name) == ("step_000003", "step_000002")
     train(stopped, small.ONE)
     for file in ("metrics.jsonl", "rollouts.jsonl"):
-        assert (whole / file).read_bytes() == (tmp_path / "stopped" / file).read_bytes()
-    assert small.same_bits(*(small.parameters_of(run / "policy") for run in (whole, tmp_path / "stopped")))
+        assert (uninterrupted / file).read_bytes() == (tmp_path / "stopped" / file).read_bytes()
+    assert small.same_bits(*(small.parameters_of(run / "policy") for run in (uninterrupted, tmp_path / "stopped")))
     assert len(list((tmp_path / "stopped" / "critic").iterdir())) == 2
 
 
@@ -149,8 +149,8 @@ def toy(world: Any, folder: Path, **changes: Any) -> Config:
     tokenizer = load_tokenizer(world.base)
     make_tiny(tokenizer, TinyConfig(**{**vars(small.TINY), "initializer_range": 0.2}), 5).save_pretrained(folder / "base")
     tokenizer.save_pretrained(folder / "base")
-    nothing = (None, None)
-    write_examples(folder / "pairs.jsonl", (replace(e, gold=nothing, truth=nothing) for e in world.examples()))
+    unlabelled = (None, None)
+    write_examples(folder / "pairs.jsonl", (replace(e, gold=unlabelled, truth=unlabelled) for e in world.examples()))
     cfg = world.config(
         folder / "run",
         steps=STEPS,
