@@ -40,9 +40,9 @@ from srpo.rollout.build import open_engine, sampling_params
 from srpo.rollout.engine import Engine, Sample, SamplingParams, check_prompts
 from srpo.rollout.rollouts import to_rollouts
 from srpo.selection.criteria import check_quotas, collect_scores, rates, select
-from srpo.selection.records import RecordSettings, record_of, unsampled
+from srpo.selection.records import Record, RecordSettings, record_of, unsampled
 from srpo.selection.report import report_json, report_of, report_text
-from srpo.selection.shards import Record, check_shard, finished_shards, read_shard, shard_seed, shards_of, write_shard
+from srpo.selection.shards import check_shard, finished_shards, read_shard, shard_seed, shards_of, write_shard
 from srpo.training.checks import check_judge, check_rollout
 from srpo.training.run import derive_seed
 

@@ -18,7 +18,7 @@ import numpy as np
 
 from srpo.core.config.selection import Criteria
 from srpo.data.strata import values_of
-from srpo.selection.shards import Record
+from srpo.selection.records import Record
 
 REASONS = (
     "selected",

@@ -8,10 +8,29 @@ from dataclasses import dataclass
 from srpo.core.batch import Rollout
 from srpo.core.config.train import Config
 from srpo.core.steps import StepSchema, StepSpec
-from srpo.selection.shards import Record
 from srpo.training.credit import group_scores
 
 _NOT_GRADED = ("skip", "no_verdict")
+
+
+@dataclass(frozen=True)
+class Record:
+    """Statistics of the group of responses to one example: means over the group, None if nothing was graded."""
+
+    example_id: str
+    solve_rate: float | None  # total reward / maximum (`srpo.training.credit.group_scores`)
+    verdict_accuracy: float | None  # reward / maximum of the last step alone
+    step_rewards: tuple[float, ...]  # [J]
+    judge_score: float | None  # mean verdict of the judge over all steps that have one, even if a label or rule graded the step
+    judge_scores: tuple[float | None, ...]  # [J] mean verdict of the judge per step
+    right_verdict_wrong_steps_frac: float | None  # share of responses with a right verdict and a wrong step before it
+    wrong_verdict_right_steps_frac: float | None  # share of responses with a wrong verdict and no wrong step before it
+    num_responses: int
+    num_different: int  # number of different texts among the responses
+    num_reward_patterns: int  # number of different rows of step rewards among the responses; 1: the group is uniform
+    num_verdicts: int  # number of steps, over all responses, whose reward the judge had to give
+    num_no_verdict: int  # number of these steps without a verdict
+    tags: dict[str, str]  # `srpo.data.strata.tags_with_grade`
 
 
 @dataclass(frozen=True)

@@ -12,7 +12,7 @@ import numpy as np
 from srpo.core.config.selection import Criteria
 from srpo.core.tables import percent, text_table
 from srpo.selection.criteria import REASONS, Scores, Selection, stratum_name
-from srpo.selection.shards import Record
+from srpo.selection.records import Record
 
 _NUM_BINS = 10
 

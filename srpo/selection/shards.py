@@ -9,7 +9,7 @@ from __future__ import annotations
 import hashlib
 import os
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, fields
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -18,28 +18,9 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from srpo.data.examples import Example
+from srpo.selection.records import Record
 
 _FINGERPRINT = b"srpo.examples"
-
-
-@dataclass(frozen=True)
-class Record:
-    """Statistics of the group of responses to one example: means over the group, None if nothing was graded."""
-
-    example_id: str
-    solve_rate: float | None  # total reward / maximum (`srpo.training.credit.group_scores`)
-    verdict_accuracy: float | None  # reward / maximum of the last step alone
-    step_rewards: tuple[float, ...]  # [J]
-    judge_score: float | None  # mean verdict of the judge over all steps that have one, even if a label or rule graded the step
-    judge_scores: tuple[float | None, ...]  # [J] mean verdict of the judge per step
-    right_verdict_wrong_steps_frac: float | None  # share of responses with a right verdict and a wrong step before it
-    wrong_verdict_right_steps_frac: float | None  # share of responses with a wrong verdict and no wrong step before it
-    num_responses: int
-    num_different: int  # number of different texts among the responses
-    num_reward_patterns: int  # number of different rows of step rewards among the responses; 1: the group is uniform
-    num_verdicts: int  # number of steps, over all responses, whose reward the judge had to give
-    num_no_verdict: int  # number of these steps without a verdict
-    tags: dict[str, str]  # `srpo.data.strata.tags_with_grade`
 
 
 _TYPES: dict[str, pa.DataType] = {

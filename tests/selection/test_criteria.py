@@ -13,7 +13,7 @@ import pytest
 
 from srpo.core.config.selection import Criteria
 from srpo.selection.criteria import REASONS, apportion, check_quotas, collect_scores, quotas_of, select
-from srpo.selection.shards import Record
+from srpo.selection.records import Record
 
 TYPES, GRADES = ("negation", "plain", "qa"), ("L1", "L2", "L3", "L4")
 

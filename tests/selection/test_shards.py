@@ -10,8 +10,8 @@ import pyarrow.parquet as pq
 import pytest
 
 from srpo.data.examples import Example
+from srpo.selection.records import Record
 from srpo.selection.shards import (
-    Record,
     check_shard,
     fingerprint,
     finished_shards,
