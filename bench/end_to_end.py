@@ -92,7 +92,7 @@ def srpo_step(folder: Path, prompts: list[str], micro_batch_tokens: int) -> Call
     optimizer = make_optimizer(policy.parameters(), OptimizerConfig(lr=LR))
     schema, loss = StepSchema(PAPER_STEPS), LossConfig(kl_coef=KL_COEF)
     params = SamplingParams(NEW_TOKENS, temperature=1.0, top_k=0, group_size=GROUP_SIZE, ignore_eos=True)
-    objective = Objective.of(loss, RolloutConfig(temperature=1.0, top_k=0, group_size=GROUP_SIZE))
+    objective = Objective.from_config(loss, RolloutConfig(temperature=1.0, top_k=0, group_size=GROUP_SIZE))
     everything = SamplerConfig(difficulty_low=-1.0, difficulty_high=2.0)
     rng, count = random.Random(1), 0
 

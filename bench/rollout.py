@@ -126,7 +126,7 @@ def measure_ahead(engine: VllmEngine, prompts: Prompts, params: SamplingParams, 
     policy = Policy(load_policy(args.checkpoint))
     optimizer = torch.optim.SGD(policy.parameters(), lr=0.0)
     rollout = RolloutConfig(top_k=params.top_k, temperature=params.temperature)
-    objective = Objective.of(LossConfig(kl_coef=0.0, importance="truncate"), rollout)
+    objective = Objective.from_config(LossConfig(kl_coef=0.0, importance="truncate"), rollout)
 
     def sample(_: Any, step: int, stop: threading.Event | None) -> list[Rollout]:
         return stream_scored(groups_of(engine, prompts, params, step), list, overlap=False, stop=stop)
