@@ -19,7 +19,6 @@ from srpo_kernels.native import DTYPES, ROW_FIELDS, RowArgs, row_args
 from srpo_kernels.options import LossOptions
 
 MIN_CAPABILITY = (9, 0)  # thread block clusters
-CLUSTERS = (1, 2, 4, 8, 16)
 any_gradient_dtype = False
 
 forced_cluster: int | None = None  # tests and benchmarks: CTAs per row, or 0 for the kernel that reads twice

@@ -15,7 +15,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from srpo_kernels.segments import IGNORE, compact  # IGNORE: label of a position whose next token is not trained on
+from srpo_kernels.segments import IGNORE, compact, scatter  # IGNORE: label of a position whose next token is not trained on
 
 
 @dataclass(frozen=True)
@@ -169,7 +169,7 @@ class Batch:
 
     def scatter(self, values: torch.Tensor, index: torch.Tensor) -> torch.Tensor:
         """Return [T, ...] with `values` [R, ...] in the rows `index` [R], the labelled ones (`rows`), and zeros in all others."""
-        return values.new_zeros(self.labels.shape[0], *values.shape[1:]).index_copy(0, index, values)
+        return scatter(values, index, len(self.labels))
 
 
 def pack(

@@ -14,7 +14,6 @@ from typing import Any, Literal
 
 import torch
 from srpo_kernels import LossOptions, PolicyLoss, StepStats
-from srpo_kernels.segments import scatter
 from torch import nn
 from torch.optim import Optimizer
 
@@ -119,11 +118,11 @@ def with_logprobs(
         if objective.num_updates > 1:
             index, rows = batch.rows()
             fixed = of_outputs(policy, batch, objective.inputs, lambda out, rows=rows: _fixed(out, rows, objective))
-            batch = batch.with_(**{name: scatter(values, index, len(batch.labels)) for name, values in fixed.items()})
+            batch = batch.with_(**{name: batch.scatter(values, index) for name, values in fixed.items()})
         if reference is not None and objective.reference_ahead:
             index, rows = batch.rows()
             ref = _reference_logprobs(reference, batch, rows.kept_ids, objective)
-            batch = batch.with_(ref_logprobs=scatter(ref, index, len(batch.labels)))
+            batch = batch.with_(ref_logprobs=batch.scatter(ref, index))
         filled.append(batch)
     return filled[: len(batches)]
 

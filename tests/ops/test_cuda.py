@@ -22,6 +22,7 @@ pytestmark = pytest.mark.gpu
 
 DEVICE = "cuda"
 OPTIONS = ("plain", "k1", "k2", "k3", "full", "kept", "kept_full", "cispo", "on_policy", "on_policy_kl")
+CLUSTERS = (1, 2, 4, 8, 16)  # CTAs per row
 SMALL = [(0, 8), (1, 1), (3, 7), (1, 8), (257, 1000), (33, 2048)]
 LARGE = [(300, 32000), (9, 50257), (3, 151643), (200, 151936), (40, 262144)]
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
@@ -34,7 +35,7 @@ def usable() -> None:
         pytest.skip(reason)
 
 
-@pytest.fixture(params=cuda.CLUSTERS)
+@pytest.fixture(params=CLUSTERS)
 def forced(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> int:
     monkeypatch.setattr(cuda, "forced_cluster", request.param)
     return request.param
@@ -245,7 +246,7 @@ def test_which_kernel_takes_what() -> None:
         return library.srpo_cuda_cluster(ctypes.byref(args), torch.cuda.current_device())
 
     for dtype, vocab in product(DTYPES, (128, 32000, 151936)):
-        assert cluster_size(torch.empty(2, vocab, dtype=dtype, device=DEVICE)) in cuda.CLUSTERS
+        assert cluster_size(torch.empty(2, vocab, dtype=dtype, device=DEVICE)) in CLUSTERS
     assert cluster_size(torch.empty(2, 50257, device=DEVICE)) == 0
     assert cluster_size(torch.empty(2, 1024, device=DEVICE)[:, 1:1021]) == 0  # not aligned
     assert cluster_size(torch.empty(2, 1024, device=DEVICE)[:, 4:1020]) > 0

@@ -38,8 +38,7 @@ from srpo.rollout.weights import cuda_ipc
 from srpo.rollout.weights.cuda_ipc import CudaSender, Exchange
 
 FAKE = Path(__file__).resolve().parents[2] / "helpers" / "fake_engine.py"
-HELPER = FAKE.with_name("shared_ranks.py")
-ROOT = FAKE.parents[2]
+HELPER, ROOT = FAKE.with_name("shared_ranks.py"), FAKE.parents[2]
 PARAMS = SamplingParams(max_new_tokens=2, group_size=2)
 Pair = tuple[SharedEngine, SharedEngine]
 
