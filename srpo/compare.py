@@ -18,7 +18,8 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from srpo.core.run_dir import run_settings, write_whole
+from srpo.core.files import write_whole
+from srpo.core.run_dir import run_settings
 from srpo.core.steps import StepSchema
 from srpo.core.tables import percent, text_table
 from srpo.data.examples import Example

@@ -34,8 +34,9 @@ from srpo.core.config.train import (
     SamplerConfig,
     TrainConfig,
 )
+from srpo.core.files import write_whole
 from srpo.core.metrics import read_metrics
-from srpo.core.run_dir import claim_run_dir, write_whole
+from srpo.core.run_dir import claim_run_dir
 from srpo.core.steps import PAPER_STEPS, StepSchema
 from srpo.data.examples import Example
 from srpo.data.readers import load_examples

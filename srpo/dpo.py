@@ -23,8 +23,9 @@ from srpo_kernels import step_of_row
 
 from srpo.algorithm.losses import dpo_loss
 from srpo.core.batch import Batch, Rollout, pack, read_rollouts
+from srpo.core.files import whole_file, write_whole
 from srpo.core.progress import Progress
-from srpo.core.run_dir import claim_run_dir, write_whole
+from srpo.core.run_dir import claim_run_dir
 from srpo.core.steps import StepSchema
 from srpo.data.preferences import Preference, pairs_from_rollouts, read_preferences
 from srpo.data.readers import load_examples
@@ -257,9 +258,8 @@ def _reference(
         model = parallel.shard(Policy(frozen), dtype=cfg.policy.dtype)
     logprobs = reference_logprobs(model, pairs, cfg.micro_batch_tokens, parallel, cfg.inputs)
     if parallel.is_main:
-        aside = path.with_name(f".{path.name}.part")
-        torch.save({"data": data, "logprobs": logprobs}, aside)
-        aside.replace(path)
+        with whole_file(path) as part:
+            torch.save({"data": data, "logprobs": logprobs}, part)
     parallel.barrier()
     return logprobs
 

@@ -22,7 +22,8 @@ import torch
 
 from srpo.core.batch import Rollout, write_rollouts
 from srpo.core.config.train import Config
-from srpo.core.run_dir import run_settings, write_whole
+from srpo.core.files import write_whole
+from srpo.core.run_dir import run_settings
 from srpo.core.steps import StepSchema
 from srpo.data.examples import Example
 from srpo.data.readers import load_examples

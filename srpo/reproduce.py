@@ -30,7 +30,8 @@ from typing import Any
 
 import torch
 
-from srpo.core.run_dir import claim_run_dir, write_whole
+from srpo.core.files import write_whole
+from srpo.core.run_dir import claim_run_dir
 from srpo.experiments.lab import Lab
 from srpo.experiments.plots import plot_headline, plot_table
 from srpo.experiments.recipes import RECIPES

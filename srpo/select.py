@@ -23,8 +23,9 @@ from pathlib import Path
 from typing import Any
 
 from srpo.core.config.train import RolloutConfig
+from srpo.core.files import write_whole
 from srpo.core.progress import Progress
-from srpo.core.run_dir import claim_run_dir, write_whole
+from srpo.core.run_dir import claim_run_dir
 from srpo.core.steps import StepSchema
 from srpo.data.curriculum import SOLVE_RATE
 from srpo.data.examples import Example

@@ -23,12 +23,12 @@ if __name__ == "__main__":
     check_command_line(JudgeConfig)  # -h and mistakes answer before torch is imported
 
 import json
-import os
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
-from srpo.core.run_dir import claim_run_dir, write_whole
+from srpo.core.files import whole_file, write_whole
+from srpo.core.run_dir import claim_run_dir
 from srpo.data.pairs import write_pairs
 from srpo.data.readers import write_examples
 from srpo.judge_training.evaluation import judge_table, reliability_table
@@ -147,7 +147,7 @@ def run_grpo(work: Work) -> None:
         if done:
             fresh.unlink()
         else:
-            os.replace(fresh, data)
+            fresh.replace(data)
             write_whole(run_dir / "verified.json", json.dumps(numbers, indent=1) + "\n")
             print(", ".join(f"{count} {name.removeprefix('num_').replace('_', ' ')}" for name, count in numbers.items()))
     work.parallel.barrier()
@@ -176,11 +176,8 @@ def _evaluate(work: Work, stage: str, path: Path) -> None:
     cfg, judge = work.cfg, _judge(work, path)
     scores = evaluate_judge(judge, work.held_out, work.examples, work.schema, cfg.num_votes, cfg.sft.seed, work.parallel)
     if work.parallel.is_main:
-        link = work.run_dir / "policy"
-        aside = work.run_dir / ".policy.part"
-        aside.unlink(missing_ok=True)
-        aside.symlink_to(path.relative_to(work.run_dir), target_is_directory=True)
-        os.replace(aside, link)
+        with whole_file(work.run_dir / "policy") as link:
+            link.symlink_to(path.relative_to(work.run_dir), target_is_directory=True)
     work.write(f"{stage}.json", json.dumps(scores, indent=1) + "\n")
 
 

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from srpo.core.config.train import Config
+from srpo.core.files import write_whole
 from srpo.core.settings import apply_toml, dump_toml
 
 
@@ -34,13 +35,6 @@ def claim_run_dir(run_dir: Path, cfg: Any, is_main: bool, may_change: Collection
     elif is_main:
         run_dir.mkdir(parents=True, exist_ok=True)
         write_whole(path, dump_toml(cfg))
-
-
-def write_whole(path: Path, text: str) -> None:
-    """Write a text file atomically: if the process is killed, the file is complete or as it was before."""
-    aside = path.with_name(f".{path.name}.part")
-    aside.write_text(text, encoding="utf-8")
-    aside.replace(path)
 
 
 def _has_defaults(cfg: Any) -> bool:

@@ -9,7 +9,6 @@ from __future__ import annotations
 import gzip
 import hashlib
 import json
-import os
 import zlib
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import ExitStack
@@ -21,6 +20,7 @@ from urllib.parse import parse_qsl
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from srpo.core.files import whole_file
 from srpo.data import esci
 from srpo.data.examples import Example
 from srpo.data.rows import REQUIRED, example_from_row, row_from_example
@@ -70,16 +70,12 @@ def write_examples(path: str | Path, examples: Iterable[Example]) -> int:
     if not suffix:
         raise ValueError(f"cannot write {path}: the name has to end in {', '.join(SUFFIXES)}")
     path.parent.mkdir(parents=True, exist_ok=True)
-    part = path.with_name(f".{path.name}.part")
-    try:
+    with whole_file(path) as part:
         num_written = (
             _write_parquet(part, examples) if suffix == ".parquet" else _write_jsonl(part, examples, suffix.endswith(".gz"))
         )
         if not num_written:
             raise ValueError(f"no examples to write to {path}")
-        os.replace(part, path)
-    finally:
-        part.unlink(missing_ok=True)
     return num_written
 
 

@@ -29,9 +29,10 @@ from srpo.core.config.reproduce import Scale
 from srpo.core.config.selection import Criteria, SelectConfig
 from srpo.core.config.sft import SftConfig
 from srpo.core.config.train import LossConfig, OptimizerConfig, PolicyConfig, RolloutConfig, TrainConfig
+from srpo.core.files import write_whole
 from srpo.core.metrics import read_metrics
 from srpo.core.progress import Progress
-from srpo.core.run_dir import claim_run_dir, write_whole
+from srpo.core.run_dir import claim_run_dir
 from srpo.core.steps import PAPER_STEPS, StepSchema
 from srpo.data.examples import Example
 from srpo.data.readers import load_examples, read_examples, write_examples

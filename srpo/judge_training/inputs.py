@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from srpo.core.config.judge import JudgeConfig
-from srpo.core.run_dir import write_whole
+from srpo.core.files import write_whole
 from srpo.core.steps import StepSchema
 from srpo.data.examples import Example
 from srpo.data.readers import load_examples

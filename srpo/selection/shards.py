@@ -17,6 +17,7 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from srpo.core.files import whole_file
 from srpo.data.examples import Example
 from srpo.selection.records import Record
 
@@ -71,14 +72,12 @@ def write_shard(folder: Path, number: int, examples: Sequence[Example], records:
     assert [record.example_id for record in records] == [example.example_id for example in examples]
     folder.mkdir(parents=True, exist_ok=True)
     path = shard_path(folder, number)
-    aside = path.with_name(f".{path.name}.part")
     rows: list[dict[str, Any]] = [{**asdict(record), "tags": list(record.tags.items())} for record in records]
     table = pa.Table.from_pylist(rows, schema=_SCHEMA.with_metadata({_FINGERPRINT: fingerprint(examples).encode()}))
-    with aside.open("wb") as file:
+    with whole_file(path) as part, part.open("wb") as file:
         pq.write_table(table, file)
         file.flush()
         os.fsync(file.fileno())
-    aside.replace(path)
     descriptor = os.open(folder, os.O_RDONLY)
     try:
         os.fsync(descriptor)

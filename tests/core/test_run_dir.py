@@ -8,7 +8,7 @@ import pytest
 
 from srpo.core.config.sft import SftConfig
 from srpo.core.config.train import Config, LossConfig
-from srpo.core.run_dir import claim_run_dir, write_whole
+from srpo.core.run_dir import claim_run_dir
 from srpo.core.settings import apply_toml
 
 
@@ -75,19 +75,3 @@ def test_a_folder_of_another_program_is_refused(tmp_path: Path) -> None:
 def test_only_the_main_process_writes(tmp_path: Path) -> None:
     claim_run_dir(tmp_path / "run", Config(), is_main=False)
     assert not (tmp_path / "run").exists()
-
-
-def test_a_file_is_whole_or_as_it_was(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    path = tmp_path / "x.json"
-    write_whole(path, "old")
-
-    def killed(self: Path, target: Path) -> Path:
-        raise KeyboardInterrupt
-
-    with monkeypatch.context() as patch:
-        patch.setattr(Path, "replace", killed)
-        with pytest.raises(KeyboardInterrupt):
-            write_whole(path, "new")
-    assert path.read_text() == "old"
-    write_whole(path, "new")
-    assert path.read_text() == "new" and [p.name for p in tmp_path.iterdir()] == ["x.json"]
