@@ -78,7 +78,7 @@ _CLOCKS = re.compile(rb'"(minutes|command|commit)": ("[^"]*"|[^,\n}]+)')  # in r
 def run_scenarios(root: Path, out: Path, names: Sequence[str]) -> dict[str, int]:
     """Run scenarios with the code of the checkout `root` in the folder `out`; returns their exit codes.
 
-    What each printed is in `out/NAME.printed`.
+    Their output is in `out/NAME.printed`.
     """
     out.mkdir(parents=True, exist_ok=True)
     env = {name: value for name, value in os.environ.items() if not name.startswith(("PYTHON", "SRPO"))}

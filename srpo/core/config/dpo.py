@@ -36,7 +36,7 @@ class DpoConfig:
     batch_size: int = 32  # pairs per optimizer step, over all ranks
     micro_batch_tokens: int = 16384  # most tokens in one forward and backward pass; lower it if memory runs out
     checkpoint_every: int = 100  # optimizer steps between checkpoints; the last step always writes one
-    # What the loss reads: logits, or hidden states, so that logits exist for only some rows at a time (less memory)
+    # Input of the loss: logits, or hidden states, so that logits exist for only some rows at a time (less memory)
     inputs: Literal["logits", "hidden"] = "logits"
     beta: float = 0.1  # strength of the pull towards the reference; a larger beta keeps the policy closer to it
     label_smoothing: float = 0.0  # assumed share of wrong preferences, from 0 to below 0.5

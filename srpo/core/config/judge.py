@@ -51,7 +51,7 @@ class JudgeConfig:
     annotator_error_rate: float = 0.0  # share of the simulated annotator's verdicts that are flipped
     annotator_reasons: bool = True  # let the simulated annotator give a reason for each verdict, from `truth`
     verified: str = ""  # copy of judge_queue.jsonl with its field "human" filled in
-    unverified: Literal["drop", "use"] = "drop"  # cases that nobody filled in: drop them, or use them with the labels they have
+    unverified: Literal["drop", "use"] = "drop"  # cases that are not filled in: drop them, or use them with the labels they have
     simulate_human: bool = True  # with rollouts and without verified: the simulated annotator fills in the queue
     human_error_rate: float = 0.0  # share of flipped verdicts in the queue that the simulated annotator fills in
     max_new_tokens: int = 256  # longest text of verdicts on one response, in tokens

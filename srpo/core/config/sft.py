@@ -19,7 +19,7 @@ class SftConfig:
     batch_size: int = 64  # responses per optimizer step, over all ranks
     micro_batch_tokens: int = 16384  # most tokens in one forward and backward pass; lower it if memory runs out
     checkpoint_every: int = 500  # optimizer steps between checkpoints; the last step always writes one
-    # What the loss reads: logits, or hidden states, so that logits exist for only some rows at a time (less memory)
+    # Input of the loss: logits, or hidden states, so that logits exist for only some rows at a time (less memory)
     inputs: Literal["logits", "hidden"] = "logits"
     policy: PolicyConfig = field(default_factory=PolicyConfig)
     optimizer: OptimizerConfig = field(

@@ -100,7 +100,7 @@ class RewardConfig:
     judge_cache: int = 65536  # number of judged responses whose verdicts are remembered; 0: none
     # Share of verdicts that the oracle flips; it simulates an annotator from the examples' `truth`
     judge_error_rate: float = 0.0
-    # What a scalar judge gives: correct if p >= 0.5, or the share p of the step's reward
+    # Verdict of a scalar judge: correct if p >= 0.5, or the share p of the step's reward
     scalar: Literal["threshold", "probability"] = "threshold"
     missing_verdict: float = 0.0  # share of a step's reward if the judge gave no verdict on it
     # Compare the judge with gold labels, on steps that have both: off, log the metrics, also warn, or also stop the run
@@ -118,7 +118,7 @@ class AdvantageConfig:
     # token: ppo
     method: Literal["srpo", "grpo", "grpo_star", "grpo_step_sum", "reinforce", "rloo", "ppo"] = "srpo"
     gamma: float = 1.0  # discount between steps (Algorithm 1, line 12)
-    # What srpo's returns are normalized over; the grpo methods normalize within the group, by Eq. 4
+    # Set over which srpo's returns are normalized; the grpo methods normalize within the group, by Eq. 4
     normalize: Literal["batch", "group", "group_step", "none"] = "batch"
     scale: Literal["std", "none"] = "std"  # divide by the standard deviation, or only subtract the mean (none: Dr. GRPO)
     clip: float = 2.0  # bound on |advantage| after normalization; 0: no bound
@@ -141,7 +141,7 @@ class LossConfig:
     # Responses that were cut at max_new_tokens: train on them, or count them in the baseline alone (mask: DAPO)
     overlong: Literal["train", "mask"] = "train"
     num_updates: int = 1  # updates per rollout batch; together they count as one optimizer step
-    # What the loss reads: logits, or hidden states, so that logits exist for only some rows at a time (less memory)
+    # Input of the loss: logits, or hidden states, so that logits exist for only some rows at a time (less memory)
     inputs: Literal["logits", "hidden"] = "logits"
     impl: Literal["auto", "reference", "cpu", "triton", "cuda"] = "auto"  # loss kernel; auto: the fastest that works here
 
