@@ -301,7 +301,7 @@ def test_settings_of_vllm_are_called_by_their_names(tmp_path: Path, flag: str, m
 def test_ranks_that_cannot_share_a_vllm_are_told(tmp_path: Path):
     checkpoint, data = checkpoint_of(tmp_path)
     argv = ["--checkpoint", str(checkpoint), "--data", str(data), "--engine", "vllm", "--vllm.tensor-parallel-size", "2"]
-    with pytest.raises(ValueError, match=r"^vllm\.tensor_parallel_size is 2 and .* has 1 ranks"):
+    with pytest.raises(ValueError, match=r"^vllm\.tensor_parallel_size is 2, and host .* has 1 ranks"):
         main(load(EvaluateConfig, argv))
 
 
