@@ -6,6 +6,7 @@ import ast
 import json
 import subprocess
 import sys
+import tomllib
 import venv
 from functools import cache
 from pathlib import Path
@@ -48,8 +49,12 @@ def test_every_import_of_an_optional_package_has_a_stub() -> None:
 
 def pyright_errors(python: Path, file: Path) -> set[str]:
     """Messages of pyright on the file, with the settings of pyproject.toml and the packages of that interpreter."""
-    command = [sys.executable, "-m", "pyright", "--outputjson", "--pythonpath", str(python), str(file)]
-    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False, timeout=240)
+    settings = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["tool"]["pyright"]
+    settings |= {"include": [file.name], "extraPaths": [], "stubPath": str(TYPINGS)}
+    del settings["venv"], settings["venvPath"]  # a venv of the settings that exists wins over --pythonpath
+    (file.parent / "pyrightconfig.json").write_text(json.dumps(settings), encoding="utf-8")
+    command = [sys.executable, "-m", "pyright", "--outputjson", "--project", str(file.parent), "--pythonpath", str(python)]
+    done = subprocess.run(command, cwd=file.parent, capture_output=True, text=True, check=False, timeout=240)
     report = json.loads(done.stdout)
     assert report["summary"]["filesAnalyzed"] == 1
     return {f"{item['range']['start']['line'] + 1}: {item['message']}" for item in report["generalDiagnostics"]}

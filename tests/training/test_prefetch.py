@@ -177,7 +177,7 @@ def test_a_killed_run_loses_no_prompt(world: Any, tmp_path: Path, monkeypatch: p
     original = srpo.train.policy_update
 
     def stopping(*args: Any) -> dict[str, float]:
-        if args[3] == 3:
+        if args[2] == 3:
             raise KeyboardInterrupt
         return original(*args)
 
