@@ -385,5 +385,14 @@ def test_a_loss_that_is_not_finite_stops_with_a_dump_that_reproduces_it(
             reference=reference,
         )
     assert str(read_dump(tmp_path / "again.pt")["losses"]) == str(state["losses"])
+    page = (Path(__file__).resolve().parents[1] / "docs" / "debugging.md").read_text(encoding="utf-8")
+    code = "\n".join(re.findall(r"```python\n(.*?)```", page, re.DOTALL))
+    paths = {"runs/demo/non_finite.pt": dump, "runs/demo/sft/policy": world.policy, "again.pt": tmp_path / "2.pt"}
+    for name, path in paths.items():
+        assert name in code
+        code = code.replace(name, str(path))
+    with pytest.raises(NonFiniteError):
+        exec(code, {})
+    assert str(read_dump(tmp_path / "2.pt")["losses"]) == str(state["losses"])
     # The failed run leaves nothing behind: with the cause removed, the same run folder continues.
     assert len(run(cfg)) == 3
