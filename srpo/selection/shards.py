@@ -22,8 +22,6 @@ from srpo.data.examples import Example
 from srpo.selection.records import Record
 
 _FINGERPRINT = b"srpo.examples"
-
-
 _TYPES: dict[str, pa.DataType] = {
     "example_id": pa.string(),
     "step_rewards": pa.list_(pa.float64()),

@@ -79,7 +79,8 @@ def test_help_of_every_program_lists_every_flag_with_a_text(
     module: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     """The comment after or above a setting is its help text. ruff-format moves the comment of a long line inside the parentheses
-    of the value, where tyro does not see it: such a flag fails here, too."""
+    of the value, where tyro does not see it: such a flag fails here, too. A field without a comment takes over the comment above
+    the field before it, so no two flags of a section may have the same text."""
     cls = settings_of(module)
     printed = printed_help(cls, monkeypatch, capsys)
     assert f"python -m {module}" in printed
@@ -87,6 +88,10 @@ def test_help_of_every_program_lists_every_flag_with_a_text(
     assert texts.keys() == {name for name, _, _ in flags(cls)}
     short = [name for name, text in texts.items() if len(text.split()) < 2]
     assert not short, f"give each of these a help text of two words or more: {', '.join(short)}"
+    owners: dict[tuple[str, str], str] = {}  # (section, text) -> flag
+    for name, text in texts.items():
+        owner = owners.setdefault((name.rpartition(".")[0], text), name)
+        assert owner == name, f"{name} shows the help text of {owner}: its own comment is missing, or inside parentheses"
 
 
 def test_a_missing_or_lost_help_text_is_found(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:

@@ -27,9 +27,8 @@ class PolicyConfig:
     reference: str = ""  # checkpoint of pi_ref of Eq. 6; empty: the starting policy. Not loaded if loss.kl_coef is 0
     # Implementation of the experts' products: torch's grouped_mm, a Python loop (the reference), or MegaBlocks
     experts: Literal["grouped_mm", "loop", "megablocks"] = "grouped_mm"
-    dtype: Literal["float32", "bfloat16"] = (
-        "float32"  # number format of forward, backward and sampling; master weights are float32
-    )
+    # Number format of forward, backward and sampling; the master weights are always float32
+    dtype: Literal["float32", "bfloat16"] = "float32"
     activation_checkpointing: bool = False  # recompute each layer in the backward pass: less memory, more time
     max_context: int = 0  # longest prompt plus response, in tokens; 0: the context length of the model
 
@@ -54,7 +53,7 @@ class RolloutConfig:
     num_prompts: int = 64  # prompts per optimizer step, over all ranks ("rollout batch size")
     group_size: int = 16  # responses per prompt (G)
     max_new_tokens: int = 512  # longest response, in tokens
-    temperature: float = 0.99  # of sampling; ratios, KL and entropy are taken at the same temperature
+    temperature: float = 0.99  # sampling temperature; ratios, KL and entropy are taken at the same temperature
     top_k: int = 100  # sample among the k most likely tokens; 0: no filter
     ratio: Literal["filtered", "unfiltered"] = "filtered"  # distribution of the ratios: with or without top-k filter
     # Top-k ids of the filtered ratio: recomputed by the trainer, or replayed as the engine reported them
