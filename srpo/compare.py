@@ -8,6 +8,7 @@ and writes `comparison.json`.
 from __future__ import annotations
 
 from srpo.core.config.evaluation import BootstrapConfig, CompareConfig
+from srpo.core.errors import UserError
 from srpo.core.settings import check_command_line, check_one_process, run_program
 
 if __name__ == "__main__":
@@ -33,24 +34,24 @@ from srpo.scores.tally import true_grades
 
 
 def main(config: CompareConfig) -> None:
-    """Compare as configured, print the tables and write the results. Raises ValueError for bad settings, before it writes."""
+    """Compare as configured, print the tables and write the results. Raises UserError for bad settings, before it writes."""
     check_one_process("srpo.compare", "it only counts, which ranks cannot share")
     pages = config.pages
     if bool(config.a) != bool(config.b) or not (config.a or pages.file):
-        raise ValueError("give two systems, --a X --b Y, or their ranked lists, --pages.file FILE, or both")
+        raise UserError("give two systems, --a X --b Y, or their ranked lists, --pages.file FILE, or both")
     if (pages.judgments or pages.verdicts) and not pages.file:
-        raise ValueError("pages.judgments or pages.verdicts is set without pages.file: give ranked lists with --pages.file FILE")
+        raise UserError("pages.judgments or pages.verdicts is set without pages.file: give ranked lists with --pages.file FILE")
     if config.a and not config.data:
-        raise ValueError("no data: give graded examples with --data FILE")
+        raise UserError("no data: give graded examples with --data FILE")
     if config.name_a == config.name_b:
-        raise ValueError(f"both systems are called {config.name_a!r}: set --name-a or --name-b")
+        raise UserError(f"both systems are called {config.name_a!r}: set --name-a or --name-b")
     for name in (config.a, config.b, pages.file, pages.judgments, pages.verdicts):
         if name and not Path(name).exists():
-            raise ValueError(f"no such file or folder: {name}")
+            raise UserError(f"no such file or folder: {name}")
     source = Path(config.b or pages.file)
     out = Path(config.out) if config.out else (source if source.is_dir() else source.parent) / "comparison.json"
     if out.is_dir():
-        raise ValueError(f"out is {out}, which is a folder: name a file, such as {out / 'comparison.json'}")
+        raise UserError(f"out is {out}, which is a folder: name a file, such as {out / 'comparison.json'}")
 
     examples: list[Example] = []
     results: dict[str, Any] = {"names": {"a": config.name_a, "b": config.name_b}}
@@ -93,9 +94,9 @@ def online(pages: Pages, examples: Sequence[Example], config: CompareConfig) -> 
     """`side_by_side` of the pages, plus `num_unjudged`, the number of shown items without a class, which are left out."""
     settings = config.pages
     if pages.key == "item_ids" and not settings.judgments:
-        raise ValueError(f"{settings.file} lists item_ids: give their classes with --pages.judgments FILE")
+        raise UserError(f"{settings.file} lists item_ids: give their classes with --pages.judgments FILE")
     if pages.key == "example_ids" and (settings.judgments or not examples):
-        raise ValueError(
+        raise UserError(
             f"{settings.file} lists example_ids: their classes are the grades of --data FILE: give it, and no pages.judgments"
         )
     if pages.num_others:

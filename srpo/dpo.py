@@ -7,6 +7,7 @@ Their log-probabilities under the reference policy are computed once, before tra
 from __future__ import annotations
 
 from srpo.core.config.dpo import DpoConfig
+from srpo.core.errors import UserError
 from srpo.core.settings import check_command_line, run_program
 
 if __name__ == "__main__":
@@ -43,7 +44,7 @@ REFERENCE_BATCH = 256  # pairs that the reference scores between two updates of 
 def load_preferences(cfg: DpoConfig, tokenizer: Any) -> tuple[list[Preference], dict[str, Any]]:
     """(all pairs as token ids, counts of how they were made).
 
-    Raises ValueError for a file that cannot be used, and for rollouts that make no pair.
+    Raises UserError for a file that cannot be used, and for rollouts that make no pair.
     """
     if cfg.pairs:
         texts = list(read_preferences(cfg.pairs))
@@ -60,22 +61,22 @@ def load_preferences(cfg: DpoConfig, tokenizer: Any) -> tuple[list[Preference], 
     try:
         rollouts = [rollout for _, rollout in read_rollouts(Path(cfg.rollouts))]
     except (ValueError, KeyError, TypeError) as error:
-        raise ValueError(f"{cfg.rollouts} is not a rollouts.jsonl of srpo.train ({error})") from error
+        raise UserError(f"{cfg.rollouts} is not a rollouts.jsonl of srpo.train ({error})") from error
     if not rollouts:
-        raise ValueError(f"{cfg.rollouts} has no rollouts: set train.log_rollouts in the run that writes it")
+        raise UserError(f"{cfg.rollouts} has no rollouts: set train.log_rollouts in the run that writes it")
     _check_tokenizer(cfg, tokenizer, rollouts)
     return pairs_from_rollouts(rollouts, labels, cfg.rules)
 
 
 def _check_tokenizer(cfg: DpoConfig, tokenizer: Any, rollouts: Sequence[Rollout]) -> None:
-    """Raise ValueError if the rollouts were sampled with another tokenizer than the policy's."""
+    """Raise UserError if the rollouts were sampled with another tokenizer than the policy's."""
     special = set(tokenizer.all_special_ids)
     for rollout in rollouts[:100]:
         ids = list(rollout.response_ids)
         while ids and ids[-1] in special:
             ids.pop()
         if max((*rollout.prompt_ids, *ids)) >= len(tokenizer) or tokenizer.decode(ids) != rollout.text:
-            raise ValueError(
+            raise UserError(
                 f"{cfg.rollouts}: the tokens of {rollout.example_id} are not its text in the tokenizer of {cfg.policy.path}: "
                 "set policy.path to the policy that sampled them, or give the pairs as texts (pairs)"
             )
@@ -84,16 +85,16 @@ def _check_tokenizer(cfg: DpoConfig, tokenizer: Any, rollouts: Sequence[Rollout]
 def _check_settings(cfg: DpoConfig) -> None:
     for key in ("batch_size", "micro_batch_tokens", "checkpoint_every"):
         if getattr(cfg, key) < 1:
-            raise ValueError(f"{key} is {getattr(cfg, key)}: set it to 1 or more")
+            raise UserError(f"{key} is {getattr(cfg, key)}: set it to 1 or more")
     if bool(cfg.pairs) == bool(cfg.rollouts):
-        raise ValueError("set either pairs (a file of preferences) or rollouts (responses to make pairs from)")
+        raise UserError("set either pairs (a file of preferences) or rollouts (responses to make pairs from)")
     if cfg.pairs and (cfg.data or cfg.rules.balance):
         key, off = ("data", '""') if cfg.data else ("rules.balance", "false")
-        raise ValueError(f"{key} is set, but only applies to pairs that are made from rollouts: set {key} to {off}")
+        raise UserError(f"{key} is set, but only applies to pairs that are made from rollouts: set {key} to {off}")
     if not cfg.beta > 0:
-        raise ValueError(f"beta is {cfg.beta}: set it to a number above 0")
+        raise UserError(f"beta is {cfg.beta}: set it to a number above 0")
     if not 0 <= cfg.label_smoothing < 0.5:
-        raise ValueError(f"label_smoothing is {cfg.label_smoothing}: set it to a number from 0 to below 0.5")
+        raise UserError(f"label_smoothing is {cfg.label_smoothing}: set it to a number from 0 to below 0.5")
     StepSchema(cfg.steps)
 
 
@@ -102,14 +103,14 @@ def _check_lengths(cfg: DpoConfig, pairs: Sequence[Preference], max_context: int
     for number, pair in enumerate(pairs, start=1):
         name = f"pair {number}" + (f" (of {pair.example_id})" if pair.example_id else "")
         if not (pair.prompt_ids and pair.chosen_ids and pair.rejected_ids):
-            raise ValueError(f"{name} has an empty prompt or response: remove the pair")
+            raise UserError(f"{name} has an empty prompt or response: remove the pair")
         if pair.chosen_ids == pair.rejected_ids:
-            raise ValueError(f"{name} has the same tokens as chosen and as rejected response: remove the pair")
+            raise UserError(f"{name} has the same tokens as chosen and as rejected response: remove the pair")
         longest = len(pair.prompt_ids) + max(len(pair.chosen_ids), len(pair.rejected_ids))
         if longest > context:
-            raise ValueError(f"{name} has {longest} tokens, more than the context of {context}: shorten or remove the pair")
+            raise UserError(f"{name} has {longest} tokens, more than the context of {context}: shorten or remove the pair")
         if num_rows(pair) > cfg.micro_batch_tokens:
-            raise ValueError(
+            raise UserError(
                 f"{name} has {num_rows(pair)} rows, more than micro_batch_tokens = {cfg.micro_batch_tokens}: raise it; "
                 "a pair is never split"
             )
@@ -249,7 +250,7 @@ def _reference(
     if path.is_file():
         stored = torch.load(path, weights_only=True)
         if stored["data"] != data:
-            raise ValueError(f"the pairs are not those that {cfg.run_dir} has been trained on so far: give another run_dir")
+            raise UserError(f"the pairs are not those that {cfg.run_dir} has been trained on so far: give another run_dir")
         return stored["logprobs"]
     model = policy
     if cfg.policy.reference:

@@ -8,6 +8,7 @@ all pairs and for each query type. Writes `results.json`, `predictions.jsonl` an
 from __future__ import annotations
 
 from srpo.core.config.evaluation import EvaluateConfig
+from srpo.core.errors import UserError
 from srpo.core.settings import check_command_line, check_one_process, run_program
 
 if __name__ == "__main__":
@@ -43,21 +44,21 @@ from srpo.training.evaluation import evaluate_policy
 def evaluate(config: EvaluateConfig, parallel: Parallel) -> None:
     """Decode or read the responses, score them, and print and write the results. Collective.
 
-    Each rank decodes its share; rank 0 prints and writes. Raises ValueError for settings that cannot work.
+    Each rank decodes its share; rank 0 prints and writes. Raises UserError for settings that cannot work.
     """
     sources = [source for source in (config.checkpoint, config.rollouts, config.predictions) if source]
     if len(sources) != 1:
-        raise ValueError("give one of --checkpoint DIR, --rollouts FILE and --predictions FILE")
+        raise UserError("give one of --checkpoint DIR, --rollouts FILE and --predictions FILE")
     if config.engine != "local" and not config.checkpoint:
-        raise ValueError(f"engine is {config.engine}, but only a checkpoint is decoded: give --checkpoint DIR or no --engine")
+        raise UserError(f"engine is {config.engine}, but only a checkpoint is decoded: give --checkpoint DIR or no --engine")
     source = Path(sources[0])
     if not source.exists():
-        raise ValueError(f"no such file or folder: {source}")
+        raise UserError(f"no such file or folder: {source}")
     run = run_settings(source, config.config, say=parallel.is_main)
     schema = StepSchema(run.steps)
     data = config.data or run.data.eval
     if not data:
-        raise ValueError("no data: give graded examples with --data FILE")
+        raise UserError("no data: give graded examples with --data FILE")
     # Load every example for predictions: one for an unknown id is an error, one for an example beyond --limit is not.
     limit = 0 if config.predictions else config.limit
     examples = load_examples(data, schema.num_steps, limit, options=schema.options)
@@ -65,7 +66,7 @@ def evaluate(config: EvaluateConfig, parallel: Parallel) -> None:
     true_grades(examples[: config.limit or None])
     out = Path(config.out) if config.out else source.resolve().parent / "evaluation"
     if out.exists() and not out.is_dir():
-        raise ValueError(f"out is {out}, which is a file: name a folder")
+        raise UserError(f"out is {out}, which is a file: name a folder")
 
     rollouts: list[Rollout] = []
     if config.checkpoint:
@@ -90,7 +91,7 @@ def decode(
 ) -> tuple[dict[str, Any], list[Rollout]]:
     """`evaluate_policy` of the checkpoint with the settings of its run. Collective.
 
-    Raises ValueError on all ranks, before decoding, if a prompt does not fit into the context.
+    Raises UserError on all ranks, before decoding, if a prompt does not fit into the context.
     """
     tokenizer = load_tokenizer(config.checkpoint)
     max_new_tokens = config.max_new_tokens or run.rollout.max_new_tokens
@@ -116,7 +117,7 @@ def decode(
 def open_engine(config: EvaluateConfig, run: Config, parallel: Parallel) -> Engine:
     """The engine that decodes. It loads the weights of the checkpoint and never syncs others. Collective if ranks share it.
 
-    Raises ValueError for settings that cannot work, ImportError if the engine is not installed.
+    Raises UserError for settings that cannot work, MissingPackage if the engine is not installed.
     """
     dtype, max_context = getattr(torch, run.policy.dtype), run.policy.max_context
     if config.engine == "local":
@@ -124,9 +125,9 @@ def open_engine(config: EvaluateConfig, run: Config, parallel: Parallel) -> Engi
         return LocalEngine(model, device=parallel.device, max_context=max_context)
     try:
         return open_vllm(config.checkpoint, parallel, dtype=dtype, max_context=max_context, config=config.vllm)
-    except (ValueError, ImportError) as error:
+    except UserError as error:
         message = str(error).replace("rollout.vllm.", "vllm.").replace("rollout.engine", "engine")
-        raise (ImportError if isinstance(error, ImportError) else ValueError)(message) from error
+        raise type(error)(message) from error
 
 
 def write_evaluation(out: Path, results: dict[str, Any], rollouts: Sequence[Rollout], examples: Sequence[Example]) -> Path:

@@ -7,6 +7,7 @@ Prints the scores before and after training and draws RUN_DIR/plots/*.png. Reads
 from __future__ import annotations
 
 from srpo.core.config.evaluation import ReportConfig
+from srpo.core.errors import UserError
 from srpo.core.settings import apply_toml, check_command_line, check_one_process, run_program
 
 if __name__ == "__main__":
@@ -27,11 +28,11 @@ from srpo.scores.tables import before_after_table
 def write_report(run_dir: Path) -> tuple[str, list[Path]]:
     """(table of the scores before and after training, "" without results; files of the plots that were drawn) of a run folder.
 
-    Raises ValueError if the folder is not the run folder of srpo.train.
+    Raises UserError if the folder is not the run folder of srpo.train.
     """
     for name in ("config.toml", "metrics.jsonl"):
         if not (run_dir / name).is_file():
-            raise ValueError(f"no {name} in {run_dir}: give the run_dir of a run of srpo.train")
+            raise UserError(f"no {name} in {run_dir}: give the run_dir of a run of srpo.train")
     schema = StepSchema(apply_toml(Config(), run_dir / "config.toml").steps)
     results: Mapping[str, Results] = {}
     if (run_dir / "results.json").is_file():
@@ -45,7 +46,7 @@ def main(config: ReportConfig) -> None:
     """Write the report of a run folder and print its table and the names of its plots."""
     check_one_process("srpo.report", "it only draws, which ranks cannot share")
     if not config.run_dir:
-        raise ValueError("name a run folder: python -m srpo.report runs/demo")
+        raise UserError("name a run folder: python -m srpo.report runs/demo")
     table, files = write_report(Path(config.run_dir))
     print(table or "no results.json with before and after: only training curves are drawn")
     print("\n".join(map(str, files)))

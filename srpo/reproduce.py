@@ -8,6 +8,7 @@ A run that was stopped continues when it is started again. Several processes may
 from __future__ import annotations
 
 from srpo.core.config.reproduce import ReproduceConfig
+from srpo.core.errors import UserError
 from srpo.core.settings import check_command_line, check_one_process, run_program
 
 if __name__ == "__main__":
@@ -60,12 +61,12 @@ def reproduce(cfg: ReproduceConfig, parallel: Parallel) -> list[dict[str, Any]]:
 
 
 def wanted(cfg: ReproduceConfig) -> tuple[str, ...]:
-    """Names of the tables of `cfg.table`. Raises ValueError for an unknown name, and for missing or repeated seeds."""
+    """Names of the tables of `cfg.table`. Raises UserError for an unknown name, and for missing or repeated seeds."""
     names = NAMES if cfg.table == "all" else (cfg.table,)
     if unknown := [name for name in names if name not in NAMES]:
-        raise ValueError(f"table is {unknown[0]!r}: set it to one of {', '.join(NAMES)}, or all")
+        raise UserError(f"table is {unknown[0]!r}: set it to one of {', '.join(NAMES)}, or all")
     if not cfg.seeds or len(set(cfg.seeds)) < len(cfg.seeds):
-        raise ValueError(f"seeds is {list(cfg.seeds)}: give one or more seeds, each once")
+        raise UserError(f"seeds is {list(cfg.seeds)}: give one or more seeds, each once")
     return names
 
 
@@ -116,14 +117,14 @@ def make_headline(cfg: ReproduceConfig, parallel: Parallel) -> dict[str, Any]:
 
 @contextmanager
 def lab_of(cfg: ReproduceConfig, seed: int, parallel: Parallel) -> Iterator[Lab]:
-    """The lab of a seed, locked for this process. Raises ValueError if another process has the lock or the scale differs."""
+    """The lab of a seed, locked for this process. Raises UserError if another process has the lock or the scale differs."""
     root = Path(cfg.run_dir) / f"seed-{seed}"
     root.mkdir(parents=True, exist_ok=True)
     with (root / "lock").open("w") as lock:
         try:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError as error:
-            raise ValueError(f"another process works on seed {seed} in {root}: wait for it, or give other seeds") from error
+            raise UserError(f"another process works on seed {seed} in {root}: wait for it, or give other seeds") from error
         claim_run_dir(root, replace(cfg.scale, **OWN_CLAIM), parallel.is_main)
         yield Lab(root, seed, cfg.scale, parallel)
 
@@ -146,7 +147,7 @@ def evidence(minutes: float) -> dict[str, Any]:
 
 
 def start_in_background(cfg: ReproduceConfig) -> None:
-    """Start the same command in its own session; prints process id and log file. Raises ValueError like `wanted`."""
+    """Start the same command in its own session; prints process id and log file. Raises UserError like `wanted`."""
     wanted(cfg)
     run_dir = Path(cfg.run_dir)
     run_dir.mkdir(parents=True, exist_ok=True)

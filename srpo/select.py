@@ -8,6 +8,7 @@ under torchrun. A run that was killed continues with the missing shards, with th
 from __future__ import annotations
 
 from srpo.core.config.selection import Criteria, SelectConfig
+from srpo.core.errors import UserError
 from srpo.core.settings import check_command_line, run_program
 
 if __name__ == "__main__":
@@ -107,7 +108,7 @@ def sample(
     """Write this rank's share of the missing records. Rank 0 returns when all ranks are done, another rank when it is done.
 
     The k-th missing shard belongs to rank k % world_size. Its random draws depend on (seed, ids of its examples) alone. Raises
-    ValueError for settings and data that would fail later, before anything is sampled or written.
+    UserError for settings and data that would fail later, before anything is sampled or written.
     """
     check_settings(cfg)
     schema, folder = StepSchema(cfg.steps), records_dir(cfg)
@@ -116,7 +117,7 @@ def sample(
             _claim(claimed, settings, name, parallel.is_main)
     done = parallel.broadcast_object(finished_shards(folder))
     if done and not (folder / "config.toml").is_file():
-        raise ValueError(f"{folder} has records, but no config.toml with their settings: give another records_dir")
+        raise UserError(f"{folder} has records, but no config.toml with their settings: give another records_dir")
     parts = _Once(lambda: parts_of(cfg, schema, parallel))
     missing = survey(cfg, schema, done, parts)
     if not missing:
@@ -126,7 +127,7 @@ def sample(
     _claim(*_claims(cfg)[0], parallel.is_main)
     parallel.barrier()
     if not (folder / "config.toml").is_file():
-        raise ValueError(
+        raise UserError(
             f"process {parallel.rank} does not see {folder / 'config.toml'}, which process 0 wrote: set records_dir to a folder "
             "that all hosts share"
         )
@@ -143,34 +144,34 @@ def sample(
 
 
 def check_settings(cfg: SelectConfig) -> None:
-    """Raise ValueError for settings that cannot work with any data."""
+    """Raise UserError for settings that cannot work with any data."""
     if not cfg.data.train:
-        raise ValueError("data.train is not set: name the examples to choose from (docs/data.md)")
+        raise UserError("data.train is not set: name the examples to choose from (docs/data.md)")
     if cfg.shard_examples < 1:
-        raise ValueError(f"shard_examples is {cfg.shard_examples}: set it to 1 or more")
+        raise UserError(f"shard_examples is {cfg.shard_examples}: set it to 1 or more")
     if cfg.seed < 0:
-        raise ValueError(f"seed is {cfg.seed}: set it to 0 or more")
+        raise UserError(f"seed is {cfg.seed}: set it to 0 or more")
     if cfg.rollout.group_size < 2:
-        raise ValueError(
+        raise UserError(
             f"rollout.group_size is {cfg.rollout.group_size}: set it to 2 or more, because rejection sampling compares responses"
         )
     if cfg.select.score in ("best", "uncertain") and cfg.reward.judge == "none":
-        raise ValueError(f"select.score is {cfg.select.score!r}, which needs the verdicts of a judge: set reward.judge")
+        raise UserError(f"select.score is {cfg.select.score!r}, which needs the verdicts of a judge: set reward.judge")
     check_rollout(cfg)
     check_judge(cfg)
     for folder, name in ((records_dir(cfg), "records_dir"), (out_dir(cfg), "out")):
         if folder.exists() and not folder.is_dir():
-            raise ValueError(f"{name} is {folder}, which is a file: name a folder")
+            raise UserError(f"{name} is {folder}, which is a file: name a folder")
         if folder.resolve() == Path(cfg.data.train).resolve():
-            raise ValueError(f"{name} is {folder}, the folder of data.train, where its files would be read as data: give another")
+            raise UserError(f"{name} is {folder}, the folder of data.train, where its files would be read as data: give another")
     if records_dir(cfg).resolve() == out_dir(cfg).resolve():
-        raise ValueError(f"records_dir and out are both {out_dir(cfg)}: give another out")
+        raise UserError(f"records_dir and out are both {out_dir(cfg)}: give another out")
 
 
 def survey(cfg: SelectConfig, schema: StepSchema, done: frozenset[int], parts: Callable[[], Parts]) -> list[int]:
     """Numbers of the missing shards, after all of the data was read once.
 
-    Raises ValueError for a bad row, an example without a tag of `select.balance`, a quota above the size of its stratum, finished
+    Raises UserError for a bad row, an example without a tag of `select.balance`, a quota above the size of its stratum, finished
     shards of other data, a prompt that is too long, and, in a new run, if no example can be graded.
     """
     strata: Counter[tuple[str, ...]] = Counter()
@@ -181,8 +182,8 @@ def survey(cfg: SelectConfig, schema: StepSchema, done: frozenset[int], parts: C
         num_shards += 1
         try:
             strata.update(stratum(example, cfg.select.balance) for example in examples)
-        except ValueError as error:
-            raise ValueError(f"select.balance: {error}") from error
+        except UserError as error:
+            raise UserError(f"select.balance: {error}") from error
         if number in done:
             check_shard(records_dir(cfg), number, examples)
             continue
@@ -192,9 +193,9 @@ def survey(cfg: SelectConfig, schema: StepSchema, done: frozenset[int], parts: C
         gradable, problem = split_gradable(parts(), examples, cfg, schema)
         error_text, num_gradable = error_text or problem, num_gradable + len(gradable)
     if error_text and not num_gradable and not done:  # the missing shards of a resumed run may have no gradable example
-        raise ValueError(error_text)
+        raise UserError(error_text)
     if extra := sorted(number for number in done if number >= num_shards):
-        raise ValueError(
+        raise UserError(
             f"{records_dir(cfg)} has {len(extra)} more shards than {cfg.data.train}: restore the data, "
             "or give another records_dir"
         )
@@ -208,7 +209,7 @@ def split_gradable(parts: Parts, examples: Sequence[Example], cfg: SelectConfig,
     rollouts = to_rollouts(examples, silence, [()] * len(examples), schema, parts.tokenizer, 0)
     try:
         score(rollouts, examples, schema, parts.judge, cfg.reward.missing_verdict)  # no judge call: all answers are missing
-    except ValueError as error:
+    except UserError as error:
         if len(examples) == 1:
             return [], str(error)
         splits = [split_gradable(parts, [example], cfg, schema) for example in examples]
@@ -280,8 +281,8 @@ def _claims(cfg: SelectConfig) -> tuple[tuple[Path, Any, str], tuple[Path, Any, 
 def _claim(folder: Path, settings: Any, name: str, is_main: bool) -> None:
     try:
         claim_run_dir(folder, settings, is_main)
-    except ValueError as error:
-        raise ValueError(str(error).replace("give another run_dir", f"give another {name}")) from error
+    except UserError as error:
+        raise UserError(str(error).replace("give another run_dir", f"give another {name}")) from error
 
 
 def _examples(cfg: SelectConfig, check_duplicates: bool = False) -> Iterator[Example]:

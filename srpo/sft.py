@@ -6,6 +6,7 @@ The warm start of the policy, and the first stage of the step judge. Runs alone 
 from __future__ import annotations
 
 from srpo.core.config.sft import SftConfig
+from srpo.core.errors import UserError
 from srpo.core.settings import check_command_line, run_program
 
 if __name__ == "__main__":
@@ -45,7 +46,7 @@ def pack_pairs(pairs: Sequence[Pair], parallel: Parallel, max_tokens: int) -> li
 
 
 def tokenized_pairs(cfg: SftConfig, tokenizer: Any, max_context: int, show: bool) -> list[Pair]:
-    """All pairs as token ids. Raises ValueError for a pair that is longer than the context or than a micro-batch."""
+    """All pairs as token ids. Raises UserError for a pair that is longer than the context or than a micro-batch."""
     texts = list(read_pairs(cfg.data))
     context = min(cfg.policy.max_context or max_context, max_context)
     pairs: list[Pair] = []
@@ -54,9 +55,9 @@ def tokenized_pairs(cfg: SftConfig, tokenizer: Any, max_context: int, show: bool
             pair = encode(tokenizer, prompt), (*encode(tokenizer, response), tokenizer.eos_token_id)
             length = len(pair[0]) + len(pair[1])
             if length > context:
-                raise ValueError(f"{cfg.data}, pair {number} has {length} tokens, more than the context of {context}: shorten it")
+                raise UserError(f"{cfg.data}, pair {number} has {length} tokens, more than the context of {context}: shorten it")
             if length - 1 > cfg.micro_batch_tokens:
-                raise ValueError(
+                raise UserError(
                     f"{cfg.data}, pair {number} has {length} tokens, more than micro_batch_tokens = {cfg.micro_batch_tokens}: "
                     "raise it or shorten the pair"
                 )
@@ -68,9 +69,9 @@ def tokenized_pairs(cfg: SftConfig, tokenizer: Any, max_context: int, show: bool
 def _check_settings(cfg: SftConfig) -> None:
     for key in ("batch_size", "micro_batch_tokens", "checkpoint_every"):
         if getattr(cfg, key) < 1:
-            raise ValueError(f"{key} is {getattr(cfg, key)}: set it to 1 or more")
+            raise UserError(f"{key} is {getattr(cfg, key)}: set it to 1 or more")
     if not cfg.data:
-        raise ValueError('data is not set: name a JSON Lines file of {"prompt": "...", "response": "..."}')
+        raise UserError('data is not set: name a JSON Lines file of {"prompt": "...", "response": "..."}')
 
 
 def sft_loss(outputs: Logits | Hidden, rows: Batch) -> torch.Tensor:

@@ -17,6 +17,7 @@ With human judgments the program stops after mining: fill in the field "human" o
 from __future__ import annotations
 
 from srpo.core.config.judge import JudgeConfig
+from srpo.core.errors import UserError
 from srpo.core.settings import check_command_line, run_program
 
 if __name__ == "__main__":
@@ -51,7 +52,7 @@ LATER = ("stage", "verified", "unverified", "simulate_human", "human_error_rate"
 def train_judge(cfg: JudgeConfig, parallel: Parallel) -> dict[str, Any]:
     """Run the stages of `cfg.stage`. Returns the contents of `judge.json`: counts, and scores of each finished stage. Collective.
 
-    `run_dir/policy` becomes a link to the judge of the last finished stage. Raises ValueError for settings and data that would
+    `run_dir/policy` becomes a link to the judge of the last finished stage. Raises UserError for settings and data that would
     fail later, before anything is written.
     """
     work = prepare(cfg, parallel)
@@ -98,21 +99,21 @@ def run_sft(work: Work) -> None:
 def run_mine(work: Work) -> None:
     """Write the queue of hard cases, in the order in which people should verify them, and its counts to mine.json.
 
-    Raises ValueError if no case is hard enough, or if the queue was made with other settings.
+    Raises UserError if no case is hard enough, or if the queue was made with other settings.
     """
     cfg, settings = work.cfg.mine, json.loads(json.dumps(asdict(work.cfg.mine)))
     if work.is_done(QUEUE):
         path = work.run_dir / "mine.json"
         if path.is_file() and json.loads(path.read_text(encoding="utf-8")).get("settings", settings) != settings:
             queue = work.run_dir / QUEUE
-            raise ValueError(f"{queue} was made with other mine.* settings ({path}): restore those, or remove the queue")
+            raise UserError(f"{queue} was made with other mine.* settings ({path}): restore those, or remove the queue")
         return
     judge = _judge(work, work.run_dir / "sft" / "policy")
     assert isinstance(judge, GenerativeJudge)
     cases = vote_on(judge, work.pool, work.examples, work.schema, cfg.num_votes, work.cfg.sft.seed, work.parallel)
     chosen, numbers = mine(cases, work.examples, work.schema, cfg.num_cases, cfg.solve_low, cfg.solve_high, cfg.balance)
     if not chosen:
-        raise ValueError(
+        raise UserError(
             f"{numbers['num_hard']} of {numbers['num_responses']} responses are hard cases, none of them inside the window: "
             "mine other responses (--mine.pool), or widen mine.solve_low and mine.solve_high"
         )
@@ -123,7 +124,7 @@ def run_mine(work: Work) -> None:
 
 
 def run_grpo(work: Work) -> None:
-    """Train the second stage and write its scores to grpo.json. Raises ValueError if it began with other verdicts or settings."""
+    """Train the second stage and write its scores to grpo.json. Raises UserError if it began with other verdicts or settings."""
     cfg, run_dir, schema = work.cfg, work.run_dir, work.schema
     done = work.is_done("grpo.json") and work.is_done("grpo/config.toml")
     verified = Path(cfg.verified) if cfg.verified else run_dir / "judge_verified.jsonl"
@@ -143,7 +144,7 @@ def run_grpo(work: Work) -> None:
         fresh = data.with_name("grpo_cases.new.jsonl")
         write_examples(fresh, cases)
         if (run_dir / "grpo" / "config.toml").is_file() and fresh.read_bytes() != data.read_bytes():
-            raise ValueError(f"{run_dir / 'grpo'} has begun with other verdicts ({data}): restore those, or remove that folder")
+            raise UserError(f"{run_dir / 'grpo'} has begun with other verdicts ({data}): restore those, or remove that folder")
         if done:
             fresh.unlink()
         else:

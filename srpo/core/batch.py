@@ -17,6 +17,8 @@ import numpy as np
 import torch
 from srpo_kernels.segments import IGNORE, compact, scatter  # IGNORE: label of a position whose next token is not trained on
 
+from srpo.core.errors import UserError
+
 
 @dataclass(frozen=True)
 class Rollout:
@@ -183,7 +185,7 @@ def pack(
     Labels are shifted by one here and nowhere else. The last token of a sequence is never an input, so a sequence has
     len(prompt) + len(response) - 1 rows. step_advantages: [N, J]. sequence_weights: [N], the weight of each response token of
     the sequence (`srpo.algorithm.losses.sequence_weights`).
-    Raises ValueError for an empty prompt, and for a sequence of more than `max_tokens` rows.
+    Raises UserError for an empty prompt, and for a sequence of more than `max_tokens` rows.
     """
     step_advantages = torch.as_tensor(step_advantages, dtype=torch.float32)
     sequence_weights = torch.as_tensor(sequence_weights, dtype=torch.float32)
@@ -192,10 +194,10 @@ def pack(
     rows = 0
     for i, rollout in enumerate(rollouts):
         if not rollout.prompt_ids:
-            raise ValueError(f"rollout of {rollout.example_id} has an empty prompt: a prompt needs at least one token")
+            raise UserError(f"rollout of {rollout.example_id} has an empty prompt: a prompt needs at least one token")
         num_rows = len(rollout.prompt_ids) + len(rollout.response_ids) - 1
         if max_tokens is not None and num_rows > max_tokens:
-            raise ValueError(
+            raise UserError(
                 f"rollout of {rollout.example_id} has {num_rows} tokens, more than a micro-batch of {max_tokens}: "
                 "raise train.micro_batch_tokens or lower rollout.max_new_tokens"
             )

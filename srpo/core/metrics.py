@@ -17,6 +17,8 @@ from pathlib import Path
 from types import ModuleType, TracebackType
 from typing import Any, Protocol, SupportsFloat
 
+from srpo.core.errors import MissingPackage, UserError
+
 # {step} is the name of a reasoning step, {class} a grade 1..4, {phase} a phase of the loop. docs/metrics.md repeats this table; a
 # test compares them.
 METRICS: dict[str, str] = {
@@ -106,11 +108,9 @@ _PATTERNS = [
 
 
 def check_key(key: str) -> None:
-    """Raise ValueError if `key` is not in METRICS (with its `{...}` parts filled in)."""
+    """Raise UserError if `key` is not in METRICS (with its `{...}` parts filled in)."""
     if key not in METRICS and not any(pattern.fullmatch(key) for pattern in _PATTERNS):
-        raise ValueError(
-            f"metric {key!r} is not declared: add it with one line of description to METRICS in srpo/core/metrics.py"
-        )
+        raise UserError(f"metric {key!r} is not declared: add it with one line of description to METRICS in srpo/core/metrics.py")
 
 
 def evaluation_metrics(results: Mapping[str, Any], step_names: tuple[str, ...]) -> dict[str, float]:
@@ -199,10 +199,10 @@ class MetricsLogger:
         """Write the line of one optimizer step: `{"step": n, ...}` with sorted keys and exact numbers.
 
         Values are numbers or one-element tensors and arrays. None omits the key; NaN and infinity become null.
-        Raises ValueError for a key that METRICS lacks, and for a step that is not after the last one.
+        Raises UserError for a key that METRICS lacks, and for a step that is not after the last one.
         """
         if self._step is not None and step <= self._step:
-            raise ValueError(f"step {step} is logged after step {self._step}: log each optimizer step once, in order")
+            raise UserError(f"step {step} is logged after step {self._step}: log each optimizer step once, in order")
         numbers = {key: _number(value) for key, value in sorted(metrics.items()) if value is not None}
         for key in numbers:
             check_key(key)
@@ -252,7 +252,7 @@ def _tracker_module(name: str, package: str) -> ModuleType:
     try:
         return import_module(name)
     except ImportError as error:
-        raise ImportError(f"train.{package} is on but {package} is not installed: pip install {package}") from error
+        raise MissingPackage(f"train.{package} is on but {package} is not installed: pip install {package}") from error
 
 
 class _TensorBoard:

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from srpo.core.config.train import Config
+from srpo.core.errors import UserError
 from srpo.core.files import write_whole
 from srpo.core.settings import apply_toml, dump_toml
 
@@ -16,7 +17,7 @@ from srpo.core.settings import apply_toml, dump_toml
 def claim_run_dir(run_dir: Path, cfg: Any, is_main: bool, may_change: Collection[str] = ()) -> None:
     """Make the folder and write the resolved settings into its `config.toml`, on the main process.
 
-    Raises ValueError, with the first setting that differs, if the folder holds a run of another configuration: a resumed run must
+    Raises UserError, with the first setting that differs, if the folder holds a run of another configuration: a resumed run must
     be the run that was started. `run_dir` itself may differ, so folders can be moved, and so may the dotted keys in `may_change`;
     the file keeps their first values. If the settings have defaults, a setting that the file lacks counts with its default: the
     folder is older than the setting.
@@ -28,7 +29,7 @@ def claim_run_dir(run_dir: Path, cfg: Any, is_main: bool, may_change: Collection
         theirs = {key: defaults[key] for key in ours.keys() & defaults.keys()} | theirs
         for key in sorted(ours.keys() | theirs.keys()):
             if key != "run_dir" and key not in may_change and ours.get(key) != theirs.get(key):
-                raise ValueError(
+                raise UserError(
                     f"{run_dir} holds a run with {key} = {theirs.get(key)!r}, this one has {ours.get(key)!r}: "
                     "give another run_dir, or remove the folder"
                 )

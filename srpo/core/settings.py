@@ -23,18 +23,19 @@ from typing import Annotated, Any, Literal, NoReturn, TypeVar, Union, get_args, 
 import tyro
 from tyro.constructors import ConstructorRegistry, StructConstructorSpec, StructTypeInfo
 
+from srpo.core.errors import UserError, explain_os_error
+
 T = TypeVar("T")
 
 DEBUG = "SRPO_DEBUG"  # environment variable: 1 shows the traceback of a user error
 _KINDS = {str: "a string", bool: "true or false", int: "an integer", float: "a number", dict: "a table", list: "a list"}
 _POSITIONAL = get_args(tyro.conf.Positional[int])[1]
-_USER_ERRORS = (ValueError, FileNotFoundError, FileExistsError, NotADirectoryError, IsADirectoryError, PermissionError)
 
 
 def load(cls: type[T], argv: Sequence[str] | None = None, prog: str | None = None) -> T:
     """An instance of the dataclass `cls` from `[@ file.toml]... [--flag value]...` (`sys.argv[1:]` if `argv` is None).
 
-    Raises ValueError in one line for a missing or malformed file, an unknown key or flag (with the nearest known one) and a value
+    Raises UserError in one line for a missing or malformed file, an unknown key or flag (with the nearest known one) and a value
     of the wrong type (with file and key). tyro itself exits with code 2 for a malformed flag value, and with code 0 for `-h`.
     """
     argv = list(sys.argv[1:] if argv is None else argv)
@@ -42,35 +43,35 @@ def load(cls: type[T], argv: Sequence[str] | None = None, prog: str | None = Non
     while argv and argv[0].startswith("@"):
         path = argv.pop(0)[1:]
         if not path and not argv:
-            raise ValueError("`@` is not followed by a file: write `@ file.toml`")
+            raise UserError("`@` is not followed by a file: write `@ file.toml`")
         config = apply_toml(config, Path(path or argv.pop(0)))
     if "@" in argv:
-        raise ValueError("`@ file.toml` comes after a flag: put files first, then flags")
+        raise UserError("`@ file.toml` comes after a flag: put files first, then flags")
     registry = ConstructorRegistry()
     registry.struct_rule(_no_flags_for_tables)
     with registry:
         named = (tyro.conf.PositionalMetavarFromFieldName,)
         config, unknown = tyro.cli(cls, args=argv, default=config, prog=prog, config=named, return_unknown_args=True)
     if unknown:
-        raise ValueError(_unknown_argument(unknown[0], [flag for flag, _, _ in flags(cls)]))
+        raise UserError(_unknown_argument(unknown[0], [flag for flag, _, _ in flags(cls)]))
     return config
 
 
 def apply_toml(config: T, path: Path) -> T:
-    """`config` updated with the values of a TOML file. Raises ValueError that names the file and the key."""
+    """`config` updated with the values of a TOML file. Raises UserError that names the file and the key."""
     try:
         table = tomllib.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
         near = difflib.get_close_matches(path.name, [p.name for p in path.parent.glob("*.toml")], n=1)
         hint = f"; the nearest is {path.parent / near[0]}" if near else ""
-        raise ValueError(f"{path}: no such file{hint}") from None
+        raise UserError(f"{path}: no such file{hint}") from None
     except ValueError as error:  # not TOML, or not UTF-8
-        raise ValueError(f"{path}: {error}") from error
+        raise UserError(f"{path}: {error}") from error
     return apply_table(config, table, str(path))
 
 
 def apply_table(config: T, table: Mapping[str, Any], where: str) -> T:
-    """`config` updated with the values of a table, as from a TOML file. Raises ValueError that names `where` and the key."""
+    """`config` updated with the values of a table, as from a TOML file. Raises UserError that names `where` and the key."""
     return _replace(config, table, where, "", _keys(type(config)))
 
 
@@ -90,8 +91,8 @@ def dump_toml(config: Any) -> str:
 def run_program(main: Callable[[T], int | None], cls: type[T], argv: Sequence[str] | None = None) -> NoReturn:
     """Load `cls`, run `main` on it and exit with its return value (None: 0).
 
-    A user error (ValueError, a missing path, a missing package that the settings need) prints the line `error: ...` and exits
-    with code 2; SRPO_DEBUG=1 shows its traceback. Any other exception is our own bug and keeps its traceback.
+    A user error (`UserError`, or an error of the file system) prints the line `error: ...` and exits with code 2; SRPO_DEBUG=1
+    shows its traceback. Any other exception, such as a plain ValueError, is our own bug and keeps its traceback.
     """
     with _user_errors_in_one_line():
         sys.exit(main(load(cls, argv, _prog())) or 0)
@@ -112,11 +113,11 @@ def _prog() -> str | None:
 def _user_errors_in_one_line() -> Iterator[None]:
     try:
         yield
-    except (*_USER_ERRORS, ImportError) as error:
-        is_import = isinstance(error, ImportError) and error.name is not None  # raised by an import; our own have no name
-        if is_import or os.environ.get(DEBUG, "0") not in ("", "0"):
+    except (UserError, OSError) as error:
+        message = str(error) if isinstance(error, UserError) else explain_os_error(error)
+        if message is None or os.environ.get(DEBUG, "0") not in ("", "0"):
             raise
-        print(f"error: {error}", file=sys.stderr, flush=True)
+        print(f"error: {message}", file=sys.stderr, flush=True)
         sys.exit(2)
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr, flush=True)
@@ -124,9 +125,9 @@ def _user_errors_in_one_line() -> Iterator[None]:
 
 
 def check_one_process(program: str, instead: str) -> None:
-    """Raise ValueError if torchrun has started more than this process. `instead` ends the message: what to do, or why."""
+    """Raise UserError if torchrun has started more than this process. `instead` ends the message: what to do, or why."""
     if int(os.environ.get("WORLD_SIZE", 1)) > 1:
-        raise ValueError(f"start {program} without torchrun: {instead}")
+        raise UserError(f"start {program} without torchrun: {instead}")
 
 
 # ---- names ---------------------------------------------------------------------------------------------------------------------
@@ -198,7 +199,7 @@ def _replace(config: Any, table: Mapping[str, Any], where: str, prefix: str, kno
         key = prefix + name
         if name not in hints:
             near = _nearest(key, known)
-            raise ValueError(f"{where}: unknown key {key!r}" + (f"; the nearest is {near!r}" if near else ""))
+            raise UserError(f"{where}: unknown key {key!r}" + (f"; the nearest is {near!r}" if near else ""))
         old = getattr(config, name)
         if is_dataclass(old) and isinstance(value, dict):
             changes[name] = _replace(old, value, where, key + ".", known)
@@ -208,15 +209,15 @@ def _replace(config: Any, table: Mapping[str, Any], where: str, prefix: str, kno
 
 
 def _build(make: Callable[[], Any], where: str, key: str) -> Any:
-    """The result of `make()`. If a dataclass's own check raises ValueError, file and key are put before its message."""
+    """The result of `make()`. If a dataclass's own check raises UserError, file and key are put before its message."""
     try:
         return make()
     except ValueError as error:
-        raise ValueError(f"{where}: {key}: {error}" if key else f"{where}: {error}") from error
+        raise UserError(f"{where}: {key}: {error}" if key else f"{where}: {error}") from error
 
 
 def _convert(value: Any, hint: Any, where: str, key: str) -> Any:
-    """A TOML value as the Python type `hint`. Raises ValueError that names file, key and expected type."""
+    """A TOML value as the Python type `hint`. Raises UserError that names file, key and expected type."""
     origin, args = get_origin(hint), get_args(hint)
     if origin is Annotated:
         return _convert(value, args[0], where, key)
@@ -224,7 +225,7 @@ def _convert(value: Any, hint: Any, where: str, key: str) -> Any:
         if not any(value == arg and type(value) is type(arg) for arg in args):
             near = difflib.get_close_matches(value, [str(arg) for arg in args], n=1) if isinstance(value, str) else []
             nearest = f"; the nearest is {near[0]!r}" if near else ""
-            raise ValueError(f"{where}: {key} must be {_describe(hint)}, not {_show(value)}{nearest}")
+            raise UserError(f"{where}: {key} must be {_describe(hint)}, not {_show(value)}{nearest}")
         return value
     if origin in (Union, types.UnionType):
         fits = [arg for arg in args if _fits(value, arg, where, key)]
@@ -234,7 +235,7 @@ def _convert(value: Any, hint: Any, where: str, key: str) -> Any:
             return _wrong(value, hint, where, key)
         variable = origin is list or args[1:] == (Ellipsis,)
         if not variable and len(value) != len(args):
-            raise ValueError(f"{where}: {key} must be {_describe(hint)}, not {len(value)} values")
+            raise UserError(f"{where}: {key} must be {_describe(hint)}, not {len(value)} values")
         kinds = [args[0]] * len(value) if variable else args
         return origin(_convert(v, kind, where, f"{key}[{i}]") for i, (v, kind) in enumerate(zip(value, kinds, strict=True)))
     if origin is dict:
@@ -253,18 +254,18 @@ def _convert(value: Any, hint: Any, where: str, key: str) -> Any:
 
 
 def _convert_table(value: Any, cls: type, where: str, key: str) -> Any:
-    """One table of an array of tables as an instance of `cls`. Raises ValueError if a field without a default is missing."""
+    """One table of an array of tables as an instance of `cls`. Raises UserError if a field without a default is missing."""
     if not isinstance(value, dict):
         return _wrong(value, cls, where, key)
     hints = _hints(cls)
     for name in value:
         if name not in hints:
             near = _nearest(name, list(hints))
-            raise ValueError(f"{where}: unknown key '{key}.{name}'" + (f"; the nearest is '{key}.{near}'" if near else ""))
+            raise UserError(f"{where}: unknown key '{key}.{name}'" + (f"; the nearest is '{key}.{near}'" if near else ""))
     given = {name: _convert(v, hints[name], where, f"{key}.{name}") for name, v in value.items()}
     missing = [name for name in hints if name not in given and _required(cls, name)]
     if missing:
-        raise ValueError(f"{where}: {key} lacks {' and '.join(missing)}")
+        raise UserError(f"{where}: {key} lacks {' and '.join(missing)}")
     return _build(lambda: cls(**given), where, key)
 
 
@@ -284,7 +285,7 @@ def _fits(value: Any, hint: Any, where: str, key: str) -> bool:
 
 
 def _wrong(value: Any, hint: Any, where: str, key: str) -> NoReturn:
-    raise ValueError(f"{where}: {key} must be {_describe(hint)}, not {_show(value)}")
+    raise UserError(f"{where}: {key} must be {_describe(hint)}, not {_show(value)}")
 
 
 def _describe(hint: Any) -> str:

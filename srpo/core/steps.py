@@ -15,6 +15,7 @@ from dataclasses import dataclass
 from functools import cached_property
 from itertools import groupby
 
+from srpo.core.errors import UserError
 from srpo.core.token_spans import Decoder, decode_with_ends
 
 SOURCES = ("gold", "judge", "rule", "skip")
@@ -29,7 +30,7 @@ def _compile(where: str, key: str, pattern: str) -> re.Pattern[str]:
     try:
         return re.compile(pattern, REGEX_FLAGS)
     except re.error as error:
-        raise ValueError(
+        raise UserError(
             f"{where}: {key} {pattern!r} is not a regular expression: {error}; in TOML write it in 'single quotes'"
         ) from error
 
@@ -38,7 +39,7 @@ def _compile(where: str, key: str, pattern: str) -> re.Pattern[str]:
 class StepSpec:
     """One reasoning step S_j: how to find, read and grade it. Lists become tuples, so a TOML table fits: `StepSpec(**table)`.
 
-    Raises ValueError, with the fix in its text, for a value that cannot work.
+    Raises UserError, with the fix in its text, for a value that cannot work.
     """
 
     name: str  # lower-case letters, digits and _; part of metric keys
@@ -53,33 +54,33 @@ class StepSpec:
         for key in ("options", "sources"):
             value = getattr(self, key)
             if isinstance(value, str):
-                raise ValueError(f"step {self.name!r}: {key} is the string {value!r}; write a list: [{value!r}]")
+                raise UserError(f"step {self.name!r}: {key} is the string {value!r}; write a list: [{value!r}]")
             object.__setattr__(self, key, tuple(value))
         where = f"step {self.name!r}"
         if not re.fullmatch(r"[a-z][a-z0-9_]*", self.name):
-            raise ValueError(f"{where}: rename it; a name has lower-case letters, digits and _, and starts with a letter")
+            raise UserError(f"{where}: rename it; a name has lower-case letters, digits and _, and starts with a letter")
         if not self.header:
-            raise ValueError(f"{where}: header is empty; give a regular expression that opens the step")
+            raise UserError(f"{where}: header is empty; give a regular expression that opens the step")
         if _compile(where, "header", self.header).search(""):
-            raise ValueError(
+            raise UserError(
                 f"{where}: header {self.header!r} matches the empty text, so it opens a step anywhere; make it stricter"
             )
         if self.answer and (groups := _compile(where, "answer", self.answer).groups) != 1:
-            raise ValueError(f"{where}: answer {self.answer!r} has {groups} groups; mark the answer with exactly one group")
+            raise UserError(f"{where}: answer {self.answer!r} has {groups} groups; mark the answer with exactly one group")
         folded = [_fold(option) for option in self.options]
         if len(set(folded)) < len(folded) or "" in folded:
-            raise ValueError(f"{where}: options {list(self.options)} must be non-empty and differ by more than case and spaces")
+            raise UserError(f"{where}: options {list(self.options)} must be non-empty and differ by more than case and spaces")
         if not self.sources or not set(self.sources) <= set(SOURCES) or len(set(self.sources)) < len(self.sources):
-            raise ValueError(f"{where}: sources {list(self.sources)} must be some of {', '.join(SOURCES)}, each at most once")
+            raise UserError(f"{where}: sources {list(self.sources)} must be some of {', '.join(SOURCES)}, each at most once")
         for always in ("rule", "skip"):
             if always in self.sources[:-1]:
-                raise ValueError(f"{where}: source {always!r} always applies, so later sources are never used; put it last")
+                raise UserError(f"{where}: source {always!r} always applies, so later sources are never used; put it last")
         if "rule" in self.sources and not self.options:
-            raise ValueError(f"{where}: source 'rule' compares the answer with options; give options or another source")
+            raise UserError(f"{where}: source 'rule' compares the answer with options; give options or another source")
         if not (math.isfinite(self.reward) and self.reward >= 0):
-            raise ValueError(f"{where}: reward is {self.reward}; set it to a finite number of at least 0")
+            raise UserError(f"{where}: reward is {self.reward}; set it to a finite number of at least 0")
         if self.missing_verdict is not None and not 0 <= self.missing_verdict <= 1:
-            raise ValueError(f"{where}: missing_verdict is {self.missing_verdict}; set it to a fraction from 0 to 1")
+            raise UserError(f"{where}: missing_verdict is {self.missing_verdict}; set it to a fraction from 0 to 1")
 
     def canonical(self, text: str) -> str | None:
         """Return the option that `text` means, else None.
@@ -190,17 +191,17 @@ class _Header:
 
 
 class StepSchema:
-    """The J steps of a response. Raises ValueError for no steps, for two of the same name, and if none can earn a reward."""
+    """The J steps of a response. Raises UserError for no steps, for two of the same name, and if none can earn a reward."""
 
     def __init__(self, specs: Iterable[StepSpec]) -> None:
         self.specs = tuple(specs)
         if not self.specs:
-            raise ValueError("a step schema needs at least one step; leave `steps` out for the paper's five")
+            raise UserError("a step schema needs at least one step; leave `steps` out for the paper's five")
         names = [spec.name for spec in self.specs]
         if twice := sorted({name for name in names if names.count(name) > 1}):
-            raise ValueError(f"two steps are called {twice[0]!r}; give every step its own name")
+            raise UserError(f"two steps are called {twice[0]!r}; give every step its own name")
         if not self.max_reward > 0:
-            raise ValueError("no step can earn a reward; give one a positive reward and a source other than 'skip'")
+            raise UserError("no step can earn a reward; give one a positive reward and a source other than 'skip'")
         self._headers = [re.compile(spec.header, REGEX_FLAGS) for spec in self.specs]
         self._answers = [re.compile(spec.answer, REGEX_FLAGS) if spec.answer else None for spec in self.specs]
 

@@ -13,6 +13,7 @@ from dataclasses import dataclass, replace
 from typing import Any, TypedDict
 
 from srpo.core.config.train import Config, SamplerConfig, StageConfig
+from srpo.core.errors import UserError
 from srpo.core.metrics import METRICS
 from srpo.data.examples import Example
 from srpo.data.sampler import PromptSampler, SamplerState
@@ -37,12 +38,12 @@ class Stage:
 
 
 def check_curriculum(cfg: Config) -> None:
-    """Raise ValueError, with the fix, if the stages cannot run one after another within `num_steps`."""
+    """Raise UserError, with the fix, if the stages cannot run one after another within `num_steps`."""
     stages = cfg.curriculum
     names = [stage.name for stage in stages]
     twice = next((name for name in names if names.count(name) > 1), None)
     if twice is not None or "" in names:
-        raise ValueError(f"curriculum: the stage name {twice or ''!r} is empty or used twice: give every stage a name of its own")
+        raise UserError(f"curriculum: the stage name {twice or ''!r} is empty or used twice: give every stage a name of its own")
     for stage in stages:
         _check_stage(stage, cfg, is_last=stage is stages[-1])
     if not stages:
@@ -52,12 +53,12 @@ def check_curriculum(cfg: Config) -> None:
         ends.append(_earliest_end(stage, cfg, ends[-1]))
     if ends[-1] >= cfg.num_steps and len(stages) > 1:
         stage_ends = ", ".join(f"{name!r} {end}" for name, end in zip(names, ends[1:], strict=False))
-        raise ValueError(
+        raise UserError(
             f"curriculum: the stage {last.name!r} can never begin: the stages before it end at optimizer step {ends[-1]} at the "
             f"earliest ({stage_ends}) and num_steps is {cfg.num_steps}: raise num_steps above {ends[-1]}, or shorten the stages"
         )
     if last.num_steps and (any(stage.metric for stage in stages) or ends[-1] + last.num_steps != cfg.num_steps):
-        raise ValueError(
+        raise UserError(
             f"curriculum: the last stage {last.name!r} lasts until the end of the run, {cfg.num_steps} steps, but its num_steps "
             f"is {last.num_steps}: remove it, or make the stages add up to the num_steps of the run"
         )
@@ -68,25 +69,25 @@ def _check_stage(stage: StageConfig, cfg: Config, is_last: bool) -> None:
     settings = _settings(stage, cfg.sampler)
     low, high = settings.difficulty_low, settings.difficulty_high
     if not (low < high and low < 1 and high > 0):
-        raise ValueError(
+        raise UserError(
             f"{where}: the difficulty window ({low}, {high}) filters out everything: give bounds in order, within 0 to 1"
         )
     if stage.num_steps < 0 or stage.min_gain < 0 or stage.patience < 0:
-        raise ValueError(f"{where}: num_steps, min_gain or patience is negative: set each to 0 or more")
+        raise UserError(f"{where}: num_steps, min_gain or patience is negative: set each to 0 or more")
     if stage.solve_rate is not None and not stage.solve_rate[0] <= stage.solve_rate[1]:
-        raise ValueError(f"{where}: no solve_rate lies in {list(stage.solve_rate)}: give the lower bound first")
+        raise UserError(f"{where}: no solve_rate lies in {list(stage.solve_rate)}: give the lower bound first")
     empty = next((tag for tag, values in stage.tags.items() if not values), None)
     if empty is not None:
-        raise ValueError(f'{where}: tags.{empty} names no value: write {empty} = ["..."], or remove it')
+        raise UserError(f'{where}: tags.{empty} names no value: write {empty} = ["..."], or remove it')
     if bool(stage.metric) != (stage.patience > 0):
         given, lacks = ("metric", "patience") if stage.metric else ("patience", "metric")
-        raise ValueError(f"{where}: {given} is set and {lacks} is not: a plateau needs both, or neither")
+        raise UserError(f"{where}: {given} is set and {lacks} is not: a plateau needs both, or neither")
     if is_last and stage.metric:
-        raise ValueError(f"{where} is the last and lasts until the end of the run: remove metric, min_gain and patience")
+        raise UserError(f"{where} is the last and lasts until the end of the run: remove metric, min_gain and patience")
     if stage.metric:
         _check_metric(stage, cfg, where)
     if not is_last and not stage.num_steps and not stage.metric:
-        raise ValueError(
+        raise UserError(
             f"{where} has no end but is not the last: set its num_steps, or metric and patience, or make it the last stage"
         )
 
@@ -96,9 +97,9 @@ def _check_metric(stage: StageConfig, cfg: Config, where: str) -> None:
     if stage.metric not in known:
         near = difflib.get_close_matches(stage.metric, known, n=1)
         hint = f"; the nearest is {near[0]!r}" if near else ""
-        raise ValueError(f"{where}: the run logs no metric {stage.metric!r} at its steps{hint}: take one of docs/metrics.md")
+        raise UserError(f"{where}: the run logs no metric {stage.metric!r} at its steps{hint}: take one of docs/metrics.md")
     if stage.metric.startswith("eval/") and not (cfg.data.eval and cfg.train.eval_every):
-        raise ValueError(f"{where} waits for {stage.metric}: set data.eval and train.eval_every")
+        raise UserError(f"{where} waits for {stage.metric}: set data.eval and train.eval_every")
 
 
 def _known_metrics(cfg: Config) -> list[str]:
@@ -130,7 +131,7 @@ def _settings(stage: StageConfig, settings: SamplerConfig) -> SamplerConfig:
 def load_stages(cfg: Config, read: Callable[[str], list[Example]]) -> list[Stage]:
     """The stages with their examples; without a curriculum, one stage with all of data.train.
 
-    `read` returns the examples of a path; it is called once per path. ValueError if a stage has fewer examples than an optimizer
+    `read` returns the examples of a path; it is called once per path. UserError if a stage has fewer examples than an optimizer
     step has prompts, if no example has a tag or value that a stage selects, or if a tag solve_rate is missing or not a number.
     """
     read_once: dict[str, list[Example]] = {}
@@ -142,7 +143,7 @@ def load_stages(cfg: Config, read: Callable[[str], list[Example]]) -> list[Stage
         examples = _chosen(read_once[path], ends, path)
         if cfg.curriculum and len(examples) < cfg.rollout.num_started:
             more = f" and rollout.oversample {cfg.rollout.oversample}" if cfg.rollout.oversample else ""
-            raise ValueError(
+            raise UserError(
                 f"curriculum stage {ends.name!r} has {len(examples)} of the {len(read_once[path])} examples of {path}, fewer "
                 f"than rollout.num_prompts = {cfg.rollout.num_prompts}{more}: lower it, widen tags or solve_rate, or add data"
             )
@@ -151,12 +152,12 @@ def load_stages(cfg: Config, read: Callable[[str], list[Example]]) -> list[Stage
 
 
 def all_examples(stages: Sequence[Stage]) -> list[Example]:
-    """Examples of all stages without duplicates, in the order of the stages. ValueError if two with the same id differ."""
+    """Examples of all stages without duplicates, in the order of the stages. UserError if two with the same id differ."""
     known: dict[str, Example] = {}
     for stage in stages:
         for example in stage.examples:
             if known.setdefault(example.example_id, example) != example:
-                raise ValueError(
+                raise UserError(
                     f"curriculum stage {stage.name!r}: example_id {example.example_id!r} is another pair in an earlier stage: "
                     "give every pair an id of its own"
                 )
@@ -169,10 +170,10 @@ def _chosen(examples: list[Example], ends: StageConfig, path: str) -> list[Examp
         values = sorted({tags_with_grade(example).get(tag, "") for example in examples} - {""})
         if not values:
             known = sorted({tag for example in examples for tag in tags_with_grade(example)})
-            raise ValueError(f"{where}: no example of {path} has the tag {tag!r}: use one of {', '.join(known) or 'none'}")
+            raise UserError(f"{where}: no example of {path} has the tag {tag!r}: use one of {', '.join(known) or 'none'}")
         unknown = [value for value in wanted if value not in values]
         if unknown:
-            raise ValueError(f"{where}: no example of {path} has {tag} = {unknown[0]!r}: use some of {', '.join(values[:20])}")
+            raise UserError(f"{where}: no example of {path} has {tag} = {unknown[0]!r}: use some of {', '.join(values[:20])}")
     chosen = [e for e in examples if all(tags_with_grade(e).get(tag) in wanted for tag, wanted in ends.tags.items())]
     if ends.solve_rate is not None:
         low, high = ends.solve_rate
@@ -187,7 +188,7 @@ def _solve_rate(example: Example, where: str) -> float:
     except ValueError:
         rate = math.nan
     if not 0 <= rate <= 1:
-        raise ValueError(
+        raise UserError(
             f"{where}: the tag {SOLVE_RATE} of example {example.example_id} is {text!r}, not a number from 0 to 1: "
             "write the tag with srpo.select, or remove solve_rate from the stage"
         )
@@ -231,8 +232,8 @@ class Curriculum:
         low, high, balance = stage.settings.difficulty_low, stage.settings.difficulty_high, stage.settings.balance
         try:
             return PromptSampler(stage.examples, self._rates, seed=seed, low=low, high=high, balance=balance, stage=number)
-        except ValueError as error:
-            raise ValueError(f"curriculum stage {stage.name!r}: {error}" if stage.name else str(error)) from error
+        except UserError as error:
+            raise UserError(f"curriculum stage {stage.name!r}: {error}" if stage.name else str(error)) from error
 
     def _enter(self, number: int) -> None:
         self._number, self._num_steps, self._num_stalled = number, 0, 0
@@ -256,7 +257,7 @@ class Curriculum:
         self._samplers[self._number].put_back(examples)
 
     def observe(self, example_ids: Sequence[str], scores: Sequence[float]) -> None:
-        """Record the group mean score of each example, the same on all ranks. ValueError for an unknown id or NaN."""
+        """Record the group mean score of each example, the same on all ranks. UserError for an unknown id or NaN."""
         self._rates.observe(example_ids, scores)
 
     def metrics(self) -> dict[str, float]:
@@ -293,9 +294,9 @@ class Curriculum:
         }
 
     def load_state_dict(self, state: CurriculumState | dict[str, Any]) -> None:
-        """Resume from a `state_dict`. ValueError if it was made with other examples, another seed or another balance."""
+        """Resume from a `state_dict`. UserError if it was made with other examples, another seed or another balance."""
         if state["fingerprint"] != self._fingerprint:
-            raise ValueError(
+            raise UserError(
                 "the sampler state was saved with other training data, or in another order: resume with the data and config of "
                 "the run, or start a new run_dir"
             )

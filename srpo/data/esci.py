@@ -16,6 +16,8 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from srpo.core.errors import UserError
+
 GOLD_OF_LABEL = {"E": "L4", "S": "L3", "C": "L2", "I": "L1"}  # exact, substitute, complement, irrelevant
 TEXT_CHARS = 300  # most characters kept of the bullets or the description
 
@@ -44,7 +46,7 @@ class EsciOptions:
             ("split", ("train", "test", "all")),
         ):
             if getattr(self, name) not in allowed:
-                raise ValueError(f"ESCI has no {name}={getattr(self, name)!r}: use one of {', '.join(allowed)}")
+                raise UserError(f"ESCI has no {name}={getattr(self, name)!r}: use one of {', '.join(allowed)}")
 
 
 def is_official(path: Path) -> bool:
@@ -58,13 +60,13 @@ def official_rows(path: Path, options: EsciOptions) -> Iterator[tuple[str, dict[
     """("file, row N", row) of every judged pair of the official release, joined with its product by id and locale.
 
     Examples are streamed. Their products are held in memory, about 1.4 kB each, with text cut to `TEXT_CHARS`.
-    Raises ValueError for a missing file or column and for a pair whose product is in no products file.
+    Raises UserError for a missing file or column and for a pair whose product is in no products file.
     """
     folder = path if path.is_dir() else path.parent
     examples = sorted(folder.glob(f"{_EXAMPLES}*.parquet")) if path.is_dir() else [path]
     products = sorted(folder.glob(f"{_PRODUCTS}*.parquet"))
     if not products:
-        raise ValueError(
+        raise UserError(
             f"{folder} has {examples[0].name} but no {_PRODUCTS}*.parquet: put the products file of the release into that folder"
         )
     keys = (_key(row) for file in examples for _, row in _selected(file, ["product_id", "product_locale"], options))
@@ -75,7 +77,7 @@ def official_rows(path: Path, options: EsciOptions) -> Iterator[tuple[str, dict[
             where = f"{file}, row {number}"
             product = catalogue.get(_key(row))
             if product is None:
-                raise ValueError(
+                raise UserError(
                     f"{where}: product {row['product_id']} ({row['product_locale']}) is not in "
                     f"{', '.join(p.name for p in products)}: use examples and products of the same release"
                 )
@@ -101,16 +103,16 @@ def is_dump_row(row: dict[str, Any]) -> bool:
 
 
 def from_dump(row: dict[str, Any], where: str) -> dict[str, Any]:
-    """A row of the dump as a row of our schema. ValueError for a missing or unknown column, or if `grade` (3 to 0) contradicts
+    """A row of the dump as a row of our schema. UserError for a missing or unknown column, or if `grade` (3 to 0) contradicts
     `label`."""
     for name in _DUMP_REQUIRED:
         if row.get(name) is None:
-            raise ValueError(f"{where}: {name!r} is missing: a row of the ESCI dump has {', '.join(_DUMP_REQUIRED)}")
+            raise UserError(f"{where}: {name!r} is missing: a row of the ESCI dump has {', '.join(_DUMP_REQUIRED)}")
     if unknown := row.keys() - {*_DUMP_REQUIRED, *_DUMP_FIELDS, "grade", "query_source"}:
-        raise ValueError(f"{where}: the ESCI dump has no column {min(unknown)!r}: remove it, or use the schema of docs/data.md")
+        raise UserError(f"{where}: the ESCI dump has no column {min(unknown)!r}: remove it, or use the schema of docs/data.md")
     grade, label = row.get("grade"), str(row["label"])
     if grade is not None and label in GOLD_OF_LABEL and grade != "ICSE".index(label):
-        raise ValueError(f"{where}: grade {grade!r} and label {label!r} disagree: in the ESCI dump E, S, C, I are 3, 2, 1, 0")
+        raise UserError(f"{where}: grade {grade!r} and label {label!r} disagree: in the ESCI dump E, S, C, I are 3, 2, 1, 0")
     return {
         "example_id": f"{row['query_id']}-{row['product_id']}",
         "query_id": row["query_id"],
@@ -127,14 +129,14 @@ def _key(row: dict[str, Any]) -> str:
 
 
 def _batches(file: Path, columns: list[str]) -> Iterator[pa.RecordBatch]:
-    """Record batches of a Parquet file. ValueError if it is unreadable or lacks a column."""
+    """Record batches of a Parquet file. UserError if it is unreadable or lacks a column."""
     try:
         with pq.ParquetFile(file) as parquet:
             if missing := [name for name in columns if name not in parquet.schema_arrow.names]:
-                raise ValueError(f"{file} has no column {missing[0]!r}: the official release has {', '.join(columns)}")
+                raise UserError(f"{file} has no column {missing[0]!r}: the official release has {', '.join(columns)}")
             yield from parquet.iter_batches(batch_size=16384, columns=columns)
     except (pa.ArrowException, OSError) as error:
-        raise ValueError(f"{file} is not a readable Parquet file ({error}): fetch it again") from error
+        raise UserError(f"{file} is not a readable Parquet file ({error}): fetch it again") from error
 
 
 def _selected(file: Path, columns: list[str], options: EsciOptions) -> Iterator[tuple[int, dict[str, Any]]]:
@@ -169,7 +171,7 @@ def _read_sources(folder: Path) -> dict[str, str]:
         for number, line in enumerate(file.read_text(encoding="utf-8").splitlines(), 1):
             query_id, comma, source = line.strip().partition(",")
             if not comma:
-                raise ValueError(
+                raise UserError(
                     f"{file}, line {number}: expected 'query_id,source', got {line[:80]!r}: fetch it again or remove the file"
                 )
             sources[query_id] = source

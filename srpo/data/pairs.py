@@ -6,6 +6,8 @@ import json
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 
+from srpo.core.errors import UserError
+
 
 def write_pairs(path: Path, pairs: Iterable[tuple[str, str]]) -> None:
     """Write (prompt, response) texts as JSON Lines, the format of `data` of `srpo.sft`."""
@@ -16,7 +18,7 @@ def write_pairs(path: Path, pairs: Iterable[tuple[str, str]]) -> None:
 
 
 def read_pairs(path: str | Path) -> Iterator[tuple[str, str]]:
-    """(prompt, response) texts of a file of pairs. Raises ValueError with file and line for a malformed pair, or for no pairs."""
+    """(prompt, response) texts of a file of pairs. Raises UserError with file and line for a malformed pair, or for no pairs."""
     empty = True
     with Path(path).open("rb") as file:  # bytes, so that a line that is not UTF-8 has a number too
         for number, line in enumerate(file, start=1):
@@ -24,10 +26,10 @@ def read_pairs(path: str | Path) -> Iterator[tuple[str, str]]:
                 row = json.loads(line)
                 prompt, response = row["prompt"], row["response"]
             except (ValueError, KeyError, TypeError) as error:
-                raise ValueError(f'{path}, line {number}: write {{"prompt": "...", "response": "..."}} ({error})') from error
+                raise UserError(f'{path}, line {number}: write {{"prompt": "...", "response": "..."}} ({error})') from error
             if not (isinstance(prompt, str) and isinstance(response, str) and prompt and response):
-                raise ValueError(f"{path}, line {number}: prompt and response must be strings that are not empty")
+                raise UserError(f"{path}, line {number}: prompt and response must be strings that are not empty")
             empty = False
             yield prompt, response
     if empty:
-        raise ValueError(f"{path} has no pairs: write one JSON object per line")
+        raise UserError(f"{path} has no pairs: write one JSON object per line")

@@ -13,6 +13,7 @@ from typing import Any
 
 from srpo.core.batch import Rollout
 from srpo.core.config.dpo import PairRules
+from srpo.core.errors import UserError
 from srpo.core.steps import same_answer
 
 _ROUNDING = 1e-9  # tolerance when sums of step rewards are compared: 0.1 + 0.2 is not 0.3
@@ -43,7 +44,7 @@ def pairs_from_rollouts(
     the seed, the example and the set of its responses, not on their order.
 
     Paper: 5.1.4 says "pairwise preference labels", not how they were obtained; here from the verdict by default.
-    Raises ValueError if labels or rewards are needed and missing, if no example has a pair, or if `balance` is set and the
+    Raises UserError if labels or rewards are needed and missing, if no example has a pair, or if `balance` is set and the
     examples of a grade have no pair.
     """
     _check(rules, labels)
@@ -73,7 +74,7 @@ def pairs_from_rollouts(
     paired = len({(pair.example_id, pair.prompt_ids) for pair in pairs})
     counts |= {"num_prompts": len(sampled), "num_prompts_without_pair": len(sampled) - paired, "num_pairs_drawn": len(pairs)}
     if not pairs:
-        raise ValueError(
+        raise UserError(
             f"{counts['num_responses']} responses to {len(sampled)} prompts make no pair: a pair needs a better and a worse "
             "response to one prompt. Sample several to each (rollout.group_size), lower rules.margin, or take prompts that are "
             "neither always answered right nor always wrong"
@@ -87,21 +88,21 @@ def pairs_from_rollouts(
 
 def _check(rules: PairRules, labels: Mapping[str, str | None] | None) -> None:
     if rules.margin < 0 or rules.per_example < 0:
-        raise ValueError(f"rules.margin is {rules.margin} and rules.per_example {rules.per_example}: set both to 0 or more")
+        raise UserError(f"rules.margin is {rules.margin} and rules.per_example {rules.per_example}: set both to 0 or more")
     if rules.balance and labels is None:
-        raise ValueError("rules.balance needs the grades of the examples: set data, or set rules.balance to false")
+        raise UserError("rules.balance needs the grades of the examples: set data, or set rules.balance to false")
 
 
 def _score(rollout: Rollout, labels: Mapping[str, str | None] | None, prefer: str) -> float:
     if prefer == "verdict" and labels is not None:
         label = labels.get(rollout.example_id)
         if label is None:
-            raise ValueError(
+            raise UserError(
                 f"example {rollout.example_id} of the rollouts has no grade in data: give data with every example, graded"
             )
         return float(same_answer(rollout.answers[-1], label))
     if rollout.step_rewards is None:
-        raise ValueError(
+        raise UserError(
             f"the rollouts of {rollout.example_id} have no rewards: use a rollouts.jsonl of srpo.train, or set rules.prefer to "
             "verdict and data to the graded examples"
         )
@@ -127,12 +128,12 @@ def _draw(
 
 
 def _check_grades(pairs: Sequence[Preference], num_prompts: Mapping[str, int]) -> None:
-    """Raise ValueError if a grade that has prompts (`num_prompts`: grade -> how many) has no pair to balance with."""
+    """Raise UserError if a grade that has prompts (`num_prompts`: grade -> how many) has no pair to balance with."""
     num_pairs = Counter(pair.grade for pair in pairs)
     if without := sorted(grade for grade in num_prompts if not num_pairs[grade]):
         named = {grade: grade or "no grade" for grade in sorted(num_prompts)}
         counts = ", ".join(f"{name}: {num_pairs[grade]} / {num_prompts[grade]}" for grade, name in named.items())
-        raise ValueError(
+        raise UserError(
             f"rules.balance needs pairs of every grade, but {' and '.join(named[grade] for grade in without)} "
             f"{'has' if len(without) == 1 else 'have'} none (pairs / prompts of {counts}): sample more responses "
             "(rollout.group_size) or more such prompts, leave such prompts out, or set rules.balance to false"
@@ -150,8 +151,8 @@ def _balanced(pairs: Sequence[Preference], seed: int) -> list[Preference]:
 
 
 def read_preferences(path: str | Path) -> Iterator[tuple[str, str, str]]:
-    """(prompt, chosen, rejected) texts of a JSON Lines file. ValueError with file and line for a line that is not a pair or whose
-    chosen and rejected texts are equal; ValueError for an empty file."""
+    """(prompt, chosen, rejected) texts of a JSON Lines file. UserError with file and line for a line that is not a pair or whose
+    chosen and rejected texts are equal; UserError for an empty file."""
     empty = True
     with Path(path).open("rb") as file:  # binary: json decodes each line, so that the error for bad UTF-8 has a line number
         for number, line in enumerate(file, start=1):
@@ -160,12 +161,12 @@ def read_preferences(path: str | Path) -> Iterator[tuple[str, str, str]]:
                 texts = row["prompt"], row["chosen"], row["rejected"]
             except (ValueError, KeyError, TypeError) as error:
                 want = '{"prompt": "...", "chosen": "...", "rejected": "..."}'
-                raise ValueError(f"{path}, line {number}: not a pair ({error}): write {want}") from error
+                raise UserError(f"{path}, line {number}: not a pair ({error}): write {want}") from error
             if not all(isinstance(text, str) and text for text in texts):
-                raise ValueError(f"{path}, line {number}: prompt, chosen or rejected is empty or no string: give three texts")
+                raise UserError(f"{path}, line {number}: prompt, chosen or rejected is empty or no string: give three texts")
             if texts[1] == texts[2]:
-                raise ValueError(f"{path}, line {number}: chosen and rejected are the same text: remove the line")
+                raise UserError(f"{path}, line {number}: chosen and rejected are the same text: remove the line")
             empty = False
             yield texts
     if empty:
-        raise ValueError(f"{path} has no pairs: write one JSON object per line")
+        raise UserError(f"{path} has no pairs: write one JSON object per line")

@@ -1,6 +1,6 @@
 """Files of judged pairs: read as a stream of `Example`, written, and split by query. The schema is in docs/data.md.
 
-Reading is strict: a row that violates the schema raises ValueError with its file, its line and the fix, because silently dropping
+Reading is strict: a row that violates the schema raises UserError with its file, its line and the fix, because silently dropping
 a grade or ignoring a column costs more than a run that does not start.
 """
 
@@ -20,6 +20,7 @@ from urllib.parse import parse_qsl
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from srpo.core.errors import UserError
 from srpo.core.files import whole_file
 from srpo.data import esci
 from srpo.data.examples import Example
@@ -47,11 +48,11 @@ def read_examples(
     another label is an error; a label that differs from an option only in case takes the option's spelling.
     Memory does not grow with the data, except for an 8-byte hash of each example_id to detect duplicates (about 70 MB per
     million; none with `check_duplicates=False`), and for the products of an official ESCI release.
-    Raises ValueError at once for a path with nothing to read; while streaming, for the first bad row, a duplicate example_id, or
+    Raises UserError at once for a path with nothing to read; while streaming, for the first bad row, a duplicate example_id, or
     a path without examples.
     """
     if options and len(options) != num_steps:
-        raise ValueError(f"options has {len(options)} entries but the schema has {num_steps} steps: give one entry per step")
+        raise UserError(f"options has {len(options)} entries but the schema has {num_steps} steps: give one entry per step")
     return _examples(_rows(path), str(path), num_steps, options, check_duplicates)
 
 
@@ -63,19 +64,19 @@ def load_examples(path: str | Path, num_steps: int, limit: int = 0, *, options: 
 def write_examples(path: str | Path, examples: Iterable[Example]) -> int:
     """Stream examples to a .jsonl, .jsonl.gz or .parquet file and return how many. The file appears only when it is complete.
 
-    The same examples give the same bytes. ValueError for another suffix or if there are no examples.
+    The same examples give the same bytes. UserError for another suffix or if there are no examples.
     """
     path = Path(path)
     suffix = _suffix(path)
     if not suffix:
-        raise ValueError(f"cannot write {path}: the name has to end in {', '.join(SUFFIXES)}")
+        raise UserError(f"cannot write {path}: the name has to end in {', '.join(SUFFIXES)}")
     path.parent.mkdir(parents=True, exist_ok=True)
     with whole_file(path) as part:
         num_written = (
             _write_parquet(part, examples) if suffix == ".parquet" else _write_jsonl(part, examples, suffix.endswith(".gz"))
         )
         if not num_written:
-            raise ValueError(f"no examples to write to {path}")
+            raise UserError(f"no examples to write to {path}")
     return num_written
 
 
@@ -83,12 +84,12 @@ def split_by_query(examples: Iterable[Example], eval_frac: float, seed: int) -> 
     """(train, eval): about `eval_frac` of the queries are held out, and no query occurs in both parts.
 
     A hash of (seed, query text) decides, so adding data moves no old query. Pairs that share a query_id or a query text (up to
-    case and spaces) are always in the same part, in any order of the examples. Both parts keep that order. ValueError if a part
+    case and spaces) are always in the same part, in any order of the examples. Both parts keep that order. UserError if a part
     would be empty.
     """
     examples = list(examples)
     if not 0.0 < eval_frac < 1.0:
-        raise ValueError(f"eval_frac is {eval_frac}: give a fraction between 0 and 1")
+        raise UserError(f"eval_frac is {eval_frac}: give a fraction between 0 and 1")
     parent: dict[tuple[str, str], tuple[str, str]] = {}  # union-find over ("1", query text) and ("2", query_id)
 
     def find(node: tuple[str, str]) -> tuple[str, str]:
@@ -109,7 +110,7 @@ def split_by_query(examples: Iterable[Example], eval_frac: float, seed: int) -> 
     for example in examples:
         (evaluation if held_out[find(("2", example.query_id))] else train).append(example)
     if not train or not evaluation:
-        raise ValueError(
+        raise UserError(
             f"eval_frac {eval_frac} with seed {seed} puts {len(train)} examples in train and {len(evaluation)} in eval "
             f"({len(held_out)} queries): give more queries, another eval_frac or another seed"
         )
@@ -142,29 +143,29 @@ def _examples(
         if check_duplicates:
             key = int.from_bytes(_digest(example.example_id), "big")
             if key in seen:
-                raise ValueError(f"{where}: example_id {example.example_id!r} occurs a second time: give every pair its own")
+                raise UserError(f"{where}: example_id {example.example_id!r} occurs a second time: give every pair its own")
             seen.add(key)
         yield example
     if example is None:
-        raise ValueError(f"{path} has no examples: give a file that is not empty, or options after the path that match some rows")
+        raise UserError(f"{path} has no examples: give a file that is not empty, or options after the path that match some rows")
 
 
 def _rows(path: str | Path) -> Iterator[tuple[str, dict[str, Any]]]:
-    """("file, line N", row of the schema) of each row of a path. ValueError at once if there is nothing to read."""
+    """("file, line N", row of the schema) of each row of a path. UserError at once if there is nothing to read."""
     path, esci_options = _split_options(path)
     if not path.exists():
-        raise ValueError(f"no such file or folder: {path}: check data.train and data.eval")
+        raise UserError(f"no such file or folder: {path}: check data.train and data.eval")
     if esci.is_official(path):
         return esci.official_rows(path, esci_options or esci.EsciOptions())
     if esci_options is not None:
-        raise ValueError(f"{path} is not an official ESCI release: remove ?locale=, version= and split= from the path")
+        raise UserError(f"{path} is not an official ESCI release: remove ?locale=, version= and split= from the path")
     files = (
         sorted(p for p in path.iterdir() if _suffix(p) and p.is_file() and not p.name.startswith("."))
         if path.is_dir()
         else [path]
     )
     if not files or not _suffix(files[0]):
-        raise ValueError(f"nothing to read in {path}: expected {', '.join(SUFFIXES)} or an official ESCI release (docs/data.md)")
+        raise UserError(f"nothing to read in {path}: expected {', '.join(SUFFIXES)} or an official ESCI release (docs/data.md)")
     return (row for file in files for row in _file_rows(file))
 
 
@@ -174,7 +175,7 @@ def _split_options(path: str | Path) -> tuple[Path, esci.EsciOptions | None]:
     bare, _, query = str(path).partition("?")
     chosen = dict(parse_qsl(query, keep_blank_values=True))
     if not chosen or chosen.keys() - {"locale", "version", "split"}:
-        raise ValueError(
+        raise UserError(
             f"cannot read the options {query!r} of {bare}: write ?locale=us&version=small&split=train, or a part of it"
         )
     return Path(bare), esci.EsciOptions(**chosen)
@@ -198,7 +199,7 @@ def _json_rows(file: Path) -> Iterator[tuple[str, dict[str, Any]]]:
                     where = f"{file}, line {number}"
                     yield where, _json_object(line, where)
         except (EOFError, gzip.BadGzipFile, zlib.error) as error:
-            raise ValueError(
+            raise UserError(
                 f"{file}, after line {number}: not a complete gzip file ({error}): write or fetch it again"
             ) from error
 
@@ -209,15 +210,15 @@ def _json_object(line: bytes, where: str) -> dict[str, Any]:
         if b"\\u" in line:
             json.dumps(row, ensure_ascii=False).encode()  # raises for half of a surrogate pair: valid JSON, not valid text
     except UnicodeDecodeError as error:
-        raise ValueError(f"{where}: not UTF-8 at byte {error.start}: save the file as UTF-8") from error
+        raise UserError(f"{where}: not UTF-8 at byte {error.start}: save the file as UTF-8") from error
     except UnicodeEncodeError as error:
-        raise ValueError(
+        raise UserError(
             f"{where}: half of a surrogate pair (\\ud800 to \\udfff) without the other half: write the character itself"
         ) from error
     except (ValueError, RecursionError) as error:
-        raise ValueError(f"{where}: not JSON ({error}): write one complete JSON object per line") from error
+        raise UserError(f"{where}: not JSON ({error}): write one complete JSON object per line") from error
     if not isinstance(row, dict):
-        raise ValueError(
+        raise UserError(
             f"{where}: a JSON {type(row).__name__}, not an object: write one JSON object per line, with {', '.join(REQUIRED)}"
         )
     return row
@@ -233,7 +234,7 @@ def _parquet_rows(file: Path) -> Iterator[tuple[str, dict[str, Any]]]:
                     # Parquet has every column in every row: null means that the row lacks the key
                     yield f"{file}, row {number}", {k: v for k, v in row.items() if v is not None}
     except (pa.ArrowException, OSError) as error:
-        raise ValueError(f"{file}: not a readable Parquet file ({error}): write or fetch it again") from error
+        raise UserError(f"{file}: not a readable Parquet file ({error}): write or fetch it again") from error
 
 
 def _write_jsonl(path: Path, examples: Iterable[Example], compress: bool) -> int:

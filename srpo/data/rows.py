@@ -1,4 +1,4 @@
-"""Validation of data rows: a dict of the schema in docs/data.md becomes an `Example`, or a ValueError with the fix."""
+"""Validation of data rows: a dict of the schema in docs/data.md becomes an `Example`, or a UserError with the fix."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ import re
 from collections.abc import Sequence
 from typing import Any
 
+from srpo.core.errors import UserError
 from srpo.data.esci import GOLD_OF_LABEL
 from srpo.data.examples import GRADES, Example
 
@@ -21,23 +22,23 @@ def example_from_row(row: dict[str, Any], where: str, num_steps: int, options: S
 
     `where` (file and line) begins every error message. `gold` and `truth` get `num_steps` entries. `options[j]`, if not empty,
     are the possible answers of step j: labels take their spelling, any other label is an error. A row with `grade` or `label`
-    gets the tag "grade". ValueError for a missing or unknown key, a wrong type, a wrong number of steps, or a grade, label and
+    gets the tag "grade". UserError for a missing or unknown key, a wrong type, a wrong number of steps, or a grade, label and
     gold verdict that disagree.
     """
     for key in REQUIRED:
         if key not in row:
-            raise ValueError(f"{where}: {key!r} is missing: a row needs {', '.join(REQUIRED)} (docs/data.md)")
+            raise UserError(f"{where}: {key!r} is missing: a row needs {', '.join(REQUIRED)} (docs/data.md)")
     for key in row:
         if key not in _KEYS:
             near = difflib.get_close_matches(key, _KEYS, n=1)
             fix = f"did you mean {near[0]!r}?" if near else "product fields go into 'fields', strata into 'tags'"
-            raise ValueError(f"{where}: unknown key {key!r}: {fix}")
+            raise UserError(f"{where}: unknown key {key!r}: {fix}")
     gold = _answers(row, "gold", where, num_steps, options)
     tags = _strings(row, "tags", where)
     verdict = _verdict(row, where)
     if verdict is not None:
         if gold[-1] not in (None, verdict):
-            raise ValueError(f"{where}: the last entry of gold is {gold[-1]!r} but grade or label is {verdict}: keep one of them")
+            raise UserError(f"{where}: the last entry of gold is {gold[-1]!r} but grade or label is {verdict}: keep one of them")
         gold = (*gold[:-1], verdict)
         tags.setdefault("grade", verdict)
     return Example(
@@ -69,7 +70,7 @@ def _identifier(row: dict[str, Any], key: str, where: str) -> str:
 def _text(row: dict[str, Any], key: str, where: str) -> str:
     value = row[key]
     if not isinstance(value, str) or not value.strip():
-        raise ValueError(f"{where}: {key!r} is {_shown(value)}: write a non-empty string")
+        raise UserError(f"{where}: {key!r} is {_shown(value)}: write a non-empty string")
     return value
 
 
@@ -79,10 +80,10 @@ def _strings(row: dict[str, Any], key: str, where: str) -> dict[str, str]:
     if value is None:
         return {}
     if not isinstance(value, dict):
-        raise ValueError(f'{where}: {key!r} is {_shown(value)}: write an object of strings like {{"brand": "Acme"}}')
+        raise UserError(f'{where}: {key!r} is {_shown(value)}: write an object of strings like {{"brand": "Acme"}}')
     for name, entry in value.items():
         if entry is not None and not isinstance(entry, str):
-            raise ValueError(f"{where}: {key}.{name} is {_shown(entry)}: write it as a string")
+            raise UserError(f"{where}: {key}.{name} is {_shown(entry)}: write it as a string")
     return {name: entry for name, entry in value.items() if entry is not None}
 
 
@@ -95,20 +96,20 @@ def _answers(
         return (None,) * num_steps
     if not isinstance(value, list) or len(value) != num_steps:
         got = f"has {len(value)} entries" if isinstance(value, list) else f"is {_shown(value)}"
-        raise ValueError(f"{where}: {key!r} {got}: write a list of {num_steps}, one per step (null if unknown)")
+        raise UserError(f"{where}: {key!r} {got}: write a list of {num_steps}, one per step (null if unknown)")
     answers = list(value)
     for j, entry in enumerate(value):
         if entry is None:
             continue
         if not isinstance(entry, str) or not entry.strip():
-            raise ValueError(f"{where}: entry {j + 1} of {key!r} is {_shown(entry)}: write a non-empty string or null")
+            raise UserError(f"{where}: entry {j + 1} of {key!r} is {_shown(entry)}: write a non-empty string or null")
         if options and options[j]:
             answers[j] = next((option for option in options[j] if option.casefold() == entry.casefold()), None)
             if answers[j] is None:
-                raise ValueError(f"{where}: entry {j + 1} of {key!r} is {entry!r}: step {j + 1} allows {', '.join(options[j])}")
+                raise UserError(f"{where}: entry {j + 1} of {key!r} is {entry!r}: step {j + 1} allows {', '.join(options[j])}")
     last = answers[-1]
     if last is not None and re.fullmatch(r"[lL]\s*\d+", last) and last not in _VERDICTS:
-        raise ValueError(f"{where}: the verdict of {key!r} is {last!r}: write {', '.join(_VERDICTS)}")
+        raise UserError(f"{where}: the verdict of {key!r} is {last!r}: write {', '.join(_VERDICTS)}")
     return tuple(answers)
 
 
@@ -116,11 +117,11 @@ def _verdict(row: dict[str, Any], where: str) -> str | None:
     """The verdict, "L1" to "L4", of `grade` (1 to 4) or `label` (E, S, C, I); None if the row has neither."""
     grade, label = row.get("grade"), row.get("label")
     if grade is not None and (not isinstance(grade, int) or isinstance(grade, bool) or grade not in GRADES):
-        raise ValueError(f"{where}: 'grade' is {_shown(grade)}: write 1, 2, 3 or 4 (4 is the best)")
+        raise UserError(f"{where}: 'grade' is {_shown(grade)}: write 1, 2, 3 or 4 (4 is the best)")
     if label is not None and (not isinstance(label, str) or label not in GOLD_OF_LABEL):
-        raise ValueError(f"{where}: 'label' is {_shown(label)}: write one of {', '.join(GOLD_OF_LABEL)}")
+        raise UserError(f"{where}: 'label' is {_shown(label)}: write one of {', '.join(GOLD_OF_LABEL)}")
     of_grade = None if grade is None else f"L{grade}"
     of_label = None if label is None else GOLD_OF_LABEL[label]
     if of_grade and of_label and of_grade != of_label:
-        raise ValueError(f"{where}: grade {grade} and label {label} disagree (E, S, C, I are 4, 3, 2, 1): keep one of them")
+        raise UserError(f"{where}: grade {grade} and label {label} disagree (E, S, C, I are 4, 3, 2, 1): keep one of them")
     return of_grade or of_label

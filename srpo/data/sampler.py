@@ -13,6 +13,7 @@ from typing import Any, TypedDict
 
 import numpy as np
 
+from srpo.core.errors import UserError
 from srpo.data.examples import Example
 from srpo.data.solve_rates import SolveRates
 from srpo.data.strata import stratum
@@ -46,7 +47,7 @@ class PromptSampler:
     `balance` names tags: a batch has equally many examples of every combination of their values (stratum), to within one, and
     the strata take turns with the remainder. If a stratum runs out of eligible examples, the others fill its places.
 
-    Work per step: O(prompts + strata) in Python and a few vectorized passes over the examples. ValueError for no examples, an
+    Work per step: O(prompts + strata) in Python and a few vectorized passes over the examples. UserError for no examples, an
     empty window, a negative seed, or an example without one of the tags.
     """
 
@@ -62,11 +63,11 @@ class PromptSampler:
         stage: int = 0,
     ):
         if not examples:
-            raise ValueError("the sampler has no examples: check data.train")
+            raise UserError("the sampler has no examples: check data.train")
         if not low < high:
-            raise ValueError(f"no score lies between {low} and {high}: set sampler.difficulty_low below sampler.difficulty_high")
+            raise UserError(f"no score lies between {low} and {high}: set sampler.difficulty_low below sampler.difficulty_high")
         if seed < 0:
-            raise ValueError(f"seed is {seed}: set it to 0 or more")
+            raise UserError(f"seed is {seed}: set it to 0 or more")
         self._examples, self._rates, self._low, self._high = examples, rates, low, high
         names = [example.example_id for example in examples]
         self._rows = rates.rows(names)
@@ -74,8 +75,8 @@ class PromptSampler:
         try:
             for i, example in enumerate(examples):
                 members.setdefault(stratum(example, balance) if balance else (), []).append(i)
-        except ValueError as error:
-            raise ValueError(f"sampler.balance: {error}") from error
+        except UserError as error:
+            raise UserError(f"sampler.balance: {error}") from error
         key = (stage,) if stage else ()
         self._strata = [_Stratum(np.array(members[value]), seed, k, key) for k, value in enumerate(sorted(members))]
         self._taken = np.zeros(len(examples), dtype=bool)
@@ -87,11 +88,11 @@ class PromptSampler:
     def next(self, n: int) -> list[Example]:
         """Begin an optimizer step: its `n` examples, all different. Strata alternate, so that contiguous shares are even, too.
 
-        If fewer than `n` are eligible, the examples scored longest ago fill the step early (`num_early`). ValueError if there are
+        If fewer than `n` are eligible, the examples scored longest ago fill the step early (`num_early`). UserError if there are
         fewer than `n` examples or none is eligible.
         """
         if n > len(self._examples):
-            raise ValueError(
+            raise UserError(
                 f"an optimizer step needs {n} different prompts and the data has {len(self._examples)}: "
                 "lower rollout.num_prompts or give more data"
             )
@@ -99,7 +100,7 @@ class PromptSampler:
         self._taken[:] = False
         eligible = self._eligible()
         if not eligible.any():
-            raise ValueError(self._nothing_left())
+            raise UserError(self._nothing_left())
         batch = self._draw(n, eligible)
         early = self._longest_ago(n - len(batch))
         self._taken[early] = True
@@ -147,9 +148,9 @@ class PromptSampler:
         }
 
     def load_state_dict(self, state: SamplerState | dict[str, Any]) -> None:
-        """Resume from a `state_dict`. ValueError if it was made with other examples, another seed or another balance."""
+        """Resume from a `state_dict`. UserError if it was made with other examples, another seed or another balance."""
         if state["fingerprint"] != self._fingerprint:
-            raise ValueError(
+            raise UserError(
                 "the sampler state was saved with other training data (or another order), seed or sampler.balance: "
                 "resume with the data and config of the run, or start a new run_dir"
             )

@@ -14,6 +14,7 @@ from collections import Counter
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 
+from srpo.core.errors import UserError
 from srpo.data.examples import Example
 from srpo.data.teacher import format_response
 from srpo.data.world import GRADE_TABLE, Constraint, Facts, attribute_relation, check
@@ -104,12 +105,12 @@ class Lexicon:
 def silver_response(example: Example, lexicon: Lexicon) -> str:
     """The silver response to a graded pair, in the format that `PAPER_STEPS` parses: a pure function of its arguments.
 
-    About 30 words, rarely more than 45, in lower case except for the verdict. ValueError if the pair has no grade or not five
+    About 30 words, rarely more than 45, in lower case except for the verdict. UserError if the pair has no grade or not five
     steps.
     """
     grade = example.gold[-1] if example.gold else None
     if grade is None or len(example.gold) != 5 or grade not in GRADE_TABLE.values():
-        raise ValueError(
+        raise UserError(
             f"{example.example_id} has gold {example.gold}: a silver response needs five steps and a verdict L1 to L4"
         )
     query, core = _read_query(example.query, lexicon)

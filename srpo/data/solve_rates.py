@@ -18,6 +18,8 @@ from typing import TypedDict
 
 import numpy as np
 
+from srpo.core.errors import UserError
+
 
 class SolveRateState(TypedDict):
     """JSON-able state. Its size grows with the number of examples scored so far, not with the data."""
@@ -31,31 +33,31 @@ class SolveRateState(TypedDict):
 class SolveRates:
     """Estimates of all examples of a run, one row each, shared by the stages of a curriculum.
 
-    Ages are counted in `step`, the number of optimizer steps that `tick` has begun. ValueError for no examples, a repeated
+    Ages are counted in `step`, the number of optimizer steps that `tick` has begun. UserError for no examples, a repeated
     example_id, or settings out of range.
     """
 
     def __init__(self, example_ids: Sequence[str], *, new_weight: float, max_age: int):
         if not example_ids:
-            raise ValueError("the sampler has no examples: check data.train")
+            raise UserError("the sampler has no examples: check data.train")
         if not 0 < new_weight <= 1:
-            raise ValueError(f"sampler.new_weight is {new_weight}: set it above 0 and to at most 1")
+            raise UserError(f"sampler.new_weight is {new_weight}: set it above 0 and to at most 1")
         if max_age < 0:
-            raise ValueError(f"sampler.max_age is {max_age}: set it to 0 (no example is skipped) or more")
+            raise UserError(f"sampler.max_age is {max_age}: set it to 0 (no example is skipped) or more")
         self._row_of = {example_id: row for row, example_id in enumerate(example_ids)}
         if len(self._row_of) < len(example_ids):
             twice = Counter(example_ids).most_common(1)[0][0]
-            raise ValueError(f"example_id {twice!r} occurs more than once: give every pair its own")
+            raise UserError(f"example_id {twice!r} occurs more than once: give every pair its own")
         self._new_weight, self._max_age = new_weight, max_age
         self.step = 0
         self.estimates = np.zeros(len(example_ids))  # [rows] in 0..1; meaningless while seen_at is -1
         self.seen_at = np.full(len(example_ids), -1)  # [rows] step of the last score, -1: never scored
 
     def rows(self, example_ids: Sequence[str]) -> np.ndarray:
-        """[len(example_ids)] int64, row of each example. ValueError for an unknown id."""
+        """[len(example_ids)] int64, row of each example. UserError for an unknown id."""
         unknown = next((name for name in example_ids if name not in self._row_of), None)
         if unknown is not None:
-            raise ValueError(f"example_id {unknown!r} is not in this sampler: observe only examples that it drew")
+            raise UserError(f"example_id {unknown!r} is not in this sampler: observe only examples that it drew")
         return np.array([self._row_of[name] for name in example_ids], dtype=np.int64)
 
     def tick(self) -> None:
@@ -63,11 +65,11 @@ class SolveRates:
         self.step += 1
 
     def observe(self, example_ids: Sequence[str], scores: Sequence[float]) -> None:
-        """Move the estimate of each example towards its new score. ValueError for an unknown id or a score that is not finite."""
+        """Move the estimate of each example towards its new score. UserError for an unknown id or a score that is not finite."""
         rows = self.rows(example_ids)
         for example_id, row, score in zip(example_ids, rows.tolist(), scores, strict=True):
             if not math.isfinite(score):
-                raise ValueError(f"the score of {example_id} is {score}: give a finite group score")
+                raise UserError(f"the score of {example_id} is {score}: give a finite group score")
             old = self._weight(int(self.seen_at[row]))
             self.estimates[row] = old * self.estimates[row] + (1 - old) * score
             self.seen_at[row] = self.step

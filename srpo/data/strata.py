@@ -4,13 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 
+from srpo.core.errors import UserError
 from srpo.data.examples import Example
 
 
 def stratum(example: Example, names: Sequence[str]) -> tuple[str, ...]:
     """Values of the tags `names` of `example`, in that order; () for no names.
 
-    Without a tag "grade" the gold verdict ("L1" to "L4") is used. ValueError, listing the tags of the example, for a tag that is
+    Without a tag "grade" the gold verdict ("L1" to "L4") is used. UserError, listing the tags of the example, for a tag that is
     missing or empty.
 
     Paper: 4.1.2 balances query types and relevance grades and does not say where a type comes from; here it is a tag of the data.
@@ -29,7 +30,7 @@ def values_of(tags: Mapping[str, str], names: Sequence[str], example_id: str) ->
     """`stratum` from the `tags_with_grade` of an example; `example_id` is for the error message."""
     for name in names:
         if not tags.get(name):
-            raise ValueError(
+            raise UserError(
                 f"example {example_id} has no tag {name!r} (its tags: {', '.join(sorted(tags)) or 'none'}): "
                 "name tags that all examples have, or add the missing one to the data (docs/data.md)"
             )

@@ -6,6 +6,7 @@ import random
 from dataclasses import replace
 
 from srpo.core.config.demo import TeacherBias
+from srpo.core.errors import UserError
 from srpo.data.catalogue import ATTRIBUTES, CATALOGUE
 from srpo.data.examples import Example
 from srpo.data.world import GRADE_TABLE, MENTION, Constraint, Facts, attribute_relation, category_relation, check
@@ -22,11 +23,11 @@ def format_response(query: str, item: str, category: str, attributes: str, verdi
 def teach(example: Example, bias: TeacherBias, seed: int = 0) -> str:
     """The teacher's response to a pair of the catalogue world: a pure function of (example, bias, seed).
 
-    ValueError if the pair has no truth for steps 1 and 2.
+    UserError if the pair has no truth for steps 1 and 2.
     """
     query_text, item_text = (*example.truth, None, None)[:2]
     if query_text is None or item_text is None:
-        raise ValueError(f"{example.example_id} has no truth for steps 1 and 2: use examples of the catalogue world")
+        raise UserError(f"{example.example_id} has no truth for steps 1 and 2: use examples of the catalogue world")
     rng = random.Random(f"teacher|{seed}|{example.example_id}")
     words = random.Random(f"words|{seed}|{example.example_id}")
     query, item = _misread(Facts.parse(query_text), example.query, bias.misread_word, words), Facts.parse(item_text)

@@ -8,6 +8,7 @@ from pathlib import Path
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import AutoTokenizer, PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
+from srpo.core.errors import UserError
 from srpo.data.examples import Example
 from srpo.data.prompts import build_prompt
 
@@ -38,14 +39,14 @@ def train_tokenizer(texts: Iterable[str], vocab_size: int, phrases: Iterable[str
 
 
 def load_tokenizer(path: str | Path) -> PreTrainedTokenizerBase:
-    """The tokenizer in the folder of a checkpoint. ValueError if the folder has none, or it has no end-of-text token."""
+    """The tokenizer in the folder of a checkpoint. UserError if the folder has none, or it has no end-of-text token."""
     if not any((Path(path) / name).is_file() for name in ("tokenizer.json", "tokenizer_config.json")):
-        raise ValueError(
+        raise UserError(
             f"no tokenizer in {str(path)!r}: policy.path must be a folder of a Hugging Face checkpoint with its tokenizer"
         )
     tokenizer = AutoTokenizer.from_pretrained(str(path), local_files_only=True)
     if tokenizer.eos_token_id is None:
-        raise ValueError(f"the tokenizer in {path} has no end-of-text token: set eos_token in its tokenizer_config.json")
+        raise UserError(f"the tokenizer in {path} has no end-of-text token: set eos_token in its tokenizer_config.json")
     return tokenizer
 
 
@@ -55,5 +56,5 @@ def encode(tokenizer: PreTrainedTokenizerBase, text: str) -> tuple[int, ...]:
 
 
 def encode_prompts(tokenizer: PreTrainedTokenizerBase, examples: Sequence[Example], template: str) -> list[tuple[int, ...]]:
-    """Token ids of the prompt of each example. Raises ValueError like `build_prompt`."""
+    """Token ids of the prompt of each example. Raises UserError like `build_prompt`."""
     return [encode(tokenizer, build_prompt(example, template)) for example in examples]

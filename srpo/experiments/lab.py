@@ -221,7 +221,7 @@ class Lab:
         return out
 
     def policy(self, name: str, recipe: Recipe) -> Path:
-        """The checkpoint of a row, trained if missing. Raises ValueError if it was trained with other settings."""
+        """The checkpoint of a row, trained if missing. Raises UserError if it was trained with other settings."""
         if not recipe.train:
             return self.sft() if recipe.start == "sft" else self.dpo()
         judge_path = None
@@ -240,7 +240,7 @@ class Lab:
     def results(self, name: str, recipe: Recipe, test_set: str) -> dict[str, Any]:
         """Scores of a row on a test set ("wild" or "balanced"), decoded greedily."""
         path = self.root / name / f"{test_set}.json"
-        policy = self.policy(name, recipe)  # even if its scores exist: ValueError if they are of other settings
+        policy = self.policy(name, recipe)  # even if its scores exist: UserError if they are of other settings
         if not path.is_file():
             examples = load_examples(self.data(TEST_SETS[test_set]), len(PAPER_STEPS), self.scale.num_eval)
             results, _ = evaluate_policy(

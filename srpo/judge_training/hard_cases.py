@@ -106,7 +106,7 @@ def mine(
 
     Candidates have a hard step and a solve rate strictly between low and high. Up to `num_cases` are chosen so that the strata
     (step, verdict, values of `tags`) are even: the next case is always the hardest of the stratum with the fewest chosen cases.
-    ValueError if an example lacks a tag.
+    UserError if an example lacks a tag.
     """
     cases = list(cases)
     hard = [case for case in cases if case.hard_steps]

@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
+from srpo.core.errors import UserError
 from srpo.core.steps import StepSchema
 from srpo.data.examples import Example
 from srpo.data.prompts import build_prompt
@@ -73,7 +74,7 @@ class QueueLine:
 def read_queue(path: str | Path, schema: StepSchema) -> dict[str, QueueLine]:
     """Case id -> its line. Blank lines are ignored.
 
-    ValueError with file and line for a malformed line, an unknown verdict, a wrong number of steps, or a repeated id.
+    UserError with file and line for a malformed line, an unknown verdict, a wrong number of steps, or a repeated id.
     """
     read: dict[str, QueueLine] = {}
     with Path(path).open("rb") as file:
@@ -87,11 +88,11 @@ def read_queue(path: str | Path, schema: StepSchema) -> dict[str, QueueLine]:
                 texts = row["example_id"], row["response"]
                 labels = _labels(row["labels"], "labels", where, schema)
             except (KeyError, TypeError, json.JSONDecodeError, UnicodeDecodeError) as error:
-                raise ValueError(
+                raise UserError(
                     f"{where}: not a line of judge_queue.jsonl ({error!r}): give id, example_id, response, labels and human"
                 ) from error
             if not isinstance(case_id, str) or case_id in read:
-                raise ValueError(f"{where}: id is {case_id!r}, not a string or already used: keep one line per case")
+                raise UserError(f"{where}: id is {case_id!r}, not a string or already used: keep one line per case")
             verdicts = _labels(human, "human", where, schema) if human not in ([], "", None) else None
             read[case_id] = QueueLine(*texts, labels, verdicts, where)
     return read
@@ -101,12 +102,12 @@ def _labels(words: Any, key: str, where: str, schema: StepSchema) -> Labels:
     if not isinstance(words, list) or len(words) != schema.num_steps:
         got = f"{len(words)} verdicts" if isinstance(words, list) else repr(words)
         names = ", ".join(spec.name for spec in schema.specs)
-        raise ValueError(f"{where}: {key} has {got}: give a list of {schema.num_steps}, one per step ({names})")
+        raise UserError(f"{where}: {key} has {got}: give a list of {schema.num_steps}, one per step ({names})")
     labels: list[bool | None] = []
     for word in words:
         folded = word.strip().casefold() if isinstance(word, str) else word
         if folded is not None and folded not in WORDS:
-            raise ValueError(f"{where}: {key} has {word!r}: write correct, incorrect, or null if undecidable")
+            raise UserError(f"{where}: {key} has {word!r}: write correct, incorrect, or null if undecidable")
         labels.append(None if folded is None else folded == WORDS[True])
     return tuple(labels)
 
@@ -118,12 +119,12 @@ def verified_cases(
 
     The human's verdicts in `verified` replace the labels of the queue; a step with null is not trained. A case that is not filled
     in or missing from `verified` is dropped, or with "use" keeps its labels. A case without any verdict is dropped.
-    ValueError with file and line for a case that is not in the queue, as in `read_queue`, or if no case is left.
+    UserError with file and line for a case that is not in the queue, as in `read_queue`, or if no case is left.
     """
     cases, filled = read_queue(queue, schema), read_queue(verified, schema)
     for case_id, line in filled.items():
         if case_id not in cases:
-            raise ValueError(f"{line.where}: case {case_id!r} is not in {queue}: give the edited copy of this queue")
+            raise UserError(f"{line.where}: case {case_id!r} is not in {queue}: give the edited copy of this queue")
     chosen: dict[str, tuple[QueueLine, Labels]] = {}
     numbers: dict[str, int] = dict.fromkeys((f"num_{what}" for what in COUNTS), 0)
     for case_id, line in cases.items():
@@ -137,7 +138,7 @@ def verified_cases(
         numbers["num_corrected"] += right != line.labels
         chosen[case_id] = line, right
     if not chosen:
-        raise ValueError(
+        raise UserError(
             f"none of the {len(cases)} cases of {queue} has a verdict to train on: fill in the field human in {verified}, "
             "or take the machine's labels with --unverified use"
         )

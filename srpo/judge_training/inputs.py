@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from srpo.core.config.judge import JudgeConfig
+from srpo.core.errors import UserError
 from srpo.core.files import write_whole
 from srpo.core.steps import StepSchema
 from srpo.data.examples import Example
@@ -54,35 +55,35 @@ def simulates(cfg: JudgeConfig) -> bool:
 
 
 def prepare(cfg: JudgeConfig, parallel: Parallel) -> Work:
-    """Read and check settings and data. Raises ValueError for what would fail later; writes nothing."""
+    """Read and check settings and data. Raises UserError for what would fail later; writes nothing."""
     schema = StepSchema(cfg.steps)
     if not cfg.data:
-        raise ValueError("data is not set: name the file of the examples that were judged")
+        raise UserError("data is not set: name the file of the examples that were judged")
     if bool(cfg.judgments) == bool(cfg.rollouts):
-        raise ValueError("set either judgments (human verdicts) or rollouts (which the simulated annotator judges)")
+        raise UserError("set either judgments (human verdicts) or rollouts (which the simulated annotator judges)")
     if cfg.kind == "scalar" and cfg.stage in ("mine", "grpo"):
-        raise ValueError(f"stage is {cfg.stage} and kind scalar: a scalar judge has no verdicts to sample, set stage to 'sft'")
+        raise UserError(f"stage is {cfg.stage} and kind scalar: a scalar judge has no verdicts to sample, set stage to 'sft'")
     if cfg.kind == "scalar" and cfg.sft.inputs != "logits":
-        raise ValueError(
+        raise UserError(
             f"sft.inputs is {cfg.sft.inputs!r} and kind scalar: a scalar judge has no loss over the vocabulary, set sft.inputs "
             "to 'logits'"
         )
     if cfg.num_votes < 1 or cfg.mine.num_votes < 2 or cfg.mine.num_cases < 1:
-        raise ValueError(
+        raise UserError(
             f"num_votes is {cfg.num_votes}, mine.num_votes {cfg.mine.num_votes} and mine.num_cases {cfg.mine.num_cases}: set "
             "each to at least 1, and mine.num_votes to at least 2"
         )
     if cfg.mine.num_responses < 0:
-        raise ValueError(f"mine.num_responses is {cfg.mine.num_responses}: set it to 1 or more, or to 0 for all of the pool")
+        raise UserError(f"mine.num_responses is {cfg.mine.num_responses}: set it to 1 or more, or to 0 for all of the pool")
     if not cfg.mine.solve_low < cfg.mine.solve_high:
-        raise ValueError(
+        raise UserError(
             f"mine.solve_low is {cfg.mine.solve_low} and mine.solve_high {cfg.mine.solve_high}: set solve_low below solve_high"
         )
     if cfg.stage == "grpo" and not (cfg.verified or simulates(cfg)):
-        raise ValueError(f"stage is grpo and verified is not set: set it to a copy of {QUEUE} with its field human filled in")
+        raise UserError(f"stage is grpo and verified is not set: set it to a copy of {QUEUE} with its field human filled in")
     for stage, needs in (("mine", "sft.json"), ("grpo", QUEUE)):
         if cfg.stage == stage and not (Path(cfg.run_dir) / needs).is_file():
-            raise ValueError(
+            raise UserError(
                 f"stage {stage} needs {Path(cfg.run_dir) / needs}, which does not exist: run the earlier stages first"
             )
     if cfg.verified:
@@ -100,16 +101,16 @@ def prepare(cfg: JudgeConfig, parallel: Parallel) -> Work:
             cfg.annotator_reasons,
         )
     if unknown := [j.example_id for j in judgments if j.example_id not in examples]:
-        raise ValueError(
+        raise UserError(
             f"{len(unknown)} judgments are of examples that are not in {cfg.data}, such as {unknown[0]}: set data to the file "
             "that was judged"
         )
     judgments = [j for j in judgments if any(verdict is not None for verdict in j.verdicts)]
     if cfg.held_out < 1:
-        raise ValueError(f"held_out is {cfg.held_out}: set it to 1 or more, because held-out judgments evaluate the judge")
+        raise UserError(f"held_out is {cfg.held_out}: set it to 1 or more, because held-out judgments evaluate the judge")
     shown, held_out, num_left_out = hold_out(judgments, examples, cfg.held_out)
     if not shown:
-        raise ValueError(
+        raise UserError(
             f"held_out is {cfg.held_out} and {len(judgments)} judgments have a verdict: without the held-out queries none "
             "is left to train on; lower held_out, or judge more responses (the simulated annotator needs examples with a truth)"
         )
@@ -124,8 +125,8 @@ def prepare(cfg: JudgeConfig, parallel: Parallel) -> Work:
 def _check_tags(example: Example, tags: Sequence[str]) -> None:
     try:
         stratum(example, tags)
-    except ValueError as error:
-        raise ValueError(f"mine.balance: {error}; `--mine.balance` without a value balances nothing") from error
+    except UserError as error:
+        raise UserError(f"mine.balance: {error}; `--mine.balance` without a value balances nothing") from error
 
 
 def _pool(cfg: JudgeConfig, examples: dict[str, Example], schema: StepSchema, held_out: Sequence[Judgment]) -> list[Judgment]:
@@ -135,7 +136,7 @@ def _pool(cfg: JudgeConfig, examples: dict[str, Example], schema: StepSchema, he
     responses = {(r.example_id, r.text): None for r in load_rollouts(Path(cfg.mine.pool)) if r.example_id in examples}
     pool = [Judgment(*key, unjudged, unjudged) for key in responses if examples[key[0]].query_id not in queries]
     if not pool:
-        raise ValueError(
+        raise UserError(
             f"{cfg.mine.pool} has no response to a query of {cfg.data} that is not held out: sample the pool on the same data"
         )
     return pool

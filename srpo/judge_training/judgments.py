@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from srpo.core.batch import Rollout
+from srpo.core.errors import UserError
 from srpo.core.steps import StepSchema
 from srpo.data.examples import Example
 from srpo.judge_training.reasons import simulated_reasons
@@ -25,7 +26,7 @@ class Judgment:
 
 
 def read_judgments(path: str | Path, num_steps: int) -> Iterator[Judgment]:
-    """Stream the judgments of a JSON Lines file. ValueError with file and line for a malformed one."""
+    """Stream the judgments of a JSON Lines file. UserError with file and line for a malformed one."""
     with Path(path).open("rb") as file:
         for number, line in enumerate(file, start=1):
             yield _judgment(line, f"{path}, line {number}", num_steps)
@@ -37,16 +38,16 @@ def _judgment(line: bytes, where: str, num_steps: int) -> Judgment:
         example_id, response, verdicts = row["example_id"], row["response"], row["verdicts"]
     except (ValueError, KeyError, TypeError) as error:
         want = '{"example_id": ..., "response": ..., "verdicts": [true, ...]}'
-        raise ValueError(f"{where}: not a judgment ({error}): write {want}") from error
+        raise UserError(f"{where}: not a judgment ({error}): write {want}") from error
     if not isinstance(response, str):
-        raise ValueError(f"{where}: response is {response!r}: give the text that was judged")
+        raise UserError(f"{where}: response is {response!r}: give the text that was judged")
     if not (
         isinstance(verdicts, list) and len(verdicts) == num_steps and all(v is None or isinstance(v, bool) for v in verdicts)
     ):
-        raise ValueError(f"{where}: verdicts is {verdicts!r}: give {num_steps} of true, false or null, one per step")
+        raise UserError(f"{where}: verdicts is {verdicts!r}: give {num_steps} of true, false or null, one per step")
     reasons = row.get("reasons") or [None] * num_steps
     if not (isinstance(reasons, list) and len(reasons) == num_steps and all(r is None or isinstance(r, str) for r in reasons)):
-        raise ValueError(f"{where}: reasons is {reasons!r}: give {num_steps} texts, one per step, null for none")
+        raise UserError(f"{where}: reasons is {reasons!r}: give {num_steps} texts, one per step, null for none")
     return Judgment(str(example_id), response, tuple(verdicts), tuple(reasons))
 
 

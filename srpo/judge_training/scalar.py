@@ -11,6 +11,7 @@ import torch
 
 from srpo.core.batch import Batch
 from srpo.core.config.sft import SftConfig
+from srpo.core.errors import UserError
 from srpo.core.steps import StepSchema
 from srpo.data.examples import Example
 from srpo.data.tokenizer import load_tokenizer
@@ -37,7 +38,7 @@ def train_scalar(
     """Train from `cfg.policy` and return the folder of the resulting scalar reward model, `run_dir/policy`.
 
     Resumes like SFT; `cfg.data` is not read. The loss is the mean over the verdicts of an optimizer step, over all ranks.
-    Raises ValueError for a case that exceeds the context or a micro-batch. Collective.
+    Raises UserError for a case that exceeds the context or a micro-batch. Collective.
     """
     run_dir = Path(cfg.run_dir)
     tokenizer: Any = load_tokenizer(cfg.policy.path)
@@ -49,7 +50,7 @@ def train_scalar(
     limit = min(cfg.policy.max_context or model.max_context, model.max_context, cfg.micro_batch_tokens)
     for case, judgment in zip(cases, judgments, strict=True):
         if len(case[0]) + len(case[1]) > limit:
-            raise ValueError(
+            raise UserError(
                 f"a response to {judgment.example_id} has {len(case[0]) + len(case[1])} tokens with its prompt, more than "
                 f"{limit}, the smaller of context and sft.micro_batch_tokens: raise the smaller one, or remove the response"
             )

@@ -14,6 +14,8 @@ import torch.nn.functional as F
 from torch import nn
 from transformers import AttentionInterface
 
+from srpo.core.errors import UserError
+
 ATTENTION = "srpo_varlen"
 
 
@@ -71,18 +73,16 @@ def varlen_attention(
     """Causal attention within each packed sequence: ([1, T, heads, D], None).
 
     query [1, heads, T, D]; key, value [1, kv_heads, T, D]; cu_seq_lens_q [N+1] int32; max_length_q is L.
-    Dropout is never applied, so that log-probabilities are deterministic. Raises ValueError if `cu_seq_lens_q` or
+    Dropout is never applied, so that log-probabilities are deterministic. Raises UserError if `cu_seq_lens_q` or
     `max_length_q` is missing, if the batch dimension is not 1, and if the sliding window is shorter than L.
     """
     if cu_seq_lens_q is None or max_length_q is None or query.shape[0] != 1:
-        raise ValueError(
+        raise UserError(
             f"{ATTENTION} attention takes one packed row with cu_seq_lens_q and max_length_q: call "
             "srpo.policy.model.hidden_states, or model.set_attn_implementation('sdpa') for padded inputs and generation"
         )
     if kwargs.get("sliding_window") is not None and kwargs["sliding_window"] < max_length_q:
-        raise ValueError(
-            f"{ATTENTION} attention does not support sliding windows: set use_sliding_window to false in config.json"
-        )
+        raise UserError(f"{ATTENTION} attention does not support sliding windows: set use_sliding_window to false in config.json")
     query, key, value = (x[0].transpose(0, 1) for x in (query, key, value))  # [T, heads, D]
     gqa = query.shape[1] != key.shape[1]
     if needs_padding(query.device, query.dtype):

@@ -25,6 +25,7 @@ from torch import nn
 from torch.distributed.checkpoint.metadata import TensorStorageMetadata
 from torch.optim import Optimizer
 
+from srpo.core.errors import UserError
 from srpo.policy.parallel import Parallel, unwrap
 
 COMPLETE = "COMPLETE"
@@ -37,10 +38,10 @@ def save_checkpoint(
     """Write `root/step_<step>`, remove all but the newest `keep` complete checkpoints and return the new folder. Collective.
 
     extra: this rank's own state: plain Python values (numbers, strings, lists, tuples, dicts) and tensors. Any other type raises
-    ValueError, so that the error comes at saving and not at resume. `load_checkpoint` restores every bit.
+    UserError, so that the error comes at saving and not at resume. `load_checkpoint` restores every bit.
     """
     if keep < 1:
-        raise ValueError(f"train.keep_checkpoints is {keep}: set it to 1 or more")
+        raise UserError(f"train.keep_checkpoints is {keep}: set it to 1 or more")
     root = Path(root)
     final = root / f"step_{step:06d}"
     aside = root / f"{final.name}.tmp-{parallel.broadcast_object(os.getpid())}"
@@ -77,15 +78,15 @@ def latest_checkpoint(root: str | Path) -> Path | None:
 def load_checkpoint(path: str | Path, policy: nn.Module, optimizer: Optimizer, parallel: Parallel) -> dict[str, Any]:
     """Load policy and optimizer in place and return this rank's `extra`. Collective.
 
-    Raises ValueError if the folder is no complete checkpoint, holds another model (the message names the first parameter that
+    Raises UserError if the folder is no complete checkpoint, holds another model (the message names the first parameter that
     differs), or was written by another number of ranks.
     """
     path = Path(path)
     if not (path / COMPLETE).is_file():
-        raise ValueError(f"{path} is not a complete checkpoint (no {COMPLETE} file): resume from another, or start a new run_dir")
+        raise UserError(f"{path} is not a complete checkpoint (no {COMPLETE} file): resume from another, or start a new run_dir")
     world_size = json.loads((path / COMPLETE).read_text())["world_size"]
     if world_size != parallel.world_size:
-        raise ValueError(
+        raise UserError(
             f"{path} was written by {world_size} ranks, this run has {parallel.world_size}: start {world_size} processes"
         )
     stored = dcp.FileSystemReader(path).read_metadata().state_dict_metadata
@@ -152,7 +153,7 @@ def _check_same_model(path: Path, state: dict[str, Any], stored: dict[str, Any])
     for key in (*ours, *theirs):
         if ours.get(key) != theirs.get(key):
             have, want = (shapes.get(key, "absent") for shapes in (theirs, ours))
-            raise ValueError(
+            raise UserError(
                 f"{path} is a checkpoint of another model: {key.removeprefix('policy/')} is {have} there and {want} in this run. "
                 "Set policy.path to the model that the run started from, or start a new run_dir"
             )
@@ -174,7 +175,7 @@ def _save_plain(value: dict[str, Any], path: Path) -> None:
     try:
         torch.load(path, weights_only=True)
     except pickle.UnpicklingError as error:
-        raise ValueError(f"a checkpoint's extra state must consist of plain Python values and tensors: {error}") from error
+        raise UserError(f"a checkpoint's extra state must consist of plain Python values and tensors: {error}") from error
 
 
 def _remove(path: Path) -> None:

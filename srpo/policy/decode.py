@@ -15,6 +15,7 @@ import torch
 from torch import nn
 from transformers import AttentionInterface, PreTrainedModel
 
+from srpo.core.errors import UserError
 from srpo.policy.routing import Routers, Routing
 
 ATTENTION = "srpo_decode"
@@ -107,7 +108,7 @@ def _attention(
     if sliding_window is not None:
         extra.append("sliding_window")
     if extra:
-        raise ValueError(
+        raise UserError(
             f"the model's attention needs {', '.join(extra)}, which the local engine does not support: set the engine to 'vllm'"
         )
     layer = int(module.layer_idx)  # pyright: ignore[reportArgumentType]
@@ -130,7 +131,7 @@ class Decoder:
         self._routers: Routers | None = None
 
     def open_routers(self) -> Routers:
-        """The model's routers; from now on forwards take a `Routing`. Raises ValueError for a model without experts."""
+        """The model's routers; from now on forwards take a `Routing`. Raises UserError for a model without experts."""
         if self._routers is None:
             self._routers = Routers(self.model).open()
         return self._routers

@@ -15,6 +15,8 @@ import torch
 import torch.nn.functional as F
 from transformers.integrations.moe import ExpertsInterface
 
+from srpo.core.errors import MissingPackage, UserError
+
 IMPLEMENTATIONS = ("grouped_mm", "loop", "megablocks")
 
 # (x [S, in] sorted by expert, weight [E, out, in], rows of each expert [E]) -> [S, out]
@@ -94,7 +96,7 @@ def _megablocks_gmm() -> Callable[..., torch.Tensor]:
         grouped_gemm_util = importlib.import_module("megablocks.grouped_gemm_util")
         grouped_gemm_util.assert_grouped_gemm_is_available()
     except (ImportError, AssertionError) as error:
-        raise ImportError(
+        raise MissingPackage(
             "policy.experts is 'megablocks', but MegaBlocks is not installed: pip install --no-deps megablocks==0.10.0 "
             "stanford-stk==0.7.1 grouped_gemm==0.3.0 (without --no-deps pip would replace torch), or set it to 'grouped_mm'"
         ) from error
@@ -102,9 +104,9 @@ def _megablocks_gmm() -> Callable[..., torch.Tensor]:
 
 
 def registered_name(experts: str) -> str:
-    """Transformers' name of one of `IMPLEMENTATIONS`. ValueError for an unknown name, ImportError if it is not installed."""
+    """Transformers' name of one of `IMPLEMENTATIONS`. UserError for an unknown name, ImportError if it is not installed."""
     if experts not in IMPLEMENTATIONS:
-        raise ValueError(f"policy.experts is {experts!r}: set it to one of {', '.join(IMPLEMENTATIONS)}")
+        raise UserError(f"policy.experts is {experts!r}: set it to one of {', '.join(IMPLEMENTATIONS)}")
     if experts == "megablocks":
         _megablocks_gmm()
     return f"srpo_{experts}"

@@ -12,6 +12,7 @@ from torch import nn
 from torch.nn.modules.module import register_module_parameter_registration_hook
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
+from srpo.core.errors import UserError
 from srpo.policy.attention import ATTENTION
 from srpo.policy.experts import registered_name
 from srpo.policy.model import check_folder, load_policy
@@ -22,7 +23,7 @@ def load_to_shard(path: str | Path, parallel: Parallel, *, experts: str = "group
     """`load_policy` in fp32, to be followed by `Parallel.shard`. Rank 0 has all weights; the other ranks have parameters on the
     meta device and rank 0's buffers. In a run of one process it equals `load_policy`. Collective.
 
-    Raises ValueError if the folder holds no model, or if its config.json does not fit its weights.
+    Raises UserError if the folder holds no model, or if its config.json does not fit its weights.
     """
     model = load_policy(path, experts=experts) if parallel.is_main else _without_weights(path, experts)
     if parallel.world_size == 1:
@@ -32,7 +33,7 @@ def load_to_shard(path: str | Path, parallel: Parallel, *, experts: str = "group
     differing = [name for name in {**main_layout, **layout} if main_layout.get(name) != layout.get(name)]
     differing = next((names for names in parallel.all_gather_object(differing) if names), [])
     if differing:
-        raise ValueError(
+        raise UserError(
             f"the weights in {str(path)!r} do not fit their config.json: they differ in {len(differing)} parameters or buffers, "
             f"first {differing[0]}. Correct config.json (tie_word_embeddings: whether the head shares the embedding's weight)"
         )

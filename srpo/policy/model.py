@@ -16,6 +16,7 @@ from transformers.utils import logging
 
 from srpo.core.batch import IGNORE, Batch
 from srpo.core.config.demo import TinyConfig
+from srpo.core.errors import UserError
 from srpo.policy.attention import ATTENTION, PadLayout, needs_padding
 from srpo.policy.experts import registered_name
 from srpo.policy.parallel import current_rank, iter_full_params, unwrap
@@ -67,7 +68,7 @@ def make_tiny(
 def load_policy(path: str | Path, *, experts: str = "grouped_mm", dtype: torch.dtype = torch.float32) -> PreTrainedModel:
     """The causal LM in the Hugging Face folder `path`, on the CPU, with srpo's attention and experts, its parameters in `dtype`.
 
-    Raises ValueError if the folder holds no model.
+    Raises UserError if the folder holds no model.
     """
     check_folder(path)
     return AutoModelForCausalLM.from_pretrained(
@@ -80,9 +81,9 @@ def load_policy(path: str | Path, *, experts: str = "grouped_mm", dtype: torch.d
 
 
 def check_folder(path: str | Path) -> None:
-    """Raise ValueError if the folder has no config.json."""
+    """Raise UserError if the folder has no config.json."""
     if not (Path(path) / "config.json").is_file():
-        raise ValueError(f"no model in {str(path)!r}: policy.path must be a folder with config.json and safetensors files")
+        raise UserError(f"no model in {str(path)!r}: policy.path must be a folder with config.json and safetensors files")
 
 
 def hidden_states(model: PreTrainedModel, batch: Batch, routing: Routing | None = None) -> torch.Tensor:
@@ -106,20 +107,20 @@ def hidden_states(model: PreTrainedModel, batch: Batch, routing: Routing | None 
 
 
 def check_head(model: PreTrainedModel, inputs: str) -> None:
-    """Raise ValueError if the loss cannot reproduce how the model turns hidden states into logits: no operation may follow the
+    """Raise UserError if the loss cannot reproduce how the model turns hidden states into logits: no operation may follow the
     head, and with inputs "hidden" the head must be a single matrix."""
     config, name = model.config.get_text_config(), type(model).__name__
     after = [key for key in _LOGIT_CAPS if getattr(config, key, None) not in (None, 0)]
     after += [key for key in _LOGIT_SCALES if getattr(config, key, None) not in (None, 1)]
     if after:
-        raise ValueError(
+        raise UserError(
             f"{name} changes its logits after the head ({', '.join(after)}), which srpo does not support: "
             "set policy.path to another model"
         )
     plain = type(model.lm_head) is nn.Linear and model.lm_head.bias is None
     if inputs == "hidden" and not plain:
         kind = "has a bias" if isinstance(model.lm_head, nn.Linear) else f"is a {type(model.lm_head).__name__}"
-        raise ValueError(
+        raise UserError(
             f"inputs of the loss are 'hidden', which needs a head that is a single matrix, but the head of {name} {kind}: "
             "set inputs to 'logits'"
         )
@@ -128,7 +129,7 @@ def check_head(model: PreTrainedModel, inputs: str) -> None:
 class Policy(nn.Module):
     """A causal LM whose forward takes a `Batch`: embedding, layers and head run in one forward, under the hooks of FSDP2.
 
-    replay_routing: route tokens to `batch.routed_experts` if the batch has them; without it they are ignored. Raises ValueError
+    replay_routing: route tokens to `batch.routed_experts` if the batch has them; without it they are ignored. Raises UserError
     if it is set for a model without experts.
     """
 

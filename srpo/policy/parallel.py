@@ -20,6 +20,8 @@ from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor
 from transformers import PreTrainedModel
 
+from srpo.core.errors import UserError
+
 X = TypeVar("X")
 Module = TypeVar("Module", bound=nn.Module)
 LAST_TENSORS = 0.2  # seconds for gloo's threads to release their last tensors
@@ -144,12 +146,12 @@ def unwrap(policy: nn.Module) -> PreTrainedModel:
 
 
 def decoder_layers(policy: nn.Module) -> list[nn.Module]:
-    """The decoder layers: the modules listed in transformers' `_no_split_modules`. Raises ValueError if the model lists none."""
+    """The decoder layers: the modules listed in transformers' `_no_split_modules`. Raises UserError if the model lists none."""
     model = unwrap(policy)
     names = set(model._no_split_modules or ())
     layers = [module for module in model.modules() if type(module).__name__ in names]
     if not layers:
-        raise ValueError(f"{type(model).__name__} lists no decoder layers in _no_split_modules: set policy.path to another model")
+        raise UserError(f"{type(model).__name__} lists no decoder layers in _no_split_modules: set policy.path to another model")
     return layers
 
 

@@ -16,6 +16,7 @@ from torch import nn
 from torch.overrides import TorchFunctionMode
 from transformers import PreTrainedModel
 
+from srpo.core.errors import UserError
 from srpo.policy.parallel import decoder_layers
 
 UNKNOWN = -1  # entry of a table of experts: the router of this layer keeps its own choice for this token
@@ -63,7 +64,7 @@ class Routers:
     """The routers of a model. After `open` its forward takes `routing=Routing(...)` and passes it to each decoder layer as an
     argument, so that a layer recomputed by activation checkpointing gets the same routing.
 
-    model: a transformers causal LM, not yet sharded. `num_layers` is D, `top_k` is K. Raises ValueError for a model without
+    model: a transformers causal LM, not yet sharded. `num_layers` is D, `top_k` is K. Raises UserError for a model without
     experts, and for routers that do not choose by a single top-k over all experts.
     """
 
@@ -72,7 +73,7 @@ class Routers:
         routers = [(i, layer, _router_of(layer)) for i, layer in enumerate(layers)]
         self._layers = [_Layer(i, layer, router) for i, layer, router in routers if router is not None]
         if not self._layers:
-            raise ValueError(
+            raise UserError(
                 f"rollout.routing is 'replay', but {type(model).__name__} has no experts to route to: set rollout.routing to "
                 "'recompute'"
             )
@@ -85,9 +86,9 @@ class Routers:
         return self
 
     def replay(self, given: torch.Tensor) -> Routing:
-        """Routing to the given experts [T, D, K] of a batch. Raises ValueError if D or K are those of another model."""
+        """Routing to the given experts [T, D, K] of a batch. Raises UserError if D or K are those of another model."""
         if given.shape[1:] != (self.num_layers, self.top_k):
-            raise ValueError(
+            raise UserError(
                 f"the engine reports experts [layers, experts per token] of {list(given.shape[1:])}, the policy has "
                 f"{[self.num_layers, self.top_k]}: start both from one checkpoint, or set rollout.routing to 'recompute'"
             )
@@ -132,7 +133,7 @@ class _Layer:
         with _Choice(self, routing) as choice:
             out = self._router_forward(hidden)
         if choice.count != 1:
-            raise ValueError(
+            raise UserError(
                 f"{type(self._router).__name__} does not choose its experts by one top-k over all of them, so its choice "
                 "cannot be replayed: set rollout.routing to 'recompute'"
             )

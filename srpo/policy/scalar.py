@@ -19,6 +19,7 @@ from torch import nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from srpo.core.batch import Batch, Rollout, pack
+from srpo.core.errors import UserError
 from srpo.policy.model import hidden_states, load_policy
 from srpo.policy.parallel import current_rank, iter_full_params, unwrap
 
@@ -63,7 +64,7 @@ def scored_batches(
     """Micro-batches of the cases (prompt ids, response ids, step ends) for `ScalarModel`, in the given order.
 
     targets [N, J] are stored as `step_advantages`: the weight of each step's verdict in the loss, negative for the verdict
-    "incorrect", 0 without a verdict. Raises ValueError for a case of more than `max_tokens` tokens.
+    "incorrect", 0 without a verdict. Raises UserError for a case of more than `max_tokens` tokens.
     """
     rollouts = [Rollout.from_tokens(prompt, (*response, eos), ends) for prompt, response, ends in cases]
     return pack(rollouts, targets, torch.zeros(len(rollouts)), max_tokens)
@@ -84,18 +85,18 @@ def probabilities(model: ScalarModel, batches: Sequence[Batch]) -> torch.Tensor:
 def load_scalar(path: str | Path, *, experts: str = "grouped_mm") -> ScalarModel:
     """The scalar reward model in a folder that `save_scalar` wrote, on the CPU.
 
-    Raises ValueError if the folder holds no model, or a model without a scalar head, such as a generative judge.
+    Raises UserError if the folder holds no model, or a model without a scalar head, such as a generative judge.
     """
     model = ScalarModel(load_policy(path, experts=experts))
     file = Path(path) / HEAD_FILE
     if not file.is_file():
-        raise ValueError(
+        raise UserError(
             f"no {HEAD_FILE} in {path}: name a folder of `srpo.train_judge --kind scalar`, or set reward.judge to 'generative'"
         )
     try:
         getattr(model.model, _HEAD).load_state_dict(load_file(file))
     except (SafetensorError, RuntimeError) as error:
-        raise ValueError(f"{file} does not fit the model in its folder ({error}): train the judge again") from error
+        raise UserError(f"{file} does not fit the model in its folder ({error}): train the judge again") from error
     return model
 
 

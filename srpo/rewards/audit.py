@@ -18,6 +18,7 @@ import numpy as np
 
 from srpo.core.batch import Rollout
 from srpo.core.config.train import RewardConfig
+from srpo.core.errors import UserError
 from srpo.core.steps import StepSchema, same_answer
 from srpo.data.examples import Example
 
@@ -100,7 +101,7 @@ def audit(
 
     A reasoning step is beyond the bound if, after the warm-up, its averaged error rate exceeds that of the warm-up by more than
     `reward.audit_bound`, with at least `reward.audit_min` verdicts in the average. With `reward.audit` "warn" the loop prints
-    `news`; with "off" nothing is counted. Raises ValueError with "stop" and a step beyond the bound.
+    `news`; with "off" nothing is counted. Raises UserError with "stop" and a step beyond the bound.
     """
     shape = (4, schema.num_steps)
     counts = audit_counts(rollouts, examples, schema) if cfg.audit != "off" else np.zeros(shape)
@@ -115,7 +116,7 @@ def audit(
             if rise[j] > cfg.audit_bound and average[NUM, j] >= cfg.audit_min:  # False if the rise is NaN
                 alarms[spec.name] = _alarm(spec.name, average[:, j], baseline[:, j], cfg)
     if alarms and cfg.audit == "stop":
-        raise ValueError(
+        raise UserError(
             f"{next(iter(alarms.values()))}. The policy may have learned to please the judge: read the verdicts in "
             "rollouts.jsonl, train the judge on such responses (srpo.train_judge) and start a new run_dir with it; to continue "
             "instead, set reward.audit = 'warn'"

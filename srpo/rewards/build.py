@@ -12,6 +12,7 @@ import torch
 from torch import nn
 
 from srpo.core.config.train import Config, RewardConfig
+from srpo.core.errors import UserError
 from srpo.core.steps import StepSchema
 from srpo.data.tokenizer import load_tokenizer
 from srpo.policy.model import load_policy
@@ -30,7 +31,7 @@ KEY_VARIABLE = "OPENAI_API_KEY"
 
 
 def build_judge(cfg: Config, schema: StepSchema, parallel: Parallel) -> Judge | None:
-    """The judge of `reward.judge`; None for "none". Raises ValueError, ImportError or EngineError if it cannot start."""
+    """The judge of `reward.judge`; None for "none". Raises UserError, ImportError or EngineError if it cannot start."""
     reward, dtype = cfg.reward, getattr(torch, cfg.policy.dtype)
     if reward.judge == "oracle":
         return OracleJudge(reward.judge_error_rate, cfg.seed, schema)
@@ -60,7 +61,7 @@ def open_judge(
     """A generative judge in this process: greedy verdicts of a causal LM.
 
     A prompt that does not fit into the model's context gets no verdict and is counted. `cache` is the number of judged responses
-    whose verdicts are remembered. Raises ValueError if `max_new_tokens` alone would fill the context.
+    whose verdicts are remembered. Raises UserError if `max_new_tokens` alone would fill the context.
     """
     engine = LocalEngine(model, max_context=max_context)
     return _on_engine(engine, tokenizer, schema, max_new_tokens, identity="local", cache=cache)
@@ -71,16 +72,16 @@ def open_vllm_judge(
 ) -> GenerativeJudge:
     """A generative judge in a vLLM process (`reward.judge_vllm`), which ends with the judge. Its weights are never synced.
 
-    Raises ValueError, ImportError and EngineError as `VllmEngine` does.
+    Raises UserError as `VllmEngine` does.
     """
     if cfg.judge_vllm.tensor_parallel_size != 1:
-        raise ValueError(
+        raise UserError(
             f"reward.judge_vllm.tensor_parallel_size is {cfg.judge_vllm.tensor_parallel_size}: only the policy's vLLM is split "
             "over ranks. Leave it at 1, or serve the judge elsewhere (reward.judge_engine 'url')"
         )
     try:
         engine = VllmEngine(path, device=device, dtype=dtype, max_context=cfg.judge_max_context, config=cfg.judge_vllm)
-    except (ValueError, ImportError) as error:
+    except UserError as error:
         message = str(error).replace("rollout.vllm.", "reward.judge_vllm.").replace("rollout.engine", "reward.judge_engine")
         raise type(error)(f"the judge's engine: {message}") from error
     limit, cache = cfg.judge_max_new_tokens, cfg.judge_cache
@@ -104,7 +105,7 @@ def _on_engine(
     close: Callable[[], None] | None = None,
 ) -> GenerativeJudge:
     if max_new_tokens >= engine.max_context:
-        raise ValueError(
+        raise UserError(
             f"{max_new_tokens} new tokens leave no room for a prompt in the judge's context of {engine.max_context}: "
             "lower reward.judge_max_new_tokens (srpo.train_judge: max_new_tokens)"
         )
@@ -117,7 +118,7 @@ def _on_engine(
 def open_service_judge(schema: StepSchema, cfg: RewardConfig) -> GenerativeJudge:
     """The judge behind `reward.judge_url`. Its API key is the environment variable OPENAI_API_KEY, if that is set.
 
-    Asks the server for one token. Raises ValueError for settings that cannot work and if the server does not answer (with
+    Asks the server for one token. Raises UserError for settings that cannot work and if the server does not answer (with
     judge_fallback "missing" that is only a warning).
     """
     service = JudgeService(cfg, api_key=os.environ.get(KEY_VARIABLE, ""))

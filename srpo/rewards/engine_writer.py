@@ -7,6 +7,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from srpo.core.errors import UserError
 from srpo.rewards.verdict_cache import WorkCounts
 from srpo.rollout.engine import Engine, SamplingParams
 
@@ -21,7 +22,7 @@ class _Request:
     params: SamplingParams
     seed: int
     texts: Texts | None = None
-    error: ValueError | None = None
+    error: UserError | None = None
     taken: bool = False
 
 
@@ -29,7 +30,7 @@ class EngineWriter:
     """A `srpo.rewards.judge.Writer` on a rollout engine.
 
     The engine serves one call at a time; greedy requests that arrive meanwhile form its next batch. A prompt of more than
-    `max_prompt_tokens` (0: no bound) gets no text. `close` frees the engine. An engine's ValueError is raised with the judge's
+    `max_prompt_tokens` (0: no bound) gets no text. `close` frees the engine. An engine's UserError is raised with the judge's
     name in front.
     """
 
@@ -68,7 +69,7 @@ class EngineWriter:
             if not request.taken:
                 self._serve(self._batch(request))
         if request.error is not None:
-            raise ValueError(str(request.error)) from request.error
+            raise UserError(str(request.error)) from request.error
         assert request.texts is not None
         return request.texts
 
@@ -86,14 +87,14 @@ class EngineWriter:
             texts = self._write(
                 list(dict.fromkeys(p for request in batch for p in request.prompts)), batch[0].params, batch[0].seed
             )
-        except ValueError as error:
+        except UserError as error:
             for request in batch:
-                request.error = ValueError(f"the judge ({self._identity}): {error}")
+                request.error = UserError(f"the judge ({self._identity}): {error}")
                 request.error.__cause__ = error
             return
         except BaseException:
             for request in batch:
-                request.error = ValueError(f"the judge ({self._identity}) was interrupted")
+                request.error = UserError(f"the judge ({self._identity}) was interrupted")
             raise
         for request in batch:
             request.texts = [texts[prompt] for prompt in request.prompts]

@@ -10,6 +10,8 @@ from email.utils import parsedate_to_datetime
 from typing import Any
 from urllib.parse import urlsplit
 
+from srpo.core.errors import UserError
+
 MAX_REPLY_BYTES = 1 << 20  # of one reply; a longer one is no verdict
 MAX_PAUSE_S = 60.0  # between two attempts; caps the server's Retry-After
 MAX_READ = 4000  # characters of a server's message that are read
@@ -111,23 +113,23 @@ def pause_s(attempt: int, first_s: float, draw: float) -> float:
 
 
 def checked_url(url: str) -> str:
-    """Return the base address without trailing slash. Raises ValueError, without showing the address, if it is not usable."""
+    """Return the base address without trailing slash. Raises UserError, without showing the address, if it is not usable."""
     try:
         parts = urlsplit(url)
         usable = parts.scheme in ("http", "https") and bool(parts.hostname) and (parts.port or 1) > 0 and url.isprintable()
     except ValueError:
         usable = False
     if not usable or " " in url:
-        raise ValueError(NO_ADDRESS)
+        raise UserError(NO_ADDRESS)
     parts = urlsplit(url)
     if parts.username is not None or parts.password is not None or parts.query or parts.fragment:
-        raise ValueError(
+        raise UserError(
             "reward.judge_url holds more than an address (a user, a password, or a part after ? or #): settings are written to "
             "files, so give the plain address, and put the key into the environment variable OPENAI_API_KEY"
         )
     base = url.rstrip("/")
     if base.endswith(("/completions", "/models")):
-        raise ValueError("reward.judge_url ends with the path of a call: give the part before it, like http://127.0.0.1:8000/v1")
+        raise UserError("reward.judge_url ends with the path of a call: give the part before it, like http://127.0.0.1:8000/v1")
     return base
 
 
@@ -138,8 +140,8 @@ def is_loopback(url: str) -> bool:
 
 
 def checked_key(key: str) -> str:
-    """Return an API key without surrounding white space. Raises ValueError, without showing the key, if no header can hold it."""
+    """Return an API key without surrounding white space. Raises UserError, without showing the key, if no header can hold it."""
     key = key.strip()
     if not all(33 <= ord(c) < 127 for c in key):
-        raise ValueError("the key in OPENAI_API_KEY has characters that are not allowed in an HTTP header: set it again")
+        raise UserError("the key in OPENAI_API_KEY has characters that are not allowed in an HTTP header: set it again")
     return key

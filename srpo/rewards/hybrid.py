@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from dataclasses import replace
 
 from srpo.core.batch import Rollout
+from srpo.core.errors import UserError
 from srpo.core.steps import StepSchema, StepSpec, same_answer
 from srpo.data.examples import Example
 from srpo.rewards.judge import Judge, Verdicts
@@ -32,15 +33,13 @@ def score(
     The judge is called at most once, for the rollouts that need it. They keep its `verdicts` [J] on all steps, also on those that
     another source graded, for `srpo.rewards.audit`.
 
-    Raises ValueError if lengths or ids do not match, and for a step that no source can grade (no label and no judge).
+    Raises UserError if lengths or ids do not match, and for a step that no source can grade (no label and no judge).
     Paper: Eq. 5 fixes the sources (judge for S1, S2; labels for S3, S4) and does not say what an unreadable verdict earns.
     """
     if len(rollouts) != len(examples):
-        raise ValueError(
-            f"{len(rollouts)} rollouts and {len(examples)} examples: pass one example per rollout, in the same order"
-        )
+        raise UserError(f"{len(rollouts)} rollouts and {len(examples)} examples: pass one example per rollout, in the same order")
     if not 0 <= missing_verdict <= 1:
-        raise ValueError(f"reward.missing_verdict is {missing_verdict}: set it to a number from 0 to 1")
+        raise UserError(f"reward.missing_verdict is {missing_verdict}: set it to a number from 0 to 1")
     golds = [_gold(rollout, example, schema) for rollout, example in zip(rollouts, examples, strict=True)]
     sources = [
         [_sources(spec, label, judge, rollout.example_id) for spec, label in zip(schema.specs, gold, strict=True)]
@@ -57,10 +56,10 @@ def score(
 
 def _gold(rollout: Rollout, example: Example, schema: StepSchema) -> tuple[str | None, ...]:
     if rollout.example_id != example.example_id:
-        raise ValueError(f"a rollout of {rollout.example_id} is paired with example {example.example_id}: pass its own")
+        raise UserError(f"a rollout of {rollout.example_id} is paired with example {example.example_id}: pass its own")
     gold = example.gold or (None,) * schema.num_steps
     if not len(gold) == len(rollout.answers) == schema.num_steps:
-        raise ValueError(
+        raise UserError(
             f"{example.example_id}: {len(gold)} gold labels and {len(rollout.answers)} answers for {schema.num_steps} steps; "
             "use data and rollouts with the steps of the config"
         )
@@ -72,7 +71,7 @@ def _sources(spec: StepSpec, label: str | None, judge: Judge | None, example_id:
     can = {"gold": label is not None, "judge": judge is not None, "rule": True, "skip": True}
     able = [source for source in spec.sources if can[source]]
     if not able:
-        raise ValueError(
+        raise UserError(
             f"nothing can grade step {spec.name!r} of {example_id}: its sources are {list(spec.sources)}, there is "
             f"{'no' if label is None else 'a'} gold label and {'no' if judge is None else 'a'} judge; "
             "set reward.judge, or end the step's sources with 'skip'"

@@ -8,6 +8,7 @@ from dataclasses import replace
 from typing import Protocol
 
 from srpo.core.batch import Rollout
+from srpo.core.errors import UserError
 from srpo.core.steps import StepSchema, same_answer
 from srpo.data.examples import Example
 from srpo.rewards.verdict_cache import ParsedVerdicts, VerdictCache, WorkCounts, question_key
@@ -30,24 +31,24 @@ class OracleJudge:
     """A simulated annotator that compares each answer with `example.truth` and errs at a given rate.
 
     Its errors are a pure function of (seed, example id, response text, step), so verdicts do not depend on the order or number of
-    calls. A missing answer is always wrong; a step without truth gets no verdict. Raises ValueError for a rate outside 0..1.
+    calls. A missing answer is always wrong; a step without truth gets no verdict. Raises UserError for a rate outside 0..1.
     """
 
     def __init__(self, error_rate: float, seed: int, schema: StepSchema) -> None:
         if not 0 <= error_rate <= 1:
-            raise ValueError(f"reward.judge_error_rate is {error_rate}: set it to a number from 0 to 1")
+            raise UserError(f"reward.judge_error_rate is {error_rate}: set it to a number from 0 to 1")
         self.error_rate = error_rate
         self.seed = seed
         self.num_steps = schema.num_steps
 
     def judge(self, rollouts: Sequence[Rollout], examples: Sequence[Example]) -> list[Verdicts]:
-        """Return verdicts [N][J]. Raises ValueError if an example's truth or a rollout's answers are not one per step."""
+        """Return verdicts [N][J]. Raises UserError if an example's truth or a rollout's answers are not one per step."""
         return [self._judge(rollout, example) for rollout, example in zip(rollouts, examples, strict=True)]
 
     def _judge(self, rollout: Rollout, example: Example) -> Verdicts:
         truth = example.truth or (None,) * self.num_steps
         if not len(truth) == len(rollout.answers) == self.num_steps:
-            raise ValueError(
+            raise UserError(
                 f"{example.example_id}: {len(truth)} truths and {len(rollout.answers)} answers for {self.num_steps} steps; "
                 "use data and rollouts with the steps of the config"
             )
@@ -109,7 +110,7 @@ class GenerativeJudge:
         cache: VerdictCache | None = None,
     ) -> None:
         if params.group_size != 1:
-            raise ValueError(f"the judge samples {params.group_size} texts per response: set its group_size to 1")
+            raise UserError(f"the judge samples {params.group_size} texts per response: set its group_size to 1")
         self.writer = writer
         self.schema = schema
         self.params = params

@@ -14,6 +14,7 @@ from typing import Any
 import httpx2
 
 from srpo.core.config.train import RewardConfig
+from srpo.core.errors import UserError
 from srpo.rewards.http_reply import (
     MAX_REPLY_BYTES,
     NO_ADDRESS,
@@ -39,7 +40,7 @@ OF_THE_TEXT = (400, 413, 422)  # HTTP statuses that object to this prompt; the n
 USE_FALLBACK = "set reward.judge_fallback = 'missing' to continue without its verdicts"
 
 
-class JudgeServiceError(ValueError):
+class JudgeServiceError(UserError):
     """The judge's server failed or refused; the message names the fix."""
 
 
@@ -77,7 +78,7 @@ class JudgeService:
 
     A reply may hold any text of up to MAX_REPLY_BYTES: `parse_verdicts` is total. The key is sent in one header only, and removed
     from the server's messages before they are shown.
-    Raises ValueError for an address, key or number that cannot work.
+    Raises UserError for an address, key or number that cannot work.
     """
 
     def __init__(self, cfg: RewardConfig, *, api_key: str = "", seed: int | None = None) -> None:
@@ -87,7 +88,7 @@ class JudgeService:
         try:
             httpx2.URL(self._url)
         except httpx2.InvalidURL as error:
-            raise ValueError(NO_ADDRESS) from error
+            raise UserError(NO_ADDRESS) from error
         self._key = checked_key(api_key)
         self._model = cfg.judge_model
         self._work = WorkCounts()
@@ -307,16 +308,16 @@ class JudgeService:
 
 
 def check_service(cfg: RewardConfig) -> None:
-    """Raise ValueError for an address or numbers that cannot work."""
+    """Raise UserError for an address or numbers that cannot work."""
     checked_url(cfg.judge_url)
     if cfg.judge_concurrency < 1:
-        raise ValueError(f"reward.judge_concurrency is {cfg.judge_concurrency}: set it to 1 or more")
+        raise UserError(f"reward.judge_concurrency is {cfg.judge_concurrency}: set it to 1 or more")
     if cfg.judge_retries < 0:
-        raise ValueError(f"reward.judge_retries is {cfg.judge_retries}: set it to 0 or more")
+        raise UserError(f"reward.judge_retries is {cfg.judge_retries}: set it to 0 or more")
     if not cfg.judge_timeout_s > 0:
-        raise ValueError(f"reward.judge_timeout_s is {cfg.judge_timeout_s}: set it above 0")
+        raise UserError(f"reward.judge_timeout_s is {cfg.judge_timeout_s}: set it above 0")
     if not cfg.judge_backoff_s >= 0:
-        raise ValueError(f"reward.judge_backoff_s is {cfg.judge_backoff_s}: set it to 0 or more")
+        raise UserError(f"reward.judge_backoff_s is {cfg.judge_backoff_s}: set it to 0 or more")
 
 
 def _run(loop: asyncio.AbstractEventLoop) -> None:

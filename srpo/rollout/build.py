@@ -23,7 +23,7 @@ def open_engine(cfg: Config, model: nn.Module, parallel: Parallel) -> Engine:
     Collective if ranks share one vLLM (`rollout.vllm.tensor_parallel_size` above 1).
     model: the policy as loaded, not yet sharded; vLLM itself reads the checkpoint in `policy.path`. A model without weights
     (`srpo.policy.loading`) is enough if the engine is synced before it samples.
-    Raises ValueError for settings that cannot work, ImportError if the engine is not installed.
+    Raises UserError for settings that cannot work, MissingPackage if the engine is not installed.
     """
     dtype = getattr(torch, cfg.policy.dtype)
     if cfg.rollout.engine == "vllm":

@@ -9,6 +9,8 @@ from typing import Protocol
 import numpy as np
 from torch import nn
 
+from srpo.core.errors import UserError
+
 
 @dataclass(frozen=True)
 class SamplingParams:
@@ -26,15 +28,15 @@ class SamplingParams:
 
     def __post_init__(self) -> None:
         if self.max_new_tokens < 1:
-            raise ValueError(f"rollout.max_new_tokens is {self.max_new_tokens}: set it to 1 or more")
+            raise UserError(f"rollout.max_new_tokens is {self.max_new_tokens}: set it to 1 or more")
         if self.temperature <= 0:
-            raise ValueError(f"rollout.temperature is {self.temperature}: set it above 0, or sample with greedy=True")
+            raise UserError(f"rollout.temperature is {self.temperature}: set it above 0, or sample with greedy=True")
         if self.top_k < 0:
-            raise ValueError(f"rollout.top_k is {self.top_k}: set it to 0 (no filter) or more")
+            raise UserError(f"rollout.top_k is {self.top_k}: set it to 0 (no filter) or more")
         if self.group_size < 1:
-            raise ValueError(f"rollout.group_size is {self.group_size}: set it to 1 or more")
+            raise UserError(f"rollout.group_size is {self.group_size}: set it to 1 or more")
         if self.support and not self.top_k:
-            raise ValueError(
+            raise UserError(
                 "rollout.support is 'replay' and rollout.top_k is 0: without a filter every token has the same support. Set "
                 "rollout.top_k above 0, or rollout.support to 'recompute'"
             )
@@ -83,7 +85,7 @@ class Engine(Protocol):
         (seed, its number) and not on the other prompts, so they are the same for any number of ranks.
         If the generator is closed early, unfinished responses are dropped and the engine can be used again. Call no other method
         of the engine before the generator has ended.
-        Raises ValueError, on the call itself, for an empty prompt or one that does not fit into the context with its response.
+        Raises UserError, on the call itself, for an empty prompt or one that does not fit into the context with its response.
         """
         ...
 
@@ -94,7 +96,7 @@ class Engine(Protocol):
         ...
 
     def sync_weights(self, policy: nn.Module, version: int) -> None:
-        """pi_old <- pi_theta (Algorithm 1). Every rank of a sharded policy calls it. Raises ValueError if models differ."""
+        """pi_old <- pi_theta (Algorithm 1). Every rank of a sharded policy calls it. Raises UserError if models differ."""
         ...
 
     def sleep(self) -> None:
@@ -113,13 +115,13 @@ class Engine(Protocol):
 def check_prompts(
     prompts: Sequence[Sequence[int]], params: SamplingParams, max_context: int, names: Sequence[str] | None = None
 ) -> None:
-    """Raise ValueError for an empty prompt or one that leaves no room for its response. `names`: example ids for the message."""
+    """Raise UserError for an empty prompt or one that leaves no room for its response. `names`: example ids for the message."""
     for i, prompt in enumerate(prompts):
         name = f"the prompt of example {names[i]}" if names else f"prompt {i}"
         if not prompt:
-            raise ValueError(f"{name} is empty: a prompt needs at least one token, see data.prompt")
+            raise UserError(f"{name} is empty: a prompt needs at least one token, see data.prompt")
         if len(prompt) + params.max_new_tokens > max_context:
-            raise ValueError(
+            raise UserError(
                 f"{name} has {len(prompt)} tokens, which with rollout.max_new_tokens ({params.max_new_tokens}) is more than the "
                 f"context of {max_context}: lower rollout.max_new_tokens, shorten data.prompt, or raise policy.max_context"
             )

@@ -12,6 +12,7 @@ import torch
 from torch import nn
 from torch.distributed.tensor import DTensor
 
+from srpo.core.errors import UserError
 from srpo.policy.decode import Decoder, KeyValues
 from srpo.policy.model import unwrap
 from srpo.policy.parallel import iter_full_params
@@ -41,7 +42,7 @@ class LocalEngine:
         max_rows: int = 256,
     ) -> None:
         if any(isinstance(param, DTensor) for param in model.parameters()):
-            raise ValueError(
+            raise UserError(
                 "the local engine cannot copy a sharded model: create it before the policy is sharded, then call sync_weights"
             )
         # Each parameter is copied straight to its final dtype and device. Buffers keep their precision: rotary frequencies do
@@ -73,14 +74,14 @@ class LocalEngine:
         """See `Engine.stream`. Groups come wave by wave, shortest prompts first; closed early, it stops between two waves.
         Each (prompt number, sample, position) has its own random number, whichever other prompts are in the wave.
 
-        Also raises ValueError if the policy's logits are not finite, if `params.support` is set and top_k filters nothing, or if
+        Also raises UserError if the policy's logits are not finite, if `params.support` is set and top_k filters nothing, or if
         `params.routing` is set and the model has no experts.
         """
         assert self._has_weights, "made from a model without weights: sync_weights comes first"
         check_prompts(prompts, params, self.max_context)
         vocab_size: int = unwrap(self.model).config.vocab_size
         if params.support and params.top_k >= vocab_size:
-            raise ValueError(
+            raise UserError(
                 f"rollout.support is 'replay' and rollout.top_k {params.top_k} keeps the whole vocabulary of "
                 f"{vocab_size}: lower rollout.top_k, or set rollout.support to 'recompute'"
             )
@@ -159,7 +160,7 @@ class LocalEngine:
                     routes.put(routing, rows, t)
 
         if not bool(logprobs[:num_rows].isfinite().all()):
-            raise ValueError(
+            raise UserError(
                 "the policy computes logits that are not finite: check the checkpoint in policy.path, or resume from an earlier "
                 "one with a lower optimizer.lr"
             )
@@ -186,7 +187,7 @@ class LocalEngine:
             for name, tensor in iter_full_params(policy):
                 if name not in own or own[name].shape != tensor.shape:
                     shape = tuple(own[name].shape) if name in own else "no such parameter"
-                    raise ValueError(
+                    raise UserError(
                         f"policy parameter {name} {tuple(tensor.shape)} does not fit the engine's model ({shape}): "
                         "start the engine from the policy's own checkpoint"
                     )
@@ -194,7 +195,7 @@ class LocalEngine:
                 sums[name] = _checksum(tensor.to(own[name]))
             differing = [name for name, param in own.items() if sums.get(name) != _checksum(param)]
         if differing:
-            raise ValueError(
+            raise UserError(
                 f"after the weight sync {len(differing)} parameters differ from the policy's, first {differing[0]}: "
                 "start the engine from the policy's own checkpoint"
             )

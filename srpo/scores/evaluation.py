@@ -14,6 +14,7 @@ from numpy.typing import NDArray
 
 from srpo.core.batch import Rollout
 from srpo.core.config.evaluation import BootstrapConfig, EvaluateConfig
+from srpo.core.errors import UserError
 from srpo.core.steps import StepSchema
 from srpo.data.examples import GRADES, Example
 from srpo.scores.bootstrap import cluster_sums, percentile_interval, resampled_sums
@@ -43,12 +44,12 @@ def results_dict(
     - with `bootstrap`, `confidence`: `{level, num_draws, seed, num_queries}` and, under the name of each score, its interval
       [low, high] over queries, in the same shape as the score; None without an interval, as for a single query.
 
-    Raises ValueError if there are no examples, if a pair has no grade, and if rollouts and examples are of different pairs.
+    Raises UserError if there are no examples, if a pair has no grade, and if rollouts and examples are of different pairs.
     """
     if [r.example_id for r in rollouts] != [e.example_id for e in examples]:
-        raise ValueError("rollouts and examples are of different pairs: give one rollout per example, in the same order")
+        raise UserError("rollouts and examples are of different pairs: give one rollout per example, in the same order")
     if not examples:
-        raise ValueError("there are no examples to evaluate: give at least one graded pair")
+        raise UserError("there are no examples to evaluate: give at least one graded pair")
     counts = tally(rollouts, examples, schema)
     queries = [example.query_id for example in examples]
     results = {**_results(counts, queries, bootstrap), "by": {}, "untagged": {}}
@@ -132,8 +133,8 @@ def consistency_rows(*results: Results) -> list[tuple[str, list[Any]]]:
 
 
 def check_tags(tags: Iterable[Mapping[str, str]], by: Sequence[str]) -> None:
-    """Raise ValueError for a tag of `by`, other than the default one, that is in none of `tags` (of examples or queries)."""
+    """Raise UserError for a tag of `by`, other than the default one, that is in none of `tags` (of examples or queries)."""
     known = sorted({tag for carried in tags for tag in carried})
     for tag in by:
         if tag not in known and tag not in EvaluateConfig.by:
-            raise ValueError(f"by: nothing carries the tag {tag!r}; tags of the data: {', '.join(known) or 'none'}")
+            raise UserError(f"by: nothing carries the tag {tag!r}; tags of the data: {', '.join(known) or 'none'}")

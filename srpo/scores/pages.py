@@ -1,7 +1,7 @@
 """Pages of search results, with grades and verdicts on them: the input files of the online metrics (5.1.2).
 
 A page is the ranked list that one system shows for one query. All files are JSON Lines (docs/programs/compare.md); an invalid
-line raises ValueError with file and line.
+line raises UserError with file and line.
 """
 
 from __future__ import annotations
@@ -12,6 +12,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from srpo.core.errors import UserError
 from srpo.data.examples import GRADES, Example
 
 RATINGS = ("good", "mid", "poor", "bad")  # the four-point scale of a page, best first
@@ -38,7 +39,7 @@ class Pages:
 
 
 def read_pages(path: Path, name_a: str, name_b: str) -> Pages:
-    """The pages of the systems `name_a` and `name_b`. Raises ValueError if only one of them has a page for a query."""
+    """The pages of the systems `name_a` and `name_b`. Raises UserError if only one of them has a page for a query."""
     pages: dict[str, dict[str, Page]] = {}
     keys: set[str] = set()
     num_others = 0
@@ -46,22 +47,22 @@ def read_pages(path: Path, name_a: str, name_b: str) -> Pages:
         system, query_id = _text(row, "system", where), _text(row, "query_id", where)
         named = [key for key in ("item_ids", "example_ids") if key in row]
         if len(named) != 1:
-            raise ValueError(f"{where}: give the list as either item_ids or example_ids")
+            raise UserError(f"{where}: give the list as either item_ids or example_ids")
         keys.update(named)
         if len(keys) > 1:
-            raise ValueError(f"{where}: some lists are item_ids and some example_ids: use one of the two in the whole file")
+            raise UserError(f"{where}: some lists are item_ids and some example_ids: use one of the two in the whole file")
         page = Page(_ids(row[named[0]], named[0], where), _one_of(row.get("rating"), RATINGS, "rating", where), _tags(row, where))
         if query_id in pages.setdefault(system, {}):
-            raise ValueError(f"{where}: a second list of {system!r} for query {query_id!r}: keep one")
+            raise UserError(f"{where}: a second list of {system!r} for query {query_id!r}: keep one")
         pages[system][query_id] = page
     for name in (name_a, name_b):
         if name not in pages:
-            raise ValueError(
+            raise UserError(
                 f"{path} has no system {name!r}: it has {', '.join(sorted(pages))}; set --name-a and --name-b to two of these"
             )
     a, b = pages[name_a], pages[name_b]
     if alone := sorted(a.keys() ^ b.keys()):
-        raise ValueError(f"{path}: {len(alone)} queries have a list of one system only, such as {alone[0]!r}: add the other's")
+        raise UserError(f"{path}: {len(alone)} queries have a list of one system only, such as {alone[0]!r}: add the other's")
     num_others = sum(len(lists) for name, lists in pages.items() if name not in (name_a, name_b))
     return Pages(a, {query_id: b[query_id] for query_id in a}, keys.pop(), num_others)
 
@@ -72,9 +73,9 @@ def read_judgments(path: Path) -> dict[tuple[str, str], int]:
     for where, row in _rows(path, ("query_id", "item_id", "grade"), ()):
         pair = _text(row, "query_id", where), _text(row, "item_id", where)
         if type(row["grade"]) is not int or row["grade"] not in GRADES:
-            raise ValueError(f"{where}: grade is {row['grade']!r}: give 1, 2, 3 or 4")
+            raise UserError(f"{where}: grade is {row['grade']!r}: give 1, 2, 3 or 4")
         if pair in judgments:
-            raise ValueError(f"{where}: a second grade of item {pair[1]!r} for query {pair[0]!r}: keep one")
+            raise UserError(f"{where}: a second grade of item {pair[1]!r} for query {pair[0]!r}: keep one")
         judgments[pair] = row["grade"]
     return judgments
 
@@ -85,18 +86,18 @@ def judged_examples(examples: Sequence[Example]) -> dict[tuple[str, str], int]:
 
 
 def read_verdicts(path: Path, queries: Sequence[str]) -> dict[str, list[str]]:
-    """{query_id: verdicts (good, same, bad)}, one verdict per assessor. Raises ValueError for a query without pages."""
+    """{query_id: verdicts (good, same, bad)}, one verdict per assessor. Raises UserError for a query without pages."""
     verdicts: dict[str, dict[str, str]] = {}
     known = set(queries)
     for where, row in _rows(path, ("query_id", "verdict"), ("assessor",)):
         query_id, assessor = _text(row, "query_id", where), str(row.get("assessor", ""))
         if query_id not in known:
-            raise ValueError(f"{where}: query {query_id!r} has no pages: remove the line, or add its lists to pages.file")
+            raise UserError(f"{where}: query {query_id!r} has no pages: remove the line, or add its lists to pages.file")
         if assessor in verdicts.setdefault(query_id, {}):
-            raise ValueError(f"{where}: a second verdict on query {query_id!r}: give each assessor a name of its own")
+            raise UserError(f"{where}: a second verdict on query {query_id!r}: give each assessor a name of its own")
         verdict = _one_of(row["verdict"], VERDICTS, "verdict", where)
         if verdict is None:
-            raise ValueError(f"{where}: verdict is null: give {', '.join(VERDICTS)}, or remove the line")
+            raise UserError(f"{where}: verdict is null: give {', '.join(VERDICTS)}, or remove the line")
         verdicts[query_id][assessor] = verdict
     return {query_id: list(by_assessor.values()) for query_id, by_assessor in verdicts.items()}
 
@@ -107,7 +108,7 @@ def shown_grades(
     """({query_id: classes of the first `top_n` items of A's page}, the same of B's, number of these items without a class).
 
     Items without a class are left out if `unjudged` is "leave_out". Otherwise, and if a page would have no item left, raises
-    ValueError with their number.
+    UserError with their number.
     """
     grades: tuple[dict[str, list[int]], dict[str, list[int]]] = ({}, {})
     missing: list[tuple[str, str]] = []
@@ -120,17 +121,17 @@ def shown_grades(
             graded[query_id] = [judgments[pair] for pair in shown if pair in judgments]
     if missing and unjudged == "refuse":
         query_id, name = missing[0]
-        raise ValueError(
+        raise UserError(
             f"{len(missing):,} of {num_shown:,} shown items have no grade, such as {name!r} of query {query_id!r}: add grades, "
             "or set pages.unjudged to 'leave_out'"
         )
     if empty := [query_id for graded in grades for query_id, classes in graded.items() if not classes]:
-        raise ValueError(f"{len(empty):,} pages have no judged item at all, such as one of query {empty[0]!r}: add grades")
+        raise UserError(f"{len(empty):,} pages have no judged item at all, such as one of query {empty[0]!r}: add grades")
     return *grades, len(missing)
 
 
 def _rows(path: Path, required: Sequence[str], optional: Sequence[str]) -> Iterator[tuple[str, dict[str, Any]]]:
-    """(file and line, object) of each line. Raises ValueError for an empty file and for an unknown or missing key."""
+    """(file and line, object) of each line. Raises UserError for an empty file and for an unknown or missing key."""
     where = ""
     with path.open(encoding="utf-8") as file:
         for number, line in enumerate(file, start=1):
@@ -138,39 +139,39 @@ def _rows(path: Path, required: Sequence[str], optional: Sequence[str]) -> Itera
             try:
                 row = json.loads(line)
             except ValueError as error:
-                raise ValueError(f"{where}: not JSON ({error}): each line must be one object") from error
+                raise UserError(f"{where}: not JSON ({error}): each line must be one object") from error
             if not isinstance(row, dict) or not row.keys() >= {*required} or row.keys() - {*required, *optional}:
                 also = f", and optionally {', '.join(optional)}" if optional else ""
-                raise ValueError(f"{where}: each line must be an object with {', '.join(required)}{also}")
+                raise UserError(f"{where}: each line must be an object with {', '.join(required)}{also}")
             yield where, row
     if not where:
-        raise ValueError(f"{path} is empty: give at least one line")
+        raise UserError(f"{path} is empty: give at least one line")
 
 
 def _text(row: Mapping[str, Any], key: str, where: str) -> str:
     if type(row[key]) not in (str, int):
-        raise ValueError(f"{where}: {key} is {row[key]!r}: give a string or an integer")
+        raise UserError(f"{where}: {key} is {row[key]!r}: give a string or an integer")
     return str(row[key])
 
 
 def _ids(value: Any, key: str, where: str) -> tuple[str, ...]:
     if not isinstance(value, list) or not value or any(type(item) not in (str, int) for item in value):
-        raise ValueError(f"{where}: {key} is {value!r}: give a list of at least one string or integer")
+        raise UserError(f"{where}: {key} is {value!r}: give a list of at least one string or integer")
     ids = tuple(map(str, value))
     if len(set(ids)) < len(ids):
         twice = next(name for i, name in enumerate(ids) if name in ids[:i])
-        raise ValueError(f"{where}: {twice!r} is twice in the list: keep one")
+        raise UserError(f"{where}: {twice!r} is twice in the list: keep one")
     return ids
 
 
 def _tags(row: Mapping[str, Any], where: str) -> dict[str, str]:
     tags = row.get("tags") or {}
     if not isinstance(tags, dict) or any(not isinstance(value, str) for value in tags.values()):
-        raise ValueError(f"{where}: tags are {tags!r}: give an object of strings")
+        raise UserError(f"{where}: tags are {tags!r}: give an object of strings")
     return tags
 
 
 def _one_of(value: Any, options: Sequence[str], key: str, where: str) -> str | None:
     if value is not None and value not in options:
-        raise ValueError(f"{where}: {key} is {value!r}: give {', '.join(options)}")
+        raise UserError(f"{where}: {key} is {value!r}: give {', '.join(options)}")
     return value

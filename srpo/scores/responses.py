@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from srpo.core.batch import Rollout, read_rollouts
+from srpo.core.errors import UserError
 from srpo.core.steps import StepSchema, StepSpec
 from srpo.data.examples import GRADES, Example
 
@@ -30,7 +31,7 @@ def read_predictions(path: Path, schema: StepSchema | None = None) -> dict[str, 
     """{example_id: answers} of a JSON Lines file: one answer, the verdict ("L3"), or with `schema` and "answers" all J.
 
     A line is `{"example_id": "...", "prediction": 3}`, null for no verdict; an optional `"answers"` [J] gives the answer of every
-    step, the last equal to the prediction. Either all lines have answers or none; other keys are ignored. Raises ValueError with
+    step, the last equal to the prediction. Either all lines have answers or none; other keys are ignored. Raises UserError with
     file and line for an invalid or repeated line, and for an empty file.
     """
     predictions: dict[str, tuple[str | None, ...]] = {}
@@ -41,22 +42,22 @@ def read_predictions(path: Path, schema: StepSchema | None = None) -> dict[str, 
                 row = json.loads(line)
                 example_id, prediction = row["example_id"], row["prediction"]
             except (ValueError, KeyError, TypeError) as error:
-                raise ValueError(f'{where}: each line must be {{"example_id": "...", "prediction": 1}} ({error!r})') from error
+                raise UserError(f'{where}: each line must be {{"example_id": "...", "prediction": 1}} ({error!r})') from error
             if not isinstance(example_id, str) and type(example_id) is not int:
-                raise ValueError(f"{where}: example_id is {example_id!r}: give a string or an integer")
+                raise UserError(f"{where}: example_id is {example_id!r}: give a string or an integer")
             if prediction is not None and (type(prediction) is not int or prediction not in GRADES):
-                raise ValueError(f"{where}: prediction is {prediction!r}: give 1, 2, 3, 4, or null for none")
+                raise UserError(f"{where}: prediction is {prediction!r}: give 1, 2, 3, 4, or null for none")
             if str(example_id) in predictions:
-                raise ValueError(f"{where}: a second prediction of {example_id!r}: keep one per example")
+                raise UserError(f"{where}: a second prediction of {example_id!r}: keep one per example")
             verdict = None if prediction is None else f"L{prediction}"
             answers = (verdict,)
             if schema is not None and row.get("answers") is not None:
                 answers = _answers(row["answers"], verdict, schema, where)
             if predictions and len(answers) != len(next(iter(predictions.values()))):
-                raise ValueError(f"{where}: some lines have answers and some have none: give answers in all lines or in none")
+                raise UserError(f"{where}: some lines have answers and some have none: give answers in all lines or in none")
             predictions[str(example_id)] = answers
     if not predictions:
-        raise ValueError(f"{path} is empty: give at least one prediction")
+        raise UserError(f"{path} is empty: give at least one prediction")
     return predictions
 
 
@@ -64,7 +65,7 @@ def _answers(answers: Any, verdict: str | None, schema: StepSchema, where: str) 
     """The answers of a line, spelled like the options of their steps."""
     texts = isinstance(answers, list) and all(answer is None or isinstance(answer, str) for answer in answers)
     if not texts or len(answers) != schema.num_steps:
-        raise ValueError(
+        raise UserError(
             f"{where}: answers are {answers!r}: give a list of {schema.num_steps} strings, one per step, null for none "
             "(the steps are those of --config)"
         )
@@ -73,10 +74,10 @@ def _answers(answers: Any, verdict: str | None, schema: StepSchema, where: str) 
         spelling = None if answer is None else spec.canonical(answer)
         if answer is not None and spelling is None:
             options = ", ".join(spec.options) or "a text"
-            raise ValueError(f"{where}: {answer!r} is no answer to {spec.name}: give {options}, or null")
+            raise UserError(f"{where}: {answer!r} is no answer to {spec.name}: give {options}, or null")
         canonical.append(spelling)
     if canonical[-1] != verdict:
-        raise ValueError(f"{where}: prediction is {verdict}, but the last answer {canonical[-1]}: give the same verdict")
+        raise UserError(f"{where}: prediction is {verdict}, but the last answer {canonical[-1]}: give the same verdict")
     return tuple(canonical)
 
 
@@ -85,10 +86,10 @@ def from_predictions(
 ) -> Responses:
     """Responses made of predictions, for all examples or the first `limit`; predictions of verdicts alone get VERDICT_ONLY.
 
-    Raises ValueError if an example has no prediction, and for a prediction of a pair that is not among `examples`.
+    Raises UserError if an example has no prediction, and for a prediction of a pair that is not among `examples`.
     """
     if unknown := sorted(predictions.keys() - {example.example_id for example in examples}):
-        raise ValueError(f"{len(unknown)} predictions have no example in the data, such as {unknown[0]}: remove them")
+        raise UserError(f"{len(unknown)} predictions have no example in the data, such as {unknown[0]}: remove them")
     chosen = list(examples[: limit or None])
     check_all_there(predictions, chosen, "prediction")
     all_answers = [tuple(predictions[example.example_id]) for example in chosen]
@@ -113,7 +114,7 @@ def verdicts_alone(responses: Responses) -> Responses:
 def from_rollouts(rollouts: Iterable[Rollout], examples: Sequence[Example], schema: StepSchema) -> Responses:
     """Responses made of rollouts, in the order of the file; several rollouts of one pair all count.
 
-    Rollouts of other pairs are left out and counted. Raises ValueError if an example has no rollout, or a rollout another number
+    Rollouts of other pairs are left out and counted. Raises UserError if an example has no rollout, or a rollout another number
     of steps than `schema`.
     """
     by_id = {example.example_id: example for example in examples}
@@ -122,7 +123,7 @@ def from_rollouts(rollouts: Iterable[Rollout], examples: Sequence[Example], sche
         if rollout.example_id not in by_id:
             num_others += 1
         elif len(rollout.answers) != schema.num_steps:
-            raise ValueError(
+            raise UserError(
                 f"the rollout of {rollout.example_id} has {len(rollout.answers)} steps, the settings have {schema.num_steps}: "
                 "set --config to the TOML that it was sampled with"
             )
@@ -133,29 +134,29 @@ def from_rollouts(rollouts: Iterable[Rollout], examples: Sequence[Example], sche
 
 
 def check_all_there(have: Iterable[str], examples: Sequence[Example], what: str) -> None:
-    """Raise ValueError if an example's id is not in `have`; the message calls the missing thing `what`."""
+    """Raise UserError if an example's id is not in `have`; the message calls the missing thing `what`."""
     missing = {example.example_id for example in examples} - set(have)
     if missing:
-        raise ValueError(f"{len(missing)} of {len(examples)} examples have no {what}, such as {min(missing)}: add one for each")
+        raise UserError(f"{len(missing)} of {len(examples)} examples have no {what}, such as {min(missing)}: add one for each")
 
 
 def load_rollouts(path: Path) -> list[Rollout]:
-    """All rollouts of a file. Raises ValueError if it is not a rollouts.jsonl."""
+    """All rollouts of a file. Raises UserError if it is not a rollouts.jsonl."""
     try:
         return [rollout for _, rollout in read_rollouts(path)]
     except (ValueError, KeyError, TypeError, AttributeError) as error:
-        raise ValueError(f"{path} is not a rollouts.jsonl of a run or an evaluation ({error})") from error
+        raise UserError(f"{path} is not a rollouts.jsonl of a run or an evaluation ({error})") from error
 
 
 def from_file(source: Path, examples: Sequence[Example], schema: StepSchema) -> Responses:
     """One response to each example, in their order, from a rollouts.jsonl, predictions, or the folder of an evaluation.
 
-    Raises ValueError for any other file, and if an example has no response or several.
+    Raises UserError for any other file, and if an example has no response or several.
     """
     if source.is_dir():
         source = source / "rollouts.jsonl"
     if not source.is_file():
-        raise ValueError(f"no such file: {source}: name a rollouts.jsonl, a file of predictions, or the folder of an evaluation")
+        raise UserError(f"no such file: {source}: name a rollouts.jsonl, a file of predictions, or the folder of an evaluation")
     with source.open(encoding="utf-8") as file:
         is_rollouts = '"response_ids"' in file.readline()
     if not is_rollouts:
@@ -164,6 +165,6 @@ def from_file(source: Path, examples: Sequence[Example], schema: StepSchema) -> 
     first: dict[str, Rollout] = {}
     for rollout in responses.rollouts:
         if rollout.example_id in first:
-            raise ValueError(f"{source} has several rollouts of {rollout.example_id}: keep one per example")
+            raise UserError(f"{source} has several rollouts of {rollout.example_id}: keep one per example")
         first[rollout.example_id] = rollout
     return replace(responses, rollouts=[first[example.example_id] for example in examples], examples=list(examples))

@@ -16,6 +16,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from srpo.core.config.evaluation import BootstrapConfig, PagesConfig
+from srpo.core.errors import UserError
 from srpo.scores.bootstrap import resampled_sums
 from srpo.scores.pages import RATINGS, VERDICTS, Pages
 from srpo.scores.paired import summarized
@@ -65,11 +66,11 @@ def side_by_side(
     - `num_queries`, `num_short_pages` (fewer than `top_n` items), and `by: {tag: {value: the same metrics}}`.
 
     grades_a, grades_b: classes of the shown items by query_id; verdicts: human verdicts by query_id, or None; tags: tags by
-    query_id. Intervals are paired and over queries. Raises ValueError if some pages have a rating and others none.
+    query_id. Intervals are paired and over queries. Raises UserError if some pages have a rating and others none.
     """
     rated = {page.rating is not None for page in (*pages.a.values(), *pages.b.values())}
     if len(rated) > 1:
-        raise ValueError("some pages have a rating and some have none: rate all pages or none")
+        raise UserError("some pages have a rating and some have none: rate all pages or none")
     rows = []
     for query_id in pages.a:
         both = grades_a[query_id], grades_b[query_id]

@@ -14,6 +14,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from srpo.core.batch import Rollout
+from srpo.core.errors import UserError
 from srpo.core.steps import StepSchema, same_answer
 from srpo.data.examples import GRADES, Example
 
@@ -46,11 +47,11 @@ def parses(rollout: Rollout) -> bool:
 
 
 def true_grades(examples: Sequence[Example]) -> list[int]:
-    """The human grade of each example. Raises ValueError if one has none."""
+    """The human grade of each example. Raises UserError if one has none."""
     grades = []
     for example in examples:
         if example.grade is None:
-            raise ValueError(f"{example.example_id} has no grade: set the last entry of gold to L1..L4 in every evaluated pair")
+            raise UserError(f"{example.example_id} has no grade: set the last entry of gold to L1..L4 in every evaluated pair")
         grades.append(example.grade)
     return grades
 

@@ -17,6 +17,7 @@ from itertools import product
 import numpy as np
 
 from srpo.core.config.selection import Criteria
+from srpo.core.errors import UserError
 from srpo.data.strata import values_of
 from srpo.selection.records import Record
 
@@ -66,7 +67,7 @@ class Selection:
 
 
 def collect_scores(records: Iterable[Record], balance: Sequence[str], seed: int) -> Scores:
-    """The scores of a stream of records. ValueError if a record lacks a tag of `balance`, or the stream is empty."""
+    """The scores of a stream of records. UserError if a record lacks a tag of `balance`, or the stream is empty."""
     codes: dict[Stratum, int] = {}
     columns: list[np.ndarray] = []
     rows: list[tuple[float, ...]] = []
@@ -84,7 +85,7 @@ def collect_scores(records: Iterable[Record], balance: Sequence[str], seed: int)
     draws.append(np.array(pending, dtype=np.uint64))
     table = np.concatenate(columns)
     if not len(table):
-        raise ValueError("there are no records to select from: check data.train")
+        raise UserError("there are no records to select from: check data.train")
     solve, verdict, judge, disagreement, uniform, code = table.T
     return Scores(solve, verdict, judge, disagreement, uniform > 0, np.concatenate(draws), code.astype(np.int32), tuple(codes))
 
@@ -105,7 +106,7 @@ def _draw(seed: int, example_id: str) -> int:
 def select(scores: Scores, criteria: Criteria) -> Selection:
     """The selection by `criteria`, the same for any order of the examples.
 
-    ValueError if no example is left, if `score` needs the judge and no step was judged, or, with `short` "error", if a stratum
+    UserError if no example is left, if `score` needs the judge and no step was judged, or, with `short` "error", if a stratum
     has too few examples; the message names each such stratum and how many it lacks.
 
     Paper: 4.1.1 drops groups that are "either entirely correct or entirely incorrect" because their advantage is zero; here a
@@ -116,11 +117,11 @@ def select(scores: Scores, criteria: Criteria) -> Selection:
     left = np.bincount(scores.stratum[reasons == _ELIGIBLE], minlength=len(scores.strata))
     available = {value: int(n) for value, n in zip(scores.strata, left, strict=True)}
     if not any(available.values()):
-        raise ValueError(_nothing_left(reasons, criteria))
+        raise UserError(_nothing_left(reasons, criteria))
     quotas = quotas_of(available, criteria)
     shortfall = {value: n - available.get(value, 0) for value, n in quotas.items() if n > available.get(value, 0)}
     if shortfall and criteria.short == "error":
-        raise ValueError(_too_few(quotas, available, criteria))
+        raise UserError(_too_few(quotas, available, criteria))
     lost = REASONS.index("over_quota" if criteria.score == "none" else "not_chosen_by_score")
     rank = _rank(scores, criteria.score)
     for code, value in enumerate(scores.strata):
@@ -129,7 +130,7 @@ def select(scores: Scores, criteria: Criteria) -> Selection:
         reasons[members[: quotas.get(value, 0)]] = _SELECTED
         reasons[members[quotas.get(value, 0) :]] = lost if quotas.get(value, 0) else REASONS.index("over_quota")
     if not (reasons == _SELECTED).any():
-        raise ValueError("the quotas leave no example: raise select.num_examples, select.keep_frac or select.quotas")
+        raise UserError("the quotas leave no example: raise select.num_examples, select.keep_frac or select.quotas")
     return Selection(reasons, quotas, shortfall)
 
 
@@ -176,7 +177,7 @@ def quotas_of(available: Mapping[Stratum, int], criteria: Criteria) -> dict[Stra
 
     Without `quotas` every combination of the values that occur has an equal share, even if no example has that combination.
     Without a total each share is the size of the smallest stratum that is not empty; without `balance` it is all examples.
-    ValueError for a quota of a stratum that does not occur.
+    UserError for a quota of a stratum that does not occur.
     """
     total = criteria.num_examples
     if criteria.keep_frac:
@@ -186,7 +187,7 @@ def quotas_of(available: Mapping[Stratum, int], criteria: Criteria) -> dict[Stra
         for name in criteria.quotas:
             if name not in named:
                 near = difflib.get_close_matches(name, named, n=1)
-                raise ValueError(
+                raise UserError(
                     f"select.quotas names {name!r}, a stratum without examples: use {', '.join(sorted(named)[:20])}"
                     + (f"; the nearest is {near[0]!r}" if near else "")
                 )
@@ -212,12 +213,12 @@ def apportion(total: int, shares: Mapping[Stratum, float]) -> dict[Stratum, int]
 
 
 def check_quotas(counts: Counter[Stratum], criteria: Criteria) -> None:
-    """Raise ValueError if the quotas cannot be met even without rejections. With `keep_frac` the total is not known yet."""
+    """Raise UserError if the quotas cannot be met even without rejections. With `keep_frac` the total is not known yet."""
     if criteria.keep_frac:
         return
     quotas = quotas_of(counts, criteria)
     if criteria.short == "error" and any(n > counts[value] for value, n in quotas.items()):
-        raise ValueError(_too_few(quotas, counts, criteria))
+        raise UserError(_too_few(quotas, counts, criteria))
 
 
 def stratum_name(value: Stratum) -> str:

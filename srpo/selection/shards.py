@@ -17,6 +17,7 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from srpo.core.errors import UserError
 from srpo.core.files import whole_file
 from srpo.data.examples import Example
 from srpo.selection.records import Record
@@ -85,26 +86,26 @@ def write_shard(folder: Path, number: int, examples: Sequence[Example], records:
 
 
 def read_shard(folder: Path, number: int) -> list[Record]:
-    """The records of a shard. ValueError if its file is missing or unreadable."""
+    """The records of a shard. UserError if its file is missing or unreadable."""
     path = shard_path(folder, number)
     try:
         rows = pq.read_table(path, schema=_SCHEMA).to_pylist(maps_as_pydicts="strict")
     except (pa.ArrowException, OSError) as error:
-        raise ValueError(_unreadable(path, error)) from error
+        raise UserError(_unreadable(path, error)) from error
     values: list[dict[str, Any]] = [{k: tuple(v) if isinstance(v, list) else v for k, v in row.items()} for row in rows]
     return [Record(**row) for row in values]
 
 
 def check_shard(folder: Path, number: int, examples: Sequence[Example]) -> None:
-    """Raise ValueError if the file of a shard is unreadable or was made from other examples."""
+    """Raise UserError if the file of a shard is unreadable or was made from other examples."""
     path = shard_path(folder, number)
     try:
         stored = (pq.read_schema(path).metadata or {}).get(_FINGERPRINT, b"").decode()
     except (pa.ArrowException, OSError) as error:
-        raise ValueError(_unreadable(path, error)) from error
+        raise UserError(_unreadable(path, error)) from error
     if stored != fingerprint(examples):
         first, last = examples[0].example_id, examples[-1].example_id
-        raise ValueError(
+        raise UserError(
             f"{path} was made from other data than the present examples {first} to {last}: "
             "restore the data, or use another folder for the records"
         )

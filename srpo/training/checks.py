@@ -1,4 +1,4 @@
-"""Checks before a run starts: each raises ValueError for settings or data that would fail later, and says what to change."""
+"""Checks before a run starts: each raises UserError for settings or data that would fail later, and says what to change."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ from collections.abc import Sequence
 
 from srpo.core.batch import Rollout
 from srpo.core.config.train import Config
+from srpo.core.errors import UserError
 from srpo.core.steps import StepSchema
 from srpo.data.curriculum import check_curriculum
 from srpo.data.examples import Example
@@ -18,7 +19,7 @@ from srpo.training.stream import quota
 
 
 def check_settings(cfg: Config, world_size: int = 1) -> None:
-    """Raise ValueError for settings of `srpo.train` that fail with any data, or that `world_size` processes cannot share."""
+    """Raise UserError for settings of `srpo.train` that fail with any data, or that `world_size` processes cannot share."""
     for key in ("loss.num_updates", "rollout.num_prompts", "train.micro_batch_tokens"):
         _at_least(cfg, key, 1)
     for key in ("train.checkpoint_every", "train.keep_checkpoints"):
@@ -27,12 +28,12 @@ def check_settings(cfg: Config, world_size: int = 1) -> None:
         _at_least(cfg, key, 0)
     _check_loss(cfg)
     if not 0 <= cfg.advantage.gamma <= 1:
-        raise ValueError(f"advantage.gamma is {cfg.advantage.gamma}: set it to a number from 0 to 1")
+        raise UserError(f"advantage.gamma is {cfg.advantage.gamma}: set it to a number from 0 to 1")
     method, normalize = cfg.advantage.method, cfg.advantage.normalize
     compares = normalize in ("group", "group_step") if method == "srpo" else method not in ("reinforce", "ppo")
     if cfg.rollout.group_size < 2 and compares:
         baseline = f"advantage.normalize {normalize!r}" if method == "srpo" else f"advantage.method {method!r}"
-        raise ValueError(
+        raise UserError(
             f"rollout.group_size is {cfg.rollout.group_size}, but {baseline} compares the rollouts of a group: "
             "set it to 2 or more, or use advantage.method srpo with advantage.normalize batch"
         )
@@ -40,52 +41,52 @@ def check_settings(cfg: Config, world_size: int = 1) -> None:
     _check_sampler(cfg)
     low, high = cfg.sampler.difficulty_low, cfg.sampler.difficulty_high
     if not (low < high and low < 1 and high > 0):
-        raise ValueError(
+        raise UserError(
             f"sampler.difficulty_low is {low} and sampler.difficulty_high {high}: this window filters out everything, because "
             "scores lie in 0..1; set difficulty_low below 1 and below difficulty_high, and difficulty_high above 0"
         )
     if cfg.rollout.num_prompts % world_size:
-        raise ValueError(
+        raise UserError(
             f"rollout.num_prompts is {cfg.rollout.num_prompts}, which {world_size} processes cannot share equally: set it to a "
             f"multiple of {world_size}"
         )
     share = cfg.rollout.num_prompts // world_size
     if cfg.rollout.cut_tail and quota(cfg.rollout.num_prompts, world_size, cfg.rollout.cut_tail) == share:
-        raise ValueError(
+        raise UserError(
             f"rollout.cut_tail is {cfg.rollout.cut_tail}, less than one of the {share} prompts of a process, so it cuts nothing: "
             f"set it to {1 / share:.3g} or more, or to 0"
         )
     if not cfg.data.train and not (cfg.curriculum and all(stage.data for stage in cfg.curriculum)):
-        raise ValueError("data.train is not set: name a file of judged pairs (docs/data.md)")
+        raise UserError("data.train is not set: name a file of judged pairs (docs/data.md)")
     check_judge(cfg)
     _at_least(cfg, "reward.audit_warmup", 1)
     if not (0 <= cfg.reward.audit_decay < 1 and cfg.reward.audit_bound > 0):
-        raise ValueError(
+        raise UserError(
             f"reward.audit_decay is {cfg.reward.audit_decay} and reward.audit_bound {cfg.reward.audit_bound}: set audit_decay to "
             "a number from 0 to below 1, and audit_bound above 0"
         )
 
 
 def check_judge(cfg: Config) -> None:
-    """Raise ValueError for settings of the judge that fail with any data."""
+    """Raise UserError for settings of the judge that fail with any data."""
     reward = cfg.reward
     service = reward.judge == "generative" and reward.judge_engine == "url"
     if reward.judge in ("generative", "scalar") and not service and not reward.judge_path:
-        raise ValueError(
+        raise UserError(
             f"reward.judge is {reward.judge} but reward.judge_path is not set: name the checkpoint that srpo.train_judge made"
         )
     if reward.judge != "generative" and reward.judge_engine != "local":
-        raise ValueError(
+        raise UserError(
             f"reward.judge_engine is {reward.judge_engine} and reward.judge {reward.judge}: only a generative judge has an "
             "engine, set reward.judge_engine to 'local' or reward.judge to 'generative'"
         )
     if reward.judge_url and not service:
-        raise ValueError(
+        raise UserError(
             "reward.judge_url is set, but only reward.judge 'generative' with reward.judge_engine 'url' uses it: set these two, "
             "or remove reward.judge_url"
         )
     if service and not reward.judge_url:
-        raise ValueError(
+        raise UserError(
             "reward.judge_engine is url but reward.judge_url is not set: set it, for example http://127.0.0.1:8000/v1"
         )
     if service:
@@ -94,7 +95,7 @@ def check_judge(cfg: Config) -> None:
         _at_least(cfg, key, 0)
     memory = cfg.rollout.vllm.gpu_memory_frac + reward.judge_vllm.gpu_memory_frac
     if cfg.rollout.engine == reward.judge_engine == "vllm" and memory >= 1:
-        raise ValueError(
+        raise UserError(
             f"rollout.vllm.gpu_memory_frac and reward.judge_vllm.gpu_memory_frac add up to {memory:g}: lower one of "
             "them, because policy and judge share a GPU with the trainer"
         )
@@ -105,32 +106,32 @@ def check_rollout(cfg: Config) -> None:
     rollout, loss = cfg.rollout, cfg.loss
     _at_least(cfg, "rollout.oversample", 0)
     if not 0 <= rollout.cut_tail < 1:
-        raise ValueError(f"rollout.cut_tail is {rollout.cut_tail}: set it to a share of the groups, from 0 to below 1")
+        raise UserError(f"rollout.cut_tail is {rollout.cut_tail}: set it to a share of the groups, from 0 to below 1")
     if rollout.cut_tail and cfg.sampler.refill:
-        raise ValueError(
+        raise UserError(
             f"rollout.cut_tail is {rollout.cut_tail} and sampler.refill {cfg.sampler.refill}: refill would sample other prompts "
             "in place of those that cut_tail aborts, so set one of them to 0"
         )
     if rollout.off_policy_steps not in (0, 1):
-        raise ValueError(f"rollout.off_policy_steps is {rollout.off_policy_steps}: set it to 0, or to 1 (one step old)")
+        raise UserError(f"rollout.off_policy_steps is {rollout.off_policy_steps}: set it to 0, or to 1 (one step old)")
     if rollout.off_policy_steps and loss.importance == "off":
-        raise ValueError(
+        raise UserError(
             "rollout.off_policy_steps is 1 and loss.importance off: samples of older weights need importance weights, set "
             "loss.importance to 'truncate' or 'mask'"
         )
     if not loss.importance_cap >= 1:
-        raise ValueError(f"loss.importance_cap is {loss.importance_cap}: set it to 1 or more")
+        raise UserError(f"loss.importance_cap is {loss.importance_cap}: set it to 1 or more")
     if rollout.support == "replay" and (not rollout.top_k or rollout.ratio != "filtered"):
-        raise ValueError(
+        raise UserError(
             f"rollout.support is 'replay' with rollout.top_k {rollout.top_k} and rollout.ratio {rollout.ratio!r}: only a "
             "filtered distribution has a support, set top_k above 0 and ratio to 'filtered', or support to 'recompute'"
         )
 
 
 def check_support(cfg: Config, vocab_size: int) -> None:
-    """Raise ValueError if rollout.support is "replay" and rollout.top_k keeps the whole vocabulary."""
+    """Raise UserError if rollout.support is "replay" and rollout.top_k keeps the whole vocabulary."""
     if cfg.rollout.support == "replay" and cfg.rollout.top_k >= vocab_size:
-        raise ValueError(
+        raise UserError(
             f"rollout.support is 'replay' and rollout.top_k {cfg.rollout.top_k} keeps the whole vocabulary of {vocab_size}: "
             "lower rollout.top_k, or set rollout.support to 'recompute'"
         )
@@ -141,9 +142,9 @@ def _check_sampler(cfg: Config) -> None:
     for key in ("sampler.max_age", "sampler.refill"):
         _at_least(cfg, key, 0)
     if not 0 < cfg.sampler.new_weight <= 1:
-        raise ValueError(f"sampler.new_weight is {cfg.sampler.new_weight}: set it above 0 and to at most 1")
+        raise UserError(f"sampler.new_weight is {cfg.sampler.new_weight}: set it above 0 and to at most 1")
     if cfg.sampler.refill and cfg.rollout.group_size < 2:
-        raise ValueError(
+        raise UserError(
             f"sampler.refill is {cfg.sampler.refill} and rollout.group_size {cfg.rollout.group_size}: refill replaces groups "
             "without differences, and a group of one has none; set sampler.refill to 0 or rollout.group_size to 2 or more"
         )
@@ -155,16 +156,16 @@ def _check_loss(cfg: Config) -> None:
     for key in ("loss.clip_eps_low", "loss.clip_eps_high"):
         _at_least(cfg, key, 0)
     if cfg.loss.dual_clip and not cfg.loss.dual_clip > 1:
-        raise ValueError(f"loss.dual_clip is {cfg.loss.dual_clip}: set it above 1, or to 0 for no bound")
+        raise UserError(f"loss.dual_clip is {cfg.loss.dual_clip}: set it above 1, or to 0 for no bound")
     if cfg.loss.dual_clip and cfg.loss.clip_form != "ppo":
-        raise ValueError(
+        raise UserError(
             f"loss.dual_clip is {cfg.loss.dual_clip} and loss.clip_form {cfg.loss.clip_form}: only the surrogate of clip_form "
             "'ppo' has this bound, set loss.dual_clip to 0 or loss.clip_form to 'ppo'"
         )
     if cfg.advantage.method != "ppo":
         return
     if cfg.loss.ratio_over != "token":
-        raise ValueError(
+        raise UserError(
             f"loss.ratio_over is {cfg.loss.ratio_over} and advantage.method ppo: each token has its own advantage and needs its "
             "own ratio, set loss.ratio_over to 'token'"
         )
@@ -173,7 +174,7 @@ def _check_loss(cfg: Config) -> None:
         _at_least(cfg, key, 0)
     for name in ("gamma", "gae_lambda"):
         if not 0 <= getattr(cfg.critic, name) <= 1:
-            raise ValueError(f"critic.{name} is {getattr(cfg.critic, name)}: set it to a number from 0 to 1")
+            raise UserError(f"critic.{name} is {getattr(cfg.critic, name)}: set it to a number from 0 to 1")
 
 
 def _at_least(cfg: Config, key: str, least: int) -> None:
@@ -181,18 +182,18 @@ def _at_least(cfg: Config, key: str, least: int) -> None:
     for name in key.split("."):
         value = getattr(value, name)
     if not value >= least:  # pyright: ignore[reportOperatorIssue]
-        raise ValueError(f"{key} is {value}: set it to {least} or more")
+        raise UserError(f"{key} is {value}: set it to {least} or more")
 
 
 def check_prompt_lengths(
     prompts: Sequence[Sequence[int]], examples: Sequence[Example], params: SamplingParams, max_context: int, max_rows: int
 ) -> None:
-    """Raise ValueError for a prompt whose longest response exceeds the context (`max_context`) or a micro-batch (`max_rows`)."""
+    """Raise UserError for a prompt whose longest response exceeds the context (`max_context`) or a micro-batch (`max_rows`)."""
     check_prompts(prompts, params, max_context, [example.example_id for example in examples])
     for prompt, example in zip(prompts, examples, strict=True):
         rows = len(prompt) + params.max_new_tokens - 1
         if rows > max_rows:
-            raise ValueError(
+            raise UserError(
                 f"the prompt of example {example.example_id} has {len(prompt)} tokens, and with its longest response {rows} "
                 f"rows, more than train.micro_batch_tokens = {max_rows}: raise that, lower rollout.max_new_tokens or shorten "
                 "data.prompt"
@@ -202,14 +203,14 @@ def check_prompt_lengths(
 def check_examples(
     examples: Sequence[Example], eval_examples: Sequence[Example], schema: StepSchema, judge: Judge | None, cfg: Config
 ) -> None:
-    """Raise ValueError for fewer training examples than an optimizer step has prompts, a step of a training example that nothing
+    """Raise UserError for fewer training examples than an optimizer step has prompts, a step of a training example that nothing
     can grade, or an evaluation example without a grade.
 
     The simulated annotator (reward.judge "oracle") can grade a step only if the example has its truth.
     """
     if len(examples) < cfg.rollout.num_started:
         more = f" with rollout.oversample = {cfg.rollout.oversample}" if cfg.rollout.oversample else ""
-        raise ValueError(
+        raise UserError(
             f"{cfg.data.train} has {len(examples)} examples, fewer than rollout.num_prompts = {cfg.rollout.num_prompts}{more}: "
             "lower num_prompts, or give more data"
         )
@@ -222,13 +223,13 @@ def check_examples(
 
 
 def _check_truths(examples: Sequence[Example], schema: StepSchema) -> None:
-    """Raise ValueError for a step that only the simulated annotator could grade, if the example lacks its right answer."""
+    """Raise UserError for a step that only the simulated annotator could grade, if the example lacks its right answer."""
     unknown = (None,) * schema.num_steps
     for example in examples:
         for spec, label, truth in zip(schema.specs, example.gold or unknown, example.truth or unknown, strict=True):
             others = {"skip", "rule"} | ({"gold"} if label is not None else set())
             if truth is None and others.isdisjoint(spec.sources):
-                raise ValueError(
+                raise UserError(
                     f"reward.judge is oracle, which reads right answers from `truth`, but example {example.example_id} has no "
                     f"truth for step {spec.name!r}, so the step would earn nothing: add the truth, train a judge "
                     "(srpo.train_judge), or end the step's sources with 'skip'"

@@ -36,7 +36,7 @@ def evaluate_policy(
     """(results of `results_dict`, rollouts) of one greedy response per example, in the order of the examples (5.1.2).
 
     by, bootstrap: as in `results_dict`; training passes no `bootstrap`, so that it spends no time on intervals.
-    With `parallel` the call is collective: each rank decodes its share, and all ranks return the same. Raises ValueError for an
+    With `parallel` the call is collective: each rank decodes its share, and all ranks return the same. Raises UserError for an
     example without a grade or with a prompt that does not fit.
     """
     true_grades(examples)

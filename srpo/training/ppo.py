@@ -34,7 +34,7 @@ class Ppo:
 
     @classmethod
     def from_config(cls, cfg: Config, parallel: Parallel) -> Ppo | None:
-        """The critic as configured; None if advantage.method is not "ppo". Raises ValueError if critic.path holds no model."""
+        """The critic as configured; None if advantage.method is not "ppo". Raises UserError if critic.path holds no model."""
         if cfg.advantage.method != "ppo":
             return None
         backbone = load_to_shard(cfg.critic.path or cfg.policy.path, parallel, experts=cfg.policy.experts)

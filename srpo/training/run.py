@@ -11,6 +11,7 @@ import numpy as np
 import torch
 
 from srpo.core.config.train import Config, SamplerConfig
+from srpo.core.errors import UserError
 from srpo.core.metrics import MetricsLogger
 from srpo.core.run_dir import claim_run_dir
 from srpo.core.steps import StepSchema
@@ -68,7 +69,7 @@ class Run:
     def build(cls, cfg: Config, parallel: Parallel) -> Run:
         """Read the data, build policy, reference, engine, judge and sampler, and claim the run folder. Collective.
 
-        Raises ValueError for settings or data that would fail later; the run folder is then left untouched.
+        Raises UserError for settings or data that would fail later; the run folder is then left untouched.
         """
         check_settings(cfg, parallel.world_size)
         schema = StepSchema(cfg.steps)
@@ -82,7 +83,7 @@ class Run:
         check_support(cfg, model.config.vocab_size)
         replay = cfg.rollout.routing == "replay"
         if replay:
-            Routers(model)  # ValueError if the routing of this model cannot be replayed
+            Routers(model)  # UserError if the routing of this model cannot be replayed
         check_head(model, cfg.loss.inputs)
         engine = open_engine(cfg, model, parallel)
         for some in (examples, eval_examples):
@@ -169,11 +170,11 @@ class State:
     audit: dict[str, Any] | None = None  # error rates of the judge so far (`srpo.rewards.audit`)
 
     def after(self, credit: Credit, window: SamplerConfig, audit: dict[str, Any] | None = None) -> State:
-        """The state after one more step. Raises ValueError if the last MAX_EMPTY_STEPS steps had no group in the window."""
+        """The state after one more step. Raises UserError if the last MAX_EMPTY_STEPS steps had no group in the window."""
         empty = 0 if credit.num_in_window else self.empty_steps + 1
         if empty >= MAX_EMPTY_STEPS:
             scores = sorted(credit.group_scores.values())
-            raise ValueError(
+            raise UserError(
                 f"no group has been in the difficulty window ({window.difficulty_low}, {window.difficulty_high}) for "
                 f"{empty} steps; the last scores run from {scores[0]:.3f} to {scores[-1]:.3f}. Widen sampler.difficulty_low and "
                 "difficulty_high, or start from a policy that is neither always wrong nor always right"

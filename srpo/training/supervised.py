@@ -13,6 +13,7 @@ from torch import nn
 
 from srpo.core.batch import Batch
 from srpo.core.config.train import OptimizerConfig
+from srpo.core.errors import UserError
 from srpo.core.metrics import MetricsLogger
 from srpo.core.progress import Progress
 from srpo.core.run_dir import claim_run_dir
@@ -56,7 +57,7 @@ def fit(
     metrics_of(sums): metrics of the step besides loss, gradient norm and learning rate; and the accuracy for the progress bar.
     data: digest of the training data. subject: begins the error message, "pairs.jsonl is".
 
-    Raises ValueError if the run folder was started with other data, or with other settings (`claim_run_dir`). Collective.
+    Raises UserError if the run folder was started with other data, or with other settings (`claim_run_dir`). Collective.
     """
     run_dir, main = Path(cfg.run_dir), parallel.is_main
     claim_run_dir(run_dir, cfg, main)
@@ -64,7 +65,7 @@ def fit(
     if (checkpoint := latest_checkpoint(run_dir / "checkpoints")) is not None:
         extra = load_checkpoint(checkpoint, model, optimizer, parallel)
         if extra["data"] != data:
-            raise ValueError(f"{subject} not the data that {run_dir} was trained on so far: restore it, or give another run_dir")
+            raise UserError(f"{subject} not the data that {run_dir} was trained on so far: restore it, or give another run_dir")
         done = extra["step"]
     logger = MetricsLogger(run_dir, resume_step=done or None) if main else None
     sums: list[torch.Tensor] = []

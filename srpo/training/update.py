@@ -19,6 +19,7 @@ from torch.optim import Optimizer
 
 from srpo.core.batch import IGNORE, Batch
 from srpo.core.config.train import LossConfig, RolloutConfig
+from srpo.core.errors import UserError
 from srpo.policy.model import Policy
 from srpo.policy.parallel import Parallel, clip_grad_norm, to_local
 from srpo.training.mismatch import Mismatch, importance_weights
@@ -26,7 +27,7 @@ from srpo.training.outputs import Hidden, Logits, of_outputs
 from srpo.training.token_advantages import TokenBatch, loss_tables
 
 
-class NonFiniteError(ValueError):
+class NonFiniteError(UserError):
     """The loss or the gradient is not finite. The optimizer has not stepped; a dump that reproduces the error is written."""
 
 

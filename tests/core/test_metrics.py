@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 import torch
 
+from srpo.core.errors import MissingPackage
 from srpo.core.metrics import METRICS, MetricsLogger, check_key, evaluation_metrics, read_metrics, truncate_jsonl
 
 
@@ -169,7 +170,7 @@ def test_trackers_get_metrics_and_go_on_in_the_same_run(tmp_path: Path, monkeypa
 def test_missing_tracker_names_the_pip_command(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str):
     monkeypatch.setitem(sys.modules, "torch.utils.tensorboard" if name == "tensorboard" else name, None)
     wanted: dict[str, Any] = {name: True}
-    with pytest.raises(ImportError, match=f"pip install {name}"):
+    with pytest.raises(MissingPackage, match=f"pip install {name}"):
         MetricsLogger(tmp_path, **wanted)
 
 

@@ -210,8 +210,11 @@ def test_run_program_exits_with_what_main_returns(returned: int | None, code: in
     assert seen == [Settings(seed=5)]
 
 
+FREE = "free some space, then run the same command again"
 PROGRAM = """
+import errno
 from dataclasses import dataclass
+from srpo.core.errors import MissingPackage, UserError
 from srpo.core.settings import run_program
 
 @dataclass(frozen=True)
@@ -220,13 +223,19 @@ class Settings:
 
 def main(settings):
     if settings.seed == 1:
-        raise ValueError("seed 1 is taken: choose another")
+        raise UserError("seed 1 is taken: choose another")
     if settings.seed == 2:
         open("/nonexistent/file")
     if settings.seed == 3:
-        raise ImportError("seed 3 needs dice: pip install dice")
+        raise MissingPackage("seed 3 needs dice: pip install dice")
     if settings.seed == 4:
         import no_such_package
+    if settings.seed == 5:
+        int("a bug")
+    if settings.seed == 6:
+        raise OSError(errno.ENOSPC, "No space left on device", "/full/file")
+    if settings.seed == 7:
+        raise OSError("a bug of a library")
     raise KeyError("a bug")
 
 if __name__ == "__main__":
@@ -238,10 +247,19 @@ if __name__ == "__main__":
     ("argv", "debug", "code", "line", "traceback"),
     [
         (["--seed", "1"], "", 2, "error: seed 1 is taken: choose another", False),
-        (["--seed", "1"], "1", 1, "ValueError: seed 1 is taken: choose another", True),
-        (["--seed", "2"], "", 2, "error: [Errno 2] No such file or directory: '/nonexistent/file'", False),
+        (["--seed", "1"], "1", 1, "srpo.core.errors.UserError: seed 1 is taken: choose another", True),
+        (["--seed", "2"], "", 2, "error: /nonexistent/file: no such file or directory: give a path that exists", False),
         (["--seed", "3"], "", 2, "error: seed 3 needs dice: pip install dice", False),
         (["--seed", "4"], "", 1, "ModuleNotFoundError: No module named 'no_such_package'", True),
+        (["--seed", "5"], "", 1, "ValueError: invalid literal for int() with base 10: 'a bug'", True),
+        (
+            ["--seed", "6"],
+            "",
+            2,
+            "error: /full/file: no space left on device: free some space, then run the same command again",
+            False,
+        ),
+        (["--seed", "7"], "", 1, "OSError: a bug of a library", True),
         (["--sead", "2"], "", 2, "error: unknown flag '--sead'; the nearest is --seed (-h lists all)", False),
         ([], "", 1, "KeyError: 'a bug'", True),
     ],

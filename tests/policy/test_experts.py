@@ -8,6 +8,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
+from srpo.core.errors import MissingPackage
 from srpo.policy.experts import grouped_mm_experts, loop_experts, permuted_experts, registered_name
 
 EXPERTS, HIDDEN, SIZE = 5, 8, 6
@@ -75,7 +76,7 @@ def test_unknown_name_lists_the_known_ones() -> None:
 
 @pytest.mark.skipif(importlib.util.find_spec("megablocks") is not None, reason="MegaBlocks is installed")
 def test_megablocks_that_is_not_installed_says_how_to_install_it() -> None:
-    with pytest.raises(ImportError, match="pip install --no-deps megablocks"):
+    with pytest.raises(MissingPackage, match="pip install --no-deps megablocks"):
         lab.tiny(experts="megablocks")
 
 

@@ -8,11 +8,12 @@ from typing import Literal
 from tyro.conf import Positional
 
 from srpo.core.config.train import VllmConfig
+from srpo.core.errors import UserError
 
 
 @dataclass(frozen=True)
 class BootstrapConfig:
-    """How confidence intervals are drawn. Raises ValueError for values out of range."""
+    """How confidence intervals are drawn. Raises UserError for values out of range."""
 
     num_draws: int = 2000  # resamples of the queries, with replacement; 0: no intervals
     level: float = 0.95  # coverage: an interval goes from the (1 - level) / 2 to the (1 + level) / 2 quantile of the draws
@@ -20,11 +21,11 @@ class BootstrapConfig:
 
     def __post_init__(self) -> None:
         if self.num_draws < 0:
-            raise ValueError(f"bootstrap.num_draws is {self.num_draws}: set it to 0 (no intervals) or more")
+            raise UserError(f"bootstrap.num_draws is {self.num_draws}: set it to 0 (no intervals) or more")
         if self.seed < 0:
-            raise ValueError(f"bootstrap.seed is {self.seed}: set it to 0 or more")
+            raise UserError(f"bootstrap.seed is {self.seed}: set it to 0 or more")
         if not 0 < self.level < 1:
-            raise ValueError(f"bootstrap.level is {self.level}: set it to a fraction between 0 and 1, such as 0.95")
+            raise UserError(f"bootstrap.level is {self.level}: set it to a fraction between 0 and 1, such as 0.95")
 
 
 @dataclass(frozen=True)
@@ -50,7 +51,7 @@ class EvaluateConfig:
 
 @dataclass(frozen=True)
 class PagesConfig:
-    """Ranked lists of two systems and how they are compared (5.1.2, Table 7). Raises ValueError for values out of range."""
+    """Ranked lists of two systems and how they are compared (5.1.2, Table 7). Raises UserError for values out of range."""
 
     file: str = ""  # JSON Lines of system, query_id and item_ids (or example_ids of data), best first; optionally rating and tags
     judgments: str = ""  # JSON Lines of query_id, item_id and grade (1..4); not needed for lists of example_ids
@@ -64,11 +65,11 @@ class PagesConfig:
 
     def __post_init__(self) -> None:
         if self.top_n < 1:
-            raise ValueError(f"pages.top_n is {self.top_n}: set it to 1 or more")
+            raise UserError(f"pages.top_n is {self.top_n}: set it to 1 or more")
         if not 1 >= self.rating_bounds[0] >= self.rating_bounds[1] >= self.rating_bounds[2] >= 0:
-            raise ValueError(f"pages.rating_bounds is {self.rating_bounds}: give three falling shares from 1 to 0")
+            raise UserError(f"pages.rating_bounds is {self.rating_bounds}: give three falling shares from 1 to 0")
         if self.verdict_margin < 0:
-            raise ValueError(f"pages.verdict_margin is {self.verdict_margin}: set it to 0 or more")
+            raise UserError(f"pages.verdict_margin is {self.verdict_margin}: set it to 0 or more")
 
 
 @dataclass(frozen=True)

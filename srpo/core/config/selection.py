@@ -7,11 +7,12 @@ from dataclasses import dataclass, field
 from typing import Literal
 
 from srpo.core.config.train import Config
+from srpo.core.errors import UserError
 
 
 @dataclass(frozen=True)
 class Criteria:
-    """Which examples are kept. Raises ValueError for settings that contradict each other."""
+    """Which examples are kept. Raises UserError for settings that contradict each other."""
 
     difficulty_low: float = 0.01  # an example is kept if its solve rate lies strictly above this bound (5.1.5); -1: no bound ...
     difficulty_high: float = 0.90  # ... and strictly below this one; 2: no bound
@@ -31,27 +32,27 @@ class Criteria:
 
     def __post_init__(self) -> None:
         if not self.difficulty_low < self.difficulty_high:
-            raise ValueError(
+            raise UserError(
                 f"no solve rate lies between {self.difficulty_low} and {self.difficulty_high}: set select.difficulty_low below "
                 "select.difficulty_high"
             )
         if self.num_examples < 0 or not 0 <= self.keep_frac <= 1:
-            raise ValueError(
+            raise UserError(
                 f"select.num_examples is {self.num_examples} and select.keep_frac {self.keep_frac}: set them to a number of 0 or "
                 "more and a share from 0 to 1"
             )
         if self.num_examples and self.keep_frac:
-            raise ValueError("select.num_examples and select.keep_frac both set how many examples are kept: set only one of them")
+            raise UserError("select.num_examples and select.keep_frac both set how many examples are kept: set only one of them")
         if len(set(self.balance)) < len(self.balance):
-            raise ValueError(f"select.balance is {', '.join(self.balance)}: name each tag once")
+            raise UserError(f"select.balance is {', '.join(self.balance)}: name each tag once")
         if self.quotas and not self.balance:
-            raise ValueError('select.quotas needs the tags of its strata: set them, as in select.balance = ["query_type"]')
+            raise UserError('select.quotas needs the tags of its strata: set them, as in select.balance = ["query_type"]')
         numbers = self.quotas.values()
         if not all(math.isfinite(q) and q >= 0 for q in numbers) or (numbers and not any(numbers)):
-            raise ValueError(f"select.quotas is {self.quotas}: give numbers of 0 or more, not all 0")
+            raise UserError(f"select.quotas is {self.quotas}: give numbers of 0 or more, not all 0")
         counted = not self.num_examples and not self.keep_frac
         if counted and any(q != int(q) for q in numbers):
-            raise ValueError(
+            raise UserError(
                 "select.quotas has fractions, which are shares of a total: set select.num_examples or select.keep_frac, too"
             )
 

@@ -19,6 +19,7 @@ import torch
 from torch import nn
 
 from srpo.core.config.train import VllmConfig
+from srpo.core.errors import MissingPackage, UserError
 from srpo.policy.checkpoint_names import Layouts, iter_checkpoint_blocks
 from srpo.rollout.engine import Groups, Sample, SamplingParams, check_prompts, in_order
 from srpo.rollout.vllm.client import Replies, request_samples, samples_of
@@ -53,7 +54,7 @@ class VllmEngine:
     model's own limit. `policy_version` is -1 until the first sync. command: the program that tests start in place of vLLM.
     devices, exchange: GPUs (`visible_device`) and collective (`CudaSender`) of the ranks that share the engine, if it is split
     over their GPUs (`shared_engine`). routing: whether vLLM reports the experts of each token.
-    Raises ValueError for settings that cannot work, ImportError if vLLM is not installed, EngineError if it does not start.
+    Raises UserError for settings that cannot work, MissingPackage if vLLM is not installed, EngineError if it does not start.
     """
 
     def __init__(
@@ -75,14 +76,14 @@ class VllmEngine:
         check_vllm_settings(self._config)
         size = self._config.tensor_parallel_size
         if self._on_gpu and len(set(devices)) != size > 1:
-            raise ValueError(
+            raise UserError(
                 f"rollout.vllm.tensor_parallel_size is {size} and the ranks of this engine have {len(set(devices))} GPUs: start "
                 f"{size} ranks on one host with a GPU each, or lower it"
             )
         if not (Path(path) / "config.json").is_file():
-            raise ValueError(f"no model in {str(path)!r}: vLLM starts from a folder with config.json and safetensors files")
+            raise UserError(f"no model in {str(path)!r}: vLLM starts from a folder with config.json and safetensors files")
         if tuple(command) == WORKER and importlib.util.find_spec("vllm") is None:
-            raise ImportError("rollout.engine is 'vllm', and vLLM is not installed: run 'make vllm', or set it to 'local'")
+            raise MissingPackage("rollout.engine is 'vllm', and vLLM is not installed: run 'make vllm', or set it to 'local'")
         if size > 1:
             check_split(path, size)
         self._command = SHARDS_WORKER if size > 1 and tuple(command) == WORKER else command
@@ -196,7 +197,7 @@ class VllmEngine:
                 with closing(request_samples(self.process, prompts, params, seeds, missing, self.policy_version)) as replies:
                     for group in replies:
                         if group is not None and not all(math.isfinite(x) for row in group[1] for x in row[1]):
-                            raise ValueError(
+                            raise UserError(
                                 "the policy computes logits that are not finite: check the checkpoint in policy.path, or resume "
                                 "from an earlier one with a lower optimizer.lr"
                             )

@@ -22,13 +22,15 @@ from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any
 
+from srpo.core.errors import UserError
+
 LAUNCHER_VARIABLES = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "GROUP_RANK", "GROUP_WORLD_SIZE")
 _LAUNCHER_PREFIXES = ("MASTER_", "TORCHELASTIC_", "ROLE_")
 _DUMP_S = 2.0  # time for a hanging process to write its stacks
 _TAIL = 3000  # characters of the process's log that an error shows
 
 
-class EngineError(ValueError):
+class EngineError(UserError):
     """The engine cannot serve a request. An error that its process reports includes the end of the process's log."""
 
 

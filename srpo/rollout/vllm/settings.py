@@ -11,6 +11,7 @@ import numpy as np
 import torch
 
 from srpo.core.config.train import VllmConfig
+from srpo.core.errors import UserError
 
 _CPU_BUCKET_MIB, _GPU_BUCKET_MIB = 16, 512
 # Sizes in config.json that vLLM splits over devices, each evenly.
@@ -60,26 +61,26 @@ def worker_environment(device: torch.device, devices: Sequence[str] = ()) -> dic
 
 
 def check_vllm_settings(config: VllmConfig) -> None:
-    """Raise ValueError for a setting that is out of range."""
+    """Raise UserError for a setting that is out of range."""
     for key in ("tensor_parallel_size", "max_num_seqs", "timeout_s", "start_timeout_s"):
         if getattr(config, key) <= 0:
-            raise ValueError(f"rollout.vllm.{key} is {getattr(config, key)}: set it above 0")
+            raise UserError(f"rollout.vllm.{key} is {getattr(config, key)}: set it above 0")
     for key in ("kv_cache_mib", "bucket_mib"):
         if getattr(config, key) < 0:
-            raise ValueError(f"rollout.vllm.{key} is {getattr(config, key)}: set it to 0 (chosen by the device) or more")
+            raise UserError(f"rollout.vllm.{key} is {getattr(config, key)}: set it to 0 (chosen by the device) or more")
     if not 0 < config.gpu_memory_frac < 1:
-        raise ValueError(f"rollout.vllm.gpu_memory_frac is {config.gpu_memory_frac}: set it between 0 and 1")
+        raise UserError(f"rollout.vllm.gpu_memory_frac is {config.gpu_memory_frac}: set it between 0 and 1")
 
 
 def check_split(path: str | Path, size: int) -> None:
-    """Raise ValueError if the model in `path` cannot be split over `size` devices.
+    """Raise UserError if the model in `path` cannot be split over `size` devices.
 
     With fewer key-value heads than devices vLLM would replicate heads, and bit sums could not verify their weights.
     """
     config = json.loads((Path(path) / "config.json").read_text(encoding="utf-8"))
     for key in _SPLIT:
         if config.get(key) and config[key] % size:
-            raise ValueError(
+            raise UserError(
                 f"rollout.vllm.tensor_parallel_size is {size}, and {key} of the model in {str(path)!r} is {config[key]}: set "
                 f"rollout.vllm.tensor_parallel_size to a divisor of {config[key]}"
             )

@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from multiprocessing.connection import Connection, wait
 from typing import Any
 
+from srpo.core.errors import UserError
 from srpo.rollout.engine import SamplingParams
 from srpo.rollout.vllm.engine import VllmEngine
 from srpo.rollout.vllm.process import EngineError
@@ -100,7 +101,7 @@ class SharedServer:
         """Sample these requests as one, until all groups have come or no rank wants the rest."""
         try:
             self._sample(batch)
-        except (ValueError, RuntimeError, OSError) as error:  # all errors of an engine; EngineError is a ValueError
+        except (UserError, RuntimeError, OSError) as error:  # all errors of an engine
             self._end(batch, error=str(error))
         self._end(batch, done=True)
 

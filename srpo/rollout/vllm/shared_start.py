@@ -18,6 +18,7 @@ import torch
 import torch.distributed as dist
 
 from srpo.core.config.train import VllmConfig
+from srpo.core.errors import UserError
 from srpo.policy.parallel import Parallel
 from srpo.rollout.vllm.engine import WORKER, VllmEngine
 from srpo.rollout.vllm.process import EngineError
@@ -28,16 +29,16 @@ from srpo.rollout.weights.cuda_ipc import CudaSender, Exchange
 
 
 def check_groups(hosts: Sequence[str], size: int) -> None:
-    """Raise ValueError unless the ranks form groups of `size` consecutive ranks on one host. hosts: the host of each rank."""
+    """Raise UserError unless the ranks form groups of `size` consecutive ranks on one host. hosts: the host of each rank."""
     for host, count in Counter(hosts).items():
         if count % size:
-            raise ValueError(
+            raise UserError(
                 f"rollout.vllm.tensor_parallel_size is {size}, and host {host} has {count} ranks: every {size} of them share one "
                 f"vLLM. Set it to a divisor of {count}, or start a multiple of {size} ranks per host (torchrun --nproc-per-node)"
             )
     for first in range(0, len(hosts), size):
         if len(set(hosts[first : first + size])) > 1:
-            raise ValueError(
+            raise UserError(
                 f"rollout.vllm.tensor_parallel_size is {size}, so ranks {first} to {first + size - 1} share one vLLM, but run on "
                 f"hosts {sorted(set(hosts[first : first + size]))}: start torchrun so that the ranks of a host are consecutive"
             )
@@ -55,7 +56,7 @@ def open_shared(
 ) -> SharedEngine:
     """This rank's engine; `config.tensor_parallel_size` consecutive ranks share one vLLM. Arguments as for `VllmEngine`.
 
-    Collective over all ranks of the run. Raises ValueError on all ranks if they do not form such groups, and on all ranks of a
+    Collective over all ranks of the run. Raises UserError on all ranks if they do not form such groups, and on all ranks of a
     group if its engine does not start.
     """
     check_vllm_settings(config)
@@ -64,13 +65,13 @@ def open_shared(
     check_groups([host for host, _ in facts], size)
     exchange = _exchange(parallel, config)
     first = parallel.rank - parallel.rank % size
-    started: VllmEngine | ValueError | ImportError | None = None
+    started: VllmEngine | UserError | None = None
     if parallel.rank == first:
         devices = [device for _, device in facts[first : first + size] if device]
         open_engine = partial(VllmEngine, path, device=parallel.device, dtype=dtype, max_context=max_context, config=config)
         try:
             started = open_engine(command=command, devices=devices, exchange=exchange, routing=routing)
-        except (ValueError, ImportError) as error:
+        except UserError as error:
             started = error
     engine = started if isinstance(started, VllmEngine) else None
     outcome = str(started) if isinstance(started, Exception) else "", engine.max_context if engine else 0

@@ -16,6 +16,7 @@ from typing import Any
 import numpy as np
 import torch
 
+from srpo.core.errors import UserError
 from srpo.rollout.engine import SamplingParams
 from srpo.rollout.vllm.reload import KernelWatch, Reloader
 from srpo.rollout.vllm.server import Group, Response, Routed, serve
@@ -89,7 +90,7 @@ class VllmBackend:
         except (TypeError, ValueError) as error:  # an option is unknown, or unavailable for this device or model
             if not self._reports_experts:
                 raise
-            raise ValueError(
+            raise UserError(
                 "rollout.routing is 'replay', and vLLM cannot report the experts of each token here (that needs vLLM 0.26 or "
                 f"later on CUDA): set rollout.routing to 'recompute', or rollout.engine to 'local'. vLLM's error: {error}"
             ) from error
@@ -130,7 +131,7 @@ class VllmBackend:
     ) -> Generator[Group | None, None, None]:
         engine = self._llm.llm_engine
         if params.routing and not self._reports_experts:
-            raise ValueError("vLLM was started with rollout.routing 'recompute': it cannot report the experts of each token")
+            raise UserError("vLLM was started with rollout.routing 'recompute': it cannot report the experts of each token")
         running: set[str] = set()
         try:
             for (index, prompt), seed in zip(prompts, seeds, strict=True):
@@ -161,7 +162,7 @@ class VllmBackend:
             num_logprobs = top_k or -1
         if params.support:
             if not top_k:
-                raise ValueError(
+                raise UserError(
                     f"rollout.support is 'replay' and rollout.top_k {params.top_k} keeps the whole vocabulary of "
                     f"{self._vocab_size}: lower rollout.top_k, or set rollout.support to 'recompute'"
                 )
@@ -238,7 +239,7 @@ def _check_head_size(head_size: int) -> None:
 
     sizes = CPUAttentionBackend.get_supported_head_sizes()
     if head_size not in sizes:
-        raise ValueError(
+        raise UserError(
             f"the model's head_dim is {head_size}, and vLLM's CPU backend supports only {sizes}: set rollout.engine to 'local'"
         )
 

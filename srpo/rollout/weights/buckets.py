@@ -15,6 +15,8 @@ from dataclasses import dataclass
 
 import torch
 
+from srpo.core.errors import UserError
+
 ALIGNMENT = 64  # bytes; every tensor begins at a multiple of it
 _INTEGERS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 _CHUNK = 1 << 17  # elements widened to int64 at once on a CPU: 1 MiB stays in cache and takes a ninth of the time of 128 MiB
@@ -56,7 +58,7 @@ class Packer:
 
     def __init__(self, bucket_bytes: int) -> None:
         if bucket_bytes < 1:
-            raise ValueError(f"buckets of {bucket_bytes} bytes hold no weights: set rollout.vllm.bucket_mib to 1 or more")
+            raise UserError(f"buckets of {bucket_bytes} bytes hold no weights: set rollout.vllm.bucket_mib to 1 or more")
         self.bucket_bytes = bucket_bytes
         self._end = 0  # bytes used in the open bucket
 

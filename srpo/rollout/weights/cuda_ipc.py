@@ -16,6 +16,7 @@ from torch import nn
 from torch.distributed.tensor import DTensor
 from torch.multiprocessing.reductions import reduce_tensor
 
+from srpo.core.errors import UserError
 from srpo.policy.checkpoint_names import iter_checkpoint_params
 from srpo.rollout.vllm.process import EngineError, EngineProcess
 from srpo.rollout.weights.buckets import add_sums, bit_sum
@@ -56,13 +57,13 @@ class CudaSender:
 
     exchange: the collective of the ranks, if the engine is split over their GPUs. Each of its workers reads the staging buffer of
     the rank on its own GPU, so all these ranks call `send`: the first with the process, the others with None.
-    Raises ValueError if torch's allocator is set to use memory that has no IPC handles.
+    Raises UserError if torch's allocator is set to use memory that has no IPC handles.
     """
 
     def __init__(self, bucket_bytes: int, dtype: torch.dtype, device: torch.device, exchange: Exchange | None = None) -> None:
         for name in ("PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF"):
             if "expandable_segments:true" in os.environ.get(name, "").lower():
-                raise ValueError(f"{name} has expandable_segments:True, whose memory cannot be shared with vLLM: remove it")
+                raise UserError(f"{name} has expandable_segments:True, whose memory cannot be shared with vLLM: remove it")
         self._bucket_bytes = bucket_bytes
         self._dtype = dtype
         self._device = device

@@ -19,6 +19,7 @@ from torch import nn
 
 from srpo.core.config.demo import TinyConfig
 from srpo.core.config.train import RolloutConfig, VllmConfig
+from srpo.core.errors import MissingPackage
 from srpo.policy.checkpoint_names import iter_checkpoint_blocks
 from srpo.policy.model import make_tiny
 from srpo.rollout.engine import SamplingParams
@@ -312,7 +313,7 @@ def test_a_folder_without_a_model_is_refused(tmp_path):
 def test_without_vllm_the_engine_says_what_to_install(tmp_path, monkeypatch):
     (tmp_path / "config.json").write_text("{}")
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
-    with pytest.raises(ImportError, match="make vllm"):
+    with pytest.raises(MissingPackage, match="make vllm"):
         VllmEngine(tmp_path)
 
 

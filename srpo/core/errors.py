@@ -1,0 +1,43 @@
+"""The errors that a program prints as one line: a user's mistake, or a state of the machine that only the user can change.
+
+Any other exception is our own bug and keeps its traceback (`settings.run_program`).
+"""
+
+from __future__ import annotations
+
+import errno
+
+
+class UserError(ValueError):
+    """Its text says what is wrong, where (file and line, or setting), and what to change."""
+
+
+class MissingPackage(UserError):
+    """A package that the settings need is not installed; the text has the command that installs it."""
+
+
+_REMEDIES = {
+    errno.ENOSPC: "free some space, then run the same command again",
+    errno.EDQUOT: "free some of your quota, then run the same command again",
+    errno.EROFS: "give a folder on a file system that can be written",
+    errno.EACCES: "change its permissions, or give another path",
+    errno.EPERM: "change its permissions, or give another path",
+    errno.EIO: "check the disk",
+    errno.ENOENT: "give a path that exists",
+    errno.EEXIST: "remove it, or give another path",
+    errno.ENOTDIR: "give a folder",
+    errno.EISDIR: "give a file",
+    errno.ENAMETOOLONG: "give a shorter path",
+    errno.ELOOP: "mend the loop of links",
+    errno.EMFILE: "raise the number of open files (ulimit -n)",
+    errno.ENOTEMPTY: "empty it, or give another path",
+}
+
+
+def explain_os_error(error: OSError) -> str | None:
+    """One line with path, reason and remedy for an error of the file system; None for any other, as of a socket."""
+    remedy = _REMEDIES.get(error.errno or 0)
+    if remedy is None:
+        return None
+    path = f"{error.filename}: " if error.filename else ""
+    return f"{path}{(error.strerror or str(error)).lower()}: {remedy}"
