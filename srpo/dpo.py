@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from srpo.core.config.dpo import DpoConfig
 from srpo.core.errors import UserError
+from srpo.core.ranges import check_ranges
 from srpo.core.settings import check_command_line, run_program
 
 if __name__ == "__main__":
@@ -83,18 +84,12 @@ def _check_tokenizer(cfg: DpoConfig, tokenizer: Any, rollouts: Sequence[Rollout]
 
 
 def _check_settings(cfg: DpoConfig) -> None:
-    for key in ("batch_size", "micro_batch_tokens", "checkpoint_every"):
-        if getattr(cfg, key) < 1:
-            raise UserError(f"{key} is {getattr(cfg, key)}: set it to 1 or more")
+    check_ranges(cfg)
     if bool(cfg.pairs) == bool(cfg.rollouts):
         raise UserError("set either pairs (a file of preferences) or rollouts (responses to make pairs from)")
     if cfg.pairs and (cfg.data or cfg.rules.balance):
         key, off = ("data", '""') if cfg.data else ("rules.balance", "false")
         raise UserError(f"{key} is set, but only applies to pairs that are made from rollouts: set {key} to {off}")
-    if not cfg.beta > 0:
-        raise UserError(f"beta is {cfg.beta}: set it to a number above 0")
-    if not 0 <= cfg.label_smoothing < 0.5:
-        raise UserError(f"label_smoothing is {cfg.label_smoothing}: set it to a number from 0 to below 0.5")
     StepSchema(cfg.steps)
 
 

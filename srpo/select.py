@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from srpo.core.config.selection import Criteria, SelectConfig
 from srpo.core.errors import UserError
+from srpo.core.ranges import check_ranges
 from srpo.core.settings import check_command_line, run_program
 
 if __name__ == "__main__":
@@ -145,12 +146,9 @@ def sample(
 
 def check_settings(cfg: SelectConfig) -> None:
     """Raise UserError for settings that cannot work with any data."""
+    check_ranges(cfg)
     if not cfg.data.train:
         raise UserError("data.train is not set: name the examples to choose from (docs/data.md)")
-    if cfg.shard_examples < 1:
-        raise UserError(f"shard_examples is {cfg.shard_examples}: set it to 1 or more")
-    if cfg.seed < 0:
-        raise UserError(f"seed is {cfg.seed}: set it to 0 or more")
     if cfg.rollout.group_size < 2:
         raise UserError(
             f"rollout.group_size is {cfg.rollout.group_size}: set it to 2 or more, because rejection sampling compares responses"

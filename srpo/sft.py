@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from srpo.core.config.sft import SftConfig
 from srpo.core.errors import UserError
+from srpo.core.ranges import check_ranges
 from srpo.core.settings import check_command_line, run_program
 
 if __name__ == "__main__":
@@ -67,9 +68,7 @@ def tokenized_pairs(cfg: SftConfig, tokenizer: Any, max_context: int, show: bool
 
 
 def _check_settings(cfg: SftConfig) -> None:
-    for key in ("batch_size", "micro_batch_tokens", "checkpoint_every"):
-        if getattr(cfg, key) < 1:
-            raise UserError(f"{key} is {getattr(cfg, key)}: set it to 1 or more")
+    check_ranges(cfg)
     if not cfg.data:
         raise UserError('data is not set: name a JSON Lines file of {"prompt": "...", "response": "..."}')
 

@@ -18,12 +18,13 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import MISSING, fields, is_dataclass, replace
 from pathlib import Path
-from typing import Annotated, Any, Literal, NoReturn, TypeVar, Union, get_args, get_origin, get_type_hints
+from typing import Annotated, Any, Literal, NoReturn, TypeVar, Union, get_args, get_origin
 
 import tyro
 from tyro.constructors import ConstructorRegistry, StructConstructorSpec, StructTypeInfo
 
 from srpo.core.errors import UserError, explain_os_error
+from srpo.core.ranges import check_ranges, field_types
 
 T = TypeVar("T")
 
@@ -36,7 +37,8 @@ def load(cls: type[T], argv: Sequence[str] | None = None, prog: str | None = Non
     """An instance of the dataclass `cls` from `[@ file.toml]... [--flag value]...` (`sys.argv[1:]` if `argv` is None).
 
     Raises UserError in one line for a missing or malformed file, an unknown key or flag (with the nearest known one) and a value
-    of the wrong type (with file and key). tyro itself exits with code 2 for a malformed flag value, and with code 0 for `-h`.
+    of the wrong type or out of its range (with file and key). tyro itself exits with code 2 for a malformed flag value, and with
+    code 0 for `-h`.
     """
     argv = list(sys.argv[1:] if argv is None else argv)
     config = cls()
@@ -54,6 +56,7 @@ def load(cls: type[T], argv: Sequence[str] | None = None, prog: str | None = Non
         config, unknown = tyro.cli(cls, args=argv, default=config, prog=prog, config=named, return_unknown_args=True)
     if unknown:
         raise UserError(_unknown_argument(unknown[0], [flag for flag, _, _ in flags(cls)]))
+    check_ranges(config)
     return config
 
 
@@ -72,7 +75,9 @@ def apply_toml(config: T, path: Path) -> T:
 
 def apply_table(config: T, table: Mapping[str, Any], where: str) -> T:
     """`config` updated with the values of a table, as from a TOML file. Raises UserError that names `where` and the key."""
-    return _replace(config, table, where, "", _keys(type(config)))
+    config = _replace(config, table, where, "", _keys(type(config)))
+    check_ranges(config, where)
+    return config
 
 
 def flags(cls: type) -> list[tuple[str, str, Any]]:
@@ -133,12 +138,6 @@ def check_one_process(program: str, instead: str) -> None:
 # ---- names ---------------------------------------------------------------------------------------------------------------------
 
 
-def _hints(cls: type) -> dict[str, Any]:
-    """Resolved type of each field."""
-    hints = get_type_hints(cls, include_extras=True)
-    return {f.name: hints[f.name] for f in fields(cls) if f.init}
-
-
 def _tables(hint: Any) -> bool:
     """Whether a field of this type is an array of tables."""
     return get_origin(hint) in (tuple, list) and any(is_dataclass(arg) for arg in get_args(hint))
@@ -146,7 +145,7 @@ def _tables(hint: Any) -> bool:
 
 def _leaves(config: Any, prefix: str = "") -> Iterator[tuple[str, Any, Any]]:
     """(dotted key, type, value) of every field that is not itself a dataclass."""
-    for name, hint in _hints(type(config)).items():
+    for name, hint in field_types(type(config)).items():
         value = getattr(config, name)
         if is_dataclass(value):
             yield from _leaves(value, f"{prefix}{name}.")
@@ -193,7 +192,7 @@ def _no_flags_for_tables(info: StructTypeInfo) -> StructConstructorSpec | None:
 
 def _replace(config: Any, table: Mapping[str, Any], where: str, prefix: str, known: Sequence[str]) -> Any:
     """`config` updated with the values of a table; a section updates the nested dataclass."""
-    hints = _hints(type(config))
+    hints = field_types(type(config))
     changes = {}
     for name, value in table.items():
         key = prefix + name
@@ -257,7 +256,7 @@ def _convert_table(value: Any, cls: type, where: str, key: str) -> Any:
     """One table of an array of tables as an instance of `cls`. Raises UserError if a field without a default is missing."""
     if not isinstance(value, dict):
         return _wrong(value, cls, where, key)
-    hints = _hints(cls)
+    hints = field_types(cls)
     for name in value:
         if name not in hints:
             near = _nearest(name, list(hints))
@@ -319,7 +318,7 @@ def _show(value: Any) -> str:
 
 def _dump(config: Any, prefix: str) -> Iterator[str]:
     """TOML lines of `config`: plain values first, because of TOML's scoping, then sections, then arrays of tables."""
-    values = {name: getattr(config, name) for name in _hints(type(config))}
+    values = {name: getattr(config, name) for name in field_types(type(config))}
     tables = {k: v for k, v in values.items() if isinstance(v, (tuple, list)) and v and all(map(is_dataclass, v))}
     sections = {k: v for k, v in values.items() if is_dataclass(v)}
     for name, value in values.items():

@@ -16,6 +16,7 @@ from functools import cached_property
 from itertools import groupby
 
 from srpo.core.errors import UserError
+from srpo.core.ranges import Fraction, NonNegative
 from srpo.core.token_spans import Decoder, decode_with_ends
 
 SOURCES = ("gold", "judge", "rule", "skip")
@@ -47,8 +48,8 @@ class StepSpec:
     answer: str = ""  # regex with one group, searched in the step's text, the last match counts; empty: the whole text
     options: tuple[str, ...] = ()  # allowed answers; empty: free text
     sources: tuple[str, ...] = ("judge",)  # gold | judge | rule | skip: the first that can grade the step does
-    reward: float = 0.2  # reward of a correct step (Appendix B)
-    missing_verdict: float | None = None  # fraction of `reward` earned without a verdict; unset: reward.missing_verdict
+    reward: NonNegative = 0.2  # reward of a correct step (Appendix B)
+    missing_verdict: Fraction | None = None  # fraction of `reward` earned without a verdict; unset: reward.missing_verdict
 
     def __post_init__(self) -> None:
         for key in ("options", "sources"):

@@ -72,8 +72,6 @@ def _check_stage(stage: StageConfig, cfg: Config, is_last: bool) -> None:
         raise UserError(
             f"{where}: the difficulty window ({low}, {high}) filters out everything: give bounds in order, within 0 to 1"
         )
-    if stage.num_steps < 0 or stage.min_gain < 0 or stage.patience < 0:
-        raise UserError(f"{where}: num_steps, min_gain or patience is negative: set each to 0 or more")
     if stage.solve_rate is not None and not stage.solve_rate[0] <= stage.solve_rate[1]:
         raise UserError(f"{where}: no solve_rate lies in {list(stage.solve_rate)}: give the lower bound first")
     empty = next((tag for tag, values in stage.tags.items() if not values), None)

@@ -14,6 +14,7 @@ from typing import Any
 from srpo.core.batch import Rollout
 from srpo.core.config.dpo import PairRules
 from srpo.core.errors import UserError
+from srpo.core.ranges import check_ranges
 from srpo.core.steps import same_answer
 
 _ROUNDING = 1e-9  # tolerance when sums of step rewards are compared: 0.1 + 0.2 is not 0.3
@@ -87,8 +88,7 @@ def pairs_from_rollouts(
 
 
 def _check(rules: PairRules, labels: Mapping[str, str | None] | None) -> None:
-    if rules.margin < 0 or rules.per_example < 0:
-        raise UserError(f"rules.margin is {rules.margin} and rules.per_example {rules.per_example}: set both to 0 or more")
+    check_ranges(rules, prefix="rules.")
     if rules.balance and labels is None:
         raise UserError("rules.balance needs the grades of the examples: set data, or set rules.balance to false")
 

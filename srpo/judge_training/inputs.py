@@ -9,6 +9,7 @@ from pathlib import Path
 from srpo.core.config.judge import JudgeConfig
 from srpo.core.errors import UserError
 from srpo.core.files import write_whole
+from srpo.core.ranges import check_ranges
 from srpo.core.steps import StepSchema
 from srpo.data.examples import Example
 from srpo.data.readers import load_examples
@@ -57,6 +58,7 @@ def simulates(cfg: JudgeConfig) -> bool:
 def prepare(cfg: JudgeConfig, parallel: Parallel) -> Work:
     """Read and check settings and data. Raises UserError for what would fail later; writes nothing."""
     schema = StepSchema(cfg.steps)
+    check_ranges(cfg)
     if not cfg.data:
         raise UserError("data is not set: name the file of the examples that were judged")
     if bool(cfg.judgments) == bool(cfg.rollouts):
@@ -68,13 +70,6 @@ def prepare(cfg: JudgeConfig, parallel: Parallel) -> Work:
             f"sft.inputs is {cfg.sft.inputs!r} and kind scalar: a scalar judge has no loss over the vocabulary, set sft.inputs "
             "to 'logits'"
         )
-    if cfg.num_votes < 1 or cfg.mine.num_votes < 2 or cfg.mine.num_cases < 1:
-        raise UserError(
-            f"num_votes is {cfg.num_votes}, mine.num_votes {cfg.mine.num_votes} and mine.num_cases {cfg.mine.num_cases}: set "
-            "each to at least 1, and mine.num_votes to at least 2"
-        )
-    if cfg.mine.num_responses < 0:
-        raise UserError(f"mine.num_responses is {cfg.mine.num_responses}: set it to 1 or more, or to 0 for all of the pool")
     if not cfg.mine.solve_low < cfg.mine.solve_high:
         raise UserError(
             f"mine.solve_low is {cfg.mine.solve_low} and mine.solve_high {cfg.mine.solve_high}: set solve_low below solve_high"
@@ -106,8 +101,6 @@ def prepare(cfg: JudgeConfig, parallel: Parallel) -> Work:
             "that was judged"
         )
     judgments = [j for j in judgments if any(verdict is not None for verdict in j.verdicts)]
-    if cfg.held_out < 1:
-        raise UserError(f"held_out is {cfg.held_out}: set it to 1 or more, because held-out judgments evaluate the judge")
     shown, held_out, num_left_out = hold_out(judgments, examples, cfg.held_out)
     if not shown:
         raise UserError(

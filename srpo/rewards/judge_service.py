@@ -15,6 +15,7 @@ import httpx2
 
 from srpo.core.config.train import RewardConfig
 from srpo.core.errors import UserError
+from srpo.core.ranges import check_ranges
 from srpo.rewards.http_reply import (
     MAX_REPLY_BYTES,
     NO_ADDRESS,
@@ -310,14 +311,7 @@ class JudgeService:
 def check_service(cfg: RewardConfig) -> None:
     """Raise UserError for an address or numbers that cannot work."""
     checked_url(cfg.judge_url)
-    if cfg.judge_concurrency < 1:
-        raise UserError(f"reward.judge_concurrency is {cfg.judge_concurrency}: set it to 1 or more")
-    if cfg.judge_retries < 0:
-        raise UserError(f"reward.judge_retries is {cfg.judge_retries}: set it to 0 or more")
-    if not cfg.judge_timeout_s > 0:
-        raise UserError(f"reward.judge_timeout_s is {cfg.judge_timeout_s}: set it above 0")
-    if not cfg.judge_backoff_s >= 0:
-        raise UserError(f"reward.judge_backoff_s is {cfg.judge_backoff_s}: set it to 0 or more")
+    check_ranges(cfg, prefix="reward.")
 
 
 def _run(loop: asyncio.AbstractEventLoop) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Generator, Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import Protocol
@@ -29,7 +30,7 @@ class SamplingParams:
     def __post_init__(self) -> None:
         if self.max_new_tokens < 1:
             raise UserError(f"rollout.max_new_tokens is {self.max_new_tokens}: set it to 1 or more")
-        if self.temperature <= 0:
+        if not 0 < self.temperature < math.inf:
             raise UserError(f"rollout.temperature is {self.temperature}: set it above 0, or sample with greedy=True")
         if self.top_k < 0:
             raise UserError(f"rollout.top_k is {self.top_k}: set it to 0 (no filter) or more")

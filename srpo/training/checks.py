@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from srpo.core.batch import Rollout
 from srpo.core.config.train import Config
 from srpo.core.errors import UserError
+from srpo.core.ranges import check_ranges
 from srpo.core.steps import StepSchema
 from srpo.data.curriculum import check_curriculum
 from srpo.data.examples import Example
@@ -20,15 +21,8 @@ from srpo.training.stream import quota
 
 def check_settings(cfg: Config, world_size: int = 1) -> None:
     """Raise UserError for settings of `srpo.train` that fail with any data, or that `world_size` processes cannot share."""
-    for key in ("loss.num_updates", "rollout.num_prompts", "train.micro_batch_tokens"):
-        _at_least(cfg, key, 1)
-    for key in ("train.checkpoint_every", "train.keep_checkpoints"):
-        _at_least(cfg, key, 1)
-    for key in ("seed", "num_steps", "loss.kl_coef", "optimizer.lr", "advantage.clip", "train.eval_every", "train.eval_examples"):
-        _at_least(cfg, key, 0)
+    check_ranges(cfg)
     _check_loss(cfg)
-    if not 0 <= cfg.advantage.gamma <= 1:
-        raise UserError(f"advantage.gamma is {cfg.advantage.gamma}: set it to a number from 0 to 1")
     method, normalize = cfg.advantage.method, cfg.advantage.normalize
     compares = normalize in ("group", "group_step") if method == "srpo" else method not in ("reinforce", "ppo")
     if cfg.rollout.group_size < 2 and compares:
@@ -59,12 +53,6 @@ def check_settings(cfg: Config, world_size: int = 1) -> None:
     if not cfg.data.train and not (cfg.curriculum and all(stage.data for stage in cfg.curriculum)):
         raise UserError("data.train is not set: name a file of judged pairs (docs/data.md)")
     check_judge(cfg)
-    _at_least(cfg, "reward.audit_warmup", 1)
-    if not (0 <= cfg.reward.audit_decay < 1 and cfg.reward.audit_bound > 0):
-        raise UserError(
-            f"reward.audit_decay is {cfg.reward.audit_decay} and reward.audit_bound {cfg.reward.audit_bound}: set audit_decay to "
-            "a number from 0 to below 1, and audit_bound above 0"
-        )
 
 
 def check_judge(cfg: Config) -> None:
@@ -91,8 +79,6 @@ def check_judge(cfg: Config) -> None:
         )
     if service:
         check_service(reward)
-    for key in ("reward.judge_cache", "reward.judge_max_context"):
-        _at_least(cfg, key, 0)
     memory = cfg.rollout.vllm.gpu_memory_frac + reward.judge_vllm.gpu_memory_frac
     if cfg.rollout.engine == reward.judge_engine == "vllm" and memory >= 1:
         raise UserError(
@@ -104,23 +90,16 @@ def check_judge(cfg: Config) -> None:
 def check_rollout(cfg: Config) -> None:
     """The part of `check_settings` on aborted groups, samples of older weights, importance weights and the replayed support."""
     rollout, loss = cfg.rollout, cfg.loss
-    _at_least(cfg, "rollout.oversample", 0)
-    if not 0 <= rollout.cut_tail < 1:
-        raise UserError(f"rollout.cut_tail is {rollout.cut_tail}: set it to a share of the groups, from 0 to below 1")
     if rollout.cut_tail and cfg.sampler.refill:
         raise UserError(
             f"rollout.cut_tail is {rollout.cut_tail} and sampler.refill {cfg.sampler.refill}: refill would sample other prompts "
             "in place of those that cut_tail aborts, so set one of them to 0"
         )
-    if rollout.off_policy_steps not in (0, 1):
-        raise UserError(f"rollout.off_policy_steps is {rollout.off_policy_steps}: set it to 0, or to 1 (one step old)")
     if rollout.off_policy_steps and loss.importance == "off":
         raise UserError(
             "rollout.off_policy_steps is 1 and loss.importance off: samples of older weights need importance weights, set "
             "loss.importance to 'truncate' or 'mask'"
         )
-    if not loss.importance_cap >= 1:
-        raise UserError(f"loss.importance_cap is {loss.importance_cap}: set it to 1 or more")
     if rollout.support == "replay" and (not rollout.top_k or rollout.ratio != "filtered"):
         raise UserError(
             f"rollout.support is 'replay' with rollout.top_k {rollout.top_k} and rollout.ratio {rollout.ratio!r}: only a "
@@ -139,10 +118,6 @@ def check_support(cfg: Config, vocab_size: int) -> None:
 
 def _check_sampler(cfg: Config) -> None:
     """The part of `check_settings` on the prompt sampler and the curriculum."""
-    for key in ("sampler.max_age", "sampler.refill"):
-        _at_least(cfg, key, 0)
-    if not 0 < cfg.sampler.new_weight <= 1:
-        raise UserError(f"sampler.new_weight is {cfg.sampler.new_weight}: set it above 0 and to at most 1")
     if cfg.sampler.refill and cfg.rollout.group_size < 2:
         raise UserError(
             f"sampler.refill is {cfg.sampler.refill} and rollout.group_size {cfg.rollout.group_size}: refill replaces groups "
@@ -153,8 +128,6 @@ def _check_sampler(cfg: Config) -> None:
 
 def _check_loss(cfg: Config) -> None:
     """The part of `check_settings` on the loss and, if advantage.method is ppo, on the critic."""
-    for key in ("loss.clip_eps_low", "loss.clip_eps_high"):
-        _at_least(cfg, key, 0)
     if cfg.loss.dual_clip and not cfg.loss.dual_clip > 1:
         raise UserError(f"loss.dual_clip is {cfg.loss.dual_clip}: set it above 1, or to 0 for no bound")
     if cfg.loss.dual_clip and cfg.loss.clip_form != "ppo":
@@ -169,20 +142,6 @@ def _check_loss(cfg: Config) -> None:
             f"loss.ratio_over is {cfg.loss.ratio_over} and advantage.method ppo: each token has its own advantage and needs its "
             "own ratio, set loss.ratio_over to 'token'"
         )
-    _at_least(cfg, "critic.num_updates", 1)
-    for key in ("critic.value_clip", "critic.optimizer.lr"):
-        _at_least(cfg, key, 0)
-    for name in ("gamma", "gae_lambda"):
-        if not 0 <= getattr(cfg.critic, name) <= 1:
-            raise UserError(f"critic.{name} is {getattr(cfg.critic, name)}: set it to a number from 0 to 1")
-
-
-def _at_least(cfg: Config, key: str, least: int) -> None:
-    value = cfg
-    for name in key.split("."):
-        value = getattr(value, name)
-    if not value >= least:  # pyright: ignore[reportOperatorIssue]
-        raise UserError(f"{key} is {value}: set it to {least} or more")
 
 
 def check_prompt_lengths(

@@ -9,23 +9,16 @@ from tyro.conf import Positional
 
 from srpo.core.config.train import VllmConfig
 from srpo.core.errors import UserError
+from srpo.core.ranges import Count, Fraction, NonNegative, OpenFraction, Seed, Size
 
 
 @dataclass(frozen=True)
 class BootstrapConfig:
-    """How confidence intervals are drawn. Raises UserError for values out of range."""
+    """How confidence intervals are drawn."""
 
-    num_draws: int = 2000  # resamples of the queries, with replacement; 0: no intervals
-    level: float = 0.95  # coverage: an interval goes from the (1 - level) / 2 to the (1 + level) / 2 quantile of the draws
-    seed: int = 0  # seed of the draws
-
-    def __post_init__(self) -> None:
-        if self.num_draws < 0:
-            raise UserError(f"bootstrap.num_draws is {self.num_draws}: set it to 0 (no intervals) or more")
-        if self.seed < 0:
-            raise UserError(f"bootstrap.seed is {self.seed}: set it to 0 or more")
-        if not 0 < self.level < 1:
-            raise UserError(f"bootstrap.level is {self.level}: set it to a fraction between 0 and 1, such as 0.95")
+    num_draws: Count = 2000  # resamples of the queries, with replacement; 0: no intervals
+    level: OpenFraction = 0.95  # coverage: an interval goes from the (1 - level) / 2 to the (1 + level) / 2 quantile of the draws
+    seed: Seed = 0  # seed of the draws
 
 
 @dataclass(frozen=True)
@@ -40,9 +33,9 @@ class EvaluateConfig:
     # TOML file with steps, data.prompt and rollout.max_new_tokens; empty: config.toml of the run that the checkpoint is from
     config: str = ""
     out: str = ""  # folder for the results; empty: `evaluation` next to the checkpoint or file
-    limit: int = 0  # number of examples to evaluate, from the start; 0: all
-    batch_size: int = 256  # examples that are decoded at once
-    max_new_tokens: int = 0  # longest response, in tokens; 0: rollout.max_new_tokens of the run's settings
+    limit: Count = 0  # number of examples to evaluate, from the start; 0: all
+    batch_size: Size = 256  # examples that are decoded at once
+    max_new_tokens: Count = 0  # longest response, in tokens; 0: rollout.max_new_tokens of the run's settings
     engine: Literal["local", "vllm"] = "local"  # what decodes the checkpoint: this process, or vLLM in its own process
     vllm: VllmConfig = field(default_factory=lambda: VllmConfig(gpu_memory_frac=0.85))
     by: tuple[str, ...] = ("query_type",)  # tags of the examples: repeat all scores for each value of each tag
@@ -51,25 +44,21 @@ class EvaluateConfig:
 
 @dataclass(frozen=True)
 class PagesConfig:
-    """Ranked lists of two systems and how they are compared (5.1.2, Table 7). Raises UserError for values out of range."""
+    """Ranked lists of two systems and how they are compared (5.1.2, Table 7). Raises UserError for bounds that do not fall."""
 
     file: str = ""  # JSON Lines of system, query_id and item_ids (or example_ids of data), best first; optionally rating and tags
     judgments: str = ""  # JSON Lines of query_id, item_id and grade (1..4); not needed for lists of example_ids
     # JSON Lines of query_id and verdict (good, same, bad: B against A), optionally assessor; empty: compare mean classes
     verdicts: str = ""
-    top_n: int = 10  # number of items of a list that count, from its top
+    top_n: Size = 10  # number of items of a list that count, from its top
     unjudged: Literal["refuse", "leave_out"] = "refuse"  # a listed item without a grade: an error, or counted and left out
     # For pages without a rating: least share of items of class 3 or 4 on a good, a mid and a poor page
-    rating_bounds: tuple[float, float, float] = (0.8, 0.6, 0.3)
-    verdict_margin: float = 0.0  # without verdicts: a page wins if its mean class is higher by more than this
+    rating_bounds: tuple[Fraction, Fraction, Fraction] = (0.8, 0.6, 0.3)
+    verdict_margin: NonNegative = 0.0  # without verdicts: a page wins if its mean class is higher by more than this
 
     def __post_init__(self) -> None:
-        if self.top_n < 1:
-            raise UserError(f"pages.top_n is {self.top_n}: set it to 1 or more")
-        if not 1 >= self.rating_bounds[0] >= self.rating_bounds[1] >= self.rating_bounds[2] >= 0:
+        if not self.rating_bounds[0] >= self.rating_bounds[1] >= self.rating_bounds[2]:
             raise UserError(f"pages.rating_bounds is {self.rating_bounds}: give three falling shares from 1 to 0")
-        if self.verdict_margin < 0:
-            raise UserError(f"pages.verdict_margin is {self.verdict_margin}: set it to 0 or more")
 
 
 @dataclass(frozen=True)

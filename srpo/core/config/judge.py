@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import Literal
+from typing import Annotated, Literal
 
 from srpo.core.config.sft import SftConfig
 from srpo.core.config.train import LossConfig, OptimizerConfig, RolloutConfig, SamplerConfig, TrainConfig
+from srpo.core.ranges import Count, Finite, Fraction, Range, Size
 from srpo.core.steps import PAPER_STEPS, StepSpec
 
 
@@ -15,11 +16,11 @@ class MineConfig:
     """How hard cases are mined between the two stages of training."""
 
     pool: str = ""  # rollouts.jsonl of further responses to mine; empty: the judgments of the first stage
-    num_responses: int = 0  # number of responses of the pool, from its start; 0: all
-    num_votes: int = 8  # verdicts sampled on each response
-    num_cases: int = 13_000  # most cases that are chosen (5.1.6)
-    solve_low: float = 0.01  # a case is chosen if its share of right verdicts lies strictly above this bound ...
-    solve_high: float = 0.99  # ... and strictly below this one
+    num_responses: Count = 0  # number of responses of the pool, from its start; 0: all
+    num_votes: Annotated[int, Range(2)] = 8  # verdicts sampled on each response
+    num_cases: Size = 13_000  # most cases that are chosen (5.1.6)
+    solve_low: Finite = 0.01  # a case is chosen if its share of right verdicts lies strictly above this bound ...
+    solve_high: Finite = 0.99  # ... and strictly below this one
     # Tags whose values come equally often among the cases, together with step and verdict; may be empty
     balance: tuple[str, ...] = ("query_type",)
 
@@ -28,7 +29,7 @@ class MineConfig:
 class JudgeGrpoConfig:
     """Settings of the second stage, a run of `srpo.train`. The policy's settings are those of `sft.policy`."""
 
-    num_steps: int = 100  # number of optimizer steps
+    num_steps: Size = 100  # number of optimizer steps
     rollout: RolloutConfig = field(default_factory=RolloutConfig)
     loss: LossConfig = field(default_factory=LossConfig)
     optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
@@ -48,15 +49,15 @@ class JudgeConfig:
     judgments: str = ""  # JSON Lines of human judgments (docs/programs/train_judge.md)
     # Instead of judgments: a rollouts.jsonl that a simulated annotator judges; its examples need `truth`, as the world's have
     rollouts: str = ""
-    annotator_error_rate: float = 0.0  # share of the simulated annotator's verdicts that are flipped
+    annotator_error_rate: Fraction = 0.0  # share of the simulated annotator's verdicts that are flipped
     annotator_reasons: bool = True  # let the simulated annotator give a reason for each verdict, from `truth`
     verified: str = ""  # copy of judge_queue.jsonl with its field "human" filled in
     unverified: Literal["drop", "use"] = "drop"  # cases that are not filled in: drop them, or use them with the labels they have
     simulate_human: bool = True  # with rollouts and without verified: the simulated annotator fills in the queue
-    human_error_rate: float = 0.0  # share of flipped verdicts in the queue that the simulated annotator fills in
-    max_new_tokens: int = 256  # longest text of verdicts on one response, in tokens
-    held_out: int = 200  # number of judgments, from the end, that measure the judge and do not train it
-    num_votes: int = 8  # verdicts sampled on each held-out response; their share of "correct" is the judge's confidence
+    human_error_rate: Fraction = 0.0  # share of flipped verdicts in the queue that the simulated annotator fills in
+    max_new_tokens: Size = 256  # longest text of verdicts on one response, in tokens
+    held_out: Size = 200  # number of judgments, from the end, that measure the judge and do not train it
+    num_votes: Size = 8  # verdicts sampled on each held-out response; their share of "correct" is the judge's confidence
     steps: tuple[StepSpec, ...] = PAPER_STEPS  # reasoning steps of a response, [[steps]] in TOML; a file replaces all of them
     sft: SftConfig = field(default_factory=lambda: SftConfig(num_steps=500))
     mine: MineConfig = field(default_factory=MineConfig)

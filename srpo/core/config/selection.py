@@ -2,32 +2,32 @@
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass, field
 from typing import Literal
 
 from srpo.core.config.train import Config
 from srpo.core.errors import UserError
+from srpo.core.ranges import Count, Finite, Fraction, NonNegative, Size
 
 
 @dataclass(frozen=True)
 class Criteria:
     """Which examples are kept. Raises UserError for settings that contradict each other."""
 
-    difficulty_low: float = 0.01  # an example is kept if its solve rate lies strictly above this bound (5.1.5); -1: no bound ...
-    difficulty_high: float = 0.90  # ... and strictly below this one; 2: no bound
+    difficulty_low: Finite = 0.01  # an example is kept if its solve rate lies strictly above this bound (5.1.5); -1: no bound ...
+    difficulty_high: Finite = 0.90  # ... and strictly below this one; 2: no bound
     difficulty_score: Literal["total", "final"] = "total"  # solve rate: mean of total reward / maximum, or of verdict accuracy
     # Drop examples whose responses all have the same step rewards, or all right or all wrong verdicts; keep: drop neither
     uniform: Literal["reward", "verdict", "keep"] = "reward"
     # Order of preference if not all can be kept. best: the judge found most steps right; uncertain: about half of them;
     # disagree: verdict and earlier steps contradict each other most often; none: random
     score: Literal["none", "best", "uncertain", "disagree"] = "none"
-    num_examples: int = 0  # number of examples to keep; 0: as many as possible
-    keep_frac: float = 0.0  # instead of num_examples: share of the examples that rejection sampling leaves (Table 8: 0.5)
+    num_examples: Count = 0  # number of examples to keep; 0: as many as possible
+    keep_frac: Fraction = 0.0  # instead of num_examples: share of the examples that rejection sampling leaves (Table 8: 0.5)
     balance: tuple[str, ...] = ()  # tags (query_type, grade, ...): keep equally many examples of each combination of their values
     # Share of num_examples for each stratum named here ("negation", with two tags "negation/L4"); other strata get none. Without
     # num_examples the number itself. Empty: equal shares
-    quotas: dict[str, float] = field(default_factory=dict)
+    quotas: dict[str, NonNegative] = field(default_factory=dict)
     short: Literal["error", "take_all"] = "error"  # a stratum with too few examples: stop, or take all it has and report that
 
     def __post_init__(self) -> None:
@@ -36,11 +36,6 @@ class Criteria:
                 f"no solve rate lies between {self.difficulty_low} and {self.difficulty_high}: set select.difficulty_low below "
                 "select.difficulty_high"
             )
-        if self.num_examples < 0 or not 0 <= self.keep_frac <= 1:
-            raise UserError(
-                f"select.num_examples is {self.num_examples} and select.keep_frac {self.keep_frac}: set them to a number of 0 or "
-                "more and a share from 0 to 1"
-            )
         if self.num_examples and self.keep_frac:
             raise UserError("select.num_examples and select.keep_frac both set how many examples are kept: set only one of them")
         if len(set(self.balance)) < len(self.balance):
@@ -48,10 +43,10 @@ class Criteria:
         if self.quotas and not self.balance:
             raise UserError('select.quotas needs the tags of its strata: set them, as in select.balance = ["query_type"]')
         numbers = self.quotas.values()
-        if not all(math.isfinite(q) and q >= 0 for q in numbers) or (numbers and not any(numbers)):
+        if numbers and not any(numbers):
             raise UserError(f"select.quotas is {self.quotas}: give numbers of 0 or more, not all 0")
         counted = not self.num_examples and not self.keep_frac
-        if counted and any(q != int(q) for q in numbers):
+        if counted and any(q % 1 for q in numbers):
             raise UserError(
                 "select.quotas has fractions, which are shares of a total: set select.num_examples or select.keep_frac, too"
             )
@@ -62,7 +57,7 @@ class SelectConfig(Config):
     """`python -m srpo.select @ configs/x.toml --select.num-examples 20000`: the settings of the training run, and these."""
 
     records_dir: str = ""  # folder for the records of what was sampled; empty: run_dir/select
-    shard_examples: int = 256  # examples per engine call and per file of records; a killed process loses at most one shard
+    shard_examples: Size = 256  # examples per engine call and per file of records; a killed process loses at most one shard
     out: str = ""  # folder for the selected examples and selection.json; empty: `selected` in records_dir
     format: Literal["parquet", "jsonl", "jsonl.gz"] = "parquet"  # file format of the selected examples
     select: Criteria = field(default_factory=Criteria)

@@ -6,6 +6,7 @@ from dataclasses import dataclass, field
 from typing import Literal
 
 from srpo.core.config.train import OptimizerConfig, PolicyConfig
+from srpo.core.ranges import Seed, Size
 
 
 @dataclass(frozen=True)
@@ -13,12 +14,12 @@ class SftConfig:
     """`python -m srpo.sft --data pairs.jsonl --policy.path base --run-dir runs/sft`"""
 
     run_dir: str = "runs/sft"  # folder for everything that the run writes; it belongs to one configuration
-    seed: int = 0  # seed of the order of the pairs
+    seed: Seed = 0  # seed of the order of the pairs
     data: str = ""  # JSON Lines of {"prompt": "...", "response": "..."}
-    num_steps: int = 1000  # number of optimizer steps
-    batch_size: int = 64  # responses per optimizer step, over all ranks
-    micro_batch_tokens: int = 16384  # most tokens in one forward and backward pass; lower it if memory runs out
-    checkpoint_every: int = 500  # optimizer steps between checkpoints; the last step always writes one
+    num_steps: Size = 1000  # number of optimizer steps
+    batch_size: Size = 64  # responses per optimizer step, over all ranks
+    micro_batch_tokens: Size = 16384  # most tokens in one forward and backward pass; lower it if memory runs out
+    checkpoint_every: Size = 500  # optimizer steps between checkpoints; the last step always writes one
     # Input of the loss: logits, or hidden states, so that logits exist for only some rows at a time (less memory)
     inputs: Literal["logits", "hidden"] = "logits"
     policy: PolicyConfig = field(default_factory=PolicyConfig)

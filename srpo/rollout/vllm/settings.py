@@ -12,6 +12,7 @@ import torch
 
 from srpo.core.config.train import VllmConfig
 from srpo.core.errors import UserError
+from srpo.core.ranges import check_ranges
 
 _CPU_BUCKET_MIB, _GPU_BUCKET_MIB = 16, 512
 # Sizes in config.json that vLLM splits over devices, each evenly.
@@ -62,14 +63,7 @@ def worker_environment(device: torch.device, devices: Sequence[str] = ()) -> dic
 
 def check_vllm_settings(config: VllmConfig) -> None:
     """Raise UserError for a setting that is out of range."""
-    for key in ("tensor_parallel_size", "max_num_seqs", "timeout_s", "start_timeout_s"):
-        if getattr(config, key) <= 0:
-            raise UserError(f"rollout.vllm.{key} is {getattr(config, key)}: set it above 0")
-    for key in ("kv_cache_mib", "bucket_mib"):
-        if getattr(config, key) < 0:
-            raise UserError(f"rollout.vllm.{key} is {getattr(config, key)}: set it to 0 (chosen by the device) or more")
-    if not 0 < config.gpu_memory_frac < 1:
-        raise UserError(f"rollout.vllm.gpu_memory_frac is {config.gpu_memory_frac}: set it between 0 and 1")
+    check_ranges(config, prefix="rollout.vllm.")
 
 
 def check_split(path: str | Path, size: int) -> None:
