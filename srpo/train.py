@@ -64,7 +64,7 @@ def train(cfg: Config, parallel: Parallel) -> Path:
             credit = assign_credit(everyone, run.schema, cfg.advantage, cfg.loss, window, longest)  # lines 10-13
             sampler.observe([e.example_id for e in examples], [credit.group_scores[g] for g in range(len(examples))])  # 4.2.1
             state = state.after(credit, window, audited.state)
-            metrics |= rollout_metrics(everyone, run.schema, credit, cfg.advantage.clip) | audited.metrics(run.schema)
+            metrics |= rollout_metrics(everyone, run.schema, credit) | audited.metrics(run.schema)
             metrics |= sampler.metrics() | judge_metrics(run.judge, parallel)
             batches = pack_own(run, rollouts, credit)
             clock.lap("score")

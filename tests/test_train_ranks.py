@@ -73,7 +73,7 @@ def first_step(cfg: Config, rollouts: list[Rollout]) -> tuple[dict[str, float], 
     run = Run.build(cfg, small.ONE)
     credit = assign_credit(rollouts, run.schema, cfg.advantage, cfg.loss, cfg.sampler)
     batches = pack_own(run, rollouts, credit)
-    metrics = rollout_metrics(rollouts, run.schema, credit, cfg.advantage.clip)
+    metrics = rollout_metrics(rollouts, run.schema, credit)
     metrics |= policy_update(run, batches, 0)
     momenta = {name: run.optimizer.state[p]["exp_avg"] for name, p in run.policy.model.named_parameters()}
     return metrics, {name: m / (1 - cfg.optimizer.betas[0]) for name, m in momenta.items()}, len(batches)

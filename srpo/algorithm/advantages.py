@@ -17,6 +17,7 @@ ArrayLike = torch.Tensor | np.ndarray | Sequence
 Scale = Literal["std", "none"]  # std: divide (reward - baseline) by its standard deviation; none: do not (Dr. GRPO)
 
 _MIN_STD = 1e-8  # far above the std that float64 rounding gives equal rewards, far below that of rewards that differ
+_DUST = 1e-12  # a centered value of at most this fraction of the largest value is rounding of the mean, and counts as 0
 
 
 def step_returns(step_rewards: ArrayLike, gamma: float) -> torch.Tensor:
@@ -81,7 +82,7 @@ def srpo_advantages(
         advantages = returns
     else:
         raise ValueError(f"normalize {normalize!r} is unknown: give one of batch, group, group_step, none")
-    return _clip(advantages, clip).float()
+    return clip_advantages(advantages, clip).float()
 
 
 def grpo_advantages(
@@ -138,7 +139,7 @@ def _totals(rewards: ArrayLike) -> torch.Tensor:
 
 def _columns(advantages: torch.Tensor, num_steps: int, clip: float) -> torch.Tensor:
     """[N, 1] clipped and repeated for every step: in Eq. 2 all tokens of o_i have the same A_i."""
-    return _clip(advantages, clip).expand(-1, num_steps).float().contiguous()
+    return clip_advantages(advantages, clip).expand(-1, num_steps).float().contiguous()
 
 
 def _whiten_tokens(values: torch.Tensor, lengths: torch.Tensor, scale: Scale) -> torch.Tensor:
@@ -146,7 +147,7 @@ def _whiten_tokens(values: torch.Tensor, lengths: torch.Tensor, scale: Scale) ->
     total = lengths.sum()
     mean = (lengths * values).sum() / total.clamp(min=1)
     variance = (lengths * (values - mean).square()).sum() / (total - 1).clamp(min=1)
-    return _standardize(values - mean, variance.sqrt(), 1e-8, scale)
+    return _standardize(_without_dust(values - mean, values), variance.sqrt(), 1e-8, scale)
 
 
 def _standardize_groups(values: torch.Tensor, group_index: torch.Tensor, scale: Scale) -> torch.Tensor:
@@ -154,9 +155,14 @@ def _standardize_groups(values: torch.Tensor, group_index: torch.Tensor, scale: 
     counts = group_index.bincount()[:, None]
     zeros = values.new_zeros(len(counts), values.shape[1])
     mean = zeros.index_add(0, group_index, values) / counts
-    centered = values - mean[group_index]  # Eq. 4, numerator: R_i - mean({R_j})
+    centered = _without_dust(values - mean[group_index], values)  # Eq. 4, numerator: R_i - mean({R_j})
     variance = zeros.index_add(0, group_index, centered.square()) / (counts - 1).clamp(min=1)
     return _standardize(centered, variance.sqrt()[group_index], 1e-6, scale)  # Eq. 4, denominator: std({R_j}) + delta
+
+
+def _without_dust(centered: torch.Tensor, values: torch.Tensor) -> torch.Tensor:
+    """`centered`, exactly 0 if a value equals its mean up to rounding: such a token counts nowhere as clipped."""
+    return torch.where(centered.abs() > _DUST * values.abs().max(), centered, 0.0) if values.numel() else centered
 
 
 def _standardize(centered: torch.Tensor, std: torch.Tensor, delta: float, scale: Scale) -> torch.Tensor:
@@ -173,7 +179,8 @@ def _group_index(groups: ArrayLike, num_rollouts: int) -> torch.Tensor:
     return ids.unique(return_inverse=True)[1]
 
 
-def _clip(advantages: torch.Tensor, clip: float) -> torch.Tensor:
+def clip_advantages(advantages: torch.Tensor, clip: float) -> torch.Tensor:
+    """Advantages bounded to +-clip (0: no clip), in their own dtype. Raises ValueError for a negative clip."""
     if clip < 0:
         raise ValueError(f"clip is {clip}: set it to a bound above 0, or to 0 for no clip")
     return advantages.clamp(-clip, clip) if clip else advantages

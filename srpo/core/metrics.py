@@ -80,7 +80,7 @@ METRICS: dict[str, str] = {
     "sampler/coverage_frac": "fraction of the stage's examples that the run has scored at least once",
     "sampler/num_skipped": "number of the stage's examples skipped now: a recent estimate is outside the difficulty window",
     "sampler/num_early": "number of this step's prompts drawn although to be skipped, because too few others were left",
-    "eval/macro_f1": "F1 per class, mean over the four classes (5.1.2)",
+    "eval/macro_f1": "F1 per class, mean over the four classes (5.1.2); a class that the pairs lack counts as 0",
     "eval/accuracy": "fraction of verdicts equal to the human grade",
     "eval/good_f1": "F1 with classes 3 and 4 merged into one positive class",
     "eval/class_f1/{class}": "F1 of the class",

@@ -71,8 +71,9 @@ def train_scalar(
 
     def metrics_of(sums: list[float]) -> tuple[dict[str, float], float]:
         num_right, num_judged = sums
-        accuracy = num_right / max(num_judged, 1)
-        return {"train/verdict_accuracy": accuracy}, accuracy
+        if not num_judged:  # no verdict in this step's cases: the accuracy has no value
+            return {}, 0.0
+        return {"train/verdict_accuracy": num_right / num_judged}, num_right / num_judged
 
     fit(
         model,

@@ -92,7 +92,7 @@ def _known(value: Any) -> Any:
 
 def _confidence(counts: NDArray[np.int64], queries: Sequence[str], bootstrap: BootstrapConfig) -> dict[str, Any]:
     sums = cluster_sums(counts, queries)
-    drawn = scores(resampled_sums(sums, bootstrap))
+    drawn = scores(resampled_sums(sums, bootstrap), sums.sum(0))
     settings = {"level": bootstrap.level, "num_draws": bootstrap.num_draws, "seed": bootstrap.seed, "num_queries": len(sums)}
     return {**settings, **shaped(drawn, lambda draws: percentile_interval(draws, bootstrap.level))}
 

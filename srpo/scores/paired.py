@@ -70,9 +70,9 @@ def compare_systems(
 
 def differences(sums: NDArray[np.float64], settings: BootstrapConfig) -> dict[str, Any]:
     """`summarized` difference of each score. `sums` [Q, 2 K]: sums over each query of the counts of A, then of those of B."""
-    (point_a, point_b), (drawn_a, drawn_b) = (
-        [scores(half) for half in np.split(counts, 2, axis=-1)] for counts in (sums.sum(0), resampled_sums(sums, settings))
-    )
+    totals, draws = (np.split(counts, 2, axis=-1) for counts in (sums.sum(0), resampled_sums(sums, settings)))
+    point_a, point_b = map(scores, totals)
+    drawn_a, drawn_b = map(scores, draws, totals)
     # Row 0 is the difference on all queries; the other rows are the draws.
     rows = {key: np.concatenate([(point_b[key] - point_a[key])[None], drawn_b[key] - drawn_a[key]]) for key in point_a}
     return shaped(rows, lambda column: summarized(column[0], column[1:], settings.level))

@@ -96,27 +96,33 @@ def consistency_counts(counts: NDArray[np.int64]) -> tuple[int, int]:
     return int(counts[_CONSISTENCY].sum()), int(counts[_ALL_STEPS_CHECKED])
 
 
-def scores(counts: NDArray) -> dict[str, NDArray[np.float64]]:
+def scores(counts: NDArray, drawn_from: NDArray | None = None) -> dict[str, NDArray[np.float64]]:
     """Scores of counts [..., K]: those of `verdict_scores`, `step_accuracy` [..., J], `parse_rate` [...], `consistency` [..., 4].
 
-    Fractions, NaN if nothing was counted; `consistency` is in the order of CONSISTENCY.
+    Fractions, NaN if nothing was counted; `consistency` is in the order of CONSISTENCY. drawn_from: counts [K] of all pairs, if
+    `counts` are those of draws from them.
     """
     num_steps = (counts.shape[-1] - _STEPS) // 2
     steps = counts[..., _STEPS:]
     shares = counts[..., _CONSISTENCY]
     return {
-        **verdict_scores(confusion_of(counts)),
+        **verdict_scores(confusion_of(counts), None if drawn_from is None else confusion_of(drawn_from)),
         "step_accuracy": _ratio(steps[..., :num_steps], steps[..., num_steps:]),
         "parse_rate": _ratio(counts[..., _PARSES], counts[..., _CONFUSION].sum(-1)),
         "consistency": _ratio(shares, shares.sum(-1, keepdims=True)),
     }
 
 
-def verdict_scores(confusion: NDArray) -> dict[str, NDArray[np.float64]]:
+def verdict_scores(confusion: NDArray, drawn_from: NDArray | None = None) -> dict[str, NDArray[np.float64]]:
     """`macro_f1`, `accuracy`, `good_f1` [...] and `class_f1` [..., 4] of confusion matrices [..., 4, 5] (5.1.2), fractions.
 
-    The F1 of a class that is neither true nor predicted is 0, and macro F1 is always the mean over all four. Good F1 takes
-    classes 3 and 4 as one positive class. The accuracy of no pairs is NaN.
+    The F1 of a class that is neither true nor predicted is 0, and macro F1 is always the mean over all four, as scikit-learn has
+    it with labels=[1, 2, 3, 4] and zero_division=0. Good F1 takes classes 3 and 4 as one positive class. The accuracy of no pairs
+    is NaN.
+
+    drawn_from: the confusion matrix [4, 5] that the matrices were resampled from. A draw without a true pair of a class that all
+    pairs have says nothing of that class: its F1, and the macro F1 of that draw, are NaN. So are those of another system on the
+    same draw, which has the same true classes.
     """
     square = confusion[..., :NUM_CLASSES]
     hits = np.diagonal(square, axis1=-2, axis2=-1)
@@ -124,10 +130,15 @@ def verdict_scores(confusion: NDArray) -> dict[str, NDArray[np.float64]]:
     class_f1 = _ratio(2 * hits, num_true + num_predicted, if_empty=0.0)
     good = slice(2, NUM_CLASSES)
     good_hits = square[..., good, good].sum((-2, -1))
+    good_f1 = _ratio(2 * good_hits, num_true[..., good].sum(-1) + num_predicted[..., good].sum(-1), if_empty=0.0)
+    if drawn_from is not None:
+        expected = drawn_from.sum(-1)
+        class_f1 = np.where((num_true == 0) & (expected > 0), np.nan, class_f1)
+        good_f1 = np.where((num_true[..., good].sum(-1) == 0) & (expected[good].sum() > 0), np.nan, good_f1)
     return {
         "macro_f1": class_f1.sum(-1) / NUM_CLASSES,
         "accuracy": _ratio(hits.sum(-1), num_true.sum(-1)),
-        "good_f1": _ratio(2 * good_hits, num_true[..., good].sum(-1) + num_predicted[..., good].sum(-1), if_empty=0.0),
+        "good_f1": good_f1,
         "class_f1": class_f1,
     }
 

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 
-from srpo.algorithm.advantages import grpo_advantages, reinforce_advantages, rloo_advantages, srpo_advantages
+from srpo.algorithm.advantages import clip_advantages, grpo_advantages, reinforce_advantages, rloo_advantages, srpo_advantages
 from srpo.algorithm.losses import sequence_weights
 from srpo.core.batch import Rollout
 from srpo.core.config.train import AdvantageConfig, LossConfig, SamplerConfig
@@ -28,6 +28,7 @@ class Credit:
     trains: np.ndarray  # [N] bool: the rollout's group trains, and loss.overlong does not mask the rollout
     group_scores: dict[int, float]  # group -> difficulty score in 0..1
     num_in_window: int  # number of groups that train
+    clipped: torch.Tensor  # [N, J] bool: advantage.clip has bounded the advantage. With method "ppo": none
     num_masked: int | None = None  # number of responses in these groups that are masked; None unless loss.overlong is "mask"
 
 
@@ -87,6 +88,7 @@ def assign_credit(
     scores, inside = training_groups(rollouts, schema, advantage.method, sampler)
     trains = np.array([r.group in inside for r in rollouts])
     advantages = torch.zeros(len(rollouts), schema.num_steps)
+    clipped = torch.zeros(len(rollouts), schema.num_steps, dtype=torch.bool)
     weights = torch.zeros(len(rollouts))
     if trains.any():
         chosen = [r for r, keep in zip(rollouts, trains, strict=True) if keep]
@@ -94,7 +96,9 @@ def assign_credit(
         groups = np.array([r.group for r in chosen])
         cut = np.array([loss.overlong == "mask" and r.finish == "length" for r in chosen])
         index = torch.from_numpy(np.flatnonzero(trains))
-        advantages[index] = _advantages(chosen, rewards, groups, schema, advantage)  # Algorithm 1, lines 10-13, or Eq. 4
+        unclipped = _advantages(chosen, rewards, groups, schema, advantage)  # Algorithm 1, lines 10-13, or Eq. 4
+        bounded = clip_advantages(unclipped, 0.0 if advantage.method == "ppo" else advantage.clip)
+        advantages[index], clipped[index] = bounded, bounded != unclipped
         lengths = np.array([len(r.response_ids) for r in chosen])
         weights[index] = sequence_weights(
             np.where(cut, 0, lengths), groups, denominator=loss.denominator, max_length=max_new_tokens
@@ -103,26 +107,26 @@ def assign_credit(
         advantages[masked] = weights[masked] = 0.0
         trains[masked.numpy()] = False
     num_masked = int(sum(r.group in inside for r in rollouts) - trains.sum()) if loss.overlong == "mask" else None
-    return Credit(advantages, weights, trains, scores, len(inside), num_masked)
+    return Credit(advantages, weights, trains, scores, len(inside), clipped, num_masked)
 
 
 def _advantages(
     rollouts: Sequence[Rollout], rewards: np.ndarray, groups: np.ndarray, schema: StepSchema, cfg: AdvantageConfig
 ) -> torch.Tensor:
-    """Advantages [N, J] by `advantage.method`; rewards [N, J], groups [N]."""
-    num_steps, clip, scale = schema.num_steps, cfg.clip, cfg.scale
+    """Advantages [N, J] by `advantage.method`, before advantage.clip; rewards [N, J], groups [N]."""
+    num_steps, scale = schema.num_steps, cfg.scale
     lengths = np.array([r.step_lengths for r in rollouts])
     if cfg.method == "srpo":  # Algorithm 1, lines 10-13
-        return srpo_advantages(rewards, groups, lengths, gamma=cfg.gamma, normalize=cfg.normalize, clip=clip, scale=scale)
+        return srpo_advantages(rewards, groups, lengths, gamma=cfg.gamma, normalize=cfg.normalize, clip=0.0, scale=scale)
     if cfg.method == "ppo":
         return torch.from_numpy(rewards).float()  # step rewards: training/ppo.py makes token advantages with the critic
     if cfg.method == "reinforce":
-        return reinforce_advantages(rewards.sum(1), lengths.sum(1), num_steps, clip=clip, scale=scale)
+        return reinforce_advantages(rewards.sum(1), lengths.sum(1), num_steps, scale=scale)
     if cfg.method == "rloo":
-        return rloo_advantages(rewards.sum(1), groups, num_steps, clip=clip)
+        return rloo_advantages(rewards.sum(1), groups, num_steps)
     # Eq. 4 on the verdict's reward, on that plus verified steps (5.1.4), or on the sum of step rewards (Table 3, "+ Step Reward")
     scalar = {"grpo": rewards[:, -1], "grpo_star": verified_rewards(rollouts), "grpo_step_sum": rewards.sum(1)}[cfg.method]
-    return grpo_advantages(scalar, groups, num_steps, clip=clip, scale=scale)
+    return grpo_advantages(scalar, groups, num_steps, scale=scale)
 
 
 def verified_rewards(rollouts: Sequence[Rollout]) -> np.ndarray:
@@ -140,20 +144,19 @@ def verified_rewards(rollouts: Sequence[Rollout]) -> np.ndarray:
     )
 
 
-def rollout_metrics(rollouts: Sequence[Rollout], schema: StepSchema, credit: Credit, max_clip: float) -> dict[str, float]:
-    """The `reward/*`, `advantage/*` and `rollout/*` metrics of an optimizer step, over the rollouts of all ranks."""
+def rollout_metrics(rollouts: Sequence[Rollout], schema: StepSchema, credit: Credit) -> dict[str, float]:
+    """The `reward/*`, `advantage/*` and `rollout/*` metrics of an optimizer step, over the rollouts of all ranks.
+
+    Without a token that trains `advantage/*` has no keys, without a step left to the judge `reward/missing_frac` has none.
+    """
     rewards = np.array([_rewards(r) for r in rollouts])
     lengths = np.array([r.step_lengths for r in rollouts])
     judged = [s for r in rollouts for s in (r.reward_sources or ()) if s in ("judge", "no_verdict")]
     tokens = lengths * credit.trains[:, None]
-    magnitude = credit.advantages.abs().double().numpy()
-    total = max(int(tokens.sum()), 1)
+    num_tokens = int(tokens.sum())
     metrics = {
         "reward/total": rewards.sum(1).mean(),
         "reward/total_std": rewards.sum(1).std(),
-        "reward/missing_frac": judged.count("no_verdict") / len(judged) if judged else 0.0,
-        "advantage/abs_mean": (tokens * magnitude).sum() / total,
-        "advantage/clip_frac": tokens[magnitude >= max_clip].sum() / total if max_clip else 0.0,
         "rollout/parse_rate": np.mean([None not in r.answers for r in rollouts]),
         "rollout/truncated_frac": np.mean([r.finish == "length" for r in rollouts]),
         "rollout/response_length": lengths.sum(1).mean(),
@@ -163,6 +166,11 @@ def rollout_metrics(rollouts: Sequence[Rollout], schema: StepSchema, credit: Cre
         "rollout/num_groups_in_window": credit.num_in_window,
         "rollout/group_score": np.mean(list(credit.group_scores.values())),
     }
+    if judged:
+        metrics["reward/missing_frac"] = judged.count("no_verdict") / len(judged)
+    if num_tokens:
+        metrics["advantage/abs_mean"] = (tokens * credit.advantages.abs().double().numpy()).sum() / num_tokens
+        metrics["advantage/clip_frac"] = tokens[credit.clipped.numpy()].sum() / num_tokens
     if credit.num_masked is not None:
         metrics["rollout/num_masked"] = credit.num_masked
     for j, spec in enumerate(schema.specs):

@@ -54,13 +54,14 @@ class Mismatch:
             self._gaps.append(gap.float())
 
     def metrics(self, parallel: Parallel) -> dict[str, float]:
-        """The `rollout/mismatch_*` and `rollout/importance_*` metrics over all ranks. Collective."""
+        """The `rollout/mismatch_*` and `rollout/importance_*` metrics over all ranks, none without tokens. Collective."""
         gaps = torch.cat(self._gaps) if self._gaps else torch.zeros(0, device=self._device)
         ratios = gaps.clamp(max=_MAX_GAP).exp()
         outside = _outside(gaps, self._kind, self._cap).sum() if self._kind != "off" else torch.zeros((), device=self._device)
         sums = torch.stack([self._kl, ratios.double().sum(), outside.double(), self._kl.new_tensor(float(gaps.numel()))])
         kl, ratio, num_outside, num_tokens = parallel.all_reduce_sum(sums).tolist()
-        num_tokens = max(num_tokens, 1.0)
+        if not num_tokens:
+            return {}
         largest = torch.stack([self._largest, ratios.double().max() if ratios.numel() else self._largest.new_zeros(())])
         largest_gap, largest_ratio = parallel.all_reduce_max(largest).tolist()
         metrics = {
@@ -74,15 +75,13 @@ class Mismatch:
 
 
 def quantile(values: torch.Tensor, q: float, parallel: Parallel) -> float:
-    """The smallest value that at least a fraction `q` of all ranks' values does not exceed; 0 without values. Exact.
+    """The smallest value that at least a fraction `q` of all ranks' values does not exceed; at least one rank has a value. Exact.
 
     values: [R] fp32, not negative, not NaN. The bit patterns of such numbers have the same order as the numbers, so two summed
     histograms, of the upper and then of the lower 16 bits, find the value without gathering all values. Collective.
     """
     bits = values.contiguous().view(torch.int32).long()
     counts = parallel.all_reduce_sum(torch.bincount(bits >> 16, minlength=1 << 15)).cumsum(0)
-    if not int(counts[-1]):
-        return 0.0
     rank = max(1, math.ceil(q * int(counts[-1]) - 1e-9))
     upper = int(torch.searchsorted(counts, rank))
     below = int(counts[upper - 1]) if upper else 0

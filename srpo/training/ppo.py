@@ -11,7 +11,7 @@ import torch
 from torch import nn
 from torch.optim import Optimizer
 
-from srpo.algorithm.advantages import Scale
+from srpo.algorithm.advantages import Scale, clip_advantages
 from srpo.algorithm.gae import Placement, gae, token_rewards, value_loss, whiten
 from srpo.core.batch import IGNORE, Batch
 from srpo.core.config.train import Config
@@ -121,15 +121,18 @@ def with_token_advantages(
     per_column = list(zip(*token_columns, strict=True))[1:] or ((), (), ())
     advantages, returns, values = (torch.cat([no_rows, *column]) for column in per_column)
     mean, std = _moments(advantages, parallel)
-    whitened = whiten(advantages, mean, std, scale=scale, clip=clip)
-    num_tokens = max(_total(torch.ones_like(values), parallel), 1.0)
+    unclipped = whiten(advantages, mean, std, scale=scale, clip=0.0)
+    whitened = clip_advantages(unclipped, clip)
+    num_tokens = _total(torch.ones_like(values), parallel)
     returns_std, residual_std = _moments(returns, parallel)[1], _moments(returns - values, parallel)[1]
-    metrics = {
-        "advantage/abs_mean": _total(whitened.abs(), parallel) / num_tokens,
-        "advantage/clip_frac": _total((whitened.abs() >= clip).double(), parallel) / num_tokens if clip else 0.0,
-        "critic/value": _total(values, parallel) / num_tokens,
-        "critic/explained_var": 1 - (residual_std / returns_std) ** 2 if returns_std else 0.0,
+    totals = {
+        "advantage/abs_mean": _total(whitened.abs(), parallel),
+        "advantage/clip_frac": _total((whitened != unclipped).double(), parallel),
+        "critic/value": _total(values, parallel),
     }
+    metrics = {key: total / num_tokens for key, total in totals.items()} if num_tokens else {}
+    if returns_std:
+        metrics["critic/explained_var"] = 1 - (residual_std / returns_std) ** 2
     parts = whitened.split([len(index) for index, *_ in token_columns])
     filled = [
         TokenBatch(**vars(batch), **{name: batch.scatter(x.float(), index) for name, x in columns.items()})
@@ -171,14 +174,14 @@ def update_critic(
     `srpo.training.update.optimizer_step`. Collective.
     """
     counts = [torch.zeros((), device=parallel.device), *((batch.labels != IGNORE).sum() for batch in batches)]
-    num_tokens = max(int(parallel.all_reduce_sum(torch.stack([count.double() for count in counts]).sum())), 1)
+    num_tokens = int(parallel.all_reduce_sum(torch.stack([count.double() for count in counts]).sum()))
     num_clipped = torch.zeros((), dtype=torch.float64, device=parallel.device)
 
     def loss_of(batch: Batch) -> torch.Tensor:
         values, (_, rows) = critic(batch), batch.rows()
         if not isinstance(rows, TokenBatch):  # an empty batch, added by `level`
             return values.sum()
-        out = value_loss(values, rows.values, rows.returns, clip=value_clip, num_tokens=num_tokens)
+        out = value_loss(values, rows.values, rows.returns, clip=value_clip, num_tokens=max(num_tokens, 1))
         num_clipped.add_(out.num_clipped)
         return out.loss
 
@@ -186,6 +189,7 @@ def update_critic(
     for _ in range(num_updates):
         num_clipped.zero_()
         result = optimizer_step(critic, optimizer, batches, loss_of, parallel, grad_clip=grad_clip, dump=dump, info=info)
-        clip_frac = float(parallel.all_reduce_sum(num_clipped)) / num_tokens
-        metrics = {"critic/loss": result.loss, "critic/grad_norm": result.grad_norm, "critic/clip_frac": clip_frac}
+        metrics = {"critic/loss": result.loss, "critic/grad_norm": result.grad_norm}
+        num_bounded = float(parallel.all_reduce_sum(num_clipped))
+        metrics |= {"critic/clip_frac": num_bounded / num_tokens} if num_tokens else {}
     return metrics

@@ -248,6 +248,7 @@ class _Sums:
 
     def __init__(self, num_steps: int, objective: Objective, device: torch.device) -> None:
         self.stats = StepStats.zeros(num_steps, device)
+        self.has_kl = bool(objective.options.kl_coef)
         self.mismatch = Mismatch(objective.importance, objective.importance_cap, device)
 
     def add(self, out: PolicyLoss, trainer: torch.Tensor, sampling: torch.Tensor) -> None:
@@ -255,15 +256,17 @@ class _Sums:
         self.mismatch.add(trainer, sampling)
 
     def metrics(self, step_names: Sequence[str], parallel: Parallel) -> dict[str, float]:
-        """Means per token over all ranks, under the keys of `srpo.core.metrics`."""
+        """Means per token over all ranks, under the keys of `srpo.core.metrics`. No tokens, no mean; no reference, no KL."""
         stats = StepStats.unstack(parallel.all_reduce_sum(self.stats.stack()))
-        num_tokens = stats.num_tokens.sum().clamp(min=1)
-        metrics = {"train/num_tokens": float(stats.num_tokens.sum()), **self.mismatch.metrics(parallel)}
-        sums = {"entropy": stats.sum_entropy, "kl": stats.sum_kl, "clip_frac": stats.num_clipped, "ratio": stats.sum_ratio}
+        num_tokens = stats.num_tokens.sum()
+        metrics = {"train/num_tokens": float(num_tokens), **self.mismatch.metrics(parallel)}
+        sums = {"entropy": stats.sum_entropy, "clip_frac": stats.num_clipped, "ratio": stats.sum_ratio}
+        sums |= {"kl": stats.sum_kl} if self.has_kl else {}
         for key, per_step in sums.items():
-            metrics[f"policy/{key}"] = float(per_step.sum() / num_tokens)
+            if num_tokens > 0:
+                metrics[f"policy/{key}"] = float(per_step.sum() / num_tokens)
             for j, name in enumerate(step_names):
-                if stats.num_tokens[j] > 0:  # a step without tokens has no metric
+                if stats.num_tokens[j] > 0:
                     metrics[f"policy/{key}/{name}"] = float(per_step[j] / stats.num_tokens[j])
         return metrics
 
@@ -344,5 +347,6 @@ def update(
     metrics = {"train/loss": result.loss, "train/grad_norm": result.grad_norm, **sums.metrics(step_names, parallel)}
     if replays is not None:
         num_flips, num_replayed = parallel.all_reduce_sum(replays.take_flips().to(parallel.device)).tolist()
-        metrics["rollout/routing_flip_frac"] = num_flips / max(num_replayed, 1.0)
+        if num_replayed:
+            metrics["rollout/routing_flip_frac"] = num_flips / num_replayed
     return metrics

@@ -243,3 +243,18 @@ def test_dr_grpo_by_hand() -> None:
 def test_bad_input_of_the_baselines(call: Any, message: str) -> None:
     with pytest.raises(ValueError, match=message):
         call()
+
+
+@pytest.mark.parametrize("value", [0.1, 0.7, 1.1, 123.4])
+def test_a_reward_equal_to_the_mean_has_advantage_zero(value: float) -> None:
+    """In floating point the mean of a, a + d, a - d is seldom a: what is left is rounding, and counts nowhere."""
+    rewards = [value, value + 0.3, value - 0.3]
+    groups, lengths = [0, 0, 0], [[5]] * 3
+    for scale in ("std", "none"):
+        assert grpo_advantages(rewards, groups, 1, scale=scale)[0] == 0
+        assert rloo_advantages(rewards, groups, 1)[0] == 0
+        assert reinforce_advantages(rewards, [5, 5, 5], 1, scale=scale)[0] == 0
+        for normalize in ("batch", "group", "group_step"):
+            returns = [[reward] for reward in rewards]
+            out = srpo_advantages(returns, groups, lengths, gamma=1.0, normalize=normalize, clip=2.0, scale=scale)
+            assert out[0] == 0 and out[1] > 0 > out[2]

@@ -55,8 +55,11 @@ def verdict_results(true: Sequence[int], predicted: Sequence[int | None]) -> dic
     return results_dict(responses.rollouts, responses.examples, responses.schema)
 
 
-def slow_scores(rollouts: Sequence[Rollout], examples: Sequence[Example]) -> dict[str, Any]:
-    """All scores of the rows, by scikit-learn and by counting; None if the denominator is 0."""
+def slow_scores(rollouts: Sequence[Rollout], examples: Sequence[Example], drawn_from: Sequence[Example] = ()) -> dict[str, Any]:
+    """All scores of the rows, by scikit-learn and by counting; None if the denominator is 0.
+
+    drawn_from: all pairs, if the rows are a draw from them. A draw that lacks one of their classes has no F1 of it.
+    """
     true = [int(str(e.gold[-1])[1:]) for e in examples]
     pred = [int(r.answers[-1][1:]) if r.answers[-1] else 9 for r in rollouts]  # 9: no verdict, a class outside the averages
     absent: dict[str, Any] = {"zero_division": 0}
@@ -80,6 +83,11 @@ def slow_scores(rollouts: Sequence[Rollout], examples: Sequence[Example]) -> dic
         steps = [value for value in row[:4] if value is not None]
         if steps:
             kinds.append(SHARES[2 * (t != p) + (not all(steps))])
+    lost = {int(str(e.gold[-1])[1:]) for e in drawn_from} - set(true)
+    for grade in lost:
+        scores["class_f1"][grade - 1] = scores["macro_f1"] = None
+    if {3, 4} & lost and not {3, 4} & set(true):
+        scores["good_f1"] = None
     scores["consistency"] = {kind: kinds.count(kind) / len(kinds) if kinds else None for kind in SHARES}
     scores["num_checked"] = len(kinds)
     scores["num_fully_checked"] = sum(None not in row[:4] for row in right)

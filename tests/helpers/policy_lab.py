@@ -17,7 +17,7 @@ from srpo.core.batch import Batch, Rollout, pack
 from srpo.core.config.demo import TinyConfig
 from srpo.policy.checkpoint import latest_checkpoint, load_checkpoint, save_checkpoint
 from srpo.policy.model import Policy, make_tiny, save_policy
-from srpo.policy.parallel import Parallel, iter_full_params, to_local
+from srpo.policy.parallel import Parallel, clip_grad_norm, iter_full_params, to_local
 from srpo.training.update import NonFiniteError, Objective, update, with_logprobs
 
 VOCAB = 50
@@ -171,9 +171,24 @@ def same_bits(a: Mapping[str, torch.Tensor], b: Mapping[str, torch.Tensor]) -> b
     return a.keys() == b.keys() and all(a[k].dtype == b[k].dtype and torch.equal(a[k], b[k]) for k in a)
 
 
+def large_gradient() -> torch.Tensor:
+    """More elements than a sum in fp32 can add up to 1e-6."""
+    return torch.randn(3 << 20, generator=torch.Generator().manual_seed(5))
+
+
+def with_gradient(grad: torch.Tensor) -> torch.nn.Module:
+    """A module with one parameter, whose gradient is `grad`."""
+    module = torch.nn.Module()
+    module.weight = torch.nn.Parameter(torch.zeros_like(grad))
+    module.weight.grad = grad.clone()
+    return module
+
+
 def main(out: Path, parallel: Parallel) -> None:
     """The part for two ranks. Rank 0 writes the results that the tests read."""
     results: dict[str, Any] = {}
+    share = large_gradient().tensor_split([1 << 20])[parallel.rank]
+    results["large_norm"] = parallel.all_gather_object(clip_grad_norm(with_gradient(share), 0.0, parallel))
     saved = {}
     # Rank 0 has six sequences in several micro-batches, rank 1 two in one.
     uneven = slice(0, 6) if parallel.is_main else slice(6, 8)

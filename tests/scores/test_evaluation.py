@@ -15,6 +15,7 @@ from srpo.core.config.evaluation import BootstrapConfig
 from srpo.core.steps import PAPER_STEPS, StepSchema
 from srpo.data.examples import Example
 from srpo.scores.evaluation import consistency_rows, results_dict, score_rows
+from srpo.scores.paired import compare_systems
 from srpo.scores.tally import parses, predicted_grade
 
 SCHEMA = StepSchema(PAPER_STEPS)
@@ -143,11 +144,41 @@ def test_results_and_intervals_equal_resampled_rows(seed: int):
             again = [
                 i for c in generator.integers(len(queries), size=len(queries)) for i in rows if examples[i].query_id == queries[c]
             ]
-            drawn.append(flat(slow_scores([rollouts[i] for i in again], [examples[i] for i in again])))
+            everything = [examples[i] for i in rows]
+            drawn.append(flat(slow_scores([rollouts[i] for i in again], [examples[i] for i in again], everything)))
         confidence = scores["confidence"]
         assert confidence["num_queries"] == len(queries)
         for key, interval in flat(confidence).items():
             assert interval == pytest.approx(slow_interval([draw[key] for draw in drawn], 0.8)), key
+
+
+@pytest.mark.parametrize("num_right", [500, 350])
+def test_a_draw_without_a_rare_class_is_left_out(num_right: int):
+    """A third of all draws lack the one pair of class 2; they say nothing about its F1."""
+    rng = random.Random(num_right)
+    grades = [2, *rng.choices([1, 3, 4], k=499)]
+    examples = [example(i, grade) for i, grade in enumerate(grades)]
+    rollouts = [rollout(i, *RIGHT[:4], f"L{g}" if i < num_right else None) for i, g in enumerate(grades)]
+    results = results_dict(rollouts, examples, SCHEMA, bootstrap=BootstrapConfig(num_draws=400))
+    low, high = results["confidence"]["macro_f1"]
+    assert results["confidence"]["class_f1"][1] == [1.0, 1.0]
+    if num_right == 500:
+        assert results["macro_f1"] == low == high == 1.0
+    else:
+        assert results["macro_f1"] - 0.05 < low < results["macro_f1"] < high
+    # The same system against one that errs on class 3 alone: the missing draws are missing for both.
+    other = [rollout(i, *RIGHT[:4], None if g == 3 else f"L{g}") for i, g in enumerate(grades)]
+    difference = compare_systems(other, rollouts, examples, SCHEMA, bootstrap=BootstrapConfig(num_draws=400))["difference"]
+    assert difference["class_f1"][1]["interval"] == [0.0, 0.0] and difference["class_f1"][1]["equal_frac"] == 1
+    if num_right == 500:
+        assert difference["macro_f1"]["interval"] == [0.25, 0.25] and difference["macro_f1"]["b_higher_frac"] == 1
+
+
+def test_a_class_that_no_pair_has_counts_as_0_in_every_draw():
+    examples = [example(i, 4 - i % 2) for i in range(40)]
+    rollouts = [rollout(i, *RIGHT[:4], f"L{4 - i % 2}") for i in range(40)]
+    results = results_dict(rollouts, examples, SCHEMA, bootstrap=BootstrapConfig(num_draws=100))
+    assert results["macro_f1"] == 0.5 and results["confidence"]["macro_f1"] == [0.5, 0.5]
 
 
 def test_results_dict_has_the_promised_keys_and_a_part_for_each_value_of_a_tag():

@@ -33,7 +33,8 @@ def test_differences_equal_those_of_resampled_rows(seed: int):
         draws.append([i for c in drawn for i, example in enumerate(examples) if example.query_id == queries[c]])
     expected: dict[str, list[Any]] = {}
     for rows in draws:
-        a, b = (flat(slow_scores([rollouts[i] for i in rows], [examples[i] for i in rows])) for rollouts in (system_a, system_b))
+        chosen = [examples[i] for i in rows]
+        a, b = (flat(slow_scores([rollouts[i] for i in rows], chosen, examples)) for rollouts in (system_a, system_b))
         for key in a:
             known = a[key] is not None and b[key] is not None
             expected.setdefault(key, []).append(b[key] - a[key] if known else None)  # pyright: ignore[reportOperatorIssue]

@@ -168,7 +168,7 @@ def test_metrics_by_hand() -> None:
         rollout(1, WRONG, (3, 3, 3, 3, 3)),
     ]
     got = credit(rollouts, SamplerConfig(), normalize="none", clip=1.5)
-    metrics = rollout_metrics(rollouts, SCHEMA, got, max_clip=1.5)
+    metrics = rollout_metrics(rollouts, SCHEMA, got)
     for key in metrics:
         check_key(key)
     assert metrics["reward/total"] == pytest.approx(1.8 / 4)
@@ -187,9 +187,29 @@ def test_metrics_by_hand() -> None:
 
 def test_metrics_of_a_step_without_training_are_numbers() -> None:
     rollouts = [replace(r, reward_sources=("gold",) * 5) for r in (rollout(0, WRONG), rollout(0, WRONG))]
-    metrics = rollout_metrics(rollouts, SCHEMA, credit(rollouts, SamplerConfig()), max_clip=0.0)
+    metrics = rollout_metrics(rollouts, SCHEMA, credit(rollouts, SamplerConfig()))
     assert all(np.isfinite(value) for value in metrics.values())
-    assert metrics["advantage/abs_mean"] == metrics["advantage/clip_frac"] == metrics["reward/missing_frac"] == 0
+    assert not {"advantage/abs_mean", "advantage/clip_frac", "reward/missing_frac"} & metrics.keys()
+
+
+@pytest.mark.parametrize("method", ["srpo", "grpo", "grpo_star", "grpo_step_sum", "rloo", "reinforce"])
+@pytest.mark.parametrize("clip", [0.7, 0.9, 1.4, 1.9])  # numbers that fp32 cannot hold
+def test_clip_frac_counts_what_was_clipped(method: Any, clip: float) -> None:
+    for seed in range(5):
+        rollouts = drawn(seed)
+        tokens = np.array([r.step_lengths for r in rollouts])
+        got, free = (credit(rollouts, method=method, clip=c) for c in (clip, 0.0))
+        beyond = free.advantages.double().abs().numpy() > clip
+        want = (tokens * beyond)[got.trains].sum() / tokens[got.trains].sum()
+        assert rollout_metrics(rollouts, SCHEMA, got)["advantage/clip_frac"] == pytest.approx(want)
+        assert rollout_metrics(rollouts, SCHEMA, free)["advantage/clip_frac"] == 0
+
+
+def test_an_advantage_at_the_clip_is_not_clipped() -> None:
+    rollouts = [rollout(0, (0, 0, 0, 0, 1.0)), rollout(0, WRONG)]
+    for clip, want in ((0.5, 0.0), (0.4999, 1.0)):  # both advantages are +-0.5
+        got = credit(rollouts, method="grpo", scale="none", clip=clip)
+        assert rollout_metrics(rollouts, SCHEMA, got)["advantage/clip_frac"] == want
 
 
 @pytest.mark.parametrize(
@@ -259,10 +279,10 @@ def test_a_masked_response_counts_in_the_baseline_alone() -> None:
     assert got.trains.tolist() == [False, True, True] and got.num_masked == 1 and got.num_in_window == 1
     assert torch.equal(got.advantages[1:], grpo_advantages([1.0, 1.0, 0.0], [0, 0, 0], 5)[1:]) and not got.advantages[0].any()
     assert got.weights.tolist() == pytest.approx([0, 1 / 20, 1 / 20])
-    assert rollout_metrics(rollouts[:3], SCHEMA, got, 0.0)["rollout/num_masked"] == 1
+    assert rollout_metrics(rollouts[:3], SCHEMA, got)["rollout/num_masked"] == 1
     kept = assign_credit(rollouts[:3], SCHEMA, advantage, replace(loss, overlong="train"), WIDE)
     assert kept.trains.all() and kept.num_masked is None
-    assert "rollout/num_masked" not in rollout_metrics(rollouts[:3], SCHEMA, kept, 0.0)
+    assert "rollout/num_masked" not in rollout_metrics(rollouts[:3], SCHEMA, kept)
     outside = SamplerConfig(difficulty_low=0.1, difficulty_high=0.9)  # responses outside the window do not count as masked
     far = assign_credit([*rollouts, rollout(1, WRONG, finish="length")], SCHEMA, advantage, loss, outside)
     assert far.num_masked == 1 and far.trains.tolist() == [False, True, True, False, False]

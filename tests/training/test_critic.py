@@ -244,7 +244,7 @@ def test_a_batch_with_no_response_to_train_on_is_no_trouble(tmp_path: Path) -> N
     critic = trained_critic()
     before = [p.clone() for p in critic.parameters()]
     batches, seen = with_token_advantages([], critic, ONE, rewards="end", gamma=1.0, gae_lambda=1.0, scale="std", clip=2.0)
-    assert batches == [] and all(math.isfinite(x) for x in seen.values())
+    assert batches == [] and seen == {}
     optimizer = torch.optim.SGD(critic.parameters(), lr=1.0)
     update_critic(critic, optimizer, batches, ONE, value_clip=0.2, num_updates=1, grad_clip=1.0, dump=tmp_path / "d.pt")
     assert all(torch.equal(a, b) for a, b in zip(before, critic.parameters(), strict=True))

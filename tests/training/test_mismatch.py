@@ -42,7 +42,6 @@ def test_the_quantile_is_numpy_s_nearest_rank(seed: int) -> None:
     q = float(rng.choice([0.01, 0.5, 0.9, 0.99, 1.0]))
     want = np.quantile(values, q, method="inverted_cdf")
     assert quantile(torch.from_numpy(values), q, ONE) == want, (size, q)
-    assert quantile(torch.zeros(0), q, ONE) == 0.0
 
 
 def test_the_quantile_over_ranks() -> None:
@@ -87,7 +86,7 @@ def test_metrics_over_micro_batches(kind: str) -> None:
 
 
 def test_nothing_and_infinity() -> None:
-    assert set(Mismatch("mask", 2.0, torch.device("cpu")).metrics(ONE).values()) == {0.0}
+    assert Mismatch("mask", 2.0, torch.device("cpu")).metrics(ONE) == {}  # no tokens, no values
     far = Mismatch("off", 2.0, torch.device("cpu"))
     far.add(torch.tensor([0.0]), torch.tensor([-200.0]))
     assert far.metrics(ONE)["rollout/mismatch_ratio_max"] == pytest.approx(math.exp(20.0))
