@@ -279,7 +279,6 @@ PLATEAU = {"metric": "reward/total", "patience": 3}
         ([StageConfig("a", metric="train/token_accuracy", patience=3), LAST], {}, r"logs no metric 'train/token_accuracy'"),
         ([StageConfig("a", num_steps=3, metric="reward/total"), LAST], {}, r"metric is set and patience is not"),
         ([StageConfig("a", num_steps=3, patience=3), LAST], {}, r"patience is set and metric is not"),
-        ([StageConfig("a", num_steps=-3), LAST], {}, r"num_steps, min_gain or patience is negative: set"),
         ([StageConfig("a", num_steps=3, difficulty_low=0.95), LAST], {}, r"window \(0.95, 0.9\) filters out"),
         ([StageConfig("a", num_steps=3, solve_rate=(0.5, 0.2)), LAST], {}, r"no solve_rate lies in \[0.5, 0.2\]"),
         ([StageConfig("a", num_steps=3, tags={"difficulty": ()}), LAST], {}, r"tags.difficulty names no value"),

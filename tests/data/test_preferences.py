@@ -138,8 +138,8 @@ def test_a_response_that_a_judge_has_held_both_ways_has_its_mean() -> None:
         ([rollout("a", (1,), "L4")], {"a": None}, PairRules(), "example a of the rollouts has no grade in data"),
         ([replace(rollout("a", (1,), "L4"), step_rewards=None)], None, PairRules(), "a have no rewards"),
         ([replace(rollout("a", (1,), "L4"), step_rewards=None)], {"a": "L4"}, PairRules("total"), "a have no rewards"),
-        ([], None, PairRules(margin=-1.0), r"rules\.margin is -1\.0 .*: set both to 0 or more"),
-        ([], None, PairRules(per_example=-1), r"rules\.per_example -1: set both to 0 or more"),
+        ([], None, PairRules(margin=-1.0), r"rules\.margin is -1\.0: set it to 0 or more"),
+        ([], None, PairRules(per_example=-1), r"rules\.per_example is -1: set it to 0 or more"),
     ],
 )
 def test_what_makes_no_pairs_says_why(rollouts: Any, labels: Any, rules: PairRules, message: str) -> None:

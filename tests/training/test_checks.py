@@ -44,13 +44,13 @@ def test_the_defaults_with_data_pass() -> None:
         ({"loss": {"dual_clip": 1.0}}, "loss.dual_clip is 1.0: set it above 1, or to 0"),
         ({"loss": {"dual_clip": 3.0, "clip_form": "cispo"}}, "loss.dual_clip is 3.0 and loss.clip_form cispo: .*dual_clip to 0"),
         ({"rollout": {"oversample": -0.1}}, "rollout.oversample is -0.1: set it to 0 or more"),
-        ({"rollout": {"cut_tail": 1.0}}, "rollout.cut_tail is 1.0: set it to a share of the groups"),
+        ({"rollout": {"cut_tail": 1.0}}, "rollout.cut_tail is 1.0: set it to a number from 0 to below 1"),
         (
             {"rollout": {"cut_tail": 0.01}},
             "cut_tail is 0.01, less than one of the 64 prompts of a process, .*: set it to 0.0156 or more",
         ),
         ({"rollout": {"cut_tail": 0.25}, "sampler": {"refill": 1}}, "cut_tail is 0.25 and sampler.refill 1"),
-        ({"rollout": {"off_policy_steps": 2}}, "rollout.off_policy_steps is 2: set it to 0, or to 1"),
+        ({"rollout": {"off_policy_steps": 2}}, "rollout.off_policy_steps is 2: set it to a number from 0 to 1"),
         (
             {"rollout": {"off_policy_steps": 1}},
             "off_policy_steps is 1 and loss.importance off: .*set loss.importance to 'truncate'",
