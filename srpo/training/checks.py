@@ -4,6 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+import torch
+from srpo_kernels.dispatch import choose
+
 from srpo.core.batch import Rollout
 from srpo.core.config.train import Config
 from srpo.core.errors import UserError
@@ -105,6 +108,14 @@ def check_rollout(cfg: Config) -> None:
             f"rollout.support is 'replay' with rollout.top_k {rollout.top_k} and rollout.ratio {rollout.ratio!r}: only a "
             "filtered distribution has a support, set top_k above 0 and ratio to 'filtered', or support to 'recompute'"
         )
+
+
+def check_impl(impl: str, device: torch.device, dtype: torch.dtype) -> None:
+    """Raise UserError if `loss.impl` names a kernel that cannot take logits of this device and dtype."""
+    try:
+        choose("loss.impl", impl, device, dtype)
+    except ValueError as error:
+        raise UserError(str(error)) from error
 
 
 def check_support(cfg: Config, vocab_size: int) -> None:

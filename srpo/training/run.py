@@ -28,7 +28,7 @@ from srpo.rewards.build import build_judge
 from srpo.rewards.judge import Judge
 from srpo.rollout.build import open_engine, sampling_params
 from srpo.rollout.engine import Engine, SamplingParams
-from srpo.training.checks import check_examples, check_prompt_lengths, check_settings, check_support
+from srpo.training.checks import check_examples, check_impl, check_prompt_lengths, check_settings, check_support
 from srpo.training.credit import Credit
 from srpo.training.optim import make_optimizer
 from srpo.training.ppo import Ppo
@@ -85,6 +85,7 @@ class Run:
         if replay:
             Routers(model)  # UserError if the routing of this model cannot be replayed
         check_head(model, cfg.loss.inputs)
+        check_impl(cfg.loss.impl, parallel.device, getattr(torch, cfg.policy.dtype))
         engine = open_engine(cfg, model, parallel)
         for some in (examples, eval_examples):
             prompts = encode_prompts(tokenizer, some, cfg.data.prompt)

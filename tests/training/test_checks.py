@@ -5,13 +5,15 @@ from typing import Any
 
 import pytest
 import small_world as small
+import torch
 
 from srpo.core.config.train import Config, DataConfig
+from srpo.core.errors import UserError
 from srpo.core.steps import PAPER_STEPS, StepSchema
 from srpo.data.examples import Example
 from srpo.rewards.judge import OracleJudge
 from srpo.rollout.engine import SamplingParams
-from srpo.training.checks import check_examples, check_prompt_lengths, check_settings, check_support
+from srpo.training.checks import check_examples, check_impl, check_prompt_lengths, check_settings, check_support
 
 GOOD = Config(data=DataConfig(train="pairs.jsonl"))
 SCHEMA = StepSchema(PAPER_STEPS)
@@ -164,3 +166,10 @@ def test_every_step_of_every_example_needs_a_grader() -> None:
 def test_every_evaluation_example_needs_a_grade() -> None:
     with pytest.raises(ValueError, match="e7 has no grade"):
         check([LABELLED], [LABELLED, replace(LABELLED, example_id="e7", gold=())])
+
+
+def test_a_loss_kernel_that_cannot_run_here() -> None:
+    cpu = torch.device("cpu")
+    check_impl("auto", cpu, torch.float32)
+    with pytest.raises(UserError, match=r"^loss\.impl: implementation 'triton' cannot be used because .*: give one of auto, "):
+        check_impl("triton", cpu, torch.float32)
