@@ -30,7 +30,7 @@ from srpo.scores.pages import Pages, judged_examples, read_judgments, read_pages
 from srpo.scores.paired import compare_systems
 from srpo.scores.responses import Responses, from_file, verdicts_alone
 from srpo.scores.side_by_side import side_by_side
-from srpo.scores.tally import true_grades
+from srpo.scores.tally import check_verdicts, true_grades
 
 
 def main(config: CompareConfig) -> None:
@@ -58,6 +58,7 @@ def main(config: CompareConfig) -> None:
     tables: list[str] = []
     if config.data:
         schema = StepSchema(run_settings(source, config.config).steps)
+        check_verdicts(schema)
         examples = load_examples(config.data, schema.num_steps, options=schema.options)
         if config.a:
             check_tags((example.tags for example in examples), config.by)

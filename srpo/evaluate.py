@@ -37,7 +37,7 @@ from srpo.rollout.local import LocalEngine
 from srpo.scores.evaluation import check_tags, results_dict
 from srpo.scores.responses import from_predictions, from_rollouts, load_rollouts, read_predictions
 from srpo.scores.tables import results_table
-from srpo.scores.tally import predicted_grade, true_grades
+from srpo.scores.tally import check_verdicts, predicted_grade, true_grades
 from srpo.training.evaluation import evaluate_policy
 
 
@@ -56,6 +56,7 @@ def evaluate(config: EvaluateConfig, parallel: Parallel) -> None:
         raise UserError(f"no such file or folder: {source}")
     run = run_settings(source, config.config, say=parallel.is_main)
     schema = StepSchema(run.steps)
+    check_verdicts(schema)
     data = config.data or run.data.eval
     if not data:
         raise UserError("no data: give graded examples with --data FILE")

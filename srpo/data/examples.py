@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 
+from srpo.core.steps import same_answer
+
 # Class numbers of 5.1.2: 1 Irrelevant, 2 Mismatch, 3 Related, 4 Excellent.
 GRADES = (1, 2, 3, 4)
 
@@ -29,6 +31,10 @@ class Example:
 
     @property
     def grade(self) -> int | None:
-        """The human grade, 1 to 4, from the last gold label ("L3" -> 3); None if the pair has no grade."""
-        last = self.gold[-1] if self.gold else None
-        return None if last is None else int(last[1:])
+        """The human grade, 1 to 4, from the last gold label ("L3" -> 3); None if the pair has none, or a label of other steps."""
+        return grade_of(self.gold[-1]) if self.gold else None
+
+
+def grade_of(verdict: str | None) -> int | None:
+    """The grade 1 to 4 that a verdict names ("L3" -> 3), by the rule that compares answers; None for any other text."""
+    return next((grade for grade in GRADES if same_answer(verdict, f"L{grade}")), None)

@@ -37,6 +37,8 @@ def example_from_row(row: dict[str, Any], where: str, num_steps: int, options: S
     tags = _strings(row, "tags", where)
     verdict = _verdict(row, where)
     if verdict is not None:
+        if options and options[-1] and verdict.casefold() not in map(str.casefold, options[-1]):
+            raise UserError(f"{where}: grade or label is {verdict}, but the last step allows {', '.join(options[-1])}: use gold")
         if gold[-1] not in (None, verdict):
             raise UserError(f"{where}: the last entry of gold is {gold[-1]!r} but grade or label is {verdict}: keep one of them")
         gold = (*gold[:-1], verdict)

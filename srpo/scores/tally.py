@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 from srpo.core.batch import Rollout
 from srpo.core.errors import UserError
 from srpo.core.steps import StepSchema, same_answer
-from srpo.data.examples import GRADES, Example
+from srpo.data.examples import GRADES, Example, grade_of
 
 NUM_CLASSES = len(GRADES)
 NO_VERDICT = NUM_CLASSES  # column of the confusion matrix for a response whose verdict cannot be read
@@ -37,8 +37,18 @@ _STEPS = _ALL_STEPS_CHECKED + 1  # start of right [J], known [J]
 
 def predicted_grade(rollout: Rollout) -> int | None:
     """The grade 1..4 that the last step's answer names ("L3" -> 3), None if it names none."""
-    answer = rollout.answers[-1] or ""
-    return int(answer[1:]) if answer in {f"L{grade}" for grade in GRADES} else None
+    return grade_of(rollout.answers[-1])
+
+
+def check_verdicts(schema: StepSchema) -> None:
+    """Raise UserError if the last step allows an answer other than L1..L4, the verdicts that all scores are computed from."""
+    spec = schema.specs[-1]
+    others = [option for option in spec.options if grade_of(option) is None]
+    if others:
+        raise UserError(
+            f"the last step, {spec.name!r}, allows the answer {others[0]!r}: only verdicts L1, L2, L3 and L4 can be scored. "
+            "Spell its options so, or leave out what scores them: data.eval in training, srpo.evaluate and srpo.compare"
+        )
 
 
 def parses(rollout: Rollout) -> bool:
@@ -68,7 +78,9 @@ def tally(rollouts: Sequence[Rollout], examples: Sequence[Example], schema: Step
     In order: its cell of the confusion matrix [4 x 5]; whether it parses; its case of `CONSISTENCY` [4], all 0 if no step before
     the verdict has a reference; whether all of these steps have one; for each step, whether it is right [J] and whether that is
     known [J]. Answers are compared as sets of facts (`srpo.core.steps.same_answer`); a missing answer is wrong.
+    Raises UserError as `check_verdicts`.
     """
+    check_verdicts(schema)
     num_steps = schema.num_steps
     counts = np.zeros((len(rollouts), _STEPS + 2 * num_steps), dtype=np.int64)
     for row, rollout, example, grade in zip(counts, rollouts, examples, true_grades(examples), strict=True):
