@@ -24,6 +24,7 @@ import tyro
 from tyro.constructors import ConstructorRegistry, StructConstructorSpec, StructTypeInfo
 
 from srpo.core.errors import UserError, explain_os_error
+from srpo.core.interrupts import end_at_signals, ended_by_signals
 from srpo.core.ranges import check_ranges, field_types
 
 T = TypeVar("T")
@@ -99,12 +100,16 @@ def run_program(main: Callable[[T], int | None], cls: type[T], argv: Sequence[st
     A user error (`UserError`, or an error of the file system) prints the line `error: ...` and exits with code 2; SRPO_DEBUG=1
     shows its traceback. Any other exception, such as a plain ValueError, is our own bug and keeps its traceback.
     """
-    with _user_errors_in_one_line():
+    with _user_errors_in_one_line(), ended_by_signals():
         sys.exit(main(load(cls, argv, _prog())) or 0)
 
 
 def check_command_line(cls: type) -> None:
-    """Exit if the command line has `-h` or does not load as `cls`. Programs call this before they import torch."""
+    """Exit if the command line has `-h` or does not load as `cls`. Programs call this before they import torch.
+
+    From here on Ctrl-C and SIGTERM end the program with one line (`srpo.core.interrupts`).
+    """
+    end_at_signals()
     with _user_errors_in_one_line():
         load(cls, prog=_prog())
 
@@ -124,9 +129,6 @@ def _user_errors_in_one_line() -> Iterator[None]:
             raise
         print(f"error: {message}", file=sys.stderr, flush=True)
         sys.exit(2)
-    except KeyboardInterrupt:
-        print("interrupted", file=sys.stderr, flush=True)
-        sys.exit(130)
 
 
 def check_one_process(program: str, instead: str) -> None:
@@ -342,8 +344,13 @@ def _literal(value: Any) -> str:
     if isinstance(value, (str, Path)):
         if "\\" in str(value) and "'" not in str(value) and str(value).isprintable():
             return f"'{value}'"  # regular expressions stay readable
-        return json.dumps(str(value), ensure_ascii=False).replace("\x7f", "\\u007f")
+        return _quoted(str(value))
     if isinstance(value, (tuple, list)):
         return "[" + ", ".join(map(_literal, value)) + "]"
     assert isinstance(value, dict), type(value)
-    return "{" + ", ".join(f"{json.dumps(k, ensure_ascii=False)} = {_literal(v)}" for k, v in value.items()) + "}"
+    return "{" + ", ".join(f"{_quoted(k)} = {_literal(v)}" for k, v in value.items()) + "}"
+
+
+def _quoted(text: str) -> str:
+    """A string of TOML, as a value or a key. TOML allows no DEL in it, JSON does."""
+    return json.dumps(text, ensure_ascii=False).replace("\x7f", "\\u007f")

@@ -33,7 +33,7 @@ def stream_scored(
     in the call. `groups` is closed as soon as enough have come, so that the engine stops sampling the rest.
 
     An error on one side ends the other: scoring after its current call, sampling after the next group to finish. Once `stop` is
-    set, both end in the same way, with Stopped.
+    set, both end in the same way, with Stopped. At Ctrl-C the current call ends at once (`srpo.core.interrupts`).
     """
     rollouts: list[Rollout] = []
     with closing(groups), _Scorer(score, overlap) as scorer:
