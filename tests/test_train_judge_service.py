@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -87,6 +88,23 @@ def test_a_run_may_go_on_without_its_judge(world: Any, tmp_path: Path) -> None:
         pairs = list(zip(rollout.reward_sources or (), rollout.step_rewards or (), strict=True))
         assert step < 4 or all(source != "judge" for source, _ in pairs)
         assert all(reward == 0 for source, reward in pairs if source == "no_verdict")
+
+
+@pytest.mark.parametrize("content", [None, ["Step 1 is [Correct]"], "  ", "<think>Step 1 looks right ..."])
+def test_a_judge_that_never_says_anything_is_told_or_stops_the_run(
+    content: Any, world: Any, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with serving(lambda call: chat(content)) as server:
+        cfg = settings(world, tmp_path / "run", server.port)
+        line = small.complaint(main, replace(cfg, reward=replace(cfg.reward, audit="stop")), tmp_path, capsys)
+        assert "no verdict on 100% of the steps left to it" in line and "reward.judge_max_new_tokens" in line
+        cfg = replace(cfg, run_dir=str(tmp_path / "told"), num_steps=2)
+        train(cfg, small.ONE)
+    assert capsys.readouterr().out.count("no verdict on 100%") == 1
+    assert all(line["reward/missing_frac"] == 1 for line in small.metrics_of(tmp_path / "told"))
+    timing = read_metrics(tmp_path / "told" / "timing.jsonl")
+    silent = not isinstance(content, str) or not content.strip()
+    assert all(line["service/num_no_text"] == (line["service/num_calls"] if silent else 0) for line in timing)
 
 
 def test_what_the_judge_did_is_counted_and_the_key_is_in_no_file(

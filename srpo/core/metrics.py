@@ -90,6 +90,7 @@ METRICS: dict[str, str] = {
     "service/num_calls": "number of texts requested from the generative judge, over all ranks; no cached or repeated ones",
     "service/num_retries": "number of repeated attempts at calls of the judge's server, over all ranks",
     "service/num_failed": "number of calls of the judge's server without a result: missing verdicts (reward.judge_fallback)",
+    "service/num_no_text": "number of replies of the generative judge without a text (null, a list, blank): missing verdicts",
     "service/num_too_long": "number of responses that do not fit into the judge's context: missing verdicts",
     "service/cache_hit_frac": "fraction of judged responses whose question was cached or equal to another's",
     "service/busy_s": "wall-clock seconds in which the generative judge was busy, of the slowest rank",

@@ -21,8 +21,11 @@ from srpo.core.config.train import RewardConfig
 from srpo.core.errors import UserError
 from srpo.core.steps import StepSchema, same_answer
 from srpo.data.examples import Example
+from srpo.rewards.hybrid import NO_VERDICT
 
 NUM, ERRORS, WRONG, FALSE_CORRECT = range(4)  # row numbers of the counts
+SILENT = ""  # stands for a silent judge among names of reasoning steps, which are never empty
+_MIN_ASKED = 10  # least number of steps left to the judge before it can count as silent
 
 
 def audit_counts(rollouts: Sequence[Rollout], examples: Sequence[Example], schema: StepSchema) -> np.ndarray:
@@ -44,6 +47,21 @@ def audit_counts(rollouts: Sequence[Rollout], examples: Sequence[Example], schem
     return counts
 
 
+def asked_counts(rollouts: Sequence[Rollout], schema: StepSchema) -> np.ndarray:
+    """Return counts [2] of scored rollouts: steps left to the judge, and those of them without a verdict.
+
+    A step without a verdict counts as missing even if a later source, "rule" or "skip", graded it.
+    """
+    counts = np.zeros(2)
+    for rollout in rollouts:
+        sources = rollout.reward_sources or ("missing",) * schema.num_steps
+        for spec, answer, source in zip(schema.specs, rollout.answers, sources, strict=True):
+            asked = rollout.verdicts is not None and answer is not None and "judge" in spec.sources
+            missing = source == NO_VERDICT or (asked and source in ("rule", "skip"))
+            counts += (missing or source == "judge", missing)
+    return counts
+
+
 @dataclass(frozen=True)
 class Audit:
     """The judge's errors up to one optimizer step; a checkpoint stores its `state`.
@@ -56,8 +74,9 @@ class Audit:
     average: np.ndarray  # [4, J]
     baseline: np.ndarray  # [4, J]
     num_steps: int  # optimizer steps with at least one audited verdict
-    beyond: tuple[str, ...]  # names of the reasoning steps whose error rate exceeds the bound
+    beyond: tuple[str, ...]  # names of the reasoning steps whose error rate exceeds the bound; SILENT for a silent judge
     news: tuple[str, ...]  # one line of text for each name in `beyond` that is new in this optimizer step
+    asked: tuple[float, float] = (0.0, 0.0)  # decaying sums like `average`: steps left to the judge; those without a verdict
 
     @property
     def state(self) -> dict[str, Any]:
@@ -67,6 +86,7 @@ class Audit:
             "baseline": self.baseline.tolist(),
             "num_steps": self.num_steps,
             "beyond": list(self.beyond),
+            "asked": list(self.asked),
         }
 
     def metrics(self, schema: StepSchema) -> dict[str, float]:
@@ -102,10 +122,16 @@ def audit(
     A reasoning step is beyond the bound if, after the warm-up, its averaged error rate exceeds that of the warm-up by more than
     `reward.audit_bound`, with at least `reward.audit_min` verdicts in the average. With `reward.audit` "warn" the loop prints
     `news`; with "off" nothing is counted. Raises UserError with "stop" and a step beyond the bound.
+
+    A judge is silent if it gives no verdict on more than `reward.audit_missing` of the steps left to it, averaged alike: those
+    steps then earn nothing, whatever the policy writes. This is printed with "log", too.
     """
     shape = (4, schema.num_steps)
     counts = audit_counts(rollouts, examples, schema) if cfg.audit != "off" else np.zeros(shape)
     state = state or {"average": np.zeros(shape), "baseline": np.zeros(shape), "num_steps": 0, "beyond": []}
+    asked = cfg.audit_decay * np.asarray(state.get("asked", (0.0, 0.0)))
+    if cfg.audit != "off":
+        asked += asked_counts(rollouts, schema)
     num_steps = state["num_steps"] + bool(counts[NUM].any())
     average = cfg.audit_decay * np.asarray(state["average"], dtype=np.float64) + counts
     baseline = np.asarray(state["baseline"], dtype=np.float64) + counts * (num_steps <= cfg.audit_warmup)
@@ -115,6 +141,14 @@ def audit(
         for j, spec in enumerate(schema.specs):
             if rise[j] > cfg.audit_bound and average[NUM, j] >= cfg.audit_min:  # False if the rise is NaN
                 alarms[spec.name] = _alarm(spec.name, average[:, j], baseline[:, j], cfg)
+    if asked[0] >= _MIN_ASKED and asked[1] > cfg.audit_missing * asked[0]:
+        alarms[SILENT] = (
+            f"the judge gives no verdict on {asked[1] / asked[0]:.0%} of the steps left to it, more than reward.audit_missing = "
+            f"{cfg.audit_missing}: they earn nothing. Look at what it writes (a model that thinks first needs a larger "
+            "reward.judge_max_new_tokens, or a server that returns its answer as content), and at service/num_no_text"
+        )
+        if cfg.audit == "stop":
+            raise UserError(alarms[SILENT])
     if alarms and cfg.audit == "stop":
         raise UserError(
             f"{next(iter(alarms.values()))}. The policy may have learned to please the judge: read the verdicts in "
@@ -122,7 +156,7 @@ def audit(
             "instead, set reward.audit = 'warn'"
         )
     news = tuple(text for name, text in alarms.items() if name not in state["beyond"])
-    return Audit(counts, average, baseline, num_steps, tuple(alarms), news)
+    return Audit(counts, average, baseline, num_steps, tuple(alarms), news, (float(asked[0]), float(asked[1])))
 
 
 def _alarm(name: str, average: np.ndarray, baseline: np.ndarray, cfg: RewardConfig) -> str:

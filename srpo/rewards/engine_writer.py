@@ -106,6 +106,7 @@ class EngineWriter:
         for sample in self.engine.generate([ids[p] for p in fitting], params, seed) if fitting else ():
             text = self.tokenizer.decode(list(sample.response_ids), skip_special_tokens=True)
             texts[fitting[sample.prompt_index]].append(text)
+            self._work.add(num_no_text=int(not text.strip()))
         self._work.add(num_calls=len(fitting), num_too_long=len(prompts) - len(fitting))
         return {prompt: samples or [None] * params.group_size for prompt, samples in texts.items()}
 

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import ipaddress
 import json
 import math
 import re
+import socket
 from datetime import UTC, datetime
 from email.utils import parsedate_to_datetime
 from typing import Any
-from urllib.parse import urlsplit
+from urllib.parse import quote, urlsplit
 
 from srpo.core.errors import UserError
 
@@ -27,41 +29,42 @@ class NotAReply(ValueError):
     """The reply does not have the form of the API."""
 
 
-def read_text(data: bytes, api: str) -> str | None:
+def read_text(data: bytes, api: str, key: str = "") -> str | None:
     """Return the text of a reply of the API "chat" or "completions"; None if its text is null (a refusal) or no string.
 
-    Reads the first choice only. Raises nothing but NotAReply: for no JSON, and for JSON without a choice of the API's form.
+    Reads the first choice only. Raises nothing but NotAReply: for no JSON, and for JSON without a choice of the API's form. `key`
+    is the secret that no message shows.
     """
-    choices = _json_object(data).get("choices")
+    choices = _json_object(data, key).get("choices")
     if not isinstance(choices, list) or not choices or not isinstance(choices[0], dict):
-        raise NotAReply(f"a reply without choices: {server_message(data)}")
-    holder, key = (choices[0].get("message"), "content") if api == "chat" else (choices[0], "text")
-    if not isinstance(holder, dict) or key not in holder:
-        raise NotAReply(f"a reply that does not have the form of the {api} API (reward.judge_api): {server_message(data)}")
-    return holder[key] if isinstance(holder[key], str) else None
+        raise NotAReply(f"a reply without choices: {server_message(data, key)}")
+    holder, name = (choices[0].get("message"), "content") if api == "chat" else (choices[0], "text")
+    if not isinstance(holder, dict) or name not in holder:
+        raise NotAReply(f"a reply that does not have the form of the {api} API (reward.judge_api): {server_message(data, key)}")
+    return holder[name] if isinstance(holder[name], str) else None
 
 
-def read_models(data: bytes) -> list[str]:
+def read_models(data: bytes, key: str = "") -> list[str]:
     """Return the model names in a reply to /models. Raises NotAReply."""
-    models = _json_object(data).get("data")
+    models = _json_object(data, key).get("data")
     if not isinstance(models, list):
-        raise NotAReply(f"a reply without models: {server_message(data)}")
+        raise NotAReply(f"a reply without models: {server_message(data, key)}")
     return [model["id"] for model in models if isinstance(model, dict) and isinstance(model.get("id"), str)]
 
 
-def _json_object(data: bytes) -> dict[str, Any]:
+def _json_object(data: bytes, key: str) -> dict[str, Any]:
     try:
         reply = json.loads(data)
     except (ValueError, RecursionError) as error:  # bad text or a number with a million digits; a million brackets
-        raise NotAReply(f"a reply that is not JSON: {server_message(data)}") from error
+        raise NotAReply(f"a reply that is not JSON: {server_message(data, key)}") from error
     if not isinstance(reply, dict):
-        raise NotAReply(f"a reply that is not a JSON object: {server_message(data)}")
+        raise NotAReply(f"a reply that is not a JSON object: {server_message(data, key)}")
     return reply
 
 
-def server_message(data: bytes) -> str:
+def server_message(data: bytes, key: str = "") -> str:
     """Return the error message of a reply, else the start of the reply: one printable line in quotes, at most MAX_READ long."""
-    text = data[:MAX_READ].decode("utf-8", "replace")
+    text = data.decode("utf-8", "replace")
     try:
         reply = json.loads(data)
         error = reply.get("error", reply) if isinstance(reply, dict) else None
@@ -69,17 +72,27 @@ def server_message(data: bytes) -> str:
         text = message if isinstance(message, str) else text
     except (ValueError, RecursionError):
         pass
-    return f"'{printable(text)}'"
+    return f"'{printable(text, key)}'"
 
 
-def printable(text: str) -> str:
-    """Return at most MAX_READ characters of `text` on one line, without control characters."""
-    return " ".join("".join(c if c.isprintable() else " " for c in text[:MAX_READ]).split())
+def redacted(text: str, key: str) -> str:
+    """Return a server's text without the key, as it is or as JSON or a URL spell it. Call it before the text is cut: a part of a
+    key would not be found."""
+    escaped = json.dumps(key)[1:-1]
+    spellings = {key, escaped, escaped.replace("/", r"\/"), quote(key, safe="")} if key else set()
+    for spelling in sorted(spellings, key=len, reverse=True):
+        text = text.replace(spelling, "***")
+    return text
+
+
+def printable(text: str, key: str = "") -> str:
+    """Return at most MAX_READ characters of `text` on one line, without control characters and the key."""
+    return " ".join("".join(c if c.isprintable() else " " for c in redacted(text, key)[:MAX_READ]).split())
 
 
 def safe(text: str, key: str) -> str:
     """Return a server's text without the key and then shortened to MAX_SHOWN, in this order, so that no part of a key is left."""
-    text = text.replace(key, "***") if key else text
+    text = redacted(text, key)
     return text if len(text) <= MAX_SHOWN else text[:MAX_SHOWN] + "..."
 
 
@@ -113,30 +126,41 @@ def pause_s(attempt: int, first_s: float, draw: float) -> float:
 
 
 def checked_url(url: str) -> str:
-    """Return the base address without trailing slash. Raises UserError, without showing the address, if it is not usable."""
+    """Return the base address in one normal form, which all later code uses: scheme and host in lower case, no trailing slash,
+    dot of the host, `?` or `#`. Raises UserError, without showing the address, if it is not usable.
+    """
     try:
         parts = urlsplit(url)
-        usable = parts.scheme in ("http", "https") and bool(parts.hostname) and (parts.port or 1) > 0 and url.isprintable()
+        host, port = (parts.hostname or "").removesuffix("."), parts.port
     except ValueError:
-        usable = False
-    if not usable or " " in url:
+        raise UserError(NO_ADDRESS) from None
+    # `urlsplit` drops some control characters, and parsers differ on the others, so none may be there.
+    strange = not (url.isascii() and url.isprintable()) or not {" ", "\\"}.isdisjoint(url)
+    if strange or parts.scheme not in ("http", "https") or not host or "%" in host or port == 0:
         raise UserError(NO_ADDRESS)
-    parts = urlsplit(url)
     if parts.username is not None or parts.password is not None or parts.query or parts.fragment:
         raise UserError(
             "reward.judge_url holds more than an address (a user, a password, or a part after ? or #): settings are written to "
             "files, so give the plain address, and put the key into the environment variable OPENAI_API_KEY"
         )
-    base = url.rstrip("/")
-    if base.endswith(("/completions", "/models")):
+    path = parts.path.rstrip("/")
+    if path.endswith(("/completions", "/models")):
         raise UserError("reward.judge_url ends with the path of a call: give the part before it, like http://127.0.0.1:8000/v1")
-    return base
+    netloc = f"[{host}]" if ":" in host else host
+    return f"{parts.scheme}://{netloc}{'' if port is None else f':{port}'}{path}"
 
 
 def is_loopback(url: str) -> bool:
-    """Whether the address is a loopback address."""
-    host = urlsplit(url).hostname or ""
-    return host in ("localhost", "::1") or bool(re.fullmatch(r"127(\.\d{1,3}){3}", host))
+    """Whether the host is this machine: localhost, a loopback address in any spelling (127.1, ::ffff:127.0.0.1), or 0."""
+    host = (urlsplit(url).hostname or "").removesuffix(".")
+    if host == "localhost":
+        return True
+    try:
+        address = ipaddress.ip_address(host if ":" in host else socket.inet_aton(host))
+    except (OSError, ValueError):  # a name
+        return False
+    address = getattr(address, "ipv4_mapped", None) or address
+    return address.is_loopback or address.is_unspecified
 
 
 def checked_key(key: str) -> str:

@@ -78,7 +78,7 @@ class Writer(Protocol):
 
     @property
     def work(self) -> WorkCounts:
-        """Counters num_calls (texts requested), num_retries, num_failed and num_too_long."""
+        """Counters num_calls (texts requested), num_retries, num_failed, num_too_long and num_no_text."""
         ...
 
     def write(self, prompts: Sequence[str], params: SamplingParams, seed: int) -> list[list[str | None]]:

@@ -10,11 +10,13 @@ import warnings
 import weakref
 from collections.abc import Sequence
 from typing import Any
+from urllib.parse import urlsplit
 
 import httpx2
 
 from srpo.core.config.train import RewardConfig
 from srpo.core.errors import UserError
+from srpo.core.interrupts import at_interrupt
 from srpo.core.ranges import check_ranges
 from srpo.rewards.http_reply import (
     MAX_REPLY_BYTES,
@@ -87,9 +89,11 @@ class JudgeService:
         self._cfg = cfg
         self._url = checked_url(cfg.judge_url)
         try:
-            httpx2.URL(self._url)
+            known = httpx2.URL(self._url)
         except httpx2.InvalidURL as error:
             raise UserError(NO_ADDRESS) from error
+        if (known.scheme, known.host) != (urlsplit(self._url).scheme, urlsplit(self._url).hostname):
+            raise UserError(NO_ADDRESS)  # the client would call another host than the one that was checked
         self._key = checked_key(api_key)
         self._model = cfg.judge_model
         self._work = WorkCounts()
@@ -103,7 +107,6 @@ class JudgeService:
             headers=headers,
             timeout=None,  # `_tried` limits each attempt as a whole
             follow_redirects=False,
-            verify=self._url.startswith("https:"),  # loading certificates is slow, and http needs none
             trust_env=not is_loopback(self._url),  # no proxy for loopback addresses
             limits=httpx2.Limits(max_connections=cfg.judge_concurrency, max_keepalive_connections=cfg.judge_concurrency),
         )
@@ -127,6 +130,13 @@ class JudgeService:
         Raises JudgeServiceError if the server refuses or does not answer. With `judge_fallback` "missing" and a known model name
         a missing answer is only a warning.
         """
+        if self._key and self._url.startswith("http:") and not is_loopback(self._url):
+            warnings.warn(
+                "the key in OPENAI_API_KEY is sent over http, which others on the way can read: set reward.judge_url to an https "
+                "address, or unset OPENAI_API_KEY if the judge needs no key",
+                RuntimeWarning,
+                stacklevel=3,
+            )
         if not self._model:
             self._model = self._only_model()
         try:
@@ -149,7 +159,7 @@ class JudgeService:
         except _NoAnswer as failure:
             raise self._failed(failure) from failure
         if len(models) != 1:
-            names = ", ".join(printable(name) for name in models[:20])
+            names = ", ".join(printable(name, self._key) for name in models[:20])
             raise JudgeServiceError(
                 f"the judge at {self._url} serves {len(models)} models: set reward.judge_model to one of them: "
                 f"{self._safe(names) or 'none'}"
@@ -180,11 +190,14 @@ class JudgeService:
     def _wait(self, work: Any) -> Any:
         """Run a coroutine on the service's thread and return its result."""
         future = asyncio.run_coroutine_threadsafe(work, self._loop)
+        forget = at_interrupt(future.cancel)  # another thread than the interrupted one may be waiting here
         try:
             return future.result()
         except BaseException:
             future.cancel()
             raise
+        finally:
+            forget()
 
     # ---- on the service's thread ---------------------------------------------------------------------------------------------
 
@@ -202,7 +215,9 @@ class JudgeService:
         self._work.add(num_calls=1)
         stops = self._cfg.judge_fallback == "stop"
         try:
-            return await self._call(body)
+            text = await self._call(body)
+            self._work.add(num_no_text=int(not (text or "").strip()))
+            return text
         except _TooLong:
             self._work.add(num_too_long=1)
         except _Refused as refusal:
@@ -257,15 +272,15 @@ class JudgeService:
             return _NoAnswer(f"no complete reply within {self._cfg.judge_timeout_s:g} s (reward.judge_timeout_s)")
         if isinstance(error, NotAReply):
             return _NoAnswer(self._safe(str(error)))
-        return _NoAnswer(self._safe(printable(f"{type(error).__name__} {error}".strip())))
+        return _NoAnswer(self._safe(printable(f"{type(error).__name__} {error}".strip(), self._key)))
 
     async def _post(self, body: bytes) -> str | None:
         """The text of one request."""
         data = await self._request("POST", PATHS[self._cfg.judge_api], body)
-        return read_text(data, self._cfg.judge_api)
+        return read_text(data, self._cfg.judge_api, self._key)
 
     async def _models(self) -> list[str]:
-        return read_models(await self._request("GET", "/models", None))
+        return read_models(await self._request("GET", "/models", None), self._key)
 
     async def _request(self, method: str, path: str, body: bytes | None) -> bytes:
         """The body of a reply with status 2xx."""
@@ -278,9 +293,9 @@ class JudgeService:
                     raise _NoAnswer(f"a reply (HTTP {status}) of more than {MAX_REPLY_BYTES} bytes")
         if 200 <= status < 300:
             return data
-        reason = self._safe(f"HTTP {status} {server_message(data)}" if data else f"HTTP {status}")
+        reason = self._safe(f"HTTP {status} {server_message(data, self._key)}" if data else f"HTTP {status}")
         if 300 <= status < 400:
-            location = self._safe(printable(response.headers.get("location", "")))
+            location = self._safe(printable(response.headers.get("location", ""), self._key))
             raise _Refused(f"HTTP {status}, a redirect to {location!r}; redirects are not followed", status)
         if status in TRIED_AGAIN or status >= 500 or status < 200:
             raise _NoAnswer(reason, retry_after_s(response.headers.get("retry-after")))
@@ -325,6 +340,15 @@ def _end(loop: asyncio.AbstractEventLoop, thread: threading.Thread, client: http
     if thread is threading.current_thread():  # the last reference was dropped on the service's own thread
         loop.stop()
     elif thread.is_alive():
-        asyncio.run_coroutine_threadsafe(client.aclose(), loop).result(timeout=5)
+        asyncio.run_coroutine_threadsafe(_give_up(client), loop).result(timeout=5)
         loop.call_soon_threadsafe(loop.stop)
         thread.join(timeout=5)
+
+
+async def _give_up(client: httpx2.AsyncClient) -> None:
+    """End all calls that are still open, then close the connections."""
+    calls = [task for task in asyncio.all_tasks() if task is not asyncio.current_task()]
+    for call in calls:
+        call.cancel()
+    await asyncio.gather(*calls, return_exceptions=True)
+    await client.aclose()

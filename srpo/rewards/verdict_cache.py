@@ -98,7 +98,7 @@ def work_metrics(shares: Sequence[Mapping[str, float]]) -> dict[str, float]:
     total: Counter[str] = Counter()
     for share in shares:
         total.update({name: int(number) for name, number in share.items() if name != "busy_s"})
-    names = ("num_calls", "num_retries", "num_failed", "num_too_long")
+    names = ("num_calls", "num_retries", "num_failed", "num_too_long", "num_no_text")
     metrics: dict[str, float] = {f"service/{name}": total[name] for name in names}
     metrics["service/busy_s"] = max(share["busy_s"] for share in shares)
     if total["num_responses"]:

@@ -17,6 +17,7 @@ from srpo.core.batch import Rollout
 from srpo.core.config.train import AdvantageConfig, LossConfig, SamplerConfig
 from srpo.core.steps import StepSchema
 from srpo.data.sampler import in_window
+from srpo.rewards.audit import asked_counts
 
 
 @dataclass(frozen=True)
@@ -151,7 +152,7 @@ def rollout_metrics(rollouts: Sequence[Rollout], schema: StepSchema, credit: Cre
     """
     rewards = np.array([_rewards(r) for r in rollouts])
     lengths = np.array([r.step_lengths for r in rollouts])
-    judged = [s for r in rollouts for s in (r.reward_sources or ()) if s in ("judge", "no_verdict")]
+    num_asked, num_missing = asked_counts(rollouts, schema).tolist()
     tokens = lengths * credit.trains[:, None]
     num_tokens = int(tokens.sum())
     metrics = {
@@ -166,8 +167,8 @@ def rollout_metrics(rollouts: Sequence[Rollout], schema: StepSchema, credit: Cre
         "rollout/num_groups_in_window": credit.num_in_window,
         "rollout/group_score": np.mean(list(credit.group_scores.values())),
     }
-    if judged:
-        metrics["reward/missing_frac"] = judged.count("no_verdict") / len(judged)
+    if num_asked:
+        metrics["reward/missing_frac"] = num_missing / num_asked
     if num_tokens:
         metrics["advantage/abs_mean"] = (tokens * credit.advantages.abs().double().numpy()).sum() / num_tokens
         metrics["advantage/clip_frac"] = tokens[credit.clipped.numpy()].sum() / num_tokens

@@ -11,9 +11,10 @@ import pytest
 
 from srpo.core.batch import Rollout
 from srpo.core.config.train import RewardConfig
+from srpo.core.errors import UserError
 from srpo.core.steps import PAPER_STEPS, StepSchema
 from srpo.data.examples import Example
-from srpo.rewards.audit import Audit, audit, audit_counts
+from srpo.rewards.audit import Audit, asked_counts, audit, audit_counts
 
 SCHEMA = StepSchema(PAPER_STEPS)
 GOLD = (None, None, "match", "unclear", "L3")
@@ -108,3 +109,38 @@ def test_the_state_survives_json_exactly_and_shares_of_ranks_add_up() -> None:
         halves = [audit_counts(half, EXAMPLES, SCHEMA) for half in (rollouts[:cut], rollouts[cut:])]
         assert np.array_equal(sum(halves), straight.counts), seed
     assert straight is not None and resumed is not None and straight.state == resumed.state, seed
+
+
+def silent(num_asked: int, num_missing: int) -> list[Rollout]:
+    """Rollouts with one step for the judge each, of which the last `num_missing` get no verdict."""
+    sources = ["judge"] * (num_asked - num_missing) + ["no_verdict"] * num_missing
+    spare = ("gold", "gold", "gold", "gold")
+    return [replace(rollout(("x", "y", "match", "match", "L1"), (None,) * 5), reward_sources=(s, *spare)) for s in sources]
+
+
+def test_a_judge_that_never_says_anything_is_told_once_and_stops_a_run_that_wants_it() -> None:
+    def steps(cfg: RewardConfig, *counts: tuple[int, int]) -> list[Audit]:
+        audits: list[Audit] = []
+        for count in counts:
+            audits.append(audit(audits[-1].state if audits else None, silent(*count), EXAMPLES, SCHEMA, cfg))
+        return audits
+
+    for mode in ("log", "warn"):
+        told = steps(replace(CFG, audit=mode), (12, 12), (12, 12), (200, 0), (2000, 2000))
+        assert ["gives no verdict on" in " ".join(a.news) for a in told] == [True, False, False, True]
+        assert not told[2].beyond
+    assert not any(a.news for a in steps(replace(CFG, audit="off"), (12, 12), (12, 12)))
+    assert not any(a.news for a in steps(replace(CFG, audit="log", audit_missing=1.0), (12, 12)))
+    assert not any(a.news for a in steps(replace(CFG, audit="log"), (9, 9)))  # too few to tell
+    assert not any(a.news for a in steps(replace(CFG, audit="log"), (100, 90)))  # no more than the bound
+    with pytest.raises(UserError, match=r"no verdict on 100% .*audit_missing = 0\.9: they earn nothing.*num_no_text"):
+        steps(replace(CFG, audit="stop"), (12, 12))
+
+
+def test_a_step_without_a_verdict_counts_as_missing_even_if_it_is_skipped_then() -> None:
+    schema = StepSchema([replace(SCHEMA.specs[0], sources=("judge", "skip")), *SCHEMA.specs[1:]])
+    mute = replace(
+        rollout(("x", "y", "match", "match", "L1"), (None,) * 5), reward_sources=("skip", "judge", "gold", "gold", "gold")
+    )
+    assert asked_counts([mute], schema).tolist() == [2, 1]
+    assert asked_counts([replace(mute, verdicts=None)], schema).tolist() == [1, 0]  # the judge was not asked about it

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import json
 from datetime import UTC, datetime
+from urllib.parse import quote, urlsplit
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from srpo.core.errors import UserError
 from srpo.rewards.http_reply import (
     MAX_PAUSE_S,
     MAX_READ,
@@ -57,9 +59,22 @@ def test_what_is_shown_is_one_printable_line_without_the_key(text: str, key: str
         assert key not in safe(text + key + text, key)
 
 
-def test_a_key_that_is_cut_is_not_shown_in_part() -> None:
-    for before in range(MAX_SHOWN - 20, MAX_SHOWN + 5):
-        assert "sk-" not in safe("x" * before + "sk-0123456789", "sk-0123456789")
+@pytest.mark.parametrize("key", ["sk-0123456789", 'sk/0+1"2%3456'])
+@pytest.mark.parametrize("limit", [MAX_SHOWN, MAX_READ])
+def test_a_key_that_is_cut_is_not_shown_in_part(key: str, limit: int) -> None:
+    """Wherever a message is cut, and however a server spells the key: plain, in JSON, in a URL."""
+    spellings = {key, json.dumps(key)[1:-1], json.dumps(key)[1:-1].replace("/", "\\/"), quote(key, safe="")}
+    for before in range(limit - 25, limit + 5):
+        for spelling in spellings:
+            text = " " * before + spelling  # white space is removed after the cut
+            message = json.dumps({"error": {"message": " " * before + key}}).encode()
+            shown = [printable(text, key), server_message(text.encode(), key), server_message(message, key)]
+            for data in (text.encode(), b'{"a": "' + text.encode() + b'"}', message):
+                for read in (lambda d: read_text(d, "chat", key), lambda d: read_models(d, key)):
+                    with pytest.raises(NotAReply) as caught:
+                        read(data)
+                    shown.append(str(caught.value))
+            assert not any(key[:5] in line or spelling[:5] in line for line in [*shown, *(safe(line, key) for line in shown)])
 
 
 def test_how_long_a_server_may_ask_to_wait() -> None:
@@ -96,5 +111,53 @@ def test_servers_say_in_several_ways_that_a_prompt_is_too_long(message: str) -> 
 def test_addresses() -> None:
     assert checked_url("http://127.0.0.1:8000/v1/") == "http://127.0.0.1:8000/v1"
     assert checked_url("https://judge.example/a/v1") == "https://judge.example/a/v1"
-    assert [is_loopback(f"http://{host}/v1") for host in ("127.0.0.1:1", "localhost", "[::1]:8", "127.8.8.8")] == [True] * 4
     assert not any(is_loopback(f"http://{host}/v1") for host in ("127.0.0.1.evil.example", "10.0.0.1", "localhost.example"))
+
+
+@pytest.mark.parametrize(
+    "host", ["127.0.0.1:1", "localhost", "LocalHost:80", "localhost.", "[::1]:8", "127.8.8.8", "127.1", "0", "0.0.0.0", "0x7f.1",
+             "2130706433", "[::ffff:127.0.0.1]", "[::]", "[0:0:0:0:0:0:0:1]"]
+)  # fmt: skip
+def test_this_machine_in_any_spelling(host: str) -> None:
+    assert is_loopback(f"http://{host}/v1") and is_loopback(checked_url(f"HTTP://{host}/v1"))
+
+
+@pytest.mark.parametrize(
+    ("url", "normal"),
+    [
+        ("HTTPS://Judge.Example/V1", "https://judge.example/V1"),
+        ("Https://judge.example:443/v1///", "https://judge.example:443/v1"),
+        ("http://judge.example/v1?", "http://judge.example/v1"),
+        ("http://judge.example/v1/?#", "http://judge.example/v1"),
+        ("http://judge.example.:8000", "http://judge.example:8000"),
+        ("http://judge.example:/v1", "http://judge.example/v1"),
+        ("http://[FE80::1]/v1", "http://[fe80::1]/v1"),
+    ],
+)
+def test_an_address_has_one_form(url: str, normal: str) -> None:
+    assert checked_url(url) == normal == checked_url(normal)
+
+
+@pytest.mark.parametrize(
+    "url",
+    ["", "judge.example/v1", "ftp://judge.example", "http://", "http:///v1", "http://a b/v1", " http://a/v1", "http://a/v1\n", "http://a\t/v1",
+     "http://a\x00/v1", "http://a\x7f/v1", "http://a\u200b/v1", "http://\uff11.1.1.1/v1", "http://127.0.0.1\\@evil.example/v1",
+     "http://127.0.0.1%2eevil/v1", "http://user@a/v1", "http://@a/v1", "http://:pw@a/v1", "http://a:0/v1", "http://a:99999/v1",
+     "http://a:x/v1", "http://[::1/v1", "http://a/v1?key=1", "http://a/v1#part", "http://a/v1/models", "http://a/v1/chat/completions/",
+     "http://./v1"],
+)  # fmt: skip
+def test_what_is_no_plain_address_is_refused(url: str) -> None:
+    with pytest.raises(UserError, match=r"reward\.judge_url"):
+        checked_url(url)
+
+
+@given(st.text(st.sampled_from("hHtTpPsS:/@#?.[]%\\ \t\r\n\x00a1\u2024")).map(lambda tail: "http://" + tail))
+def test_a_checked_address_means_the_same_to_every_parser(url: str) -> None:
+    try:
+        checked = checked_url(url)
+    except UserError:
+        return
+    assert checked == checked_url(checked) and checked.isascii() and checked.isprintable() and " " not in checked
+    parts = urlsplit(checked)
+    assert parts.scheme == "http" and parts.hostname and not (parts.query or parts.fragment or parts.username)
+    assert not {"?", "#", "@"} & set(checked.partition("/v1")[0])

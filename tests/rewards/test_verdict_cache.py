@@ -98,6 +98,7 @@ def test_metrics_of_all_ranks() -> None:
         "service/num_retries": 1,
         "service/num_failed": 3,
         "service/num_too_long": 0,
+        "service/num_no_text": 0,
         "service/cache_hit_frac": 0.5,
         "service/busy_s": 3.0,
     }

@@ -120,6 +120,8 @@ class RewardConfig:
     missing_verdict: Fraction = 0.0  # share of a step's reward if the judge gave no verdict on it
     # Compare the judge with gold labels, on steps that have both: off, log the metrics, also warn, or also stop the run
     audit: Literal["off", "log", "warn", "stop"] = "log"
+    # Say so (audit log, warn) or stop if more than this share of the steps left to the judge get no verdict; 1: never
+    audit_missing: Fraction = 0.9
     audit_bound: Positive = 0.1  # warn or stop if a step's average error rate exceeds that of the warm-up by this much
     audit_min: Count = 100  # least number of verdicts in the average before it can warn or stop
     audit_warmup: Size = 20  # optimizer steps whose error rate the bound is measured from
