@@ -43,24 +43,36 @@ def compile_once(name: str, sources: Sequence[str], commands: Sequence[Sequence[
     """Path of the shared library `name` that `commands` build, taken from the cache if it is there.
 
     `sources` are the files of csrc/ that the result depends on. In the commands "{src}" is csrc/, "{tmp}" an empty folder and
-    "{out}" the library. Processes may build the same library at the same time. Raises BuildError.
+    "{out}" the library. Processes may build the same library at the same time. A cached file that is not whole is built again:
+    its name ends with a digest of its content. Raises BuildError, also if the cache cannot be written.
     """
     compiler = commands[0][0]
     text = "".join((CSRC / source).read_text(encoding="utf-8") for source in sources)
     key = hashlib.sha256(repr((text, commands, _version(compiler), platform.machine())).encode()).hexdigest()[:16]
-    library = cache_dir() / f"{name}-{key}.so"
-    if library.is_file():
-        return library
-    library.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(dir=library.parent) as folder:
-        output = Path(folder) / library.name
-        for command in commands:
-            filled = [part.format(src=CSRC, tmp=folder, out=output) for part in command]
-            done = subprocess.run(filled, capture_output=True, text=True, check=False)
-            if done.returncode:
-                raise BuildError(f"{' '.join(filled)} failed:\n{done.stderr[-4000:]}")
-        output.replace(library)  # atomic: a second process replaces the file by an equal one
-    return library
+    try:
+        if cached := _whole(f"{name}-{key}-*.so"):
+            return cached
+        cache_dir().mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryDirectory(dir=cache_dir()) as folder:
+            output = Path(folder) / f"{name}.so"
+            for command in commands:
+                filled = [part.format(src=CSRC, tmp=folder, out=output) for part in command]
+                done = subprocess.run(filled, capture_output=True, text=True, check=False)
+                if done.returncode:
+                    raise BuildError(f"{' '.join(filled)} failed:\n{done.stderr[-4000:]}")
+            return output.replace(cache_dir() / f"{name}-{key}-{_digest(output)}.so")  # atomic
+    except OSError as error:
+        folder, reason = error.filename or cache_dir(), error.strerror or error
+        raise BuildError(f"{folder}: {reason}: set SRPO_CACHE_DIR to a folder that can be written") from error
+
+
+def _digest(library: Path) -> str:
+    return hashlib.sha256(library.read_bytes()).hexdigest()[:16]
+
+
+def _whole(pattern: str) -> Path | None:
+    """A library of the cache whose content has the digest at the end of its name: loading a cut one would crash the process."""
+    return next((path for path in sorted(cache_dir().glob(pattern)) if path.stem.rpartition("-")[2] == _digest(path)), None)
 
 
 @cache
@@ -124,10 +136,10 @@ def build_cuda() -> Path:
     toolkit = Path(os.environ.get("CUDA_HOME") or "/usr/local/cuda") / "bin"
     nvcc = os.environ.get("NVCC") or shutil.which("nvcc") or shutil.which("nvcc", path=toolkit)
     if nvcc is None:
-        cached = sorted(cache_dir().glob(f"{name}-*.so"))
-        if not cached:
+        cached = _whole(f"{name}-*.so")
+        if cached is None:
             raise BuildError("nvcc is not on the PATH: install the CUDA toolkit, or name the compiler in NVCC")
-        return cached[-1]
+        return cached
     known = subprocess.run([nvcc, "--list-gpu-arch"], capture_output=True, text=True, check=False).stdout.split()
     flags = ["-std=c++17", "-O3", "-shared", "-Xcompiler", "-fPIC,-fvisibility=hidden"]
     for virtual, real in (("compute_90a", "sm_90a"), ("compute_100a", "sm_100a"), ("compute_90", "compute_90")):

@@ -25,6 +25,7 @@ INK, FAINT, BEFORE, AFTER = "#222222", "#8a8a8a", "#9aa5b1", "#0072B2"
 STYLE: dict[Any, Any] = {
     "font.size": 9.5,
     "text.color": INK,
+    "text.parse_math": False,  # names of runs and systems are text, also those with $
     "axes.edgecolor": "#bbbbbb",
     "axes.labelcolor": "#555555",
     "axes.labelsize": 9,

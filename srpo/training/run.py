@@ -9,6 +9,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from srpo_kernels import implementations
 
 from srpo.core.config.train import Config, SamplerConfig
 from srpo.core.errors import UserError
@@ -37,7 +38,7 @@ from srpo.training.update import Objective
 # Judge-server settings may change on resume; they are not part of a run's identity.
 MAY_CHANGE = frozenset(
     f"reward.judge_{name}" for name in ("url", "timeout_s", "concurrency", "retries", "backoff_s", "fallback", "cache")
-)
+) | {"loss.impl"}
 MAX_EMPTY_STEPS = 10  # optimizer steps in a row without a group in the difficulty window after which the run stops
 
 
@@ -130,6 +131,7 @@ class Run:
         if self.ppo is not None:
             self.ppo.load(extra["step"], self.parallel)
         self.sampler.load_state_dict(extra.pop("sampler"))
+        check_implementation(self.cfg.loss.impl, extra.pop("impl", None), self.parallel.device)
         return State(**extra)
 
     def save(self, state: State, sampler_state: dict[str, Any], logger: MetricsLogger | None) -> None:
@@ -142,7 +144,7 @@ class Run:
         if self.ppo is not None:
             self.ppo.save(state.step, self.parallel)
         folder, keep = self.run_dir / "checkpoints", self.cfg.train.keep_checkpoints
-        extra = state.to_dict(sampler_state)
+        extra = state.to_dict(sampler_state) | {"impl": implementation(self.cfg.loss.impl, self.parallel.device)}
         save_checkpoint(folder, state.step, self.policy, self.optimizer, extra, self.parallel, keep)
 
     def open_logger(self, step: int) -> MetricsLogger | None:
@@ -185,6 +187,21 @@ class State:
     def to_dict(self, sampler: dict[str, Any]) -> dict[str, Any]:
         """Plain values for this rank's checkpoint, with the state of the sampler."""
         return {**vars(self), "sampler": sampler, "torch_rng": torch.get_rng_state()}
+
+
+def implementation(impl: str, device: torch.device) -> str:
+    """The implementation of the loss that loss.impl stands for, on fp32 logits: "auto" is the best one of this machine."""
+    return implementations(torch.empty(0, 1, device=device))[0] if impl == "auto" else impl
+
+
+def check_implementation(impl: str, before: str | None, device: torch.device) -> None:
+    """Raise UserError if a run would go on with another implementation of the loss: the same to rounding, but not to the bit."""
+    now = implementation(impl, device)
+    if impl == "auto" and before not in (None, now):
+        raise UserError(
+            f"the run's loss was computed by {before!r}, and loss.impl 'auto' is {now!r} here (a compiler or a GPU is missing or "
+            f"new): restore what was there, or set loss.impl to {now!r} to go on with other roundings"
+        )
 
 
 def derive_seed(*parts: int) -> int:

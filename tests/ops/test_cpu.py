@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ctypes
 import os
 import re
 from itertools import product
@@ -230,6 +231,34 @@ def test_nothing_is_compiled_twice(level: str) -> None:
     library = build.build_cpu()
     stamp = library.stat().st_mtime_ns
     assert build.build_cpu() == library and library.stat().st_mtime_ns == stamp
+
+
+@pytest.mark.parametrize("level", ["all"], indirect=True)
+def test_a_cached_library_that_is_not_whole_is_built_again(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """Loading a cut library ends the process with a bus error."""
+    monkeypatch.setenv("SRPO_CACHE_DIR", str(tmp_path / "cache"))
+    source = tmp_path / "tiny.cpp"
+    source.write_text('extern "C" int seven() { return 7; }')
+    commands = [[os.environ.get("CXX") or "g++", "-shared", "-fPIC", str(source), "-o", "{out}"]]
+    library = build.compile_once("tiny", [], commands)
+    whole = library.read_bytes()
+    for damage in (whole[: len(whole) // 2], b"", whole[:-1] + b"x"):
+        library.write_bytes(damage)
+        again = build.compile_once("tiny", [], commands)
+        assert ctypes.CDLL(str(again)).seven() == 7
+    monkeypatch.setattr(build, "_version", lambda compiler: "another")
+    assert build.compile_once("tiny", [], commands) != library
+
+
+@pytest.mark.parametrize("level", ["all"], indirect=True)
+def test_a_cache_that_cannot_be_made_is_one_sentence(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    (tmp_path / "file").touch()
+    places = {"file/cache": "Not a directory", "x" * 300: "File name too long", "file": "Not a directory|File exists"}
+    for place, reason in places.items():
+        monkeypatch.setenv("SRPO_CACHE_DIR", str(tmp_path / place))
+        with pytest.raises(build.BuildError, match=rf"{place[:4]}.*: ({reason}): set SRPO_CACHE_DIR to a folder") as caught:
+            build.compile_once("tiny", [], [["g++", "-o", "{out}"]])
+        assert "\n" not in str(caught.value)
 
 
 @pytest.mark.parametrize("make", [build.build_cpu, build.build_cuda])

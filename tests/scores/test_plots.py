@@ -115,5 +115,10 @@ def test_every_plot_is_written_and_global_style_stays(tmp_path: Path, num_steps:
     assert dict(mpl.rcParams) == style
 
 
+@pytest.mark.parametrize("name", ["a$\\foo$b", "x^{$", "$", "100 % \\ $x_1$"])
+def test_a_name_is_text_and_no_formula(tmp_path: Path, name: str):
+    assert len(write_plots(tmp_path, metrics(3), SCHEMA, None, name)) == 5
+
+
 def test_plots_of_a_run_that_has_logged_nothing_yet(tmp_path: Path):
     assert len(write_plots(tmp_path, [], SCHEMA)) == 5
