@@ -8,8 +8,10 @@ from __future__ import annotations
 
 import atexit
 import contextlib
+import getpass
 import json
 import os
+import shutil
 import signal
 import socket
 import struct
@@ -19,14 +21,17 @@ import tempfile
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from multiprocessing.connection import Connection
-from pathlib import Path
 from typing import Any
 
 from srpo.core.errors import UserError
+from srpo.rollout.vllm.leftovers import empty_folder, make_folder, members, remove_shared, shared_files
+from srpo.rollout.vllm.orphan import TRAINER
 
 LAUNCHER_VARIABLES = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "GROUP_RANK", "GROUP_WORLD_SIZE")
 _LAUNCHER_PREFIXES = ("MASTER_", "TORCHELASTIC_", "ROLE_")
+_CLOSE_S = 3.0  # time for a process to end by itself before it is killed, well below `interrupts.GRACE_S`
 _DUMP_S = 2.0  # time for a hanging process to write its stacks
+_LOG = "engine.log"
 _TAIL = 3000  # characters of the process's log that an error shows
 
 
@@ -47,25 +52,34 @@ class EngineProcess:
 
     def __init__(self, command: Sequence[str], *, timeout_s: float, env: Mapping[str, str] | None = None) -> None:
         self.timeout_s = timeout_s
-        self._log = tempfile.NamedTemporaryFile("w+", prefix="srpo-engine-", suffix=".log", delete=False)  # noqa: SIM115
-        self.log = Path(self._log.name)
+        self._folder, self._lock = make_folder()
+        self.log = self._folder / _LOG
+        self._log = self.log.open("w")
         ours, theirs = socket.socketpair()
         # A child that stops reading lets the socket fill up: sending times out as well.
         ours.setsockopt(socket.SOL_SOCKET, socket.SO_SNDTIMEO, struct.pack("ll", int(timeout_s), int(timeout_s % 1 * 1e6)))
         self._descriptors, their_descriptors = socket.socketpair()
         self._channel = Connection(ours.detach())
         self._sent: set[int] = set()
+        self._shared: set[str] | None = None  # shared memory of the process, known from its first reply on
         atexit.register(self.close)
         with theirs, their_descriptors:
             self._process = subprocess.Popen(
                 [sys.executable, *command, str(theirs.fileno()), str(their_descriptors.fileno())],
-                env=child_environment(env or {}),
+                env=child_environment({**(env or {}), **self._own_environment()}),
                 stdin=subprocess.DEVNULL,
                 stdout=self._log,
                 stderr=subprocess.STDOUT,
                 pass_fds=(theirs.fileno(), their_descriptors.fileno()),
                 start_new_session=True,  # Ctrl-C reaches the trainer alone, which closes the engine
             )
+
+    def _own_environment(self) -> dict[str, str]:
+        """Temporary files and sockets of the engine lie in the private folder. Caches of compiled code stay shared."""
+        inductor = os.environ.get("TORCHINDUCTOR_CACHE_DIR") or f"{tempfile.gettempdir()}/torchinductor_{getpass.getuser()}"
+        folder = str(self._folder)
+        own = {"TMPDIR": folder, "VLLM_RPC_BASE_PATH": folder, "TORCHINDUCTOR_CACHE_DIR": inductor}
+        return own | {TRAINER: str(os.getpid())}
 
     @property
     def pid(self) -> int:
@@ -110,6 +124,8 @@ class EngineProcess:
                 raise self._failure("died") from error
             if "error" in reply:
                 raise EngineError(f"{reply['error']}\nThe engine's log is {self.log}:\n{self._tail()}")
+            if self._shared is None and "alive" not in reply:
+                self._shared = shared_files(members(self.pid))
             if signs or "alive" not in reply:
                 return reply
 
@@ -143,21 +159,37 @@ class EngineProcess:
                 self.kill()
 
     def kill(self) -> None:
-        """Kill the process and all processes that it started. The log stays. Calling it again does nothing."""
+        """Kill the process and all processes that it started, and remove what they shared. The log stays. Calling it again does
+        nothing."""
         if self._channel.closed:
             return  # the pid may belong to another process by now
+        self._end((self._shared or set()) | shared_files(members(self.pid)))
+
+    def _end(self, shared: set[str]) -> None:
         atexit.unregister(self.close)
         with contextlib.suppress(ProcessLookupError, PermissionError):
             os.killpg(self._process.pid, signal.SIGKILL)
         self._process.wait()
+        remove_shared(shared)  # a killed process does not, and neither does its resource tracker
         self._channel.close()
         self._descriptors.close()
         self._log.close()
+        empty_folder(self._folder, keep=(_LOG,))
+        self._lock.close()
 
     def close(self) -> None:
-        """Kill the process and remove its log."""
-        self.kill()
-        self.log.unlink(missing_ok=True)
+        """End the process and all processes that it started, and remove its files. It is asked first, then killed."""
+        if not self._channel.closed:
+            shared = (self._shared or set()) | shared_files(members(self.pid))
+            with contextlib.suppress(OSError, subprocess.TimeoutExpired):
+                os.set_blocking(self._channel.fileno(), False)  # a process that hangs may leave no room for a message
+                self._channel.send(("close", {}))
+                until = time.monotonic() + _CLOSE_S
+                self._process.wait(timeout=_CLOSE_S)
+                while members(self.pid) and time.monotonic() < until:  # its workers, and the tracker that removes their files
+                    time.sleep(0.02)
+            self._end(shared)
+        shutil.rmtree(self._folder, ignore_errors=True)
 
 
 def child_environment(extra: Mapping[str, str]) -> dict[str, str]:

@@ -12,7 +12,6 @@ import os
 import signal
 import socket
 import sys
-import threading
 import time
 from collections.abc import Collection, Generator, Sequence
 from contextlib import closing
@@ -22,11 +21,11 @@ from typing import Any, Protocol
 import torch
 
 from srpo.rollout.engine import SamplingParams
+from srpo.rollout.vllm.orphan import end_with_trainer
 from srpo.rollout.weights.buckets import Bucket
 from srpo.rollout.weights.shared_memory import half_the_threads, map_segment
 
 ALIVE_EVERY_S = 1.0
-_ORPHAN_POLL_S = 1.0
 
 # (response ids, log-probabilities, finish); if support or routing was requested also support, [L, K] int32 in base64, and routed,
 # (layers, experts per token, [tokens, layers, experts] int16 in base64), each None unless requested.
@@ -76,6 +75,7 @@ class Server:
         self._backend = backend
         self._buffers: dict[int, torch.Tensor] = {}
         self._version: int | None = None
+        self._over = False
         self._last_sign = 0.0
         self._load_s = 0.0  # seconds spent on loading buckets in the current sync
 
@@ -90,7 +90,7 @@ class Server:
 
     def run(self) -> None:
         """Serve requests until the parent closes the socket or sends `close`."""
-        while True:
+        while not self._over:
             try:
                 op, arguments = self._channel.recv()
             except EOFError:
@@ -102,6 +102,9 @@ class Server:
             except Exception as error:
                 self.reply(error=f"{type(error).__name__}: {error}")
                 raise  # the state of the backend is unknown: this process ends, with a traceback in its log
+
+    def close(self) -> None:
+        """Release what lives on outside this process; called when the parent closes the engine."""
 
     def on_start(self, settings: dict[str, Any]) -> None:
         facts = self._backend.start(settings)
@@ -164,7 +167,8 @@ class Server:
                     self.reply(prompt=group[0], samples=group[1])
                 if self._channel.poll():
                     op, _ = self._channel.recv()
-                    if op != "abort":
+                    self._over = op == "close"
+                    if op not in ("abort", "close"):
                         raise RuntimeError(f"request {op!r} during sampling: only 'abort' is possible")
                     break
         self.reply(done=True)
@@ -186,15 +190,10 @@ def serve(backend: Backend, argv: Sequence[str], server: type[Server] = Server) 
     """Serve the parent, whose sockets are the last two arguments. Ends this process when the parent has ended."""
     channel, descriptors = Connection(int(argv[-2])), socket.socket(fileno=int(argv[-1]))
     faulthandler.register(signal.SIGUSR1, all_threads=True)
-    threading.Thread(target=_end_with_parent, args=(os.getppid(),), daemon=True).start()
-    server(channel, descriptors, backend).run()
+    end_with_trainer()
+    loop = server(channel, descriptors, backend)
+    loop.run()
+    loop.close()
     sys.stdout.flush()
     sys.stderr.flush()
     os._exit(0)  # skips the destructors of the inference engine, which the parent would have to wait for
-
-
-def _end_with_parent(parent: int) -> None:
-    """End this process when its parent has died, even if it is busy and does not read its socket."""
-    while os.getppid() == parent:
-        time.sleep(_ORPHAN_POLL_S)
-    os._exit(1)

@@ -14,10 +14,12 @@ from typing import Any
 import torch
 from vllm.model_executor.model_loader import get_model_loader
 
+from srpo.rollout.vllm.orphan import end_with_trainer
 from srpo.rollout.vllm.reload import KernelWatch, Reloader
 from srpo.rollout.weights.buckets import Bucket, add_sums, bit_sum
 from srpo.rollout.weights.shared_memory import map_segment
 
+end_with_trainer()
 WATCH = KernelWatch()  # must exist before the model is loaded
 
 

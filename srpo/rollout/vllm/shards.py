@@ -7,6 +7,11 @@ GPU, and loads its shard. After a sync the bit sums of all shards are added up.
 
 from __future__ import annotations
 
+from srpo.rollout.vllm.orphan import end_with_trainer
+
+if __name__ == "__main__":
+    end_with_trainer()  # before the imports, which take seconds
+
 import os
 import socket
 import sys
@@ -99,6 +104,11 @@ class ShardsBackend(VllmBackend):
         """Make every worker load its shards of a bucket's tensors."""
         self._each("srpo_load", bucket)
 
+    def close(self) -> None:
+        """End the workers, and remove the shared memory that they exchange messages through."""
+        if self._llm is not None:
+            self._llm.llm_engine.engine_core.shutdown()
+
     def finish_weights(self, keep: Collection[int] = ()) -> dict[str, int]:
         if self._native:
             self._llm.finish_weight_update()
@@ -113,6 +123,9 @@ class ShardsServer(Server):
     def __init__(self, channel: Any, descriptors: socket.socket, backend: ShardsBackend) -> None:
         super().__init__(channel, descriptors, backend)
         self._shards = backend
+
+    def close(self) -> None:
+        self._shards.close()
 
     def map_segment(self, key: int, fd: int) -> None:
         self._shards.map_segment(key, f"/proc/{os.getpid()}/fd/{fd}")

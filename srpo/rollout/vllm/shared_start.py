@@ -112,7 +112,8 @@ def _connect(exchange: Exchange, num_ranks: int) -> tuple[Connection, list[Conne
     with ExitStack() as stack:
         path, listener = "", None
         if num_ranks:
-            path = os.path.join(stack.enter_context(tempfile.TemporaryDirectory(prefix="srpo-")), "vllm")  # mode 700
+            folder = tempfile.TemporaryDirectory(prefix=f"srpo-{os.getpid()}-")  # mode 700
+            path = os.path.join(stack.enter_context(folder), "vllm")
             listener = stack.enter_context(Listener(path, "AF_UNIX", backlog=num_ranks))
         path = exchange(path)[0]
         try:

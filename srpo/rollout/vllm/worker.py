@@ -6,6 +6,11 @@ and killed, and weight syncs can reach the model.
 
 from __future__ import annotations
 
+from srpo.rollout.vllm.orphan import end_with_trainer
+
+if __name__ == "__main__":
+    end_with_trainer()  # before the imports, which take seconds
+
 import base64
 import dataclasses
 import math
