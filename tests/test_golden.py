@@ -18,6 +18,7 @@ from typing import Any
 
 import pytest
 import same_numbers
+from invariants import check_results, check_run
 from programs import programs
 
 from srpo.core.config.demo import DemoConfig
@@ -71,6 +72,10 @@ def values(tmp_path_factory: pytest.TempPathFactory) -> dict[str, list[dict[str,
             }
             known |= written.keys()
             lines[name] = [line for file, data in written.items() for line in read(file, data)]
+    for path in folder.rglob("metrics.jsonl"):
+        check_run(path.parent)
+    for path in folder.rglob("results.json"):
+        check_results(path)
     return lines
 
 

@@ -15,11 +15,11 @@ from typing import Any
 
 import pytest
 import torch
+from invariants import check_run
 
 from srpo.core.config.demo import TeacherBias, TinyConfig
 from srpo.core.config.sft import SftConfig
 from srpo.core.config.train import Config, DataConfig, OptimizerConfig, PolicyConfig, RewardConfig, RolloutConfig, TrainConfig
-from srpo.core.metrics import read_metrics
 from srpo.core.settings import dump_toml, run_program
 from srpo.data.examples import Example
 from srpo.data.pairs import write_pairs
@@ -101,8 +101,8 @@ def changed(settings: Any, changes: dict[str, Any]) -> Any:
 
 
 def metrics_of(run_dir: Path) -> list[dict[str, float]]:
-    """The lines of the run's metrics.jsonl."""
-    return read_metrics(run_dir / "metrics.jsonl")
+    """The lines of the run's metrics.jsonl, each of which has been checked."""
+    return check_run(run_dir)
 
 
 def parameters_of(policy: Path) -> dict[str, torch.Tensor]:
