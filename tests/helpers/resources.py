@@ -13,6 +13,7 @@ from pathlib import Path
 
 # Threads and processes that libraries start once and keep: tqdm's monitor; Python's servers of processes and of resources.
 KEPT = ("tqdm", "TMonitor", "multiprocessing.forkserver", "multiprocessing.resource_tracker", "execnet")
+_INSTALLED = ("/dev/", "/proc/", sys.prefix, sys.base_prefix, "/usr/")
 _WAIT_S = 3.0  # time for what has been told to end
 
 
@@ -64,12 +65,13 @@ def _command(pid: int) -> str:
 
 
 def _descriptors() -> set[str]:
-    """Open files and sockets. Pipes and anonymous descriptors belong to threads and processes, which are named themselves."""
+    """Open files and sockets. Pipes and anonymous descriptors belong to threads and processes, which are named themselves; files
+    of installed packages, such as fonts, to their caches."""
     names = set()
     for path in Path("/proc/self/fd").iterdir():
         with suppress(OSError):
             target = os.readlink(path)
-            if target.startswith("socket:") or (target.startswith("/") and not target.startswith(("/dev/", "/proc/"))):
+            if target.startswith("socket:") or (target.startswith("/") and not target.startswith(_INSTALLED)):
                 names.add(f"descriptor {target}")
     return names
 
