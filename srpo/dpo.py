@@ -29,6 +29,7 @@ from srpo.core.files import whole_file, write_whole
 from srpo.core.progress import Progress
 from srpo.core.run_dir import claim_run_dir
 from srpo.core.steps import StepSchema
+from srpo.data.checkpoint_tokens import check_rows, without_end
 from srpo.data.preferences import Preference, pairs_from_rollouts, read_preferences
 from srpo.data.readers import load_examples
 from srpo.data.tokenizer import encode, load_tokenizer
@@ -49,11 +50,11 @@ def load_preferences(cfg: DpoConfig, tokenizer: Any) -> tuple[list[Preference], 
     """
     if cfg.pairs:
         texts = list(read_preferences(cfg.pairs))
-        ends = (tokenizer.eos_token_id,)
-        pairs = [
-            Preference(encode(tokenizer, prompt), encode(tokenizer, chosen) + ends, encode(tokenizer, rejected) + ends)
-            for prompt, chosen, rejected in texts
-        ]
+
+        def target(text: str) -> tuple[int, ...]:
+            return (*encode(tokenizer, without_end(tokenizer, text)), tokenizer.eos_token_id)
+
+        pairs = [Preference(encode(tokenizer, prompt), target(chosen), target(rejected)) for prompt, chosen, rejected in texts]
         return pairs, {"num_pairs": len(pairs)}
     options = [spec.options for spec in cfg.steps]
     labels = None
@@ -76,7 +77,8 @@ def _check_tokenizer(cfg: DpoConfig, tokenizer: Any, rollouts: Sequence[Rollout]
         ids = list(rollout.response_ids)
         while ids and ids[-1] in special:
             ids.pop()
-        if max((*rollout.prompt_ids, *ids)) >= len(tokenizer) or tokenizer.decode(ids) != rollout.text:
+        # A model may have more rows than the tokenizer has ids, and sample them: they decode to nothing.
+        if max(rollout.prompt_ids, default=0) >= len(tokenizer) or tokenizer.decode(ids) != rollout.text:
             raise UserError(
                 f"{cfg.rollouts}: the tokens of {rollout.example_id} are not its text in the tokenizer of {cfg.policy.path}: "
                 "set policy.path to the policy that sampled them, or give the pairs as texts (pairs)"
@@ -93,7 +95,7 @@ def _check_settings(cfg: DpoConfig) -> None:
     StepSchema(cfg.steps)
 
 
-def _check_lengths(cfg: DpoConfig, pairs: Sequence[Preference], max_context: int) -> None:
+def _check_pairs(cfg: DpoConfig, pairs: Sequence[Preference], max_context: int, vocab_size: int) -> None:
     context = min(cfg.policy.max_context or max_context, max_context)
     for number, pair in enumerate(pairs, start=1):
         name = f"pair {number}" + (f" (of {pair.example_id})" if pair.example_id else "")
@@ -101,6 +103,11 @@ def _check_lengths(cfg: DpoConfig, pairs: Sequence[Preference], max_context: int
             raise UserError(f"{name} has an empty prompt or response: remove the pair")
         if pair.chosen_ids == pair.rejected_ids:
             raise UserError(f"{name} has the same tokens as chosen and as rejected response: remove the pair")
+        if (highest := max(pair.prompt_ids + pair.chosen_ids + pair.rejected_ids)) >= vocab_size:
+            raise UserError(
+                f"{name} has the token {highest}, and the model in {cfg.policy.path} has {vocab_size}: set policy.path to the "
+                "policy that sampled it"
+            )
         longest = len(pair.prompt_ids) + max(len(pair.chosen_ids), len(pair.rejected_ids))
         if longest > context:
             raise UserError(f"{name} has {longest} tokens, more than the context of {context}: shorten or remove the pair")
@@ -183,11 +190,13 @@ def dpo(cfg: DpoConfig, parallel: Parallel) -> Path:
     run_dir, main = Path(cfg.run_dir), parallel.is_main
     _check_settings(cfg)
     tokenizer = load_tokenizer(cfg.policy.path)
+    if cfg.policy.reference:
+        check_rows(tokenizer, cfg.policy.reference, cfg.policy.path)
     pairs, counts = load_preferences(cfg, tokenizer)
     loaded = load_to_shard(cfg.policy.path, parallel, experts=cfg.policy.experts)
     check_head(loaded, cfg.inputs)
     policy = Policy(loaded, activation_checkpointing=cfg.policy.activation_checkpointing)
-    _check_lengths(cfg, pairs, policy.max_context)
+    _check_pairs(cfg, pairs, policy.max_context, loaded.config.vocab_size)
     policy = parallel.shard(policy, dtype=cfg.policy.dtype)
     claim_run_dir(run_dir, cfg, main)
     if main:

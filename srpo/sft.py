@@ -24,6 +24,7 @@ from srpo_kernels import LossOptions
 from srpo.algorithm.losses import sft_weights
 from srpo.core.batch import Batch, Rollout, pack
 from srpo.core.progress import Progress
+from srpo.data.checkpoint_tokens import without_end
 from srpo.data.pairs import read_pairs
 from srpo.data.tokenizer import encode, load_tokenizer
 from srpo.policy.loading import load_to_shard
@@ -53,7 +54,7 @@ def tokenized_pairs(cfg: SftConfig, tokenizer: Any, max_context: int, show: bool
     pairs: list[Pair] = []
     with Progress("tokenizing", len(texts), enabled=show) as bar:
         for number, (prompt, response) in enumerate(texts, start=1):
-            pair = encode(tokenizer, prompt), (*encode(tokenizer, response), tokenizer.eos_token_id)
+            pair = encode(tokenizer, prompt), (*encode(tokenizer, without_end(tokenizer, response)), tokenizer.eos_token_id)
             length = len(pair[0]) + len(pair[1])
             if length > context:
                 raise UserError(f"{cfg.data}, pair {number} has {length} tokens, more than the context of {context}: shorten it")

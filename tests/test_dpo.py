@@ -248,6 +248,18 @@ def test_rollouts_of_another_tokenizer_are_refused(world: Any, sampled: Path, tm
         preferences(settings(world, tmp_path, rollouts=str(path)), world)
 
 
+def test_rollouts_of_a_padded_vocabulary_are_those_of_the_policy(world: Any, sampled: Path, tmp_path: Path) -> None:
+    """A model may have more rows than its tokenizer has ids, and samples them; they decode to nothing."""
+    beyond = len(load_tokenizer(world.base)) + 3
+
+    def insert(row: dict[str, Any]) -> None:
+        row["response_ids"].insert(2, beyond)
+
+    path = small.rewrite_line(sampled, tmp_path / "rollouts.jsonl", 3, insert)
+    cfg = settings(world, tmp_path, rollouts=str(path))
+    assert preferences(cfg, world) is not None
+
+
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
@@ -289,6 +301,8 @@ def test_what_cannot_work_is_one_line_and_leaves_no_run(
 def test_the_same_tokens_on_both_sides_are_refused(world: Any, tmp_path: Path) -> None:
     pair = Preference((1,), (5, 6), (5, 6), "e7")
     with pytest.raises(ValueError, match=r"pair 1 \(of e7\) has the same tokens as chosen and as rejected response"):
-        srpo.dpo._check_lengths(settings(world, tmp_path), [pair], 100)
+        srpo.dpo._check_pairs(settings(world, tmp_path), [pair], 100, 50)
     with pytest.raises(ValueError, match="empty prompt or response"):
-        srpo.dpo._check_lengths(settings(world, tmp_path), [replace(pair, rejected_ids=())], 100)
+        srpo.dpo._check_pairs(settings(world, tmp_path), [replace(pair, rejected_ids=())], 100, 50)
+    with pytest.raises(ValueError, match=r"has the token 6, and the model in .* has 6"):
+        srpo.dpo._check_pairs(settings(world, tmp_path), [replace(pair, rejected_ids=(4,))], 100, 6)

@@ -1,10 +1,14 @@
-"""Files that are never seen half-written: they are written under a temporary name and then renamed."""
+"""Files that are never seen half-written: they are written under a temporary name and then renamed. And JSON files of others."""
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
+
+from srpo.core.errors import UserError
 
 
 @contextmanager
@@ -26,3 +30,14 @@ def write_whole(path: Path, text: str) -> None:
     """Write a text file through `whole_file`, in UTF-8."""
     with whole_file(path) as part:
         part.write_text(text, encoding="utf-8")
+
+
+def read_json_object(path: Path) -> dict[str, Any]:
+    """The object in a JSON file. Raises UserError for a file that holds anything else."""
+    try:
+        fields = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:  # also bytes that are no UTF-8
+        raise UserError(f"{path} is not JSON ({error}): restore it") from error
+    if not isinstance(fields, dict):
+        raise UserError(f"{path} is not a JSON object: restore it")
+    return fields

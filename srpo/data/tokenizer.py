@@ -9,6 +9,7 @@ from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, 
 from transformers import AutoTokenizer, PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
 from srpo.core.errors import UserError
+from srpo.data.checkpoint_tokens import check_rows
 from srpo.data.examples import Example
 from srpo.data.prompts import build_prompt
 
@@ -39,14 +40,21 @@ def train_tokenizer(texts: Iterable[str], vocab_size: int, phrases: Iterable[str
 
 
 def load_tokenizer(path: str | Path) -> PreTrainedTokenizerBase:
-    """The tokenizer in the folder of a checkpoint. UserError if the folder has none, or it has no end-of-text token."""
+    """The tokenizer in the folder of a checkpoint. UserError if the folder has none, if it has no end-of-text token, or
+    if it has more ids than the model in the folder. Code in the folder never runs.
+    """
     if not any((Path(path) / name).is_file() for name in ("tokenizer.json", "tokenizer_config.json")):
         raise UserError(
             f"no tokenizer in {str(path)!r}: policy.path must be a folder of a Hugging Face checkpoint with its tokenizer"
         )
-    tokenizer = AutoTokenizer.from_pretrained(str(path), local_files_only=True)
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(str(path), local_files_only=True, trust_remote_code=False)
+    except (OSError, ValueError, LookupError, TypeError, AttributeError, RuntimeError) as error:
+        reason = " ".join(f"{type(error).__name__}: {error}".split())[:200]
+        raise UserError(f"the tokenizer in {str(path)!r} cannot be loaded ({reason}): restore it") from error
     if tokenizer.eos_token_id is None:
         raise UserError(f"the tokenizer in {path} has no end-of-text token: set eos_token in its tokenizer_config.json")
+    check_rows(tokenizer, path)
     return tokenizer
 
 

@@ -34,6 +34,7 @@ from srpo.core.metrics import read_metrics
 from srpo.core.progress import Progress
 from srpo.core.run_dir import claim_run_dir
 from srpo.core.steps import PAPER_STEPS, StepSchema
+from srpo.data.checkpoint_tokens import stop_ids
 from srpo.data.examples import Example
 from srpo.data.readers import load_examples, read_examples, write_examples
 from srpo.data.tokenizer import encode_prompts, load_tokenizer
@@ -132,7 +133,7 @@ class Lab:
             pairs = list(examples)
             engine, schema = LocalEngine(load_policy(policy)), StepSchema(PAPER_STEPS)
             tokenizer: Any = load_tokenizer(policy)
-            params = SamplingParams(MAX_NEW_TOKENS, 0.99, 100, group_size, (tokenizer.eos_token_id,))
+            params = SamplingParams(MAX_NEW_TOKENS, 0.99, 100, group_size, stop_ids(tokenizer))
             judge = OracleJudge(self.scale.judge_error_rate, self.seed, schema)
             with Progress("sampling the SFT policy", len(pairs)) as bar:
                 for first in range(0, len(pairs), CHUNK):

@@ -14,6 +14,7 @@ from torch import nn
 from srpo.core.config.train import Config, RewardConfig
 from srpo.core.errors import UserError
 from srpo.core.steps import StepSchema
+from srpo.data.checkpoint_tokens import stop_ids
 from srpo.data.tokenizer import load_tokenizer
 from srpo.policy.model import load_policy
 from srpo.policy.parallel import Parallel
@@ -111,7 +112,7 @@ def _on_engine(
         )
     max_prompt_tokens = engine.max_context - max_new_tokens
     writer = EngineWriter(engine, tokenizer, identity=identity, max_prompt_tokens=max_prompt_tokens, close=close)
-    params = _greedy(max_new_tokens, stop_ids=(tokenizer.eos_token_id,))
+    params = _greedy(max_new_tokens, stop_ids(tokenizer))
     return GenerativeJudge(writer, schema, params, cache=VerdictCache(cache))
 
 
@@ -135,8 +136,8 @@ def service_judge(service: Writer, schema: StepSchema, cfg: RewardConfig) -> Gen
     return GenerativeJudge(service, schema, _greedy(cfg.judge_max_new_tokens), cache=VerdictCache(cfg.judge_cache))
 
 
-def _greedy(max_new_tokens: int, stop_ids: tuple[int, ...] = ()) -> SamplingParams:
-    return SamplingParams(max_new_tokens, temperature=1.0, top_k=0, group_size=1, stop_ids=stop_ids, greedy=True)
+def _greedy(max_new_tokens: int, stops: tuple[int, ...] = ()) -> SamplingParams:
+    return SamplingParams(max_new_tokens, temperature=1.0, top_k=0, group_size=1, stop_ids=stops, greedy=True)
 
 
 def open_scalar_judge(

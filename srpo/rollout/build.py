@@ -10,6 +10,7 @@ import torch
 from torch import nn
 
 from srpo.core.config.train import Config, VllmConfig
+from srpo.data.checkpoint_tokens import stop_ids
 from srpo.policy.parallel import Parallel
 from srpo.rollout.engine import Engine, SamplingParams
 from srpo.rollout.local import LocalEngine
@@ -52,7 +53,7 @@ def sampling_params(cfg: Config, tokenizer: Any) -> SamplingParams:
         temperature=cfg.rollout.temperature,
         top_k=cfg.rollout.top_k,
         group_size=cfg.rollout.group_size,
-        stop_ids=(tokenizer.eos_token_id,),
+        stop_ids=stop_ids(tokenizer),
         support=cfg.rollout.support == "replay",
         routing=cfg.rollout.routing == "replay",
     )

@@ -37,7 +37,7 @@ def _draw(weights: torch.Tensor, uniforms: torch.Tensor) -> torch.Tensor:
     blocks = F.pad(weights, (0, -size % _BLOCK)).view(num_rows, -1, _BLOCK)
     block, uniforms = _invert(blocks.sum(-1), uniforms)
     inner, _ = _invert(blocks[torch.arange(num_rows, device=weights.device), block], uniforms)
-    return block * _BLOCK + inner
+    return (block * _BLOCK + inner).clamp(max=size - 1)  # NaN is found in the padding
 
 
 def _invert(weights: torch.Tensor, uniforms: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:

@@ -10,6 +10,7 @@ from srpo.core.batch import Rollout
 from srpo.core.config.evaluation import BootstrapConfig
 from srpo.core.progress import Progress
 from srpo.core.steps import StepSchema
+from srpo.data.checkpoint_tokens import stop_ids
 from srpo.data.examples import Example
 from srpo.data.tokenizer import encode_prompts
 from srpo.policy.parallel import Parallel
@@ -41,8 +42,7 @@ def evaluate_policy(
     """
     true_grades(examples)
     rank, world_size = (parallel.rank, parallel.world_size) if parallel is not None else (0, 1)
-    stop_ids = () if tokenizer.eos_token_id is None else (tokenizer.eos_token_id,)
-    params = SamplingParams(max_new_tokens, temperature=1.0, top_k=0, group_size=1, stop_ids=stop_ids, greedy=True)
+    params = SamplingParams(max_new_tokens, temperature=1.0, top_k=0, group_size=1, stop_ids=stop_ids(tokenizer), greedy=True)
     indices = range(rank, len(examples), world_size)
     rollouts: dict[int, Rollout] = {}
     with Progress(description, len(indices), enabled=rank == 0) as bar:

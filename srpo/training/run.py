@@ -16,6 +16,7 @@ from srpo.core.errors import UserError
 from srpo.core.metrics import MetricsLogger
 from srpo.core.run_dir import claim_run_dir
 from srpo.core.steps import StepSchema
+from srpo.data.checkpoint_tokens import check_rows
 from srpo.data.curriculum import Curriculum, all_examples, load_stages
 from srpo.data.examples import Example
 from srpo.data.readers import load_examples
@@ -79,6 +80,9 @@ class Run:
         limit = cfg.train.eval_examples
         eval_examples = load_examples(cfg.data.eval, schema.num_steps, limit, options=schema.options) if cfg.data.eval else []
         tokenizer = load_tokenizer(cfg.policy.path)
+        for other in (cfg.policy.reference, cfg.critic.path):
+            if other:
+                check_rows(tokenizer, other, cfg.policy.path)
         params = sampling_params(cfg, tokenizer)
         model = load_to_shard(cfg.policy.path, parallel, experts=cfg.policy.experts)
         check_support(cfg, model.config.vocab_size)

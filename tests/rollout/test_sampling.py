@@ -41,6 +41,14 @@ def test_extreme_uniforms_stay_inside_the_distribution(seed):
         assert ((tokens >= 0) & (tokens < 3000)).all()
 
 
+@pytest.mark.parametrize("vocab", [200, 1000, 1024])
+def test_logits_that_are_not_finite_give_a_token_and_no_logprob(vocab):
+    """The engine finds the log-probabilities and says so; an id out of range would crash before."""
+    logits = torch.full((3, vocab), torch.nan)
+    tokens, logprobs, _ = choose(logits, torch.tensor([0.0, 0.5, 1 - 2**-53], dtype=torch.float64), temperature=1.0, top_k=0)
+    assert bool((tokens < vocab).all()) and not bool(logprobs.isfinite().any())
+
+
 def test_greedy_reports_the_filtered_logprob():
     logits = torch.tensor([[1.0, 3.0, 2.0]])
     token, logprob, _ = choose(logits.clone(), torch.zeros(1, dtype=torch.float64), temperature=2.0, top_k=2, greedy=True)
