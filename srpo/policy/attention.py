@@ -17,6 +17,8 @@ from transformers import AttentionInterface
 from srpo.core.errors import UserError
 
 ATTENTION = "srpo_varlen"
+# Arguments of attention that change its result, and that neither function of srpo computes.
+_UNSUPPORTED = {"s_aux": "attention sinks", "softcap": "a cap on attention scores", "position_bias": "a position bias"}
 
 
 @dataclass(frozen=True)
@@ -58,6 +60,20 @@ def needs_padding(device: torch.device, dtype: torch.dtype) -> bool:
     return device.type != "cuda" or dtype not in (torch.bfloat16, torch.float16)
 
 
+def check_arguments(arguments: dict[str, Any]) -> None:
+    """Raise UserError if the model gives its attention an argument that srpo does not compute."""
+    extra = [words for name, words in _UNSUPPORTED.items() if arguments.get(name) is not None]
+    if extra:
+        raise UserError(f"its attention needs {', '.join(extra)}, which srpo does not compute")
+
+
+def band(length: int, window: int, device: torch.device) -> torch.Tensor:
+    """[L, L] bool: which keys each row attends to, the last `window` up to itself."""
+    rows = torch.arange(length, device=device)
+    behind = rows[:, None] - rows
+    return (behind >= 0) & (behind < window)
+
+
 def varlen_attention(
     module: nn.Module,
     query: torch.Tensor,
@@ -68,37 +84,42 @@ def varlen_attention(
     cu_seq_lens_q: torch.Tensor | None = None,
     max_length_q: int | None = None,
     pad_layout: PadLayout | None = None,
+    sliding_window: int | None = None,
     **kwargs: Any,
 ) -> tuple[torch.Tensor, None]:
     """Causal attention within each packed sequence: ([1, T, heads, D], None).
 
     query [1, heads, T, D]; key, value [1, kv_heads, T, D]; cu_seq_lens_q [N+1] int32; max_length_q is L.
+    sliding_window: a row attends to so many keys, itself included; None: to all before it.
     Dropout is never applied, so that log-probabilities are deterministic. Raises UserError if `cu_seq_lens_q` or
-    `max_length_q` is missing, if the batch dimension is not 1, and if the sliding window is shorter than L.
+    `max_length_q` is missing, if the batch dimension is not 1, and for an argument that is not computed.
     """
     if cu_seq_lens_q is None or max_length_q is None or query.shape[0] != 1:
         raise UserError(
-            f"{ATTENTION} attention takes one packed row with cu_seq_lens_q and max_length_q: call "
+            f"{ATTENTION} attention takes one packed row with cu_seq_lens_q and max_length_q, and they have not come: call "
             "srpo.policy.model.hidden_states, or model.set_attn_implementation('sdpa') for padded inputs and generation"
         )
-    if kwargs.get("sliding_window") is not None and kwargs["sliding_window"] < max_length_q:
-        raise UserError(f"{ATTENTION} attention does not support sliding windows: set use_sliding_window to false in config.json")
+    check_arguments(kwargs)
+    window = sliding_window if sliding_window is not None and sliding_window < max_length_q else None
     query, key, value = (x[0].transpose(0, 1) for x in (query, key, value))  # [T, heads, D]
     gqa = query.shape[1] != key.shape[1]
     if needs_padding(query.device, query.dtype):
         layout = pad_layout or PadLayout.of(cu_seq_lens_q, max_length_q)
         query, key, value = (layout.pad(x) for x in (query, key, value))
         # Padding follows the last row of each sequence, so the causal mask alone hides it from every real row.
-        out = F.scaled_dot_product_attention(query, key, value, is_causal=True, scale=scaling, enable_gqa=gqa)
+        mask = None if window is None else band(max_length_q, window, query.device)
+        out = F.scaled_dot_product_attention(query, key, value, mask, is_causal=mask is None, scale=scaling, enable_gqa=gqa)
         return layout.unpad(out)[None], None
     bounds = (cu_seq_lens_q, cu_seq_lens_q, max_length_q, max_length_q)
+    left = -1 if window is None else window - 1  # keys before a row that it attends to; -1: all
     if importlib.util.find_spec("flash_attn") is not None:
         from flash_attn import flash_attn_varlen_func
 
-        return flash_attn_varlen_func(query, key, value, *bounds, softmax_scale=scaling, causal=True)[None], None
+        out = flash_attn_varlen_func(query, key, value, *bounds, softmax_scale=scaling, causal=True, window_size=(left, 0))
+        return out[None], None
     from torch.nn.attention.varlen import varlen_attn
 
-    out = varlen_attn(query, key, value, *bounds, scale=scaling, window_size=(-1, 0), enable_gqa=gqa)
+    out = varlen_attn(query, key, value, *bounds, scale=scaling, window_size=(left, 0), enable_gqa=gqa)
     assert isinstance(out, torch.Tensor)
     return out[None], None
 

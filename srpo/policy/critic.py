@@ -10,7 +10,7 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from srpo.core.batch import IGNORE, Batch
-from srpo.policy.model import hidden_states
+from srpo.policy.forward import hidden_states, make_deterministic
 
 
 class Critic(nn.Module):
@@ -27,9 +27,7 @@ class Critic(nn.Module):
         self.model.value_head = nn.Linear(model.config.get_text_config().hidden_size, 1)
         self._head().weight.data.zero_()
         self._head().bias.data.zero_()
-        if activation_checkpointing:
-            self.model.gradient_checkpointing_enable({"use_reentrant": False})
-        self.train()
+        make_deterministic(self.model, activation_checkpointing=activation_checkpointing)
 
     def forward(self, batch: Batch) -> torch.Tensor:
         """Values [R] fp32 of the rows of `batch.rows()`. A row's value depends on all tokens before the one it predicts."""

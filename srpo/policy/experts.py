@@ -1,7 +1,8 @@
 """Forward of a layer of experts, registered with transformers: `grouped_mm` (default), `loop` (the reference), `megablocks`.
 
-Each implementation takes the experts module (gate_up_proj [E, 2I, H], down_proj [E, H, I], act_fn), hidden [T, H], the chosen
-experts [T, K] and their weights [T, K], and returns [T, H]. No token is dropped.
+Each implementation takes the experts module, hidden [T, H], the chosen experts [T, K] and their weights [T, K], and returns
+[T, H]. No token is dropped. The module says how its experts compute, by transformers' `use_experts_implementation`: gate_up_proj
+[E, 2I, H] or, without a gate, up_proj [E, I, H]; down_proj [E, H, I]; whether these are transposed and have biases; its gate.
 Letters: T tokens, H hidden, E experts, K experts per token, S = T * K (token, expert) pairs, I intermediate.
 """
 
@@ -25,11 +26,12 @@ GroupedMatmul = Callable[[torch.Tensor, torch.Tensor, torch.Tensor], torch.Tenso
 
 def loop_experts(module: Any, hidden: torch.Tensor, top_k_index: torch.Tensor, top_k_weights: torch.Tensor) -> torch.Tensor:
     """The reference: applies one expert after the other, each to the tokens that are routed to it."""
-    out = torch.zeros_like(hidden)
+    out, up = torch.zeros_like(hidden), _up(module)
     for e in range(module.num_experts):
         token, slot = (top_k_index == e).nonzero(as_tuple=True)
-        gate, up = F.linear(hidden[token], module.gate_up_proj[e]).chunk(2, dim=-1)
-        term = F.linear(module.act_fn(gate) * up, module.down_proj[e]) * top_k_weights[token, slot, None]
+        inner = F.linear(hidden[token], _weight(module, up)[e], _bias(module, up, e))
+        term = F.linear(_activation(module, inner), _weight(module, "down_proj")[e], _bias(module, "down_proj", e))
+        term = term * top_k_weights[token, slot, None]
         out = out.index_add(0, token, term.to(out.dtype))
     return out
 
@@ -44,10 +46,34 @@ def permuted_experts(
     inverse = torch.empty_like(order).index_copy_(0, order, torch.arange(order.numel(), device=order.device))
     counts = torch.zeros(module.num_experts, dtype=torch.int64, device=flat.device).index_add_(0, flat, torch.ones_like(flat))
     x = _Rows.apply(hidden, order, inverse, num_slots)
-    gate, up = matmul(x, module.gate_up_proj, counts).chunk(2, dim=-1)
-    y = matmul(module.act_fn(gate) * up, module.down_proj, counts)
+    expert = flat[order] if module.has_bias else None  # [S]; only biases need it
+    up = _up(module)
+    inner = matmul(x, _weight(module, up), counts)
+    inner = _activation(module, inner if expert is None else inner + _bias(module, up, expert))
+    y = matmul(inner, _weight(module, "down_proj"), counts)
+    y = y if expert is None else y + _bias(module, "down_proj", expert)
     y = _Rows.apply(y, inverse, order, 1).view(-1, num_slots, hidden.shape[1])
     return (y * top_k_weights[:, :, None]).sum(1).to(hidden.dtype)
+
+
+def _up(module: Any) -> str:
+    return "gate_up_proj" if module.has_gate else "up_proj"
+
+
+def _weight(module: Any, name: str) -> torch.Tensor:
+    """[E, out, in]."""
+    weight = getattr(module, name)
+    return weight.transpose(1, 2) if module.is_transposed else weight
+
+
+def _bias(module: Any, name: str, expert: int | torch.Tensor) -> Any:
+    """Bias [out] of one expert or [S, out] of the experts [S]; None if the experts have none."""
+    return getattr(module, f"{name}_bias")[expert] if module.has_bias else None
+
+
+def _activation(module: Any, inner: torch.Tensor) -> torch.Tensor:
+    """The module's own gate, which may clamp, scale or interleave; without a gate, its activation."""
+    return module._apply_gate(inner) if module.has_gate else module.act_fn(inner)
 
 
 class _Rows(torch.autograd.Function):

@@ -10,12 +10,13 @@ from typing import Any
 import torch
 from torch import nn
 from torch.nn.modules.module import register_module_parameter_registration_hook
-from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
+from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from srpo.core.errors import UserError
 from srpo.policy.attention import ATTENTION
 from srpo.policy.experts import registered_name
-from srpo.policy.model import check_folder, load_policy
+from srpo.policy.folder import check_folder, read_config
+from srpo.policy.model import load_policy
 from srpo.policy.parallel import Parallel
 
 
@@ -23,9 +24,18 @@ def load_to_shard(path: str | Path, parallel: Parallel, *, experts: str = "group
     """`load_policy` in fp32, to be followed by `Parallel.shard`. Rank 0 has all weights; the other ranks have parameters on the
     meta device and rank 0's buffers. In a run of one process it equals `load_policy`. Collective.
 
-    Raises UserError if the folder holds no model, or if its config.json does not fit its weights.
+    Raises UserError as `load_policy` does, on every rank.
     """
-    model = load_policy(path, experts=experts) if parallel.is_main else _without_weights(path, experts)
+    check_folder(path)
+    model, error = None, None
+    try:
+        model = load_policy(path, experts=experts) if parallel.is_main else _without_weights(path, experts)
+    except UserError as refused:  # the other ranks would wait for this one
+        error = refused
+    refusal = next((text for text in parallel.all_gather_object(None if error is None else str(error)) if text), None)
+    if refusal is not None:
+        raise UserError(refusal) from error
+    assert model is not None
     if parallel.world_size == 1:
         return model
     layout = _layout(model)
@@ -50,11 +60,14 @@ def _layout(model: nn.Module) -> dict[str, tuple[Any, ...]]:
 
 def _without_weights(path: str | Path, experts: str) -> PreTrainedModel:
     """The model of `load_policy` with its parameters on the meta device; buffers are computed on the CPU as usual."""
-    check_folder(path)
-    config = AutoConfig.from_pretrained(path, local_files_only=True)
+    config = read_config(path)
     with _parameters_on_meta():
         model = AutoModelForCausalLM.from_config(
-            config, dtype=torch.float32, attn_implementation=ATTENTION, experts_implementation=registered_name(experts)
+            config,
+            dtype=torch.float32,
+            attn_implementation=ATTENTION,
+            experts_implementation=registered_name(experts),
+            trust_remote_code=False,
         )
     return model.eval()
 

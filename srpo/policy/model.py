@@ -1,4 +1,4 @@
-"""The policy's model: any transformers causal LM, a tiny mixture of experts for laptops, and the forward over a packed `Batch`.
+"""The policy's model: a causal LM of transformers, a tiny mixture of experts for laptops, and the forward over a packed `Batch`.
 
 Letters: T packed rows, R rows that have a label, H hidden, V vocabulary.
 """
@@ -11,19 +11,19 @@ from typing import Any
 
 import torch
 from torch import nn
-from transformers import AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerBase, Qwen3MoeConfig, Qwen3MoeForCausalLM
+from transformers import PreTrainedModel, PreTrainedTokenizerBase, Qwen3MoeConfig, Qwen3MoeForCausalLM
 from transformers.utils import logging
 
 from srpo.core.batch import IGNORE, Batch
 from srpo.core.config.demo import TinyConfig
 from srpo.core.errors import UserError
-from srpo.policy.attention import ATTENTION, PadLayout, needs_padding
+from srpo.policy.attention import ATTENTION
 from srpo.policy.experts import registered_name
+from srpo.policy.folder import read_config, read_model
+from srpo.policy.forward import context_of, hidden_states, make_deterministic
 from srpo.policy.parallel import current_rank, iter_full_params, unwrap
-from srpo.policy.routing import Routers, Routing
-
-_LOGIT_CAPS = ("final_logit_softcapping", "logits_soft_cap")  # config keys for operations on the logits after the head
-_LOGIT_SCALES = ("logit_scale", "logits_scaling", "lm_head_multiplier", "output_multiplier")
+from srpo.policy.probe import check_family, logit_operations
+from srpo.policy.routing import Routers
 
 logging.disable_progress_bar()  # of transformers' reading and writing of weights; the programs show their own progress
 
@@ -68,50 +68,22 @@ def make_tiny(
 def load_policy(path: str | Path, *, experts: str = "grouped_mm", dtype: torch.dtype = torch.float32) -> PreTrainedModel:
     """The causal LM in the Hugging Face folder `path`, on the CPU, with srpo's attention and experts, its parameters in `dtype`.
 
-    Raises UserError if the folder holds no model.
+    Raises UserError if the folder holds no model, if its tensors are not those of its config.json (`srpo.policy.folder`), and for
+    a kind of model that srpo does not compute right (`srpo.policy.probe`).
     """
-    check_folder(path)
-    return AutoModelForCausalLM.from_pretrained(
-        path,
-        dtype=dtype,
-        attn_implementation=ATTENTION,
-        experts_implementation=registered_name(experts),
-        local_files_only=True,
-    )
-
-
-def check_folder(path: str | Path) -> None:
-    """Raise UserError if the folder has no config.json."""
-    if not (Path(path) / "config.json").is_file():
-        raise UserError(f"no model in {str(path)!r}: policy.path must be a folder with config.json and safetensors files")
-
-
-def hidden_states(model: PreTrainedModel, batch: Batch, routing: Routing | None = None) -> torch.Tensor:
-    """Last hidden states [T, H] (after the final norm) of the packed sequences; no sequence attends to another.
-
-    routing: only for a model whose `Routers` are open.
-    """
-    max_length = batch.max_seqlen
-    padded = needs_padding(batch.input_ids.device, next(model.parameters()).dtype)
-    return model.base_model(
-        input_ids=batch.input_ids[None],
-        position_ids=batch.position_ids[None],
-        cu_seq_lens_q=batch.cu_seqlens,
-        cu_seq_lens_k=batch.cu_seqlens,
-        max_length_q=max_length,
-        max_length_k=max_length,
-        pad_layout=PadLayout.of(batch.cu_seqlens, max_length) if padded else None,
-        use_cache=False,
-        **({} if routing is None else {"routing": routing}),
-    ).last_hidden_state[0]
+    implementation = registered_name(experts)
+    config = read_config(path)
+    try:
+        check_family(config, experts=experts)
+    except UserError as error:
+        raise UserError(f"{str(path)!r}: {error}") from error
+    return read_model(path, config, attention=ATTENTION, experts=implementation, dtype=dtype)
 
 
 def check_head(model: PreTrainedModel, inputs: str) -> None:
     """Raise UserError if the loss cannot reproduce how the model turns hidden states into logits: no operation may follow the
     head, and with inputs "hidden" the head must be a single matrix."""
-    config, name = model.config.get_text_config(), type(model).__name__
-    after = [key for key in _LOGIT_CAPS if getattr(config, key, None) not in (None, 0)]
-    after += [key for key in _LOGIT_SCALES if getattr(config, key, None) not in (None, 1)]
+    name, after = type(model).__name__, logit_operations(model.config.get_text_config())
     if after:
         raise UserError(
             f"{name} changes its logits after the head ({', '.join(after)}), which srpo does not support: "
@@ -138,14 +110,12 @@ class Policy(nn.Module):
         self.model = model
         self.routers = Routers(model).open() if replay_routing else None
         self._flips: torch.Tensor | None = None
-        if activation_checkpointing:
-            model.gradient_checkpointing_enable({"use_reentrant": False})
-        self.train()  # activation checkpointing needs training mode; nothing else depends on it: attention has no dropout
+        make_deterministic(model, activation_checkpointing=activation_checkpointing)
 
     @property
     def max_context(self) -> int:
         """Longest prompt plus response that the model supports, in tokens."""
-        return int(self.model.config.max_position_embeddings)
+        return context_of(self.model.config)
 
     def forward(self, batch: Batch, *, through: Callable[[torch.Tensor, torch.Tensor], Any] | None = None) -> Any:
         """Logits [R, V] of the rows of `batch.rows()`, in the dtype of the forward. With `through`, the result of

@@ -20,7 +20,8 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from srpo.core.batch import Batch, Rollout, pack
 from srpo.core.errors import UserError
-from srpo.policy.model import hidden_states, load_policy
+from srpo.policy.forward import context_of, hidden_states, make_deterministic
+from srpo.policy.model import load_policy
 from srpo.policy.parallel import current_rank, iter_full_params, unwrap
 
 HEAD_FILE = "scalar_head.safetensors"
@@ -33,19 +34,17 @@ class ScalarModel(nn.Module):
     def __init__(self, model: PreTrainedModel, *, activation_checkpointing: bool = False) -> None:
         super().__init__()
         self.model = model
-        if activation_checkpointing:
-            model.gradient_checkpointing_enable({"use_reentrant": False})
-        self.train()  # as in `Policy`: activation checkpointing needs training mode; nothing else depends on it
         if not hasattr(model, _HEAD):  # zeros, so that an untrained model gives every step the probability 0.5
             head = nn.Linear(int(model.config.hidden_size), 1, device=model.device)
             nn.init.zeros_(head.weight)
             nn.init.zeros_(head.bias)
             model.add_module(_HEAD, head)
+        make_deterministic(model, activation_checkpointing=activation_checkpointing)
 
     @property
     def max_context(self) -> int:
         """Longest prompt plus response that the model supports, in tokens."""
-        return int(self.model.config.max_position_embeddings)
+        return context_of(self.model.config)
 
     def forward(self, batch: Batch) -> torch.Tensor:
         """Logits [N, J] fp32 that each step is correct, read at the row of its last token.

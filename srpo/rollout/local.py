@@ -16,6 +16,7 @@ from srpo.core.errors import UserError
 from srpo.policy.decode import Decoder, KeyValues
 from srpo.policy.model import unwrap
 from srpo.policy.parallel import iter_full_params
+from srpo.policy.probe import check_family
 from srpo.policy.routing import Routing
 from srpo.rollout.engine import Groups, Sample, SamplingParams, check_prompts, in_order
 from srpo.rollout.sampling import choose
@@ -28,7 +29,8 @@ class LocalEngine:
     """Decodes waves of at most `max_rows` responses with its own copy of the model's weights.
 
     model: a transformers causal LM or a `Policy`, not yet sharded. It is copied: to `device`, and its parameters to `dtype`, if
-    given. If its parameters are on the meta device, the engine cannot sample before the first sync.
+    given. If its parameters are on the meta device, the engine cannot sample before the first sync. Raises UserError for a kind
+    of model that it does not decode right (`srpo.policy.probe`).
     max_context: longest prompt plus response in tokens; 0: the model's own limit. `policy_version` is -1 until the first sync.
     """
 
@@ -45,6 +47,7 @@ class LocalEngine:
             raise UserError(
                 "the local engine cannot copy a sharded model: create it before the policy is sharded, then call sync_weights"
             )
+        check_family(unwrap(model).config, engine=True)
         # Each parameter is copied straight to its final dtype and device. Buffers keep their precision: rotary frequencies do
         # not survive bfloat16.
         copied = {id(param): _copy(param, device, dtype) for param in model.parameters()}

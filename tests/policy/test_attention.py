@@ -1,9 +1,12 @@
 from __future__ import annotations
 
+from typing import Any
+
 import policy_lab as lab
 import pytest
 import torch
 
+from srpo.core.errors import UserError
 from srpo.policy.attention import PadLayout, varlen_attention
 
 SHAPES = [[5], [1, 1, 1], [4, 4, 4], [1, 7, 3, 12], [9, 2]]
@@ -49,11 +52,30 @@ def test_says_what_to_call_where_the_input_is_not_packed() -> None:
         lab.tiny()(input_ids=torch.ones(1, 3, dtype=torch.long))
 
 
-def test_refuses_a_sliding_window_that_would_matter() -> None:
+@pytest.mark.parametrize("window", [1, 3, 9, 50])
+@pytest.mark.parametrize("lengths", SHAPES)
+def test_a_sliding_window_ends_within_the_sequence(lengths: list[int], window: int) -> None:
+    query, key, value = (torch.randn(1, heads, sum(lengths), 4, dtype=torch.float64) for heads in (4, 2, 2))
+    cu_seqlens = torch.tensor([0, *lengths]).cumsum(0).int()
+    out, _ = varlen_attention(torch.nn.Identity(), query, key, value, None, 0.5, cu_seqlens, max(lengths), sliding_window=window)
+    want = []
+    for q, k, v in zip(*(x[0].split(lengths, 1) for x in (query, key, value)), strict=True):
+        behind = torch.arange(q.shape[1])[:, None] - torch.arange(q.shape[1])
+        scores = q @ k.repeat_interleave(2, 0).transpose(1, 2) * 0.5
+        scores = scores.masked_fill((behind < 0) | (behind >= window), -torch.inf)
+        want.append((scores.softmax(-1) @ v.repeat_interleave(2, 0)).transpose(0, 1))
+    assert torch.allclose(out, torch.cat(want)[None], atol=1e-12)
+
+
+@pytest.mark.parametrize("name", ["s_aux", "softcap", "position_bias"])
+def test_arguments_that_are_not_computed_are_refused(name: str) -> None:
     x = torch.randn(1, 2, 5, 4)
     cu_seqlens = torch.tensor([0, 5], dtype=torch.int32)
-    with pytest.raises(ValueError, match="use_sliding_window"):
-        varlen_attention(torch.nn.Identity(), x, x, x, None, 1.0, cu_seqlens, 5, sliding_window=4)
+    arguments: dict[str, Any] = {name: torch.ones(2)}
+    with pytest.raises(UserError, match="its attention needs"):
+        varlen_attention(torch.nn.Identity(), x, x, x, None, 1.0, cu_seqlens, 5, **arguments)
+    arguments[name] = None
+    varlen_attention(torch.nn.Identity(), x, x, x, None, 1.0, cu_seqlens, 5, **arguments)
 
 
 @pytest.mark.gpu

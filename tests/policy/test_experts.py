@@ -17,7 +17,13 @@ EXPERTS, HIDDEN, SIZE = 5, 8, 6
 def layer(dtype: torch.dtype = torch.float64, device: str = "cpu") -> SimpleNamespace:
     up = torch.randn(EXPERTS, 2 * SIZE, HIDDEN, dtype=dtype, device=device, requires_grad=True)
     down = torch.randn(EXPERTS, HIDDEN, SIZE, dtype=dtype, device=device, requires_grad=True)
-    return SimpleNamespace(num_experts=EXPERTS, gate_up_proj=up, down_proj=down, act_fn=F.silu)
+    plain = {"has_gate": True, "has_bias": False, "is_transposed": False, "_apply_gate": swiglu}
+    return SimpleNamespace(num_experts=EXPERTS, gate_up_proj=up, down_proj=down, act_fn=F.silu, **plain)
+
+
+def swiglu(inner: torch.Tensor) -> torch.Tensor:
+    gate, up = inner.chunk(2, -1)
+    return F.silu(gate) * up
 
 
 @pytest.mark.parametrize("num_tokens", [0, 1, 2, 37])
@@ -42,6 +48,36 @@ def test_grouped_is_right_where_all_tokens_choose_one_expert() -> None:
     gate, up = F.linear(hidden, module.gate_up_proj[3]).chunk(2, -1)
     want = F.linear(F.silu(gate) * up, module.down_proj[3]) * weights
     assert torch.allclose(grouped_mm_experts(module, hidden, index, weights), want, atol=1e-12)
+
+
+@pytest.mark.parametrize("plain", [False, True])
+def test_experts_compute_as_their_module_says(plain: bool) -> None:
+    """Biases, transposed weights and a clamped gate of their own, as in gpt-oss; or an activation without a gate."""
+    width = SIZE if plain else 2 * SIZE
+    up, down = (torch.randn(EXPERTS, *shape, dtype=torch.float64) for shape in ((HIDDEN, width), (SIZE, HIDDEN)))
+    biases = [torch.randn(EXPERTS, size, dtype=torch.float64) for size in (width, HIDDEN)]
+    name = "up_proj" if plain else "gate_up_proj"
+    module = SimpleNamespace(
+        num_experts=EXPERTS,
+        has_gate=not plain,
+        has_bias=True,
+        is_transposed=True,
+        act_fn=F.relu,
+        _apply_gate=lambda inner: inner[:, ::2].clamp(max=0.5) * inner[:, 1::2],
+        down_proj=down,
+        down_proj_bias=biases[1],
+        **{name: up, f"{name}_bias": biases[0]},
+    )
+    hidden, weights = torch.randn(7, HIDDEN, dtype=torch.float64), torch.rand(7, 2, dtype=torch.float64)
+    index = torch.rand(7, EXPERTS).topk(2).indices
+    want = torch.zeros(7, HIDDEN, dtype=torch.float64)
+    for token in range(7):
+        for slot, expert in enumerate(index[token].tolist()):
+            inner = hidden[token, None] @ up[expert] + biases[0][expert]
+            inner = F.relu(inner) if plain else module._apply_gate(inner)
+            want[token] += (inner @ down[expert] + biases[1][expert])[0] * weights[token, slot]
+    for forward in (grouped_mm_experts, loop_experts):
+        assert torch.allclose(forward(module, hidden, index, weights), want, atol=1e-12)
 
 
 def test_permuted_hands_sorted_rows_and_counts_to_the_product() -> None:

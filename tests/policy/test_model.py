@@ -9,7 +9,8 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from srpo.core.batch import pack
 from srpo.core.config.demo import TinyConfig
-from srpo.policy.model import Policy, hidden_states, load_policy, make_tiny, save_policy
+from srpo.policy.forward import hidden_states
+from srpo.policy.model import Policy, load_policy, make_tiny, save_policy
 from srpo.policy.parallel import iter_full_params
 
 

@@ -6,8 +6,16 @@ from typing import Any
 import pytest
 import torch
 from torch.distributed.tensor import DTensor
-from transformers import LlamaConfig, LlamaForCausalLM, Qwen3MoeConfig, Qwen3MoeForCausalLM
+from transformers import (
+    DiffLlamaConfig,
+    DiffLlamaForCausalLM,
+    LlamaConfig,
+    LlamaForCausalLM,
+    Qwen3MoeConfig,
+    Qwen3MoeForCausalLM,
+)
 
+from srpo.core.errors import UserError
 from srpo.policy.model import Policy
 from srpo.policy.parallel import Parallel, iter_full_params
 from srpo.rollout.engine import Sample, SamplingParams
@@ -220,10 +228,21 @@ def test_context_is_checked_before_anything_is_generated():
     assert LocalEngine(tiny(), max_context=10**6).max_context == 128
 
 
-def test_sliding_window_is_refused():
-    model = tiny(use_sliding_window=True, sliding_window=4)
-    with pytest.raises(ValueError, match="sliding_window"):
-        LocalEngine(model).generate([(3,) * 9], SamplingParams(4, group_size=1), seed=0)
+@pytest.mark.parametrize("window", [2, 4, 11, 30])
+def test_sliding_window(window):
+    model = tiny(seed=window, use_sliding_window=True, sliding_window=window, max_window_layers=1)
+    prompts, params = random_prompts(window, 5), SamplingParams(14, 1.0, 0, group_size=4, stop_ids=(1, 5, 9))
+    for sample in LocalEngine(model).generate(prompts, params, seed=1):
+        expected = brute_force_logprobs(model, prompts[sample.prompt_index], sample, params)
+        torch.testing.assert_close(torch.tensor(sample.sampling_logprobs).double(), expected, atol=1e-5, rtol=0)
+
+
+def test_what_the_engine_does_not_decode_right_is_refused():
+    config = DiffLlamaConfig(
+        vocab_size=VOCAB, hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2
+    )
+    with pytest.raises(UserError, match=r"'diffllama' in the local engine are not supported: .* Set the engine to 'vllm'"):
+        LocalEngine(DiffLlamaForCausalLM(config))
 
 
 def test_stats_count_the_last_generation():

@@ -1,0 +1,145 @@
+"""Reads the folder of a Hugging Face checkpoint: exactly the tensors that its config.json asks for, each with its shape, a
+floating dtype and finite values. Code in the folder never runs, and nobody is asked whether to run it; no pickle is read.
+"""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+from typing import Any
+
+import torch
+from huggingface_hub.errors import StrictDataclassError
+from safetensors import SafetensorError, safe_open
+from torch import nn
+from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
+
+from srpo.core.errors import UserError
+from srpo.core.files import read_json_object
+
+_FLOATS = {"F64", "F32", "F16", "BF16"}  # names in a safetensors header
+_INDEX, _SINGLE = "model.safetensors.index.json", "model.safetensors"
+# Transformers says that a folder is wrong with any of these, and passes on what the libraries below it raise.
+_LIBRARY_ERRORS = (AttributeError, ImportError, LookupError, OSError, RuntimeError, TypeError, ValueError)
+_LIBRARY_ERRORS += (SafetensorError, StrictDataclassError)
+
+
+def check_folder(path: str | Path) -> None:
+    """Raise UserError if the folder has no config.json."""
+    if not (Path(path) / "config.json").is_file():
+        raise UserError(f"no model in {str(path)!r}: policy.path must be a folder with config.json and safetensors files")
+
+
+def read_config(path: str | Path) -> PreTrainedConfig:
+    """The config.json of the folder. Raises UserError if it is not that of a language model of the installed transformers."""
+    check_folder(path)
+    file = Path(path) / "config.json"
+    fields = read_json_object(file)
+    if fields.get("quantization_config"):
+        raise UserError(f"{file} says that the weights are quantized, which srpo cannot train: give them in bf16 or fp32")
+    try:
+        config = AutoConfig.from_pretrained(str(path), local_files_only=True, trust_remote_code=False)
+    except _LIBRARY_ERRORS as error:
+        raise UserError(f"{file} is not the config of a model that transformers knows ({_line(error)}): correct it") from error
+    if config.get_text_config() is not config:
+        raise UserError(
+            f"{str(path)!r} holds a model of type {config.model_type!r}, which is a language model and more: save its language "
+            "model alone, and name that folder"
+        )
+    return config
+
+
+def read_model(
+    path: str | Path, config: PreTrainedConfig, *, attention: str, experts: str, dtype: torch.dtype
+) -> PreTrainedModel:
+    """The causal LM of the folder on the CPU, its parameters in `dtype`. Raises UserError that names the first wrong tensor."""
+    files = _weight_files(Path(path))
+    try:
+        model, info = AutoModelForCausalLM.from_pretrained(
+            str(path),
+            config=config,
+            dtype=dtype,
+            attn_implementation=attention,
+            experts_implementation=experts,
+            local_files_only=True,
+            trust_remote_code=False,
+            use_safetensors=True,
+            ignore_mismatched_sizes=True,  # they are in `info`
+            output_loading_info=True,
+        )
+    except _LIBRARY_ERRORS as error:
+        raise UserError(f"the model in {str(path)!r} cannot be loaded ({_line(error)}): give another checkpoint") from error
+    _check_tensors(path, model, info)
+    _check_dtypes(files, model)
+    _check_values(path, model)
+    return model
+
+
+def _weight_files(folder: Path) -> list[Path]:
+    """The safetensors files of the folder."""
+    if (folder / _SINGLE).is_file():
+        return [folder / _SINGLE]
+    if not (folder / _INDEX).is_file():
+        pickles = sorted(file.name for file in folder.glob("*.bin"))
+        other = f"; {pickles[0]} is a pickle, which could run code, so it is not read" if pickles else ""
+        raise UserError(f"no weights in {str(folder)!r}: it needs {_SINGLE}, or {_INDEX} and the files it names{other}")
+    index = read_json_object(folder / _INDEX).get("weight_map")
+    if not isinstance(index, dict) or not index:
+        raise UserError(f"{folder / _INDEX} has no weight_map: restore it")
+    files = [folder / str(name) for name in sorted(set(map(str, index.values())))]
+    for file in files:
+        if file.parent != folder:
+            raise UserError(f"{folder / _INDEX} names {file}, which is not in its folder: restore it")
+        if not file.is_file():
+            raise UserError(f"{file} is missing, and {_INDEX} names it: restore it")
+    return files
+
+
+def _check_tensors(path: str | Path, model: PreTrainedModel, info: dict[str, Any]) -> None:
+    """Raise UserError unless the folder has exactly the tensors of its config.json; tied tensors need to be there once."""
+    where = f"the weights in {str(path)!r} do not fit their config.json"
+    if missing := sorted(info["missing_keys"]):
+        raise UserError(f"{where}: {len(missing)} tensors are missing, first {missing[0]}. Restore the checkpoint")
+    if mismatched := sorted(info["mismatched_keys"]):
+        name, stored, wanted = mismatched[0]
+        raise UserError(
+            f"{where}: {len(mismatched)} tensors have another shape, first {name}, {tuple(stored)} in place of {tuple(wanted)}. "
+            "Restore the checkpoint"
+        )
+    if unexpected := sorted(info["unexpected_keys"]):
+        raise UserError(f"{where}: {len(unexpected)} tensors have no place in the model, first {unexpected[0]}. Correct it")
+    head, embedding = model.get_output_embeddings(), model.get_input_embeddings()
+    if model.config.tie_word_embeddings and isinstance(head, nn.Linear) and head.weight is not embedding.weight:
+        raise UserError(
+            f"{where}: they differ in 1 parameters or buffers, first lm_head.weight. Correct config.json (tie_word_embeddings: "
+            "whether the head shares the embedding's weight)"
+        )
+
+
+def _check_dtypes(files: list[Path], model: PreTrainedModel) -> None:
+    """Raise UserError for a stored tensor that is no number with a fraction, unless the model's own is none, or is not stored."""
+    own = {name for name, tensor in model.state_dict().items() if not tensor.is_floating_point()}
+    ignored = [re.compile(pattern) for pattern in model._keys_to_ignore_on_load_unexpected or ()]
+    for file in files:
+        with safe_open(file, framework="pt") as stored:
+            dtypes = {name: stored.get_slice(name).get_dtype() for name in list(stored.keys())}
+        for name, dtype in dtypes.items():
+            known = dtype in _FLOATS or any(f".{whole}".endswith(f".{name}") for whole in own)
+            if not known and not any(pattern.search(name) for pattern in ignored):
+                raise UserError(
+                    f"{file}: tensor {name} is stored as {dtype}, and the model needs one of {', '.join(sorted(_FLOATS))}: give "
+                    "the checkpoint as it was before it was quantized, or restore it"
+                )
+
+
+def _check_values(path: str | Path, model: PreTrainedModel) -> None:
+    """Raise UserError for a tensor with a value that is not finite."""
+    for name, tensor in model.state_dict().items():
+        if tensor.is_floating_point() and tensor.numel() and not bool(torch.stack(torch.aminmax(tensor)).isfinite().all()):
+            raise UserError(f"the weights in {str(path)!r} are not all finite, first {name}: give an earlier checkpoint")
+
+
+def _line(error: Exception) -> str:
+    """One line of a library's error."""
+    text = " ".join(str(error).split())
+    return f"{type(error).__name__}: {text[:200]}" if text else type(error).__name__

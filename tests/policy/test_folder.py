@@ -1,0 +1,156 @@
+"""What a checkpoint says is checked: one sentence that names the folder and the first wrong tensor."""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import policy_lab as lab
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from srpo.core.errors import UserError
+from srpo.policy.critic import Critic
+from srpo.policy.loading import load_to_shard
+from srpo.policy.model import load_policy, make_tiny
+from srpo.policy.scalar import load_scalar
+
+Tensors = dict[str, torch.Tensor]
+LAYER = "model.layers.1.mlp.gate.weight"
+
+
+def saved(folder: Path) -> Path:
+    make_tiny(lab.tokenizer(), lab.CONFIG, 0).save_pretrained(folder)
+    lab.tokenizer().save_pretrained(folder)
+    return folder
+
+
+def rewritten(folder: Path, change: Callable[[Tensors], Any]) -> Path:
+    """The folder, with other tensors in its file."""
+    tensors = load_file(folder / "model.safetensors")
+    change(tensors)
+    save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
+    return folder
+
+
+def reconfigured(folder: Path, **fields: Any) -> Path:
+    file = folder / "config.json"
+    file.write_text(json.dumps(json.loads(file.read_text()) | fields))
+    return folder
+
+
+def renamed(tensors: Tensors) -> None:
+    for name in list(tensors):
+        tensors[f"other.{name}"] = tensors.pop(name)
+
+
+def put(name: str, change: Callable[[torch.Tensor], torch.Tensor]) -> Callable[[Tensors], None]:
+    return lambda tensors: tensors.update({name: change(tensors[name]).contiguous()})
+
+
+def with_value(value: float) -> Callable[[torch.Tensor], torch.Tensor]:
+    def change(tensor: torch.Tensor) -> torch.Tensor:
+        tensor[1, 2] = value
+        return tensor
+
+    return change
+
+
+TENSORS: dict[str, tuple[Callable[[Tensors], Any], str]] = {
+    "head": (lambda tensors: tensors.pop("lm_head.weight"), r"1 tensors are missing, first lm_head\.weight"),
+    "inner": (lambda tensors: tensors.pop(LAYER), f"missing, first {re.escape(LAYER)}"),
+    "all": (renamed, r"tensors are missing, first lm_head\.weight"),
+    "more": (lambda tensors: tensors.update(extra=torch.ones(2)), "no place in the model, first extra"),
+    "size": (put("lm_head.weight", lambda t: t[:40]), r"another shape, first lm_head\.weight, \(40, 32\) in place of \(50, 32\)"),
+    "int8": (put(LAYER, lambda t: t.to(torch.int8)), f"{re.escape(LAYER)} is stored as I8"),
+    "bool": (put(LAYER, lambda t: t.bool()), f"{re.escape(LAYER)} is stored as BOOL"),
+    "float8": (put("model.norm.weight", lambda t: t.to(torch.float8_e4m3fn)), r"model\.norm\.weight is stored as F8_E4M3"),
+    "nan": (put("lm_head.weight", with_value(float("nan"))), r"not all finite, first lm_head\.weight"),
+    "inf": (put("model.embed_tokens.weight", with_value(float("-inf"))), r"not all finite, first model\.embed_tokens\.weight"),
+}
+
+
+@pytest.mark.parametrize("name", TENSORS)
+def test_a_wrong_tensor_is_named(name: str, tmp_path: Path) -> None:
+    change, message = TENSORS[name]
+    folder = rewritten(saved(tmp_path), change)
+    for load in (load_policy, load_scalar, lambda path: Critic(load_to_shard(path, lab.one_process()))):
+        with pytest.raises(UserError, match=message) as refused:
+            load(folder)
+        assert str(tmp_path) in str(refused.value) and "\n" not in str(refused.value)
+
+
+@pytest.mark.parametrize(
+    ("fields", "message"),
+    [
+        ({"num_hidden_layers": 3}, r"tensors are missing, first model\.layers\.2\."),
+        ({"num_hidden_layers": 1}, r"no place in the model, first model\.layers\.1\."),
+        ({"vocab_size": 60}, r"another shape, first lm_head\.weight, \(50, 32\) in place of \(60, 32\)"),
+        ({"hidden_size": "wide"}, "config.json is not the config of a model"),
+        ({"model_type": "unheard_of"}, "config.json is not the config of a model that transformers knows"),
+        ({"model_type": "bert"}, "'bert'"),
+        ({"quantization_config": {"quant_method": "fp8"}}, "weights are quantized"),
+        ({"tie_word_embeddings": True}, r"first lm_head\.weight.*tie_word_embeddings"),
+        ({"model_type": "gemma3", "text_config": {}, "vision_config": {}}, "'gemma3', which is a language model and more"),
+    ],
+)
+def test_a_config_that_does_not_fit_is_named(fields: dict[str, Any], message: str, tmp_path: Path) -> None:
+    with pytest.raises(UserError, match=message):
+        load_policy(reconfigured(saved(tmp_path), **fields))
+
+
+def cut(file: Path) -> None:
+    file.write_bytes(file.read_bytes()[:-100])
+
+
+def pickled(file: Path) -> None:
+    file.rename(file.with_name("pytorch_model.bin"))
+
+
+def sharded(file: Path) -> None:
+    file.with_name("model.safetensors.index.json").write_text('{"weight_map": {"lm_head.weight": "model-1-of-2.safetensors"}}')
+    file.unlink()
+
+
+def outside(file: Path) -> None:
+    file.with_name("model.safetensors.index.json").write_text('{"weight_map": {"lm_head.weight": "../model.safetensors"}}')
+    file.unlink()
+
+
+@pytest.mark.parametrize(
+    ("name", "damage", "message"),
+    [
+        ("model.safetensors", cut, "cannot be loaded .SafetensorError"),
+        ("model.safetensors", lambda file: file.write_bytes(b""), "cannot be loaded .SafetensorError"),
+        ("model.safetensors", Path.unlink, "no weights in"),
+        ("model.safetensors", pickled, r"pytorch_model\.bin is a pickle"),
+        ("model.safetensors", sharded, r"model-1-of-2\.safetensors is missing"),
+        ("model.safetensors", outside, "which is not in its folder"),
+        ("config.json", cut, r"config\.json is not JSON"),
+        ("config.json", lambda file: file.write_text("[]"), r"config\.json is not a JSON object"),
+        ("config.json", lambda file: file.write_bytes(b"\xff\xfe{"), r"config\.json is not JSON"),
+        ("config.json", Path.unlink, r"no model in .*config\.json"),
+    ],
+)
+def test_a_damaged_file_is_one_sentence(name: str, damage: Callable[[Path], Any], message: str, tmp_path: Path) -> None:
+    damage(saved(tmp_path) / name)
+    with pytest.raises(UserError, match=message) as refused:
+        load_policy(tmp_path)
+    assert str(tmp_path) in str(refused.value) and "\n" not in str(refused.value)
+
+
+def test_code_in_the_folder_neither_runs_nor_asks(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    asked: list[object] = []
+    monkeypatch.setattr("builtins.input", lambda *prompt: asked.append(prompt) or "y")
+    ran = tmp_path / "ran"
+    for name in ("own_config", "own_model"):
+        (saved(tmp_path) / f"{name}.py").write_text(f"open({str(ran)!r}, 'w')\n")
+    code = {"AutoConfig": "own_config.OwnConfig", "AutoModelForCausalLM": "own_model.OwnModel"}
+    load_policy(reconfigured(tmp_path, auto_map=code))  # transformers' own class of this type
+    with pytest.raises(UserError, match="not the config of a model that transformers knows"):
+        load_policy(reconfigured(tmp_path, auto_map=code, model_type="own"))
+    assert not asked and not ran.exists()
