@@ -107,6 +107,7 @@ class VllmEngine:
         self._weights_valid = True  # False while asleep, and from the start of a sync until its proof
         self._asleep = False
         self._process: EngineProcess | None = None
+        self._former: list[EngineProcess] = []  # that have failed; `close` removes their logs
         self.loads = ""  # how weights get into vLLM's kernels: "direct", or the reason for vLLM's own reload
         try:
             self.max_context = self._start()
@@ -144,6 +145,7 @@ class VllmEngine:
         """Replace the process and give the new one the weights of the last sync."""
         if self._process is not None:
             self._process.kill()
+            self._former.append(self._process)
         self._stats["num_restarts"] += 1
         self._asleep = False
         self._start()
@@ -307,9 +309,10 @@ class VllmEngine:
         return dict(self._stats)
 
     def close(self) -> None:
-        if self._process is not None:
-            self._process.close()
-            self._process = None
+        for process in (*self._former, self._process):
+            if process is not None:
+                process.close()
+        self._former, self._process = [], None
         self._store.close()
 
 

@@ -61,9 +61,10 @@ def members(group: int) -> list[int]:
 
 
 def shared_files(pids: Iterable[int]) -> set[str]:
-    """Files of shared memory and semaphores that these processes have mapped and that still have a name."""
+    """Files of shared memory that these processes have mapped and that still have a name, and their named semaphores."""
     names = set()
     for pid in pids:
+        names |= {str(path) for path in Path(_SHARED).glob(f"sem.*-{pid}-*")}  # mapped under another name, if at all
         with suppress(OSError):
             lines = Path(f"/proc/{pid}/maps").read_text(encoding="utf-8", errors="replace").splitlines()
             names |= {line[line.index(_SHARED) :] for line in lines if _SHARED in line and not line.endswith(" (deleted)")}
