@@ -64,10 +64,7 @@ def leaves_nothing() -> Iterator[None]:
     """Fails a module whose tests leave a process, thread, descriptor, shared memory or temporary file behind."""
     before = resources.held()
     yield
-    # A test that calls `train` rather than `main` in bf16 leaves the process group to its caller. torch keeps a socket of gloo's.
-    grouped = torch.distributed.is_initialized()
-    small_world.ONE.close()
-    left = [name for name in resources.newcomers(before) if not (grouped and name.startswith("descriptor socket:"))]
+    left = resources.newcomers(before)
     assert not left, "left behind by the tests of this module:\n" + "\n".join(left)
 
 

@@ -65,13 +65,14 @@ def _command(pid: int) -> str:
 
 
 def _descriptors() -> set[str]:
-    """Open files and sockets. Pipes and anonymous descriptors belong to threads and processes, which are named themselves; files
-    of installed packages, such as fonts, to their caches."""
+    """Open files and local sockets. Pipes, network sockets and anonymous descriptors belong to threads and processes, which are
+    named themselves, or to gloo, which keeps one; files of installed packages, such as fonts, to their caches."""
     names = set()
+    local = {fields[6] for line in Path("/proc/net/unix").read_text().splitlines()[1:] if len(fields := line.split()) > 6}
     for path in Path("/proc/self/fd").iterdir():
         with suppress(OSError):
             target = os.readlink(path)
-            if target.startswith("socket:") or (target.startswith("/") and not target.startswith(_INSTALLED)):
+            if target[len("socket:[") : -1] in local or (target.startswith("/") and not target.startswith(_INSTALLED)):
                 names.add(f"descriptor {target}")
     return names
 
