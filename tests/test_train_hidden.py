@@ -34,11 +34,11 @@ def test_a_run_is_the_same_to_rounding(world: Any, tmp_path: Path, monkeypatch: 
     assert lines[0][1]["policy/kl"] > 1e-7  # so the reference model was evaluated
 
 
-def test_a_head_that_scales_its_logits_is_refused(world: Any, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_head_that_caps_its_logits_is_refused(world: Any, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     policy = Path(shutil.copytree(world.policy, tmp_path / "policy"))
     config = json.loads((policy / "config.json").read_text())
-    (policy / "config.json").write_text(json.dumps({**config, "logits_scaling": 8.0}))
+    (policy / "config.json").write_text(json.dumps({**config, "final_logit_softcapping": 30.0}))
     for which in ({"path": str(policy)}, {"reference": str(policy)}):
         cfg = world.config(tmp_path / "run", policy=which)
-        assert "changes its logits after the head (logits_scaling)" in small.complaint(main, cfg, tmp_path, capsys)
+        assert "changes its logits after the head (final_logit_softcapping)" in small.complaint(main, cfg, tmp_path, capsys)
     assert not (tmp_path / "run").exists()

@@ -17,7 +17,7 @@ from torch import nn
 from transformers import AttentionInterface, PreTrainedModel
 
 from srpo.policy.attention import band, check_arguments
-from srpo.policy.forward import context_of
+from srpo.policy.forward import context_of, for_head
 from srpo.policy.routing import Routers, Routing
 
 ATTENTION = "srpo_decode"
@@ -166,7 +166,7 @@ class Decoder:
         ).last_hidden_state
 
     def _logits(self, hidden: torch.Tensor) -> torch.Tensor:
-        return self.head(hidden).float()
+        return self.head(for_head(self.model.config, hidden)).float()
 
     def prefill(
         self, prompts: Sequence[Sequence[int]], group_size: int, capacity: int, routing: Routing | None = None

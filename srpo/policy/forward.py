@@ -61,6 +61,17 @@ def context_of(config: PreTrainedConfig) -> int:
     return min(int(limit) for limit in limits if limit)
 
 
+def logit_scale(config: PreTrainedConfig) -> float:
+    """What a model multiplies its logits by after the head: `logit_scale` (Cohere), or 1 / `logits_scaling` (Granite)."""
+    return (getattr(config, "logit_scale", None) or 1.0) / (getattr(config, "logits_scaling", None) or 1.0)
+
+
+def for_head(config: PreTrainedConfig, hidden: torch.Tensor) -> torch.Tensor:
+    """Hidden states [..., H] scaled so that the head alone gives the logits, for a head without bias."""
+    scale = logit_scale(config)
+    return hidden if scale == 1.0 else hidden * scale
+
+
 def make_deterministic(model: PreTrainedModel, *, activation_checkpointing: bool = False) -> None:
     """Turn off everything random in the forward: ratios, KL and rewards compare forwards of one batch with each other.
 

@@ -20,7 +20,7 @@ from srpo.core.errors import UserError
 from srpo.policy.attention import ATTENTION
 from srpo.policy.experts import registered_name
 from srpo.policy.folder import read_config, read_model
-from srpo.policy.forward import context_of, hidden_states, make_deterministic
+from srpo.policy.forward import context_of, for_head, hidden_states, make_deterministic
 from srpo.policy.parallel import current_rank, iter_full_params, unwrap
 from srpo.policy.probe import check_family, logit_operations
 from srpo.policy.routing import Routers
@@ -127,7 +127,7 @@ class Policy(nn.Module):
         routing = None
         if self.routers is not None and batch.routed_experts is not None:
             routing = self.routers.replay(batch.routed_experts)
-        hidden = hidden_states(self.model, batch, routing)[batch.labels != IGNORE]
+        hidden = for_head(self.model.config, hidden_states(self.model, batch, routing)[batch.labels != IGNORE])
         if routing is not None and routing.flips is not None:
             self._flips = routing.flips if self._flips is None else self._flips + routing.flips
         return self.model.lm_head(hidden) if through is None else through(hidden, self.model.lm_head.weight)

@@ -23,14 +23,14 @@ from srpo.core.errors import UserError
 from srpo.policy.attention import ATTENTION
 from srpo.policy.decode import Decoder
 from srpo.policy.experts import registered_name
-from srpo.policy.forward import context_of, hidden_states, make_deterministic
+from srpo.policy.forward import context_of, for_head, hidden_states, make_deterministic
 from srpo.policy.shrink import FAILURES, small_configs
 
 TOLERANCE = 1e-4  # largest difference of two logits in fp32
 _LENGTHS = (7, 26)  # of the two sequences; the second passes every bound of `small_configs`
 _NUM_STEPS = 2  # of the local engine after its prefill
 _LOGIT_CAPS = ("final_logit_softcapping", "logits_soft_cap")  # config keys for operations on the logits after the head
-_LOGIT_SCALES = ("logit_scale", "logits_scaling", "lm_head_multiplier", "output_multiplier")
+_LOGIT_SCALES = ("lm_head_multiplier", "output_multiplier")
 _STATES = {"linear_attention", "conv", "mamba", "recurrent"}  # names in a config's layer_types
 _VISIBLE = 1e-2  # least change of the copy's logits by other tokens before them
 _verdicts: dict[tuple[str, str, bool], str | None] = {}  # of this process: why a config is refused
@@ -162,7 +162,7 @@ def _sequences(config: PreTrainedConfig) -> list[list[int]]:
 
 def _logits(model: PreTrainedModel, sequences: Sequence[Sequence[int]]) -> torch.Tensor:
     """[T, V] of the sequences, packed."""
-    return model.lm_head(hidden_states(model, _packed(sequences)))
+    return model.lm_head(for_head(model.config, hidden_states(model, _packed(sequences))))
 
 
 def _packed(sequences: Sequence[Sequence[int]]) -> Batch:

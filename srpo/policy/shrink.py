@@ -5,15 +5,16 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import Any, TypeGuard
 
+import torch
 from huggingface_hub.errors import StrictDataclassError
-from transformers import PreTrainedConfig
+from transformers import AutoModelForCausalLM, PreTrainedConfig
 
 # What the classes of transformers raise for a combination of sizes that they do not expect, in their own code or in torch.
 FAILURES = (ArithmeticError, AssertionError, AttributeError, ImportError, LookupError, RuntimeError, TypeError, ValueError)
 FAILURES += (StrictDataclassError,)
 
 SMALL = 128  # hidden size up to which a model is probed as wide as it is
-_MAX_WEIGHTS = 3e8  # of a copy at full width
+_MAX_WEIGHTS = 3e8  # of a copy
 _NOT_OF_THE_MODEL = (
     "_name_or_path",
     "architectures",
@@ -58,20 +59,26 @@ _VOCABULARIES = dict.fromkeys(("vocab_size", "padded_vocab_size", "vocab_size_pe
 
 def small_configs(config: PreTrainedConfig) -> Iterator[PreTrainedConfig]:
     """Configs to try in this order, because a family may not take the first. A small model's own sizes come first, a large
-    model's last, and only if two of its layers have at most `_MAX_WEIGHTS` parameters.
+    model's last; none has more than `_MAX_WEIGHTS` parameters.
     """
-    width = _int(config, "hidden_size")
     narrow = {**_LENGTHS, **_COUNTS, **_WIDTHS, **_VOCABULARIES}
     reductions = [narrow, {**_LENGTHS, **_COUNTS, **_VOCABULARIES}, {**_LENGTHS, **_VOCABULARIES}]
-    if width <= SMALL and _int(config, "vocab_size") <= 1 << 14:
+    if 0 < _int(config, "hidden_size") <= SMALL and _int(config, "vocab_size") <= 1 << 14:
         reductions.insert(0, _LENGTHS)
     for sizes in reductions:
         try:
             small = _smaller(config, sizes)
+            num_weights = 0 if sizes is _LENGTHS else _num_weights(small)
         except FAILURES:
             continue
-        if sizes is narrow or sizes is _LENGTHS or 24 * _int(small, "hidden_size") ** 2 * _COUNTS["num_experts"] <= _MAX_WEIGHTS:
+        if num_weights <= _MAX_WEIGHTS:
             yield small
+
+
+def _num_weights(config: PreTrainedConfig) -> int:
+    with torch.device("meta"):
+        model = AutoModelForCausalLM.from_config(type(config).from_dict(config.to_dict()), trust_remote_code=False)
+    return sum(param.numel() for param in model.parameters())
 
 
 def _smaller(config: PreTrainedConfig, sizes: dict[str, int]) -> PreTrainedConfig:

@@ -22,6 +22,7 @@ from srpo.data.examples import Example
 from srpo.data.readers import load_examples
 from srpo.data.tokenizer import encode_prompts, load_tokenizer
 from srpo.policy.checkpoint import latest_checkpoint, load_checkpoint, save_checkpoint
+from srpo.policy.forward import context_of
 from srpo.policy.loading import load_to_shard
 from srpo.policy.model import Policy, check_head
 from srpo.policy.parallel import Parallel
@@ -94,7 +95,8 @@ class Run:
         engine = open_engine(cfg, model, parallel)
         for some in (examples, eval_examples):
             prompts = encode_prompts(tokenizer, some, cfg.data.prompt)
-            check_prompt_lengths(prompts, some, params, engine.max_context, cfg.train.micro_batch_tokens)
+            context = min(engine.max_context, context_of(model.config))
+            check_prompt_lengths(prompts, some, params, context, cfg.train.micro_batch_tokens)
         judge = build_judge(cfg, schema, parallel)
         check_examples(examples, eval_examples, schema, judge, cfg)
         sampler = Curriculum(stages, cfg.seed)

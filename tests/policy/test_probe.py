@@ -10,7 +10,16 @@ import policy_lab as lab
 import pytest
 import scan_models
 import torch
-from transformers import GPT2Config, GPT2LMHeadModel, Phi3Config, Phi3ForCausalLM, PhimoeConfig, SeedOssConfig
+from transformers import (
+    CohereConfig,
+    GPT2Config,
+    GPT2LMHeadModel,
+    GraniteConfig,
+    Phi3Config,
+    Phi3ForCausalLM,
+    PhimoeConfig,
+    SeedOssConfig,
+)
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
 from srpo.core.batch import pack
@@ -72,6 +81,14 @@ SIZES: dict[str, Any] = {
     "bos_token_id": 1,
     "eos_token_id": 2,
 }
+
+
+@pytest.mark.parametrize("config", [CohereConfig(**SIZES, logit_scale=0.25), GraniteConfig(**SIZES, logits_scaling=8.0)])
+def test_scaled_logits_are_those_of_transformers(config: Any, tmp_path: Path) -> None:
+    made = scan_models._make(config)
+    assert made is not None
+    made.save_pretrained(tmp_path)
+    assert scan_models._compare(made, tmp_path) == scan_models.Finding("right", "right")
 
 
 def gpt2() -> Any:

@@ -159,7 +159,7 @@ def test_a_head_that_is_more_than_a_matrix_is_refused() -> None:
     for inputs in ("logits", "hidden"):
         check_head(model, inputs)
         check_head(lab.tiny(tied=True), inputs)
-        cases = (("logits_scaling", 1.0, 8.0), ("logit_scale", 1, 0.0625), ("final_logit_softcapping", None, 30.0))
+        cases = (("lm_head_multiplier", 1.0, 8.0), ("output_multiplier", 1, 0.0625), ("final_logit_softcapping", None, 30.0))
         for name, plain, other in cases:
             setattr(model.config, name, plain)
             check_head(model, inputs)
