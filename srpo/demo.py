@@ -34,9 +34,11 @@ from srpo.core.config.train import (
     SamplerConfig,
     TrainConfig,
 )
-from srpo.core.files import write_whole
+from srpo.core.digests import digest_of_data
+from srpo.core.files import read_result, write_result, write_whole
 from srpo.core.metrics import read_metrics
 from srpo.core.run_dir import claim_run_dir
+from srpo.core.run_lock import locks_run_dir
 from srpo.core.steps import PAPER_STEPS, StepSchema
 from srpo.data.examples import Example
 from srpo.data.readers import load_examples
@@ -52,16 +54,18 @@ from srpo.train import train
 from srpo.training.evaluation import evaluate_policy
 
 
+@locks_run_dir
 def demo(cfg: DemoConfig, parallel: Parallel) -> dict[str, Any]:
     """Run the stages that are not done yet. Returns the contents of `results.json`."""
     run_dir = Path(cfg.run_dir)
     start, new = time.monotonic(), not (run_dir / "data").is_dir()
     claim = run_dir / "demo"
+    inputs = {"the data": (cfg.data, digest_of_data(cfg.data))} if cfg.data and Path(cfg.data).exists() else {}
     if not new:  # claimed after the data were made: unreadable data leave the folder free for other settings
-        claim_run_dir(claim, cfg, parallel.is_main)
+        claim_run_dir(claim, cfg, parallel.is_main, inputs=inputs)
     schema = StepSchema(PAPER_STEPS)
     stage(run_dir / "data", "making the data", lambda out: make_data(cfg, out))
-    claim_run_dir(claim, cfg, parallel.is_main)
+    claim_run_dir(claim, cfg, parallel.is_main, inputs=inputs)
     stage(run_dir / "base", "making tokenizer and model", lambda out: make_base(cfg, run_dir / "data", out))
     policy = sft(sft_config(cfg), parallel)
     train_cfg = train_config(cfg, policy)
@@ -124,8 +128,8 @@ def evaluated(cfg: DemoConfig, policy: Path, path: Path, title: str, schema: Ste
             batch_size=256,
             description=title,
         )
-        write_whole(path, json.dumps(results, indent=1) + "\n")
-    return json.loads(path.read_text(encoding="utf-8"))
+        write_result(path, results)
+    return read_result(path)
 
 
 def main(cfg: DemoConfig) -> None:

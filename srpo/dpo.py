@@ -7,27 +7,30 @@ Their log-probabilities under the reference policy are computed once, before tra
 from __future__ import annotations
 
 from srpo.core.config.dpo import DpoConfig
-from srpo.core.errors import UserError
+from srpo.core.errors import UserError, naming
 from srpo.core.ranges import check_ranges
 from srpo.core.settings import check_command_line, run_program
 
 if __name__ == "__main__":
     check_command_line(DpoConfig)  # -h and mistakes answer before torch is imported
 
-import hashlib
 import json
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Literal
 
 import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
 from srpo_kernels import step_of_row
 
 from srpo.algorithm.losses import dpo_loss
 from srpo.core.batch import Batch, Rollout, pack, read_rollouts
+from srpo.core.digests import digest_of, digest_of_bytes
 from srpo.core.files import whole_file, write_whole
 from srpo.core.progress import Progress
-from srpo.core.run_dir import claim_run_dir
+from srpo.core.run_dir import Inputs, claim_run_dir
+from srpo.core.run_lock import locks_run_dir
 from srpo.core.steps import StepSchema
 from srpo.data.checkpoint_tokens import check_rows, without_end
 from srpo.data.preferences import Preference, pairs_from_rollouts, read_preferences
@@ -36,8 +39,9 @@ from srpo.data.tokenizer import encode, load_tokenizer
 from srpo.policy.loading import load_to_shard
 from srpo.policy.model import Policy, check_head, save_policy
 from srpo.policy.parallel import Parallel, distributed
+from srpo.training.inputs import model_inputs
 from srpo.training.outputs import Hidden, Logits, of_outputs
-from srpo.training.supervised import batch_indices, fit
+from srpo.training.supervised import MAY_CHANGE, PATHS, batch_indices, fit
 from srpo.training.update import level
 
 REFERENCE_BATCH = 256  # pairs that the reference scores between two updates of the progress bar
@@ -182,6 +186,7 @@ def reference_logprobs(
     return parallel.all_reduce_sum(logprobs).cpu()
 
 
+@locks_run_dir
 def dpo(cfg: DpoConfig, parallel: Parallel) -> Path:
     """Train and return the folder of the resulting checkpoint, `run_dir/policy`. Collective.
 
@@ -198,12 +203,12 @@ def dpo(cfg: DpoConfig, parallel: Parallel) -> Path:
     policy = Policy(loaded, activation_checkpointing=cfg.policy.activation_checkpointing)
     _check_pairs(cfg, pairs, policy.max_context, loaded.config.vocab_size)
     policy = parallel.shard(policy, dtype=cfg.policy.dtype)
-    claim_run_dir(run_dir, cfg, main)
+    inputs = parallel.on_main(lambda: _inputs(cfg, pairs))
+    claim_run_dir(run_dir, cfg, main, MAY_CHANGE, inputs, PATHS)
     if main:
         write_whole(run_dir / "pairs.json", json.dumps(counts, indent=1) + "\n")
         print(f"{counts['num_pairs']} pairs; counts are in {run_dir / 'pairs.json'}", flush=True)
-    data = hashlib.blake2b(repr(pairs).encode(), digest_size=16).hexdigest()
-    reference = _reference(cfg, policy, pairs, data, parallel)
+    reference = _reference(cfg, policy, pairs, digest_of(inputs.items()), parallel)
     names = ("accuracy", "margin", "chosen_reward", "rejected_reward")
 
     def batches_of(step: int) -> list[Batch]:
@@ -232,8 +237,7 @@ def dpo(cfg: DpoConfig, parallel: Parallel) -> Path:
         cfg,
         parallel,
         title="DPO",
-        data=data,
-        subject="the pairs are",
+        inputs=inputs,
         batches_of=batches_of,
         loss_of=loss_of,
         metrics_of=metrics_of,
@@ -244,18 +248,15 @@ def dpo(cfg: DpoConfig, parallel: Parallel) -> Path:
 
 
 def _reference(
-    cfg: DpoConfig, policy: torch.nn.Module, pairs: Sequence[Preference], data: str, parallel: Parallel
+    cfg: DpoConfig, policy: torch.nn.Module, pairs: Sequence[Preference], key: str, parallel: Parallel
 ) -> torch.Tensor:
     """`reference_logprobs` of all pairs, read from the run folder, or computed and written there. Collective.
 
     The reference is `policy.reference`, or else the starting policy; it is in memory only before the first optimizer step.
     """
-    path = Path(cfg.run_dir) / "reference.pt"
+    path = Path(cfg.run_dir) / "reference.safetensors"
     if path.is_file():
-        stored = torch.load(path, weights_only=True)
-        if stored["data"] != data:
-            raise UserError(f"the pairs are not those that {cfg.run_dir} has been trained on so far: give another run_dir")
-        return stored["logprobs"]
+        return _stored_reference(path, key)
     model = policy
     if cfg.policy.reference:
         frozen = load_to_shard(cfg.policy.reference, parallel, experts=cfg.policy.experts).requires_grad_(False)
@@ -264,9 +265,26 @@ def _reference(
     logprobs = reference_logprobs(model, pairs, cfg.micro_batch_tokens, parallel, cfg.inputs)
     if parallel.is_main:
         with whole_file(path) as part:
-            torch.save({"data": data, "logprobs": logprobs}, part)
+            save_file({"logprobs": logprobs}, part, {"key": key, "digest": digest_of_bytes(logprobs.numpy().tobytes())})
     parallel.barrier()
     return logprobs
+
+
+def _stored_reference(path: Path, key: str) -> torch.Tensor:
+    """What `_reference` has stored. Raises UserError if it is not as it was written."""
+    try:
+        with naming(path), safe_open(path, "pt") as file:
+            logprobs, stored = file.get_tensor("logprobs"), file.metadata() or {}
+    except SafetensorError as error:
+        raise UserError(f"{path} is damaged ({error}): remove it, then it is computed again") from error
+    if stored.get("digest") != digest_of_bytes(logprobs.numpy().tobytes()) or stored.get("key") != key:
+        raise UserError(f"{path} is damaged, or of other inputs: remove it, then it is computed again")
+    return logprobs
+
+
+def _inputs(cfg: DpoConfig, pairs: Sequence[Preference]) -> Inputs:
+    models = {"the starting policy": cfg.policy.path, "the reference": cfg.policy.reference or cfg.policy.path}
+    return model_inputs(models) | {"the file of pairs": (cfg.pairs or cfg.rollouts, digest_of(pairs))}
 
 
 main = distributed(dpo)

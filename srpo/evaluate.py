@@ -23,8 +23,10 @@ import torch
 
 from srpo.core.batch import Rollout, write_rollouts
 from srpo.core.config.train import Config
-from srpo.core.files import write_whole
+from srpo.core.digests import digest_of_model
+from srpo.core.files import whole_file, write_whole
 from srpo.core.run_dir import run_settings
+from srpo.core.run_lock import hold
 from srpo.core.steps import StepSchema
 from srpo.data.examples import Example
 from srpo.data.readers import load_examples
@@ -39,6 +41,8 @@ from srpo.scores.responses import from_predictions, from_rollouts, load_rollouts
 from srpo.scores.tables import results_table
 from srpo.scores.tally import check_verdicts, predicted_grade, true_grades
 from srpo.training.evaluation import evaluate_policy
+
+OUTPUTS = ("results.json", "predictions.jsonl", "rollouts.jsonl")
 
 
 def evaluate(config: EvaluateConfig, parallel: Parallel) -> None:
@@ -68,9 +72,11 @@ def evaluate(config: EvaluateConfig, parallel: Parallel) -> None:
     out = Path(config.out) if config.out else source.resolve().parent / "evaluation"
     if out.exists() and not out.is_dir():
         raise UserError(f"out is {out}, which is a file: name a folder")
+    _check_out(out, source)
 
     rollouts: list[Rollout] = []
     if config.checkpoint:
+        digest_of_model(config.checkpoint)  # UserError if it is not as it was written
         results, rollouts = decode(config, run, schema, examples, parallel)
     else:
         if config.predictions:
@@ -85,6 +91,18 @@ def evaluate(config: EvaluateConfig, parallel: Parallel) -> None:
     if parallel.is_main:
         print(results_table(results, schema))
         print(f"written to {write_evaluation(out, results, rollouts, examples)}")
+
+
+def _check_out(out: Path, source: Path) -> None:
+    """Raise UserError for a folder whose files the results would replace."""
+    for name in ("config.toml", "metrics.jsonl", "config.json"):
+        if (out / name).exists():
+            kind = "a checkpoint" if name == "config.json" else "a run"
+            raise UserError(f"out is {out}, the folder of {kind}, whose files would be replaced: name another folder")
+    if source.resolve().parent == out.resolve() and source.name in OUTPUTS:
+        raise UserError(
+            f"out is {out}, where {source.name} would be replaced, from which the scores are taken: name another folder"
+        )
 
 
 def decode(
@@ -133,18 +151,22 @@ def open_engine(config: EvaluateConfig, run: Config, parallel: Parallel) -> Engi
 
 def write_evaluation(out: Path, results: dict[str, Any], rollouts: Sequence[Rollout], examples: Sequence[Example]) -> Path:
     """Write results.json and, if rollouts are given, predictions.jsonl and rollouts.jsonl into `out`. Returns `out`."""
-    out.mkdir(parents=True, exist_ok=True)
-    write_whole(out / "results.json", json.dumps(results, indent=2) + "\n")
+    with hold(out):
+        _write(out, results, rollouts, examples)
+    return out
+
+
+def _write(out: Path, results: dict[str, Any], rollouts: Sequence[Rollout], examples: Sequence[Example]) -> None:
     if rollouts:
         grades = {example.example_id: example.grade for example in examples}
-        with (out / "predictions.jsonl").open("w", encoding="utf-8") as file:
-            for r in rollouts:
-                grade = grades[r.example_id]
-                row = {"example_id": r.example_id, "prediction": predicted_grade(r), "grade": grade, "answers": r.answers}
-                file.write(json.dumps(row, ensure_ascii=False) + "\n")
-        (out / "rollouts.jsonl").unlink(missing_ok=True)
-        write_rollouts(out / "rollouts.jsonl", rollouts, step=0)
-    return out
+        rows = (
+            {"example_id": r.example_id, "prediction": predicted_grade(r), "grade": grades[r.example_id], "answers": r.answers}
+            for r in rollouts
+        )
+        write_whole(out / "predictions.jsonl", "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows))
+        with whole_file(out / "rollouts.jsonl") as part:
+            write_rollouts(part, rollouts, step=0)
+    write_whole(out / "results.json", json.dumps(results, indent=2) + "\n")  # last: it says that the others are whole
 
 
 def main(config: EvaluateConfig) -> None:

@@ -36,7 +36,10 @@ def write_report(run_dir: Path) -> tuple[str, list[Path]]:
     schema = StepSchema(apply_toml(Config(), run_dir / "config.toml").steps)
     results: Mapping[str, Results] = {}
     if (run_dir / "results.json").is_file():
-        results = json.loads((run_dir / "results.json").read_text(encoding="utf-8"))
+        try:
+            results = json.loads((run_dir / "results.json").read_text(encoding="utf-8"))
+        except ValueError as error:
+            raise UserError(f"{run_dir / 'results.json'} is damaged ({error}): remove it, or make it again") from error
     files = write_plots(run_dir / "plots", read_metrics(run_dir / "metrics.jsonl"), schema, results, run_dir.resolve().name)
     before, after = results.get("before"), results.get("after")
     return before_after_table(before, after, schema) if before and after else "", files

@@ -14,7 +14,6 @@ from srpo.core.settings import check_command_line, check_one_process, run_progra
 if __name__ == "__main__":
     check_command_line(ReproduceConfig)  # -h and mistakes answer before torch is imported
 
-import fcntl
 import importlib.metadata
 import json
 import os
@@ -24,7 +23,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
@@ -33,6 +32,7 @@ import torch
 
 from srpo.core.files import write_whole
 from srpo.core.run_dir import claim_run_dir
+from srpo.core.run_lock import FolderInUse, run_lock
 from srpo.experiments.lab import Lab
 from srpo.experiments.plots import plot_headline, plot_table
 from srpo.experiments.recipes import RECIPES
@@ -119,12 +119,11 @@ def make_headline(cfg: ReproduceConfig, parallel: Parallel) -> dict[str, Any]:
 def lab_of(cfg: ReproduceConfig, seed: int, parallel: Parallel) -> Iterator[Lab]:
     """The lab of a seed, locked for this process. Raises UserError if another process has the lock or the scale differs."""
     root = Path(cfg.run_dir) / f"seed-{seed}"
-    root.mkdir(parents=True, exist_ok=True)
-    with (root / "lock").open("w") as lock:
+    with ExitStack() as stack:
         try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError as error:
-            raise UserError(f"another process works on seed {seed} in {root}: wait for it, or give other seeds") from error
+            stack.enter_context(run_lock(root, parallel))
+        except FolderInUse as error:
+            raise UserError(f"another process works on seed {seed}: wait for it, or give other seeds ({error})") from error
         claim_run_dir(root, replace(cfg.scale, **OWN_CLAIM), parallel.is_main)
         yield Lab(root, seed, cfg.scale, parallel)
 

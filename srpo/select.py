@@ -19,7 +19,7 @@ import math
 import time
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from itertools import groupby
 from pathlib import Path
 from typing import Any
@@ -27,7 +27,8 @@ from typing import Any
 from srpo.core.config.train import RolloutConfig
 from srpo.core.files import write_whole
 from srpo.core.progress import Progress
-from srpo.core.run_dir import claim_run_dir
+from srpo.core.run_dir import Inputs, claim_run_dir
+from srpo.core.run_lock import run_lock
 from srpo.core.steps import StepSchema
 from srpo.data.curriculum import SOLVE_RATE
 from srpo.data.examples import Example
@@ -47,6 +48,7 @@ from srpo.selection.records import Record, RecordSettings, record_of, unsampled
 from srpo.selection.report import report_json, report_of, report_text
 from srpo.selection.shards import check_shard, finished_shards, read_shard, shard_seed, shards_of, write_shard
 from srpo.training.checks import check_judge, check_rollout
+from srpo.training.inputs import judge_model, model_inputs
 from srpo.training.run import derive_seed
 
 # Rollout settings that only matter with updates or a loss; srpo.select ignores them and says so.
@@ -72,6 +74,7 @@ class Parts:
     judge: Judge | None
     params: SamplingParams
     max_context: int
+    inputs: Inputs = field(default_factory=dict)  # the models by their contents
 
 
 def open_parts(cfg: SelectConfig, schema: StepSchema, parallel: Parallel) -> Parts:
@@ -81,7 +84,8 @@ def open_parts(cfg: SelectConfig, schema: StepSchema, parallel: Parallel) -> Par
     params = sampling_params(cfg, tokenizer)
     loaded = load_policy(cfg.policy.path, experts=cfg.policy.experts)
     engine = open_engine(cfg, loaded, parallel)
-    return Parts(tokenizer, engine, build_judge(cfg, schema, parallel), params, engine.max_context)
+    inputs = parallel.on_main(lambda: model_inputs({"the starting policy": cfg.policy.path} | judge_model(cfg.reward)))
+    return Parts(tokenizer, engine, build_judge(cfg, schema, parallel), params, engine.max_context, inputs)
 
 
 def ignored_settings(cfg: SelectConfig) -> list[str]:
@@ -94,10 +98,10 @@ def run(
     cfg: SelectConfig, parallel: Parallel, parts_of: Callable[[SelectConfig, StepSchema, Parallel], Parts] = open_parts
 ) -> dict[str, Any] | None:
     """Sample the missing records, then select. Returns the contents of `selection.json` on rank 0, None on the others."""
-    sample(cfg, parallel, parts_of)
-    if not parallel.is_main:
-        return None
-    return choose(cfg)
+    check_settings(cfg)
+    with run_lock(records_dir(cfg), parallel), run_lock(out_dir(cfg), parallel):
+        sample(cfg, parallel, parts_of)
+        return choose(cfg) if parallel.is_main else None
 
 
 # ---- first stage: sample and score ---------------------------------------------------------------------------------------------
@@ -125,7 +129,7 @@ def sample(
         return
     if parallel.is_main and (names := ignored_settings(cfg)):
         print(f"ignored, because only training uses them: {', '.join(names)}", flush=True)
-    _claim(*_claims(cfg)[0], parallel.is_main)
+    _claim(*_claims(cfg)[0], parallel.is_main, parts().inputs)
     parallel.barrier()
     if not (folder / "config.toml").is_file():
         raise UserError(
@@ -276,9 +280,9 @@ def _claims(cfg: SelectConfig) -> tuple[tuple[Path, Any, str], tuple[Path, Any, 
     )
 
 
-def _claim(folder: Path, settings: Any, name: str, is_main: bool) -> None:
+def _claim(folder: Path, settings: Any, name: str, is_main: bool, inputs: Inputs | None = None) -> None:
     try:
-        claim_run_dir(folder, settings, is_main)
+        claim_run_dir(folder, settings, is_main, inputs=inputs)
     except UserError as error:
         raise UserError(str(error).replace("give another run_dir", f"give another {name}")) from error
 

@@ -13,7 +13,6 @@ from srpo.core.settings import check_command_line, run_program
 if __name__ == "__main__":
     check_command_line(SftConfig)  # -h and mistakes answer before torch is imported
 
-import hashlib
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -23,13 +22,16 @@ from srpo_kernels import LossOptions
 
 from srpo.algorithm.losses import sft_weights
 from srpo.core.batch import Batch, Rollout, pack
+from srpo.core.digests import digest_of_data
 from srpo.core.progress import Progress
+from srpo.core.run_lock import locks_run_dir
 from srpo.data.checkpoint_tokens import without_end
 from srpo.data.pairs import read_pairs
 from srpo.data.tokenizer import encode, load_tokenizer
 from srpo.policy.loading import load_to_shard
 from srpo.policy.model import Policy, check_head, save_policy
 from srpo.policy.parallel import Parallel, distributed
+from srpo.training.inputs import model_inputs
 from srpo.training.outputs import Hidden, Logits, of_outputs
 from srpo.training.supervised import batch_indices, fit
 
@@ -91,6 +93,7 @@ def sft_loss(outputs: Logits | Hidden, rows: Batch) -> torch.Tensor:
     return out.loss + (-(rows.weights * out.logprobs).sum() - out.loss).detach()
 
 
+@locks_run_dir
 def sft(cfg: SftConfig, parallel: Parallel) -> Path:
     """Train and return the folder of the resulting checkpoint, `run_dir/policy`. Collective.
 
@@ -104,6 +107,11 @@ def sft(cfg: SftConfig, parallel: Parallel) -> Path:
     policy = Policy(model, activation_checkpointing=cfg.policy.activation_checkpointing)
     pairs = tokenized_pairs(cfg, tokenizer, policy.max_context, parallel.is_main)
     policy = parallel.shard(policy, dtype=cfg.policy.dtype)
+    inputs = parallel.on_main(
+        lambda: (
+            model_inputs({"the starting policy": cfg.policy.path}) | {"the training data": (cfg.data, digest_of_data(cfg.data))}
+        )
+    )
 
     def batches_of(step: int) -> list[Batch]:
         chosen = [pairs[i] for i in batch_indices(len(pairs), cfg.batch_size, step, cfg.seed)]
@@ -127,8 +135,7 @@ def sft(cfg: SftConfig, parallel: Parallel) -> Path:
         cfg,
         parallel,
         title="SFT",
-        data=hashlib.blake2b(Path(cfg.data).read_bytes(), digest_size=16).hexdigest(),
-        subject=f"{cfg.data} is",
+        inputs=inputs,
         batches_of=batches_of,
         loss_of=loss_of,
         metrics_of=metrics_of,

@@ -29,6 +29,7 @@ import torch
 from srpo.core.batch import Batch, Rollout, pack, write_rollouts
 from srpo.core.metrics import evaluation_metrics
 from srpo.core.progress import Progress
+from srpo.core.run_lock import locks_run_dir
 from srpo.policy.model import save_policy
 from srpo.policy.parallel import Parallel, distributed
 from srpo.rewards.audit import audit
@@ -42,6 +43,7 @@ from srpo.training.run import Clock, Run
 from srpo.training.update import update, with_logprobs
 
 
+@locks_run_dir
 def train(cfg: Config, parallel: Parallel) -> Path:
     """Train as configured and return the folder of the resulting checkpoint, `run_dir/policy`. Collective."""
     run = Run.build(cfg, parallel)

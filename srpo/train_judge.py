@@ -28,14 +28,16 @@ from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
-from srpo.core.files import whole_file, write_whole
+from srpo.core.digests import digest_of_bytes, digest_of_file
+from srpo.core.files import read_result, whole_file, write_result
 from srpo.core.run_dir import claim_run_dir
+from srpo.core.run_lock import locks_run_dir
 from srpo.data.pairs import write_pairs
 from srpo.data.readers import write_examples
 from srpo.judge_training.evaluation import judge_table, reliability_table
 from srpo.judge_training.hard_cases import case_example, mine
 from srpo.judge_training.human_queue import fill_in, queue_lines, read_queue, verified_cases
-from srpo.judge_training.inputs import QUEUE, Work, prepare, simulates
+from srpo.judge_training.inputs import QUEUE, Work, judge_inputs, prepare, simulates
 from srpo.judge_training.judgments import as_rollout
 from srpo.judge_training.scalar import train_scalar
 from srpo.judge_training.stages import evaluate_judge, grpo_config, load_judge, vote_on
@@ -49,6 +51,7 @@ from srpo.train import train
 LATER = ("stage", "verified", "unverified", "simulate_human", "human_error_rate", "mine", "grpo")
 
 
+@locks_run_dir
 def train_judge(cfg: JudgeConfig, parallel: Parallel) -> dict[str, Any]:
     """Run the stages of `cfg.stage`. Returns the contents of `judge.json`: counts, and scores of each finished stage. Collective.
 
@@ -57,7 +60,8 @@ def train_judge(cfg: JudgeConfig, parallel: Parallel) -> dict[str, Any]:
     """
     work = prepare(cfg, parallel)
     claimed = replace(cfg, **{key: getattr(JudgeConfig(), key) for key in LATER})
-    claim_run_dir(work.run_dir, claimed, parallel.is_main)
+    inputs = parallel.on_main(lambda: judge_inputs(work))
+    claim_run_dir(work.run_dir, claimed, parallel.is_main, inputs=inputs)
     parallel.barrier()
     stages = ("sft", "mine", "grpo") if cfg.stage == "all" else (cfg.stage,)
     if "sft" in stages:
@@ -103,10 +107,12 @@ def run_mine(work: Work) -> None:
     """
     cfg, settings = work.cfg.mine, json.loads(json.dumps(asdict(work.cfg.mine)))
     if work.is_done(QUEUE):
-        path = work.run_dir / "mine.json"
-        if path.is_file() and json.loads(path.read_text(encoding="utf-8")).get("settings", settings) != settings:
-            queue = work.run_dir / QUEUE
+        path, queue = work.run_dir / "mine.json", work.run_dir / QUEUE
+        made = read_result(path) if path.is_file() else {}
+        if made.get("settings", settings) != settings:
             raise UserError(f"{queue} was made with other mine.* settings ({path}): restore those, or remove the queue")
+        if made.get("queue") != digest_of_file(queue):
+            raise UserError(f"{queue} is damaged, or belongs to another {path}: remove both, then they are made again")
         return
     judge = _judge(work, work.run_dir / "sft" / "policy")
     assert isinstance(judge, GenerativeJudge)
@@ -117,8 +123,9 @@ def run_mine(work: Work) -> None:
             f"{numbers['num_hard']} of {numbers['num_responses']} responses are hard cases, none of them inside the window: "
             "mine other responses (--mine.pool), or widen mine.solve_low and mine.solve_high"
         )
-    work.write("mine.json", json.dumps(numbers | {"settings": settings}, indent=1) + "\n")
-    work.write(QUEUE, queue_lines(chosen, work.examples, work.schema))
+    lines = queue_lines(chosen, work.examples, work.schema)
+    work.write_result("mine.json", numbers | {"settings": settings, "queue": digest_of_bytes(lines.encode())})
+    work.write(QUEUE, lines)
     if work.parallel.is_main:
         print(f"{len(chosen)} hard cases of {len(cases)} responses in {work.run_dir / QUEUE}")
 
@@ -149,7 +156,7 @@ def run_grpo(work: Work) -> None:
             fresh.unlink()
         else:
             fresh.replace(data)
-            write_whole(run_dir / "verified.json", json.dumps(numbers, indent=1) + "\n")
+            write_result(run_dir / "verified.json", numbers)
             print(", ".join(f"{count} {name.removeprefix('num_').replace('_', ' ')}" for name, count in numbers.items()))
     work.parallel.barrier()
     settings = grpo_config(
@@ -179,7 +186,7 @@ def _evaluate(work: Work, stage: str, path: Path) -> None:
     if work.parallel.is_main:
         with whole_file(work.run_dir / "policy") as link:
             link.symlink_to(path.relative_to(work.run_dir), target_is_directory=True)
-    work.write(f"{stage}.json", json.dumps(scores, indent=1) + "\n")
+    work.write_result(f"{stage}.json", scores)
 
 
 def report(work: Work) -> dict[str, Any]:
@@ -193,7 +200,7 @@ def report(work: Work) -> dict[str, Any]:
     for name in ("sft", "mine", "verified", "grpo"):
         path = work.run_dir / f"{name}.json"
         if path.is_file():
-            result[name] = json.loads(path.read_text(encoding="utf-8"))
+            result[name] = read_result(path)
     work.write("judge.json", json.dumps(result, indent=1) + "\n")
     scores = {stage: result[stage] for stage in ("sft", "grpo") if stage in result}
     if scores and work.parallel.is_main:

@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 import small_world as small
 import torch
+from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
 import srpo.dpo
@@ -165,7 +166,7 @@ def test_two_ranks_and_hidden_states_change_nothing(world: Any, pairs_file: Path
     dpo(replace(cfg, run_dir=str(tmp_path / "one")), small.ONE)
     for one, two in zip(small.metrics_of(tmp_path / "one"), small.metrics_of(tmp_path / "two"), strict=True):
         assert one == pytest.approx(two, rel=2e-4, abs=2e-5)
-    stored = [torch.load(tmp_path / name / "reference.pt", weights_only=True)["logprobs"] for name in ("one", "two")]
+    stored = [load_file(tmp_path / name / "reference.safetensors")["logprobs"] for name in ("one", "two")]
     torch.testing.assert_close(*stored, rtol=1e-5, atol=1e-3)
 
 
@@ -225,7 +226,7 @@ def test_a_named_reference_is_the_one_that_is_asked(world: Any, pairs_file: Path
     dpo(cfg, small.ONE)
     pairs = preferences(cfg, world)
     model = Policy(load_policy(world.base))
-    stored = torch.load(tmp_path / "reference.pt", weights_only=True)["logprobs"]
+    stored = load_file(tmp_path / "reference.safetensors")["logprobs"]
     assert torch.allclose(stored, reference_logprobs(model, pairs, 4000, small.ONE), atol=1e-3)
     assert small.metrics_of(tmp_path)[0]["dpo/chosen_reward"] > 1  # SFT has moved the policy far from this reference
 
@@ -235,7 +236,7 @@ def test_other_pairs_cannot_continue_a_run(world: Any, pairs_file: Path, tmp_pat
     cfg = settings(world, tmp_path / "run", pairs=str(data), num_steps=1, batch_size=4)
     dpo(cfg, small.ONE)
     small.rewrite_line(pairs_file, data, 5, lambda row: {**row, "rejected": "1. Query intent: no"})
-    with pytest.raises(ValueError, match=r"the pairs are not those that .* has been trained on so far: give another run_dir"):
+    with pytest.raises(ValueError, match=r"the file of pairs at .* is not the one that .*: restore it, or give another run_dir"):
         dpo(cfg, small.ONE)
 
 

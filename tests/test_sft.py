@@ -163,7 +163,7 @@ def test_other_pairs_cannot_continue_a_run(world: Any, tmp_path: Path) -> None:
     cfg = world.sft_config(tmp_path / "run", data=str(data), num_steps=1, batch_size=4)
     sft(cfg, small.ONE)
     small.rewrite_line(world.pairs, data, 5, lambda row: {**row, "response": "1. Query intent: no"})
-    with pytest.raises(ValueError, match=r"is not the data that .* was trained on so far: restore it, or give another run_dir"):
+    with pytest.raises(ValueError, match=r"the training data at .* is not the one that .*: restore it, or give another run_dir"):
         sft(cfg, small.ONE)
 
 

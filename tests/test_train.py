@@ -48,7 +48,7 @@ def two_steps(world: Any, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def test_a_run_leaves_what_its_page_says(world: Any, two_steps: Path) -> None:
     files = {path.name for path in two_steps.iterdir()}
-    assert files == {"config.toml", "metrics.jsonl", "timing.jsonl", "rollouts.jsonl", "policy", "checkpoints"}
+    assert files == {"config.toml", "inputs.json", "metrics.jsonl", "timing.jsonl", "rollouts.jsonl", "policy", "checkpoints"}
     policy = AutoModelForCausalLM.from_pretrained(two_steps / "policy", attn_implementation="sdpa")
     before = small.parameters_of(world.policy)
     moved = {name for name, p in policy.named_parameters() if not torch.equal(p, before[name])}
@@ -301,7 +301,7 @@ def test_a_folder_of_another_configuration(world: Any, tmp_path: Path, capsys: p
     assert (tmp_path / "run/metrics.jsonl").read_bytes() == before
 
 
-def test_a_checkpoint_of_another_model(world: Any, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_another_model_at_the_path_of_the_policy(world: Any, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """The model at policy.path was replaced between two starts of a run."""
     shutil.copytree(world.policy, tmp_path / "policy")
     cfg = world.config(tmp_path / "run", num_steps=1, policy={"path": str(tmp_path / "policy")})
@@ -309,7 +309,7 @@ def test_a_checkpoint_of_another_model(world: Any, tmp_path: Path, capsys: pytes
     tokenizer = load_tokenizer(world.policy)
     make_tiny(tokenizer, replace(small.TINY, hidden_size=48), 0).save_pretrained(tmp_path / "policy")
     line = small.complaint(srpo.train.main, cfg, tmp_path, capsys)
-    assert "is a checkpoint of another model: model.embed_tokens.weight is" in line and "new run_dir" in line
+    assert f"{tmp_path / 'policy'}/config.json is damaged" in line and "restore the folder" in line
 
 
 def test_other_training_data_cannot_continue_a_run(world: Any, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -317,7 +317,7 @@ def test_other_training_data_cannot_continue_a_run(world: Any, tmp_path: Path, c
     cfg = world.config(tmp_path / "run", num_steps=1, data={"train": str(data)})
     train(cfg, small.ONE)
     small.rewrite_line(world.train, data, 1, lambda row: {**row, "example_id": "another"})
-    assert "other training data" in small.complaint(srpo.train.main, cfg, tmp_path, capsys)
+    assert f"the training data at {data} is not the one that" in small.complaint(srpo.train.main, cfg, tmp_path, capsys)
 
 
 def test_a_window_that_lets_nothing_through_stops_the_run(

@@ -42,7 +42,7 @@ def two_ranks(world: Any, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def test_two_ranks_leave_one_run(world: Any, two_ranks: Path) -> None:
     files = {path.name for path in two_ranks.iterdir()}
-    assert files == {"config.toml", "metrics.jsonl", "timing.jsonl", "rollouts.jsonl", "policy", "checkpoints"}
+    assert files == {"config.toml", "inputs.json", "metrics.jsonl", "timing.jsonl", "rollouts.jsonl", "policy", "checkpoints"}
     lines = small.metrics_of(two_ranks)
     assert [line["step"] for line in lines] == [1, 2]
     for line in lines:

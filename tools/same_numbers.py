@@ -71,7 +71,7 @@ SCENARIOS = {
     "--scale.eval-every 2 --scale.eval-examples 8 --scale.num-eval 16 --scale.dpo-prompts 24 --scale.dpo-steps 2 "
     f"{_MODEL.format('scale.model.')}",
 }
-CLOCKED = re.compile(r"(^|/)(timing\.jsonl|\.metadata|lock)$|\.png$|(^|/)plots/|\.printed$")
+CLOCKED = re.compile(r"(^|/)(timing\.jsonl|\.metadata|lock|inputs\.json|step_\d+/COMPLETE)$|\.png$|(^|/)plots/|\.printed$")
 _CLOCKS = re.compile(rb'"(minutes|command|commit)": ("[^"]*"|[^,\n}]+)')  # in results.json and in the tables of srpo.reproduce
 
 

@@ -17,7 +17,7 @@ import numpy as np
 import torch
 from srpo_kernels.segments import IGNORE, compact, scatter  # IGNORE: label of a position whose next token is not trained on
 
-from srpo.core.errors import UserError
+from srpo.core.errors import UserError, naming
 
 
 @dataclass(frozen=True)
@@ -85,7 +85,7 @@ class Rollout:
 
 def write_rollouts(path: Path, rollouts: Iterable[Rollout], step: int) -> None:
     """Append rollouts to a JSON Lines file, one line each, with the optimizer step that used them; token tables are left out."""
-    with path.open("a", encoding="utf-8") as file:
+    with naming(path), path.open("a", encoding="utf-8") as file:
         for rollout in rollouts:
             row = {"step": step, **asdict(rollout.bare())}
             del row["support"], row["routed"]

@@ -6,6 +6,11 @@ Any other exception is our own bug and keeps its traceback (`settings.run_progra
 from __future__ import annotations
 
 import errno
+import os
+import re
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
 
 
 class UserError(ValueError):
@@ -41,3 +46,22 @@ def explain_os_error(error: OSError) -> str | None:
         return None
     path = f"{error.filename}: " if error.filename else ""
     return f"{path}{(error.strerror or str(error)).lower()}: {remedy}"
+
+
+@contextmanager
+def naming(path: Path) -> Iterator[None]:
+    """Errors of the file system name the file: Python's of an open file do not, and libraries in Rust raise types of their own.
+
+    The text of the latter ends in "(os error 28)": they become the OSError of that number.
+    """
+    try:
+        yield
+    except OSError as error:
+        if error.filename is None and error.errno is not None:
+            error.filename = str(path)
+        raise
+    except Exception as error:
+        native = re.search(r"\(os error (\d+)\)", str(error))
+        if isinstance(error, UserError) or native is None:
+            raise
+        raise OSError(int(native[1]), os.strerror(int(native[1])), str(path)) from error

@@ -1,27 +1,36 @@
-"""Files that are never seen half-written: they are written under a temporary name and then renamed. And JSON files of others."""
+"""Files and folders that are never seen half-written: written under a temporary name and then renamed. And JSON of others."""
 
 from __future__ import annotations
 
 import json
+import os
+import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from srpo.core.errors import UserError
+from srpo.core.digests import COMPLETE, damage, digest_of_bytes, digests_of, files_of, read_mark, write_mark
+from srpo.core.errors import UserError, naming
+
+_CHECKSUM = "checksum"  # of all other values of a result
 
 
 @contextmanager
 def whole_file(path: Path) -> Iterator[Path]:
     """Yield a temporary path in the folder of `path`. It replaces `path` at the end, or is removed after an exception.
 
-    If the process is killed, `path` is complete or as it was before. The folder must exist.
+    If the process is killed, or the power fails, `path` is complete or as it was before. The folder must exist.
     """
     part = path.with_name(f".{path.name}.part")
     part.unlink(missing_ok=True)  # left by a killed process
     try:
-        yield part
-        part.replace(path)
+        with naming(path):
+            yield part
+            if not part.is_symlink():
+                fsync(part)
+            part.replace(path)
+            fsync(path.parent)
     finally:
         part.unlink(missing_ok=True)
 
@@ -41,3 +50,79 @@ def read_json_object(path: Path) -> dict[str, Any]:
     if not isinstance(fields, dict):
         raise UserError(f"{path} is not a JSON object: restore it")
     return fields
+
+
+@contextmanager
+def whole_folder(path: Path) -> Iterator[Path]:
+    """Yield a new folder beside `path`. It replaces `path` at the end, with the digests of its files in its COMPLETE.
+
+    It is removed after an exception. If the process is killed, `path` is as it was before, complete, or does not exist.
+    """
+    aside, old = path.with_name(f".{path.name}.part"), path.with_name(f".{path.name}.old")
+    for left in (aside, old):  # by a killed process
+        remove(left)
+    with naming(path):
+        aside.mkdir(parents=True)
+        try:
+            yield aside
+            names = files_of(aside)
+            write_mark(aside, {"files": digests_of(aside, names)})
+            for each in (*aside.rglob("*"), aside):
+                fsync(each)
+            if os.path.lexists(path):
+                path.rename(old)
+            aside.rename(path)
+            fsync(path.parent)
+        except BaseException:
+            shutil.rmtree(aside, ignore_errors=True)
+            raise
+        remove(old)
+
+
+def write_result(path: Path, values: dict[str, Any]) -> None:
+    """Write the result of a stage as JSON, with a checksum: a later start believes it instead of computing it again."""
+    write_whole(path, json.dumps(values | {_CHECKSUM: _checksum(values)}, indent=1) + "\n")
+
+
+def read_result(path: Path) -> dict[str, Any]:
+    """What `write_result` has written. Raises UserError if it is damaged."""
+    try:
+        with naming(path):
+            values = json.loads(path.read_text(encoding="utf-8"))
+        checksum = values.pop(_CHECKSUM, None)
+    except (ValueError, AttributeError, TypeError):
+        values, checksum = {}, None
+    if checksum is None or checksum != _checksum(values):
+        raise UserError(f"{path} is damaged, or of an earlier version of srpo: remove it, then it is made again")
+    return values
+
+
+def _checksum(values: dict[str, Any]) -> str:
+    return digest_of_bytes(json.dumps(json.loads(json.dumps(values)), sort_keys=True).encode())
+
+
+def check_whole(folder: Path) -> None:
+    """Raise UserError if a folder that `whole_folder` has made is not as it was written; one without COMPLETE is not checked."""
+    if not (folder / COMPLETE).exists():
+        return
+    problem = damage(read_mark(folder)["files"], digests_of(folder, files_of(folder)))
+    if problem:
+        raise UserError(f"{folder / problem}: remove {folder}, then it is made again")
+
+
+def remove(path: Path) -> None:
+    """Delete a file, a link or a folder, if it exists."""
+    if path.is_dir() and not path.is_symlink():
+        shutil.rmtree(path)
+    else:
+        path.unlink(missing_ok=True)
+
+
+def fsync(path: Path) -> None:
+    """Return once a file or folder is on the disk."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        with naming(path):
+            os.fsync(descriptor)
+    finally:
+        os.close(descriptor)

@@ -17,7 +17,9 @@ from pathlib import Path
 from types import ModuleType, TracebackType
 from typing import Any, Protocol, SupportsFloat
 
-from srpo.core.errors import MissingPackage, UserError
+from srpo.core.errors import MissingPackage, UserError, naming
+from srpo.core.files import write_whole
+from srpo.core.logs import LogDigests, Written
 
 # {step} is the name of a reasoning step, {class} a grade 1..4, {phase} a phase of the loop. docs/metrics.md repeats this table; a
 # test compares them.
@@ -139,7 +141,8 @@ def truncate_jsonl(path: Path, last_step: int | None) -> None:
             if step is None or last_step is None or step > last_step:
                 break
             end += len(line)
-    os.truncate(path, end)
+    with naming(path):
+        os.truncate(path, end)
 
 
 def _line_step(line: bytes) -> int | None:
@@ -156,9 +159,21 @@ def _line_step(line: bytes) -> int | None:
 
 
 def read_metrics(path: Path) -> list[dict[str, float]]:
-    """Return the lines of a `metrics.jsonl` or `timing.jsonl` in order, without a half-written one (the run may be alive)."""
-    with path.open("rb") as file:
-        return [json.loads(line) for line in file if _line_step(line) is not None]
+    """Return the lines of a `metrics.jsonl` or `timing.jsonl` in order, without a half-written last one (the run may be alive).
+
+    Raises UserError for any other line that is broken.
+    """
+    rows: list[dict[str, float]] = []
+    with naming(path), path.open("rb") as file:
+        for number, line in enumerate(file, start=1):
+            if not line.endswith(b"\n"):
+                break
+            try:
+                rows.append(json.loads(line))
+                assert isinstance(rows[-1]["step"], int)
+            except (ValueError, KeyError, TypeError, AssertionError) as error:
+                raise UserError(f"{path}, line {number} is damaged: restore the file") from error
+    return rows
 
 
 class Tracker(Protocol):
@@ -172,7 +187,7 @@ class MetricsLogger:
     """Writes one line per optimizer step to `metrics.jsonl` and `timing.jsonl` of a run folder, and to the chosen trackers.
 
     Only rank 0 has a logger. `resume_step` is the step of the checkpoint that the run resumes from: the two files and
-    `rollouts.jsonl` are truncated to it; None starts a new run with empty files.
+    `rollouts.jsonl` are truncated to it; None starts a new run with empty files. Call `logs.check_logs` before.
     Raises ImportError, with the pip command, if a chosen tracker is not installed.
     """
 
@@ -191,6 +206,7 @@ class MetricsLogger:
         self._step = resume_step
         for name in FILES:
             truncate_jsonl(self.run_dir / name, resume_step)
+        self._digests = LogDigests(self.run_dir, FILES)
         self._metrics = (self.run_dir / "metrics.jsonl").open("a", encoding="utf-8")
         self._timing = (self.run_dir / "timing.jsonl").open("a", encoding="utf-8")
         makers: list[tuple[bool, Callable[..., Tracker]]] = [(tensorboard, _TensorBoard), (wandb, _WandB), (trackio, _Trackio)]
@@ -211,18 +227,15 @@ class MetricsLogger:
         for file, timing in ((self._metrics, False), (self._timing, True)):
             line = {key: _finite(value) for key, value in numbers.items() if (key.partition("/")[0] in CLOCK_AREAS) == timing}
             if line or not timing:
-                file.write(json.dumps({"step": step, **line}, allow_nan=False) + "\n")
-                file.flush()
+                with naming(Path(file.name)):
+                    file.write(json.dumps({"step": step, **line}, allow_nan=False) + "\n")
+                    file.flush()
         for tracker in self._trackers:
             tracker.log(step, numbers)
 
-    def sync(self) -> None:
-        """Flush the files to disk. Call before saving a checkpoint, so that no checkpoint is newer than these files."""
-        for name in FILES:
-            path = self.run_dir / name
-            if path.exists():
-                with path.open("rb") as file:
-                    os.fsync(file.fileno())
+    def sync(self) -> dict[str, Written]:
+        """Bring the files to the disk. Returns what a checkpoint stores of them; call it before saving one."""
+        return self._digests.sync()
 
     def close(self) -> None:
         """Close the files and the trackers."""
@@ -277,7 +290,7 @@ class _WandB:
     def __init__(self, run_dir: Path, resume_step: int | None, config: dict[str, Any]) -> None:
         id_file = run_dir / "wandb_id.txt"
         if resume_step is None or not id_file.exists():
-            id_file.write_text(uuid.uuid4().hex)
+            write_whole(id_file, uuid.uuid4().hex)
         module = _tracker_module("wandb", "wandb")
         self._run = module.init(
             project="srpo", name=run_dir.name, id=id_file.read_text(), resume="allow", dir=str(run_dir), config=config

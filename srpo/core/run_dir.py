@@ -1,41 +1,132 @@
-"""Run folders: each belongs to one configuration, which is written once and compared at every later start."""
+"""Run folders: each belongs to one configuration and to inputs of the same contents, which are compared at every later start."""
 
 from __future__ import annotations
 
+import json
 import tomllib
-from collections.abc import Collection
+from collections.abc import Collection, Mapping
 from dataclasses import MISSING, fields
 from pathlib import Path
 from typing import Any
 
 from srpo.core.config.train import Config
-from srpo.core.errors import UserError
+from srpo.core.errors import UserError, naming
 from srpo.core.files import write_whole
 from srpo.core.settings import apply_toml, dump_toml
 
+INPUTS, CHANGES = "inputs.json", "changes.jsonl"
+# What a run reads: {"the reference": (path, digest of the contents)}.
+Inputs = Mapping[str, tuple[str, str]]
 
-def claim_run_dir(run_dir: Path, cfg: Any, is_main: bool, may_change: Collection[str] = ()) -> None:
-    """Make the folder and write the resolved settings into its `config.toml`, on the main process.
 
-    Raises UserError, with the first setting that differs, if the folder holds a run of another configuration: a resumed run must
-    be the run that was started. `run_dir` itself may differ, so folders can be moved, and so may the dotted keys in `may_change`;
-    the file keeps their first values. If the settings have defaults, a setting that the file lacks counts with its default: the
-    folder is older than the setting.
+def claim_run_dir(
+    run_dir: Path,
+    cfg: Any,
+    is_main: bool,
+    may_change: Collection[str] = (),
+    inputs: Inputs | None = None,
+    paths: Collection[str] = (),
+) -> None:
+    """Make the folder and write the resolved settings into its `config.toml`, and the inputs into `inputs.json`, on rank 0.
+
+    Raises UserError, with the first setting or input that differs, if the folder holds a run of another configuration or of other
+    contents: a resumed run must be the run that was started. `run_dir` itself may differ, so folders can be moved, and so may the
+    dotted keys in `may_change`, and those in `paths`, which name inputs and are known by their contents; the file keeps their
+    first values. If the settings have defaults, a setting that the file lacks counts with its default: the folder is older than
+    the setting. If the file of the inputs is missing, which is said, they are recorded now.
     """
     path = run_dir / "config.toml"
     if path.is_file():
-        texts = dump_toml(cfg), path.read_text(encoding="utf-8"), dump_toml(type(cfg)()) if _has_defaults(cfg) else ""
-        ours, theirs, defaults = (_leaves(tomllib.loads(text)) for text in texts)
-        theirs = {key: defaults[key] for key in ours.keys() & defaults.keys()} | theirs
+        recorded = _recorded(run_dir / INPUTS) if inputs is not None else None
+        free = {"run_dir", *may_change, *(paths if recorded is not None else ())}
+        theirs, ours = _settings_of(path, cfg), _leaves(tomllib.loads(dump_toml(cfg)))
         for key in sorted(ours.keys() | theirs.keys()):
-            if key != "run_dir" and key not in may_change and ours.get(key) != theirs.get(key):
+            if key not in free and ours.get(key) != theirs.get(key):
                 raise UserError(
                     f"{run_dir} holds a run with {key} = {theirs.get(key)!r}, this one has {ours.get(key)!r}: "
                     "give another run_dir, or remove the folder"
                 )
+        if inputs is not None and recorded is not None:
+            _check_inputs(run_dir, recorded, inputs)
+        elif inputs is not None and is_main:
+            print(f"{run_dir / INPUTS} is missing: the contents of the inputs are recorded from now on", flush=True)
+            write_whole(run_dir / INPUTS, _inputs_text(inputs))
     elif is_main:
         run_dir.mkdir(parents=True, exist_ok=True)
+        if inputs is not None:
+            write_whole(run_dir / INPUTS, _inputs_text(inputs))
         write_whole(path, dump_toml(cfg))
+
+
+def _settings_of(path: Path, cfg: Any) -> dict[str, Any]:
+    """The settings in a `config.toml` by dotted key, with the defaults of `cfg` for those that it lacks."""
+    theirs = _leaves(_table(path))
+    ours, defaults = _leaves(tomllib.loads(dump_toml(cfg))), {}
+    if _has_defaults(cfg):
+        defaults = _leaves(tomllib.loads(dump_toml(type(cfg)())))
+    return {key: defaults[key] for key in ours.keys() & defaults.keys()} | theirs
+
+
+def _table(path: Path) -> dict[str, Any]:
+    try:
+        with naming(path):
+            return tomllib.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:  # not TOML, or not UTF-8
+        raise UserError(f"{path} is damaged ({error}): restore it, or give another run_dir") from error
+
+
+def _inputs_text(inputs: Inputs) -> str:
+    values = {name: {"path": path, "digest": digest} for name, (path, digest) in inputs.items()}
+    return json.dumps(values, indent=1) + "\n"
+
+
+def _recorded(path: Path) -> dict[str, str] | None:
+    """Digests of the inputs by name; None if the file does not exist."""
+    if not path.is_file():
+        return None
+    try:
+        with naming(path):
+            values = json.loads(path.read_text(encoding="utf-8"))
+        return {name: value["digest"] for name, value in values.items()}
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise UserError(f"{path} is damaged ({error}): restore it, or give another run_dir") from error
+
+
+def _check_inputs(run_dir: Path, recorded: Mapping[str, str], inputs: Inputs) -> None:
+    for name, (path, digest) in inputs.items():
+        if name not in recorded:
+            raise UserError(f"{run_dir} was started without {name}, which is now {path}: leave it out, or give another run_dir")
+        if recorded[name] != digest:
+            raise UserError(
+                f"{name} at {path} is not the one that {run_dir} was started with (its contents differ): restore it, or give "
+                "another run_dir"
+            )
+    if gone := sorted(recorded.keys() - inputs.keys()):
+        raise UserError(f"{run_dir} was started with {gone[0]}, which is not set now: set it, or give another run_dir")
+
+
+def record_changes(run_dir: Path, cfg: Any, keys: Collection[str], step: int) -> list[str]:
+    """Settings that differ from those with which the run was last continued, as lines of text; rank 0 calls it at each start.
+
+    They are appended to `changes.jsonl` with the optimizer step after which they hold. Entries after `step`, of which nothing is
+    left in the run, are dropped.
+    """
+    path = run_dir / CHANGES
+    ours, now = _leaves(tomllib.loads(dump_toml(cfg))), _settings_of(run_dir / "config.toml", cfg)
+    lines = []
+    if path.is_file():
+        try:
+            with naming(path):
+                known = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
+            lines = [line for line in known if line["after_step"] <= step]
+            now |= {line["setting"]: line["to"] for line in lines}
+        except (ValueError, KeyError, TypeError) as error:
+            raise UserError(f"{path} is damaged ({error}): restore it, or give another run_dir") from error
+    changed = {key: (now[key], ours[key]) for key in keys if now[key] != ours[key]}
+    fresh = [{"after_step": step, "setting": key, "from": a, "to": b} for key, (a, b) in changed.items()]
+    if fresh or (path.is_file() and len(lines) < len(known)):
+        write_whole(path, "".join(json.dumps(line) + "\n" for line in [*lines, *fresh]))
+    return [f"{key}: {a} until optimizer step {step}, {b} from then on (recorded in {path})" for key, (a, b) in changed.items()]
 
 
 def _has_defaults(cfg: Any) -> bool:
@@ -59,7 +150,7 @@ def run_settings(source: Path, config: str, say: bool = True) -> Config:
         return apply_toml(Config(), Path(config))
     for folder in source.resolve().parents[:4]:
         path = folder / "config.toml"
-        if path.is_file() and tomllib.loads(path.read_text(encoding="utf-8")).keys() >= {"steps", "rollout"}:
+        if path.is_file() and _table(path).keys() >= {"steps", "rollout"}:
             if say:
                 print(f"steps, prompt and lengths are those of {path}")
             return apply_toml(Config(), path)

@@ -7,12 +7,13 @@ from collections.abc import Iterable, Iterator
 from pathlib import Path
 
 from srpo.core.errors import UserError
+from srpo.core.files import whole_file
 
 
 def write_pairs(path: Path, pairs: Iterable[tuple[str, str]]) -> None:
     """Write (prompt, response) texts as JSON Lines, the format of `data` of `srpo.sft`."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    with path.open("w", encoding="utf-8") as file:
+    with whole_file(path) as part, part.open("w", encoding="utf-8") as file:
         for prompt, response in pairs:
             file.write(json.dumps({"prompt": prompt, "response": response}, ensure_ascii=False) + "\n")
 

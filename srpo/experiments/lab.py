@@ -13,9 +13,7 @@ A stage that was killed continues when it is started again.
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable, Iterable
-from contextlib import suppress
 from dataclasses import dataclass, replace
 from itertools import islice
 from pathlib import Path
@@ -29,7 +27,7 @@ from srpo.core.config.reproduce import Scale
 from srpo.core.config.selection import Criteria, SelectConfig
 from srpo.core.config.sft import SftConfig
 from srpo.core.config.train import LossConfig, OptimizerConfig, PolicyConfig, RolloutConfig, TrainConfig
-from srpo.core.files import write_whole
+from srpo.core.files import check_whole, read_result, write_result
 from srpo.core.metrics import read_metrics
 from srpo.core.progress import Progress
 from srpo.core.run_dir import claim_run_dir
@@ -88,7 +86,7 @@ class Lab:
             stage(self.start / "base", "making tokenizer and model", lambda out: make_base(cfg, data, out))
             return sft(sft_config(cfg), self.parallel)
 
-        return done if done.is_dir() else self._demo(make)
+        return _whole(done) if done.is_dir() else self._demo(make)
 
     def _demo(self, make: Callable[[DemoConfig], Any]) -> Any:
         scale = self.scale
@@ -128,8 +126,6 @@ class Lab:
         policy = self.sft()
 
         def make(out: Path) -> None:
-            with suppress(FileNotFoundError):  # left by a stage that was stopped
-                (out / "rollouts.jsonl").unlink()
             pairs = list(examples)
             engine, schema = LocalEngine(load_policy(policy)), StepSchema(PAPER_STEPS)
             tokenizer: Any = load_tokenizer(policy)
@@ -162,7 +158,7 @@ class Lab:
             optimizer=OptimizerConfig(lr=self.scale.dpo_lr, warmup_steps=3, schedule="linear"),
         )
         done = self.start / "dpo" / "policy"
-        return done if done.is_dir() else dpo(cfg, self.parallel)
+        return _whole(done) if done.is_dir() else dpo(cfg, self.parallel)
 
     def judge(self, kind: str) -> dict[str, Any]:
         """`judge.json` of R_phi ("generative") or of the scalar reward model ("scalar"), trained on judged responses (5.1.6)."""
@@ -235,7 +231,7 @@ class Lab:
         cfg = config_of(recipe, common, judge_path)
         if (run_dir / "policy").is_dir():
             claim_run_dir(run_dir, cfg, self.parallel.is_main)
-            return run_dir / "policy"
+            return _whole(run_dir / "policy")
         return train(cfg, self.parallel)
 
     def results(self, name: str, recipe: Recipe, test_set: str) -> dict[str, Any]:
@@ -255,8 +251,8 @@ class Lab:
                 description=f"{name} on {test_set}",
             )
             path.parent.mkdir(parents=True, exist_ok=True)
-            write_whole(path, json.dumps(results, indent=1) + "\n")
-        return json.loads(path.read_text(encoding="utf-8"))
+            write_result(path, results)
+        return read_result(path)
 
     def curve(self, name: str) -> list[tuple[int, float]]:
         """[(responses sampled so far, macro F1 on the first pairs of the wild set)] of the training of a row."""
@@ -266,3 +262,9 @@ class Lab:
             if "eval/macro_f1" in line:
                 points.append((num_responses, float(line["eval/macro_f1"])))
         return points
+
+
+def _whole(folder: Path) -> Path:
+    """The folder, after `check_whole`."""
+    check_whole(folder)
+    return folder

@@ -10,6 +10,7 @@ import matplotlib as mpl
 import numpy as np
 from matplotlib.figure import Figure
 
+from srpo.core.files import whole_file
 from srpo.experiments.tables import Table
 from srpo.scores.plots import COLORS, FAINT, STYLE
 
@@ -40,7 +41,8 @@ def plot_table(path: Path, table: Table, summary: Mapping[str, Any]) -> None:
         axes[0].set_yticks(places, [row["name"] for row in rows])
         axes[0].set_ylim(-0.6, len(rows) - 0.4)
         figure.suptitle(table.title, x=0.01, ha="left", fontweight="bold")
-        figure.savefig(path)
+        with whole_file(path) as part:
+            figure.savefig(part, format="png")
 
 
 def plot_headline(path: Path, curves: Mapping[str, Sequence[Sequence[tuple[int, float]]]]) -> None:
@@ -57,4 +59,5 @@ def plot_headline(path: Path, curves: Mapping[str, Sequence[Sequence[tuple[int, 
         ax.set_title("Macro F1 on held-out pairs")
         ax.set_xlabel("responses sampled")
         ax.legend(frameon=False)
-        figure.savefig(path)
+        with whole_file(path) as part:
+            figure.savefig(part, format="png")

@@ -13,6 +13,7 @@ from pathlib import Path
 from srpo.core.config.demo import DemoConfig
 from srpo.core.config.sft import SftConfig
 from srpo.core.config.train import DataConfig, OptimizerConfig, PolicyConfig
+from srpo.core.files import check_whole, whole_folder
 from srpo.core.progress import Progress
 from srpo.core.steps import PAPER_STEPS
 from srpo.data.pairs import read_pairs, write_pairs
@@ -34,14 +35,16 @@ PHRASES = (
 
 
 def stage(out: Path, title: str, make: Callable[[Path], None]) -> None:
-    """Make the folder `out` unless it exists; it gets its name only when it is complete."""
+    """Make the folder `out` unless it exists; it gets its name only when it is complete.
+
+    Raises UserError if it exists and is not as it was written.
+    """
     if out.is_dir():
+        check_whole(out)
         return
     print(title, flush=True)
-    aside = out.with_name(out.name + ".tmp")
-    aside.mkdir(parents=True, exist_ok=True)
-    make(aside)
-    aside.rename(out)
+    with whole_folder(out) as aside:
+        make(aside)
 
 
 def make_data(cfg: DemoConfig, out: Path) -> None:

@@ -5,11 +5,14 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from srpo.core.config.judge import JudgeConfig
+from srpo.core.digests import digest_of
 from srpo.core.errors import UserError
-from srpo.core.files import write_whole
+from srpo.core.files import write_result, write_whole
 from srpo.core.ranges import check_ranges
+from srpo.core.run_dir import Inputs
 from srpo.core.steps import StepSchema
 from srpo.data.examples import Example
 from srpo.data.readers import load_examples
@@ -18,6 +21,7 @@ from srpo.judge_training.human_queue import read_queue
 from srpo.judge_training.judgments import Judgment, hold_out, read_judgments, simulate_judgments
 from srpo.policy.parallel import Parallel
 from srpo.scores.responses import load_rollouts
+from srpo.training.inputs import model_inputs
 
 QUEUE = "judge_queue.jsonl"
 
@@ -48,6 +52,20 @@ class Work:
         if self.parallel.is_main:
             write_whole(self.run_dir / name, text)
         self.parallel.barrier()
+
+    def write_result(self, name: str, values: dict[str, Any]) -> None:
+        """Write the result of a stage, on rank 0 and atomically. Collective."""
+        if self.parallel.is_main:
+            write_result(self.run_dir / name, values)
+        self.parallel.barrier()
+
+
+def judge_inputs(work: Work) -> Inputs:
+    """What the judge learns from, by its contents."""
+    cfg = work.cfg
+    data = {"the data": (cfg.data, digest_of(sorted(work.examples.items())))}
+    data["the file of judgments"] = (cfg.judgments or cfg.rollouts, digest_of([*work.shown, *work.held_out]))
+    return model_inputs({"the starting policy": cfg.sft.policy.path}) | data
 
 
 def simulates(cfg: JudgeConfig) -> bool:

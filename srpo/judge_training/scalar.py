@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -11,6 +10,7 @@ import torch
 
 from srpo.core.batch import Batch
 from srpo.core.config.sft import SftConfig
+from srpo.core.digests import digest_of
 from srpo.core.errors import UserError
 from srpo.core.steps import StepSchema
 from srpo.data.examples import Example
@@ -20,6 +20,7 @@ from srpo.policy.loading import load_to_shard
 from srpo.policy.parallel import Parallel
 from srpo.policy.scalar import ScalarModel, save_scalar, scalar_loss, scored_batches
 from srpo.rewards.scalar import ScalarCase, is_there, scalar_case
+from srpo.training.inputs import model_inputs
 from srpo.training.supervised import batch_indices, fit
 
 
@@ -56,6 +57,12 @@ def train_scalar(
             )
     targets = signed_targets(cases, judgments)
     model = parallel.shard(model, dtype=cfg.policy.dtype)
+    inputs = parallel.on_main(
+        lambda: (
+            model_inputs({"the starting policy": cfg.policy.path})
+            | {"the file of judgments": (cfg.run_dir, digest_of((cases, targets.tolist())))}
+        )
+    )
 
     def batches_of(step: int) -> list[Batch]:
         chosen = batch_indices(len(cases), cfg.batch_size, step, cfg.seed)
@@ -80,8 +87,7 @@ def train_scalar(
         cfg,
         parallel,
         title="scalar reward model",
-        data=hashlib.blake2b(repr((cases, targets.tolist())).encode(), digest_size=16).hexdigest(),
-        subject="the judgments are",
+        inputs=inputs,
         batches_of=batches_of,
         loss_of=loss_of,
         metrics_of=metrics_of,

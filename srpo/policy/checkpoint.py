@@ -1,20 +1,22 @@
 """Training state on disk: folders `step_000123/` of torch.distributed.checkpoint files, renamed to that name when complete.
 
 A folder counts as a checkpoint only under its final name and with its COMPLETE file, which is written last. So a run that is
-killed while saving resumes from the previous checkpoint. Policy and optimizer state are stored under transformers' parameter
-names, independently of the number of ranks; `extra` (generators, sampler, counters) is stored per rank.
+killed while saving resumes from the previous checkpoint. COMPLETE has the digest of every file, and all are checked before one is
+read. Policy and optimizer state are stored under transformers' parameter names, independently of the number of ranks; `extra`
+(generators, sampler, counters) is stored per rank. Nothing is unpickled that could run code: torch's index of a checkpoint is a
+pickle, which may only name the types that such an index consists of.
 """
 
 from __future__ import annotations
 
 import contextlib
-import json
+import io
 import os
 import pickle
 import re
 import shutil
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -22,52 +24,106 @@ import torch
 import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
 from torch import nn
-from torch.distributed.checkpoint.metadata import TensorStorageMetadata
+from torch.distributed.checkpoint.api import CheckpointException
+from torch.distributed.checkpoint.metadata import Metadata, TensorStorageMetadata
 from torch.optim import Optimizer
 
-from srpo.core.errors import UserError
-from srpo.policy.parallel import Parallel, unwrap
+from srpo.core.digests import COMPLETE, damage, digests_of, read_mark, write_mark
+from srpo.core.errors import UserError, naming
+from srpo.core.files import fsync
+from srpo.core.logs import Written
+from srpo.policy.parallel import Parallel, to_local, unwrap
 
-COMPLETE = "COMPLETE"
 _NAME = re.compile(r"step_(\d{6,})")
+# The names that torch's index of a checkpoint may use. BytesStorageMetadata is none of them: torch unpickles such entries.
+_INDEX = {
+    ("pathlib", "PosixPath"),
+    ("torch", "Size"),
+    ("torch.serialization", "_get_layout"),
+    ("torch.distributed.checkpoint.filesystem", "_StorageInfo"),
+}
+_INDEX_TYPES = ("Metadata", "MetadataIndex", "StorageMeta", "TensorStorageMetadata", "TensorProperties", "ChunkStorageMetadata")
+_INDEX |= {("torch.distributed.checkpoint.metadata", name) for name in (*_INDEX_TYPES, "_MEM_FORMAT_ENCODING")}
 
 
 def save_checkpoint(
-    root: str | Path, step: int, policy: nn.Module, optimizer: Optimizer, extra: dict[str, Any], parallel: Parallel, keep: int = 2
+    root: str | Path,
+    step: int,
+    policy: nn.Module,
+    optimizer: Optimizer,
+    extra: dict[str, Any],
+    parallel: Parallel,
+    keep: int = 2,
+    logs: Mapping[str, Written] | None = None,
 ) -> Path:
     """Write `root/step_<step>`, remove all but the newest `keep` complete checkpoints and return the new folder. Collective.
 
     extra: this rank's own state: plain Python values (numbers, strings, lists, tuples, dicts) and tensors. Any other type raises
     UserError, so that the error comes at saving and not at resume. `load_checkpoint` restores every bit.
+    logs: what the run's logs are at this step, on rank 0 (`checkpoint_logs` returns it).
+    Raises UserError if a parameter is not finite, so that a ruined model never replaces a checkpoint that can be trained on.
     """
     if keep < 1:
         raise UserError(f"train.keep_checkpoints is {keep}: set it to 1 or more")
+    _check_finite(policy, step, parallel)
     root = Path(root)
     final = root / f"step_{step:06d}"
     aside = root / f"{final.name}.tmp-{parallel.broadcast_object(os.getpid())}"
-    if parallel.is_main:
-        for left in root.glob("step_*.tmp-*"):  # left by killed runs
-            shutil.rmtree(left)
-        aside.mkdir(parents=True)
-    parallel.barrier()
-    with _one_process_is_fine():
+    parallel.on_main(lambda: _make_room(root, aside))
+    try:
+        _write_state(aside, policy, optimizer, extra, parallel)
+        own = [path.name for path in aside.iterdir() if _is_own(path.name, parallel.rank)]
+        for name in own:
+            fsync(aside / name)
+        files = {name: digest for part in parallel.all_gather_object(digests_of(aside, own)) for name, digest in part.items()}
+        mark = {"step": step, "world_size": parallel.world_size, "logs": dict(logs or {}), "files": files}
+        parallel.on_main(lambda: _finish(root, final, aside, mark, keep))
+    except OSError:
+        shutil.rmtree(aside, ignore_errors=True)  # a full disk: make room
+        raise
+    return final
+
+
+def _make_room(root: Path, aside: Path) -> None:
+    for left in root.glob("step_*.tmp-*"):  # by killed runs
+        shutil.rmtree(left)
+    aside.mkdir(parents=True)
+
+
+def _write_state(aside: Path, policy: nn.Module, optimizer: Optimizer, extra: dict[str, Any], parallel: Parallel) -> None:
+    with _one_process_is_fine(), _torch_os_errors(aside):
         state = {**_policy_state(policy), **_optimizer_state(policy, optimizer)}
         dcp.save(state, checkpoint_id=aside, no_dist=not dist.is_initialized())
     groups = [{k: v for k, v in group.items() if k != "params"} for group in optimizer.param_groups]
     _save_plain({"extra": extra, "param_groups": groups}, _rank_file(aside, parallel.rank))
     parallel.barrier()
-    if parallel.is_main:
-        (aside / COMPLETE).write_text(json.dumps({"step": step, "world_size": parallel.world_size}) + "\n")
-        for path in (*aside.rglob("*"), aside):
-            _fsync(path)
-        if final.exists():
-            _remove(final)
-        aside.rename(final)
-        _fsync(root)
-        for _, old in sorted(_complete(root))[:-keep]:
-            _remove(old)
-    parallel.barrier()
-    return final
+
+
+def _is_own(name: str, rank: int) -> bool:
+    """Whether this rank has written the file of a checkpoint."""
+    return name.startswith(f"__{rank}_") or name == f"rank_{rank}.pt" or (rank == 0 and name == ".metadata")
+
+
+def _finish(root: Path, final: Path, aside: Path, mark: dict[str, Any], keep: int) -> None:
+    write_mark(aside, mark)
+    for path in (aside / COMPLETE, aside):
+        fsync(path)
+    if final.exists():
+        _remove(final)
+    aside.rename(final)
+    fsync(root)
+    for _, old in sorted(_complete(root))[:-keep]:
+        _remove(old)
+
+
+def _check_finite(policy: nn.Module, step: int, parallel: Parallel) -> None:
+    for name, parameter in policy.named_parameters():
+        bad = (~to_local(parameter.detach()).isfinite()).sum()
+        if float(parallel.all_reduce_sum(bad.double())):
+            raise UserError(
+                f"{name} has values that are not finite after optimizer step {step}, so no checkpoint of it is written: start "
+                "the same run with a lower optimizer.lr, and it goes on from its last checkpoint"
+            )
 
 
 def latest_checkpoint(root: str | Path) -> Path | None:
@@ -75,27 +131,32 @@ def latest_checkpoint(root: str | Path) -> Path | None:
     return max(_complete(Path(root)), default=(0, None))[1]
 
 
-def load_checkpoint(path: str | Path, policy: nn.Module, optimizer: Optimizer, parallel: Parallel) -> dict[str, Any]:
+def load_checkpoint(
+    path: str | Path, policy: nn.Module, optimizer: Optimizer, parallel: Parallel, of: Path | None = None
+) -> dict[str, Any]:
     """Load policy and optimizer in place and return this rank's `extra`. Collective.
 
-    Raises UserError if the folder is no complete checkpoint, holds another model (the message names the first parameter that
-    differs), or was written by another number of ranks.
+    of: the checkpoint of the run that `path`, its critic's, belongs to. Raises UserError if the folder is no complete
+    checkpoint, if a file is not as it was written (the message names it, and the older checkpoint that the run can go on from),
+    if it holds another model (named is the first parameter that differs), or was written by another number of ranks.
     """
     path = Path(path)
     if not (path / COMPLETE).is_file():
-        raise UserError(f"{path} is not a complete checkpoint (no {COMPLETE} file): resume from another, or start a new run_dir")
-    world_size = json.loads((path / COMPLETE).read_text())["world_size"]
+        raise UserError(f"{path} is not a complete checkpoint (no {COMPLETE} file): {_way_on(of or path)}")
+    mark = _checked_mark(path, parallel, of or path)
+    world_size = mark["world_size"]
     if world_size != parallel.world_size:
         raise UserError(
             f"{path} was written by {world_size} ranks, this run has {parallel.world_size}: start {world_size} processes"
         )
-    stored = dcp.FileSystemReader(path).read_metadata().state_dict_metadata
+    reader = _Reader(path)
+    stored = reader.read_metadata().state_dict_metadata
     state = _policy_state(policy)
     _check_same_model(path, state, stored)
-    plain = torch.load(_rank_file(path, parallel.rank), weights_only=True)
+    plain = _load_plain(_rank_file(path, parallel.rank))
     state |= _empty_optimizer_state(policy, optimizer, stored)
-    with _one_process_is_fine():
-        dcp.load(state, checkpoint_id=path, no_dist=not dist.is_initialized())
+    with _one_process_is_fine(), _torch_os_errors(path):
+        dcp.load(state, storage_reader=reader, no_dist=not dist.is_initialized())
     parameters = dict(unwrap(policy).named_parameters())
     optimizer.state.clear()
     for key, value in state.items():
@@ -105,6 +166,73 @@ def load_checkpoint(path: str | Path, policy: nn.Module, optimizer: Optimizer, p
     for group, values in zip(optimizer.param_groups, plain["param_groups"], strict=True):
         group.update(values)
     return plain["extra"]
+
+
+def checkpoint_logs(path: Path) -> dict[str, Written]:
+    """What the logs of the run were when the checkpoint was saved."""
+    return read_mark(path)["logs"]
+
+
+def _checked_mark(path: Path, parallel: Parallel, of: Path) -> dict[str, Any]:
+    """The values of COMPLETE, after all files were compared with their digests, which the ranks share. Collective."""
+    try:
+        mark = read_mark(path)
+    except UserError:
+        raise UserError(f"{path / COMPLETE} is damaged, or of an earlier version of srpo: {_way_on(of)}") from None
+    if path.name != f"step_{mark['step']:06d}":
+        raise UserError(f"{path} holds the checkpoint of step {mark['step']}: rename it")
+    names = sorted(name for name in mark["files"] if (path / name).is_file())
+    own = names[parallel.rank :: parallel.world_size]
+    found = {name: digest for part in parallel.all_gather_object(digests_of(path, own)) for name, digest in part.items()}
+    if problem := damage(mark["files"], found):
+        raise UserError(f"{path / problem}: {_way_on(of)}")
+    return mark
+
+
+def _way_on(path: Path) -> str:
+    """How the run of a checkpoint that cannot be loaded goes on."""
+    match = _NAME.fullmatch(path.name)
+    older = max((each for each in _complete(path.parent) if match and each[0] < int(match[1])), default=None)
+    if older is None:
+        return f"restore it, or remove {path.parent.parent} to start over, because there is no older checkpoint"
+    return f"restore it, or remove {path}, and the run goes on from {older[1]}"
+
+
+class _Reader(dcp.FileSystemReader):
+    """Torch's reader, which reads the index of a checkpoint without running code."""
+
+    def read_metadata(self, *args: Any, **kwargs: Any) -> Metadata:
+        path = Path(self.path) / ".metadata"
+        try:
+            with naming(path), path.open("rb") as file:
+                metadata = _IndexUnpickler(file).load()
+            metadata.storage_meta.load_id = self.load_id
+            assert all(isinstance(value, TensorStorageMetadata) for value in metadata.state_dict_metadata.values())
+        except (pickle.UnpicklingError, AssertionError, AttributeError, EOFError, LookupError, TypeError, ValueError) as error:
+            raise UserError(f"{path} is no index of a checkpoint ({error}): do not trust this folder") from error
+        return metadata
+
+
+class _IndexUnpickler(pickle.Unpickler):
+    def find_class(self, module_name: str, global_name: str) -> Any:
+        is_dtype = module_name == "torch" and isinstance(getattr(torch, global_name, None), torch.dtype)
+        if not is_dtype and (module_name, global_name) not in _INDEX:
+            raise pickle.UnpicklingError(f"it names {module_name}.{global_name}")
+        return super().find_class(module_name, global_name)
+
+
+@contextlib.contextmanager
+def _torch_os_errors(path: Path) -> Iterator[None]:
+    """The OSError of a rank instead of torch's exception around it."""
+    try:
+        with naming(path):
+            yield
+    except CheckpointException as error:
+        for failure, _ in error.failures.values():
+            if isinstance(failure, OSError):
+                with naming(path):
+                    raise failure from error
+        raise
 
 
 @contextlib.contextmanager
@@ -171,11 +299,22 @@ def _rank_file(path: Path, rank: int) -> Path:
 
 
 def _save_plain(value: dict[str, Any], path: Path) -> None:
-    torch.save(value, path)
+    buffer = io.BytesIO()
+    torch.save(value, buffer)
     try:
-        torch.load(path, weights_only=True)
+        torch.load(io.BytesIO(buffer.getvalue()), weights_only=True)
     except pickle.UnpicklingError as error:
         raise UserError(f"a checkpoint's extra state must consist of plain Python values and tensors: {error}") from error
+    with naming(path):
+        path.write_bytes(buffer.getvalue())
+
+
+def _load_plain(path: Path) -> dict[str, Any]:
+    try:
+        return torch.load(path, weights_only=True)
+    except (pickle.UnpicklingError, RuntimeError) as error:
+        reason = str(error).partition("\n")[0]
+        raise UserError(f"{path} holds more than plain values and tensors ({reason}): do not trust this folder") from error
 
 
 def _remove(path: Path) -> None:
@@ -183,11 +322,3 @@ def _remove(path: Path) -> None:
     aside = path.with_name(f"{path.name}.tmp-{os.getpid()}-old")
     path.rename(aside)
     shutil.rmtree(aside)
-
-
-def _fsync(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)

@@ -17,6 +17,7 @@ from transformers.utils import logging
 from srpo.core.batch import IGNORE, Batch
 from srpo.core.config.demo import TinyConfig
 from srpo.core.errors import UserError
+from srpo.core.files import whole_folder
 from srpo.policy.attention import ATTENTION
 from srpo.policy.experts import registered_name
 from srpo.policy.folder import read_config, read_model
@@ -142,10 +143,12 @@ class Policy(nn.Module):
 def save_policy(model: nn.Module, tokenizer: PreTrainedTokenizerBase, path: str | Path) -> None:
     """Write a folder that `AutoModelForCausalLM` and `AutoTokenizer` load; sharded parameters are gathered.
 
+    It appears, or replaces another one, when it is whole, with the digests of its files in COMPLETE.
     Collective: every rank must call it; rank 0 writes.
     """
     main = current_rank() == 0
     state = {name: tensor.cpu().clone() for name, tensor in iter_full_params(model) if main}
     if main:
-        unwrap(model).save_pretrained(path, state_dict=state)
-        tokenizer.save_pretrained(path)
+        with whole_folder(Path(path)) as folder:
+            unwrap(model).save_pretrained(folder, state_dict=state)
+            tokenizer.save_pretrained(folder)

@@ -10,7 +10,7 @@ import os
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from typing import Any, TypeVar
+from typing import Any, TypeVar, cast
 
 import torch
 import torch.distributed as dist
@@ -107,6 +107,20 @@ class Parallel:
         if self.world_size > 1:
             dist.broadcast_object_list(box, src=0)
         return box[0]
+
+    def on_main(self, work: Callable[[], X]) -> X:
+        """The picklable result of `work()`, which rank 0 calls. Its UserError or OSError is raised on all ranks. Collective."""
+        result: X | None = None
+        problem: UserError | OSError | None = None
+        if self.is_main:
+            try:
+                result = work()
+            except (UserError, OSError) as error:
+                problem = error
+        result, problem = self.broadcast_object((result, problem))
+        if problem is not None:
+            raise problem
+        return cast(X, result)
 
     def barrier(self) -> None:
         """Return once every rank has called it."""

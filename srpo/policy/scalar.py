@@ -20,6 +20,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from srpo.core.batch import Batch, Rollout, pack
 from srpo.core.errors import UserError
+from srpo.core.files import whole_folder
 from srpo.policy.forward import context_of, hidden_states, make_deterministic
 from srpo.policy.model import load_policy
 from srpo.policy.parallel import current_rank, iter_full_params, unwrap
@@ -106,6 +107,7 @@ def save_scalar(model: nn.Module, tokenizer: PreTrainedTokenizerBase, path: str 
     if main:
         prefix = f"{_HEAD}."
         head = {name.removeprefix(prefix): state.pop(name) for name in [name for name in state if name.startswith(prefix)]}
-        unwrap(model).save_pretrained(path, state_dict=state)
-        save_file(head, Path(path) / HEAD_FILE)
-        tokenizer.save_pretrained(path)
+        with whole_folder(Path(path)) as folder:
+            unwrap(model).save_pretrained(folder, state_dict=state)
+            save_file(head, folder / HEAD_FILE)
+            tokenizer.save_pretrained(folder)

@@ -13,6 +13,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter, MaxNLocator
 
+from srpo.core.files import whole_file
 from srpo.core.steps import StepSchema
 from srpo.scores.evaluation import Results, score_rows
 
@@ -191,7 +192,8 @@ def _save(path: Path, size: tuple[float, float], draw: Callable[[Figure], None])
     figure = Figure(figsize=size)
     draw(figure)
     path.parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(path, facecolor="white")
+    with whole_file(path) as part:
+        figure.savefig(part, facecolor="white", format="png")
     return path
 
 

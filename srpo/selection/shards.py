@@ -7,7 +7,6 @@ file of a shard is written atomically: if it exists, the shard is done.
 from __future__ import annotations
 
 import hashlib
-import os
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import asdict, fields
 from itertools import islice
@@ -17,12 +16,14 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from srpo.core.digests import digest_of
 from srpo.core.errors import UserError
 from srpo.core.files import whole_file
 from srpo.data.examples import Example
 from srpo.selection.records import Record
 
-_FINGERPRINT = b"srpo.examples"
+_FINGERPRINT, _CONTENTS = b"srpo.examples", b"srpo.records"  # digests of the examples and of their records
+_UNREADABLE = (pa.ArrowException, OSError, UnicodeDecodeError, KeyError, TypeError)
 _TYPES: dict[str, pa.DataType] = {
     "example_id": pa.string(),
     "step_rewards": pa.list_(pa.float64()),
@@ -44,10 +45,7 @@ def shards_of(examples: Iterable[Example], size: int) -> Iterator[tuple[int, lis
 
 def fingerprint(examples: Sequence[Example]) -> str:
     """Hash of the examples, including the order of their fields."""
-    digest = hashlib.blake2b(digest_size=16)
-    for example in examples:
-        digest.update(repr(example).encode("utf-8", "backslashreplace") + b"\n")
-    return digest.hexdigest()
+    return digest_of(examples)
 
 
 def shard_seed(seed: int, examples: Sequence[Example]) -> tuple[int, ...]:
@@ -72,28 +70,26 @@ def write_shard(folder: Path, number: int, examples: Sequence[Example], records:
     folder.mkdir(parents=True, exist_ok=True)
     path = shard_path(folder, number)
     rows: list[dict[str, Any]] = [{**asdict(record), "tags": list(record.tags.items())} for record in records]
-    table = pa.Table.from_pylist(rows, schema=_SCHEMA.with_metadata({_FINGERPRINT: fingerprint(examples).encode()}))
+    marks = {_FINGERPRINT: fingerprint(examples).encode(), _CONTENTS: digest_of(records).encode()}
+    table = pa.Table.from_pylist(rows, schema=_SCHEMA.with_metadata(marks))
     with whole_file(path) as part, part.open("wb") as file:
         pq.write_table(table, file)
-        file.flush()
-        os.fsync(file.fileno())
-    descriptor = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
     return path
 
 
 def read_shard(folder: Path, number: int) -> list[Record]:
-    """The records of a shard. UserError if its file is missing or unreadable."""
+    """The records of a shard. UserError if its file is missing, unreadable or not as it was written."""
     path = shard_path(folder, number)
     try:
+        stored = (pq.read_schema(path).metadata or {}).get(_CONTENTS, b"").decode()
         rows = pq.read_table(path, schema=_SCHEMA).to_pylist(maps_as_pydicts="strict")
-    except (pa.ArrowException, OSError) as error:
+    except _UNREADABLE as error:
         raise UserError(_unreadable(path, error)) from error
     values: list[dict[str, Any]] = [{k: tuple(v) if isinstance(v, list) else v for k, v in row.items()} for row in rows]
-    return [Record(**row) for row in values]
+    records = [Record(**row) for row in values]
+    if digest_of(records) != stored:
+        raise UserError(_unreadable(path, "its records are not those that were written"))
+    return records
 
 
 def check_shard(folder: Path, number: int, examples: Sequence[Example]) -> None:
@@ -101,7 +97,7 @@ def check_shard(folder: Path, number: int, examples: Sequence[Example]) -> None:
     path = shard_path(folder, number)
     try:
         stored = (pq.read_schema(path).metadata or {}).get(_FINGERPRINT, b"").decode()
-    except (pa.ArrowException, OSError) as error:
+    except _UNREADABLE as error:
         raise UserError(_unreadable(path, error)) from error
     if stored != fingerprint(examples):
         first, last = examples[0].example_id, examples[-1].example_id
@@ -111,5 +107,5 @@ def check_shard(folder: Path, number: int, examples: Sequence[Example]) -> None:
         )
 
 
-def _unreadable(path: Path, error: Exception) -> str:
+def _unreadable(path: Path, error: object) -> str:
     return f"{path}: not a readable file of records ({error}): remove it, then its examples are sampled again"

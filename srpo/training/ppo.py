@@ -87,9 +87,9 @@ class Ppo:
         keep = self.cfg.train.keep_checkpoints + 1
         save_checkpoint(self._root, step, self.critic, self.optimizer, {}, parallel, keep)
 
-    def load(self, step: int, parallel: Parallel) -> None:
+    def load(self, step: int, parallel: Parallel, checkpoint: Path) -> None:
         """Load the critic that belongs to the policy's checkpoint of this step. Collective."""
-        load_checkpoint(self._root / f"step_{step:06d}", self.critic, self.optimizer, parallel)
+        load_checkpoint(self._root / f"step_{step:06d}", self.critic, self.optimizer, parallel, checkpoint)
 
 
 @torch.no_grad()

@@ -33,14 +33,18 @@ from srpo.rollout.build import open_engine, sampling_params
 from srpo.rollout.engine import Engine, SamplingParams
 from srpo.training.checks import check_examples, check_impl, check_prompt_lengths, check_settings, check_support
 from srpo.training.credit import Credit
+from srpo.training.inputs import PATHS, run_inputs
 from srpo.training.optim import make_optimizer
 from srpo.training.ppo import Ppo
+from srpo.training.resume import check_resume
 from srpo.training.update import Objective
 
 # Judge-server settings may change on resume; they are not part of a run's identity.
 MAY_CHANGE = frozenset(
     f"reward.judge_{name}" for name in ("url", "timeout_s", "concurrency", "retries", "backoff_s", "fallback", "cache")
 ) | {"loss.impl"}
+# They may change, too, but change the result: `changes.jsonl` says from which optimizer step on.
+RECORDED = ("optimizer.lr", "critic.optimizer.lr")
 MAX_EMPTY_STEPS = 10  # optimizer steps in a row without a group in the difficulty window after which the run stops
 
 
@@ -108,7 +112,8 @@ class Run:
             check_head(frozen, cfg.loss.inputs)
             reference = parallel.shard(Policy(frozen.requires_grad_(False)), dtype=cfg.policy.dtype)
         ppo = Ppo.from_config(cfg, parallel)
-        claim_run_dir(Path(cfg.run_dir), cfg, parallel.is_main, MAY_CHANGE)
+        inputs = parallel.on_main(lambda: run_inputs(cfg, stages, eval_examples))
+        claim_run_dir(Path(cfg.run_dir), cfg, parallel.is_main, MAY_CHANGE.union(RECORDED), inputs, PATHS)
         return cls(
             cfg=cfg,
             parallel=parallel,
@@ -127,31 +132,36 @@ class Run:
         )
 
     def resume(self) -> State:
-        """Load the last complete checkpoint and return its state; a new state if there is no checkpoint. Collective."""
+        """Load the last complete checkpoint and return its state; a new state if there is no checkpoint. Collective.
+
+        Raises UserError if checkpoint or logs are not as they were written, before anything of the folder is changed.
+        """
         torch.manual_seed(derive_seed(self.cfg.seed, self.parallel.rank))
         checkpoint = latest_checkpoint(self.run_dir / "checkpoints")
-        if checkpoint is None:
-            return State()
-        extra = load_checkpoint(checkpoint, self.policy, self.optimizer, self.parallel)
-        torch.set_rng_state(extra.pop("torch_rng"))
-        if self.ppo is not None:
-            self.ppo.load(extra["step"], self.parallel)
-        self.sampler.load_state_dict(extra.pop("sampler"))
-        check_implementation(self.cfg.loss.impl, extra.pop("impl", None), self.parallel.device)
-        return State(**extra)
+        state = State()
+        if checkpoint is not None:
+            extra = load_checkpoint(checkpoint, self.policy, self.optimizer, self.parallel)
+            torch.set_rng_state(extra.pop("torch_rng"))
+            if self.ppo is not None:
+                self.ppo.load(extra["step"], self.parallel, checkpoint)
+            self.sampler.load_state_dict(extra.pop("sampler"))
+            check_implementation(self.cfg.loss.impl, extra.pop("impl", None), self.parallel.device)
+            state = State(**extra)
+        every, recorded = self.cfg.train.checkpoint_every, RECORDED if self.ppo is not None else RECORDED[:1]
+        self.parallel.on_main(lambda: check_resume(self.cfg, checkpoint, state.step, every, recorded))
+        return state
 
     def save(self, state: State, sampler_state: dict[str, Any], logger: MetricsLogger | None) -> None:
         """Write a checkpoint for `resume`, after the metrics up to this step are on the disk. Collective.
 
         sampler_state: the state that the sampler must have at the start of the next step.
         """
-        if logger is not None:
-            logger.sync()
+        logs = None if logger is None else logger.sync()
         if self.ppo is not None:
             self.ppo.save(state.step, self.parallel)
         folder, keep = self.run_dir / "checkpoints", self.cfg.train.keep_checkpoints
         extra = state.to_dict(sampler_state) | {"impl": implementation(self.cfg.loss.impl, self.parallel.device)}
-        save_checkpoint(folder, state.step, self.policy, self.optimizer, extra, self.parallel, keep)
+        save_checkpoint(folder, state.step, self.policy, self.optimizer, extra, self.parallel, keep, logs)
 
     def open_logger(self, step: int) -> MetricsLogger | None:
         """Rank 0's log of a run that continues from `step`, truncated to it; None on other ranks."""

@@ -13,15 +13,18 @@ from torch import nn
 
 from srpo.core.batch import Batch
 from srpo.core.config.train import OptimizerConfig
-from srpo.core.errors import UserError
 from srpo.core.metrics import MetricsLogger
 from srpo.core.progress import Progress
-from srpo.core.run_dir import claim_run_dir
+from srpo.core.run_dir import Inputs, claim_run_dir
 from srpo.policy.checkpoint import latest_checkpoint, load_checkpoint, save_checkpoint
 from srpo.policy.parallel import Parallel
 from srpo.training.optim import learning_rate, make_optimizer, set_learning_rate
+from srpo.training.resume import check_resume
 from srpo.training.update import optimizer_step
 
+MAY_CHANGE = ("optimizer.lr",)  # on resume; `changes.jsonl` says from which optimizer step on
+# Settings that name an input. They may change on resume if the contents do not.
+PATHS = ("data", "pairs", "rollouts", "policy.path", "policy.reference")
 Metrics = dict[str, float]
 
 
@@ -44,8 +47,7 @@ def fit(
     parallel: Parallel,
     *,
     title: str,
-    data: str,
-    subject: str,
+    inputs: Inputs,
     batches_of: Callable[[int], Sequence[Batch]],
     loss_of: Callable[[Batch], tuple[torch.Tensor, torch.Tensor]],
     metrics_of: Callable[[list[float]], tuple[Metrics, float]],
@@ -55,18 +57,16 @@ def fit(
     batches_of(step): this rank's micro-batches.
     loss_of(batch): the loss, and a vector of float64 sums, which are added up over micro-batches and ranks.
     metrics_of(sums): metrics of the step besides loss, gradient norm and learning rate; and the accuracy for the progress bar.
-    data: digest of the training data. subject: begins the error message, "pairs.jsonl is".
+    inputs: data and models by their contents.
 
-    Raises UserError if the run folder was started with other data, or with other settings (`claim_run_dir`). Collective.
+    Raises UserError if the run folder was started with other inputs or settings (`claim_run_dir`). Collective.
     """
     run_dir, main = Path(cfg.run_dir), parallel.is_main
-    claim_run_dir(run_dir, cfg, main)
+    claim_run_dir(run_dir, cfg, main, MAY_CHANGE, inputs, PATHS)
     optimizer, done = make_optimizer(model.parameters(), cfg.optimizer), 0
     if (checkpoint := latest_checkpoint(run_dir / "checkpoints")) is not None:
-        extra = load_checkpoint(checkpoint, model, optimizer, parallel)
-        if extra["data"] != data:
-            raise UserError(f"{subject} not the data that {run_dir} was trained on so far: restore it, or give another run_dir")
-        done = extra["step"]
+        done = load_checkpoint(checkpoint, model, optimizer, parallel)["step"]
+    parallel.on_main(lambda: check_resume(cfg, checkpoint, done, cfg.checkpoint_every, MAY_CHANGE))
     logger = MetricsLogger(run_dir, resume_step=done or None) if main else None
     sums: list[torch.Tensor] = []
 
@@ -96,10 +96,9 @@ def fit(
                 logger.log(step + 1, common | metrics)
             bar.advance(1, loss=result.loss, right=right)
             if (step + 1) % cfg.checkpoint_every == 0 or step + 1 == cfg.num_steps:
-                if logger is not None:
-                    logger.sync()
-                extra = {"step": step + 1, "data": data}
-                save_checkpoint(run_dir / "checkpoints", step + 1, model, optimizer, extra, parallel, keep=1)
+                logs = None if logger is None else logger.sync()
+                extra = {"step": step + 1}
+                save_checkpoint(run_dir / "checkpoints", step + 1, model, optimizer, extra, parallel, keep=1, logs=logs)
     if logger is not None:
         logger.close()
 

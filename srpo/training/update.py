@@ -20,6 +20,7 @@ from torch.optim import Optimizer
 from srpo.core.batch import IGNORE, Batch
 from srpo.core.config.train import LossConfig, RolloutConfig
 from srpo.core.errors import UserError
+from srpo.core.files import whole_file
 from srpo.policy.model import Policy
 from srpo.policy.parallel import Parallel, clip_grad_norm, to_local
 from srpo.training.mismatch import Mismatch, importance_weights
@@ -207,7 +208,8 @@ def optimizer_step(
         parallel.barrier()
         raise NonFiniteError(
             f"loss {result.loss}, gradient norm {result.grad_norm}: stopped before the optimizer step. Batches, parameters and "
-            f"settings are in {path} (srpo.training.update.read_dump). Resume from the last checkpoint with a lower optimizer.lr"
+            f"settings are in {path} (srpo.training.update.read_dump). Start the same run with a lower optimizer.lr: it goes on "
+            "from its last checkpoint, or from an earlier one if you remove the newest folder of checkpoints/"
         )
     optimizer.step()
     optimizer.zero_grad(set_to_none=True)
@@ -226,7 +228,8 @@ def _write_dump(
         "batches": [vars(batch.to(torch.device("cpu"))) for batch in batches],
         "parameters": {name: to_local(p.detach()).cpu() for name, p in policy.named_parameters()},
     }
-    torch.save(state, path)
+    with whole_file(path) as part, part.open("wb") as file:
+        torch.save(state, file)
 
 
 def read_dump(path: Path) -> dict[str, Any]:

@@ -200,8 +200,8 @@ class VllmEngine:
                     for group in replies:
                         if group is not None and not all(math.isfinite(x) for row in group[1] for x in row[1]):
                             raise UserError(
-                                "the policy computes logits that are not finite: check the checkpoint in policy.path, or resume "
-                                "from an earlier one with a lower optimizer.lr"
+                                "the policy computes logits that are not finite: check the checkpoint in policy.path, or start "
+                                "the same run with a lower optimizer.lr, from an earlier checkpoint if you remove the newest one"
                             )
                         if group is not None:
                             missing.remove(group[0])

@@ -1,0 +1,26 @@
+"""Whether a run folder can be continued: its logs and its checkpoint belong together."""
+
+from __future__ import annotations
+
+from collections.abc import Collection
+from pathlib import Path
+
+from srpo.core.logs import check_logs, check_start
+from srpo.core.metrics import FILES
+from srpo.core.run_dir import record_changes
+from srpo.core.run_lock import RunConfig
+from srpo.policy.checkpoint import checkpoint_logs
+
+
+def check_resume(cfg: RunConfig, checkpoint: Path | None, step: int, checkpoint_every: int, recorded: Collection[str]) -> None:
+    """Compare the logs of the run folder with its checkpoint of this step (None: it has none, 0), and record changed settings.
+
+    Prints what is dropped from the logs, and the settings among `recorded` that hold from now on. Rank 0 calls it, before the
+    logs are opened. Raises UserError if a log is not as it was written, or if no checkpoint is left of those that there were.
+    """
+    run_dir = Path(cfg.run_dir)
+    if checkpoint is not None:
+        check_logs(run_dir, step, checkpoint_logs(checkpoint))
+    lines = [check_start(run_dir, FILES, step, checkpoint_every), *record_changes(run_dir, cfg, recorded, step)]
+    for line in filter(None, lines):
+        print(line, flush=True)
