@@ -55,7 +55,7 @@ def read_model(
     """The causal LM of the folder on the CPU, its parameters in `dtype`. Raises UserError that names the first wrong tensor."""
     files = _weight_files(Path(path))
     try:
-        model, info = AutoModelForCausalLM.from_pretrained(
+        loaded: Any = AutoModelForCausalLM.from_pretrained(
             str(path),
             config=config,
             dtype=dtype,
@@ -69,6 +69,7 @@ def read_model(
         )
     except _LIBRARY_ERRORS as error:
         raise UserError(f"the model in {str(path)!r} cannot be loaded ({_line(error)}): give another checkpoint") from error
+    model, info = loaded
     _check_tensors(path, model, info)
     _check_dtypes(files, model)
     _check_values(path, model)

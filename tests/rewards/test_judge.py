@@ -12,6 +12,7 @@ from typing import Any
 import pytest
 
 from srpo.core.batch import Rollout
+from srpo.core.errors import UserError
 from srpo.core.steps import PAPER_STEPS, StepSchema
 from srpo.data.examples import Example
 from srpo.rewards.engine_writer import EngineWriter
@@ -175,7 +176,7 @@ class Slow(Writes):
         time.sleep(self.pause_s)
         try:
             if any("fails" in CharTokenizer().decode(prompt) for prompt in prompts):
-                raise ValueError("no logits")
+                raise UserError("no logits")
             return super().generate(prompts, params, seed)
         finally:
             self.num_inside -= 1
