@@ -53,6 +53,10 @@ def main(config: CompareConfig) -> None:
     if out.is_dir():
         raise UserError(f"out is {out}, which is a folder: name a file, such as {out / 'comparison.json'}")
 
+    read = (config.a, config.b, config.data, config.config, pages.file, pages.judgments, pages.verdicts)
+    if out.resolve() in {Path(name).resolve() for name in read if name}:
+        raise UserError(f"out is {out}, which is read and would be replaced: name another file")
+
     examples: list[Example] = []
     results: dict[str, Any] = {"names": {"a": config.name_a, "b": config.name_b}}
     tables: list[str] = []

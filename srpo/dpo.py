@@ -33,9 +33,11 @@ from srpo.core.run_dir import Inputs, claim_run_dir
 from srpo.core.run_lock import locks_run_dir
 from srpo.core.steps import StepSchema
 from srpo.data.checkpoint_tokens import check_rows, without_end
+from srpo.data.encoding import num_with_controls
 from srpo.data.preferences import Preference, pairs_from_rollouts, read_preferences
+from srpo.data.prompts import wrapped
 from srpo.data.readers import load_examples
-from srpo.data.tokenizer import encode, load_tokenizer
+from srpo.data.tokenizer import encode, encode_prompt, load_tokenizer
 from srpo.policy.loading import load_to_shard
 from srpo.policy.model import Policy, check_head, save_policy
 from srpo.policy.parallel import Parallel, distributed
@@ -58,16 +60,17 @@ def load_preferences(cfg: DpoConfig, tokenizer: Any) -> tuple[list[Preference], 
         def target(text: str) -> tuple[int, ...]:
             return (*encode(tokenizer, without_end(tokenizer, text)), tokenizer.eos_token_id)
 
-        pairs = [Preference(encode(tokenizer, prompt), target(chosen), target(rejected)) for prompt, chosen, rejected in texts]
-        return pairs, {"num_pairs": len(pairs)}
+        pairs = [
+            Preference(encode_prompt(tokenizer, wrapped(prompt, cfg.prompt)), target(chosen), target(rejected))
+            for prompt, chosen, rejected in texts
+        ]
+        num_special = num_with_controls(tokenizer, (text for row in texts for text in row))
+        return pairs, {"num_pairs": len(pairs), "num_texts_with_special": num_special}
     options = [spec.options for spec in cfg.steps]
     labels = None
     if cfg.data:
         labels = {e.example_id: e.gold[-1] if e.gold else None for e in load_examples(cfg.data, len(cfg.steps), options=options)}
-    try:
-        rollouts = [rollout for _, rollout in read_rollouts(Path(cfg.rollouts))]
-    except (ValueError, KeyError, TypeError) as error:
-        raise UserError(f"{cfg.rollouts} is not a rollouts.jsonl of srpo.train ({error})") from error
+    rollouts = [rollout for _, rollout in read_rollouts(Path(cfg.rollouts))]
     if not rollouts:
         raise UserError(f"{cfg.rollouts} has no rollouts: set train.log_rollouts in the run that writes it")
     _check_tokenizer(cfg, tokenizer, rollouts)
@@ -194,7 +197,7 @@ def dpo(cfg: DpoConfig, parallel: Parallel) -> Path:
     """
     run_dir, main = Path(cfg.run_dir), parallel.is_main
     _check_settings(cfg)
-    tokenizer = load_tokenizer(cfg.policy.path)
+    tokenizer = load_tokenizer(cfg.policy.path, cfg.policy.bos)
     if cfg.policy.reference:
         check_rows(tokenizer, cfg.policy.reference, cfg.policy.path)
     pairs, counts = load_preferences(cfg, tokenizer)

@@ -25,7 +25,7 @@ from srpo.core.batch import Rollout, write_rollouts
 from srpo.core.config.train import Config
 from srpo.core.digests import digest_of_model
 from srpo.core.files import whole_file, write_whole
-from srpo.core.run_dir import run_settings
+from srpo.core.run_dir import check_out, run_settings
 from srpo.core.run_lock import hold
 from srpo.core.steps import StepSchema
 from srpo.data.examples import Example
@@ -42,7 +42,7 @@ from srpo.scores.tables import results_table
 from srpo.scores.tally import check_verdicts, predicted_grade, true_grades
 from srpo.training.evaluation import evaluate_policy
 
-OUTPUTS = ("results.json", "predictions.jsonl", "rollouts.jsonl")
+RESULTS, PREDICTIONS, ROLLOUTS = "results.json", "predictions.jsonl", "rollouts.jsonl"  # files in `out`
 
 
 def evaluate(config: EvaluateConfig, parallel: Parallel) -> None:
@@ -72,7 +72,7 @@ def evaluate(config: EvaluateConfig, parallel: Parallel) -> None:
     out = Path(config.out) if config.out else source.resolve().parent / "evaluation"
     if out.exists() and not out.is_dir():
         raise UserError(f"out is {out}, which is a file: name a folder")
-    _check_out(out, source)
+    check_out(out, (RESULTS, PREDICTIONS, ROLLOUTS), (*sources, data))
 
     rollouts: list[Rollout] = []
     if config.checkpoint:
@@ -93,18 +93,6 @@ def evaluate(config: EvaluateConfig, parallel: Parallel) -> None:
         print(f"written to {write_evaluation(out, results, rollouts, examples)}")
 
 
-def _check_out(out: Path, source: Path) -> None:
-    """Raise UserError for a folder whose files the results would replace."""
-    for name in ("config.toml", "metrics.jsonl", "config.json"):
-        if (out / name).exists():
-            kind = "a checkpoint" if name == "config.json" else "a run"
-            raise UserError(f"out is {out}, the folder of {kind}, whose files would be replaced: name another folder")
-    if source.resolve().parent == out.resolve() and source.name in OUTPUTS:
-        raise UserError(
-            f"out is {out}, where {source.name} would be replaced, from which the scores are taken: name another folder"
-        )
-
-
 def decode(
     config: EvaluateConfig, run: Config, schema: StepSchema, examples: Sequence[Example], parallel: Parallel
 ) -> tuple[dict[str, Any], list[Rollout]]:
@@ -112,7 +100,7 @@ def decode(
 
     Raises UserError on all ranks, before decoding, if a prompt does not fit into the context.
     """
-    tokenizer = load_tokenizer(config.checkpoint)
+    tokenizer = load_tokenizer(config.checkpoint, run.policy.bos)
     max_new_tokens = config.max_new_tokens or run.rollout.max_new_tokens
     engine = open_engine(config, run, parallel)
     prompts = encode_prompts(tokenizer, examples, run.data.prompt)
@@ -163,10 +151,10 @@ def _write(out: Path, results: dict[str, Any], rollouts: Sequence[Rollout], exam
             {"example_id": r.example_id, "prediction": predicted_grade(r), "grade": grades[r.example_id], "answers": r.answers}
             for r in rollouts
         )
-        write_whole(out / "predictions.jsonl", "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows))
-        with whole_file(out / "rollouts.jsonl") as part:
+        write_whole(out / PREDICTIONS, "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows))
+        with whole_file(out / ROLLOUTS) as part:
             write_rollouts(part, rollouts, step=0)
-    write_whole(out / "results.json", json.dumps(results, indent=2) + "\n")  # last: it says that the others are whole
+    write_whole(out / RESULTS, json.dumps(results, indent=2) + "\n")  # last: it says that the others are whole
 
 
 def main(config: EvaluateConfig) -> None:

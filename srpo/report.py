@@ -13,11 +13,11 @@ from srpo.core.settings import apply_toml, check_command_line, check_one_process
 if __name__ == "__main__":
     check_command_line(ReportConfig)  # -h and mistakes answer before torch is imported
 
-import json
 from collections.abc import Mapping
 from pathlib import Path
 
 from srpo.core.config.train import Config
+from srpo.core.jsonl import json_file
 from srpo.core.metrics import read_metrics
 from srpo.core.steps import StepSchema
 from srpo.scores.evaluation import Results
@@ -36,10 +36,7 @@ def write_report(run_dir: Path) -> tuple[str, list[Path]]:
     schema = StepSchema(apply_toml(Config(), run_dir / "config.toml").steps)
     results: Mapping[str, Results] = {}
     if (run_dir / "results.json").is_file():
-        try:
-            results = json.loads((run_dir / "results.json").read_text(encoding="utf-8"))
-        except ValueError as error:
-            raise UserError(f"{run_dir / 'results.json'} is damaged ({error}): remove it, or make it again") from error
+        results = json_file(run_dir / "results.json")
     files = write_plots(run_dir / "plots", read_metrics(run_dir / "metrics.jsonl"), schema, results, run_dir.resolve().name)
     before, after = results.get("before"), results.get("after")
     return before_after_table(before, after, schema) if before and after else "", files

@@ -80,7 +80,7 @@ class Parts:
 def open_parts(cfg: SelectConfig, schema: StepSchema, parallel: Parallel) -> Parts:
     """Tokenizer, engine with the starting policy, and judge, as in training except for `ignored_settings`."""
     cfg = replace(cfg, rollout=replace(cfg.rollout, **{name: getattr(RolloutConfig(), name) for name in _OF_TRAINING}))
-    tokenizer = load_tokenizer(cfg.policy.path)
+    tokenizer = load_tokenizer(cfg.policy.path, cfg.policy.bos)
     params = sampling_params(cfg, tokenizer)
     loaded = load_policy(cfg.policy.path, experts=cfg.policy.experts)
     engine = open_engine(cfg, loaded, parallel)

@@ -26,8 +26,10 @@ from srpo.core.digests import digest_of_data
 from srpo.core.progress import Progress
 from srpo.core.run_lock import locks_run_dir
 from srpo.data.checkpoint_tokens import without_end
+from srpo.data.encoding import num_with_controls
 from srpo.data.pairs import read_pairs
-from srpo.data.tokenizer import encode, load_tokenizer
+from srpo.data.prompts import wrapped
+from srpo.data.tokenizer import encode, encode_prompt, load_tokenizer
 from srpo.policy.loading import load_to_shard
 from srpo.policy.model import Policy, check_head, save_policy
 from srpo.policy.parallel import Parallel, distributed
@@ -54,9 +56,12 @@ def tokenized_pairs(cfg: SftConfig, tokenizer: Any, max_context: int, show: bool
     texts = list(read_pairs(cfg.data))
     context = min(cfg.policy.max_context or max_context, max_context)
     pairs: list[Pair] = []
+    if show and (num := num_with_controls(tokenizer, (text for pair in texts for text in pair))):
+        print(f"{num:,} texts of {cfg.data} hold the text of special tokens, read as plain text (prompt has the template's)")
     with Progress("tokenizing", len(texts), enabled=show) as bar:
         for number, (prompt, response) in enumerate(texts, start=1):
-            pair = encode(tokenizer, prompt), (*encode(tokenizer, without_end(tokenizer, response)), tokenizer.eos_token_id)
+            ids = encode_prompt(tokenizer, wrapped(prompt, cfg.prompt))
+            pair = ids, (*encode(tokenizer, without_end(tokenizer, response)), tokenizer.eos_token_id)
             length = len(pair[0]) + len(pair[1])
             if length > context:
                 raise UserError(f"{cfg.data}, pair {number} has {length} tokens, more than the context of {context}: shorten it")
@@ -101,7 +106,7 @@ def sft(cfg: SftConfig, parallel: Parallel) -> Path:
     """
     run_dir = Path(cfg.run_dir)
     _check_settings(cfg)
-    tokenizer = load_tokenizer(cfg.policy.path)
+    tokenizer = load_tokenizer(cfg.policy.path, cfg.policy.bos)
     model = load_to_shard(cfg.policy.path, parallel, experts=cfg.policy.experts)
     check_head(model, cfg.inputs)
     policy = Policy(model, activation_checkpointing=cfg.policy.activation_checkpointing)

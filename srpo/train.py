@@ -68,6 +68,8 @@ def train(cfg: Config, parallel: Parallel) -> Path:
             state = state.after(credit, window, audited.state)
             metrics |= rollout_metrics(everyone, run.schema, credit) | audited.metrics(run.schema)
             metrics |= sampler.metrics() | judge_metrics(run.judge, parallel)
+            if cfg.data.adversarial_frac:
+                metrics["sampler/adversarial_frac"] = sum(bool(e.attack) for e in examples) / len(examples)
             batches = pack_own(run, rollouts, credit)
             clock.lap("score")
             if cfg.rollout.off_policy_steps and step + 1 < cfg.num_steps:

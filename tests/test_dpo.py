@@ -277,7 +277,7 @@ def test_rollouts_of_a_padded_vocabulary_are_those_of_the_policy(world: Any, sam
             r"pair \d+ has \d+ rows, more than micro_batch_tokens = 90: .* never split",
         ),
         ({"pairs": "nowhere.jsonl"}, "nowhere.jsonl"),
-        ({"rollouts": "PAIRS"}, "is not a rollouts.jsonl of srpo.train"),
+        ({"rollouts": "PAIRS"}, "give a line of a rollouts.jsonl"),
         ({"rollouts": "SAMPLED", "rules": {"prefer": "total", "margin": 9.0}}, r"make no pair: .*lower rules.margin"),
         ({"rollouts": "SAMPLED", "rules": {"balance": True}}, "set data, or set rules.balance to false"),
         ({"rollouts": "SAMPLED", "data": "EVAL"}, "has no grade in data"),

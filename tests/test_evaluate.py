@@ -191,7 +191,7 @@ def written(path: Path, *rows: Any) -> Path:
         (["--rollouts", "x", "--predictions", "y"], "give one of"),
         (["--checkpoint", "no/such"], "no such file or folder: no/such"),
         (["--rollouts", "FILE"], "no data"),
-        (["--rollouts", "FILE", "--data", "DATA"], "is not a rollouts.jsonl"),
+        (["--rollouts", "FILE", "--data", "DATA"], "x.jsonl, line 1: .*give a line of a rollouts.jsonl"),
         (
             ["--rollouts", "FILE", "--data", "DATA", "--by", "query_type", "colour"],
             "nothing carries the tag 'colour'.*: query_type",
@@ -200,6 +200,8 @@ def written(path: Path, *rows: Any) -> Path:
         (["--rollouts", "FILE", "--data", "UNGRADED"], "e0 has no grade"),
         (["--rollouts", "FILE", "--data", "DATA", "--engine", "vllm"], "engine is vllm, but only a checkpoint is decoded"),
         (["--rollouts", "FILE", "--data", "DATA", "--out", "FILE"], "out is .*x.jsonl, which is a file"),
+        (["--rollouts", "FILE", "--data", "DATA", "--out", "RUN"], "out is .*run, the folder of a run .metrics.jsonl is there"),
+        (["--rollouts", "TAKEN", "--data", "DATA", "--out", "OUT"], "out is .*out, where .*rollouts.jsonl is read from"),
     ],
 )
 def test_program_says_what_is_wrong(tmp_path: Path, argv: list[str], message: str):
@@ -208,6 +210,11 @@ def test_program_says_what_is_wrong(tmp_path: Path, argv: list[str], message: st
     write_examples(tmp_path / "ungraded.jsonl", [replace(e, gold=(*e.gold[:4], None)) for e in EXAMPLES])
     predictions = written(tmp_path / "p.jsonl", *({"example_id": name, "prediction": 1} for name in ("e0", "e1", "other")))
     names = {"FILE": str(file), "DATA": str(tmp_path / "d.jsonl"), "PREDICTIONS": str(predictions)}
+    (tmp_path / "run").mkdir()
+    (tmp_path / "out").mkdir()
+    (tmp_path / "run" / "metrics.jsonl").touch()
+    names |= {"RUN": str(tmp_path / "run"), "OUT": str(tmp_path / "out")}
+    names["TAKEN"] = str(written(tmp_path / "out" / "rollouts.jsonl", {"a": 1}))
     names["UNGRADED"] = str(tmp_path / "ungraded.jsonl")
     with pytest.raises(ValueError, match=message):
         main(load(EvaluateConfig, [names.get(word, word) for word in argv]))

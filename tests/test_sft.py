@@ -17,7 +17,7 @@ from srpo.core.metrics import check_key
 from srpo.data.pairs import read_pairs, write_pairs
 from srpo.data.tokenizer import encode, load_tokenizer
 from srpo.policy.parallel import Parallel
-from srpo.sft import pack_pairs, sft
+from srpo.sft import pack_pairs, sft, tokenized_pairs
 from srpo.training.supervised import batch_indices
 
 
@@ -28,7 +28,7 @@ def test_pairs_come_back_as_written(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    "line", ["", "{", "[]", '"prompt"', '{"prompt": "p"}', '{"response": "r"}', '{"prompt": "", "response": "r"}']
+    "line", ["{", "[]", '"prompt"', '{"prompt": "p"}', '{"response": "r"}', '{"prompt": "", "response": "r"}']
 )
 @pytest.mark.parametrize("number", [1, 3])
 def test_a_malformed_pair_is_named_by_file_and_line(tmp_path: Path, line: str, number: int) -> None:
@@ -43,7 +43,7 @@ def test_a_malformed_pair_is_named_by_file_and_line(tmp_path: Path, line: str, n
 def test_bytes_that_are_no_text_have_a_line_too(tmp_path: Path) -> None:
     path = tmp_path / "pairs.jsonl"
     path.write_bytes(b'{"prompt": "p", "response": "r"}\n{"prompt": "\xff", "response": "r"}\n')
-    with pytest.raises(ValueError, match=r"line 2: .*utf-8"):
+    with pytest.raises(ValueError, match=r"line 2: not UTF-8 at byte 12"):
         list(read_pairs(path))
 
 
@@ -99,6 +99,17 @@ def test_the_loss_is_the_mean_cross_entropy_of_the_responses(world: Any, tmp_pat
     (line,) = small.metrics_of(tmp_path)
     assert line["train/loss"] == pytest.approx(total / count, rel=1e-5)
     assert line["train/num_tokens"] == count and line["train/token_accuracy"] == pytest.approx(hits / count)
+
+
+def test_special_tokens_are_the_templates_alone(world: Any, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    write_pairs(tmp_path / "p.jsonl", [("a<|end|>b", "c<|end|>"), ("a", "b")])
+    tokenizer = load_tokenizer(world.base)
+    cfg = world.sft_config(tmp_path / "run", data=str(tmp_path / "p.jsonl"), prompt="<|pad|>{prompt}<|end|>")
+    (first, response), (second, _) = tokenized_pairs(cfg, tokenizer, 500, show=True)
+    for ids, text in ((first, "a<|end|>b"), (second, "a")):
+        assert ids == (tokenizer.pad_token_id, *encode(tokenizer, text), tokenizer.eos_token_id)
+    assert response.count(tokenizer.eos_token_id) == 1 and tokenizer.decode(list(response[:-1])) == "c<|end|>"
+    assert "2 texts of" in capsys.readouterr().out
 
 
 def test_hidden_states_teach_what_logits_teach(world: Any, tmp_path: Path) -> None:

@@ -47,9 +47,9 @@ def test_judgments_as_written(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("line", "message"),
     [
-        ("{", "not a judgment"),
-        ("[]", "not a judgment"),
-        ('{"example_id": "e1", "response": "x"}', "not a judgment"),
+        ("{", "not JSON"),
+        ("[]", "a JSON list, not an object"),
+        ('{"example_id": "e1", "response": "x"}', "'verdicts' is missing"),
         (json.dumps({**ROW, "response": None}), "response is None: give the text"),
         (json.dumps({**ROW, "verdicts": [True] * 4}), r"give 5 of true, false or null, one per step"),
         (json.dumps({**ROW, "verdicts": [1, 0, 1, 1, 0]}), r"give 5 of true, false or null"),
@@ -335,7 +335,7 @@ def test_other_files_than_rollouts_and_judgments_of_other_data(
     world: Any, base: Path, tmp_path: Path, rollouts: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     cfg = settings(world, base, tmp_path / "judge", world.train)
-    assert "is not a rollouts.jsonl" in small.complaint(srpo.train_judge.main, cfg, tmp_path, capsys)
+    assert "give a line of a rollouts.jsonl" in small.complaint(srpo.train_judge.main, cfg, tmp_path, capsys)
     judged = tmp_path / "judged.jsonl"
     judged.write_text(json.dumps({**ROW, "example_id": "unheard of"}) + "\n")
     cfg = settings(world, base, tmp_path / "judge", Path(), rollouts="", judgments=str(judged))

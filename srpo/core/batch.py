@@ -8,7 +8,8 @@ In the routing tables (`routed`, `routed_experts`) D is decoder layers and K the
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable, Iterator, Sequence
+import math
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -18,6 +19,7 @@ import torch
 from srpo_kernels.segments import IGNORE, compact, scatter  # IGNORE: label of a position whose next token is not trained on
 
 from srpo.core.errors import UserError, naming
+from srpo.core.jsonl import json_lines
 
 
 @dataclass(frozen=True)
@@ -93,11 +95,65 @@ def write_rollouts(path: Path, rollouts: Iterable[Rollout], step: int) -> None:
 
 
 def read_rollouts(path: Path) -> Iterator[tuple[int, Rollout]]:
-    """Yield (optimizer step, rollout) for every line of a `rollouts.jsonl`."""
-    with path.open(encoding="utf-8") as file:
-        for line in file:
-            row: dict[str, Any] = {k: tuple(v) if isinstance(v, list) else v for k, v in json.loads(line).items()}
-            yield row.pop("step"), Rollout(**row)
+    """Yield (optimizer step, rollout) for every line of a `rollouts.jsonl`. UserError with file and line for any other line, also
+    for one that was cut off."""
+    want = "a line of a rollouts.jsonl that srpo.train or srpo.evaluate wrote"
+    for where, row in json_lines(path, f"{want}, or remove it if it was cut off", finite=False):
+        fields: dict[str, Any] = {key: tuple(value) if isinstance(value, list) else value for key, value in row.items()}
+        names = _ROLLOUT_KEYS.keys()
+        if wrong := sorted(({*names} - _OPTIONAL - fields.keys()) | (fields.keys() - names)):
+            raise UserError(f"{where}: {wrong[0]!r} is missing or unknown: give {want}")
+        for key, value in fields.items():
+            if not (_ROLLOUT_KEYS[key](value) or (value is None and key in _OPTIONAL)):
+                raise UserError(f"{where}: {key} is {str(value)[:80]!r}: give {want}")
+        step = fields.pop("step")
+        rollout = Rollout(**fields)
+        num_tokens, num_steps = len(rollout.response_ids), len(rollout.answers)
+        per_step = [rollout.step_ends, rollout.step_rewards, rollout.reward_sources, rollout.verdicts]
+        if (
+            any(len(values) != num_steps for values in per_step if values is not None)
+            or len(rollout.sampling_logprobs) != num_tokens
+            or not num_steps
+            or [*rollout.step_ends, num_tokens] != sorted([*rollout.step_ends, num_tokens])
+        ):
+            raise UserError(f"{where}: its lists of steps or tokens differ in length: give {want}")
+        yield step, rollout
+
+
+def _is_int(value: Any) -> bool:
+    return type(value) is int and 0 <= value < 2**31
+
+
+def _is_number(value: Any) -> bool:
+    return (type(value) is float and not math.isnan(value)) or (type(value) is int and abs(value) < 2**53)
+
+
+def _is_text(value: Any) -> bool:
+    return isinstance(value, str)
+
+
+def _all(check: Callable[[Any], bool], none: bool = False) -> Callable[[Any], bool]:
+    """Whether a value is a list of values that pass `check`, or null with `none`."""
+    return lambda values: isinstance(values, tuple) and all(check(v) or (none and v is None) for v in values)
+
+
+_OPTIONAL = {"step_rewards", "reward_sources", "verdicts"}
+_ROLLOUT_KEYS: dict[str, Callable[[Any], bool]] = {
+    "step": _is_int,
+    "example_id": _is_text,
+    "group": _is_int,
+    "prompt_ids": _all(_is_int),
+    "response_ids": _all(_is_int),
+    "sampling_logprobs": _all(_is_number),
+    "step_ends": _all(_is_int),
+    "answers": _all(_is_text, none=True),
+    "text": _is_text,
+    "finish": lambda value: value in ("stop", "length", "abort"),
+    "policy_version": lambda value: type(value) is int and -1 <= value < 2**31,  # -1: never synced
+    "step_rewards": _all(_is_number),
+    "reward_sources": _all(_is_text),
+    "verdicts": _all(lambda value: isinstance(value, bool) or _is_number(value), none=True),
+}
 
 
 @dataclass(frozen=True)

@@ -81,6 +81,7 @@ METRICS: dict[str, str] = {
     "sampler/in_window_frac": "fraction of the stage's scored examples with an estimated solve rate in the difficulty window",
     "sampler/coverage_frac": "fraction of the stage's examples that the run has scored at least once",
     "sampler/num_skipped": "number of the stage's examples skipped now: a recent estimate is outside the difficulty window",
+    "sampler/adversarial_frac": "fraction of the step's prompts whose title carries a fake verdict (data.adversarial_frac)",
     "sampler/num_early": "number of this step's prompts drawn although to be skipped, because too few others were left",
     "eval/macro_f1": "F1 per class, mean over the four classes (5.1.2); a class that the pairs lack counts as 0",
     "eval/accuracy": "fraction of verdicts equal to the human grade",

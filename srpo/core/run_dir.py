@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import tomllib
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from dataclasses import MISSING, fields
 from pathlib import Path
 from typing import Any
@@ -127,6 +127,18 @@ def record_changes(run_dir: Path, cfg: Any, keys: Collection[str], step: int) ->
     if fresh or (path.is_file() and len(lines) < len(known)):
         write_whole(path, "".join(json.dumps(line) + "\n" for line in [*lines, *fresh]))
     return [f"{key}: {a} until optimizer step {step}, {b} from then on (recorded in {path})" for key, (a, b) in changed.items()]
+
+
+def check_out(out: Path, files: Iterable[str], sources: Iterable[str | Path]) -> None:
+    """Raise UserError if the `files` written into the folder `out` would replace files of a run or one of the `sources`."""
+    for mark in ("config.toml", "metrics.jsonl", "checkpoints", "config.json"):
+        if (out / mark).exists():
+            kind = "a checkpoint" if mark == "config.json" else "a run"
+            raise UserError(f"out is {out}, the folder of {kind} ({mark} is there), whose files would be lost: give another")
+    taken = {out.resolve(), *((out / name).resolve() for name in files)}
+    for source in map(Path, filter(None, sources)):
+        if source.resolve() in taken:
+            raise UserError(f"out is {out}, where {source} is read from: give another folder")
 
 
 def _has_defaults(cfg: Any) -> bool:

@@ -5,6 +5,7 @@ Both are read into dicts that `srpo.data.rows` validates and turns into examples
 
 from __future__ import annotations
 
+import csv
 import html
 import re
 from collections.abc import Iterator
@@ -14,9 +15,10 @@ from typing import Any
 
 import numpy as np
 import pyarrow as pa
-import pyarrow.parquet as pq
+import pyarrow.compute as pc
 
 from srpo.core.errors import UserError
+from srpo.data.parquet import plain_rows, record_batches
 
 GOLD_OF_LABEL = {"E": "L4", "S": "L3", "C": "L2", "I": "L1"}  # exact, substitute, complement, irrelevant
 TEXT_CHARS = 300  # most characters kept of the bullets or the description
@@ -27,6 +29,7 @@ _EXAMPLE_COLUMNS = ["example_id", "query", "query_id", "product_id", "product_lo
 _FILTER_COLUMNS = ["small_version", "large_version", "split"]
 _PRODUCT_COLUMNS = ["product_id", "product_locale", "product_title", "product_brand", "product_color"]
 _TEXT_COLUMNS = ["product_bullet_point", "product_description"]  # the field "text" is the first of them that is not empty
+_TAG = re.compile(r"<(?=[A-Za-z/!])[^<>]*>")  # "<27 inch" opens none
 _DUMP_REQUIRED = ("query_id", "query", "product_id", "title", "label")
 _DUMP_FIELDS = ("brand", "color", "category", "text")
 
@@ -128,53 +131,81 @@ def _key(row: dict[str, Any]) -> str:
     return f"{row['product_locale']}/{row['product_id']}"
 
 
-def _batches(file: Path, columns: list[str]) -> Iterator[pa.RecordBatch]:
-    """Record batches of a Parquet file. UserError if it is unreadable or lacks a column."""
-    try:
-        with pq.ParquetFile(file) as parquet:
-            if missing := [name for name in columns if name not in parquet.schema_arrow.names]:
-                raise UserError(f"{file} has no column {missing[0]!r}: the official release has {', '.join(columns)}")
-            yield from parquet.iter_batches(batch_size=16384, columns=columns)
-    except (pa.ArrowException, OSError) as error:
-        raise UserError(f"{file} is not a readable Parquet file ({error}): fetch it again") from error
-
-
 def _selected(file: Path, columns: list[str], options: EsciOptions) -> Iterator[tuple[int, dict[str, Any]]]:
     """(row number from 1, row) of the rows that match the options."""
     first = 1
-    for batch in _batches(file, [*columns, *_FILTER_COLUMNS]):
+    for batch in record_batches(file, 16384, [*columns, *_FILTER_COLUMNS]):
         keep = np.ones(batch.num_rows, dtype=bool)
         for name, value in ((f"{options.version}_version", 1), ("product_locale", options.locale), ("split", options.split)):
             if value != "all":
-                keep &= batch.column(name).to_numpy(zero_copy_only=False) == value
-        yield from zip((first + np.flatnonzero(keep)).tolist(), batch.filter(pa.array(keep)).to_pylist(), strict=True)
+                keep &= _equal(batch.column(name), value, f"{file}: column {name}")
+        numbers = (first + np.flatnonzero(keep)).tolist()
+        yield from zip(numbers, plain_rows(batch.filter(pa.array(keep)), file, numbers), strict=True)
         first += batch.num_rows
 
 
+def _equal(column: pa.Array, value: str | int, where: str) -> np.ndarray:
+    """[rows] bool: whether the column has this value; null has none. UserError if it has values of another kind."""
+    try:
+        return pc.fill_null(pc.call_function("equal", [column, pa.scalar(value)]), False).to_numpy(zero_copy_only=False)
+    except pa.ArrowException as error:
+        raise UserError(f"{where} has values of type {column.type}, not like {value!r}: fetch the release again") from error
+
+
 def _read_products(files: list[Path], wanted: set[str]) -> dict[str, tuple[str, str, str, str]]:
-    """(title, brand, color, text) of the wanted products, by "locale/product_id"."""
-    catalogue = {}
+    """(title, brand, color, text) of the wanted products, by "locale/product_id".
+
+    UserError for a product that is there twice with different texts, and for a text that is no string.
+    """
+    catalogue: dict[str, tuple[str, str, str, str]] = {}
     for file in files:
-        for batch in _batches(file, _PRODUCT_COLUMNS + _TEXT_COLUMNS):
-            for row in batch.to_pylist():
-                if (key := _key(row)) in wanted:
-                    title, brand, color = (_clean(row[f"product_{name}"] or "") for name in ("title", "brand", "color"))
-                    text = next(filter(None, (_clean(row[name] or "", TEXT_CHARS) for name in _TEXT_COLUMNS)), "")
-                    catalogue[key] = (title, brand, color, text)
+        first = 1
+        for batch in record_batches(file, 16384, _PRODUCT_COLUMNS + _TEXT_COLUMNS):
+            numbers = range(first, first + batch.num_rows)
+            for number, row in zip(numbers, plain_rows(batch, file, numbers), strict=True):
+                if (key := _key(row)) not in wanted:
+                    continue
+                product = _product(row, f"{file}, row {number}")
+                if catalogue.setdefault(key, product) != product:
+                    raise UserError(
+                        f"{file}, row {number}: product {row['product_id']} ({row['product_locale']}) is there a second time, "
+                        f"with other texts: keep one file {_PRODUCTS}*.parquet of one release"
+                    )
+            first += batch.num_rows
     return catalogue
 
 
+def _product(row: dict[str, Any], where: str) -> tuple[str, str, str, str]:
+    for name in (*_PRODUCT_COLUMNS[2:], *_TEXT_COLUMNS):
+        if row[name] is not None and not isinstance(row[name], str):
+            raise UserError(f"{where}: {name} is {row[name]!r}: write it as a string")
+    title, brand, color = (_clean(row[f"product_{name}"] or "") for name in ("title", "brand", "color"))
+    text = next(filter(None, (_clean(row[name] or "", TEXT_CHARS) for name in _TEXT_COLUMNS)), "")
+    return title, brand, color, text
+
+
 def _read_sources(folder: Path) -> dict[str, str]:
-    """query_id -> query_source, from the release's sources file in the same folder; empty without one."""
+    """query_id -> query_source, from the release's sources file in the same folder; empty without one.
+
+    Other columns, such as an index, are ignored. UserError for a file without the columns query_id and source, a line without
+    them, and a query with two sources.
+    """
     sources: dict[str, str] = {}
     for file in sorted(folder.glob(f"{_SOURCES}*.csv")):
-        for number, line in enumerate(file.read_text(encoding="utf-8").splitlines(), 1):
-            query_id, comma, source = line.strip().partition(",")
-            if not comma:
-                raise UserError(
-                    f"{file}, line {number}: expected 'query_id,source', got {line[:80]!r}: fetch it again or remove the file"
-                )
-            sources[query_id] = source
+        fix = "expected the columns query_id and source: fetch it again or remove the file"
+        try:
+            with file.open(encoding="utf-8-sig", newline="") as lines:
+                rows = csv.DictReader(lines, strict=True)
+                if sorted(set(rows.fieldnames or ()) & {"query_id", "source"}) != ["query_id", "source"]:
+                    raise UserError(f"{file}, line 1: the header is {','.join(rows.fieldnames or ())[:80]!r}: {fix}")
+                for row in rows:
+                    query_id, source = row["query_id"], row["source"]
+                    if not query_id or not source or None in row:
+                        raise UserError(f"{file}, line {rows.line_num}: a row without, or with further, values: {fix}")
+                    if sources.setdefault(query_id, source) != source:
+                        raise UserError(f"{file}, line {rows.line_num}: query {query_id} has a second source: keep one")
+        except (csv.Error, UnicodeDecodeError) as error:
+            raise UserError(f"{file} is not a readable CSV file ({error}): fetch it again or remove the file") from error
     return sources
 
 
@@ -182,7 +213,7 @@ def _clean(text: str, limit: int = 0) -> str:
     """The text on one line, without markup: lines joined by " | ", at most `limit` characters, cut at a word (0: no limit)."""
     if limit:
         text = text[: 8 * limit]  # bounds the work for very long descriptions
-    text = html.unescape(re.sub(r"<[^<>]*>", " ", text))
+    text = html.unescape(_TAG.sub(" ", text))
     text = " | ".join(filter(None, (" ".join(line.split()) for line in text.splitlines())))
     if not limit or len(text) <= limit:
         return text

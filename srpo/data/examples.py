@@ -28,6 +28,8 @@ class Example:
     gold: tuple[str | None, ...] = ()
     truth: tuple[str | None, ...] = ()
     tags: dict[str, str] = field(default_factory=dict)  # strata: query_type, domain, grade, difficulty, ...
+    # Text after the title in the policy's prompt alone (data.adversarial_frac); no part of the data
+    attack: str = field(default="", repr=False, compare=False)
 
     @property
     def grade(self) -> int | None:

@@ -5,9 +5,11 @@ from __future__ import annotations
 import json
 from collections.abc import Iterable, Iterator
 from pathlib import Path
+from typing import Any
 
 from srpo.core.errors import UserError
 from srpo.core.files import whole_file
+from srpo.core.jsonl import json_lines
 
 
 def write_pairs(path: Path, pairs: Iterable[tuple[str, str]]) -> None:
@@ -20,17 +22,19 @@ def write_pairs(path: Path, pairs: Iterable[tuple[str, str]]) -> None:
 
 def read_pairs(path: str | Path) -> Iterator[tuple[str, str]]:
     """(prompt, response) texts of a file of pairs. Raises UserError with file and line for a malformed pair, or for no pairs."""
-    empty = True
-    with Path(path).open("rb") as file:  # bytes, so that a line that is not UTF-8 has a number too
-        for number, line in enumerate(file, start=1):
-            try:
-                row = json.loads(line)
-                prompt, response = row["prompt"], row["response"]
-            except (ValueError, KeyError, TypeError) as error:
-                raise UserError(f'{path}, line {number}: write {{"prompt": "...", "response": "..."}} ({error})') from error
-            if not (isinstance(prompt, str) and isinstance(response, str) and prompt and response):
-                raise UserError(f"{path}, line {number}: prompt and response must be strings that are not empty")
-            empty = False
-            yield prompt, response
-    if empty:
-        raise UserError(f"{path} has no pairs: write one JSON object per line")
+    want = '{"prompt": "...", "response": "..."}'
+    where = ""
+    for where, row in json_lines(path, want):
+        prompt, response = (text_of(row, key, where, want) for key in ("prompt", "response"))
+        yield prompt, response
+    if not where:
+        raise UserError(f"{path} has no pairs: write one JSON object per line, {want}")
+
+
+def text_of(row: dict[str, Any], key: str, where: str, want: str) -> str:
+    """The text at `key`. UserError if it is missing, empty or no string."""
+    text = row.get(key)
+    if not isinstance(text, str) or not text.strip():
+        got = f"{key} is {json.dumps(text)[:80]}" if key in row else f"{key!r} is missing"
+        raise UserError(f"{where}: {got}: write {want} with texts that are not empty")
+    return text

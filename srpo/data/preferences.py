@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import random
 from bisect import bisect_left
 from collections import Counter
@@ -14,8 +13,10 @@ from typing import Any
 from srpo.core.batch import Rollout
 from srpo.core.config.dpo import PairRules
 from srpo.core.errors import UserError
+from srpo.core.jsonl import json_lines
 from srpo.core.ranges import check_ranges
 from srpo.core.steps import same_answer
+from srpo.data.pairs import text_of
 
 _ROUNDING = 1e-9  # tolerance when sums of step rewards are compared: 0.1 + 0.2 is not 0.3
 
@@ -153,20 +154,12 @@ def _balanced(pairs: Sequence[Preference], seed: int) -> list[Preference]:
 def read_preferences(path: str | Path) -> Iterator[tuple[str, str, str]]:
     """(prompt, chosen, rejected) texts of a JSON Lines file. UserError with file and line for a line that is not a pair or whose
     chosen and rejected texts are equal; UserError for an empty file."""
-    empty = True
-    with Path(path).open("rb") as file:  # binary: json decodes each line, so that the error for bad UTF-8 has a line number
-        for number, line in enumerate(file, start=1):
-            try:
-                row = json.loads(line)
-                texts = row["prompt"], row["chosen"], row["rejected"]
-            except (ValueError, KeyError, TypeError) as error:
-                want = '{"prompt": "...", "chosen": "...", "rejected": "..."}'
-                raise UserError(f"{path}, line {number}: not a pair ({error}): write {want}") from error
-            if not all(isinstance(text, str) and text for text in texts):
-                raise UserError(f"{path}, line {number}: prompt, chosen or rejected is empty or no string: give three texts")
-            if texts[1] == texts[2]:
-                raise UserError(f"{path}, line {number}: chosen and rejected are the same text: remove the line")
-            empty = False
-            yield texts
-    if empty:
-        raise UserError(f"{path} has no pairs: write one JSON object per line")
+    want = '{"prompt": "...", "chosen": "...", "rejected": "..."}'
+    where = ""
+    for where, row in json_lines(path, want):
+        prompt, chosen, rejected = (text_of(row, key, where, want) for key in ("prompt", "chosen", "rejected"))
+        if chosen == rejected:
+            raise UserError(f"{where}: chosen and rejected are the same text: remove the line")
+        yield prompt, chosen, rejected
+    if not where:
+        raise UserError(f"{path} has no pairs: write one JSON object per line, {want}")

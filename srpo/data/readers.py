@@ -9,7 +9,6 @@ from __future__ import annotations
 import gzip
 import hashlib
 import json
-import zlib
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import ExitStack
 from itertools import islice
@@ -22,8 +21,10 @@ import pyarrow.parquet as pq
 
 from srpo.core.errors import UserError
 from srpo.core.files import whole_file
+from srpo.core.jsonl import json_lines
 from srpo.data import esci
 from srpo.data.examples import Example
+from srpo.data.parquet import parquet_rows
 from srpo.data.rows import REQUIRED, example_from_row, row_from_example
 
 SUFFIXES = (".jsonl", ".jsonl.gz", ".parquet")
@@ -37,6 +38,7 @@ _PARQUET_SCHEMA = pa.schema(
     ]
 )
 _ROWS_PER_GROUP = 4096
+_WANT = f"one JSON object per line, with {', '.join(REQUIRED)}"
 
 
 def read_examples(
@@ -182,59 +184,9 @@ def _split_options(path: str | Path) -> tuple[Path, esci.EsciOptions | None]:
 
 
 def _file_rows(file: Path) -> Iterator[tuple[str, dict[str, Any]]]:
-    raw = _parquet_rows(file) if _suffix(file) == ".parquet" else _json_rows(file)
+    raw = parquet_rows(file) if _suffix(file) == ".parquet" else json_lines(file, _WANT)
     for where, row in raw:
         yield where, esci.from_dump(row, where) if esci.is_dump_row(row) else row
-
-
-def _json_rows(file: Path) -> Iterator[tuple[str, dict[str, Any]]]:
-    with ExitStack() as stack:
-        lines = stack.enter_context(file.open("rb"))
-        if file.name.endswith(".gz"):
-            lines = stack.enter_context(gzip.GzipFile(fileobj=lines))
-        number = 0
-        try:
-            for number, line in enumerate(lines, 1):
-                if line.strip():
-                    where = f"{file}, line {number}"
-                    yield where, _json_object(line, where)
-        except (EOFError, gzip.BadGzipFile, zlib.error) as error:
-            raise UserError(
-                f"{file}, after line {number}: not a complete gzip file ({error}): write or fetch it again"
-            ) from error
-
-
-def _json_object(line: bytes, where: str) -> dict[str, Any]:
-    try:
-        row = json.loads(line.decode("utf-8"))
-        if b"\\u" in line:
-            json.dumps(row, ensure_ascii=False).encode()  # raises for half of a surrogate pair: valid JSON, not valid text
-    except UnicodeDecodeError as error:
-        raise UserError(f"{where}: not UTF-8 at byte {error.start}: save the file as UTF-8") from error
-    except UnicodeEncodeError as error:
-        raise UserError(
-            f"{where}: half of a surrogate pair (\\ud800 to \\udfff) without the other half: write the character itself"
-        ) from error
-    except (ValueError, RecursionError) as error:
-        raise UserError(f"{where}: not JSON ({error}): write one complete JSON object per line") from error
-    if not isinstance(row, dict):
-        raise UserError(
-            f"{where}: a JSON {type(row).__name__}, not an object: write one JSON object per line, with {', '.join(REQUIRED)}"
-        )
-    return row
-
-
-def _parquet_rows(file: Path) -> Iterator[tuple[str, dict[str, Any]]]:
-    try:
-        with pq.ParquetFile(file) as parquet:
-            number = 0
-            for batch in parquet.iter_batches(batch_size=1024):
-                for row in batch.to_pylist(maps_as_pydicts="strict"):
-                    number += 1
-                    # Parquet has every column in every row: null means that the row lacks the key
-                    yield f"{file}, row {number}", {k: v for k, v in row.items() if v is not None}
-    except (pa.ArrowException, OSError) as error:
-        raise UserError(f"{file}: not a readable Parquet file ({error}): write or fetch it again") from error
 
 
 def _write_jsonl(path: Path, examples: Iterable[Example], compress: bool) -> int:

@@ -43,6 +43,8 @@ def example_from_row(row: dict[str, Any], where: str, num_steps: int, options: S
             raise UserError(f"{where}: the last entry of gold is {gold[-1]!r} but grade or label is {verdict}: keep one of them")
         gold = (*gold[:-1], verdict)
         tags.setdefault("grade", verdict)
+    if gold[-1] is not None and _contradicts(tags.get("grade", gold[-1]), gold[-1], options[-1] if options else ()):
+        raise UserError(f"{where}: the tag grade is {tags['grade']!r} but the last entry of gold {gold[-1]!r}: keep one of them")
     return Example(
         example_id=_identifier(row, "example_id", where),
         query_id=_identifier(row, "query_id", where),
@@ -57,7 +59,9 @@ def example_from_row(row: dict[str, Any], where: str, num_steps: int, options: S
 
 def row_from_example(example: Example) -> dict[str, Any]:
     """The inverse of `example_from_row`."""
-    return {name: list(value) if isinstance(value, tuple) else value for name, value in vars(example).items()}
+    row = {name: list(value) if isinstance(value, tuple) else value for name, value in vars(example).items()}
+    del row["attack"]  # no part of the data
+    return row
 
 
 def _shown(value: object) -> str:
@@ -115,9 +119,18 @@ def _answers(
     return tuple(answers)
 
 
+def _contradicts(tag: str, label: str, options: Sequence[str]) -> bool:
+    """Whether a tag "grade" names another answer of the last step than `label`; "4" means "L4", and "bad" names none."""
+    said, known = (text.strip().casefold() for text in (tag, label))
+    names_one = re.fullmatch(r"l?\s*\d+", said) or said in (option.casefold() for option in options)
+    return bool(names_one) and said.removeprefix("l").strip() != known.removeprefix("l").strip()
+
+
 def _verdict(row: dict[str, Any], where: str) -> str | None:
     """The verdict, "L1" to "L4", of `grade` (1 to 4) or `label` (E, S, C, I); None if the row has neither."""
     grade, label = row.get("grade"), row.get("label")
+    if isinstance(grade, float) and grade in GRADES:
+        grade = int(grade)  # a column of pandas with missing values holds 4 as 4.0
     if grade is not None and (not isinstance(grade, int) or isinstance(grade, bool) or grade not in GRADES):
         raise UserError(f"{where}: 'grade' is {_shown(grade)}: write 1, 2, 3 or 4 (4 is the best)")
     if label is not None and (not isinstance(label, str) or label not in GOLD_OF_LABEL):

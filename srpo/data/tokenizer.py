@@ -4,14 +4,16 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 from pathlib import Path
+from typing import Any
 
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import AutoTokenizer, PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
 from srpo.core.errors import UserError
 from srpo.data.checkpoint_tokens import check_rows
+from srpo.data.encoding import Part, encode_parts, set_bos, with_bos
 from srpo.data.examples import Example
-from srpo.data.prompts import build_prompt
+from srpo.data.prompts import prompt_parts
 
 EOS, PAD = "<|end|>", "<|pad|>"
 
@@ -39,9 +41,10 @@ def train_tokenizer(texts: Iterable[str], vocab_size: int, phrases: Iterable[str
     )
 
 
-def load_tokenizer(path: str | Path) -> PreTrainedTokenizerBase:
-    """The tokenizer in the folder of a checkpoint. UserError if the folder has none, if it has no end-of-text token, or
-    if it has more ids than the model in the folder. Code in the folder never runs.
+def load_tokenizer(path: str | Path, bos: str = "tokenizer") -> PreTrainedTokenizerBase:
+    """The tokenizer in the folder of a checkpoint, with `policy.bos` applied. Code in the folder never runs.
+
+    UserError if the folder has none, if it has no end-of-text token, or if it has more ids than the model in the folder.
     """
     if not any((Path(path) / name).is_file() for name in ("tokenizer.json", "tokenizer_config.json")):
         raise UserError(
@@ -55,14 +58,20 @@ def load_tokenizer(path: str | Path) -> PreTrainedTokenizerBase:
     if tokenizer.eos_token_id is None:
         raise UserError(f"the tokenizer in {path} has no end-of-text token: set eos_token in its tokenizer_config.json")
     check_rows(tokenizer, path)
+    set_bos(tokenizer, bos)
     return tokenizer
 
 
-def encode(tokenizer: PreTrainedTokenizerBase, text: str) -> tuple[int, ...]:
-    """Token ids of a text, without added special tokens."""
-    return tuple(tokenizer.encode(text, add_special_tokens=False))
+def encode(tokenizer: Any, text: str) -> tuple[int, ...]:
+    """Token ids of a text of the data, such as a response, without special tokens."""
+    return encode_parts(tokenizer, [Part(text)])
 
 
-def encode_prompts(tokenizer: PreTrainedTokenizerBase, examples: Sequence[Example], template: str) -> list[tuple[int, ...]]:
-    """Token ids of the prompt of each example. Raises UserError like `build_prompt`."""
-    return [encode(tokenizer, build_prompt(example, template)) for example in examples]
+def encode_prompt(tokenizer: Any, parts: Sequence[Part]) -> tuple[int, ...]:
+    """Token ids of a prompt; only its template's special tokens are special. Begins with a BOS if `adds_bos`."""
+    return with_bos(tokenizer, encode_parts(tokenizer, parts))
+
+
+def encode_prompts(tokenizer: Any, examples: Sequence[Example], template: str) -> list[tuple[int, ...]]:
+    """Token ids of the policy's prompt of each example. Raises UserError like `prompt_parts`."""
+    return [encode_prompt(tokenizer, prompt_parts(example, template, attacked=True)) for example in examples]

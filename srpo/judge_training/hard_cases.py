@@ -22,7 +22,7 @@ from srpo.rewards.judge import Verdicts
 from srpo.rewards.verdicts import WORDS, judge_prompt, verdict_answer, verdict_header
 
 PROMPT_FIELD = "judge_prompt"  # product field of a case with the judge's prompt
-CASE_PROMPT = f"{{{PROMPT_FIELD}}}"  # data.prompt of the second stage
+CASE_PROMPT = f"{{{PROMPT_FIELD}:lines}}"  # data.prompt of the second stage
 
 
 @dataclass(frozen=True)

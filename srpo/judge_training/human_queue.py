@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from srpo.core.errors import UserError
+from srpo.core.jsonl import json_lines, json_object
 from srpo.core.steps import StepSchema
 from srpo.data.examples import Example
 from srpo.data.prompts import build_prompt
@@ -20,6 +21,7 @@ from srpo.judge_training.hard_cases import Case
 from srpo.rewards.verdicts import WORDS
 
 Labels = tuple[bool | None, ...]  # [J]
+_KEYS = ("id", "example_id", "response", "labels", "human")  # that are read back
 COUNTS = ("verified", "corrected", "unverified", "unverified_used", "dropped")  # counts of `verified_cases`, as num_*
 
 
@@ -53,7 +55,8 @@ def _word(verdict: bool | None) -> str | None:
 
 def fill_in(queue: str, verdicts: Iterable[Sequence[bool | None]]) -> str:
     """The text of a queue with `verdicts` in the field "human" of each line; for the simulated annotator."""
-    rows = [json.loads(line) for line in queue.split("\n") if line]  # not splitlines: a response may contain U+2028 and the like
+    lines = enumerate(queue.split("\n"), start=1)  # not splitlines: a response may contain U+2028 and the like
+    rows = [json_object(line.encode(), f"the queue, line {number}", "the line that was mined") for number, line in lines if line]
     return "".join(
         json.dumps({**row, "human": [_word(v) for v in human]}, ensure_ascii=False) + "\n"
         for row, human in zip(rows, verdicts, strict=True)
@@ -77,24 +80,17 @@ def read_queue(path: str | Path, schema: StepSchema) -> dict[str, QueueLine]:
     UserError with file and line for a malformed line, an unknown verdict, a wrong number of steps, or a repeated id.
     """
     read: dict[str, QueueLine] = {}
-    with Path(path).open("rb") as file:
-        for number, line in enumerate(file, start=1):
-            where = f"{path}, line {number}"
-            if not line.strip():
-                continue
-            try:
-                row = json.loads(line)
-                case_id, human = row["id"], row["human"]
-                texts = row["example_id"], row["response"]
-                labels = _labels(row["labels"], "labels", where, schema)
-            except (KeyError, TypeError, json.JSONDecodeError, UnicodeDecodeError) as error:
-                raise UserError(
-                    f"{where}: not a line of judge_queue.jsonl ({error!r}): give id, example_id, response, labels and human"
-                ) from error
-            if not isinstance(case_id, str) or case_id in read:
-                raise UserError(f"{where}: id is {case_id!r}, not a string or already used: keep one line per case")
-            verdicts = _labels(human, "human", where, schema) if human not in ([], "", None) else None
-            read[case_id] = QueueLine(*texts, labels, verdicts, where)
+    for where, row in json_lines(path, f"an object with {', '.join(_KEYS)}"):
+        if missing := [key for key in _KEYS if key not in row]:
+            raise UserError(f"{where}: not a line of judge_queue.jsonl, {missing[0]!r} is missing: give {', '.join(_KEYS)}")
+        case_id, human, texts = row["id"], row["human"], (row["example_id"], row["response"])
+        if not all(isinstance(text, str) for text in texts):
+            raise UserError(f"{where}: example_id or response is no string: restore both from judge_queue.jsonl")
+        labels = _labels(row["labels"], "labels", where, schema)
+        if not isinstance(case_id, str) or case_id in read:
+            raise UserError(f"{where}: id is {case_id!r}, not a string or already used: keep one line per case")
+        verdicts = _labels(human, "human", where, schema) if human not in ([], "", None) else None
+        read[case_id] = QueueLine(*texts, labels, verdicts, where)
     return read
 
 
@@ -106,7 +102,7 @@ def _labels(words: Any, key: str, where: str, schema: StepSchema) -> Labels:
     labels: list[bool | None] = []
     for word in words:
         folded = word.strip().casefold() if isinstance(word, str) else word
-        if folded is not None and folded not in WORDS:
+        if folded is not None and (not isinstance(folded, str) or folded not in WORDS):
             raise UserError(f"{where}: {key} has {word!r}: write correct, incorrect, or null if undecidable")
         labels.append(None if folded is None else folded == WORDS[True])
     return tuple(labels)

@@ -2,17 +2,20 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from srpo.core.batch import Rollout
 from srpo.core.errors import UserError
+from srpo.core.jsonl import json_lines
 from srpo.core.steps import StepSchema
 from srpo.data.examples import Example
 from srpo.judge_training.reasons import simulated_reasons
 from srpo.rewards.judge import OracleJudge
+
+_WANT = '{"example_id": ..., "response": ..., "verdicts": [true, ...]}'
 
 
 @dataclass(frozen=True)
@@ -27,18 +30,17 @@ class Judgment:
 
 def read_judgments(path: str | Path, num_steps: int) -> Iterator[Judgment]:
     """Stream the judgments of a JSON Lines file. UserError with file and line for a malformed one."""
-    with Path(path).open("rb") as file:
-        for number, line in enumerate(file, start=1):
-            yield _judgment(line, f"{path}, line {number}", num_steps)
+    for where, row in json_lines(path, _WANT):
+        yield _judgment(row, where, num_steps)
 
 
-def _judgment(line: bytes, where: str, num_steps: int) -> Judgment:
-    try:
-        row = json.loads(line)
-        example_id, response, verdicts = row["example_id"], row["response"], row["verdicts"]
-    except (ValueError, KeyError, TypeError) as error:
-        want = '{"example_id": ..., "response": ..., "verdicts": [true, ...]}'
-        raise UserError(f"{where}: not a judgment ({error}): write {want}") from error
+def _judgment(row: dict[str, Any], where: str, num_steps: int) -> Judgment:
+    for key in ("example_id", "response", "verdicts"):
+        if key not in row:
+            raise UserError(f"{where}: {key!r} is missing: write {_WANT}")
+    example_id, response, verdicts = row["example_id"], row["response"], row["verdicts"]
+    if type(example_id) not in (str, int):
+        raise UserError(f"{where}: example_id is {example_id!r}: give a string or an integer")
     if not isinstance(response, str):
         raise UserError(f"{where}: response is {response!r}: give the text that was judged")
     if not (

@@ -42,7 +42,7 @@ def train_scalar(
     Raises UserError for a case that exceeds the context or a micro-batch. Collective.
     """
     run_dir = Path(cfg.run_dir)
-    tokenizer: Any = load_tokenizer(cfg.policy.path)
+    tokenizer: Any = load_tokenizer(cfg.policy.path, cfg.policy.bos)
     model = ScalarModel(
         load_to_shard(cfg.policy.path, parallel, experts=cfg.policy.experts),
         activation_checkpointing=cfg.policy.activation_checkpointing,

@@ -59,7 +59,7 @@ def load_judge(
     kind: str, path: Path, schema: StepSchema, max_new_tokens: int, policy: PolicyConfig, parallel: Parallel
 ) -> GenerativeJudge | ScalarJudge:
     """The judge of a checkpoint folder, on this rank's device."""
-    tokenizer = load_tokenizer(path)
+    tokenizer = load_tokenizer(path, policy.bos)
     if kind == "scalar":
         return open_scalar_judge(load_scalar(path, experts=policy.experts).to(parallel.device), tokenizer, schema)
     model = nn.Module.to(load_policy(path, experts=policy.experts), parallel.device)

@@ -8,6 +8,8 @@ from dataclasses import dataclass
 from typing import Any
 
 from srpo.core.errors import UserError
+from srpo.data.encoding import Part
+from srpo.data.tokenizer import encode_prompt
 from srpo.rewards.verdict_cache import WorkCounts
 from srpo.rollout.engine import Engine, SamplingParams
 
@@ -100,7 +102,7 @@ class EngineWriter:
             request.texts = [texts[prompt] for prompt in request.prompts]
 
     def _write(self, prompts: Sequence[str], params: SamplingParams, seed: int) -> dict[str, list[str | None]]:
-        ids = {prompt: tuple(self.tokenizer.encode(prompt, add_special_tokens=False)) for prompt in prompts}
+        ids = {prompt: encode_prompt(self.tokenizer, [Part(prompt)]) for prompt in prompts}
         fitting = [p for p in prompts if not self.max_prompt_tokens or len(ids[p]) <= self.max_prompt_tokens]
         texts: dict[str, list[str | None]] = {prompt: [] for prompt in prompts}
         for sample in self.engine.generate([ids[p] for p in fitting], params, seed) if fitting else ():

@@ -12,7 +12,7 @@ from srpo.core.errors import UserError
 from srpo.core.steps import StepSchema, same_answer
 from srpo.data.examples import Example
 from srpo.rewards.verdict_cache import ParsedVerdicts, VerdictCache, WorkCounts, question_key
-from srpo.rewards.verdicts import PROMPT, judge_prompt, parse_verdicts
+from srpo.rewards.verdicts import judge_prompt, parse_verdicts
 from srpo.rollout.engine import SamplingParams
 
 # [J] whether each step is correct, or its probability (graded scalar model); None if the judge gives no verdict
@@ -105,7 +105,6 @@ class GenerativeJudge:
         schema: StepSchema,
         params: SamplingParams,
         *,
-        template: str = PROMPT,
         seed: int = 0,
         cache: VerdictCache | None = None,
     ) -> None:
@@ -114,7 +113,6 @@ class GenerativeJudge:
         self.writer = writer
         self.schema = schema
         self.params = params
-        self.template = template
         self.seed = seed
         self.cache = VerdictCache(0) if cache is None else cache
         self._work = WorkCounts()
@@ -156,7 +154,7 @@ class GenerativeJudge:
         return [[text or "" for text in texts[prompt]] for prompt in prompts]
 
     def _prompts(self, rollouts: Sequence[Rollout], examples: Sequence[Example]) -> list[str]:
-        return [judge_prompt(example, rollout.text, self.template) for rollout, example in zip(rollouts, examples, strict=True)]
+        return [judge_prompt(example, rollout.text) for rollout, example in zip(rollouts, examples, strict=True)]
 
     def take_counts(self) -> dict[str, float]:
         """Return the work since the last `take_counts`, for `srpo.rewards.verdict_cache.work_metrics`.

@@ -18,6 +18,7 @@ from srpo.core.config.train import RewardConfig
 from srpo.core.errors import UserError
 from srpo.core.interrupts import at_interrupt
 from srpo.core.ranges import check_ranges
+from srpo.data.encoding import without_special_text
 from srpo.rewards.http_reply import (
     MAX_REPLY_BYTES,
     NO_ADDRESS,
@@ -178,13 +179,14 @@ class JudgeService:
         return [texts[i : i + params.group_size] for i in range(0, len(texts), params.group_size)]
 
     def _body(self, prompt: str, max_tokens: int, temperature: float, top_k: int, seed: int) -> bytes:
+        prompt = without_special_text(prompt)  # the server's tokenizer is not known, and it splits no special tokens
         body: dict[str, Any] = {"model": self._model, "max_tokens": max_tokens, "temperature": temperature, "seed": seed}
         if top_k and temperature:
             body["top_k"] = top_k
         if self._cfg.judge_api == "chat":
             body["messages"] = [{"role": "user", "content": prompt}]
         else:
-            body |= {"prompt": prompt, "add_special_tokens": False}  # like srpo.train_judge and the local judge
+            body |= {"prompt": prompt, "add_special_tokens": True}  # a BOS if the tokenizer adds one, as srpo.train_judge does
         return json.dumps(body).encode("ascii")
 
     def _wait(self, work: Any) -> Any:

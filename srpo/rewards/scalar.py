@@ -8,7 +8,8 @@ from typing import Any, Protocol
 from srpo.core.batch import Rollout
 from srpo.core.steps import StepSchema, parse_response
 from srpo.data.examples import Example
-from srpo.data.prompts import build_prompt
+from srpo.data.prompts import prompt_parts
+from srpo.data.tokenizer import encode, encode_prompt
 from srpo.rewards.judge import Verdicts
 from srpo.rewards.verdicts import PROMPT
 
@@ -25,9 +26,9 @@ class Scorer(Protocol):
 
 def scalar_case(example: Example, response: str, tokenizer: Any, schema: StepSchema) -> ScalarCase:
     """Return the model's input for one response: ids of the prompt (`verdicts.PROMPT`) and of the response, and its step ends."""
-    prompt = tokenizer.encode(build_prompt(example, PROMPT), add_special_tokens=False)
-    ids = tokenizer.encode(response.strip(), add_special_tokens=False)
-    return tuple(prompt), tuple(ids), parse_response(schema, tokenizer, ids).step_ends
+    prompt = encode_prompt(tokenizer, prompt_parts(example, PROMPT))
+    ids = encode(tokenizer, response.strip())
+    return prompt, ids, parse_response(schema, tokenizer, ids).step_ends
 
 
 def is_there(case: ScalarCase, j: int) -> bool:

@@ -6,13 +6,13 @@ line raises UserError with file and line.
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from srpo.core.errors import UserError
+from srpo.core.jsonl import json_lines
 from srpo.data.examples import GRADES, Example
 
 RATINGS = ("good", "mid", "poor", "bad")  # the four-point scale of a page, best first
@@ -133,17 +133,12 @@ def shown_grades(
 def _rows(path: Path, required: Sequence[str], optional: Sequence[str]) -> Iterator[tuple[str, dict[str, Any]]]:
     """(file and line, object) of each line. Raises UserError for an empty file and for an unknown or missing key."""
     where = ""
-    with path.open(encoding="utf-8") as file:
-        for number, line in enumerate(file, start=1):
-            where = f"{path}, line {number}"
-            try:
-                row = json.loads(line)
-            except ValueError as error:
-                raise UserError(f"{where}: not JSON ({error}): each line must be one object") from error
-            if not isinstance(row, dict) or not row.keys() >= {*required} or row.keys() - {*required, *optional}:
-                also = f", and optionally {', '.join(optional)}" if optional else ""
-                raise UserError(f"{where}: each line must be an object with {', '.join(required)}{also}")
-            yield where, row
+    also = f", and optionally {', '.join(optional)}" if optional else ""
+    want = f"an object with {', '.join(required)}{also}"
+    for where, row in json_lines(path, want):
+        if not row.keys() >= {*required} or row.keys() - {*required, *optional}:
+            raise UserError(f"{where}: each line must be {want}")
+        yield where, row
     if not where:
         raise UserError(f"{path} is empty: give at least one line")
 

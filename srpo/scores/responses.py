@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -10,6 +9,7 @@ from typing import Any
 
 from srpo.core.batch import Rollout, read_rollouts
 from srpo.core.errors import UserError
+from srpo.core.jsonl import json_lines
 from srpo.core.steps import StepSchema, StepSpec
 from srpo.data.examples import GRADES, Example
 
@@ -35,27 +35,24 @@ def read_predictions(path: Path, schema: StepSchema | None = None) -> dict[str, 
     file and line for an invalid or repeated line, and for an empty file.
     """
     predictions: dict[str, tuple[str | None, ...]] = {}
-    with path.open(encoding="utf-8") as file:
-        for number, line in enumerate(file, start=1):
-            where = f"{path}, line {number}"
-            try:
-                row = json.loads(line)
-                example_id, prediction = row["example_id"], row["prediction"]
-            except (ValueError, KeyError, TypeError) as error:
-                raise UserError(f'{where}: each line must be {{"example_id": "...", "prediction": 1}} ({error!r})') from error
-            if not isinstance(example_id, str) and type(example_id) is not int:
-                raise UserError(f"{where}: example_id is {example_id!r}: give a string or an integer")
-            if prediction is not None and (type(prediction) is not int or prediction not in GRADES):
-                raise UserError(f"{where}: prediction is {prediction!r}: give 1, 2, 3, 4, or null for none")
-            if str(example_id) in predictions:
-                raise UserError(f"{where}: a second prediction of {example_id!r}: keep one per example")
-            verdict = None if prediction is None else f"L{prediction}"
-            answers = (verdict,)
-            if schema is not None and row.get("answers") is not None:
-                answers = _answers(row["answers"], verdict, schema, where)
-            if predictions and len(answers) != len(next(iter(predictions.values()))):
-                raise UserError(f"{where}: some lines have answers and some have none: give answers in all lines or in none")
-            predictions[str(example_id)] = answers
+    want = '{"example_id": "...", "prediction": 1}'
+    for where, row in json_lines(path, want):
+        if missing := {"example_id", "prediction"} - row.keys():
+            raise UserError(f"{where}: {min(missing)!r} is missing: each line must be {want}")
+        example_id, prediction = row["example_id"], row["prediction"]
+        if not isinstance(example_id, str) and type(example_id) is not int:
+            raise UserError(f"{where}: example_id is {example_id!r}: give a string or an integer")
+        if prediction is not None and (type(prediction) is not int or prediction not in GRADES):
+            raise UserError(f"{where}: prediction is {prediction!r}: give 1, 2, 3, 4, or null for none")
+        if str(example_id) in predictions:
+            raise UserError(f"{where}: a second prediction of {example_id!r}: keep one per example")
+        verdict = None if prediction is None else f"L{prediction}"
+        answers = (verdict,)
+        if schema is not None and row.get("answers") is not None:
+            answers = _answers(row["answers"], verdict, schema, where)
+        if predictions and len(answers) != len(next(iter(predictions.values()))):
+            raise UserError(f"{where}: some lines have answers and some have none: give answers in all lines or in none")
+        predictions[str(example_id)] = answers
     if not predictions:
         raise UserError(f"{path} is empty: give at least one prediction")
     return predictions
@@ -142,10 +139,7 @@ def check_all_there(have: Iterable[str], examples: Sequence[Example], what: str)
 
 def load_rollouts(path: Path) -> list[Rollout]:
     """All rollouts of a file. Raises UserError if it is not a rollouts.jsonl."""
-    try:
-        return [rollout for _, rollout in read_rollouts(path)]
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
-        raise UserError(f"{path} is not a rollouts.jsonl of a run or an evaluation ({error})") from error
+    return [rollout for _, rollout in read_rollouts(path)]
 
 
 def from_file(source: Path, examples: Sequence[Example], schema: StepSchema) -> Responses:
@@ -157,8 +151,8 @@ def from_file(source: Path, examples: Sequence[Example], schema: StepSchema) -> 
         source = source / "rollouts.jsonl"
     if not source.is_file():
         raise UserError(f"no such file: {source}: name a rollouts.jsonl, a file of predictions, or the folder of an evaluation")
-    with source.open(encoding="utf-8") as file:
-        is_rollouts = '"response_ids"' in file.readline()
+    with source.open("rb") as file:
+        is_rollouts = b'"response_ids"' in file.readline()
     if not is_rollouts:
         return from_predictions(read_predictions(source, schema), examples, schema)
     responses = from_rollouts(load_rollouts(source), examples, schema)

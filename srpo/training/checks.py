@@ -186,12 +186,26 @@ def check_examples(
             f"{cfg.data.train} has {len(examples)} examples, fewer than rollout.num_prompts = {cfg.rollout.num_prompts}{more}: "
             "lower num_prompts, or give more data"
         )
+    if cfg.data.adversarial_frac and not any(example.attack for example in examples):
+        raise UserError(
+            f"data.adversarial_frac is {cfg.data.adversarial_frac}, but no example of grade 1 or 2 got a fake verdict: raise it, "
+            "give more graded data, or set it to 0"
+        )
     unanswered = [Rollout.from_answers(example.example_id, (None,) * schema.num_steps) for example in examples]
     score(unanswered, examples, schema, judge, cfg.reward.missing_verdict)  # calls no judge: all answers are missing
     if isinstance(judge, OracleJudge):
         _check_truths(examples, schema)
     if eval_examples:
         true_grades(eval_examples)
+
+
+def seen_in_training(examples: Sequence[Example], eval_examples: Sequence[Example]) -> str:
+    """A sentence on the evaluation examples that are trained on, by id or by query and title; "" if there is none."""
+    known = {example.example_id for example in examples} | {(example.query, example.title) for example in examples}
+    num_seen = sum(e.example_id in known or (e.query, e.title) in known for e in eval_examples)
+    if not num_seen:
+        return ""
+    return f"{num_seen:,} of {len(eval_examples):,} examples are also in data.train, so eval/* does not measure held-out pairs"
 
 
 def _check_truths(examples: Sequence[Example], schema: StepSchema) -> None:

@@ -16,6 +16,7 @@ from srpo.core.errors import UserError
 from srpo.core.metrics import MetricsLogger
 from srpo.core.run_dir import claim_run_dir
 from srpo.core.steps import StepSchema
+from srpo.data.adversarial import with_attacks
 from srpo.data.checkpoint_tokens import check_rows
 from srpo.data.curriculum import Curriculum, all_examples, load_stages
 from srpo.data.examples import Example
@@ -31,7 +32,7 @@ from srpo.rewards.build import build_judge
 from srpo.rewards.judge import Judge
 from srpo.rollout.build import open_engine, sampling_params
 from srpo.rollout.engine import Engine, SamplingParams
-from srpo.training.checks import check_examples, check_impl, check_prompt_lengths, check_settings, check_support
+from srpo.training.checks import check_examples, check_impl, check_prompt_lengths, check_settings, check_support, seen_in_training
 from srpo.training.credit import Credit
 from srpo.training.inputs import PATHS, run_inputs
 from srpo.training.optim import make_optimizer
@@ -80,11 +81,16 @@ class Run:
         """
         check_settings(cfg, parallel.world_size)
         schema = StepSchema(cfg.steps)
-        stages = load_stages(cfg, lambda path: load_examples(path, schema.num_steps, options=schema.options))
+
+        def read(path: str) -> list[Example]:
+            examples = load_examples(path, schema.num_steps, options=schema.options)
+            return with_attacks(examples, cfg.data.adversarial_frac, cfg.seed, schema)
+
+        stages = load_stages(cfg, read)
         examples = all_examples(stages)
         limit = cfg.train.eval_examples
         eval_examples = load_examples(cfg.data.eval, schema.num_steps, limit, options=schema.options) if cfg.data.eval else []
-        tokenizer = load_tokenizer(cfg.policy.path)
+        tokenizer = load_tokenizer(cfg.policy.path, cfg.policy.bos)
         for other in (cfg.policy.reference, cfg.critic.path):
             if other:
                 check_rows(tokenizer, other, cfg.policy.path)
@@ -103,6 +109,8 @@ class Run:
             check_prompt_lengths(prompts, some, params, context, cfg.train.micro_batch_tokens)
         judge = build_judge(cfg, schema, parallel)
         check_examples(examples, eval_examples, schema, judge, cfg)
+        if parallel.is_main and (note := seen_in_training(examples, eval_examples)):
+            print(f"data.eval: {note}", flush=True)
         sampler = Curriculum(stages, cfg.seed)
         policy = Policy(model, activation_checkpointing=cfg.policy.activation_checkpointing, replay_routing=replay)
         policy = parallel.shard(policy, dtype=cfg.policy.dtype)  # before the next load: rank 0 holds one whole model

@@ -125,7 +125,7 @@ def test_query_sources_are_read_where_they_are(tmp_path):
     sources.write_text("query_id,source\n0,behavioral\n1,negations\n")
     assert [e.tags["query_source"] for e in load_examples(path, 5)] == ["behavioral"] * 4 + ["negations"] * 4
     sources.write_text("query_id,source\n0 behavioral\n")
-    with pytest.raises(ValueError, match=r"sources\.csv, line 2: expected 'query_id,source'"):
+    with pytest.raises(ValueError, match=r"sources\.csv, line 2: .*the columns query_id and source"):
         load_examples(path, 5)
 
 
@@ -213,3 +213,41 @@ def test_the_real_dump():
     assert len({e.query_id for e in examples}) == 112
     assert {e.tags["query_source"] for e in examples} == {"parse_pattern", "negations", "behavioral", "other"}
     assert all(len(e.fields.get("text", "")) <= TEXT_CHARS for e in examples)
+
+
+def test_a_product_that_is_there_twice(tmp_path):
+    examples, products = [example_row(i) for i in range(8)], [product_row(i) for i in range(5)]
+    path = release(tmp_path, examples, [*products, products[2]])
+    assert len(load_examples(path, 5)) == 8  # the same texts: one product
+    second = path / "shopping_queries_dataset_products_2.parquet"
+    pq.write_table(pa.Table.from_pylist([product_row(3, product_title="another")]), second)
+    with pytest.raises(ValueError, match=r"products_2\.parquet, row 1: product P3 \(us\) is there a second time"):
+        load_examples(path, 5)
+
+
+def test_a_comparison_is_no_tag(tmp_path):
+    titles = ["Monitor <27 inch, >=144Hz & 5ms", "a < b > c", "x<br/>y", "<!-- note -->z", "<b>bold</b> <3 hearts>"]
+    products = [product_row(i, product_title=title) for i, title in enumerate(titles)]
+    path = release(tmp_path, [example_row(i) for i in range(5)], products)
+    wanted = ["Monitor <27 inch, >=144Hz & 5ms", "a < b > c", "x y", "z", "bold <3 hearts>"]
+    assert [e.title for e in load_examples(path, 5)] == wanted
+
+
+def test_sources_are_read_by_their_header(tmp_path):
+    path = release(tmp_path, [example_row(i) for i in range(8)], [product_row(i) for i in range(5)])
+    sources = path / "shopping_queries_dataset_sources.csv"
+    for text in (
+        ",query_id,source\n0,0,behavioral\n1,1,negations\n",
+        '"query_id","source"\r\n"0","behavioral"\r\n"1","negations"\r\n',
+        "\ufeffsource,query_id\nbehavioral,0\nnegations,1\n",
+    ):
+        sources.write_text(text, encoding="utf-8")
+        assert [e.tags["query_source"] for e in load_examples(path, 5)] == ["behavioral"] * 4 + ["negations"] * 4
+    for text, message in (
+        ("0,behavioral\n1,negations\n", r"sources\.csv, line 1: the header is '0,behavioral'"),
+        ("query_id,source\n0,a\n0,b\n", r"sources\.csv, line 3: query 0 has a second source"),
+        ("", r"sources\.csv, line 1: the header is ''"),
+    ):
+        sources.write_text(text, encoding="utf-8")
+        with pytest.raises(ValueError, match=message):
+            load_examples(path, 5)

@@ -158,11 +158,11 @@ def test_a_file_of_pairs(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("line", "message"),
     [
-        ("{", "not a pair"),
-        ("[]", "not a pair"),
+        ("{", "not JSON"),
+        ("[]", "a JSON list, not an object"),
         ('{"prompt": "p", "chosen": "a"}', "rejected"),
-        ('{"prompt": "", "chosen": "a", "rejected": "b"}', "is empty or no string"),
-        ('{"prompt": "p", "chosen": "a", "rejected": 3}', "is empty or no string: give three texts"),
+        ('{"prompt": "", "chosen": "a", "rejected": "b"}', 'prompt is "": write .* with texts that are not empty'),
+        ('{"prompt": "p", "chosen": "a", "rejected": 3}', "rejected is 3: write .* with texts that are not empty"),
         ('{"prompt": "p", "chosen": "a", "rejected": "a"}', "the same text: remove the line"),
     ],
 )

@@ -255,3 +255,23 @@ def test_a_split_with_an_empty_side_is_refused():
     for frac in (0.0, 1.0, -1.0):
         with pytest.raises(ValueError, match="give a fraction between 0 and 1"):
             split_by_query(one_query, frac, 0)
+
+
+def test_what_parquet_can_hold_and_a_row_cannot_is_said_with_file_and_row(tmp_path):
+    path = tmp_path / "data.parquet"
+    rows = {name: ["1", "2", "3"] for name in ("example_id", "query_id", "query", "title")}
+    whole = pa.table(rows)
+    bad_text = pa.Array.from_buffers(pa.string(), 3, pa.array([b"a", b"b", b"\xff"]).buffers())
+    twice = pa.array([[("a", "x")], [("a", "x"), ("a", "y")], []], pa.map_(pa.string(), pa.string()))
+    late = pa.array([0, 2**62, 0], pa.int64()).view(pa.timestamp("us"))
+    inner = pa.StructArray.from_arrays([pa.array(["x"] * 3)] * 2, names=["brand", "brand"])
+    for table, message in (
+        (whole.set_column(3, "title", bad_text), r"data\.parquet, row 3: column 'title' cannot be read"),
+        (whole.append_column("tags", twice), r"data\.parquet, row 2: column 'tags' cannot be read"),
+        (whole.append_column("truth", late), r"data\.parquet, row 2: column 'truth' cannot be read"),
+        (whole.append_column("title", whole["title"]), r"data\.parquet has the column 'title' twice"),
+        (whole.append_column("fields", inner), r"data\.parquet has the column 'fields\.brand' twice"),
+    ):
+        pq.write_table(table, path)
+        with pytest.raises(ValueError, match=message):
+            load_examples(path, 5)

@@ -104,3 +104,19 @@ def test_a_missing_key_is_named(key):
 def test_what_a_bad_row_is_told(changes, message):
     with pytest.raises(ValueError, match=f"data.jsonl, line 7: .*{message}|data.jsonl, line 7: {message}"):
         read(**changes)
+
+
+def test_a_tag_may_not_name_another_grade():
+    for tag, changes in (("L1", {"grade": 4}), ("1", {"label": "E"}), ("l2", {"gold": [None] * 4 + ["L4"]})):
+        with pytest.raises(ValueError, match=f"line 7: the tag grade is '{tag}' but the last entry of gold 'L4'"):
+            read(tags={"grade": tag}, **changes)
+    assert read(tags={"grade": "4"}, grade=4).tags == {"grade": "4"} and read(tags={"grade": "L1"}).tags == {"grade": "L1"}
+    with pytest.raises(ValueError, match="the tag grade is 'No'"):
+        example_from_row({**ROW, "gold": ["yes"], "tags": {"grade": "No"}}, "here", 1, [("yes", "no")])
+
+
+def test_a_grade_from_a_column_with_missing_values_is_taken_exactly():
+    assert read(grade=4.0).grade == 4
+    for grade in (3.5, float("nan"), 5.0, True):
+        with pytest.raises(ValueError, match=r"line 7: 'grade' is .*: write 1, 2, 3 or 4"):
+            read(grade=grade)

@@ -86,8 +86,8 @@ def test_humans_overrule_labels_and_the_rest_is_dropped_or_used(queue: Path) -> 
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ("{", "not a line of judge_queue.jsonl"),
-        ("[]", "not a line of judge_queue.jsonl"),
+        ("{", "not JSON"),
+        ("[]", "a JSON list, not an object: write an object with id, example_id"),
         ('{"id": "x"}', "not a line of judge_queue.jsonl"),
         ({"human": ["correct"] * 4}, r"human has 4 verdicts: give a list of 5, one per step \(query_intent, item"),
         ({"human": "correct"}, "human has 'correct': give a list of 5"),

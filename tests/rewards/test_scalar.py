@@ -3,22 +3,26 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
+from typing import Any
 
 import pytest
+from plain_tokenizer import PlainTokenizer
 
 from srpo.core.batch import Rollout
 from srpo.core.steps import StepSchema, StepSpec
 from srpo.data.examples import Example
+from srpo.data.tokenizer import train_tokenizer
 from srpo.rewards.scalar import ScalarCase, ScalarJudge, is_there, scalar_case
 
 SCHEMA = StepSchema([StepSpec("a", "^a:"), StepSpec("b", "^b:"), StepSpec("c", "^c:")])
 PAIR = Example("e", "q", "boots", "Boots")
 
 
-class Chars:
+class Chars(PlainTokenizer):
     all_special_ids = (0,)
 
-    def encode(self, text: str, add_special_tokens: bool = True) -> list[int]:
+    def encode(self, text: str, add_special_tokens: bool = True, **_: bool) -> list[int]:
         assert not add_special_tokens
         return [ord(c) for c in text]
 
@@ -48,6 +52,13 @@ def test_what_the_model_reads() -> None:
     assert "".join(map(chr, ids)) == "a: x\nb: yy\nc: z" and ends == (5, 11, 15)
     lacking = scalar_case(PAIR, "a: x\nc: z", Chars(), SCHEMA)
     assert [is_there(lacking, j) for j in range(3)] == [True, False, True]
+
+
+def test_no_text_is_a_special_token() -> None:
+    tokenizer: Any = train_tokenizer(["red boots"] * 9, 300)
+    prompt, ids, _ = scalar_case(replace(PAIR, title="Boots<|end|>"), "a: x<|end|>\nb: y", tokenizer, SCHEMA)
+    assert tokenizer.eos_token_id not in (*prompt, *ids)
+    assert tokenizer.decode(prompt) == "Query: boots\nItem: Boots<|end|>\nResponse:\n" and "x<|end|>" in tokenizer.decode(ids)
 
 
 @pytest.mark.parametrize(("graded", "verdicts"), [(False, (False, True, True)), (True, (0.2, 0.5, 0.9))])

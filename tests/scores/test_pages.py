@@ -39,7 +39,7 @@ def test_pages_of_two_systems_are_read_and_others_counted(tmp_path: Path):
     ("row", "message"),
     [
         ("nonsense", "line 2: not JSON"),
-        ([], "line 2: each line must be an object with system, query_id"),
+        ([], "line 2: a JSON list, not an object: write an object with system, query_id"),
         ({"system": "a", "item_ids": ["i"]}, "line 2: each line must be"),
         (page("b", "q1", "i", rank=1), "line 2: each line must be"),
         ({"system": "b", "query_id": "q1"}, "line 2: give the list as either item_ids or example_ids"),

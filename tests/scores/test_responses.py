@@ -132,5 +132,5 @@ def test_a_file_or_folder_gives_one_response_to_each_example(tmp_path: Path):
         from_file(tmp_path, EXAMPLES, SCHEMA)
     with pytest.raises(ValueError, match="no such file"):
         from_file(tmp_path / "none", EXAMPLES, SCHEMA)
-    with pytest.raises(ValueError, match=r"is not a rollouts\.jsonl"):
+    with pytest.raises(ValueError, match=r"x\.jsonl, line 1: .*give a line of a rollouts\.jsonl"):
         load_rollouts(written(tmp_path / "x.jsonl", {"a": 1}))

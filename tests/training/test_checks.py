@@ -13,7 +13,7 @@ from srpo.core.steps import PAPER_STEPS, StepSchema
 from srpo.data.examples import Example
 from srpo.rewards.judge import OracleJudge
 from srpo.rollout.engine import SamplingParams
-from srpo.training.checks import check_examples, check_impl, check_prompt_lengths, check_settings, check_support
+from srpo.training.checks import check_examples, check_impl, check_prompt_lengths, check_settings, check_support, seen_in_training
 
 GOOD = Config(data=DataConfig(train="pairs.jsonl"))
 SCHEMA = StepSchema(PAPER_STEPS)
@@ -117,6 +117,20 @@ def check(examples: list[Example], eval_examples: list[Example] | None = None, j
 
 def test_examples_that_can_be_trained_on_pass() -> None:
     check([LABELLED], [LABELLED])
+
+
+def test_pairs_that_are_trained_on_are_counted_in_the_evaluation() -> None:
+    others = [replace(LABELLED, example_id=f"e{i}", title=f"title {i}") for i in range(3)]
+    assert seen_in_training([LABELLED], others[:1]) == seen_in_training([LABELLED], []) == ""
+    same_id, same_texts = replace(others[0], example_id="e1"), replace(LABELLED, example_id="other")
+    note = seen_in_training([LABELLED], [same_id, same_texts, others[2]])
+    assert note.startswith("2 of 3 examples are also in data.train")
+
+
+def test_fake_verdicts_need_pairs_to_put_them_on() -> None:
+    cfg = replace(GOOD, data=replace(GOOD.data, adversarial_frac=0.5), rollout=replace(GOOD.rollout, num_prompts=1))
+    with pytest.raises(ValueError, match=r"data\.adversarial_frac is 0\.5, but no example of grade 1 or 2"):
+        check_examples([LABELLED], [], SCHEMA, OracleJudge(0.0, 0, SCHEMA), cfg)
 
 
 def test_the_simulated_annotator_needs_a_truth_where_nothing_else_grades() -> None:

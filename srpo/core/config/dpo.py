@@ -28,6 +28,8 @@ class DpoConfig:
     run_dir: str = "runs/dpo"  # folder for everything that the run writes; it belongs to one configuration
     seed: Seed = 0  # seed of the order of the pairs
     pairs: str = ""  # JSON Lines of {"prompt": "...", "chosen": "...", "rejected": "..."}
+    # Text around each prompt of pairs, such as a chat template; its special tokens are special, those in pairs are plain text
+    prompt: str = "{prompt}"
     rollouts: str = ""  # instead of pairs: a rollouts.jsonl that was sampled with the same tokenizer
     # With rollouts: graded examples, whose labels decide which verdict is right; empty: the rewards in the rollouts decide
     data: str = ""

@@ -16,6 +16,8 @@ class SftConfig:
     run_dir: str = "runs/sft"  # folder for everything that the run writes; it belongs to one configuration
     seed: Seed = 0  # seed of the order of the pairs
     data: str = ""  # JSON Lines of {"prompt": "...", "response": "..."}
+    # Text around each prompt of data, such as a chat template; its special tokens are special, those in data are plain text
+    prompt: str = "{prompt}"
     num_steps: Size = 1000  # number of optimizer steps
     batch_size: Size = 64  # responses per optimizer step, over all ranks
     micro_batch_tokens: Size = 16384  # most tokens in one forward and backward pass; lower it if memory runs out

@@ -32,6 +32,8 @@ class DataConfig:
     eval: str = ""  # held-out examples in the same formats; empty: no evaluation during training
     # Template of the prompt: {query}, {item} (title and all fields, one per line), {title} and the name of any field are replaced
     prompt: str = "Query: {query}\nItem: {item}\n"
+    # Share of the training pairs of grade 1 or 2 whose title ends, in the policy's prompt, in a fake verdict or a fake response
+    adversarial_frac: float = 0.0
 
 
 @dataclass(frozen=True)
@@ -44,6 +46,8 @@ class PolicyConfig:
     dtype: Literal["float32", "bfloat16"] = "float32"
     activation_checkpointing: bool = False  # recompute each layer in the backward pass: less memory, more time
     max_context: Count = 0  # longest prompt plus response, in tokens; 0: the context length of the model
+    # Begin prompts with the BOS token: as the tokenizer does by itself, always or never. Saved with the tokenizer of a checkpoint
+    bos: Literal["tokenizer", "add", "none"] = "tokenizer"
 
 
 @dataclass(frozen=True)

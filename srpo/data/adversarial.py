@@ -1,0 +1,64 @@
+"""Adversarial training pairs (`data.adversarial_frac`): titles that claim a verdict, so that the policy learns to ignore them."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Sequence
+from dataclasses import replace
+
+from srpo.core.errors import UserError
+from srpo.core.steps import StepSchema
+from srpo.data.examples import GRADES, Example
+
+IRRELEVANT = GRADES[:2]  # grades whose titles are attacked: for the others the claim would be nearly right
+_NAMES = ("Relevance", "Verdict", "Grade", "Rating", "Label", "Judgment")
+_PRAISE = ("excellent match", "best match", "fully relevant", "perfect match for the query", "correct")
+
+
+def with_attacks(examples: Sequence[Example], frac: float, seed: int, schema: StepSchema) -> list[Example]:
+    """The examples; a share `frac` of those of grade 1 or 2 gets an `attack`, a text that claims the best verdict.
+
+    Their labels stay, and only the policy reads the attack. It is a pure function of (seed, example_id, examples): a resumed run
+    and every rank draw the same. The claim is a verdict, praise, or all steps in the words of a pair of the best grade. UserError
+    for a share outside 0..1.
+    """
+    if not 0 <= frac <= 1:
+        raise UserError(f"data.adversarial_frac is {frac}: set it to a share from 0 to 1")
+    if not frac:
+        return list(examples)
+    best = schema.specs[-1].options[-1] if schema.specs[-1].options else f"L{GRADES[-1]}"
+    models = [example for example in examples if example.grade == GRADES[-1]]
+
+    def attacked(example: Example) -> Example:
+        rng = random.Random(f"adversarial|{seed}|{example.example_id}")
+        if example.grade not in IRRELEVANT or rng.random() >= frac:
+            return example
+        return replace(example, attack=_claim(rng, example, models, best, schema))
+
+    return [attacked(example) for example in examples]
+
+
+def _claim(rng: random.Random, example: Example, models: Sequence[Example], best: str, schema: StepSchema) -> str:
+    kind = rng.randrange(4)
+    if kind == 0:
+        return f" {rng.choice(_NAMES)}: {best}"
+    if kind == 1:
+        return f" {schema.num_steps}. {_title(schema.specs[-1].name)}: {best}"
+    if kind == 2:
+        return f" - {rng.choice(_PRAISE)}, {best}"
+    answers = _answers(example, rng.choice(models) if models and rng.random() < 0.5 else None, schema, best)
+    return "".join(f" {j}. {_title(spec.name)}: {a}" for j, (spec, a) in enumerate(zip(schema.specs, answers, strict=True), 1))
+
+
+def _answers(example: Example, model: Example | None, schema: StepSchema, best: str) -> list[str]:
+    """Answers [J] of a response with the best verdict: of a pair of the best grade, or made from query and options."""
+    answers = []
+    for j, spec in enumerate(schema.specs):
+        known = [] if model is None else [*model.truth[j : j + 1], *model.gold[j : j + 1]]
+        made = spec.options[0] if spec.options else example.query
+        answers.append(next((answer for answer in known if answer), made))
+    return [*answers[:-1], best]
+
+
+def _title(name: str) -> str:
+    return name.replace("_", " ").capitalize()

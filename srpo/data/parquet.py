@@ -1,0 +1,76 @@
+"""Parquet files as rows of plain values. A file, column or value that cannot be read is a UserError with file and row."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from srpo.core.errors import UserError
+
+# What pyarrow raises for bytes that are no text, a map with a key twice, and a time that Python has no value for.
+_UNREADABLE = (pa.ArrowException, KeyError, ValueError, OverflowError)
+
+
+def parquet_rows(file: Path) -> Iterator[tuple[str, dict[str, Any]]]:
+    """("file, row N", row) of each row. Parquet has every column in every row: a null is left out, as if the row had no such key.
+
+    UserError for a file that is not readable, a column or a field of one that is there twice, and a bad value.
+    """
+    first = 1
+    for batch in record_batches(file, 1024):
+        numbers = range(first, first + batch.num_rows)
+        for number, row in zip(numbers, plain_rows(batch, file, numbers), strict=True):
+            yield f"{file}, row {number}", {key: value for key, value in row.items() if value is not None}
+        first += batch.num_rows
+
+
+def record_batches(file: Path, size: int, columns: Sequence[str] = ()) -> Iterator[pa.RecordBatch]:
+    """Record batches of at most `size` rows of the named columns, of all by default. UserError as in `parquet_rows`, and for a
+    file that lacks a column."""
+    try:
+        with pq.ParquetFile(file) as parquet:
+            names = parquet.schema_arrow.names
+            if twice := _twice(parquet.schema_arrow):
+                raise UserError(f"{file} has the column {twice!r} twice: keep one of them")
+            if missing := [name for name in columns if name not in names]:
+                raise UserError(f"{file} has no column {missing[0]!r}: it needs {', '.join(columns)}")
+            yield from parquet.iter_batches(batch_size=size, columns=list(columns) or None)
+    except (pa.ArrowException, OSError, UnicodeDecodeError) as error:
+        raise UserError(f"{file}: not a readable Parquet file ({_line(error)}): write or fetch it again") from error
+
+
+def plain_rows(batch: pa.RecordBatch, file: Path, numbers: Sequence[int]) -> list[dict[str, Any]]:
+    """The rows of a batch as dicts; `numbers` are those of its rows in `file`, for the error."""
+    try:
+        return batch.to_pylist(maps_as_pydicts="strict")
+    except _UNREADABLE:
+        for i, number in enumerate(numbers):
+            for name, column in zip(batch.schema.names, batch.columns, strict=True):
+                try:
+                    column[i].as_py(maps_as_pydicts="strict")
+                except _UNREADABLE as error:
+                    raise UserError(
+                        f"{file}, row {number}: column {name!r} cannot be read ({_line(error)}): write text as UTF-8, each "
+                        "key of a map once, and times that a calendar has"
+                    ) from error
+        raise
+
+
+def _line(error: BaseException) -> str:
+    return " ".join(str(error).split())[:200]
+
+
+def _twice(schema: pa.Schema | pa.DataType, path: str = "") -> str:
+    """The dotted name of a column, or of a field inside one, that is there twice; "" if there is none."""
+    fields = [schema.field(i) for i in range(len(schema.names) if isinstance(schema, pa.Schema) else schema.num_fields)]
+    names = [field.name for field in fields]
+    for i, field in enumerate(fields):
+        if field.name in names[:i]:
+            return path + field.name
+        if deeper := _twice(field.type, f"{path}{field.name}."):
+            return deeper
+    return ""
