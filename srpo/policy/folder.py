@@ -5,6 +5,8 @@ floating dtype and finite values. Code in the folder never runs, and nobody is a
 from __future__ import annotations
 
 import re
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +15,7 @@ from huggingface_hub.errors import StrictDataclassError
 from safetensors import SafetensorError, safe_open
 from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
+from transformers.utils import logging
 
 from srpo.core.errors import UserError
 from srpo.core.files import read_json_object
@@ -55,25 +58,38 @@ def read_model(
     """The causal LM of the folder on the CPU, its parameters in `dtype`. Raises UserError that names the first wrong tensor."""
     files = _weight_files(Path(path))
     try:
-        loaded: Any = AutoModelForCausalLM.from_pretrained(
-            str(path),
-            config=config,
-            dtype=dtype,
-            attn_implementation=attention,
-            experts_implementation=experts,
-            local_files_only=True,
-            trust_remote_code=False,
-            use_safetensors=True,
-            ignore_mismatched_sizes=True,  # they are in `info`
-            output_loading_info=True,
-        )
+        with quiet():
+            loaded: Any = AutoModelForCausalLM.from_pretrained(
+                str(path),
+                config=config,
+                dtype=dtype,
+                attn_implementation=attention,
+                experts_implementation=experts,
+                local_files_only=True,
+                trust_remote_code=False,
+                use_safetensors=True,
+                ignore_mismatched_sizes=True,  # they are in `info`
+                output_loading_info=True,
+            )
     except _LIBRARY_ERRORS as error:
         raise UserError(f"the model in {str(path)!r} cannot be loaded ({_line(error)}): give another checkpoint") from error
     model, info = loaded
     _check_tensors(path, model, info)
     _check_dtypes(files, model)
+    _restore_embedding(files, model)
     _check_values(path, model)
     return model
+
+
+@contextmanager
+def quiet() -> Iterator[None]:
+    """Without transformers' warnings; what they say of a model that is loaded is an error here."""
+    level = logging.get_verbosity()
+    logging.set_verbosity_error()
+    try:
+        yield
+    finally:
+        logging.set_verbosity(level)
 
 
 def _weight_files(folder: Path) -> list[Path]:
@@ -131,6 +147,18 @@ def _check_dtypes(files: list[Path], model: PreTrainedModel) -> None:
                     f"{file}: tensor {name} is stored as {dtype}, and the model needs one of {', '.join(sorted(_FLOATS))}: give "
                     "the checkpoint as it was before it was quantized, or restore it"
                 )
+
+
+@torch.no_grad()
+def _restore_embedding(files: list[Path], model: PreTrainedModel) -> None:
+    """Copy the embedding from its file once more: transformers zeroes its padding row after loading it, in families whose
+    initialization does not ask whether a weight is new (Youtu)."""
+    embedding: Any = model.get_input_embeddings().weight
+    names = {name for name, param in model.named_parameters(remove_duplicate=False) if param is embedding}
+    for file in files:
+        with safe_open(file, framework="pt") as stored:
+            for name in names & set(stored.keys()):
+                embedding.copy_(stored.get_tensor(name))
 
 
 def _check_values(path: str | Path, model: PreTrainedModel) -> None:

@@ -8,21 +8,20 @@ compared: right, or a `UserError` that names the model type and what differs.
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from typing import Any
 
 import torch
 from torch import nn
 from transformers import AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING
-from transformers.utils import logging
 
 from srpo.core.batch import Batch, Rollout, pack
 from srpo.core.errors import UserError
 from srpo.policy.attention import ATTENTION
 from srpo.policy.decode import Decoder
 from srpo.policy.experts import registered_name
+from srpo.policy.folder import quiet
 from srpo.policy.forward import context_of, for_head, hidden_states, make_deterministic
 from srpo.policy.shrink import FAILURES, small_configs
 
@@ -44,7 +43,7 @@ def check_family(config: PreTrainedConfig, *, experts: str = "grouped_mm", engin
     fields = {key: value for key, value in config.to_dict().items() if key not in ("_name_or_path", "dtype")}
     key = (json.dumps(fields, sort_keys=True, default=str), experts, engine)
     if key not in _verdicts:
-        with _quiet(), torch.random.fork_rng(devices=[]), torch.no_grad():
+        with quiet(), torch.random.fork_rng(devices=[]), torch.no_grad():
             torch.manual_seed(0)
             _verdicts[key] = _verdict(config, "grouped_mm" if experts == "megablocks" else experts, engine)
     if (verdict := _verdicts[key]) is not None:
@@ -174,17 +173,6 @@ def _packed(sequences: Sequence[Sequence[int]]) -> Batch:
 def _distance(a: torch.Tensor, b: torch.Tensor) -> float:
     """Largest difference; infinite if a value is not finite."""
     return float((a - b).abs().nan_to_num(nan=torch.inf).max())
-
-
-@contextmanager
-def _quiet() -> Iterator[None]:
-    """Without transformers' warnings about the copy."""
-    level = logging.get_verbosity()
-    logging.set_verbosity_error()
-    try:
-        yield
-    finally:
-        logging.set_verbosity(level)
 
 
 def _line(error: Any) -> str:

@@ -12,6 +12,7 @@ import policy_lab as lab
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
+from transformers import YoutuConfig, YoutuForCausalLM
 
 from srpo.core.errors import UserError
 from srpo.policy.critic import Critic
@@ -154,3 +155,20 @@ def test_code_in_the_folder_neither_runs_nor_asks(tmp_path: Path, monkeypatch: p
     with pytest.raises(UserError, match="not the config of a model that transformers knows"):
         load_policy(reconfigured(tmp_path, auto_map=code, model_type="own"))
     assert not asked and not ran.exists()
+
+
+def test_every_row_of_the_embedding_is_that_of_the_file(tmp_path: Path) -> None:
+    """Transformers' own loading of this family zeroes the row of the padding token."""
+    sizes: dict[str, Any] = {
+        "num_key_value_heads": 4,
+        "hidden_size": 32,
+        "intermediate_size": 48,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 4,
+    }
+    lora: dict[str, Any] = {"q_lora_rank": 16, "kv_lora_rank": 16, "qk_rope_head_dim": 8, "qk_nope_head_dim": 8, "v_head_dim": 8}
+    config = YoutuConfig(vocab_size=lab.VOCAB, pad_token_id=0, bos_token_id=1, eos_token_id=2, **sizes, **lora)
+    model: Any = YoutuForCausalLM(config)
+    torch.nn.init.normal_(model.get_input_embeddings().weight)
+    model.save_pretrained(tmp_path)
+    assert lab.same_bits(dict(load_policy(tmp_path).named_parameters()), dict(model.named_parameters()))
