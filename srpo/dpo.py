@@ -65,7 +65,8 @@ def load_preferences(cfg: DpoConfig, tokenizer: Any) -> tuple[list[Preference], 
             for prompt, chosen, rejected in texts
         ]
         num_special = num_with_controls(tokenizer, (text for row in texts for text in row))
-        return pairs, {"num_pairs": len(pairs), "num_texts_with_special": num_special}
+        special = {"num_texts_with_special_tokens": num_special} if num_special else {}  # their text is plain text
+        return pairs, {"num_pairs": len(pairs)} | special
     options = [spec.options for spec in cfg.steps]
     labels = None
     if cfg.data:

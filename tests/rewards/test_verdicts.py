@@ -81,4 +81,3 @@ def test_the_prompt_holds_the_pair_and_the_response() -> None:
     example = Example("a", "q", "red {shoes}", "Boots", fields={"color": "blue", "brand": ""})
     prompt = judge_prompt(example, "1. Query intent: shoes\n")
     assert prompt == "Query: red {shoes}\nItem: Boots\ncolor: blue\nResponse:\n1. Query intent: shoes\nJudge each step.\n"
-    assert judge_prompt(example, "x", "{title}|") == "Boots|x\nJudge each step.\n"
