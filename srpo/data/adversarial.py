@@ -6,7 +6,6 @@ import random
 from collections.abc import Sequence
 from dataclasses import replace
 
-from srpo.core.errors import UserError
 from srpo.core.steps import StepSchema
 from srpo.data.examples import GRADES, Example
 
@@ -19,11 +18,8 @@ def with_attacks(examples: Sequence[Example], frac: float, seed: int, schema: St
     """The examples; a share `frac` of those of grade 1 or 2 gets an `attack`, a text that claims the best verdict.
 
     Their labels stay, and only the policy reads the attack. It is a pure function of (seed, example_id, examples): a resumed run
-    and every rank draw the same. The claim is a verdict, praise, or all steps in the words of a pair of the best grade. UserError
-    for a share outside 0..1.
+    and every rank draw the same. The claim is a verdict, praise, or all steps in the words of a pair of the best grade.
     """
-    if not 0 <= frac <= 1:
-        raise UserError(f"data.adversarial_frac is {frac}: set it to a share from 0 to 1")
     if not frac:
         return list(examples)
     best = schema.specs[-1].options[-1] if schema.specs[-1].options else f"L{GRADES[-1]}"

@@ -33,7 +33,7 @@ class DataConfig:
     # Template of the prompt: {query}, {item} (title and all fields, one per line), {title} and the name of any field are replaced
     prompt: str = "Query: {query}\nItem: {item}\n"
     # Share of the training pairs of grade 1 or 2 whose title ends, in the policy's prompt, in a fake verdict or a fake response
-    adversarial_frac: float = 0.0
+    adversarial_frac: Fraction = 0.0
 
 
 @dataclass(frozen=True)
