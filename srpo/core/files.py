@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import json
 import os
 import shutil
@@ -33,6 +34,31 @@ def whole_file(path: Path) -> Iterator[Path]:
             fsync(path.parent)
     finally:
         part.unlink(missing_ok=True)
+
+
+@contextmanager
+def binary_file(path: Path) -> Iterator[Any]:
+    """A new file for `torch.save`, which hides an error of writing behind one of its own: this raises the first."""
+    raw = _Remembering(path, "wb")
+    try:
+        with naming(path), io.BufferedWriter(raw) as file:
+            yield file
+    except RuntimeError:
+        if raw.error is None:
+            raise
+        with naming(path):
+            raise raw.error from None
+
+
+class _Remembering(io.FileIO):
+    error: OSError | None = None
+
+    def write(self, data: Any, /) -> int:
+        try:
+            return super().write(data)
+        except OSError as error:
+            self.error = error
+            raise
 
 
 def write_whole(path: Path, text: str) -> None:

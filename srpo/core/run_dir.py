@@ -51,6 +51,8 @@ def claim_run_dir(
         elif inputs is not None and is_main:
             print(f"{run_dir / INPUTS} is missing: the contents of the inputs are recorded from now on", flush=True)
             write_whole(run_dir / INPUTS, _inputs_text(inputs))
+    elif any((run_dir / name).exists() for name in ("checkpoints", "metrics.jsonl")):
+        raise UserError(f"{run_dir} has results, but no config.toml with their settings: restore it, or give another run_dir")
     elif is_main:
         run_dir.mkdir(parents=True, exist_ok=True)
         if inputs is not None:

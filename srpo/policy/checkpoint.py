@@ -25,12 +25,13 @@ import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
 from torch import nn
 from torch.distributed.checkpoint.api import CheckpointException
+from torch.distributed.checkpoint.filesystem import FileSystem
 from torch.distributed.checkpoint.metadata import Metadata, TensorStorageMetadata
 from torch.optim import Optimizer
 
 from srpo.core.digests import COMPLETE, damage, digests_of, read_mark, write_mark
 from srpo.core.errors import UserError, naming
-from srpo.core.files import fsync
+from srpo.core.files import binary_file, fsync
 from srpo.core.logs import Written
 from srpo.policy.parallel import Parallel, to_local, unwrap
 
@@ -93,7 +94,9 @@ def _make_room(root: Path, aside: Path) -> None:
 def _write_state(aside: Path, policy: nn.Module, optimizer: Optimizer, extra: dict[str, Any], parallel: Parallel) -> None:
     with _one_process_is_fine(), _torch_os_errors(aside):
         state = {**_policy_state(policy), **_optimizer_state(policy, optimizer)}
-        dcp.save(state, checkpoint_id=aside, no_dist=not dist.is_initialized())
+        writer = dcp.FileSystemWriter(aside)
+        writer.fs = _Files()
+        dcp.save(state, storage_writer=writer, no_dist=not dist.is_initialized())
     groups = [{k: v for k, v in group.items() if k != "params"} for group in optimizer.param_groups]
     _save_plain({"extra": extra, "param_groups": groups}, _rank_file(aside, parallel.rank))
     parallel.barrier()
@@ -196,6 +199,15 @@ def _way_on(path: Path) -> str:
     if older is None:
         return f"restore it, or remove {path.parent.parent} to start over, because there is no older checkpoint"
     return f"restore it, or remove {path}, and the run goes on from {older[1]}"
+
+
+class _Files(FileSystem):
+    """Torch's access to files, with errors of writing as they were."""
+
+    @contextlib.contextmanager
+    def create_stream(self, path: str | os.PathLike[str], mode: str) -> Iterator[io.IOBase]:
+        with binary_file(Path(path)) if mode == "wb" else super().create_stream(path, mode) as stream:
+            yield stream
 
 
 class _Reader(dcp.FileSystemReader):

@@ -20,7 +20,7 @@ from torch.optim import Optimizer
 from srpo.core.batch import IGNORE, Batch
 from srpo.core.config.train import LossConfig, RolloutConfig
 from srpo.core.errors import UserError
-from srpo.core.files import whole_file
+from srpo.core.files import binary_file, whole_file
 from srpo.policy.model import Policy
 from srpo.policy.parallel import Parallel, clip_grad_norm, to_local
 from srpo.training.mismatch import Mismatch, importance_weights
@@ -228,7 +228,7 @@ def _write_dump(
         "batches": [vars(batch.to(torch.device("cpu"))) for batch in batches],
         "parameters": {name: to_local(p.detach()).cpu() for name, p in policy.named_parameters()},
     }
-    with whole_file(path) as part, part.open("wb") as file:
+    with whole_file(path) as part, binary_file(part) as file:
         torch.save(state, file)
 
 

@@ -7,8 +7,8 @@ from pathlib import Path
 import pytest
 
 from srpo.core.config.sft import SftConfig
-from srpo.core.config.train import Config, LossConfig
-from srpo.core.run_dir import claim_run_dir
+from srpo.core.config.train import Config, LossConfig, OptimizerConfig
+from srpo.core.run_dir import claim_run_dir, record_changes
 from srpo.core.settings import apply_toml
 
 
@@ -64,6 +64,56 @@ def test_settings_without_defaults_claim_a_folder_again(tmp_path: Path) -> None:
     claim_run_dir(tmp_path, Claim(3, "x"), is_main=True)
     with pytest.raises(ValueError, match="data = 'x', this one has 'y'"):
         claim_run_dir(tmp_path, Claim(3, "y"), is_main=True)
+
+
+def test_results_without_their_settings_are_nobodys(tmp_path: Path) -> None:
+    claim_run_dir(tmp_path, Config(), is_main=True)
+    (tmp_path / "checkpoints").mkdir()
+    claim_run_dir(tmp_path, Config(), is_main=True)
+    (tmp_path / "config.toml").unlink()
+    with pytest.raises(ValueError, match=r"has results, but no config\.toml"):
+        claim_run_dir(tmp_path, Config(), is_main=True)
+
+
+def test_inputs_are_known_by_their_contents(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    cfg, inputs = Config(), {"the reference": ("a", "1"), "the judge": ("b", "2")}
+    moved = replace(cfg, policy=replace(cfg.policy, path="elsewhere"))
+    claim_run_dir(tmp_path, cfg, True, inputs=inputs)
+    claim_run_dir(tmp_path, moved, True, inputs=inputs, paths=("policy.path",))
+    for other, message in (
+        ({**inputs, "the judge": ("b", "3")}, "the judge at b is not the one that .* was started with"),
+        ({**inputs, "the critic": ("c", "4")}, "was started without the critic, which is now c"),
+        ({"the judge": ("b", "2")}, "was started with the reference, which is not set now"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            claim_run_dir(tmp_path, cfg, False, inputs=other)
+    for text in ("", "[]", '{"the judge": 1}', "\x00"):
+        (tmp_path / "inputs.json").write_text(text)
+        with pytest.raises(ValueError, match=r"inputs\.json is damaged|was started without"):
+            claim_run_dir(tmp_path, cfg, True, inputs=inputs)
+    (tmp_path / "inputs.json").unlink()
+    with pytest.raises(ValueError, match=r"holds a run with policy.path"):  # nothing says that the contents are the same
+        claim_run_dir(tmp_path, moved, True, inputs=inputs, paths=("policy.path",))
+    claim_run_dir(tmp_path, cfg, True, inputs=inputs)
+    assert "recorded from now on" in capsys.readouterr().out
+    claim_run_dir(tmp_path, moved, True, inputs=inputs, paths=("policy.path",))
+
+
+def test_changes_are_recorded_with_their_step(tmp_path: Path) -> None:
+    def at(lr: float, step: int) -> list[str]:
+        return record_changes(tmp_path, Config(optimizer=OptimizerConfig(lr=lr)), ("optimizer.lr",), step)
+
+    claim_run_dir(tmp_path, Config(optimizer=OptimizerConfig(lr=1.0)), is_main=True)
+    assert at(1.0, 0) == at(1.0, 5) == [] and not (tmp_path / "changes.jsonl").exists()
+    assert "optimizer.lr: 1.0 until optimizer step 5, 0.5 from then on" in at(0.5, 5)[0]
+    assert at(0.5, 7) == []
+    assert len(at(0.25, 9)) == 1
+    assert len((tmp_path / "changes.jsonl").read_text().splitlines()) == 2
+    assert at(0.5, 6) == []  # back at an older checkpoint: the change after step 9 never was
+    assert len((tmp_path / "changes.jsonl").read_text().splitlines()) == 1
+    (tmp_path / "changes.jsonl").write_text("{")
+    with pytest.raises(ValueError, match=r"changes\.jsonl is damaged"):
+        at(0.5, 6)
 
 
 def test_a_folder_of_another_program_is_refused(tmp_path: Path) -> None:
