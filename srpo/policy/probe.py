@@ -123,8 +123,8 @@ def _engine_differs(model: PreTrainedModel, sequences: Sequence[Sequence[int]]) 
     """What differs between the local engine's prefill and steps and the trainer's forward; None if nothing does."""
     make_deterministic(model)
     want = _logits(model, sequences).split([len(ids) for ids in sequences])
-    decoder = Decoder(model)
-    logits, key_values = decoder.prefill([ids[:-_NUM_STEPS] for ids in sequences], 2, _NUM_STEPS)
+    engine = Decoder(model)
+    logits, key_values = engine.prefill([ids[:-_NUM_STEPS] for ids in sequences], 2, _NUM_STEPS)
     for step in range(_NUM_STEPS + 1):
         place = step - _NUM_STEPS - 1
         expected = torch.stack([logits_of[place] for logits_of in want]).repeat_interleave(2, 0)
@@ -132,7 +132,7 @@ def _engine_differs(model: PreTrainedModel, sequences: Sequence[Sequence[int]]) 
             return f"{f'step {step}' if step else 'the prefill'} differs from the trainer's forward (by {distance:.2g})"
         if step < _NUM_STEPS:
             tokens = torch.tensor([ids[place + 1] for ids in sequences]).repeat_interleave(2)
-            logits = decoder.step(tokens, key_values)
+            logits = engine.step(tokens, key_values)
     return None
 
 

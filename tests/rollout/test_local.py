@@ -245,6 +245,13 @@ def test_what_the_engine_does_not_decode_right_is_refused():
         LocalEngine(DiffLlamaForCausalLM(config))
 
 
+def test_logits_that_are_not_finite_are_an_error():
+    model = tiny()
+    model.lm_head.weight.data[3, 2] = float("nan")
+    with pytest.raises(UserError, match="logits that are not finite"):
+        LocalEngine(model).generate([(3, 4)], SamplingParams(4, 1.0, 0, group_size=2), seed=0)
+
+
 def test_stats_count_the_last_generation():
     engine = LocalEngine(tiny())
     engine.generate([(3, 4)], SamplingParams(6, group_size=5), seed=0)
