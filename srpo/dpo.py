@@ -229,11 +229,11 @@ def dpo(cfg: DpoConfig, parallel: Parallel) -> Path:
             logprobs[:, 0], logprobs[:, 1], ref[:, 0], ref[:, 1], cfg.beta, cfg.batch_size, label_smoothing=cfg.label_smoothing
         )
         num_tokens = torch.tensor(len(rows.labels), dtype=torch.float64, device=parallel.device)
-        return out.loss, torch.stack([*(out.metrics[name].double() for name in names), num_tokens])
+        return out.loss, torch.stack([*(out.sums[name] for name in names), num_tokens])
 
     def metrics_of(sums: list[float]) -> tuple[dict[str, float], float]:
-        *means, num_tokens = sums
-        metrics = {f"dpo/{name}": mean for name, mean in zip(names, means, strict=True)}
+        *sums, num_tokens = sums
+        metrics = {f"dpo/{name}": total / cfg.batch_size for name, total in zip(names, sums, strict=True)}
         return metrics | {"train/num_tokens": num_tokens}, metrics["dpo/accuracy"]
 
     fit(

@@ -255,6 +255,8 @@ def test_rollouts_of_a_padded_vocabulary_are_those_of_the_policy(world: Any, sam
 
     def insert(row: dict[str, Any]) -> None:
         row["response_ids"].insert(2, beyond)
+        row["sampling_logprobs"].insert(2, 0.0)
+        row["step_ends"][-1] += 1
 
     path = small.rewrite_line(sampled, tmp_path / "rollouts.jsonl", 3, insert)
     cfg = settings(world, tmp_path, rollouts=str(path))

@@ -102,13 +102,13 @@ def test_the_loss_is_the_mean_cross_entropy_of_the_responses(world: Any, tmp_pat
 
 
 def test_special_tokens_are_the_templates_alone(world: Any, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    write_pairs(tmp_path / "p.jsonl", [("a<|end|>b", "c<|end|>"), ("a", "b")])
+    write_pairs(tmp_path / "p.jsonl", [("a<|end|>b", "c<|pad|><|end|>"), ("a", "b")])
     tokenizer = load_tokenizer(world.base)
     cfg = world.sft_config(tmp_path / "run", data=str(tmp_path / "p.jsonl"), prompt="<|pad|>{prompt}<|end|>")
     (first, response), (second, _) = tokenized_pairs(cfg, tokenizer, 500, show=True)
     for ids, text in ((first, "a<|end|>b"), (second, "a")):
         assert ids == (tokenizer.pad_token_id, *encode(tokenizer, text), tokenizer.eos_token_id)
-    assert response.count(tokenizer.eos_token_id) == 1 and tokenizer.decode(list(response[:-1])) == "c<|end|>"
+    assert response.count(tokenizer.eos_token_id) == 1 and tokenizer.decode(list(response[:-1])) == "c<|pad|>"
     assert "2 texts of" in capsys.readouterr().out
 
 

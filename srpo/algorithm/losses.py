@@ -73,7 +73,7 @@ class DpoLoss(NamedTuple):
     """Result of `dpo_loss`."""
 
     loss: torch.Tensor  # [] differentiable
-    metrics: dict[str, torch.Tensor]  # [] each, detached, already divided by num_pairs: sum them over micro-batches and ranks
+    sums: dict[str, torch.Tensor]  # [] fp64 each, detached: sums over the pairs, whose means are the metrics
 
 
 def dpo_loss(
@@ -89,8 +89,8 @@ def dpo_loss(
 
     The four tensors [P] are log-probabilities of responses, summed over tokens, under the policy and under the reference.
     label_smoothing e is the assumed share of wrong labels: -(1 - e) log sigmoid(margin) - e log sigmoid(-margin).
-    num_pairs counts the pairs of the optimizer step over all micro-batches and ranks (None: P). Metrics: means of chosen_reward,
-    rejected_reward, margin, and accuracy, the share of pairs with a positive margin.
+    num_pairs counts the pairs of the optimizer step over all micro-batches and ranks (None: P). Sums: of chosen_reward,
+    rejected_reward, margin, and accuracy, 1 for a pair with a positive margin.
     Raises ValueError if beta is not positive, label_smoothing lies outside [0, 0.5), or the shapes differ.
     """
     if not beta > 0:
@@ -104,11 +104,11 @@ def dpo_loss(
     chosen_reward = beta * (chosen_logprobs - ref_chosen)
     rejected_reward = beta * (rejected_logprobs - ref_rejected)
     margin = chosen_reward - rejected_reward
-    metrics = {
+    values = {
         "chosen_reward": chosen_reward,
         "rejected_reward": rejected_reward,
         "margin": margin,
         "accuracy": (margin > 0).to(margin.dtype),
     }
     losses = (label_smoothing - 1) * logsigmoid(margin) - label_smoothing * logsigmoid(-margin)
-    return DpoLoss(losses.sum() / count, {name: value.detach().sum() / count for name, value in metrics.items()})
+    return DpoLoss(losses.sum() / count, {name: value.detach().double().sum() for name, value in values.items()})

@@ -136,7 +136,8 @@ def checked_url(url: str) -> str:
         raise UserError(NO_ADDRESS) from None
     # `urlsplit` drops some control characters, and parsers differ on the others, so none may be there.
     strange = not (url.isascii() and url.isprintable()) or not {" ", "\\"}.isdisjoint(url)
-    if strange or parts.scheme not in ("http", "https") or not host or "%" in host or port == 0:
+    whole = all(host.split(".")) or ":" in host  # no empty label; IPv6 has colons
+    if strange or parts.scheme not in ("http", "https") or not whole or "%" in host or port == 0:
         raise UserError(NO_ADDRESS)
     if parts.username is not None or parts.password is not None or parts.query or parts.fragment:
         raise UserError(

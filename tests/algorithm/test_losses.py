@@ -90,8 +90,8 @@ def test_dpo_by_hand() -> None:
         torch.tensor([-3.0, -6.0]), torch.tensor([-6.0, -3.0]), -torch.tensor([5.0, 5.0]), -torch.tensor([5.0, 5.0]), 0.1
     )
     assert out.loss.item() == pytest.approx((math.log(1 + math.exp(-0.3)) + math.log(1 + math.exp(0.3))) / 2, rel=1e-6)
-    metrics = {name: value.item() for name, value in out.metrics.items()}
-    assert metrics == pytest.approx({"chosen_reward": 0.05, "rejected_reward": 0.05, "margin": 0.0, "accuracy": 0.5}, abs=1e-6)
+    sums = {name: value.item() for name, value in out.sums.items()}
+    assert sums == pytest.approx({"chosen_reward": 0.1, "rejected_reward": 0.1, "margin": 0.0, "accuracy": 1.0}, abs=1e-6)
 
 
 def test_dpo_gradcheck_and_start() -> None:
@@ -100,8 +100,8 @@ def test_dpo_gradcheck_and_start() -> None:
     inputs = (chosen.requires_grad_(), rejected.requires_grad_())
     assert torch.autograd.gradcheck(lambda c, r: dpo_loss(c, r, ref_chosen, ref_rejected, 0.3).loss, inputs)
     start = dpo_loss(chosen, rejected, chosen.detach(), rejected.detach(), 0.3)
-    assert start.loss.item() == pytest.approx(math.log(2)) and start.metrics["accuracy"] == 0
-    assert not any(value.requires_grad for value in start.metrics.values())
+    assert start.loss.item() == pytest.approx(math.log(2)) and start.sums["accuracy"] == 0
+    assert not any(value.requires_grad for value in start.sums.values())
 
 
 def test_dpo_micro_batches_add_up_and_nothing_overflows() -> None:
@@ -111,8 +111,8 @@ def test_dpo_micro_batches_add_up_and_nothing_overflows() -> None:
     parts = [dpo_loss(*logprobs[:, rows], beta=0.5, num_pairs=6) for rows in (slice(0, 1), slice(1, 6))]
     assert undivided.loss.isfinite()
     torch.testing.assert_close(parts[0].loss + parts[1].loss, undivided.loss)
-    for name, value in undivided.metrics.items():
-        torch.testing.assert_close(parts[0].metrics[name] + parts[1].metrics[name], value)
+    for name, value in undivided.sums.items():
+        torch.testing.assert_close(parts[0].sums[name] + parts[1].sums[name], value)
 
 
 @pytest.mark.parametrize(

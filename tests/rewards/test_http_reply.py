@@ -144,7 +144,7 @@ def test_an_address_has_one_form(url: str, normal: str) -> None:
      "http://a\x00/v1", "http://a\x7f/v1", "http://a\u200b/v1", "http://\uff11.1.1.1/v1", "http://127.0.0.1\\@evil.example/v1",
      "http://127.0.0.1%2eevil/v1", "http://user@a/v1", "http://@a/v1", "http://:pw@a/v1", "http://a:0/v1", "http://a:99999/v1",
      "http://a:x/v1", "http://[::1/v1", "http://a/v1?key=1", "http://a/v1#part", "http://a/v1/models", "http://a/v1/chat/completions/",
-     "http://./v1"],
+     "http://./v1", "http://../v1", "http://a../v1", "http://.a/v1", "http://a..b/v1"],
 )  # fmt: skip
 def test_what_is_no_plain_address_is_refused(url: str) -> None:
     with pytest.raises(UserError, match=r"reward\.judge_url"):
