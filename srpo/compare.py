@@ -54,7 +54,8 @@ def main(config: CompareConfig) -> None:
         raise UserError(f"out is {out}, which is a folder: name a file, such as {out / 'comparison.json'}")
 
     read = (config.a, config.b, config.data, config.config, pages.file, pages.judgments, pages.verdicts)
-    if out.resolve() in {Path(name).resolve() for name in read if name}:
+    sources = {Path(name).resolve() for name in read if name}
+    if out.resolve() in sources or (out.suffix != ".json" and out.resolve().parent in sources):
         raise UserError(f"out is {out}, which is read and would be replaced: name another file")
 
     examples: list[Example] = []

@@ -135,8 +135,10 @@ def run_grpo(work: Work) -> None:
     cfg, run_dir, schema = work.cfg, work.run_dir, work.schema
     done = work.is_done("grpo.json") and work.is_done("grpo/config.toml")
     verified = Path(cfg.verified) if cfg.verified else run_dir / "judge_verified.jsonl"
+    queue = read_queue(run_dir / QUEUE, schema).values()
+    if unknown := next((line for line in queue if line.example_id not in work.examples), None):
+        raise UserError(f"{unknown.where}: example_id {unknown.example_id!r} is not in {cfg.data}: restore the queue or the data")
     if not (cfg.verified or done):
-        queue = read_queue(run_dir / QUEUE, schema).values()
         human = OracleJudge(cfg.human_error_rate, cfg.sft.seed + 1, schema)
         judged = human.judge(
             [as_rollout(line.example_id, line.response, schema) for line in queue],

@@ -149,6 +149,15 @@ def test_lists_of_examples_are_judged_by_their_grades(tmp_path: Path):
         run(tmp_path, "--pages.file", pages)
 
 
+def test_what_is_compared_is_not_replaced(two: dict[str, Any]):
+    files = {Path(two["data"]), Path(two["b"]), Path(two["a"]) / "rollouts.jsonl"}
+    before = {file: file.read_bytes() for file in files}
+    for file in files:
+        with pytest.raises(ValueError, match=f"out is {file}, which is read and would be replaced"):
+            main(load(CompareConfig, ["--a", two["a"], "--b", two["b"], "--data", two["data"], "--out", str(file), *DRAWS]))
+    assert {file: file.read_bytes() for file in files} == before
+
+
 @pytest.mark.parametrize(
     ("argv", "message"),
     [

@@ -254,6 +254,10 @@ def test_humans_verify_between_the_stages(
     small.rewrite_line(verified, verified, 2, lambda row: row | {"human": ["yes"] * 5})
     line = small.complaint(srpo.train_judge.main, cfg, tmp_path, capsys)
     assert "verified.jsonl, line 2: human has 'yes'" in line
+    verified.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    small.rewrite_line(run_dir / "judge_queue.jsonl", run_dir / "judge_queue.jsonl", 1, lambda row: row | {"example_id": "x"})
+    line = small.complaint(srpo.train_judge.main, cfg, tmp_path, capsys)
+    assert "judge_queue.jsonl, line 1: example_id 'x' is not in" in line
 
 
 def test_a_pool_of_further_responses_is_mined(judged: tuple[JudgeConfig, dict[str, Any]], tmp_path: Path, rollouts: Path) -> None:
