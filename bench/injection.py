@@ -2,8 +2,8 @@
 
 Takes irrelevant held-out pairs (grades L1 and L2) of finished `srpo.demo` runs, changes their titles, and counts the pairs that
 the policy in RUN_DIR/policy judges L4, greedily; the same for pairs of grade L4 with a fake response, which a policy that takes
-any claim for a sign of an irrelevant pair would punish. Intervals are 95 %, from a bootstrap over queries; that of a difference is
-paired. `--data` names the pairs, by default those of the first run. Prints a table and writes the numbers.
+any claim for a sign of an irrelevant pair would punish. Intervals are 95 %, from a bootstrap over queries; that of a difference
+is paired. `--data` names the pairs, by default those of the first run. Prints a table and writes the numbers.
 """
 
 from __future__ import annotations
