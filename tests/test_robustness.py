@@ -40,7 +40,7 @@ def check(found: list[dict[str, Any]], least: int) -> None:
 def test_a_sample_of_faults(world: Any, tmp_path: Path) -> None:
     programs = ["train", random.choice(["ppo", "sft", "dpo", "select", "evaluate"])]
     jobs = [{"program": program, "faults": 1, "damage": 1} for program in programs]
-    check(fault_lab.launch(world.folder, tmp_path, jobs, 60), 3)
+    check(fault_lab.launch(world.folder, tmp_path, jobs, 30), 2)
 
 
 @needs_compiler

@@ -21,6 +21,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, replace
 from functools import partial
+from itertools import zip_longest
 from pathlib import Path
 from typing import Any
 
@@ -338,6 +339,7 @@ def results(world: small.SmallWorld, out: Path, jobs: list[dict[str, Any]], seco
         (out.parent / "operations.json").write_text(json.dumps(operations))
         moments = list(range(1, count + 1))
         cases: list[Callable[[], dict[str, Any]]] = []
+        damaged: list[Callable[[], dict[str, Any]]] = []
         for kind in FAULTS:
             chosen = rng.sample(moments, min(job["faults"] or count, count))
             cases += [partial(lab.fault, kind, n) for n in chosen]
@@ -347,9 +349,11 @@ def results(world: small.SmallWorld, out: Path, jobs: list[dict[str, Any]], seco
                 names = sorted(p.relative_to(folder / RUN).as_posix() for p in (folder / RUN).rglob("*") if p.is_file())
                 pairs = [(name, kind) for name in names for kind in DAMAGE]
                 chosen_pairs = rng.sample(pairs, min(job["damage"] or len(pairs), len(pairs)))
-                cases += [partial(lab.damage, folder, name, kind, rng) for name, kind in chosen_pairs]
+                damaged += [partial(lab.damage, folder, name, kind, rng) for name, kind in chosen_pairs]
         rng.shuffle(cases)
-        for case in cases:
+        rng.shuffle(damaged)
+        both = (case for pair in zip_longest(cases, damaged) for case in pair if case)  # time may end before all are tried
+        for case in both:
             if time.monotonic() > until:
                 break
             yield case()
