@@ -7,6 +7,7 @@ import pytest
 
 import srpo.scores.bootstrap
 from srpo.core.config.evaluation import BootstrapConfig
+from srpo.core.ranges import check_ranges
 from srpo.scores.bootstrap import cluster_sums, multiplicities, percentile_interval, resampled_sums
 
 
@@ -68,7 +69,7 @@ def test_intervals_over_queries_cover_the_truth_and_those_over_pairs_do_not(seed
 @pytest.mark.parametrize("changes", [{"num_draws": -1}, {"seed": -1}, {"level": 0.0}, {"level": 1.0}, {"level": 95.0}])
 def test_settings_that_cannot_be_are_refused(changes: dict[str, float]):
     with pytest.raises(ValueError, match=rf"bootstrap\.{next(iter(changes))} is"):
-        BootstrapConfig(**changes)  # pyright: ignore[reportArgumentType]
+        check_ranges(BootstrapConfig(**changes), prefix="bootstrap.")  # pyright: ignore[reportArgumentType]
 
 
 def test_rows_and_names_have_to_agree():

@@ -224,6 +224,7 @@ def test_a_parameter_that_is_more_than_cut_up_is_converted_every_time(monkeypatc
         tensors = read(store, list(store.write(iter_checkpoint_blocks(torch.nn.Module(), layouts), 0)))
         assert len(tensors) == 4 and all(torch.equal(tensors[f"model.layers.0.{e}.up"], weight[e, 1::2]) for e in range(2))
         weight.mul_(3)
+        store.close()
     assert layouts == {"model.layers.0.gate_up": None}
 
 
