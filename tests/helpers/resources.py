@@ -24,7 +24,7 @@ def held() -> set[str]:
     names = {f"process {line}" for pid in _descendants() if (line := _command(pid))}
     names |= {f"thread {thread.name}" for thread in threading.enumerate()}
     names |= _descriptors()
-    names |= {f"shared memory {path}" for path in Path("/dev/shm").glob("*")}
+    names |= {f"shared memory {path}" for path in Path("/dev/shm").glob("*") if not _is_anothers(path.name)}
     names |= {f"temporary {path}" for path in Path(tempfile.gettempdir()).glob(f"srpo-*{os.getpid()}-*")}
     return {name for name in names if not any(kept in name for kept in KEPT)}
 
@@ -55,6 +55,12 @@ def _descendants() -> list[int]:
     while more := {pid for pid, parent in parents.items() if parent in mine} - mine:
         mine |= more
     return sorted(mine - {os.getpid()})
+
+
+def _is_anothers(name: str) -> bool:
+    """Whether a semaphore is named after a living process that is none of ours, such as one of tests beside these."""
+    pid = name.split("-")[1] if name.startswith("sem.loky-") else ""
+    return pid.isdigit() and Path(f"/proc/{pid}").exists() and int(pid) not in _descendants()
 
 
 def _command(pid: int) -> str:
