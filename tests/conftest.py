@@ -60,17 +60,11 @@ def has_cpu_vllm() -> bool:
 
 
 @pytest.fixture(scope="module", autouse=True)
-def leaves_nothing(request: pytest.FixtureRequest) -> Iterator[None]:
-    """Fails a module whose tests leave a process, thread, descriptor, shared memory or temporary file behind.
-
-    Known and open: after the tests of a real vLLM a folder of an engine, and seldom its shared memory, may stay. The folder goes
-    when the next engine starts.
-    """
+def leaves_nothing() -> Iterator[None]:
+    """Fails a module whose tests leave a process, thread, descriptor, shared memory or temporary file behind."""
     before = resources.held()
     yield
     left = resources.newcomers(before)
-    if "vllm" in request.node.nodeid:
-        left = [name for name in left if not name.startswith(("temporary ", "shared memory "))]
     assert not left, "left behind by the tests of this module:\n" + "\n".join(left)
 
 

@@ -1,4 +1,4 @@
-"""What this process holds and has left on the machine (Linux): for the audit after each module of tests."""
+"""Processes, files and memory that this process holds or has left on the machine (Linux): for the audit after each module."""
 
 from __future__ import annotations
 
@@ -25,12 +25,12 @@ def held() -> set[str]:
     names |= {f"thread {thread.name}" for thread in threading.enumerate()}
     names |= _descriptors()
     names |= {f"shared memory {path}" for path in Path("/dev/shm").glob("*") if not _is_anothers(path.name)}
-    names |= {f"temporary {path}" for path in Path(tempfile.gettempdir()).glob(f"srpo-*{os.getpid()}-*")}
+    names |= {f"temporary {path}" for path in Path(tempfile.gettempdir()).glob(f"srpo-*{os.getpid()}-*") if not _is_log(path)}
     return {name for name in names if not any(kept in name for kept in KEPT)}
 
 
 def newcomers(before: set[str]) -> list[str]:
-    """What is held now and was not `before`, after waiting a little for it to end."""
+    """The names held now and not `before`, after waiting a little for them to end."""
     until = time.monotonic() + _WAIT_S
     while True:
         left = held() - before
@@ -61,6 +61,11 @@ def _is_anothers(name: str) -> bool:
     """Whether a semaphore is named after a living process that is none of ours, such as one of tests beside these."""
     pid = name.split("-")[1] if name.startswith("sem.loky-") else ""
     return pid.isdigit() and Path(f"/proc/{pid}").exists() and int(pid) not in _descendants()
+
+
+def _is_log(folder: Path) -> bool:
+    """Whether an engine that failed has left its log there, which stays for the reader of the error."""
+    return {path.name for path in folder.glob("*")} == {"engine.log", "owner"}
 
 
 def _command(pid: int) -> str:

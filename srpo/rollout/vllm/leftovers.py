@@ -1,10 +1,11 @@
-"""What the processes of an engine leave on this machine, and its removal: a private temporary folder, and shared memory."""
+"""Removes everything that the processes of an engine leave on this machine: a private temporary folder, and shared memory."""
 
 from __future__ import annotations
 
 import fcntl
 import os
 import shutil
+import signal
 import tempfile
 import time
 from collections.abc import Iterable
@@ -13,16 +14,17 @@ from pathlib import Path
 from typing import IO
 
 _PREFIX = "srpo-engine-"
-_OWNER = "owner"  # file that the trainer of a folder holds locked
+OWNER = "owner"  # file that the trainer of a folder holds locked
 _YOUNG_S = 60.0  # a folder may not be locked yet
 _SHARED = "/dev/shm/"
+_TRACKER_S = 1.0  # time for a tracker to remove what it has tracked
 
 
 def make_folder() -> tuple[Path, IO[str]]:
     """(a temporary folder that only this user may enter, its lock). Removes the folders of trainers that have ended."""
     _sweep(Path(tempfile.gettempdir()))
     folder = Path(tempfile.mkdtemp(prefix=f"{_PREFIX}{os.getpid()}-"))
-    lock = (folder / _OWNER).open("w")
+    lock = (folder / OWNER).open("w")
     fcntl.flock(lock, fcntl.LOCK_EX)
     return folder, lock
 
@@ -33,7 +35,7 @@ def _sweep(root: Path) -> None:
             stat = folder.lstat()
             if stat.st_uid != os.getuid() or time.time() - stat.st_mtime < _YOUNG_S:
                 continue
-            with (folder / _OWNER).open("r+") as lock:
+            with (folder / OWNER).open("r+") as lock:
                 fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)  # fails while the trainer lives
                 shutil.rmtree(folder, ignore_errors=True)
 
@@ -58,6 +60,25 @@ def members(group: int) -> list[int]:
             if int(number) == group and state not in "ZX":
                 found.append(int(path.parent.name))
     return found
+
+
+def kill_group(group: int) -> None:
+    """Kill the processes of a group: Python's resource trackers last, because they remove what the others have shared."""
+    for pid in members(group):
+        if not _is_tracker(pid):
+            with suppress(ProcessLookupError):
+                os.kill(pid, signal.SIGKILL)
+    until = time.monotonic() + _TRACKER_S
+    while members(group) and time.monotonic() < until:
+        time.sleep(0.01)
+    with suppress(ProcessLookupError, PermissionError):
+        os.killpg(group, signal.SIGKILL)
+
+
+def _is_tracker(pid: int) -> bool:
+    with suppress(OSError):
+        return b"multiprocessing.resource_tracker" in Path(f"/proc/{pid}/cmdline").read_bytes()
+    return False
 
 
 def shared_files(pids: Iterable[int]) -> set[str]:

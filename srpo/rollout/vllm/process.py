@@ -24,7 +24,7 @@ from multiprocessing.connection import Connection
 from typing import Any
 
 from srpo.core.errors import UserError
-from srpo.rollout.vllm.leftovers import empty_folder, make_folder, members, remove_shared, shared_files
+from srpo.rollout.vllm.leftovers import OWNER, empty_folder, kill_group, make_folder, members, remove_shared, shared_files
 from srpo.rollout.vllm.orphan import TRAINER
 
 LAUNCHER_VARIABLES = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "GROUP_RANK", "GROUP_WORLD_SIZE")
@@ -159,22 +159,21 @@ class EngineProcess:
                 self.kill()
 
     def kill(self) -> None:
-        """Kill the process and all processes that it started, and remove what they shared. The log stays. Calling it again does
-        nothing."""
+        """Kill the process and all processes that it started, and remove what they shared. The log stays for the reader of the
+        error, until an engine of another run starts. Calling it again does nothing."""
         if self._channel.closed:
             return  # the pid may belong to another process by now
         self._end((self._shared or set()) | shared_files(members(self.pid)))
 
     def _end(self, shared: set[str]) -> None:
         atexit.unregister(self.close)
-        with contextlib.suppress(ProcessLookupError, PermissionError):
-            os.killpg(self._process.pid, signal.SIGKILL)
+        kill_group(self.pid)
         self._process.wait()
-        remove_shared(shared)  # a killed process does not, and neither does its resource tracker
+        remove_shared(shared)  # a killed process does not, and its resource tracker may have been killed before
         self._channel.close()
         self._descriptors.close()
         self._log.close()
-        empty_folder(self._folder, keep=(_LOG,))
+        empty_folder(self._folder, keep=(_LOG, OWNER))
         self._lock.close()
 
     def close(self) -> None:

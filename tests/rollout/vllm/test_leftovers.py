@@ -41,6 +41,18 @@ if op == "close" and sys.argv[-3] == "ends":
 time.sleep(300)
 """
 
+LATE = """
+import json, sys, time
+from multiprocessing.connection import Connection
+from multiprocessing.shared_memory import SharedMemory
+
+channel = Connection(int(sys.argv[-2]))
+channel.send_bytes(b"{}")
+channel.recv()
+channel.send_bytes(json.dumps({"memory": SharedMemory(create=True, size=4096).name}).encode())
+time.sleep(300)
+"""
+
 
 @pytest.fixture
 def folders(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
@@ -65,13 +77,41 @@ def test_everything_of_an_engine_is_removed(how: str, stop: str, folders: Path) 
     if stop == "kill":
         process.kill()
     if stop != "close":
-        assert [path.name for path in folder.iterdir()] == [process.log.name]  # for the error message
+        assert {path.name for path in folder.iterdir()} == {process.log.name, leftovers.OWNER}  # the log is for the error message
     process.close()
     process.close()
     assert time.monotonic() - begin < (5 if how == "hangs" and stop == "close" else 2)
     assert not leftovers.members(process.pid)
     with pytest.raises(FileNotFoundError):
         SharedMemory(facts["memory"])
+
+
+def test_shared_memory_of_a_worker_that_died_with_its_engine_is_removed(folders: Path) -> None:
+    """It came after the engine's first reply, and nobody has it mapped any more: only the engine's resource tracker knows it."""
+    process = EngineProcess(["-c", LATE], timeout_s=20)
+    process.receive()
+    process.send("make")
+    name = process.receive()["memory"]
+    os.kill(process.pid, 9)
+    with pytest.raises(EngineFailure, match="died"):
+        process.receive()
+    process.close()
+    with pytest.raises(FileNotFoundError):
+        SharedMemory(name)
+
+
+def test_the_log_of_an_engine_that_died_stays_for_a_while(folders: Path) -> None:
+    process = EngineProcess(["-c", "raise SystemExit('no memory')"], timeout_s=20)
+    with pytest.raises(EngineFailure, match="died with exit code 1"):
+        process.receive()
+    (folder,) = folders.iterdir()
+    assert process.log.read_text() == "no memory\n"
+    os.utime(folder, (0, 0))
+    other, lock = leftovers.make_folder()
+    assert list(folders.iterdir()) == [other]
+    lock.close()
+    leftovers.empty_folder(other, keep=())
+    other.rmdir()
 
 
 def test_folders_of_trainers_that_have_ended_are_swept(folders: Path) -> None:
