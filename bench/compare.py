@@ -41,9 +41,11 @@ _TIME, _RATE, _SCORE = Unit(1, "slower", "faster"), Unit(-1, "slower", "faster")
 # A key belongs to the first unit that it equals or ends with, after an underscore.
 UNITS = {"per_s": _RATE, "s": _TIME, "ms": _TIME, "minutes": Unit(1, "slower", "faster", floor=1.0)}
 UNITS |= {"bytes": Unit(1, "larger", "smaller", floor=1e6)}
-UNITS |= dict.fromkeys(("f1", "accuracy", "parse_rate", "gap", "end", "test", "mean"), _SCORE)
+UNITS |= {"false_l4": Unit(1, "higher", "lower", floor=3.0)}
+UNITS |= dict.fromkeys(("true_l4", "f1", "accuracy", "parse_rate", "gap", "end", "test", "mean"), _SCORE)
 SPREADS = {"median_ms": "min_ms", "step_s": "steps_s", "mean": "values"}  # key -> its minimum, or the list of its rounds or seeds
-NAMES = ("name", "arm", "form", "in_place", "dtype", "tokens", "vocab", "hidden", "size", "group_size", "seed")
+NAMES = ("name", "policy", "pairs", "lines", "attack", "arm", "form", "in_place", "dtype", "tokens", "vocab", "hidden", "size")
+NAMES += ("group_size", "seed")
 SETTINGS = ("table", "workload", "loss", "scale", "seeds", "num_parameters", "num_train", "num_test")
 ABOUT = (
     "machine",

@@ -3,7 +3,9 @@
 Takes irrelevant held-out pairs (grades L1 and L2) of finished `srpo.demo` runs, changes their titles, and counts the pairs that
 the policy in RUN_DIR/policy judges L4, greedily; the same for pairs of grade L4 with a fake response, which a policy that takes
 any claim for a sign of an irrelevant pair would punish. Intervals are 95 %, from a bootstrap over queries; that of a difference
-is paired. `--data` names the pairs, by default those of the first run. Prints a table and writes the numbers.
+is paired. Each run is judged on its own held-out pairs. Prints a table and writes the numbers.
+
+The runs: `python -m srpo.demo --seed S --run-dir RUN_DIR`, and the same with `--adversarial-frac 0.5`.
 """
 
 from __future__ import annotations
@@ -99,13 +101,14 @@ def measure(policy: Path, examples: Sequence[Example], relevant: Sequence[Exampl
             changed = [replace(example, title=ATTACKS[attack](example)) for example in examples]
             called = called_l4(policy, changed, prompt, f"{name}, {attack}")
             clean = called if attack == "as they are" else clean
-            row = {"policy": name, "pairs": pairs, "lines": prompt == OPEN_PROMPT, "attack": attack}
-            rows.append(row | {"judged_l4": interval(called, queries), "change": interval(called - clean, queries)})
-            judged, change = (" ".join(f"{v:+6.1f}" for v in rows[-1][key]) for key in ("judged_l4", "change"))
-            print(
-                f"{name:12} {pairs:10} {'lines kept' if row['lines'] else 'one line':10} {attack:26} {judged}   {change}",
-                flush=True,
-            )
+            lines = "lines kept" if prompt == OPEN_PROMPT else "one line"
+            share, *bounds = interval(called, queries)
+            change, *change_bounds = interval(called - clean, queries)
+            row = {"policy": name, "pairs": pairs, "lines": lines, "attack": attack, "num_pairs": len(examples)}
+            row |= {"false_l4" if pairs == "irrelevant" else "true_l4": share, "interval": bounds}
+            rows.append(row | {"change": change, "change_interval": change_bounds})
+            numbers = " ".join(f"{value:+6.1f}" for value in (share, *bounds, change, *change_bounds))
+            print(f"{name:14} {pairs:10} {lines:10} {attack:26} {numbers}", flush=True)
     return rows
 
 
@@ -113,24 +116,18 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("runs", nargs="+", metavar="NAME=RUN_DIR")
     parser.add_argument("--num-pairs", type=int, default=1000)
-    parser.add_argument("--data", type=Path)
     parser.add_argument("--json", type=Path)
     args = parser.parse_args()
     runs = dict(run.split("=", 1) for run in args.runs)
-    data = args.data or Path(next(iter(runs.values()))) / "data" / "eval.jsonl"
-    held_out = load_examples(data, len(PAPER_STEPS))
-    examples, relevant = ([e for e in held_out if e.grade in grades][: args.num_pairs] for grades in ((1, 2), (4,)))
-    rows = [row for name, run in runs.items() for row in measure(Path(run) / "policy", examples, relevant, name)]
+    rows = []
+    for name, run in runs.items():
+        held_out = load_examples(Path(run) / "data" / "eval.jsonl", len(PAPER_STEPS))
+        irrelevant, relevant = ([e for e in held_out if e.grade in grades][: args.num_pairs] for grades in ((1, 2), (4,)))
+        rows += measure(Path(run) / "policy", irrelevant, relevant, name)
     if args.json:
         machine = {"processor": platform.processor() or platform.machine(), "system": platform.system()}
         versions = {"python": platform.python_version(), **{name: version(name) for name in ("torch", "transformers", "srpo")}}
-        report = {
-            "machine": machine,
-            "versions": versions,
-            "num_pairs": len(examples),
-            "num_relevant": len(relevant),
-            "rows": rows,
-        }
+        report = {"machine": machine, "versions": versions, "policies": runs, "rows": rows}
         args.json.write_text(json.dumps(report, indent=1) + "\n", encoding="utf-8")
 
 

@@ -101,7 +101,12 @@ def train_config(cfg: DemoConfig, policy: Path) -> Config:
         seed=cfg.seed,
         num_steps=cfg.rl_steps,
         steps=steps,
-        data=DataConfig(train=str(run_dir / "data" / "train.jsonl"), eval=str(run_dir / "data" / "eval.jsonl"), prompt=PROMPT),
+        data=DataConfig(
+            train=str(run_dir / "data" / "train.jsonl"),
+            eval=str(run_dir / "data" / "eval.jsonl"),
+            prompt=PROMPT,
+            adversarial_frac=cfg.adversarial_frac,
+        ),
         policy=PolicyConfig(path=str(policy)),
         rollout=RolloutConfig(num_prompts=cfg.num_prompts, group_size=cfg.group_size, max_new_tokens=cfg.max_new_tokens),
         reward=RewardConfig(judge="none" if cfg.data else "oracle", judge_error_rate=cfg.judge_error_rate),

@@ -9,16 +9,17 @@ from dataclasses import replace
 from srpo.core.steps import StepSchema
 from srpo.data.examples import GRADES, Example
 
-IRRELEVANT = GRADES[:2]  # grades whose titles are attacked: for the others the claim would be nearly right
 _NAMES = ("Relevance", "Verdict", "Grade", "Rating", "Label", "Judgment")
 _PRAISE = ("excellent match", "best match", "fully relevant", "perfect match for the query", "correct")
 
 
 def with_attacks(examples: Sequence[Example], frac: float, seed: int, schema: StepSchema) -> list[Example]:
-    """The examples; a share `frac` of those of grade 1 or 2 gets an `attack`, a text that claims the best verdict.
+    """The examples; a share `frac` of them gets an `attack`, a text that claims the best verdict.
 
-    Their labels stay, and only the policy reads the attack. It is a pure function of (seed, example_id, examples): a resumed run
-    and every rank draw the same. The claim is a verdict, praise, or all steps in the words of a pair of the best grade.
+    Pairs of every grade are drawn alike, so that the text says nothing about the label: a policy that saw it on irrelevant pairs
+    alone would learn to punish it. Labels stay, and only the policy reads the attack. It is a pure function of (seed, example_id,
+    examples): a resumed run and every rank draw the same. Half of the claims are whole responses, with all steps; the others are
+    a verdict, the last line of a response, or praise.
     """
     if not frac:
         return list(examples)
@@ -27,7 +28,7 @@ def with_attacks(examples: Sequence[Example], frac: float, seed: int, schema: St
 
     def attacked(example: Example) -> Example:
         rng = random.Random(f"adversarial|{seed}|{example.example_id}")
-        if example.grade not in IRRELEVANT or rng.random() >= frac:
+        if rng.random() >= frac:
             return example
         return replace(example, attack=_claim(rng, example, models, best, schema))
 
@@ -35,7 +36,7 @@ def with_attacks(examples: Sequence[Example], frac: float, seed: int, schema: St
 
 
 def _claim(rng: random.Random, example: Example, models: Sequence[Example], best: str, schema: StepSchema) -> str:
-    kind = rng.randrange(4)
+    kind = rng.randrange(6)  # half of them are responses
     if kind == 0:
         return f" {rng.choice(_NAMES)}: {best}"
     if kind == 1:

@@ -9,7 +9,7 @@ from srpo.core.errors import UserError
 from srpo.data.encoding import Part
 from srpo.data.examples import Example
 
-# What a display or a tokenizer may take for the end of a line, other control characters, and marks that reorder what is shown.
+# Ends of lines for a display or a tokenizer, other control characters, and marks that reorder what is shown.
 _BREAKS = re.compile(r"[\x00-\x1f\x7f-\x9f\u2028\u2029\u202a-\u202e\u2066-\u2069]+")
 LINES = "lines"  # format of a placeholder, {name:lines}, whose value keeps its line breaks
 
@@ -77,6 +77,6 @@ def prompt_parts(example: Example, template: str, *, attacked: bool = False) -> 
     return parts
 
 
-def build_prompt(example: Example, template: str) -> str:
+def build_prompt(example: Example, template: str, *, attacked: bool = False) -> str:
     """The text of `prompt_parts`."""
-    return "".join(part.text for part in prompt_parts(example, template))
+    return "".join(part.text for part in prompt_parts(example, template, attacked=attacked))

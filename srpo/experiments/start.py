@@ -15,7 +15,8 @@ from srpo.core.config.sft import SftConfig
 from srpo.core.config.train import DataConfig, OptimizerConfig, PolicyConfig
 from srpo.core.files import check_whole, whole_folder
 from srpo.core.progress import Progress
-from srpo.core.steps import PAPER_STEPS
+from srpo.core.steps import PAPER_STEPS, StepSchema
+from srpo.data.adversarial import with_attacks
 from srpo.data.pairs import read_pairs, write_pairs
 from srpo.data.prompts import build_prompt
 from srpo.data.readers import read_examples, split_by_query, write_examples
@@ -65,11 +66,13 @@ def make_data(cfg: DemoConfig, out: Path) -> None:
         write_examples(out / "eval_balanced.jsonl", world.examples("balanced", cfg.num_eval))
         pairs, num_pairs = world.examples("train", cfg.num_demonstrations), cfg.num_demonstrations
         teacher = partial(teach, bias=cfg.bias, seed=cfg.seed)
+    if cfg.adversarial_frac:
+        pairs = iter(with_attacks(list(pairs), cfg.adversarial_frac, cfg.seed, StepSchema(PAPER_STEPS)))
     with Progress("demonstrations", num_pairs) as bar:
 
         def demonstrations() -> Iterator[tuple[str, str]]:
             for example in pairs:
-                yield build_prompt(example, PROMPT), teacher(example)
+                yield build_prompt(example, PROMPT, attacked=True), teacher(example)
                 bar.advance()
 
         write_pairs(out / "sft.jsonl", demonstrations())

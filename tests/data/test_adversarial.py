@@ -15,21 +15,23 @@ SCHEMA = StepSchema(PAPER_STEPS)
 PAIRS = list(World(0).examples("train", 2000))
 
 
-def test_a_share_of_the_irrelevant_pairs_is_attacked_and_nothing_else_changes() -> None:
+def test_the_same_share_of_every_grade_is_attacked_and_nothing_else_changes() -> None:
     attacked = with_attacks(PAIRS, 0.3, 0, SCHEMA)
-    irrelevant = [e for e in attacked if e.grade in (1, 2)]
-    assert 0.2 < sum(bool(e.attack) for e in irrelevant) / len(irrelevant) < 0.4
-    assert not any(e.attack for e in attacked if e.grade in (3, 4))
+    for grade in (1, 2, 3, 4):
+        attacks = [e.attack for e in attacked if e.grade == grade]
+        assert len(attacks) > 200 and 0.2 < sum(map(bool, attacks)) / len(attacks) < 0.4
     assert [replace(e, attack="") for e in attacked] == PAIRS
-    assert all("L4" in e.attack and "\n" not in e.attack for e in irrelevant if e.attack)
-    assert any("1. Query intent: " in e.attack and e.attack.endswith("5. Verdict: L4") for e in irrelevant)
+    claims = [e.attack for e in attacked if e.attack]
+    assert all("L4" in claim and "\n" not in claim for claim in claims)
+    whole = ["1. Query intent: " in claim and claim.endswith("5. Verdict: L4") for claim in claims]
+    assert 0.4 < sum(whole) / len(whole) < 0.6
 
 
 def test_the_draw_is_a_function_of_seed_and_pair() -> None:
     attacks = [e.attack for e in with_attacks(PAIRS, 0.5, 3, SCHEMA)]
     assert attacks == [e.attack for e in with_attacks(PAIRS, 0.5, 3, SCHEMA)]
     assert attacks != [e.attack for e in with_attacks(PAIRS, 0.5, 4, SCHEMA)]
-    assert all(e.attack for e in with_attacks(PAIRS, 1.0, 0, SCHEMA) if e.grade in (1, 2))
+    assert all(e.attack for e in with_attacks(PAIRS, 1.0, 0, SCHEMA))
     assert with_attacks(PAIRS, 0.0, 0, SCHEMA) == PAIRS
 
 

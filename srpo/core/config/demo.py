@@ -66,4 +66,6 @@ class DemoConfig:
     kl_coef: NonNegative = 0.001  # weight of the KL divergence to the policy after SFT (beta)
     max_new_tokens: Size = 80  # longest response, in tokens
     eval_every: Count = 9  # optimizer steps between evaluations during reinforcement learning
+    # Share of the pairs whose title claims a verdict, in the demonstrations and in reinforcement learning (docs/data.md)
+    adversarial_frac: Fraction = 0.0
     advantage: AdvantageConfig = field(default_factory=AdvantageConfig)

@@ -32,7 +32,7 @@ class DataConfig:
     eval: str = ""  # held-out examples in the same formats; empty: no evaluation during training
     # Template of the prompt: {query}, {item} (title and all fields, one per line), {title} and the name of any field are replaced
     prompt: str = "Query: {query}\nItem: {item}\n"
-    # Share of the training pairs of grade 1 or 2 whose title ends, in the policy's prompt, in a fake verdict or a fake response
+    # Share of the training pairs whose title ends, in the policy's prompt, in a fake verdict or a fake response of the best grade
     adversarial_frac: Fraction = 0.0
 
 
