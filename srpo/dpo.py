@@ -275,7 +275,7 @@ def _reference(
 
 
 def _stored_reference(path: Path, key: str) -> torch.Tensor:
-    """What `_reference` has stored. Raises UserError if it is not as it was written."""
+    """The log-probabilities that `_reference` has stored. Raises UserError if they are not as they were written."""
     try:
         with naming(path), safe_open(path, "pt") as file:
             logprobs, stored = file.get_tensor("logprobs"), file.metadata() or {}

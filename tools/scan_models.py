@@ -32,7 +32,7 @@ from srpo.rollout.local import LocalEngine
 PAGE = Path(__file__).resolve().parents[1] / "docs" / "models.md"
 START = "<!-- written by tools/scan_models.py -->\n"
 LENGTHS = ((5, 4), (9, 16), (3, 8))  # prompt and response of three sequences; the second passes the bounds of a small config
-# What every checkpoint of the type says, and its default config does not.
+# Settings that every checkpoint of the type has, and its default config has not.
 GIVEN: dict[str, dict[str, Any]] = {
     "deepseek_v2": {"num_experts_per_tok": 2},
     "dots1": {"n_routed_experts": 8},
@@ -48,7 +48,7 @@ BOUND = 1e-4  # nats, of log-probabilities in fp32
 
 @dataclass(frozen=True)
 class Finding:
-    """What the scan has found of one model type. `policy`: right, refused, untested or WRONG; `engine` too, or empty."""
+    """The result of the scan for one model type. `policy`: right, refused, untested or WRONG; `engine` too, or empty."""
 
     policy: str
     engine: str = ""

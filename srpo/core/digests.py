@@ -21,9 +21,14 @@ _SIZE = 16  # bytes of a digest
 _MODEL_FILES = {".safetensors", ".json", ".model", ".txt", ".jinja", ".bin"}  # weights, settings and tokenizer of a checkpoint
 
 
+def new_digest() -> hashlib.blake2b:
+    """An empty digest, to be updated with bytes."""
+    return hashlib.blake2b(digest_size=_SIZE)
+
+
 def digest_of(parts: Iterable[object]) -> str:
     """Digest of the `repr` of values, in their order; of dataclasses, all fields."""
-    digest = hashlib.blake2b(digest_size=_SIZE)
+    digest = new_digest()
     for part in parts:
         digest.update(repr(part).encode("utf-8", "backslashreplace") + b"\n")
     return digest.hexdigest()
@@ -37,7 +42,7 @@ def digest_of_bytes(data: bytes) -> str:
 def digest_of_file(path: Path) -> str:
     """Digest of the bytes of a file."""
     with naming(path), path.open("rb") as file:
-        return hashlib.file_digest(file, lambda: hashlib.blake2b(digest_size=_SIZE)).hexdigest()
+        return hashlib.file_digest(file, new_digest).hexdigest()
 
 
 def digests_of(folder: Path, names: Sequence[str]) -> dict[str, str]:
@@ -79,7 +84,7 @@ def digest_of_model(path: str | Path) -> str:
 
 
 def damage(written: dict[str, str], found: dict[str, str]) -> str:
-    """What is wrong with the first file that is not as it was written: "NAME is damaged (...)"; "" if all are as written."""
+    """The first file that is not as it was written, as "NAME is damaged (...)"; "" if all are as written."""
     for name, digest in written.items():
         if found.get(name) != digest:
             return (

@@ -1,4 +1,4 @@
-"""Files and folders that are never seen half-written: written under a temporary name and then renamed. And JSON of others."""
+"""Files and folders that are never seen half-written: written under a temporary name and then renamed."""
 
 from __future__ import annotations
 
@@ -13,6 +13,7 @@ from typing import Any
 
 from srpo.core.digests import COMPLETE, damage, digest_of_bytes, digests_of, files_of, read_mark, write_mark
 from srpo.core.errors import UserError, naming
+from srpo.core.jsonl import json_file
 
 _CHECKSUM = "checksum"  # of all other values of a result
 
@@ -67,17 +68,6 @@ def write_whole(path: Path, text: str) -> None:
         part.write_text(text, encoding="utf-8")
 
 
-def read_json_object(path: Path) -> dict[str, Any]:
-    """The object in a JSON file. Raises UserError for a file that holds anything else."""
-    try:
-        fields = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:  # also bytes that are no UTF-8
-        raise UserError(f"{path} is not JSON ({error}): restore it") from error
-    if not isinstance(fields, dict):
-        raise UserError(f"{path} is not a JSON object: restore it")
-    return fields
-
-
 @contextmanager
 def whole_folder(path: Path) -> Iterator[Path]:
     """Yield a new folder beside `path`. It replaces `path` at the end, with the digests of its files in its COMPLETE.
@@ -91,17 +81,15 @@ def whole_folder(path: Path) -> Iterator[Path]:
         aside.mkdir(parents=True)
         try:
             yield aside
-            names = files_of(aside)
-            write_mark(aside, {"files": digests_of(aside, names)})
+            write_mark(aside, {"files": digests_of(aside, files_of(aside))})
             for each in (*aside.rglob("*"), aside):
                 fsync(each)
             if os.path.lexists(path):
                 path.rename(old)
             aside.rename(path)
             fsync(path.parent)
-        except BaseException:
-            shutil.rmtree(aside, ignore_errors=True)
-            raise
+        finally:
+            shutil.rmtree(aside, ignore_errors=True)  # it is there only after an exception
         remove(old)
 
 
@@ -111,14 +99,12 @@ def write_result(path: Path, values: dict[str, Any]) -> None:
 
 
 def read_result(path: Path) -> dict[str, Any]:
-    """What `write_result` has written. Raises UserError if it is damaged."""
+    """The values that `write_result` has written. Raises UserError if they are damaged."""
     try:
-        with naming(path):
-            values = json.loads(path.read_text(encoding="utf-8"))
-        checksum = values.pop(_CHECKSUM, None)
-    except (ValueError, AttributeError, TypeError):
-        values, checksum = {}, None
-    if checksum is None or checksum != _checksum(values):
+        values = json_file(path)
+    except UserError:
+        values = {}
+    if values.pop(_CHECKSUM, None) != _checksum(values):
         raise UserError(f"{path} is damaged, or of an earlier version of srpo: remove it, then it is made again")
     return values
 

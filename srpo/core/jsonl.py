@@ -14,7 +14,7 @@ from contextlib import ExitStack
 from pathlib import Path
 from typing import Any, NoReturn
 
-from srpo.core.errors import UserError
+from srpo.core.errors import UserError, naming
 
 
 def json_lines(path: str | Path, want: str, *, finite: bool = True) -> Iterator[tuple[str, dict[str, Any]]]:
@@ -41,8 +41,10 @@ def json_lines(path: str | Path, want: str, *, finite: bool = True) -> Iterator[
 
 
 def json_file(path: str | Path, want: str = "the file that the program wrote") -> dict[str, Any]:
-    """The object that a whole file of scores holds; a score may be NaN. UserError as in `json_lines`."""
-    return json_object(Path(path).read_bytes(), str(path), want, finite=False)
+    """The object that a whole file holds; a number may be NaN. UserError as in `json_lines`."""
+    with naming(Path(path)):
+        text = Path(path).read_bytes()
+    return json_object(text, str(path), want, finite=False)
 
 
 def json_object(text: bytes, where: str, want: str, *, finite: bool = True) -> dict[str, Any]:

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
 import os
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import TypedDict
 
+from srpo.core.digests import new_digest
 from srpo.core.errors import UserError, naming
 
 DAMAGED = ".damaged"  # a log that was renamed to this ending is given up: the run goes on with a new one
@@ -28,7 +28,7 @@ class LogDigests:
 
     def __init__(self, run_dir: Path, names: Iterable[str]) -> None:
         self._run_dir = run_dir
-        self._state = {name: (0, hashlib.blake2b(digest_size=16)) for name in names}
+        self._state = {name: (0, new_digest()) for name in names}
 
     def sync(self) -> dict[str, Written]:
         """Bring the files to the disk and return their sizes and digests; files that do not exist are left out."""
@@ -70,7 +70,7 @@ def check_logs(run_dir: Path, step: int, written: Mapping[str, Written]) -> None
 
 
 def check_start(run_dir: Path, names: Iterable[str], step: int, checkpoint_every: int) -> str:
-    """What a run that goes on from its checkpoint of `step` (0: it has none) drops from its logs, as a sentence; "" for nothing.
+    """A sentence on the log lines that a run drops when it goes on from its checkpoint of `step` (0: it has none); "" for none.
 
     Raises UserError if the logs show that there was a checkpoint, but none is left: they would be emptied.
     """
@@ -106,8 +106,8 @@ def _step(line: bytes) -> int:
 
 
 def _problem(path: Path, part: Written, step: int) -> str:
-    """What is wrong with the lines of optimizer steps 1 to `step`; "" if they are as they were written."""
-    digest, left = hashlib.blake2b(digest_size=16), part["num_bytes"]
+    """The fault in the lines of optimizer steps 1 to `step`, in words; "" if they are as they were written."""
+    digest, left = new_digest(), part["num_bytes"]
     with path.open("rb") as file:
         while left and (chunk := file.read(min(_CHUNK, left))):
             digest.update(chunk)

@@ -19,6 +19,7 @@ from typing import Any, Protocol, SupportsFloat
 
 from srpo.core.errors import MissingPackage, UserError, naming
 from srpo.core.files import write_whole
+from srpo.core.jsonl import json_object
 from srpo.core.logs import LogDigests, Written
 
 # {step} is the name of a reasoning step, {class} a grade 1..4, {phase} a phase of the loop. docs/metrics.md repeats this table; a
@@ -112,9 +113,11 @@ _PATTERNS = [
 
 
 def check_key(key: str) -> None:
-    """Raise UserError if `key` is not in METRICS (with its `{...}` parts filled in)."""
+    """Raise ValueError if `key` is not in METRICS (with its `{...}` parts filled in)."""
     if key not in METRICS and not any(pattern.fullmatch(key) for pattern in _PATTERNS):
-        raise UserError(f"metric {key!r} is not declared: add it with one line of description to METRICS in srpo/core/metrics.py")
+        raise ValueError(
+            f"metric {key!r} is not declared: add it with one line of description to METRICS in srpo/core/metrics.py"
+        )
 
 
 def evaluation_metrics(results: Mapping[str, Any], step_names: tuple[str, ...]) -> dict[str, float]:
@@ -169,11 +172,10 @@ def read_metrics(path: Path) -> list[dict[str, float]]:
         for number, line in enumerate(file, start=1):
             if not line.endswith(b"\n"):
                 break
-            try:
-                rows.append(json.loads(line))
-                assert isinstance(rows[-1]["step"], int)
-            except (ValueError, KeyError, TypeError, AssertionError) as error:
-                raise UserError(f"{path}, line {number} is damaged: restore the file") from error
+            row = json_object(line, f"{path}, line {number}", "the line that the program wrote")
+            if not isinstance(row.get("step"), int):
+                raise UserError(f"{path}, line {number} has no step: restore the file")
+            rows.append(row)
     return rows
 
 
@@ -189,7 +191,7 @@ class MetricsLogger:
 
     Only rank 0 has a logger. `resume_step` is the step of the checkpoint that the run resumes from: the two files and
     `rollouts.jsonl` are truncated to it; None starts a new run with empty files. Call `logs.check_logs` before.
-    Raises ImportError, with the pip command, if a chosen tracker is not installed.
+    Raises MissingPackage, with the pip command, if a chosen tracker is not installed.
     """
 
     def __init__(
@@ -217,10 +219,10 @@ class MetricsLogger:
         """Write the line of one optimizer step: `{"step": n, ...}` with sorted keys and exact numbers.
 
         Values are numbers or one-element tensors and arrays. None omits the key; NaN and infinity become null.
-        Raises UserError for a key that METRICS lacks, and for a step that is not after the last one.
+        Raises ValueError for a key that METRICS lacks, and for a step that is not after the last one.
         """
         if self._step is not None and step <= self._step:
-            raise UserError(f"step {step} is logged after step {self._step}: log each optimizer step once, in order")
+            raise ValueError(f"step {step} is logged after step {self._step}: log each optimizer step once, in order")
         numbers = {key: _number(value) for key, value in sorted(metrics.items()) if value is not None}
         for key in numbers:
             check_key(key)

@@ -5,7 +5,6 @@
 
 from __future__ import annotations
 
-import math
 import types
 from collections.abc import Iterator
 from dataclasses import dataclass, fields, is_dataclass
@@ -14,36 +13,40 @@ from typing import Annotated, Any, Union, get_args, get_origin, get_type_hints
 
 from srpo.core.errors import UserError
 
+LARGEST_INT = 2**31 - 1  # what every library that gets one can hold
+LARGEST_FLOAT = 1e30  # leaves torch's fp32 room for its product with other settings
+
 
 @dataclass(frozen=True)
 class Range:
     """The numbers from `least` to `most`. above: without `least` itself; below: without `most` itself."""
 
-    least: float = -math.inf
-    most: float = math.inf
+    least: float = -LARGEST_FLOAT
+    most: float = LARGEST_FLOAT
     above: bool = False
     below: bool = False
 
     def __contains__(self, value: float) -> bool:
         low = value > self.least if self.above else value >= self.least
         high = value < self.most if self.below else value <= self.most
-        return math.isfinite(value) and low and high
+        return low and high  # never for nan
+
+    @property
+    def is_open(self) -> bool:
+        """Whether `most` is only the largest number that can be held."""
+        return self.most in (LARGEST_INT, LARGEST_FLOAT)
 
     def __str__(self) -> str:
-        if math.isinf(self.least):
-            return "a finite number"
-        if self.most in (math.inf, _LARGEST):
+        if self.is_open and self.least != -LARGEST_FLOAT:
             return f"a number above {self.least:g}" if self.above else f"{self.least:g} or more"
         if self.above:
             return f"a number above {self.least:g} and " + (f"below {self.most:g}" if self.below else f"at most {self.most:g}")
         return f"a number from {self.least:g} to " + (f"below {self.most:g}" if self.below else f"{self.most:g}")
 
 
-_LARGEST = 2**31 - 1  # of whole numbers: what every library that gets one can hold
-
-Count = Annotated[int, Range(0, _LARGEST)]
-Size = Annotated[int, Range(1, _LARGEST)]
-Seed = Annotated[int, Range(0, _LARGEST)]
+Count = Annotated[int, Range(0, LARGEST_INT)]
+Size = Annotated[int, Range(1, LARGEST_INT)]
+Seed = Annotated[int, Range(0, LARGEST_INT)]
 NonNegative = Annotated[float, Range(0)]
 Positive = Annotated[float, Range(0, above=True)]
 Fraction = Annotated[float, Range(0, 1)]
@@ -60,7 +63,8 @@ def check_ranges(config: Any, where: str = "", prefix: str = "") -> None:
     """
     for key, value, bounds in numbers(config, prefix):
         if bounds is not None and value not in bounds:
-            advice = f"at most {_LARGEST}" if bounds.most == _LARGEST and value > _LARGEST else str(bounds)
+            too_large = bounds.is_open and value > bounds.most
+            advice = f"at most {bounds.most:.10g}" if too_large else str(bounds)
             raise UserError(f"{where}{': ' if where else ''}{key} is {value}: set it to {advice}")
 
 

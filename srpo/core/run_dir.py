@@ -12,10 +12,11 @@ from typing import Any
 from srpo.core.config.train import Config
 from srpo.core.errors import UserError, naming
 from srpo.core.files import write_whole
+from srpo.core.jsonl import json_file, json_lines
 from srpo.core.settings import apply_toml, dump_toml
 
 INPUTS, CHANGES = "inputs.json", "changes.jsonl"
-# What a run reads: {"the reference": (path, digest of the contents)}.
+# Everything that a run reads: {"the reference": (path, digest of the contents)}.
 Inputs = Mapping[str, tuple[str, str]]
 
 
@@ -87,10 +88,8 @@ def _recorded(path: Path) -> dict[str, str] | None:
     if not path.is_file():
         return None
     try:
-        with naming(path):
-            values = json.loads(path.read_text(encoding="utf-8"))
-        return {name: value["digest"] for name, value in values.items()}
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        return {name: value["digest"] for name, value in json_file(path).items()}
+    except (UserError, KeyError, TypeError) as error:
         raise UserError(f"{path} is damaged ({error}): restore it, or give another run_dir") from error
 
 
@@ -118,11 +117,10 @@ def record_changes(run_dir: Path, cfg: Any, keys: Collection[str], step: int) ->
     lines = []
     if path.is_file():
         try:
-            with naming(path):
-                known = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
+            known = [line for _, line in json_lines(path, "the line that the program wrote")]
             lines = [line for line in known if line["after_step"] <= step]
             now |= {line["setting"]: line["to"] for line in lines}
-        except (ValueError, KeyError, TypeError) as error:
+        except (UserError, KeyError, TypeError) as error:
             raise UserError(f"{path} is damaged ({error}): restore it, or give another run_dir") from error
     changed = {key: (now[key], ours[key]) for key in keys if now[key] != ours[key]}
     fresh = [{"after_step": step, "setting": key, "from": a, "to": b} for key, (a, b) in changed.items()]

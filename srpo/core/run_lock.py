@@ -19,7 +19,7 @@ _held: dict[Path, int] = {}  # folders that this process has locked, and how oft
 
 
 class Ranks(Protocol):
-    """What a lock needs of `srpo.policy.parallel.Parallel`."""
+    """The part of `srpo.policy.parallel.Parallel` that a lock needs."""
 
     @property
     def is_main(self) -> bool: ...

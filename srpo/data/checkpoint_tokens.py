@@ -1,4 +1,4 @@
-"""What the folder of a checkpoint says of its tokens beside the tokenizer: ids that end a response, and the number of ids."""
+"""Tokens in the configuration files of a checkpoint, beside its tokenizer: ids that end a response, and the number of ids."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from srpo.core.errors import UserError
-from srpo.core.files import read_json_object
+from srpo.core.jsonl import json_file
 
 _CONFIGS = ("config.json", "generation_config.json")
 
@@ -20,7 +20,7 @@ def stop_ids(tokenizer: Any) -> tuple[int, ...]:
     folder = getattr(tokenizer, "name_or_path", "")
     for name in _CONFIGS if folder else ():
         file = Path(folder) / name
-        said = read_json_object(file).get("eos_token_id") if file.is_file() else None
+        said = json_file(file, "the file of the checkpoint").get("eos_token_id") if file.is_file() else None
         listed = [] if said is None else said if isinstance(said, list) else [said]
         if not all(type(token) is int for token in listed):
             raise UserError(f"{file}: eos_token_id is {said!r}: set it to an id, or to a list of ids")
@@ -44,7 +44,7 @@ def check_rows(tokenizer: Any, folder: str | Path, owner: str = "") -> None:
 def num_rows(folder: str | Path) -> int | None:
     """Number of ids of the model in the folder, from its config.json; None if the folder does not say."""
     file = Path(folder) / "config.json"
-    fields = read_json_object(file) if file.is_file() else {}
+    fields = json_file(file, "the file of the checkpoint") if file.is_file() else {}
     text = fields.get("text_config")
     rows = (text if isinstance(text, dict) else fields).get("vocab_size")
     return rows if isinstance(rows, int) else None

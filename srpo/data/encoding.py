@@ -32,7 +32,7 @@ class Part:
 
 @dataclass(frozen=True)
 class _Facts:
-    """What a tokenizer does, as long as it has `size` tokens."""
+    """Facts about a tokenizer, true as long as it has `size` tokens."""
 
     size: int
     controls: frozenset[int]
@@ -104,7 +104,7 @@ def without_special_text(text: str) -> str:
 
 
 def num_with_controls(tokenizer: Any, texts: Iterable[str]) -> int:
-    """How many of the texts hold the text of one of `control_ids`."""
+    """Number of texts that hold the text of one of `control_ids`."""
     contents = [str(tokenizer.convert_ids_to_tokens(i)) for i in control_ids(tokenizer)]
     pattern = re.compile("|".join(map(re.escape, contents)) or r"(?!)")
     return sum(bool(pattern.search(text)) for text in texts)

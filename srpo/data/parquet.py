@@ -11,7 +11,7 @@ import pyarrow.parquet as pq
 
 from srpo.core.errors import UserError
 
-# What pyarrow raises for bytes that are no text, a map with a key twice, and a time that Python has no value for.
+# Errors of pyarrow for bytes that are no text, a map with a key twice, and a time that Python has no value for.
 _UNREADABLE = (pa.ArrowException, KeyError, ValueError, OverflowError)
 
 

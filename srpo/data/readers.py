@@ -54,7 +54,7 @@ def read_examples(
     a path without examples.
     """
     if options and len(options) != num_steps:
-        raise UserError(f"options has {len(options)} entries but the schema has {num_steps} steps: give one entry per step")
+        raise ValueError(f"options has {len(options)} entries but the schema has {num_steps} steps: give one entry per step")
     return _examples(_rows(path), str(path), num_steps, options, check_duplicates)
 
 
@@ -91,7 +91,7 @@ def split_by_query(examples: Iterable[Example], eval_frac: float, seed: int) -> 
     """
     examples = list(examples)
     if not 0.0 < eval_frac < 1.0:
-        raise UserError(f"eval_frac is {eval_frac}: give a fraction between 0 and 1")
+        raise ValueError(f"eval_frac is {eval_frac}: give a fraction between 0 and 1")
     parent: dict[tuple[str, str], tuple[str, str]] = {}  # union-find over ("1", query text) and ("2", query_id)
 
     def find(node: tuple[str, str]) -> tuple[str, str]:

@@ -67,7 +67,7 @@ class PromptSampler:
         if not low < high:
             raise UserError(f"no score lies between {low} and {high}: set sampler.difficulty_low below sampler.difficulty_high")
         if seed < 0:
-            raise UserError(f"seed is {seed}: set it to 0 or more")
+            raise ValueError(f"seed is {seed}: set it to 0 or more")
         self._examples, self._rates, self._low, self._high = examples, rates, low, high
         names = [example.example_id for example in examples]
         self._rows = rates.rows(names)

@@ -41,9 +41,9 @@ class SolveRates:
         if not example_ids:
             raise UserError("the sampler has no examples: check data.train")
         if not 0 < new_weight <= 1:
-            raise UserError(f"sampler.new_weight is {new_weight}: set it above 0 and to at most 1")
+            raise ValueError(f"sampler.new_weight is {new_weight}: set it above 0 and to at most 1")
         if max_age < 0:
-            raise UserError(f"sampler.max_age is {max_age}: set it to 0 (no example is skipped) or more")
+            raise ValueError(f"sampler.max_age is {max_age}: set it to 0 (no example is skipped) or more")
         self._row_of = {example_id: row for row, example_id in enumerate(example_ids)}
         if len(self._row_of) < len(example_ids):
             twice = Counter(example_ids).most_common(1)[0][0]
@@ -54,10 +54,10 @@ class SolveRates:
         self.seen_at = np.full(len(example_ids), -1)  # [rows] step of the last score, -1: never scored
 
     def rows(self, example_ids: Sequence[str]) -> np.ndarray:
-        """[len(example_ids)] int64, row of each example. UserError for an unknown id."""
+        """[len(example_ids)] int64, row of each example. ValueError for an unknown id."""
         unknown = next((name for name in example_ids if name not in self._row_of), None)
         if unknown is not None:
-            raise UserError(f"example_id {unknown!r} is not in this sampler: observe only examples that it drew")
+            raise ValueError(f"example_id {unknown!r} is not in this sampler: observe only examples that it drew")
         return np.array([self._row_of[name] for name in example_ids], dtype=np.int64)
 
     def tick(self) -> None:
@@ -65,11 +65,11 @@ class SolveRates:
         self.step += 1
 
     def observe(self, example_ids: Sequence[str], scores: Sequence[float]) -> None:
-        """Move the estimate of each example towards its new score. UserError for an unknown id or a score that is not finite."""
+        """Move the estimate of each example towards its new score. ValueError for an unknown id or a score that is not finite."""
         rows = self.rows(example_ids)
         for example_id, row, score in zip(example_ids, rows.tolist(), scores, strict=True):
             if not math.isfinite(score):
-                raise UserError(f"the score of {example_id} is {score}: give a finite group score")
+                raise ValueError(f"the score of {example_id} is {score}: give a finite group score")
             old = self._weight(int(self.seen_at[row]))
             self.estimates[row] = old * self.estimates[row] + (1 - old) * score
             self.seen_at[row] = self.step

@@ -13,7 +13,6 @@ import random
 from collections.abc import Iterator
 from dataclasses import dataclass
 
-from srpo.core.errors import UserError
 from srpo.data.catalogue import ATTRIBUTES, BRANDS, CATALOGUE, MARKETING, Leaf
 from srpo.data.examples import Example
 
@@ -111,9 +110,9 @@ class World:
         self.held_out_frac = held_out_frac
 
     def examples(self, split: str, num_examples: int, start: int = 0) -> Iterator[Example]:
-        """Pairs start to start + num_examples - 1 of a split ("train", "wild" or "balanced"). UserError for another split."""
+        """Pairs start to start + num_examples - 1 of a split ("train", "wild" or "balanced"). ValueError for another split."""
         if split not in SPLITS:
-            raise UserError(f"unknown split {split!r}: use one of {', '.join(SPLITS)}")
+            raise ValueError(f"unknown split {split!r}: use one of {', '.join(SPLITS)}")
         for index in range(start, start + num_examples):
             yield self.example(split, index)
 

@@ -10,7 +10,6 @@ from typing import Any
 
 import numpy as np
 
-from srpo.core.errors import UserError
 from srpo.rewards.judge import Verdicts
 
 
@@ -27,10 +26,10 @@ def judge_scores(
     `agreement` (Table 2; a missing verdict does not agree), `num_missing`, `incorrect_precision` and `incorrect_recall` of
     the verdict "incorrect" (None if the denominator is 0), and `calibration` of `shares`, the judge's probability of "correct".
     A verdict given as a probability counts as "correct" from 0.5 on.
-    UserError for lists of different length, or no responses.
+    ValueError for lists of different length, or no responses.
     """
     if not verdicts or not len(verdicts) == len(truths) == len(shares):
-        raise UserError(
+        raise ValueError(
             f"{len(verdicts)} verdicts, {len(truths)} of annotators, {len(shares)} shares: give one of each per response"
         )
     steps: dict[str, Any] = {}
@@ -69,15 +68,15 @@ def calibration(probabilities: Sequence[float], outcomes: Sequence[bool], num_bi
 
     `bins` are the reliability table: `[{low, high, num, probability, frac_correct}]`, bins of equal width, closed above (the
     first one on both sides), empty ones left out. `ece` is the mean over N of |probability - frac_correct| of the bin, `brier`
-    the mean squared error; both None if N is 0. UserError for a probability outside 0..1, lists of different length, or no bin.
+    the mean squared error; both None if N is 0. ValueError for a probability outside 0..1, lists of different length, or no bin.
     """
     p, y = np.asarray(probabilities, dtype=np.float64), np.asarray(outcomes, dtype=np.float64)
     if p.shape != y.shape or num_bins < 1:
-        raise UserError(
+        raise ValueError(
             f"{len(p)} probabilities, {len(y)} outcomes, {num_bins} bins: give one outcome per probability, a bin or more"
         )
     if not ((p >= 0) & (p <= 1)).all():
-        raise UserError(f"probabilities run from {p.min()} to {p.max()}: give numbers from 0 to 1")
+        raise ValueError(f"probabilities run from {p.min()} to {p.max()}: give numbers from 0 to 1")
     if not len(p):
         return {"ece": None, "brier": None, "num": 0, "bins": []}
     edges = np.linspace(0, 1, num_bins + 1)

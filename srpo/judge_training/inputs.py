@@ -61,7 +61,7 @@ class Work:
 
 
 def judge_inputs(work: Work) -> Inputs:
-    """What the judge learns from, by its contents."""
+    """Digests of everything that the judge learns from."""
     cfg = work.cfg
     data = {"the data": (cfg.data, digest_of(sorted(work.examples.items())))}
     data["the file of judgments"] = (cfg.judgments or cfg.rollouts, digest_of([*work.shown, *work.held_out]))

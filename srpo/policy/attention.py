@@ -91,11 +91,11 @@ def varlen_attention(
 
     query [1, heads, T, D]; key, value [1, kv_heads, T, D]; cu_seq_lens_q [N+1] int32; max_length_q is L.
     sliding_window: a row attends to so many keys, itself included; None: to all before it.
-    Dropout is never applied, so that log-probabilities are deterministic. Raises UserError if `cu_seq_lens_q` or
+    Dropout is never applied, so that log-probabilities are deterministic. Raises ValueError if `cu_seq_lens_q` or
     `max_length_q` is missing, if the batch dimension is not 1, and for an argument that is not computed.
     """
     if cu_seq_lens_q is None or max_length_q is None or query.shape[0] != 1:
-        raise UserError(
+        raise ValueError(
             f"{ATTENTION} attention takes one packed row with cu_seq_lens_q and max_length_q, and they have not come: call "
             "srpo.policy.model.hidden_states, or model.set_attn_implementation('sdpa') for padded inputs and generation"
         )

@@ -120,9 +120,10 @@ def _finish(root: Path, final: Path, aside: Path, mark: dict[str, Any], keep: in
 
 
 def _check_finite(policy: nn.Module, step: int, parallel: Parallel) -> None:
-    for name, parameter in policy.named_parameters():
-        bad = (~to_local(parameter.detach()).isfinite()).sum()
-        if float(parallel.all_reduce_sum(bad.double())):
+    names, parameters = zip(*policy.named_parameters(), strict=True)
+    counts = torch.stack([(~to_local(parameter.detach()).isfinite()).sum() for parameter in parameters])
+    for name, count in zip(names, parallel.all_reduce_sum(counts).tolist(), strict=True):
+        if count:
             raise UserError(
                 f"{name} has values that are not finite after optimizer step {step}, so no checkpoint of it is written: start "
                 "the same run with a lower optimizer.lr, and it goes on from its last checkpoint"
@@ -172,7 +173,7 @@ def load_checkpoint(
 
 
 def checkpoint_logs(path: Path) -> dict[str, Written]:
-    """What the logs of the run were when the checkpoint was saved."""
+    """Sizes and digests of the run's logs when the checkpoint was saved."""
     return read_mark(path)["logs"]
 
 
@@ -193,7 +194,7 @@ def _checked_mark(path: Path, parallel: Parallel, of: Path) -> dict[str, Any]:
 
 
 def _way_on(path: Path) -> str:
-    """How the run of a checkpoint that cannot be loaded goes on."""
+    """Advice: the run of a checkpoint that cannot be loaded goes on from an older one."""
     match = _NAME.fullmatch(path.name)
     older = max((each for each in _complete(path.parent) if match and each[0] < int(match[1])), default=None)
     if older is None:

@@ -130,7 +130,7 @@ def _megablocks_gmm() -> Callable[..., torch.Tensor]:
 
 
 def registered_name(experts: str) -> str:
-    """Transformers' name of one of `IMPLEMENTATIONS`. UserError for an unknown name, ImportError if it is not installed."""
+    """Transformers' name of one of `IMPLEMENTATIONS`. UserError for an unknown name, MissingPackage if it is not installed."""
     if experts not in IMPLEMENTATIONS:
         raise UserError(f"policy.experts is {experts!r}: set it to one of {', '.join(IMPLEMENTATIONS)}")
     if experts == "megablocks":

@@ -18,7 +18,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig, Pre
 from transformers.utils import logging
 
 from srpo.core.errors import UserError
-from srpo.core.files import read_json_object
+from srpo.core.jsonl import json_file
 
 _FLOATS = {"F64", "F32", "F16", "BF16"}  # names in a safetensors header
 _INDEX, _SINGLE = "model.safetensors.index.json", "model.safetensors"
@@ -37,7 +37,7 @@ def read_config(path: str | Path) -> PreTrainedConfig:
     """The config.json of the folder. Raises UserError if it is not that of a language model of the installed transformers."""
     check_folder(path)
     file = Path(path) / "config.json"
-    fields = read_json_object(file)
+    fields = json_file(file, "the file of the checkpoint")
     if fields.get("quantization_config"):
         raise UserError(f"{file} says that the weights are quantized, which srpo cannot train: give them in bf16 or fp32")
     try:
@@ -100,7 +100,7 @@ def _weight_files(folder: Path) -> list[Path]:
         pickles = sorted(file.name for file in folder.glob("*.bin"))
         other = f"; {pickles[0]} is a pickle, which could run code, so it is not read" if pickles else ""
         raise UserError(f"no weights in {str(folder)!r}: it needs {_SINGLE}, or {_INDEX} and the files it names{other}")
-    index = read_json_object(folder / _INDEX).get("weight_map")
+    index = json_file(folder / _INDEX, "the file of the checkpoint").get("weight_map")
     if not isinstance(index, dict) or not index:
         raise UserError(f"{folder / _INDEX} has no weight_map: restore it")
     files = [folder / str(name) for name in sorted(set(map(str, index.values())))]

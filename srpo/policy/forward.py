@@ -62,7 +62,7 @@ def context_of(config: PreTrainedConfig) -> int:
 
 
 def logit_scale(config: PreTrainedConfig) -> float:
-    """What a model multiplies its logits by after the head: `logit_scale` (Cohere), or 1 / `logits_scaling` (Granite)."""
+    """The factor of a model's logits after the head: `logit_scale` (Cohere), or 1 / `logits_scaling` (Granite)."""
     return (getattr(config, "logit_scale", None) or 1.0) / (getattr(config, "logits_scaling", None) or 1.0)
 
 

@@ -61,7 +61,7 @@ def logit_operations(config: PreTrainedConfig) -> list[str]:
 
 
 def _verdict(config: PreTrainedConfig, experts: str, engine: bool) -> str | None:
-    """What srpo does not compute of such a model; None if it computes it right."""
+    """The part of such a model that srpo does not compute; None if it computes all."""
     if after := logit_operations(config):
         return f"it changes its logits after the head ({', '.join(after)})"
     try:
@@ -106,7 +106,7 @@ def _layer_types(config: PreTrainedConfig) -> Sequence[str]:
 
 
 def _policy_differs(model: PreTrainedModel, sequences: Sequence[Sequence[int]], alone: Sequence[torch.Tensor]) -> str | None:
-    """What differs between the trainer's forward and transformers' eager one of each sequence alone; None if nothing does."""
+    """A difference between the trainer's forward and transformers' eager one of each sequence alone, in words; or None."""
     make_deterministic(model, activation_checkpointing=model.supports_gradient_checkpointing)
     single = torch.cat([_logits(model, [ids]) for ids in sequences])
     packed, again = (_logits(model, sequences) for _ in range(2))
@@ -120,7 +120,7 @@ def _policy_differs(model: PreTrainedModel, sequences: Sequence[Sequence[int]], 
 
 
 def _engine_differs(model: PreTrainedModel, sequences: Sequence[Sequence[int]]) -> str | None:
-    """What differs between the local engine's prefill and steps and the trainer's forward; None if nothing does."""
+    """A difference between the local engine's prefill and steps and the trainer's forward, in words; or None."""
     make_deterministic(model)
     want = _logits(model, sequences).split([len(ids) for ids in sequences])
     engine = Decoder(model)

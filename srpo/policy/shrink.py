@@ -9,7 +9,7 @@ import torch
 from huggingface_hub.errors import StrictDataclassError
 from transformers import AutoModelForCausalLM, PreTrainedConfig
 
-# What the classes of transformers raise for a combination of sizes that they do not expect, in their own code or in torch.
+# Errors of the classes of transformers for a combination of sizes that they do not expect, in their own code or in torch.
 FAILURES = (ArithmeticError, AssertionError, AttributeError, ImportError, LookupError, RuntimeError, TypeError, ValueError)
 FAILURES += (StrictDataclassError,)
 

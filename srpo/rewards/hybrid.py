@@ -33,13 +33,15 @@ def score(
     The judge is called at most once, for the rollouts that need it. They keep its `verdicts` [J] on all steps, also on those that
     another source graded, for `srpo.rewards.audit`.
 
-    Raises UserError if lengths or ids do not match, and for a step that no source can grade (no label and no judge).
+    Raises UserError for a step that no source can grade (no label and no judge), ValueError if lengths or ids do not match.
     Paper: Eq. 5 fixes the sources (judge for S1, S2; labels for S3, S4) and does not say what an unreadable verdict earns.
     """
     if len(rollouts) != len(examples):
-        raise UserError(f"{len(rollouts)} rollouts and {len(examples)} examples: pass one example per rollout, in the same order")
+        raise ValueError(
+            f"{len(rollouts)} rollouts and {len(examples)} examples: pass one example per rollout, in the same order"
+        )
     if not 0 <= missing_verdict <= 1:
-        raise UserError(f"reward.missing_verdict is {missing_verdict}: set it to a number from 0 to 1")
+        raise ValueError(f"reward.missing_verdict is {missing_verdict}: set it to a number from 0 to 1")
     golds = [_gold(rollout, example, schema) for rollout, example in zip(rollouts, examples, strict=True)]
     sources = [
         [_sources(spec, label, judge, rollout.example_id) for spec, label in zip(schema.specs, gold, strict=True)]
@@ -56,7 +58,7 @@ def score(
 
 def _gold(rollout: Rollout, example: Example, schema: StepSchema) -> tuple[str | None, ...]:
     if rollout.example_id != example.example_id:
-        raise UserError(f"a rollout of {rollout.example_id} is paired with example {example.example_id}: pass its own")
+        raise ValueError(f"a rollout of {rollout.example_id} is paired with example {example.example_id}: pass its own")
     gold = example.gold or (None,) * schema.num_steps
     if not len(gold) == len(rollout.answers) == schema.num_steps:
         raise UserError(

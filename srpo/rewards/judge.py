@@ -31,12 +31,12 @@ class OracleJudge:
     """A simulated annotator that compares each answer with `example.truth` and errs at a given rate.
 
     Its errors are a pure function of (seed, example id, response text, step), so verdicts do not depend on the order or number of
-    calls. A missing answer is always wrong; a step without truth gets no verdict. Raises UserError for a rate outside 0..1.
+    calls. A missing answer is always wrong; a step without truth gets no verdict. Raises ValueError for a rate outside 0..1.
     """
 
     def __init__(self, error_rate: float, seed: int, schema: StepSchema) -> None:
         if not 0 <= error_rate <= 1:
-            raise UserError(f"reward.judge_error_rate is {error_rate}: set it to a number from 0 to 1")
+            raise ValueError(f"reward.judge_error_rate is {error_rate}: set it to a number from 0 to 1")
         self.error_rate = error_rate
         self.seed = seed
         self.num_steps = schema.num_steps
@@ -109,7 +109,7 @@ class GenerativeJudge:
         cache: VerdictCache | None = None,
     ) -> None:
         if params.group_size != 1:
-            raise UserError(f"the judge samples {params.group_size} texts per response: set its group_size to 1")
+            raise ValueError(f"the judge samples {params.group_size} texts per response: set its group_size to 1")
         self.writer = writer
         self.schema = schema
         self.params = params

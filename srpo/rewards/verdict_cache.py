@@ -9,7 +9,6 @@ from collections import Counter, OrderedDict
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 
-from srpo.core.errors import UserError
 from srpo.rollout.engine import SamplingParams
 
 ParsedVerdicts = tuple[bool | None, ...]  # [J], None without a verdict
@@ -25,7 +24,7 @@ class VerdictCache:
 
     def __init__(self, max_entries: int) -> None:
         if max_entries < 0:
-            raise UserError(f"reward.judge_cache is {max_entries}: set it to 0 (none) or more")
+            raise ValueError(f"reward.judge_cache is {max_entries}: set it to 0 (none) or more")
         self.max_entries = max_entries
         self._verdicts: OrderedDict[bytes, ParsedVerdicts] = OrderedDict()
         self._lock = threading.Lock()

@@ -5,7 +5,6 @@ from __future__ import annotations
 import re
 from collections.abc import Sequence
 
-from srpo.core.errors import UserError
 from srpo.data.examples import Example
 from srpo.data.prompts import build_prompt
 
@@ -31,12 +30,12 @@ def render_verdicts(verdicts: Sequence[bool | None], reasons: Sequence[str | Non
     """Return the judge's output for these verdicts (Figure 4): the target of judge SFT, and input of `parse_verdicts`.
 
     Two lines per step, "Step 1: <reason>" and "Step 1 is [Correct]". A step without reason lacks the first line; a step with
-    verdict None lacks both. Raises UserError if `reasons` is given and differs from `verdicts` in length.
+    verdict None lacks both. Raises ValueError if `reasons` is given and differs from `verdicts` in length.
     """
     if reasons is None:
         reasons = [None] * len(verdicts)
     if len(reasons) != len(verdicts):
-        raise UserError(
+        raise ValueError(
             f"{len(reasons)} reasons for {len(verdicts)} verdicts: give one reason per step, or None for a step without"
         )
     lines = []

@@ -16,7 +16,6 @@ import numpy as np
 from numpy.typing import NDArray
 
 from srpo.core.config.evaluation import BootstrapConfig
-from srpo.core.errors import UserError
 
 Interval = list[float]  # [low, high]
 
@@ -26,10 +25,10 @@ _CHUNK = 1 << 20  # multiplicities held in memory at a time: 8 MB, independent o
 def cluster_sums(rows: NDArray[np.integer] | NDArray[np.floating], clusters: Sequence[str]) -> NDArray[np.float64]:
     """Sums [Q, K] of `rows` [N, K] over the rows of each cluster, clusters in the order of their first row.
 
-    `clusters` [N] names the cluster of each row. Raises UserError if `rows` is empty or the lengths differ.
+    `clusters` [N] names the cluster of each row. Raises ValueError if `rows` is empty or the lengths differ.
     """
     if not len(rows) or len(rows) != len(clusters):
-        raise UserError(f"{len(rows)} rows and {len(clusters)} cluster names: give one name per row, and at least one row")
+        raise ValueError(f"{len(rows)} rows and {len(clusters)} cluster names: give one name per row, and at least one row")
     index: dict[str, int] = {}
     numbers = np.array([index.setdefault(name, len(index)) for name in clusters])
     order = np.argsort(numbers, kind="stable")

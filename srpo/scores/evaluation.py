@@ -44,10 +44,10 @@ def results_dict(
     - with `bootstrap`, `confidence`: `{level, num_draws, seed, num_queries}` and, under the name of each score, its interval
       [low, high] over queries, in the same shape as the score; None without an interval, as for a single query.
 
-    Raises UserError if there are no examples, if a pair has no grade, and if rollouts and examples are of different pairs.
+    Raises UserError if there are no examples or a pair has no grade, ValueError if rollouts and examples are of different pairs.
     """
     if [r.example_id for r in rollouts] != [e.example_id for e in examples]:
-        raise UserError("rollouts and examples are of different pairs: give one rollout per example, in the same order")
+        raise ValueError("rollouts and examples are of different pairs: give one rollout per example, in the same order")
     if not examples:
         raise UserError("there are no examples to evaluate: give at least one graded pair")
     counts = tally(rollouts, examples, schema)

@@ -15,7 +15,6 @@ from numpy.typing import NDArray
 
 from srpo.core.batch import Rollout
 from srpo.core.config.evaluation import BootstrapConfig
-from srpo.core.errors import UserError
 from srpo.core.steps import StepSchema
 from srpo.data.examples import Example
 from srpo.scores.bootstrap import cluster_sums, percentile_interval, resampled_sums
@@ -41,11 +40,11 @@ def compare_systems(
     - `mcnemar`: `mcnemar` of the verdicts; `num_examples`, `num_queries`.
     - `by: {tag: {value: the same}}` for each tag of `by` that an example carries.
 
-    Raises UserError if there are no examples, if a pair has no grade, and if responses and examples are of different pairs.
+    Raises UserError if a pair has no grade, ValueError for no pairs, and if responses and examples are of different pairs.
     """
     pairs = [example.example_id for example in examples]
     if not pairs or any([r.example_id for r in rollouts] != pairs for rollouts in (rollouts_a, rollouts_b)):
-        raise UserError("give both systems one response to each of the same pairs, at least one, in the same order")
+        raise ValueError("give both systems one response to each of the same pairs, at least one, in the same order")
     settings = bootstrap or BootstrapConfig()
     tallies = [tally(rollouts, examples, schema) for rollouts in (rollouts_a, rollouts_b)]
     right_a, right_b = (

@@ -110,10 +110,10 @@ def check_rollout(cfg: Config) -> None:
         )
 
 
-def check_impl(impl: str, device: torch.device, dtype: torch.dtype) -> None:
-    """Raise UserError if `loss.impl` names a kernel that cannot take logits of this device and dtype."""
+def loss_impl(impl: str, device: torch.device, dtype: torch.dtype) -> str:
+    """The kernel of the loss that `impl` names on this machine; "auto" is the best one. UserError if it cannot run here."""
     try:
-        choose("loss.impl", impl, device, dtype)
+        return choose("loss.impl", impl, device, dtype)
     except ValueError as error:
         raise UserError(str(error)) from error
 
@@ -188,8 +188,8 @@ def check_examples(
         )
     if cfg.data.adversarial_frac and not any(example.attack for example in examples):
         raise UserError(
-            f"data.adversarial_frac is {cfg.data.adversarial_frac}, but no example of grade 1 or 2 got a fake verdict: raise it, "
-            "give more graded data, or set it to 0"
+            f"data.adversarial_frac is {cfg.data.adversarial_frac}, but no example got a fake verdict: raise it, give more data, "
+            "or set it to 0"
         )
     unanswered = [Rollout.from_answers(example.example_id, (None,) * schema.num_steps) for example in examples]
     score(unanswered, examples, schema, judge, cfg.reward.missing_verdict)  # calls no judge: all answers are missing

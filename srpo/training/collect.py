@@ -114,7 +114,7 @@ def refill_step(
 def gather(run: Run, rollouts: Sequence[Rollout], step: int) -> list[Rollout]:
     """The rollouts of all ranks, rank by rank, without their large arrays. Collective.
 
-    Raises UserError if one was sampled with older weights than `rollout.off_policy_steps` allows.
+    Raises ValueError if one was sampled with older weights than `rollout.off_policy_steps` allows.
     """
     everyone = [r for share in run.parallel.all_gather_object([r.bare() for r in rollouts]) for r in share]
     check_age(everyone, step, run.cfg.rollout.off_policy_steps)

@@ -5,11 +5,21 @@ from __future__ import annotations
 from collections.abc import Collection
 from pathlib import Path
 
+from srpo.core.errors import UserError
 from srpo.core.logs import check_logs, check_start
 from srpo.core.metrics import FILES
 from srpo.core.run_dir import record_changes
 from srpo.core.run_lock import RunConfig
 from srpo.policy.checkpoint import checkpoint_logs
+
+
+def check_impl(before: str, now: str, remedy: str = "") -> None:
+    """Raise UserError if a run would go on with another kernel of the loss: equal up to rounding, but not to the bit."""
+    if before != now:
+        raise UserError(
+            f"the loss of this run was computed by the kernel {before!r}, and here it would be by {now!r} (a compiler or a GPU "
+            f"is missing, or new): restore what was there{remedy}"
+        )
 
 
 def check_resume(cfg: RunConfig, checkpoint: Path | None, step: int, checkpoint_every: int, recorded: Collection[str]) -> None:

@@ -9,7 +9,6 @@ from typing import Any
 
 import numpy as np
 import torch
-from srpo_kernels import implementations
 
 from srpo.core.config.train import Config, SamplerConfig
 from srpo.core.errors import UserError
@@ -32,12 +31,12 @@ from srpo.rewards.build import build_judge
 from srpo.rewards.judge import Judge
 from srpo.rollout.build import open_engine, sampling_params
 from srpo.rollout.engine import Engine, SamplingParams
-from srpo.training.checks import check_examples, check_impl, check_prompt_lengths, check_settings, check_support, seen_in_training
+from srpo.training.checks import check_examples, check_prompt_lengths, check_settings, check_support, loss_impl, seen_in_training
 from srpo.training.credit import Credit
 from srpo.training.inputs import PATHS, run_inputs
 from srpo.training.optim import make_optimizer
 from srpo.training.ppo import Ppo
-from srpo.training.resume import check_resume
+from srpo.training.resume import check_impl, check_resume
 from srpo.training.update import Objective
 
 # Judge-server settings may change on resume; they are not part of a run's identity.
@@ -67,6 +66,11 @@ class Run:
     eval_examples: list[Example]
     objective: Objective
     ppo: Ppo | None  # the critic of advantage.method "ppo"
+
+    @property
+    def loss_impl(self) -> str:
+        """The kernel that computes the loss here."""
+        return loss_impl(self.cfg.loss.impl, self.parallel.device, getattr(torch, self.cfg.policy.dtype))
 
     @property
     def run_dir(self) -> Path:
@@ -101,7 +105,7 @@ class Run:
         if replay:
             Routers(model)  # UserError if the routing of this model cannot be replayed
         check_head(model, cfg.loss.inputs)
-        check_impl(cfg.loss.impl, parallel.device, getattr(torch, cfg.policy.dtype))
+        loss_impl(cfg.loss.impl, parallel.device, getattr(torch, cfg.policy.dtype))  # UserError if it cannot run here
         engine = open_engine(cfg, model, parallel)
         for some in (examples, eval_examples):
             prompts = encode_prompts(tokenizer, some, cfg.data.prompt)
@@ -153,7 +157,9 @@ class Run:
             if self.ppo is not None:
                 self.ppo.load(extra["step"], self.parallel, checkpoint)
             self.sampler.load_state_dict(extra.pop("sampler"))
-            check_implementation(self.cfg.loss.impl, extra.pop("impl", None), self.parallel.device)
+            before, now = extra.pop("impl"), self.loss_impl
+            if self.cfg.loss.impl == "auto":  # a named kernel is the user's choice
+                check_impl(before, now, f", or set loss.impl to {now!r} to go on with other roundings")
             state = State(**extra)
         every, recorded = self.cfg.train.checkpoint_every, RECORDED if self.ppo is not None else RECORDED[:1]
         self.parallel.on_main(lambda: check_resume(self.cfg, checkpoint, state.step, every, recorded))
@@ -168,7 +174,7 @@ class Run:
         if self.ppo is not None:
             self.ppo.save(state.step, self.parallel)
         folder, keep = self.run_dir / "checkpoints", self.cfg.train.keep_checkpoints
-        extra = state.to_dict(sampler_state) | {"impl": implementation(self.cfg.loss.impl, self.parallel.device)}
+        extra = state.to_dict(sampler_state) | {"impl": self.loss_impl}
         save_checkpoint(folder, state.step, self.policy, self.optimizer, extra, self.parallel, keep, logs)
 
     def open_logger(self, step: int) -> MetricsLogger | None:
@@ -211,21 +217,6 @@ class State:
     def to_dict(self, sampler: dict[str, Any]) -> dict[str, Any]:
         """Plain values for this rank's checkpoint, with the state of the sampler."""
         return {**vars(self), "sampler": sampler, "torch_rng": torch.get_rng_state()}
-
-
-def implementation(impl: str, device: torch.device) -> str:
-    """The implementation of the loss that loss.impl stands for, on fp32 logits: "auto" is the best one of this machine."""
-    return implementations(torch.empty(0, 1, device=device))[0] if impl == "auto" else impl
-
-
-def check_implementation(impl: str, before: str | None, device: torch.device) -> None:
-    """Raise UserError if a run would go on with another implementation of the loss: the same to rounding, but not to the bit."""
-    now = implementation(impl, device)
-    if impl == "auto" and before not in (None, now):
-        raise UserError(
-            f"the run's loss was computed by {before!r}, and loss.impl 'auto' is {now!r} here (a compiler or a GPU is missing or "
-            f"new): restore what was there, or set loss.impl to {now!r} to go on with other roundings"
-        )
 
 
 def derive_seed(*parts: int) -> int:

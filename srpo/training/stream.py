@@ -9,7 +9,6 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing
 
 from srpo.core.batch import Rollout
-from srpo.core.errors import UserError
 
 Score = Callable[[Sequence[Rollout]], list[Rollout]]
 
@@ -109,10 +108,10 @@ def quota(num_prompts: int, world_size: int, cut_tail: float) -> int:
 
 
 def check_age(rollouts: Sequence[Rollout], version: int, max_age: int) -> None:
-    """Raise UserError if a rollout was sampled more than `max_age` weight syncs before `version`, or after it."""
+    """Raise ValueError if a rollout was sampled more than `max_age` weight syncs before `version`, or after it."""
     refused = sorted({r.policy_version for r in rollouts if not 0 <= version - r.policy_version <= max_age})
     if refused:
-        raise UserError(
+        raise ValueError(
             f"optimizer step {version} got rollouts of policy versions {refused}, but trains only on {version - max_age} to "
             f"{version} (rollout.off_policy_steps is {max_age}): the engine has missed a weight sync"
         )

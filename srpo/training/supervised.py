@@ -12,14 +12,15 @@ import torch
 from torch import nn
 
 from srpo.core.batch import Batch
-from srpo.core.config.train import OptimizerConfig
+from srpo.core.config.train import OptimizerConfig, PolicyConfig
 from srpo.core.metrics import MetricsLogger
 from srpo.core.progress import Progress
 from srpo.core.run_dir import Inputs, claim_run_dir
 from srpo.policy.checkpoint import latest_checkpoint, load_checkpoint, save_checkpoint
 from srpo.policy.parallel import Parallel
+from srpo.training.checks import loss_impl
 from srpo.training.optim import learning_rate, make_optimizer, set_learning_rate
-from srpo.training.resume import check_resume
+from srpo.training.resume import check_impl, check_resume
 from srpo.training.update import optimizer_step
 
 MAY_CHANGE = ("optimizer.lr",)  # on resume; `changes.jsonl` says from which optimizer step on
@@ -39,6 +40,8 @@ class FitConfig(Protocol):
     def checkpoint_every(self) -> int: ...
     @property
     def optimizer(self) -> OptimizerConfig: ...
+    @property
+    def policy(self) -> PolicyConfig: ...
 
 
 def fit(
@@ -64,8 +67,11 @@ def fit(
     run_dir, main = Path(cfg.run_dir), parallel.is_main
     claim_run_dir(run_dir, cfg, main, MAY_CHANGE, inputs, PATHS)
     optimizer, done = make_optimizer(model.parameters(), cfg.optimizer), 0
+    impl = loss_impl("auto", parallel.device, getattr(torch, cfg.policy.dtype))
     if (checkpoint := latest_checkpoint(run_dir / "checkpoints")) is not None:
-        done = load_checkpoint(checkpoint, model, optimizer, parallel)["step"]
+        extra = load_checkpoint(checkpoint, model, optimizer, parallel)
+        check_impl(extra["impl"], impl)
+        done = extra["step"]
     parallel.on_main(lambda: check_resume(cfg, checkpoint, done, cfg.checkpoint_every, MAY_CHANGE))
     logger = MetricsLogger(run_dir, resume_step=done or None) if main else None
     sums: list[torch.Tensor] = []
@@ -97,7 +103,7 @@ def fit(
             bar.advance(1, loss=result.loss, right=right)
             if (step + 1) % cfg.checkpoint_every == 0 or step + 1 == cfg.num_steps:
                 logs = None if logger is None else logger.sync()
-                extra = {"step": step + 1}
+                extra = {"step": step + 1, "impl": impl}
                 save_checkpoint(run_dir / "checkpoints", step + 1, model, optimizer, extra, parallel, keep=1, logs=logs)
     if logger is not None:
         logger.close()

@@ -61,7 +61,7 @@ def word_piece() -> Any:
 
 
 FAMILIES = {"byte level": byte_level(), "unigram": unigram(), "word piece": word_piece()}
-# What only a program may write, in each family
+# Texts that only a program may write, in each family
 SPECIAL = {
     "byte level": ["<|end|>", "<|pad|>", "<|im_start|>", "<|im_end|>", "<think>", "</think>"],
     "unigram": ["<s>", "</s>"],

@@ -1,4 +1,4 @@
-"""What holds for every line that a run logs and for every results.json, whatever its configuration."""
+"""Invariants of every line that a run logs and of every results.json, whatever its configuration."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ def check_run(run_dir: Path) -> list[dict[str, float]]:
 
 
 def problems_of(line: Mapping[str, Any], config: Mapping[str, Any]) -> Iterator[str]:
-    """What is wrong with one line. config: the resolved settings of the run; {} if there are none."""
+    """The faults of one line. config: the resolved settings of the run; {} if there are none."""
     values = {key: value for key, value in line.items() if key != "step"}
     for key, value in values.items():
         check_key(key)

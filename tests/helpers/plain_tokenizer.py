@@ -1,4 +1,4 @@
-"""What a tokenizer without special tokens tells `srpo.data.encoding`: the base of tests' own tokenizers."""
+"""The answers of a tokenizer without special tokens to `srpo.data.encoding`: the base of tests' own tokenizers."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What a checkpoint says is checked: one sentence that names the folder and the first wrong tensor."""
+"""The files of a checkpoint are checked: one sentence names the folder and the first wrong tensor."""
 
 from __future__ import annotations
 
@@ -131,9 +131,13 @@ def outside(file: Path) -> None:
         ("model.safetensors", pickled, r"pytorch_model\.bin is a pickle"),
         ("model.safetensors", sharded, r"model-1-of-2\.safetensors is missing"),
         ("model.safetensors", outside, "which is not in its folder"),
-        ("config.json", cut, r"config\.json is not JSON"),
-        ("config.json", lambda file: file.write_text("[]"), r"config\.json is not a JSON object"),
-        ("config.json", lambda file: file.write_bytes(b"\xff\xfe{"), r"config\.json is not JSON"),
+        ("config.json", cut, r"config\.json: not JSON"),
+        (
+            "config.json",
+            lambda file: file.write_text("[]"),
+            r"config\.json: a JSON list, not an object: write the file of the checkpoint",
+        ),
+        ("config.json", lambda file: file.write_bytes(b"\xff\xfe{"), r"config\.json: not UTF-8"),
         ("config.json", Path.unlink, r"no model in .*config\.json"),
     ],
 )

@@ -53,7 +53,9 @@ ERROR_500 = Answer(b'{"error": {"message": "out of luck"}}', 500)
 @pytest.mark.parametrize("api", ["chat", "completions"])
 def test_what_is_asked_and_what_is_read(judge_at: Any, api: str) -> None:
     rng = random.Random(seed := random.randrange(2**32))
-    truths = {f"response {i}": tuple(rng.choice((True, False, None)) for _ in range(5)) for i in range(30)}
+    truths = {f"response {i}": tuple(rng.choice((True, False, None)) for _ in range(5)) for i in range(29)}
+    truths["response 29"] = (None,) * 5  # a reply without text
+    num_no_text = sum(set(truth) == {None} for truth in truths.values())
     wrapped = chat if api == "chat" else completion
 
     def answer(request: Asked) -> Answer:
@@ -65,7 +67,7 @@ def test_what_is_asked_and_what_is_read(judge_at: Any, api: str) -> None:
         judge = judge_at(server, judge_api=api)
         texts = [*truths, *rng.sample(list(truths), 5)]
         assert ask(judge, *texts) == [truths[text] for text in texts], seed
-        assert counts(judge) == {"num_calls": 30, "num_responses": 35, "num_asked": 30}
+        assert counts(judge) == {"num_calls": 30, "num_responses": 35, "num_asked": 30, "num_no_text": num_no_text}
         assert sorted(a.prompt for a in server.asked) == sorted(judge_prompt(EXAMPLE, text) for text in truths)
     (path,) = {a.path for a in server.asked}
     assert path == {"chat": "/v1/chat/completions", "completions": "/v1/completions"}[api]

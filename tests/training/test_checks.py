@@ -13,7 +13,7 @@ from srpo.core.steps import PAPER_STEPS, StepSchema
 from srpo.data.examples import Example
 from srpo.rewards.judge import OracleJudge
 from srpo.rollout.engine import SamplingParams
-from srpo.training.checks import check_examples, check_impl, check_prompt_lengths, check_settings, check_support, seen_in_training
+from srpo.training.checks import check_examples, check_prompt_lengths, check_settings, check_support, loss_impl, seen_in_training
 
 GOOD = Config(data=DataConfig(train="pairs.jsonl"))
 SCHEMA = StepSchema(PAPER_STEPS)
@@ -129,7 +129,7 @@ def test_pairs_that_are_trained_on_are_counted_in_the_evaluation() -> None:
 
 def test_fake_verdicts_need_pairs_to_put_them_on() -> None:
     cfg = replace(GOOD, data=replace(GOOD.data, adversarial_frac=0.5), rollout=replace(GOOD.rollout, num_prompts=1))
-    with pytest.raises(ValueError, match=r"data\.adversarial_frac is 0\.5, but no example of grade 1 or 2"):
+    with pytest.raises(ValueError, match=r"data\.adversarial_frac is 0\.5, but no example got a fake verdict"):
         check_examples([LABELLED], [], SCHEMA, OracleJudge(0.0, 0, SCHEMA), cfg)
 
 
@@ -184,6 +184,9 @@ def test_every_evaluation_example_needs_a_grade() -> None:
 
 def test_a_loss_kernel_that_cannot_run_here() -> None:
     cpu = torch.device("cpu")
-    check_impl("auto", cpu, torch.float32)
+    assert (
+        loss_impl("auto", cpu, torch.float32) in ("cpu", "reference")
+        and loss_impl("reference", cpu, torch.float32) == "reference"
+    )
     with pytest.raises(UserError, match=r"^loss\.impl: implementation 'triton' cannot be used because .*: give one of auto, "):
-        check_impl("triton", cpu, torch.float32)
+        loss_impl("triton", cpu, torch.float32)

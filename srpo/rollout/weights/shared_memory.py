@@ -23,7 +23,6 @@ from dataclasses import dataclass, field
 
 import torch
 
-from srpo.core.errors import UserError
 from srpo.policy.checkpoint_names import Block
 from srpo.rollout.weights.buckets import Bucket, Entry, Packer, add_sums, copy_and_sum, group_of
 
@@ -81,14 +80,14 @@ class WeightStore:
     def write(self, blocks: Iterable[Block], version: int) -> Iterator[Bucket]:
         """Write blocks and yield each bucket as soon as it is full. The store is complete once the generator is exhausted.
 
-        Holds one tensor of `blocks` at a time. Raises UserError for a name that comes twice.
+        Holds one tensor of `blocks` at a time. Raises ValueError for a name that comes twice.
         """
         self.version, self.buckets, self.sums = None, [], {}
         packer, entries, seen = Packer(self.bucket_bytes), [], set()
         for tensor, parts in blocks:
             for part in parts:
                 if part.name in seen:
-                    raise UserError(f"parameter {part.name} comes twice: a checkpoint has each name once")
+                    raise ValueError(f"parameter {part.name} comes twice: a checkpoint has each name once")
                 seen.add(part.name)
             dtype = self.dtype if tensor.is_floating_point() else tensor.dtype
             opens, block = packer.place(parts[0].name, tensor.shape, dtype)

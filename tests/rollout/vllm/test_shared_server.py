@@ -13,6 +13,7 @@ from typing import Any
 
 import pytest
 
+from srpo.core.errors import UserError
 from srpo.rollout.engine import SamplingParams
 from srpo.rollout.vllm import shared_server
 from srpo.rollout.vllm.client import Replies
@@ -180,7 +181,7 @@ def test_what_a_rank_asks_while_its_last_request_still_runs_is_another_one(serve
     assert read(first) == {0: [48, 8]} and read(second) == {}
 
 
-@pytest.mark.parametrize("error", [EngineError("dead"), ValueError("bad"), RuntimeError("no"), OSError("gone")])
+@pytest.mark.parametrize("error", [EngineError("dead"), UserError("bad"), RuntimeError("no"), OSError("gone")])
 def test_what_the_engine_raises_reaches_all_who_asked_and_the_next_request_is_served(serve, engine, error):
     ranks = serve(2)
     for failure in (error, None):
