@@ -31,6 +31,7 @@ from srpo.core.steps import StepSchema
 from srpo.data.examples import Example
 from srpo.data.readers import load_examples
 from srpo.data.tokenizer import encode_prompts, load_tokenizer
+from srpo.policy.folder import check_stored
 from srpo.policy.model import load_policy
 from srpo.policy.parallel import Parallel, distributed
 from srpo.rollout.build import open_vllm
@@ -130,6 +131,7 @@ def open_engine(config: EvaluateConfig, run: Config, parallel: Parallel) -> Engi
     if config.engine == "local":
         model = load_policy(config.checkpoint, experts=run.policy.experts, dtype=dtype)
         return LocalEngine(model, device=parallel.device, max_context=max_context)
+    parallel.on_main(lambda: check_stored(config.checkpoint))
     try:
         return open_vllm(config.checkpoint, parallel, dtype=dtype, max_context=max_context, config=config.vllm)
     except UserError as error:

@@ -5,7 +5,7 @@ floating dtype and finite values. Code in the folder never runs, and nobody is a
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -77,8 +77,26 @@ def read_model(
     _check_tensors(path, model, info)
     _check_dtypes(files, model)
     _restore_embedding(files, model)
-    _check_values(path, model)
+    _check_finite(path, model.state_dict().items())
     return model
+
+
+def check_stored(path: str | Path) -> None:
+    """Raise UserError for a tensor of the folder that is stored as no number with a fraction, or is not finite.
+
+    For a checkpoint that another program loads, vLLM, which itself refuses names and shapes that do not fit. One tensor is in
+    memory at a time.
+    """
+    config, files = read_config(path), _weight_files(Path(path))
+    with torch.device("meta"):
+        model = AutoModelForCausalLM.from_config(config, trust_remote_code=False)
+    try:
+        _check_dtypes(files, model)
+        for file in files:
+            with safe_open(file, framework="pt") as stored:
+                _check_finite(path, ((name, stored.get_tensor(name)) for name in list(stored.keys())))
+    except SafetensorError as error:
+        raise UserError(f"the model in {str(path)!r} cannot be loaded ({_line(error)}): give another checkpoint") from error
 
 
 @contextmanager
@@ -161,9 +179,9 @@ def _restore_embedding(files: list[Path], model: PreTrainedModel) -> None:
                 embedding.copy_(stored.get_tensor(name))
 
 
-def _check_values(path: str | Path, model: PreTrainedModel) -> None:
+def _check_finite(path: str | Path, tensors: Iterable[tuple[str, torch.Tensor]]) -> None:
     """Raise UserError for a tensor with a value that is not finite."""
-    for name, tensor in model.state_dict().items():
+    for name, tensor in tensors:
         if tensor.is_floating_point() and tensor.numel() and not bool(torch.stack(torch.aminmax(tensor)).isfinite().all()):
             raise UserError(f"the weights in {str(path)!r} are not all finite, first {name}: give an earlier checkpoint")
 

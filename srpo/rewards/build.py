@@ -16,6 +16,7 @@ from srpo.core.errors import UserError
 from srpo.core.steps import StepSchema
 from srpo.data.checkpoint_tokens import stop_ids
 from srpo.data.tokenizer import load_tokenizer
+from srpo.policy.folder import check_stored
 from srpo.policy.model import load_policy
 from srpo.policy.parallel import Parallel
 from srpo.policy.scalar import ScalarModel, load_scalar, probabilities, scored_batches
@@ -39,6 +40,7 @@ def build_judge(cfg: Config, schema: StepSchema, parallel: Parallel) -> Judge | 
     if reward.judge == "generative" and reward.judge_engine == "url":
         return open_service_judge(schema, reward)
     if reward.judge == "generative" and reward.judge_engine == "vllm":
+        parallel.on_main(lambda: check_stored(reward.judge_path))
         tokenizer = load_tokenizer(reward.judge_path)
         return open_vllm_judge(reward.judge_path, tokenizer, schema, reward, device=parallel.device, dtype=dtype)
     if reward.judge == "generative":

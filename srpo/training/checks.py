@@ -118,6 +118,15 @@ def loss_impl(impl: str, device: torch.device, dtype: torch.dtype) -> str:
         raise UserError(str(error)) from error
 
 
+def check_reference(cfg: Config, vocab_size: int, reference_vocab_size: int) -> None:
+    """Raise UserError if the KL over all candidates (loss.kl_estimator "full") has no probability of some of them."""
+    if cfg.loss.kl_estimator == "full" and vocab_size != reference_vocab_size:
+        raise UserError(
+            f"loss.kl_estimator is 'full', but the reference has {reference_vocab_size} tokens and the policy has "
+            f"{vocab_size}: set it to 'k3', or give a reference with the policy's vocabulary"
+        )
+
+
 def check_support(cfg: Config, vocab_size: int) -> None:
     """Raise UserError if rollout.support is "replay" and rollout.top_k keeps the whole vocabulary."""
     if cfg.rollout.support == "replay" and cfg.rollout.top_k >= vocab_size:

@@ -31,7 +31,15 @@ from srpo.rewards.build import build_judge
 from srpo.rewards.judge import Judge
 from srpo.rollout.build import open_engine, sampling_params
 from srpo.rollout.engine import Engine, SamplingParams
-from srpo.training.checks import check_examples, check_prompt_lengths, check_settings, check_support, loss_impl, seen_in_training
+from srpo.training.checks import (
+    check_examples,
+    check_prompt_lengths,
+    check_reference,
+    check_settings,
+    check_support,
+    loss_impl,
+    seen_in_training,
+)
 from srpo.training.credit import Credit
 from srpo.training.inputs import PATHS, run_inputs
 from srpo.training.optim import make_optimizer
@@ -122,6 +130,7 @@ class Run:
         if cfg.loss.kl_coef:
             frozen = load_to_shard(cfg.policy.reference or cfg.policy.path, parallel, experts=cfg.policy.experts)
             check_head(frozen, cfg.loss.inputs)
+            check_reference(cfg, model.config.vocab_size, frozen.config.vocab_size)
             reference = parallel.shard(Policy(frozen.requires_grad_(False)), dtype=cfg.policy.dtype)
         ppo = Ppo.from_config(cfg, parallel)
         inputs = parallel.on_main(lambda: run_inputs(cfg, stages, eval_examples))

@@ -16,6 +16,7 @@ from transformers import YoutuConfig, YoutuForCausalLM
 
 from srpo.core.errors import UserError
 from srpo.policy.critic import Critic
+from srpo.policy.folder import check_stored
 from srpo.policy.loading import load_to_shard
 from srpo.policy.model import load_policy, make_tiny
 from srpo.policy.scalar import load_scalar
@@ -83,6 +84,20 @@ def test_a_wrong_tensor_is_named(name: str, tmp_path: Path) -> None:
         with pytest.raises(UserError, match=message) as refused:
             load(folder)
         assert str(tmp_path) in str(refused.value) and "\n" not in str(refused.value)
+
+
+@pytest.mark.parametrize("name", [*(name for name in TENSORS if name in ("int8", "bool", "float8", "nan", "inf")), "cut"])
+def test_what_vllm_would_not_refuse_is_refused_before_it_loads(name: str, tmp_path: Path) -> None:
+    check_stored(folder := saved(tmp_path))
+    if name == "cut":
+        message = "cannot be loaded"
+        cut(folder / "model.safetensors")
+    else:
+        change, message = TENSORS[name]
+        rewritten(folder, change)
+    with pytest.raises(UserError, match=message) as refused:
+        check_stored(folder)
+    assert str(tmp_path) in str(refused.value)
 
 
 @pytest.mark.parametrize(

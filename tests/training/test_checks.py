@@ -13,7 +13,15 @@ from srpo.core.steps import PAPER_STEPS, StepSchema
 from srpo.data.examples import Example
 from srpo.rewards.judge import OracleJudge
 from srpo.rollout.engine import SamplingParams
-from srpo.training.checks import check_examples, check_prompt_lengths, check_settings, check_support, loss_impl, seen_in_training
+from srpo.training.checks import (
+    check_examples,
+    check_prompt_lengths,
+    check_reference,
+    check_settings,
+    check_support,
+    loss_impl,
+    seen_in_training,
+)
 
 GOOD = Config(data=DataConfig(train="pairs.jsonl"))
 SCHEMA = StepSchema(PAPER_STEPS)
@@ -131,6 +139,14 @@ def test_fake_verdicts_need_pairs_to_put_them_on() -> None:
     cfg = replace(GOOD, data=replace(GOOD.data, adversarial_frac=0.5), rollout=replace(GOOD.rollout, num_prompts=1))
     with pytest.raises(ValueError, match=r"data\.adversarial_frac is 0\.5, but no example got a fake verdict"):
         check_examples([LABELLED], [], SCHEMA, OracleJudge(0.0, 0, SCHEMA), cfg)
+
+
+def test_a_full_kl_needs_the_policy_s_vocabulary() -> None:
+    full = replace(GOOD, loss=replace(GOOD.loss, kl_estimator="full"))
+    check_reference(full, 500, 500)
+    check_reference(GOOD, 500, 512)
+    with pytest.raises(UserError, match="the reference has 512 tokens and the policy has 500: set it to 'k3'"):
+        check_reference(full, 500, 512)
 
 
 def test_the_simulated_annotator_needs_a_truth_where_nothing_else_grades() -> None:
