@@ -16,6 +16,7 @@ from typing import Any
 import fault_lab
 import pytest
 import small_world as small
+import smallest
 from same_numbers import digests
 
 import srpo.sft
@@ -46,7 +47,7 @@ def test_a_sample_of_faults(world: Any, tmp_path: Path) -> None:
 @needs_compiler
 @pytest.mark.nightly
 @pytest.mark.timeout(4000)
-@pytest.mark.parametrize("program", fault_lab.PROGRAMS)
+@pytest.mark.parametrize("program", smallest.PROGRAMS)
 def test_faults_at_every_file_operation(world: Any, tmp_path: Path, program: str) -> None:
     check(fault_lab.launch(world.folder, tmp_path, [{"program": program, "faults": 0, "damage": 0}], 3600), 10)
 

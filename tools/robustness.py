@@ -28,10 +28,11 @@ def main() -> int:
     os.environ.setdefault("OMP_NUM_THREADS", "1")  # before torch is imported
     import fault_lab
     from small_world import SmallWorld
+    from smallest import PROGRAMS
 
     parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
     parser.add_argument("--minutes", type=float, default=20.0, help="time for all programs together, shared equally")
-    parser.add_argument("--programs", nargs="*", choices=fault_lab.PROGRAMS, default=list(fault_lab.PROGRAMS))
+    parser.add_argument("--programs", nargs="*", choices=PROGRAMS, default=list(PROGRAMS))
     parser.add_argument("--out", type=Path, default=ROOT / "bench" / "results" / "robustness.json")
     args = parser.parse_args()
     found, operations, began = [], {}, time.monotonic()

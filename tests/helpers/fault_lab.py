@@ -1,4 +1,4 @@
-"""Runs of every program at its smallest, with faults: a file operation that fails or kills, a damaged file, changed inputs.
+"""Runs of every program at its smallest, with faults: a file operation that fails or kills, a damaged file.
 
 `python fault_lab.py WORLD OUT JOBS.json` works on a list of jobs and writes OUT/results.json, a result per job. Its libc is
 `faults.c` (LD_PRELOAD); each run is a fork of this process, so it costs no imports. After each fault the same command is started
@@ -19,7 +19,7 @@ import sys
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import partial
 from itertools import zip_longest
 from pathlib import Path
@@ -27,122 +27,14 @@ from typing import Any
 
 import small_world as small
 from same_numbers import digests
+from smallest import MODULES, RUN, make_inputs, settings_of
 
-from srpo.core.config.demo import DemoConfig
-from srpo.core.config.dpo import DpoConfig
-from srpo.core.config.evaluation import BootstrapConfig, EvaluateConfig
-from srpo.core.config.judge import JudgeConfig, JudgeGrpoConfig, MineConfig
-from srpo.core.config.reproduce import ReproduceConfig, Scale
-from srpo.core.config.selection import Criteria, SelectConfig
-from srpo.core.config.train import OptimizerConfig, PolicyConfig, RolloutConfig
 from srpo.core.settings import dump_toml, run_program
-from srpo.data.pairs import read_pairs
-from srpo.experiments import lab as stages
 
 HELPERS = Path(__file__).resolve().parent
-RUN = Path("run")  # the run folder, below the folder of each case
-FAULTS = {"full": errno.ENOSPC, "io": errno.EIO, "kill": 0}
+FAULTS = {"full": errno.ENOSPC, "io": errno.EIO, "kill": 0, "read": errno.EIO}
 FOREVER = 1 << 40
 TIMEOUT = 300.0
-
-
-# ---- the programs --------------------------------------------------------------------------------------------------------------
-
-
-def _train(world: small.SmallWorld) -> Any:
-    return world.config(
-        RUN,
-        num_steps=2,
-        data={"eval": str(world.eval)},
-        rollout={"num_prompts": 2, "group_size": 4, "max_new_tokens": 64},  # some responses are whole and earn a reward
-        sampler={"difficulty_low": -1.0, "difficulty_high": 2.0},
-        train={"checkpoint_every": 1, "eval_examples": 2},
-    )
-
-
-def _judge(world: small.SmallWorld) -> JudgeConfig:
-    optimizer = OptimizerConfig(lr=1e-3)
-    return JudgeConfig(
-        run_dir=str(RUN),
-        data=str(world.train),
-        rollouts=str(world.folder / "faults" / "rollouts.jsonl"),
-        annotator_reasons=False,
-        held_out=2,
-        num_votes=1,
-        max_new_tokens=8,
-        sft=replace(world.sft_config(RUN, num_steps=2, batch_size=2), data="", optimizer=optimizer),
-        mine=MineConfig(num_responses=4, num_votes=2, num_cases=4, solve_low=-1.0, solve_high=2.0, balance=()),
-        grpo=JudgeGrpoConfig(num_steps=1, rollout=RolloutConfig(num_prompts=2, group_size=2), optimizer=optimizer),
-    )
-
-
-def settings_of(program: str, world: small.SmallWorld) -> Any:
-    """The settings of a program at its smallest, for the run folder `run`."""
-    train = _train(world)
-    if program == "train":
-        return train
-    if program == "ppo":
-        return small.changed(train, {"advantage": {"method": "ppo"}})
-    if program == "sft":
-        return world.sft_config(RUN, num_steps=2, batch_size=4, checkpoint_every=1)
-    if program == "dpo":
-        policy = PolicyConfig(path=str(world.policy))
-        return DpoConfig(
-            run_dir=str(RUN),
-            pairs=str(world.folder / "faults" / "pairs.jsonl"),
-            num_steps=2,
-            batch_size=2,
-            checkpoint_every=1,
-            policy=policy,
-        )
-    if program == "select":
-        criteria = Criteria(difficulty_low=-1.0, difficulty_high=2.0, uniform="keep")
-        fields = vars(small.changed(train, {"data": {"train": str(world.eval), "eval": ""}}))
-        return SelectConfig(**fields, shard_examples=4, select=criteria)
-    if program == "evaluate":
-        bootstrap = BootstrapConfig(num_draws=20)
-        files: dict[str, Any] = {"checkpoint": str(world.policy), "data": str(world.eval), "out": str(RUN)}
-        return EvaluateConfig(**files, limit=3, max_new_tokens=16, bootstrap=bootstrap)
-    if program == "train_judge":
-        return _judge(world)
-    if program == "scalar":
-        return replace(_judge(world), kind="scalar")
-    if program == "demo":
-        sizes: dict[str, Any] = {"num_demonstrations": 40, "num_train": 16, "num_eval": 4, "model": small.TINY}
-        rl: dict[str, Any] = {"rl_steps": 1, "num_prompts": 2, "group_size": 2, "max_new_tokens": 16}
-        return DemoConfig(run_dir=str(RUN), **sizes, **rl, vocab_size=500, sft_steps=2, sft_batch=4)
-    scale = Scale(num_steps=1, num_prompts=2, group_size=4, eval_examples=2, num_eval=2, dpo_prompts=24, dpo_steps=1)
-    files = {"train.jsonl": world.train, "eval.jsonl": world.eval, "eval_balanced.jsonl": world.eval}
-    stages.Lab.data = lambda self, name="train.jsonl": files[name]  # the stages before are those of the demo
-    stages.Lab.sft = lambda self: world.policy
-    return ReproduceConfig(table="table4", run_dir=str(RUN), seeds=(0,), scale=scale)
-
-
-MODULES = {"ppo": "train", "scalar": "train_judge"}
-PROGRAMS = ("train", "ppo", "sft", "dpo", "select", "evaluate", "train_judge", "scalar", "demo", "reproduce")
-
-
-def make_inputs(world: small.SmallWorld) -> None:
-    """Files that some programs read: sampled responses and preferences, in `faults` beside the data of the world."""
-    folder = world.folder / "faults"
-    if folder.is_dir():
-        return
-    aside = folder.with_name("faults.part")
-    shutil.rmtree(aside, ignore_errors=True)
-    aside.mkdir()
-    cfg = small.changed(_train(world), {"run_dir": str(aside / "run"), "data": {"eval": ""}, "num_steps": 2})
-    cfg = small.changed(cfg, {"rollout": {"num_prompts": 4}})
-    import srpo.train
-
-    srpo.train.train(cfg, small.ONE)
-    shutil.copy(aside / "run" / "rollouts.jsonl", aside / "rollouts.jsonl")
-    pairs = list(read_pairs(world.pairs))[:6]
-    rows = [
-        {"prompt": prompt, "chosen": right, "rejected": wrong}
-        for (prompt, right), (_, wrong) in zip(pairs, pairs[1:] + pairs[:1], strict=True)
-    ]
-    (aside / "pairs.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-    aside.rename(folder)
 
 
 # ---- one run -------------------------------------------------------------------------------------------------------------------
@@ -154,7 +46,7 @@ class End:
 
     code: int  # exit code, or minus the number of the signal
     text: str  # what it printed as errors
-    count: int  # number of file operations below the run folder; 0 if it was killed
+    count: int  # number of operations that change (read) files below the run folder; 0 if it was killed
 
     def clear(self) -> bool:
         """Whether it said in one line what is wrong."""
@@ -179,6 +71,12 @@ class Lab:
         self.digests = digests(self.whole / RUN)
         if program in ("train", "ppo"):
             assert any(row.get("train/grad_norm") for row in small.metrics_of(self.whole / RUN)), "nothing was trained"
+        self.stopped = self.case()
+        self.start(self.stopped, self.end.count * 3 // 4, 0)
+        resumed = self.case(self.stopped)
+        self.num_reads = self.start(resumed, reads=True).count
+        assert not (differing := self.differing(resumed)), differing
+        shutil.rmtree(resumed)
 
     def case(self, like: Path | None = None) -> Path:
         """A new folder; with `like`, a copy of another one."""
@@ -190,27 +88,31 @@ class Lab:
             shutil.copytree(like, folder, symlinks=True)
         return folder
 
-    def start(self, folder: Path, first: int = FOREVER, number: int = 0, last: int = FOREVER, settings: Any = None) -> End:
-        """Run the program in a fork; file operations `first` to `last` fail with errno `number` (0: the first one kills)."""
-        (folder / "settings.toml").write_text(dump_toml(settings or self.settings), encoding="utf-8")
+    def start(self, folder: Path, first: int = FOREVER, number: int = 0, last: int = FOREVER, reads: bool = False) -> End:
+        """Run the program in a fork; file operations `first` to `last` fail with errno `number` (0: the first one kills).
+
+        The operations counted are those that change files below the run folder, or with `reads` those that read them.
+        """
+        (folder / "settings.toml").write_text(dump_toml(self.settings), encoding="utf-8")
         counted, errors = folder / "count", folder / "errors.txt"
         counted.unlink(missing_ok=True)
         sys.stdout.flush()
         pid = os.fork()
         if not pid:
-            self._child(folder, errors, counted, first, number, last)
+            self._child(folder, errors, counted, (first, number, last, reads))
         status = _wait(pid)
         count = int(counted.read_text()) if counted.exists() else 0
         return End(os.waitstatus_to_exitcode(status), errors.read_text(encoding="utf-8", errors="replace"), count)
 
-    def _child(self, folder: Path, errors: Path, counted: Path, first: int, number: int, last: int) -> None:
+    def _child(self, folder: Path, errors: Path, counted: Path, fault: tuple[int, int, int, bool]) -> None:
+        first, number, last, reads = fault
         code = 1
         try:
             os.chdir(folder)
             for descriptor, path in ((1, folder / "printed.txt"), (2, errors)):
                 os.dup2(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_TRUNC), descriptor)
             libc = ctypes.CDLL(None)
-            libc.fault_arm(str(folder / RUN).encode(), ctypes.c_long(first), number, ctypes.c_long(last))
+            libc.fault_arm(str(folder / RUN).encode(), ctypes.c_long(first), number, ctypes.c_long(last), int(reads))
             try:
                 run_program(self.main, type(self.settings), ["@", "settings.toml"])
             except SystemExit as ended:
@@ -232,9 +134,13 @@ class Lab:
     # -- faults
 
     def fault(self, kind: str, n: int) -> dict[str, Any]:
-        """The n-th file operation fails (io), all from the n-th on fail (full), or the process is killed there; then again."""
-        folder = self.case()
-        end = self.start(folder, n, FAULTS[kind], n if kind == "io" else FOREVER)
+        """The n-th file operation fails (io), all from the n-th on fail (full), or the process is killed there; then again.
+
+        read: the n-th one that reads files of a run that was killed before.
+        """
+        reads = kind == "read"
+        folder = self.case(self.stopped if reads else None)
+        end = self.start(folder, n, FAULTS[kind], n if kind in ("io", "read") else FOREVER, reads)
         result: dict[str, Any] = {"program": self.program, "fault": kind, "n": n, "code": end.code}
         problem = ""
         if kind == "kill":
@@ -273,12 +179,6 @@ class Lab:
                 outcome, differing = "not read", []
             problem = f"differs: {differing}" if differing else ""
         return self._done(folder, result, outcome, problem)
-
-    def stopped_at(self, n: int) -> Path:
-        """A run that was killed at the n-th file operation."""
-        folder = self.case()
-        self.start(folder, n, 0)
-        return folder
 
 
 def _damage(path: Path, kind: str, rng: random.Random) -> bool:
@@ -337,15 +237,14 @@ def results(world: small.SmallWorld, out: Path, jobs: list[dict[str, Any]], seco
         lab = Lab(world, out, job["program"])
         count = operations[job["program"]] = lab.end.count
         (out.parent / "operations.json").write_text(json.dumps(operations))
-        moments = list(range(1, count + 1))
         cases: list[Callable[[], dict[str, Any]]] = []
         damaged: list[Callable[[], dict[str, Any]]] = []
         for kind in FAULTS:
-            chosen = rng.sample(moments, min(job["faults"] or count, count))
+            moments = range(1, (lab.num_reads if kind == "read" else count) + 1)
+            chosen = rng.sample(moments, min(job["faults"] or len(moments), len(moments)))
             cases += [partial(lab.fault, kind, n) for n in chosen]
         if job["damage"] >= 0:
-            stopped = lab.stopped_at(count * 3 // 4)
-            for folder in (stopped, lab.whole):
+            for folder in (lab.stopped, lab.whole):
                 names = sorted(p.relative_to(folder / RUN).as_posix() for p in (folder / RUN).rglob("*") if p.is_file())
                 pairs = [(name, kind) for name in names for kind in DAMAGE]
                 chosen_pairs = rng.sample(pairs, min(job["damage"] or len(pairs), len(pairs)))

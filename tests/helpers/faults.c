@@ -1,6 +1,6 @@
-/* LD_PRELOAD library: fails, or kills the process at, the n-th operation that changes files below a folder. Whoever calls it
-   (Python, torch's C++, Rust, Arrow) goes through libc. fault_arm(folder, n, error, last): operations n..last fail with errno
-   `error`; error 0 sends SIGKILL. fault_count() is the number of operations since then. */
+/* LD_PRELOAD library: fails, or kills the process at, the n-th operation that changes files below a folder, or the n-th that
+   reads them. Whoever calls it (Python, torch's C++, Rust, Arrow) goes through libc. fault_arm(folder, n, error, last, reads):
+   operations n..last fail with errno `error`; error 0 sends SIGKILL. fault_count() is the number of operations since then. */
 #define _GNU_SOURCE
 #include <dlfcn.h>
 #include <errno.h>
@@ -10,17 +10,19 @@
 #include <stdarg.h>
 #include <stdio.h>
 #include <string.h>
+#include <sys/mman.h>
 #include <sys/stat.h>
 #include <sys/uio.h>
 #include <unistd.h>
 
 static char folder[PATH_MAX];
 static long first, last, count;
-static int error;
+static int error, armed;  /* armed: for CHANGE or READ */
+enum { CHANGE, READ };
 
-void fault_arm(const char *path, long n, int number, long until) {
+void fault_arm(const char *path, long n, int number, long until, int reads) {
   strncpy(folder, path, sizeof folder - 1);
-  first = n, last = until, error = number, count = 0;
+  first = n, last = until, error = number, count = 0, armed = reads;
 }
 long fault_count(void) { return count; }
 
@@ -47,7 +49,8 @@ static int below_at(int fd, const char *path) {
 }
 
 /* Counts an operation; nonzero if it has to fail. */
-static int strikes(void) {
+static int strikes(int kind) {
+  if (kind != armed) return 0;
   long n = __atomic_add_fetch(&count, 1, __ATOMIC_SEQ_CST);
   if (n < first || n > last) return 0;
   if (!error) kill(getpid(), SIGKILL);
@@ -55,14 +58,18 @@ static int strikes(void) {
   return 1;
 }
 
-#define REAL(name) __typeof__(&name) real = (__typeof__(&name))dlsym(RTLD_NEXT, #name)
-#define WRAP(type, name, parameters, arguments, where) \
-  type name parameters {                               \
-    REAL(name);                                        \
-    if ((where) && strikes()) return (type)-1;         \
-    return real arguments;                             \
+#define REAL(name)                  \
+  static __typeof__(&name) real;    \
+  if (!real) real = (__typeof__(&name))dlsym(RTLD_NEXT, #name)
+#define WRAPPED(kind, type, name, parameters, arguments, where) \
+  type name parameters {                                        \
+    REAL(name);                                                 \
+    if (armed == (kind) && (where) && strikes(kind)) return (type)-1; \
+    return real arguments;                                      \
   }
-#define WRITES(flags) ((flags) & (O_CREAT | O_WRONLY | O_RDWR | O_TRUNC))
+#define WRAP(...) WRAPPED(CHANGE, __VA_ARGS__)
+#define WRAP_READ(...) WRAPPED(READ, __VA_ARGS__)
+#define KIND(flags) ((flags) & (O_CREAT | O_WRONLY | O_RDWR | O_TRUNC) ? CHANGE : READ)
 #define MODE                         \
   mode_t mode = 0;                   \
   if (flags & (O_CREAT | O_TMPFILE)) { \
@@ -74,19 +81,20 @@ static int strikes(void) {
 #define OPEN(name)                                                              \
   int name(const char *path, int flags, ...) {                                  \
     MODE REAL(name);                                                            \
-    if (WRITES(flags) && below_at(AT_FDCWD, path) && strikes()) return -1;      \
+    if (below_at(AT_FDCWD, path) && strikes(KIND(flags))) return -1;            \
     return real(path, flags, mode);                                             \
   }
 #define OPENAT(name)                                                            \
   int name(int fd, const char *path, int flags, ...) {                          \
     MODE REAL(name);                                                            \
-    if (WRITES(flags) && below_at(fd, path) && strikes()) return -1;            \
+    if (below_at(fd, path) && strikes(KIND(flags))) return -1;                  \
     return real(fd, path, flags, mode);                                         \
   }
 #define FOPEN(name)                                                                         \
   FILE *name(const char *path, const char *mode) {                                          \
     REAL(name);                                                                             \
-    if (strpbrk(mode, "wa+") && below_at(AT_FDCWD, path) && strikes()) return NULL;         \
+    int kind = strpbrk(mode, "wa+") ? CHANGE : READ;                                        \
+    if (below_at(AT_FDCWD, path) && strikes(kind)) return NULL;                             \
     return real(path, mode);                                                                \
   }
 
@@ -108,3 +116,8 @@ WRAP(int, unlinkat, (int fd, const char *path, int flags), (fd, path, flags), be
 WRAP(int, rename, (const char *from, const char *to), (from, to), below_at(AT_FDCWD, to))
 WRAP(int, renameat, (int a, const char *from, int b, const char *to), (a, from, b, to), below_at(b, to))
 WRAP(int, symlink, (const char *to, const char *path), (to, path), below_at(AT_FDCWD, path))
+WRAP_READ(ssize_t, read, (int fd, void *data, size_t size), (fd, data, size), below_fd(fd))
+WRAP_READ(ssize_t, pread, (int fd, void *data, size_t size, off_t at), (fd, data, size, at), below_fd(fd))
+WRAP_READ(ssize_t, pread64, (int fd, void *data, size_t size, off64_t at), (fd, data, size, at), below_fd(fd))
+WRAP_READ(void *, mmap, (void *to, size_t size, int how, int flags, int fd, off_t at), (to, size, how, flags, fd, at), fd >= 0 && below_fd(fd))
+WRAP_READ(void *, mmap64, (void *to, size_t size, int how, int flags, int fd, off64_t at), (to, size, how, flags, fd, at), fd >= 0 && below_fd(fd))
