@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib.metadata
 import os
 import random
+import signal
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
@@ -26,11 +27,15 @@ import pytest
 import resources
 import small_world
 import torch
+from made_once import made_once
 
 ROOT = Path(__file__).resolve().parents[1]
 GOLDEN, HELPERS = ROOT / "tests" / "golden", ROOT / "tests" / "helpers"
 
 torch.set_num_threads(int(THREADS))
+# A shell starts background jobs with Ctrl-C ignored, and every process that a test starts would inherit that.
+if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
+    signal.signal(signal.SIGINT, signal.default_int_handler)
 # No deadlines: a slow machine must not fail a test.
 # A test that needs more examples multiplies the default: `settings(max_examples=20 * settings.default.max_examples)`.
 PROFILE: dict[str, Any] = {"deadline": None, "suppress_health_check": [hypothesis.HealthCheck.too_slow], "print_blob": True}
@@ -86,14 +91,18 @@ def golden() -> Callable[[str, str], None]:
 @pytest.fixture(scope="session")
 def world(tmp_path_factory: pytest.TempPathFactory) -> small_world.SmallWorld:
     """Data and a tiny policy on disk, made once per session."""
-    return small_world.SmallWorld.make(tmp_path_factory.mktemp("small_world"))
+    return small_world.SmallWorld(made_once(tmp_path_factory, "small_world", small_world.SmallWorld.make))
 
 
 @pytest.fixture(scope="session")
 def ranks(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Folder with the outputs of two ranks under torchrun, one subfolder per lab. One launch runs all labs, since most of its
     time goes into imports."""
-    out = tmp_path_factory.mktemp("ranks")
+    return made_once(tmp_path_factory, "ranks", run_labs)
+
+
+def run_labs(out: Path) -> None:
+    """Run all labs under torchrun with two ranks; their outputs go to `out`."""
     for name in policy_ranks.LABS:
         (out / name).mkdir()
     loading_lab.write_checkpoints(out / "loading_lab")
@@ -103,7 +112,6 @@ def ranks(tmp_path_factory: pytest.TempPathFactory) -> Path:
     command = [*launch, "--rdzv-endpoint=127.0.0.1:0", "--local-addr=127.0.0.1", str(HELPERS / "policy_ranks.py"), str(out)]
     done = subprocess.run(command, env=env, cwd=ROOT, capture_output=True, text=True, timeout=280, check=False)
     assert done.returncode == 0, done.stderr[-6000:]
-    return out
 
 
 @pytest.fixture(scope="session")

@@ -26,8 +26,20 @@ def lines_of(program: small.Program) -> list[str]:
     return [line for line in program.log.read_text(encoding="utf-8").splitlines() if line]
 
 
-@pytest.mark.parametrize("rollout", [{"overlap": "off"}, {"overlap": "on"}, {"overlap": "on", "off_policy_steps": 1}])
-@pytest.mark.parametrize(("number", "word"), [(signal.SIGINT, "interrupted"), (signal.SIGTERM, "terminated")])
+WAYS = ({"overlap": "on"}, {"overlap": "off"}, {"overlap": "on", "off_policy_steps": 1})
+SIGNALS = ((signal.SIGINT, "interrupted"), (signal.SIGTERM, "terminated"))
+
+
+@pytest.mark.parametrize(
+    ("rollout", "number", "word"),
+    [pytest.param(WAYS[0], *SIGNALS[0]), pytest.param(WAYS[2], *SIGNALS[1])]
+    + [
+        pytest.param(way, *which, marks=pytest.mark.slow)
+        for way in WAYS
+        for which in SIGNALS
+        if (way, which) not in ((WAYS[0], SIGNALS[0]), (WAYS[2], SIGNALS[1]))
+    ],
+)
 def test_a_silent_judge_does_not_hold_up_the_end(
     rollout: dict[str, Any], number: signal.Signals, word: str, world: Any, tmp_path: Path
 ) -> None:

@@ -15,7 +15,7 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 
 from srpo.core.steps import PAPER_STEPS, REGEX_FLAGS, ParsedResponse, StepSchema, StepSpec, parse_response
 
-NUM_RESPONSES = 20_000 if os.environ.get("HYPOTHESIS_PROFILE") == "nightly" else 2_000
+NUM_RESPONSES = 20_000 if os.environ.get("HYPOTHESIS_PROFILE") == "nightly" else 800
 SCHEMA = StepSchema(PAPER_STEPS)
 J = SCHEMA.num_steps
 
