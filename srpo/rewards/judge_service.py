@@ -113,9 +113,10 @@ class JudgeService:
         )
         self._slots = asyncio.Semaphore(cfg.judge_concurrency)
         self._loop = asyncio.new_event_loop()
-        thread = threading.Thread(target=_run, args=(self._loop,), name="judge-service", daemon=True)
-        thread.start()
-        self._end = weakref.finalize(self, _end, self._loop, thread, self._client)
+        self._thread = threading.Thread(target=_run, args=(self._loop, self._client), name="judge-service", daemon=True)
+        self._thread.start()
+        # The garbage collector may drop a service on any thread, also on its own or another service's: it waits for none.
+        self._end = weakref.finalize(self, self._loop.call_soon_threadsafe, self._loop.stop)
 
     @property
     def identity(self) -> str:
@@ -323,6 +324,7 @@ class JudgeService:
     def close(self) -> None:
         """Close the connections and end the service's thread."""
         self._end()
+        self._thread.join(timeout=5)
 
 
 def check_service(cfg: RewardConfig) -> None:
@@ -331,20 +333,12 @@ def check_service(cfg: RewardConfig) -> None:
     check_ranges(cfg, prefix="reward.")
 
 
-def _run(loop: asyncio.AbstractEventLoop) -> None:
+def _run(loop: asyncio.AbstractEventLoop, client: httpx2.AsyncClient) -> None:
+    """The service's thread: until the loop is stopped, then everything is closed."""
     asyncio.set_event_loop(loop)
     loop.run_forever()
+    loop.run_until_complete(_give_up(client))
     loop.close()
-
-
-def _end(loop: asyncio.AbstractEventLoop, thread: threading.Thread, client: httpx2.AsyncClient) -> None:
-    """Close a service. A function, because the finalizer runs after the service object is gone."""
-    if thread is threading.current_thread():  # the last reference was dropped on the service's own thread
-        loop.stop()
-    elif thread.is_alive():
-        asyncio.run_coroutine_threadsafe(_give_up(client), loop).result(timeout=5)
-        loop.call_soon_threadsafe(loop.stop)
-        thread.join(timeout=5)
 
 
 async def _give_up(client: httpx2.AsyncClient) -> None:

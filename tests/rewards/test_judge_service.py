@@ -22,6 +22,7 @@ from srpo.rewards.build import service_judge
 from srpo.rewards.judge import GenerativeJudge
 from srpo.rewards.judge_service import JudgeService, JudgeServiceError
 from srpo.rewards.verdicts import judge_prompt, render_verdicts
+from srpo.rollout.engine import SamplingParams
 
 Answers = Callable[[Asked], Answer]
 
@@ -104,6 +105,27 @@ def test_votes_are_calls_of_their_own(judge_at: Any) -> None:
         votes = judge_at(server, judge_cache=9).votes([make_rollout("x")], [EXAMPLE], 3, seed=10)
         assert [vote[0] for vote in votes[0]] == [False, True, False]
         assert {a.body["temperature"] for a in server.asked} == {1.0}
+
+
+def test_a_service_whose_last_reference_goes_on_its_own_thread_closes_its_connections() -> None:
+    """As by a garbage collection that runs there."""
+
+    def connections() -> set[str]:
+        return {thread.name for thread in threading.enumerate() if "process_request_thread" in thread.name}
+
+    others = connections()
+    with serving(lambda call: chat("Step 1 is [Correct]")) as server:
+        held = [JudgeService(replace(SETTINGS, judge_url=server.url), api_key=KEY, seed=0)]
+        assert held[0].write(["a prompt"], SamplingParams(8, group_size=1), 0) == [["Step 1 is [Correct]"]]
+        assert connections() - others  # kept alive for the next call
+        thread, loop = held[0]._thread, held[0]._loop
+        loop.call_soon_threadsafe(held.clear)
+        thread.join(timeout=20)
+        assert not thread.is_alive() and loop.is_closed()
+        until = time.monotonic() + 10  # of the 20 s after which the server gives up a connection
+        while connections() - others and time.monotonic() < until:
+            time.sleep(0.01)
+        assert not connections() - others
 
 
 def test_threads_share_one_budget_of_calls(judge_at: Any) -> None:
