@@ -17,7 +17,9 @@ import tempfile
 import time
 from collections import Counter
 from collections.abc import Iterable
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from typing import Any
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -32,27 +34,33 @@ def main() -> int:
 
     parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
     parser.add_argument("--minutes", type=float, default=20.0, help="time for all programs together, shared equally")
+    parser.add_argument("--jobs", type=int, default=1, help="number of programs that are tried at once, a core each")
     parser.add_argument("--programs", nargs="*", choices=PROGRAMS, default=list(PROGRAMS))
     parser.add_argument("--out", type=Path, default=ROOT / "bench" / "results" / "robustness.json")
     args = parser.parse_args()
-    found, operations, began = [], {}, time.monotonic()
+    began = time.monotonic()
+    seconds = args.minutes * 60 * min(args.jobs, len(args.programs)) / len(args.programs)
     with tempfile.TemporaryDirectory() as folder:
         world = SmallWorld.make(Path(folder) / "world")
-        for number, program in enumerate(args.programs):
-            left = args.minutes * 60 - (time.monotonic() - began)
+        fault_lab.make_inputs(world)
+
+        def tried(program: str) -> tuple[list[dict[str, Any]], int]:
             job = {"program": program, "faults": 0, "damage": 0}
-            results = fault_lab.launch(world.folder, Path(folder) / program, [job], left / (len(args.programs) - number))
-            operations[program] = json.loads((Path(folder) / program / "operations.json").read_text())[program]
-            found += results
+            results = fault_lab.launch(world.folder, Path(folder) / program, [job], seconds)
             print(program, len(results), "cases,", sum(bool(r["problem"]) for r in results), "faults found", flush=True)
+            return results, json.loads((Path(folder) / program / "operations.json").read_text())[program]
+
+        with ThreadPoolExecutor(args.jobs) as pool:
+            tries = dict(zip(args.programs, pool.map(tried, args.programs), strict=True))
+    found = [result for results, _ in tries.values() for result in results]
     faults = [result for result in found if result["problem"]]
     commit = subprocess.run(["git", "-C", str(ROOT), "rev-parse", "HEAD"], capture_output=True, text=True, check=False)
     figures = {
-        "command": f"python tools/robustness.py --minutes {args.minutes:g}",
+        "command": f"python tools/robustness.py --minutes {args.minutes:g} --jobs {args.jobs}",
         "commit": commit.stdout.strip(),
         "minutes": round((time.monotonic() - began) / 60, 1),
         "num_cases": len(found),
-        "file_operations": operations,
+        "file_operations": {program: count for program, (_, count) in tries.items()},
         "by_program": _counts((r["program"], r["fault"], r["outcome"]) for r in found),
         "outcomes": dict(Counter(r["outcome"] for r in found)),
         "faults_found": faults,
