@@ -20,6 +20,7 @@ from pathlib import Path
 from typing import Any
 
 from srpo.core.files import write_whole
+from srpo.core.jsonl import json_file
 from srpo.core.run_dir import run_settings
 from srpo.core.steps import StepSchema
 from srpo.core.tables import percent, text_table
@@ -57,6 +58,8 @@ def main(config: CompareConfig) -> None:
     sources = {Path(name).resolve() for name in read if name}
     if out.resolve() in sources or (out.suffix != ".json" and out.resolve().parent in sources):
         raise UserError(f"out is {out}, which is read and would be replaced: name another file")
+    if out.exists() and not _is_comparison(out):
+        raise UserError(f"out is {out}, which exists and is no result of srpo.compare: name another file")
 
     examples: list[Example] = []
     results: dict[str, Any] = {"names": {"a": config.name_a, "b": config.name_b}}
@@ -78,6 +81,13 @@ def main(config: CompareConfig) -> None:
     out.parent.mkdir(parents=True, exist_ok=True)
     write_whole(out, json.dumps(results, indent=2) + "\n")
     print(f"written to {out}")
+
+
+def _is_comparison(path: Path) -> bool:
+    try:
+        return json_file(path).get("names", {}).keys() == {"a", "b"}
+    except (UserError, AttributeError):
+        return False
 
 
 def offline(a: Responses, b: Responses, config: CompareConfig) -> tuple[dict[str, Any], StepSchema]:

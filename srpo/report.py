@@ -15,6 +15,7 @@ if __name__ == "__main__":
 
 from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 from srpo.core.config.train import Config
 from srpo.core.jsonl import json_file
@@ -37,9 +38,19 @@ def write_report(run_dir: Path) -> tuple[str, list[Path]]:
     results: Mapping[str, Results] = {}
     if (run_dir / "results.json").is_file():
         results = json_file(run_dir / "results.json")
+        _check_results(run_dir / "results.json", results)
     files = write_plots(run_dir / "plots", read_metrics(run_dir / "metrics.jsonl"), schema, results, run_dir.resolve().name)
     before, after = results.get("before"), results.get("after")
     return before_after_table(before, after, schema) if before and after else "", files
+
+
+def _check_results(path: Path, results: Mapping[str, Any]) -> None:
+    """Raise UserError unless `before` and `after`, where they are, have scores."""
+    for name in ("before", "after"):
+        scores = results.get(name, {"macro_f1": 0, "num_examples": 0})
+        numbers = [scores.get(key) for key in ("macro_f1", "num_examples")] if isinstance(scores, dict) else [None]
+        if not all(isinstance(number, (int, float)) for number in numbers):
+            raise UserError(f"{path}: {name} has no macro_f1 and num_examples: restore the file, or remove it")
 
 
 def main(config: ReportConfig) -> None:

@@ -23,7 +23,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, nullcontext
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
@@ -46,7 +46,15 @@ OWN_CLAIM = {"judge_sft_steps": 0, "judge_grpo_steps": 0, "judge_lr": 0.0}  # ch
 
 
 def reproduce(cfg: ReproduceConfig, parallel: Parallel) -> list[dict[str, Any]]:
-    """Make the tables of `cfg.table`. Returns the contents of each `run_dir/<table>.json`."""
+    """Make the tables of `cfg.table`. Returns the contents of each `run_dir/<table>.json`.
+
+    Only one process at a time writes tables; with `train_only` several may work, each on its own seeds.
+    """
+    with nullcontext() if cfg.train_only else run_lock(Path(cfg.run_dir), parallel):
+        return _reproduce(cfg, parallel)
+
+
+def _reproduce(cfg: ReproduceConfig, parallel: Parallel) -> list[dict[str, Any]]:
     run_dir, results = Path(cfg.run_dir), []
     for name in wanted(cfg):
         start = time.monotonic()

@@ -24,10 +24,12 @@ from itertools import groupby
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from srpo.core.config.train import RolloutConfig
 from srpo.core.files import write_whole
 from srpo.core.progress import Progress
-from srpo.core.run_dir import Inputs, claim_run_dir
+from srpo.core.run_dir import Inputs, check_unchanged, claim_run_dir
 from srpo.core.run_lock import run_lock
 from srpo.core.steps import StepSchema
 from srpo.data.curriculum import SOLVE_RATE
@@ -37,6 +39,7 @@ from srpo.data.strata import stratum, tags_with_grade
 from srpo.data.tokenizer import encode_prompts, load_tokenizer
 from srpo.policy.model import load_policy
 from srpo.policy.parallel import Parallel, distributed
+from srpo.rewards.audit import asked_counts, silence
 from srpo.rewards.build import build_judge
 from srpo.rewards.hybrid import score
 from srpo.rewards.judge import Judge
@@ -84,8 +87,17 @@ def open_parts(cfg: SelectConfig, schema: StepSchema, parallel: Parallel) -> Par
     params = sampling_params(cfg, tokenizer)
     loaded = load_policy(cfg.policy.path, experts=cfg.policy.experts)
     engine = open_engine(cfg, loaded, parallel)
-    inputs = parallel.on_main(lambda: model_inputs({"the starting policy": cfg.policy.path} | judge_model(cfg.reward)))
+    inputs = parallel.on_main(lambda: model_inputs(_models(cfg)))
     return Parts(tokenizer, engine, build_judge(cfg, schema, parallel), params, engine.max_context, inputs)
+
+
+def _models(cfg: SelectConfig) -> dict[str, str]:
+    return {"the starting policy": cfg.policy.path} | judge_model(cfg.reward)
+
+
+def _models_left(cfg: SelectConfig) -> dict[str, str]:
+    """The models whose folders are still there: choosing from finished records needs none."""
+    return {name: path for name, path in _models(cfg).items() if (Path(path) / "config.json").is_file()}
 
 
 def ignored_settings(cfg: SelectConfig) -> list[str]:
@@ -126,6 +138,7 @@ def sample(
     parts = _Once(lambda: parts_of(cfg, schema, parallel))
     missing = survey(cfg, schema, done, parts)
     if not missing:
+        parallel.on_main(lambda: check_unchanged(folder, model_inputs(_models_left(cfg))))
         return
     if parallel.is_main and (names := ignored_settings(cfg)):
         print(f"ignored, because only training uses them: {', '.join(names)}", flush=True)
@@ -136,11 +149,17 @@ def sample(
             f"process {parallel.rank} does not see {folder / 'config.toml'}, which process 0 wrote: set records_dir to a folder "
             "that all hosts share"
         )
-    own = set(missing[parallel.rank :: parallel.world_size])
+    own, asked = set(missing[parallel.rank :: parallel.world_size]), np.zeros(2)
     with Progress("shards sampled", len(done) + len(missing), start=len(done), enabled=parallel.is_main) as bar:
         for number, examples in shards_of(_examples(cfg), cfg.shard_examples):
             if number in own:
-                write_shard(folder, number, examples, sample_shard(parts(), examples, cfg, schema))
+                records, counts = sample_shard(parts(), examples, cfg, schema)
+                was_silent, asked = bool(silence(asked, cfg.reward)), asked + counts
+                if (alarm := silence(asked, cfg.reward)) and cfg.reward.audit == "stop":
+                    raise UserError(alarm)  # before the shard is written
+                if alarm and not was_silent and cfg.reward.audit != "off":
+                    print(alarm, flush=True)
+                write_shard(folder, number, examples, records)
                 bar.advance(len(finished_shards(folder)) - bar.done)
         while parallel.is_main and bar.done < bar.total:
             time.sleep(_POLL_S)  # not a collective, which could time out while another rank samples its last shards
@@ -161,11 +180,14 @@ def check_settings(cfg: SelectConfig) -> None:
         raise UserError(f"select.score is {cfg.select.score!r}, which needs the verdicts of a judge: set reward.judge")
     check_rollout(cfg)
     check_judge(cfg)
+    data = Path(cfg.data.train.partition("?")[0]).resolve()
     for folder, name in ((records_dir(cfg), "records_dir"), (out_dir(cfg), "out")):
         if folder.exists() and not folder.is_dir():
             raise UserError(f"{name} is {folder}, which is a file: name a folder")
-        if folder.resolve() == Path(cfg.data.train).resolve():
+        if folder.resolve() == data:
             raise UserError(f"{name} is {folder}, the folder of data.train, where its files would be read as data: give another")
+    if data in ((out_dir(cfg) / f"selected.{cfg.format}").resolve(), (out_dir(cfg) / "selection.json").resolve()):
+        raise UserError(f"data.train is {data}, which would be replaced by the selected examples: give another out")
     if records_dir(cfg).resolve() == out_dir(cfg).resolve():
         raise UserError(f"records_dir and out are both {out_dir(cfg)}: give another out")
 
@@ -219,18 +241,23 @@ def split_gradable(parts: Parts, examples: Sequence[Example], cfg: SelectConfig,
     return list(examples), ""
 
 
-def sample_shard(parts: Parts, examples: Sequence[Example], cfg: SelectConfig, schema: StepSchema) -> list[Record]:
-    """The record of each example. An example that nothing can grade is not sampled."""
+def sample_shard(
+    parts: Parts, examples: Sequence[Example], cfg: SelectConfig, schema: StepSchema
+) -> tuple[list[Record], np.ndarray]:
+    """(the record of each example, `asked_counts` [2] of the judge). An example that nothing can grade is not sampled."""
     gradable, _ = split_gradable(parts, examples, cfg, schema)
     records: dict[str, Record] = {}
+    asked = np.zeros(2)
     if gradable:
         prompts = encode_prompts(parts.tokenizer, gradable, cfg.data.prompt)
         samples = parts.engine.generate(prompts, parts.params, derive_seed(*shard_seed(cfg.seed, examples)))
         rollouts = to_rollouts(gradable, samples, prompts, schema, parts.tokenizer, parts.engine.policy_version)
         scored = score(rollouts, [gradable[r.group] for r in rollouts], schema, parts.judge, cfg.reward.missing_verdict)
+        asked = asked_counts(scored, schema)
         for i, group in groupby(scored, key=lambda rollout: rollout.group):  # an engine returns samples prompt by prompt
             records[gradable[i].example_id] = record_of(list(group), schema, tags_with_grade(gradable[i]))
-    return [records.get(e.example_id) or unsampled(e.example_id, schema.num_steps, tags_with_grade(e)) for e in examples]
+    every = [records.get(e.example_id) or unsampled(e.example_id, schema.num_steps, tags_with_grade(e)) for e in examples]
+    return every, asked
 
 
 # ---- second stage: choose from the records -------------------------------------------------------------------------------------

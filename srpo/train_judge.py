@@ -28,7 +28,7 @@ from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
-from srpo.core.digests import digest_of_bytes, digest_of_file
+from srpo.core.digests import digest_of, digest_of_bytes, digest_of_file
 from srpo.core.files import read_result, whole_file, write_result
 from srpo.core.run_dir import claim_run_dir
 from srpo.core.run_lock import locks_run_dir
@@ -106,11 +106,16 @@ def run_mine(work: Work) -> None:
     Raises UserError if no case is hard enough, or if the queue was made with other settings.
     """
     cfg, settings = work.cfg.mine, json.loads(json.dumps(asdict(work.cfg.mine)))
+    pool = digest_of(work.pool)
     if work.is_done(QUEUE):
         path, queue = work.run_dir / "mine.json", work.run_dir / QUEUE
         made = read_result(path) if path.is_file() else {}
         if made.get("settings", settings) != settings:
             raise UserError(f"{queue} was made with other mine.* settings ({path}): restore those, or remove the queue")
+        if made.get("pool", pool) != pool:
+            raise UserError(
+                f"{queue} was made of other responses than {cfg.pool or 'the judgments'} has now: restore them, or remove it"
+            )
         if made.get("queue") != digest_of_file(queue):
             raise UserError(f"{queue} is damaged, or belongs to another {path}: remove both, then they are made again")
         return
@@ -124,7 +129,7 @@ def run_mine(work: Work) -> None:
             "mine other responses (--mine.pool), or widen mine.solve_low and mine.solve_high"
         )
     lines = queue_lines(chosen, work.examples, work.schema)
-    work.write_result("mine.json", numbers | {"settings": settings, "queue": digest_of_bytes(lines.encode())})
+    work.write_result("mine.json", numbers | {"settings": settings, "pool": pool, "queue": digest_of_bytes(lines.encode())})
     work.write(QUEUE, lines)
     if work.parallel.is_main:
         print(f"{len(chosen)} hard cases of {len(cases)} responses in {work.run_dir / QUEUE}")

@@ -12,6 +12,7 @@ from judged_pairs import random_examples, random_rollouts
 from srpo.compare import main
 from srpo.core.batch import write_rollouts
 from srpo.core.config.evaluation import BootstrapConfig, CompareConfig
+from srpo.core.errors import UserError
 from srpo.core.settings import load
 from srpo.core.steps import PAPER_STEPS, StepSchema
 from srpo.data.examples import Example
@@ -156,6 +157,17 @@ def test_what_is_compared_is_not_replaced(two: dict[str, Any]):
         with pytest.raises(ValueError, match=f"out is {file}, which is read and would be replaced"):
             main(load(CompareConfig, ["--a", two["a"], "--b", two["b"], "--data", two["data"], "--out", str(file), *DRAWS]))
     assert {file: file.read_bytes() for file in files} == before
+
+
+def test_only_an_earlier_comparison_is_replaced(two: dict[str, Any], tmp_path: Path):
+    argv = ["--a", two["a"], "--b", two["b"], "--data", two["data"], *DRAWS]
+    for text in ("{}", '{"names": ["a", "b"]}', "x", ""):
+        (other := tmp_path / "results.json").write_text(text)
+        with pytest.raises(UserError, match=f"out is {other}, which exists and is no result of srpo.compare"):
+            main(load(CompareConfig, [*argv, "--out", str(other)]))
+        assert other.read_text() == text
+    for _ in range(2):
+        main(load(CompareConfig, [*argv, "--out", str(tmp_path / "own.json")]))
 
 
 @pytest.mark.parametrize(

@@ -188,3 +188,8 @@ def test_a_run_that_diverged_goes_on_with_a_lower_learning_rate(
     assert [row["train/lr"] for row in small.metrics_of(run_dir)] == [1e-4] * 4
     train(calm, small.ONE)
     assert len((run_dir / "changes.jsonl").read_text().splitlines()) == 1
+    (run_dir / "changes.jsonl").unlink()
+    assert "changes.jsonl is missing: restore it" in small.complaint(srpo.train.main, calm, tmp_path, capsys)
+    (run_dir / "changes.jsonl").write_text(change.replace("0.0001", "0.0002") + "\n")
+    line = small.complaint(srpo.train.main, calm, tmp_path, capsys)
+    assert "changes.jsonl is damaged: its bytes up to optimizer step 4 are not those that were written" in line

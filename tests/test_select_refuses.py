@@ -10,12 +10,37 @@ from typing import Any
 
 import pytest
 import torch
-from select_cases import ONE, Killed, Ranks, Scripted, config, contents, parts_with, results
+from select_cases import ONE, SCHEMA, Killed, Ranks, Scripted, config, contents, parts_with, results
 
 from srpo.core.config.selection import Criteria, SelectConfig
 from srpo.core.config.train import DataConfig, LossConfig, RewardConfig, RolloutConfig
+from srpo.core.errors import UserError
+from srpo.rewards.judge import OracleJudge
 from srpo.select import out_dir, records_dir, run
 from srpo.selection.shards import finished_shards
+
+
+class Mute(OracleJudge):
+    """Never gives a verdict."""
+
+    def judge(self, rollouts: Any, examples: Any) -> Any:
+        return [(None,) * 5 for _ in rollouts]
+
+
+@pytest.mark.parametrize("audit", ["stop", "warn", "off"])
+def test_a_judge_that_never_says_anything_is_told_or_stops_it(
+    audit: Any, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    cfg = config(tmp_path)
+    cfg = replace(cfg, reward=replace(cfg.reward, audit=audit))
+    parts = replace(parts_with(Scripted())(), judge=Mute(0.0, 0, SCHEMA))
+    if audit == "stop":
+        with pytest.raises(UserError, match="the judge gives no verdict on 100% of the steps left to it"):
+            run(cfg, ONE, lambda *_: parts)
+        assert not finished_shards(records_dir(cfg))
+    else:
+        run(cfg, ONE, lambda *_: parts)
+        assert capsys.readouterr().out.count("gives no verdict on 100%") == (audit == "warn")
 
 
 @pytest.fixture(scope="module")
@@ -67,6 +92,12 @@ def with_(**changes: Any) -> Change:
             "records_dir is .*, the folder of data.train",
         ),
         (with_(out="same", records_dir="same"), "records_dir and out are both same: give another out"),
+        (
+            lambda cfg, folder: replace(
+                cfg, data=replace(cfg.data, train=f"{folder}/selected.jsonl?split=a"), out=str(folder), format="jsonl"
+            ),
+            "data.train is .*selected.jsonl, which would be replaced by the selected examples",
+        ),
     ],
 )
 def test_bad_settings_stop_before_anything_is_sampled_or_written(tmp_path: Path, change: Change, message: str) -> None:

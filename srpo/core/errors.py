@@ -36,12 +36,15 @@ _REMEDIES = {
     errno.ELOOP: "mend the loop of links",
     errno.EMFILE: "raise the number of open files (ulimit -n)",
     errno.ENOTEMPTY: "empty it, or give another path",
+    errno.EFBIG: "raise the limit on the size of files (ulimit -f), or give a file system that takes larger ones",
+    errno.ESTALE: "mount the file system again, then run the same command again",
+    errno.ENFILE: "close files of other programs: the machine has none left",
 }
 
 
 def explain_os_error(error: OSError) -> str | None:
     """One line with path, reason and remedy for an error of the file system; None for any other, as of a socket."""
-    remedy = _REMEDIES.get(error.errno or 0)
+    remedy = _REMEDIES.get(error.errno or 0) or ("check that path" if error.filename and error.errno else None)
     if remedy is None:
         return None
     path = f"{error.filename}: " if error.filename else ""

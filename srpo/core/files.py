@@ -114,9 +114,9 @@ def _checksum(values: dict[str, Any]) -> str:
 
 
 def check_whole(folder: Path) -> None:
-    """Raise UserError if a folder that `whole_folder` has made is not as it was written; one without COMPLETE is not checked."""
+    """Raise UserError if a folder that `whole_folder` has made is not as it was written."""
     if not (folder / COMPLETE).exists():
-        return
+        raise UserError(f"{folder} has no {COMPLETE}, so it may not be whole: remove it, then it is made again")
     problem = damage(read_mark(folder)["files"], digests_of(folder, files_of(folder)))
     if problem:
         raise UserError(f"{folder / problem}: remove {folder}, then it is made again")

@@ -47,6 +47,12 @@ def end_at_signals() -> None:
         _watch = _Watch()
 
 
+def is_a_program() -> bool:
+    """Whether this process is `python -m srpo.PROGRAM`."""
+    name = getattr(getattr(sys.modules.get("__main__"), "__spec__", None), "name", "")
+    return name.startswith("srpo.") and name.count(".") == 1
+
+
 @contextmanager
 def ended_by_signals() -> Iterator[None]:
     """A with block that ends the process at a signal, with one line. Any error after the signal counts as caused by it."""

@@ -20,7 +20,7 @@ from typing import Any, Protocol, SupportsFloat
 from srpo.core.errors import MissingPackage, UserError, naming
 from srpo.core.files import write_whole
 from srpo.core.jsonl import json_object
-from srpo.core.logs import LogDigests, Written
+from srpo.core.logs import CHANGES, LogDigests, Written
 
 # {step} is the name of a reasoning step, {class} a grade 1..4, {phase} a phase of the loop. docs/metrics.md repeats this table; a
 # test compares them.
@@ -209,7 +209,7 @@ class MetricsLogger:
         self._step = resume_step
         for name in FILES:
             truncate_jsonl(self.run_dir / name, resume_step)
-        self._digests = LogDigests(self.run_dir, FILES)
+        self._digests = LogDigests(self.run_dir, (*FILES, CHANGES))
         self._metrics = (self.run_dir / "metrics.jsonl").open("a", encoding="utf-8")
         self._timing = (self.run_dir / "timing.jsonl").open("a", encoding="utf-8")
         makers: list[tuple[bool, Callable[..., Tracker]]] = [(tensorboard, _TensorBoard), (wandb, _WandB), (trackio, _Trackio)]

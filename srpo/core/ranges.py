@@ -49,6 +49,7 @@ Size = Annotated[int, Range(1, LARGEST_INT)]
 Seed = Annotated[int, Range(0, LARGEST_INT)]
 NonNegative = Annotated[float, Range(0)]
 Positive = Annotated[float, Range(0, above=True)]
+Temperature = Annotated[float, Range(0.01, 100)]  # below, logits leave the range of fp32
 Fraction = Annotated[float, Range(0, 1)]
 OpenFraction = Annotated[float, Range(0, 1, above=True, below=True)]
 PositiveFraction = Annotated[float, Range(0, 1, above=True)]

@@ -10,12 +10,16 @@ from pathlib import Path
 from typing import Any
 
 from srpo.core.config.train import Config
+from srpo.core.digests import COMPLETE
 from srpo.core.errors import UserError, naming
 from srpo.core.files import write_whole
 from srpo.core.jsonl import json_file, json_lines
+from srpo.core.logs import CHANGES
 from srpo.core.settings import apply_toml, dump_toml
 
-INPUTS, CHANGES = "inputs.json", "changes.jsonl"
+INPUTS = "inputs.json"
+# Names in a folder without config.toml that a run would replace, or that make it the folder of a checkpoint.
+_TAKEN = ("checkpoints", "metrics.jsonl", "timing.jsonl", "rollouts.jsonl", CHANGES, "policy", "config.json", COMPLETE)
 # Everything that a run reads: {"the reference": (path, digest of the contents)}.
 Inputs = Mapping[str, tuple[str, str]]
 
@@ -52,8 +56,10 @@ def claim_run_dir(
         elif inputs is not None and is_main:
             print(f"{run_dir / INPUTS} is missing: the contents of the inputs are recorded from now on", flush=True)
             write_whole(run_dir / INPUTS, _inputs_text(inputs))
-    elif any((run_dir / name).exists() for name in ("checkpoints", "metrics.jsonl")):
-        raise UserError(f"{run_dir} has results, but no config.toml with their settings: restore it, or give another run_dir")
+    elif taken := [name for name in _TAKEN if (run_dir / name).exists()]:
+        raise UserError(
+            f"{run_dir} has {taken[0]}, but no config.toml with the settings of a run: restore it, or give another run_dir"
+        )
     elif is_main:
         run_dir.mkdir(parents=True, exist_ok=True)
         if inputs is not None:
@@ -106,6 +112,13 @@ def _check_inputs(run_dir: Path, recorded: Mapping[str, str], inputs: Inputs) ->
         raise UserError(f"{run_dir} was started with {gone[0]}, which is not set now: set it, or give another run_dir")
 
 
+def check_unchanged(run_dir: Path, inputs: Inputs) -> None:
+    """Raise UserError if one of `inputs` has other contents than the one of that name that the folder was started with."""
+    recorded = _recorded(run_dir / INPUTS) or {}
+    names = recorded.keys() & inputs.keys()
+    _check_inputs(run_dir, {name: recorded[name] for name in names}, {name: inputs[name] for name in names})
+
+
 def record_changes(run_dir: Path, cfg: Any, keys: Collection[str], step: int) -> list[str]:
     """Settings that differ from those with which the run was last continued, as lines of text; rank 0 calls it at each start.
 
@@ -131,9 +144,9 @@ def record_changes(run_dir: Path, cfg: Any, keys: Collection[str], step: int) ->
 
 def check_out(out: Path, files: Iterable[str], sources: Iterable[str | Path]) -> None:
     """Raise UserError if the `files` written into the folder `out` would replace files of a run or one of the `sources`."""
-    for mark in ("config.toml", "metrics.jsonl", "checkpoints", "config.json"):
+    for mark in ("config.toml", "metrics.jsonl", "checkpoints", "config.json", COMPLETE):
         if (out / mark).exists():
-            kind = "a checkpoint" if mark == "config.json" else "a run"
+            kind = "a checkpoint" if mark in ("config.json", COMPLETE) else "a run"
             raise UserError(f"out is {out}, the folder of {kind} ({mark} is there), whose files would be lost: give another")
     taken = {out.resolve(), *((out / name).resolve() for name in files)}
     for source in map(Path, filter(None, sources)):

@@ -42,6 +42,8 @@ def load(cls: type[T], argv: Sequence[str] | None = None, prog: str | None = Non
     code 0 for `-h`.
     """
     argv = list(sys.argv[1:] if argv is None else argv)
+    if strange := [arg for arg in argv if not arg.isascii() and arg != arg.encode("utf-8", "replace").decode()]:
+        raise UserError(f"{strange[0]!r} is not UTF-8: rename the file, or type it again")
     config = cls()
     while argv and argv[0].startswith("@"):
         path = argv.pop(0)[1:]

@@ -6,8 +6,9 @@ import random
 from collections.abc import Sequence
 from dataclasses import replace
 
+from srpo.core.errors import UserError
 from srpo.core.steps import StepSchema
-from srpo.data.examples import GRADES, Example
+from srpo.data.examples import GRADES, Example, grade_of
 
 _NAMES = ("Relevance", "Verdict", "Grade", "Rating", "Label", "Judgment")
 _PRAISE = ("excellent match", "best match", "fully relevant", "perfect match for the query", "correct")
@@ -23,7 +24,10 @@ def with_attacks(examples: Sequence[Example], frac: float, seed: int, schema: St
     """
     if not frac:
         return list(examples)
-    best = schema.specs[-1].options[-1] if schema.specs[-1].options else f"L{GRADES[-1]}"
+    options = schema.specs[-1].options or (f"L{GRADES[-1]}",)
+    best = max(options, key=lambda option: grade_of(option) or 0)
+    if grade_of(best) is None:
+        raise UserError(f"data.adversarial_frac needs verdicts L1 to L4, and the last step has the options {', '.join(options)}")
     models = [example for example in examples if example.grade == GRADES[-1]]
 
     def attacked(example: Example) -> Example:

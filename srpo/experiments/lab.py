@@ -27,7 +27,7 @@ from srpo.core.config.reproduce import Scale
 from srpo.core.config.selection import Criteria, SelectConfig
 from srpo.core.config.sft import SftConfig
 from srpo.core.config.train import LossConfig, OptimizerConfig, PolicyConfig, RolloutConfig, TrainConfig
-from srpo.core.files import check_whole, read_result, write_result
+from srpo.core.files import read_result, write_result
 from srpo.core.metrics import read_metrics
 from srpo.core.progress import Progress
 from srpo.core.run_dir import claim_run_dir
@@ -52,6 +52,7 @@ from srpo.sft import sft
 from srpo.train import train
 from srpo.train_judge import train_judge
 from srpo.training.evaluation import evaluate_policy
+from srpo.training.resume import finished_policy
 from srpo.training.run import derive_seed
 
 TEST_SETS = {"wild": "eval.jsonl", "balanced": "eval_balanced.jsonl"}
@@ -86,7 +87,7 @@ class Lab:
             stage(self.start / "base", "making tokenizer and model", lambda out: make_base(cfg, data, out))
             return sft(sft_config(cfg), self.parallel)
 
-        return _whole(done) if done.is_dir() else self._demo(make)
+        return finished_policy(done.parent) if done.is_dir() else self._demo(make)
 
     def _demo(self, make: Callable[[DemoConfig], Any]) -> Any:
         scale = self.scale
@@ -158,7 +159,7 @@ class Lab:
             optimizer=OptimizerConfig(lr=self.scale.dpo_lr, warmup_steps=3, schedule="linear"),
         )
         done = self.start / "dpo" / "policy"
-        return _whole(done) if done.is_dir() else dpo(cfg, self.parallel)
+        return finished_policy(done.parent) if done.is_dir() else dpo(cfg, self.parallel)
 
     def judge(self, kind: str) -> dict[str, Any]:
         """`judge.json` of R_phi ("generative") or of the scalar reward model ("scalar"), trained on judged responses (5.1.6)."""
@@ -231,7 +232,7 @@ class Lab:
         cfg = config_of(recipe, common, judge_path)
         if (run_dir / "policy").is_dir():
             claim_run_dir(run_dir, cfg, self.parallel.is_main)
-            return _whole(run_dir / "policy")
+            return finished_policy(run_dir)
         return train(cfg, self.parallel)
 
     def results(self, name: str, recipe: Recipe, test_set: str) -> dict[str, Any]:
@@ -262,9 +263,3 @@ class Lab:
             if "eval/macro_f1" in line:
                 points.append((num_responses, float(line["eval/macro_f1"])))
         return points
-
-
-def _whole(folder: Path) -> Path:
-    """The folder, after `check_whole`."""
-    check_whole(folder)
-    return folder

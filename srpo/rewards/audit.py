@@ -141,14 +141,10 @@ def audit(
         for j, spec in enumerate(schema.specs):
             if rise[j] > cfg.audit_bound and average[NUM, j] >= cfg.audit_min:  # False if the rise is NaN
                 alarms[spec.name] = _alarm(spec.name, average[:, j], baseline[:, j], cfg)
-    if asked[0] >= _MIN_ASKED and asked[1] > cfg.audit_missing * asked[0]:
-        alarms[SILENT] = (
-            f"the judge gives no verdict on {asked[1] / asked[0]:.0%} of the steps left to it, more than reward.audit_missing = "
-            f"{cfg.audit_missing}: they earn nothing. Look at what it writes (a model that thinks first needs a larger "
-            "reward.judge_max_new_tokens, or a server that returns its answer as content), and at service/num_no_text"
-        )
+    if alarm := silence(asked, cfg):
+        alarms[SILENT] = alarm
         if cfg.audit == "stop":
-            raise UserError(alarms[SILENT])
+            raise UserError(alarm)
     if alarms and cfg.audit == "stop":
         raise UserError(
             f"{next(iter(alarms.values()))}. The policy may have learned to please the judge: read the verdicts in "
@@ -157,6 +153,17 @@ def audit(
         )
     news = tuple(text for name, text in alarms.items() if name not in state["beyond"])
     return Audit(counts, average, baseline, num_steps, tuple(alarms), news, (float(asked[0]), float(asked[1])))
+
+
+def silence(asked: np.ndarray, cfg: RewardConfig) -> str:
+    """A sentence if a judge gives too few verdicts, from counts [2] of `asked_counts`; "" if it gives enough."""
+    if asked[0] < _MIN_ASKED or asked[1] <= cfg.audit_missing * asked[0]:
+        return ""
+    return (
+        f"the judge gives no verdict on {asked[1] / asked[0]:.0%} of the steps left to it, more than reward.audit_missing = "
+        f"{cfg.audit_missing}: they earn nothing. Look at what it writes (a model that thinks first needs a larger "
+        "reward.judge_max_new_tokens, or a server that returns its answer as content), and at service/num_no_text"
+    )
 
 
 def _alarm(name: str, average: np.ndarray, baseline: np.ndarray, cfg: RewardConfig) -> str:

@@ -9,8 +9,10 @@ import re
 import socket
 from datetime import UTC, datetime
 from email.utils import parsedate_to_datetime
+from functools import lru_cache
+from html.entities import html5
 from typing import Any
-from urllib.parse import quote, urlsplit
+from urllib.parse import urlsplit
 
 from srpo.core.errors import UserError
 
@@ -76,13 +78,23 @@ def server_message(data: bytes, key: str = "") -> str:
 
 
 def redacted(text: str, key: str) -> str:
-    """Return a server's text without the key, as it is or as JSON or a URL spell it. Call it before the text is cut: a part of a
-    key would not be found."""
-    escaped = json.dumps(key)[1:-1]
-    spellings = {key, escaped, escaped.replace("/", r"\/"), quote(key, safe="")} if key else set()
-    for spelling in sorted(spellings, key=len, reverse=True):
-        text = text.replace(spelling, "***")
-    return text
+    """Return a server's text without the key, each character of it as it is, or as JSON, a URL or HTML spell it. Call it before
+    the text is cut: a part of a key would not be found."""
+    return _spellings(key).sub("***", text) if key else text
+
+
+@lru_cache(maxsize=1)
+def _spellings(key: str) -> re.Pattern[str]:
+    return re.compile("".join(map(_spellings_of_one, key)))
+
+
+def _spellings_of_one(character: str) -> str:
+    """A pattern of the ways to write a character."""
+    code, url = ord(character), "".join(f"%{byte:02x}" for byte in character.encode())
+    names = [f"&{name}" for name, meant in html5.items() if meant == character and name.endswith(";")]
+    ways = map(re.escape, dict.fromkeys([character, json.dumps(character)[1:-1], f"\\{character}", *names]))
+    numbers = [rf"\\u(?i:{code:04x})", f"(?i:{url})", f"&#0*{code};", f"&#[xX]0*(?i:{code:x});"]
+    return f"(?:{'|'.join([*ways, *numbers])})"
 
 
 def printable(text: str, key: str = "") -> str:

@@ -165,7 +165,7 @@ class LocalEngine:
         if not bool(logprobs[:num_rows].isfinite().all()):
             raise UserError(
                 "the policy computes logits that are not finite: check the checkpoint in policy.path, or start the same run with "
-                "a lower optimizer.lr, from an earlier checkpoint if you remove the newest folder of checkpoints/"
+                "a lower optimizer.lr (it goes on from an earlier checkpoint if you remove the newest, if it has any)"
             )
         lengths = stopped_at.clamp(max=capacity).tolist()
         out_ids, out_logprobs, stops = ids.tolist(), logprobs.tolist(), (stopped_at <= capacity).tolist()

@@ -5,12 +5,14 @@ from __future__ import annotations
 from collections.abc import Collection
 from pathlib import Path
 
+from srpo.core.digests import read_mark
 from srpo.core.errors import UserError
+from srpo.core.files import check_whole
 from srpo.core.logs import check_logs, check_start
 from srpo.core.metrics import FILES
 from srpo.core.run_dir import record_changes
 from srpo.core.run_lock import RunConfig
-from srpo.policy.checkpoint import checkpoint_logs
+from srpo.policy.checkpoint import checkpoint_logs, latest_checkpoint
 
 
 def check_impl(before: str, now: str, remedy: str = "") -> None:
@@ -20,6 +22,15 @@ def check_impl(before: str, now: str, remedy: str = "") -> None:
             f"the loss of this run was computed by the kernel {before!r}, and here it would be by {now!r} (a compiler or a GPU "
             f"is missing, or new): restore what was there{remedy}"
         )
+
+
+def finished_policy(run_dir: Path) -> Path:
+    """The policy of a finished run, after it and the logs were compared with what was written. Raises UserError."""
+    checkpoint = latest_checkpoint(run_dir / "checkpoints")
+    if checkpoint is not None:
+        check_logs(run_dir, read_mark(checkpoint)["step"], checkpoint_logs(checkpoint))
+    check_whole(run_dir / "policy")
+    return run_dir / "policy"
 
 
 def check_resume(cfg: RunConfig, checkpoint: Path | None, step: int, checkpoint_every: int, recorded: Collection[str]) -> None:

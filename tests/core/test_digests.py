@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import errno
+import os
 import shutil
 from pathlib import Path
 
@@ -92,6 +93,13 @@ def test_a_result_is_as_it_was_written_or_refused(tmp_path: Path) -> None:
     path.write_bytes(b"")
     with pytest.raises(UserError, match="remove it, then it is made again"):
         read_result(path)
+
+
+@pytest.mark.parametrize("number", [errno.EFBIG, errno.ESTALE, errno.ENFILE, errno.EBUSY, errno.ETXTBSY, errno.EXDEV])
+def test_every_error_of_a_named_file_is_one_line(number: int) -> None:
+    text = explain_os_error(OSError(number, os.strerror(number), "x"))
+    assert text is not None and text.startswith(f"x: {os.strerror(number).lower()}: ") and "\n" not in text
+    assert explain_os_error(ConnectionRefusedError(errno.ECONNREFUSED, "refused")) is None
 
 
 def test_errors_of_the_file_system_name_their_file(tmp_path: Path) -> None:

@@ -98,6 +98,18 @@ def test_a_signal_ends_a_program_with_one_line(place: str, number: signal.Signal
     assert time.monotonic() - begin < GRACE_S + 1 if late else time.monotonic() - begin < GRACE_S
 
 
+def test_ctrl_c_while_a_program_imports_its_first_library(tmp_path: Path) -> None:
+    (tmp_path / "tyro.py").write_text("import time\nprint('ready', flush=True)\ntime.sleep(60)\n")
+    root = str(Path(__file__).resolve().parents[2])
+    env = {**os.environ, "PYTHONPATH": f"{tmp_path}{os.pathsep}{root}", "PYTHONSAFEPATH": "1"}
+    command = [sys.executable, "-m", "srpo.report"]
+    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=env)
+    assert process.stdout is not None and process.stdout.readline() == "ready\n"
+    process.send_signal(signal.SIGINT)
+    _, lines = process.communicate(timeout=20)
+    assert (process.returncode, lines) == (130, "interrupted\n")
+
+
 def test_a_second_ctrl_c_waits_for_nothing_and_other_ranks_say_nothing(tmp_path: Path) -> None:
     process = start(tmp_path, "waits_for_a_thread", RANK="1")
     begin = time.monotonic()

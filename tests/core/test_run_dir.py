@@ -8,7 +8,8 @@ import pytest
 
 from srpo.core.config.sft import SftConfig
 from srpo.core.config.train import Config, LossConfig, OptimizerConfig
-from srpo.core.run_dir import claim_run_dir, record_changes
+from srpo.core.errors import UserError
+from srpo.core.run_dir import check_unchanged, claim_run_dir, record_changes
 from srpo.core.settings import apply_toml
 
 
@@ -71,8 +72,25 @@ def test_results_without_their_settings_are_nobodys(tmp_path: Path) -> None:
     (tmp_path / "checkpoints").mkdir()
     claim_run_dir(tmp_path, Config(), is_main=True)
     (tmp_path / "config.toml").unlink()
-    with pytest.raises(ValueError, match=r"has results, but no config\.toml"):
+    with pytest.raises(ValueError, match=r"has checkpoints, but no config\.toml"):
         claim_run_dir(tmp_path, Config(), is_main=True)
+
+
+@pytest.mark.parametrize("name", ["metrics.jsonl", "rollouts.jsonl", "timing.jsonl", "policy", "config.json", "COMPLETE"])
+def test_a_folder_whose_files_a_run_would_replace_is_not_taken(name: str, tmp_path: Path) -> None:
+    """A checkpoint, the results of another program, or an input of this one."""
+    (tmp_path / name).write_text("kept")
+    with pytest.raises(UserError, match=rf"has {name}, but no config\.toml .*give another run_dir"):
+        claim_run_dir(tmp_path, Config(), is_main=True)
+    assert [(path.name, path.read_text()) for path in tmp_path.iterdir()] == [(name, "kept")]
+
+
+def test_only_inputs_that_are_there_are_compared(tmp_path: Path) -> None:
+    claim_run_dir(tmp_path, Config(), is_main=True, inputs={"the judge": ("a", "1"), "the reference": ("b", "2")})
+    check_unchanged(tmp_path, {"the judge": ("elsewhere", "1"), "the critic": ("c", "3")})
+    check_unchanged(tmp_path / "nowhere", {"the judge": ("a", "1")})
+    with pytest.raises(UserError, match="the judge at a is not the one"):
+        check_unchanged(tmp_path, {"the judge": ("a", "9")})
 
 
 def test_inputs_are_known_by_their_contents(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

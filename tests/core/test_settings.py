@@ -14,6 +14,8 @@ import pytest
 from hypothesis import example, given
 from hypothesis import strategies as st
 
+from srpo.core.config.train import Config
+from srpo.core.errors import UserError
 from srpo.core.settings import apply_toml, dump_toml, flags, load, run_program
 
 
@@ -284,3 +286,9 @@ def test_user_errors_are_one_line_and_bugs_are_not(
     assert done.returncode == code
     assert done.stderr.rstrip().splitlines()[-1] == line
     assert ("Traceback" in done.stderr) == traceback
+
+
+def test_a_file_name_that_is_not_utf8_is_refused() -> None:
+    with pytest.raises(UserError, match=r"'a\\udcff' is not UTF-8: rename the file"):
+        load(Config, ["--run-dir", "a\udcff"])
+    assert load(Config, ["--run-dir", "日本"]).run_dir == "日本"

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import html
 import json
+import random
 from datetime import UTC, datetime
 from urllib.parse import quote, urlsplit
 
@@ -62,8 +64,11 @@ def test_what_is_shown_is_one_printable_line_without_the_key(text: str, key: str
 @pytest.mark.parametrize("key", ["sk-0123456789", 'sk/0+1"2%3456'])
 @pytest.mark.parametrize("limit", [MAX_SHOWN, MAX_READ])
 def test_a_key_that_is_cut_is_not_shown_in_part(key: str, limit: int) -> None:
-    """Wherever a message is cut, and however a server spells the key: plain, in JSON, in a URL."""
+    """Wherever a message is cut, and however a server spells the key: plain, in JSON, in a URL, in HTML, in part."""
     spellings = {key, json.dumps(key)[1:-1], json.dumps(key)[1:-1].replace("/", "\\/"), quote(key, safe="")}
+    spellings |= {"".join(f"%{byte:02x}" for byte in key.encode()), "".join(f"&#{ord(c)};" for c in key), html.escape(key)}
+    spellings |= {"".join(f"\\u{ord(c):04X}" for c in key), "".join(f"&#x{ord(c):X};" for c in key)}
+    spellings.add("".join(c if c.isalnum() else random.choice([c, quote(c, safe=""), f"&#{ord(c)};"]) for c in key))
     for before in range(limit - 25, limit + 5):
         for spelling in spellings:
             text = " " * before + spelling  # white space is removed after the cut

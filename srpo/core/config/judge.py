@@ -7,7 +7,7 @@ from typing import Annotated, Literal
 
 from srpo.core.config.sft import SftConfig
 from srpo.core.config.train import LossConfig, OptimizerConfig, RolloutConfig, SamplerConfig, TrainConfig
-from srpo.core.ranges import Count, Finite, Fraction, Range, Size
+from srpo.core.ranges import LARGEST_INT, Count, Finite, Fraction, Range, Size
 from srpo.core.steps import PAPER_STEPS, StepSpec
 
 
@@ -17,7 +17,7 @@ class MineConfig:
 
     pool: str = ""  # rollouts.jsonl of further responses to mine; empty: the judgments of the first stage
     num_responses: Count = 0  # number of responses of the pool, from its start; 0: all
-    num_votes: Annotated[int, Range(2)] = 8  # verdicts sampled on each response
+    num_votes: Annotated[int, Range(2, LARGEST_INT)] = 8  # verdicts sampled on each response
     num_cases: Size = 13_000  # most cases that are chosen (5.1.6)
     solve_low: Finite = 0.01  # a case is chosen if its share of right verdicts lies strictly above this bound ...
     solve_high: Finite = 0.99  # ... and strictly below this one

@@ -22,6 +22,7 @@ from srpo.core.ranges import (
     Range,
     Seed,
     Size,
+    Temperature,
 )
 from srpo.core.steps import PAPER_STEPS, StepSpec
 
@@ -71,7 +72,7 @@ class RolloutConfig:
     num_prompts: Size = 64  # prompts per optimizer step, over all ranks ("rollout batch size")
     group_size: Size = 16  # responses per prompt (G)
     max_new_tokens: Size = 512  # longest response, in tokens
-    temperature: Positive = 0.99  # sampling temperature; ratios, KL and entropy are taken at the same temperature
+    temperature: Temperature = 0.99  # sampling temperature; ratios, KL and entropy are taken at the same temperature
     top_k: Count = 100  # sample among the k most likely tokens; 0: no filter
     ratio: Literal["filtered", "unfiltered"] = "filtered"  # distribution of the ratios: with or without top-k filter
     # Top-k ids of the filtered ratio: recomputed by the trainer, or replayed as the engine reported them

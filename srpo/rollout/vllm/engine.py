@@ -201,7 +201,8 @@ class VllmEngine:
                         if group is not None and not all(math.isfinite(x) for row in group[1] for x in row[1]):
                             raise UserError(
                                 "the policy computes logits that are not finite: check the checkpoint in policy.path, or start "
-                                "the same run with a lower optimizer.lr, from an earlier checkpoint if you remove the newest one"
+                                "the same run with a lower optimizer.lr (it goes on from an earlier checkpoint if you remove the "
+                                "newest, if it has any)"
                             )
                         if group is not None:
                             missing.remove(group[0])
