@@ -18,6 +18,7 @@ from srpo.core.errors import UserError
 from srpo.rewards.judge import OracleJudge
 from srpo.select import out_dir, records_dir, run
 from srpo.selection.shards import finished_shards
+from srpo.training.inputs import model_inputs
 
 
 class Mute(OracleJudge):
@@ -41,6 +42,21 @@ def test_a_judge_that_never_says_anything_is_told_or_stops_it(
     else:
         run(cfg, ONE, lambda *_: parts)
         assert capsys.readouterr().out.count("gives no verdict on 100%") == (audit == "warn")
+
+
+def test_finished_records_of_another_policy_are_not_chosen_from(tmp_path: Path) -> None:
+    policy = tmp_path / "policy"
+    policy.mkdir()
+    (policy / "config.json").write_text("{}")
+    cfg = config(tmp_path)
+    cfg = replace(cfg, policy=replace(cfg.policy, path=str(policy)))
+    parts = replace(parts_with(Scripted())(), inputs=model_inputs({"the starting policy": str(policy)}))
+    run(cfg, ONE, lambda *_: parts)
+    (policy / "config.json").write_text("{ }")
+    with pytest.raises(UserError, match=f"the starting policy at {policy} is not the one that"):
+        run(cfg, ONE, lambda *_: parts)
+    (policy / "config.json").unlink()  # choosing needs no policy
+    run(cfg, ONE, lambda *_: parts)
 
 
 @pytest.fixture(scope="module")

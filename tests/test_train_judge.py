@@ -16,6 +16,7 @@ from srpo.core.batch import Rollout, read_rollouts
 from srpo.core.config.judge import JudgeConfig, JudgeGrpoConfig, MineConfig
 from srpo.core.config.sft import SftConfig
 from srpo.core.config.train import OptimizerConfig, RolloutConfig
+from srpo.core.errors import UserError
 from srpo.core.metrics import read_metrics
 from srpo.core.steps import PAPER_STEPS, StepSchema
 from srpo.data.examples import Example
@@ -265,13 +266,18 @@ def test_a_pool_of_further_responses_is_mined(judged: tuple[JudgeConfig, dict[st
     shutil.copytree(judged[0].run_dir, run_dir, symlinks=True)
     for lost in ("judge_queue.jsonl", "grpo.json"):
         (run_dir / lost).unlink()
-    cfg = replace(
-        judged[0], run_dir=str(run_dir), stage="mine", mine=MineConfig(pool=str(rollouts), num_votes=2, num_responses=9)
-    )
+    pool = tmp_path / "pool.jsonl"
+    shutil.copy(rollouts, pool)
+    cfg = replace(judged[0], run_dir=str(run_dir), stage="mine", mine=MineConfig(pool=str(pool), num_votes=2, num_responses=9))
     report = train_judge(cfg, small.ONE)
     assert report["mine"]["num_responses"] == 9
     for line in read_queue(run_dir / "judge_queue.jsonl", SCHEMA).values():
         assert line.labels[:2] == (None, None) and None not in line.labels[2:]  # no judgments, only gold labels
+    before = files_of(run_dir)
+    pool.write_text("".join(pool.read_text().splitlines(keepends=True)[1:]))
+    with pytest.raises(UserError, match=f"made of other responses than {pool} has now"):
+        train_judge(cfg, small.ONE)
+    assert files_of(run_dir) == before
 
 
 def test_a_scalar_judge_is_trained_measured_and_used(
