@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+from collections import Counter
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -12,9 +13,11 @@ import pytest
 import small_world as small
 from judge_server import Answer, Asked, chat, free_port, serving
 
+import srpo.train
 from srpo.core.batch import read_rollouts
 from srpo.core.metrics import read_metrics
 from srpo.core.steps import StepSchema
+from srpo.data.readers import write_examples
 from srpo.rewards.build import build_judge, judge_metrics
 from srpo.rewards.verdicts import render_verdicts
 from srpo.train import main, train
@@ -105,6 +108,37 @@ def test_a_judge_that_never_says_anything_is_told_or_stops_the_run(
     timing = read_metrics(tmp_path / "told" / "timing.jsonl")
     silent = not isinstance(content, str) or not content.strip()
     assert all(line["service/num_no_text"] == (line["service/num_calls"] if silent else 0) for line in timing)
+
+
+def test_a_resumed_run_asks_what_the_straight_one_asked(world: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Two pairs and a cold policy: the same responses come again and again, and the cache knows those since the checkpoint."""
+    write_examples(tmp_path / "two.jsonl", world.examples()[:2])
+    asked: list[int] = []
+
+    def counted(*args: Any) -> Any:
+        asked.append(len(server.asked))
+        if stops and len(asked) == 3:
+            raise KeyboardInterrupt
+        return real(*args)
+
+    real = srpo.train.collect
+    monkeypatch.setattr(srpo.train, "collect", counted)
+    with serving(opinion) as server:
+        cfg = settings(world, tmp_path / "straight", server.port, judge_fallback="missing")
+        cfg = small.changed(cfg, {"data": {"train": str(tmp_path / "two.jsonl")}, "train": {"checkpoint_every": 2}})
+        cfg = small.changed(cfg, {"rollout": {"num_prompts": 2, "temperature": 0.1}, "sampler": {"difficulty_low": -1.0}})
+        stops = False
+        train(cfg, small.ONE)
+        straight = Counter(call.prompt for call in server.asked[asked[2] :])
+        assert straight & Counter(call.prompt for call in server.asked[: asked[2]])  # asked before the checkpoint, too
+        stops, cfg = True, replace(cfg, run_dir=str(tmp_path / "stopped"))
+        asked.clear()
+        with pytest.raises(KeyboardInterrupt):
+            train(cfg, small.ONE)
+        stops, before = False, len(server.asked)
+        train(cfg, small.ONE)
+        resumed = Counter(call.prompt for call in server.asked[before + 1 :])  # the first one is the probe
+    assert resumed == straight
 
 
 def test_what_the_judge_did_is_counted_and_the_key_is_in_no_file(

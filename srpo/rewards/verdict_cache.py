@@ -19,7 +19,7 @@ class VerdictCache:
 
     A question is (judge, decoding parameters, seed, prompt): everything that a greedy judge's answer depends on. It pays because
     groups of GRPO repeat responses, within an optimizer step and across steps. About 300 bytes per entry. Nothing is written to
-    disk, so a resumed run starts with an empty cache.
+    disk: a run empties it at each checkpoint, because a resumed run starts without it and has to ask the same questions together.
     """
 
     def __init__(self, max_entries: int) -> None:
@@ -39,6 +39,11 @@ class VerdictCache:
                 return None
             self._verdicts.move_to_end(key)
             return self._verdicts[key]
+
+    def clear(self) -> None:
+        """Forget all verdicts."""
+        with self._lock:
+            self._verdicts.clear()
 
     def put(self, key: bytes, verdicts: ParsedVerdicts) -> None:
         """Store verdicts and evict the least recently used entries beyond `max_entries`."""

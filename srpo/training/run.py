@@ -28,7 +28,7 @@ from srpo.policy.model import Policy, check_head
 from srpo.policy.parallel import Parallel
 from srpo.policy.routing import Routers
 from srpo.rewards.build import build_judge
-from srpo.rewards.judge import Judge
+from srpo.rewards.judge import GenerativeJudge, Judge
 from srpo.rollout.build import open_engine, sampling_params
 from srpo.rollout.engine import Engine, SamplingParams
 from srpo.training.checks import (
@@ -185,6 +185,8 @@ class Run:
         folder, keep = self.run_dir / "checkpoints", self.cfg.train.keep_checkpoints
         extra = state.to_dict(sampler_state) | {"impl": self.loss_impl}
         save_checkpoint(folder, state.step, self.policy, self.optimizer, extra, self.parallel, keep, logs)
+        if isinstance(self.judge, GenerativeJudge):
+            self.judge.cache.clear()  # as after a resume: which questions are computed together decides their last bits
 
     def open_logger(self, step: int) -> MetricsLogger | None:
         """Rank 0's log of a run that continues from `step`, truncated to it; None on other ranks."""
