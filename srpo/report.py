@@ -38,19 +38,21 @@ def write_report(run_dir: Path) -> tuple[str, list[Path]]:
     results: Mapping[str, Results] = {}
     if (run_dir / "results.json").is_file():
         results = json_file(run_dir / "results.json")
-        _check_results(run_dir / "results.json", results)
+        _check_results(run_dir / "results.json", results, schema.num_steps)
     files = write_plots(run_dir / "plots", read_metrics(run_dir / "metrics.jsonl"), schema, results, run_dir.resolve().name)
     before, after = results.get("before"), results.get("after")
     return before_after_table(before, after, schema) if before and after else "", files
 
 
-def _check_results(path: Path, results: Mapping[str, Any]) -> None:
-    """Raise UserError unless `before` and `after`, where they are, have scores."""
-    for name in ("before", "after"):
-        scores = results.get(name, {"macro_f1": 0, "num_examples": 0})
-        numbers = [scores.get(key) for key in ("macro_f1", "num_examples")] if isinstance(scores, dict) else [None]
-        if not all(isinstance(number, (int, float)) for number in numbers):
-            raise UserError(f"{path}: {name} has no macro_f1 and num_examples: restore the file, or remove it")
+def _check_results(path: Path, results: Mapping[str, Any], num_steps: int) -> None:
+    """Raise UserError unless `before` and `after`, where they are, have the scores of `results_dict`."""
+    sizes = {"class_f1": 4, "step_accuracy": num_steps, "confusion": 4}
+    for name in {"before", "after"} & results.keys():
+        scores = results[name] if isinstance(results[name], dict) else {}
+        numbers = [scores.get(key) for key in ("macro_f1", "accuracy", "good_f1", "parse_rate", "num_examples")]
+        lists = [scores[key] if isinstance(scores.get(key), list) else [] for key in sizes]
+        if not all(isinstance(number, (int, float)) for number in numbers) or list(map(len, lists)) != list(sizes.values()):
+            raise UserError(f"{path}: {name} has not the scores of an evaluation of this run: restore the file, or remove it")
 
 
 def main(config: ReportConfig) -> None:

@@ -10,6 +10,7 @@ from judged_pairs import verdict_results
 
 from srpo.core.config.evaluation import ReportConfig
 from srpo.core.config.train import Config
+from srpo.core.errors import UserError
 from srpo.core.settings import dump_toml
 from srpo.core.steps import PAPER_STEPS, StepSchema, StepSpec
 from srpo.report import main, write_report
@@ -119,6 +120,15 @@ def test_report_of_a_run_folder_follows_its_own_steps(tmp_path: Path):
     assert "S1 colour" in table
     assert run_dir / "plots" / "confusion.png" in files
     assert all(file.is_file() for file in files)
+
+
+@pytest.mark.parametrize("before", [{}, [], "x", 3, {"macro_f1": "x", "num_examples": 4}, {"macro_f1": 0.5}])
+def test_results_without_scores_are_one_line(before: object, tmp_path: Path):
+    (tmp_path / "config.toml").write_text(dump_toml(Config()))
+    (tmp_path / "metrics.jsonl").write_text('{"step": 1, "policy/entropy": 0.5}\n')
+    (tmp_path / "results.json").write_text(json.dumps({"before": before, "after": before}))
+    with pytest.raises(UserError, match=r"results\.json: (before|after) has not the scores .*: restore the file, or remove it"):
+        write_report(tmp_path)
 
 
 def test_a_folder_that_is_no_run_is_refused(tmp_path: Path):

@@ -4,6 +4,9 @@ from __future__ import annotations
 
 from dataclasses import replace
 
+import pytest
+
+from srpo.core.errors import UserError
 from srpo.core.steps import PAPER_STEPS, StepSchema
 from srpo.data.adversarial import with_attacks
 from srpo.data.prompts import build_prompt
@@ -33,6 +36,15 @@ def test_the_draw_is_a_function_of_seed_and_pair() -> None:
     assert attacks != [e.attack for e in with_attacks(PAIRS, 0.5, 4, SCHEMA)]
     assert all(e.attack for e in with_attacks(PAIRS, 1.0, 0, SCHEMA))
     assert with_attacks(PAIRS, 0.0, 0, SCHEMA) == PAIRS
+
+
+def test_the_best_verdict_is_the_highest_grade_whatever_the_order_of_the_options() -> None:
+    *others, last = PAPER_STEPS
+    reversed_ = StepSchema((*others, replace(last, options=("L4", "L3", "L2", "L1"))))
+    assert [e.attack for e in with_attacks(PAIRS, 0.3, 0, reversed_)] == [e.attack for e in with_attacks(PAIRS, 0.3, 0, SCHEMA)]
+    named = StepSchema((*others, replace(last, options=("no", "yes"), answer="(no|yes)")))
+    with pytest.raises(UserError, match="needs verdicts L1 to L4, and the last step has the options no, yes"):
+        with_attacks(PAIRS, 0.3, 0, named)
 
 
 def test_only_the_policy_reads_the_attack() -> None:

@@ -122,7 +122,8 @@ class RewardConfig:
     judge_error_rate: Fraction = 0.0
     # Verdict of a scalar judge: correct if p >= 0.5, or the share p of the step's reward
     scalar: Literal["threshold", "probability"] = "threshold"
-    missing_verdict: Fraction = 0.0  # share of a step's reward if the judge gave no verdict on it
+    # Share of a step's reward if the judge gave no verdict on it; above 0, a policy that keeps the judge silent earns it
+    missing_verdict: Fraction = 0.0
     # Compare the judge with gold labels, on steps that have both: off, log the metrics, also warn, or also stop the run
     audit: Literal["off", "log", "warn", "stop"] = "log"
     # Say so (audit log, warn) or stop if more than this share of the steps left to the judge get no verdict; 1: never
