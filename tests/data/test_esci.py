@@ -100,6 +100,9 @@ def test_options_behind_the_path(tmp_path):
     for bad in ("?lang=us", "?", "?train"):
         with pytest.raises(ValueError, match="cannot read the options"):
             ids(bad)
+    for name, twice in (("split", "?split=train&split=test"), ("locale", "?locale=us&version=small&locale=us")):
+        with pytest.raises(ValueError, match=rf"the options .* give {name} more than once: keep one"):
+            ids(twice)
 
 
 def test_holes_in_the_product_table(tmp_path):
