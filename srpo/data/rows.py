@@ -22,9 +22,9 @@ def example_from_row(row: dict[str, Any], where: str, num_steps: int, options: S
 
     `where` (file and line) begins every error message. `gold` and `truth` get `num_steps` entries. `options[j]`, if not empty,
     are the possible answers of step j: labels take their spelling, any other label is an error. A row with `grade` or `label`
-    gets the tag "grade"; a tag "grade" that the row has is spelled as the answer that it names. UserError for a missing or unknown
-    key, a wrong type, a wrong number of steps, a tag "grade" that names no answer, or a grade, label, gold verdict and tag that
-    disagree.
+    gets the tag "grade"; a tag "grade" of the row itself is spelled as the answer that it names. UserError for a missing or
+    unknown key, a wrong type, a wrong number of steps, a tag "grade" that names no answer, or a grade, label, gold verdict and
+    tag that disagree.
     """
     for key in REQUIRED:
         if key not in row:

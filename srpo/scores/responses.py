@@ -30,9 +30,9 @@ class Responses:
 def read_predictions(path: Path, schema: StepSchema | None = None) -> dict[str, tuple[str | None, ...]]:
     """{example_id: answers} of a JSON Lines file: one answer, the verdict ("L3"), or with `schema` and "answers" all J.
 
-    A line is `{"example_id": "...", "prediction": 3}`, or 3.0, null for no verdict; an optional `"answers"` [J] gives the answer of every
-    step, the last equal to the prediction. Either all lines have answers or none; other keys are ignored. Raises UserError with
-    file and line for an invalid or repeated line, and for an empty file.
+    A line is `{"example_id": "...", "prediction": 3}`, or 3.0, or null for no verdict; an optional `"answers"` [J] gives the
+    answer of every step, the last equal to the prediction. Either all lines have answers or none; other keys are ignored. Raises
+    UserError with file and line for an invalid or repeated line, and for an empty file.
     """
     predictions: dict[str, tuple[str | None, ...]] = {}
     want = '{"example_id": "...", "prediction": 1}'
