@@ -67,6 +67,16 @@ def test_a_malformed_judgment_is_named_by_file_and_line(tmp_path: Path, line: st
         list(read_judgments(path, 5))
 
 
+def test_a_second_judgment_of_a_response_is_refused(tmp_path: Path) -> None:
+    path = tmp_path / "judged.jsonl"
+    others = [{**ROW, "example_id": 1}, {**ROW, "response": "1. Query intent: y"}]
+    for second in (ROW, {**ROW, "verdicts": [None] * 5}, {**others[0], "example_id": "1"}):
+        path.write_text("".join(json.dumps(row) + "\n" for row in (ROW, *others, second)))
+        name = second["example_id"]
+        with pytest.raises(ValueError, match=rf"line 4: a second judgment of the same response to '{name}': keep one"):
+            list(read_judgments(path, 5))
+
+
 def sampled(example_id: str, text: str, answers: Sequence[str | None]) -> Rollout:
     return Rollout(example_id, 0, (1,), (2,), (-1.0,), (1,) * 5, tuple(answers), text, "stop", 0)
 

@@ -8,8 +8,10 @@ from __future__ import annotations
 
 import re
 import threading
+import unicodedata
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 from typing import Any
 from weakref import WeakKeyDictionary
 
@@ -17,8 +19,12 @@ from srpo.core.errors import UserError
 
 BOS_KEY = "srpo_bos"  # in tokenizer_config.json: the `policy.bos` that a checkpoint was trained with
 _TAG = re.compile(r"<.+>|\[.+\]", re.DOTALL)
-# Shapes of special tokens of the common families: <|im_end|>, </s>, <end_of_turn>, [INST], [|user|], [gMASK]
-_SHAPE = re.compile(r"<(?=[|/\uff5c]|[A-Za-z_][^<>\s]{0,60}>)|\[(?=[|@]|/?[A-Za-z_]*[A-Z_]{2}[A-Za-z_]*\])")
+# Shapes of special tokens of the common families: <|im_end|>, </s>, <end_of_turn>, <2fr>, [INST], [|user|], [gMASK], [control_8],
+# [unused1], and those of MiniMax: [e~[, ]~b], ]~!b[, ]<]image[>[
+_SHAPE = re.compile(
+    r"<(?=[|/]|\w[^<>\s]{0,60}>)|\[(?=[|@]|/?[A-Za-z_]*[A-Z_]{2}\w*\]|/?[A-Za-z_]+\d+\])"
+    r"|[\[\]](?=[!A-Za-z]{0,8}~[!A-Za-z]{0,8}[\[\]])|\](?=<\])"
+)
 _LOCK = threading.Lock()  # the tokenizer object itself is switched between splitting special tokens and not
 
 
@@ -99,8 +105,18 @@ def encode_parts(tokenizer: Any, parts: Sequence[Part]) -> tuple[int, ...]:
 
 
 def without_special_text(text: str) -> str:
-    """The text with a space inside whatever has the shape of a special token, for a model whose tokenizer is not known."""
-    return _SHAPE.sub(r"\g<0> ", text)
+    """The text with a space inside whatever has the shape of a special token, for a model whose tokenizer is not known.
+
+    Characters that a tokenizer may take as ASCII (NFKC), such as the full-width "<", count as these.
+    """
+    ends = [match.end() for match in _SHAPE.finditer("".join(map(_folded, text)))]
+    return " ".join(text[first:last] for first, last in pairwise([0, *ends, len(text)]))
+
+
+def _folded(character: str) -> str:
+    """The character that NFKC makes of one; the same one if it makes several."""
+    folded = character if character.isascii() else unicodedata.normalize("NFKC", character)
+    return folded if len(folded) == 1 else character
 
 
 def num_with_controls(tokenizer: Any, texts: Iterable[str]) -> int:

@@ -5,10 +5,8 @@ Both are read into dicts that `srpo.data.rows` validates and turns into examples
 
 from __future__ import annotations
 
-import csv
-import html
-import re
-from collections.abc import Iterator
+import json
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -18,18 +16,18 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from srpo.core.errors import UserError
+from srpo.data.esci_sources import query_key, read_sources
 from srpo.data.parquet import plain_rows, record_batches
+from srpo.data.product_text import plain_text
 
 GOLD_OF_LABEL = {"E": "L4", "S": "L3", "C": "L2", "I": "L1"}  # exact, substitute, complement, irrelevant
 TEXT_CHARS = 300  # most characters kept of the bullets or the description
 
 _EXAMPLES, _PRODUCTS = "shopping_queries_dataset_examples", "shopping_queries_dataset_products"
-_SOURCES = "shopping_queries_dataset_sources"
 _EXAMPLE_COLUMNS = ["example_id", "query", "query_id", "product_id", "product_locale", "esci_label"]
 _FILTER_COLUMNS = ["small_version", "large_version", "split"]
 _PRODUCT_COLUMNS = ["product_id", "product_locale", "product_title", "product_brand", "product_color"]
 _TEXT_COLUMNS = ["product_bullet_point", "product_description"]  # the field "text" is the first of them that is not empty
-_TAG = re.compile(r"<(?=[A-Za-z/!])[^<>]*>")  # "<27 inch" opens none
 _DUMP_REQUIRED = ("query_id", "query", "product_id", "title", "label")
 _DUMP_FIELDS = ("brand", "color", "category", "text")
 
@@ -63,7 +61,8 @@ def official_rows(path: Path, options: EsciOptions) -> Iterator[tuple[str, dict[
     """("file, row N", row) of every judged pair of the official release, joined with its product by id and locale.
 
     Examples are streamed. Their products are held in memory, about 1.4 kB each, with text cut to `TEXT_CHARS`.
-    Raises UserError for a missing file or column and for a pair whose product is in no products file.
+    Raises UserError for a missing file or column, a pair without a label or whose product is in no products file, and a file of
+    query sources that cannot be read or has none of the queries.
     """
     folder = path if path.is_dir() else path.parent
     examples = sorted(folder.glob(f"{_EXAMPLES}*.parquet")) if path.is_dir() else [path]
@@ -72,9 +71,13 @@ def official_rows(path: Path, options: EsciOptions) -> Iterator[tuple[str, dict[
         raise UserError(
             f"{folder} has {examples[0].name} but no {_PRODUCTS}*.parquet: put the products file of the release into that folder"
         )
-    keys = (_key(row) for file in examples for _, row in _selected(file, ["product_id", "product_locale"], options))
-    catalogue = _read_products(products, set(keys))
-    sources = _read_sources(folder)
+    products_wanted, queries = set(), set()
+    for file in examples:
+        for _, row in _selected(file, ["product_id", "product_locale", "query_id"], options):
+            products_wanted.add(_key(row))
+            queries.add(query_key(row["query_id"]))
+    catalogue = _read_products(products, products_wanted)
+    sources = read_sources(folder, queries)
     for file in examples:
         for number, row in _selected(file, _EXAMPLE_COLUMNS, options):
             where = f"{file}, row {number}"
@@ -84,8 +87,11 @@ def official_rows(path: Path, options: EsciOptions) -> Iterator[tuple[str, dict[
                     f"{where}: product {row['product_id']} ({row['product_locale']}) is not in "
                     f"{', '.join(p.name for p in products)}: use examples and products of the same release"
                 )
+            if row["esci_label"] is None:
+                raise UserError(f"{where}: esci_label is null: fetch the release again, every pair of it has E, S, C or I")
             title, brand, color, text = product
-            tags = {"locale": row["product_locale"], "split": row["split"], "query_source": sources.get(str(row["query_id"]))}
+            source = sources.get(query_key(row["query_id"]))
+            tags = {"locale": row["product_locale"], "split": row["split"], "query_source": source}
             yield (
                 where,
                 {
@@ -106,14 +112,16 @@ def is_dump_row(row: dict[str, Any]) -> bool:
 
 
 def from_dump(row: dict[str, Any], where: str) -> dict[str, Any]:
-    """A row of the dump as a row of our schema. UserError for a missing or unknown column, or if `grade` (3 to 0) contradicts
-    `label`."""
+    """A row of the dump as a row of our schema. UserError for a missing or unknown column, or if `grade` (3 to 0) is no number or
+    contradicts `label`."""
     for name in _DUMP_REQUIRED:
         if row.get(name) is None:
             raise UserError(f"{where}: {name!r} is missing: a row of the ESCI dump has {', '.join(_DUMP_REQUIRED)}")
     if unknown := row.keys() - {*_DUMP_REQUIRED, *_DUMP_FIELDS, "grade", "query_source"}:
         raise UserError(f"{where}: the ESCI dump has no column {min(unknown)!r}: remove it, or use the schema of docs/data.md")
     grade, label = row.get("grade"), str(row["label"])
+    if grade is not None and type(grade) not in (int, float):
+        raise UserError(f"{where}: grade is {json.dumps(grade, default=str)[:80]}: write 3, 2, 1 or 0, as the ESCI dump does")
     if grade is not None and label in GOLD_OF_LABEL and grade != "ICSE".index(label):
         raise UserError(f"{where}: grade {grade!r} and label {label!r} disagree: in the ESCI dump E, S, C, I are 3, 2, 1, 0")
     return {
@@ -121,10 +129,16 @@ def from_dump(row: dict[str, Any], where: str) -> dict[str, Any]:
         "query_id": row["query_id"],
         "query": row["query"],
         "title": row["title"],
-        "fields": {name: row[name] for name in _DUMP_FIELDS if row.get(name)},
+        "fields": _texts(row, _DUMP_FIELDS),
         "label": row["label"],
-        "tags": {"query_source": row["query_source"]} if row.get("query_source") else {},
+        "tags": _texts(row, ("query_source",)),
     }
+
+
+def _texts(row: dict[str, Any], names: Iterable[str]) -> dict[str, Any]:
+    """The values of a row under these names that are neither null nor empty; integers become texts."""
+    values = {name: str(row[name]) if type(row[name]) is int else row[name] for name in names if row.get(name) is not None}
+    return {name: value for name, value in values.items() if value != ""}
 
 
 def _key(row: dict[str, Any]) -> str:
@@ -179,43 +193,6 @@ def _product(row: dict[str, Any], where: str) -> tuple[str, str, str, str]:
     for name in (*_PRODUCT_COLUMNS[2:], *_TEXT_COLUMNS):
         if row[name] is not None and not isinstance(row[name], str):
             raise UserError(f"{where}: {name} is {row[name]!r}: write it as a string")
-    title, brand, color = (_clean(row[f"product_{name}"] or "") for name in ("title", "brand", "color"))
-    text = next(filter(None, (_clean(row[name] or "", TEXT_CHARS) for name in _TEXT_COLUMNS)), "")
+    title, brand, color = (plain_text(row[f"product_{name}"] or "") for name in ("title", "brand", "color"))
+    text = next(filter(None, (plain_text(row[name] or "", TEXT_CHARS) for name in _TEXT_COLUMNS)), "")
     return title, brand, color, text
-
-
-def _read_sources(folder: Path) -> dict[str, str]:
-    """query_id -> query_source, from the release's sources file in the same folder; empty without one.
-
-    Other columns, such as an index, are ignored. UserError for a file without the columns query_id and source, a line without
-    them, and a query with two sources.
-    """
-    sources: dict[str, str] = {}
-    for file in sorted(folder.glob(f"{_SOURCES}*.csv")):
-        fix = "expected the columns query_id and source: fetch it again or remove the file"
-        try:
-            with file.open(encoding="utf-8-sig", newline="") as lines:
-                rows = csv.DictReader(lines, strict=True)
-                if sorted(set(rows.fieldnames or ()) & {"query_id", "source"}) != ["query_id", "source"]:
-                    raise UserError(f"{file}, line 1: the header is {','.join(rows.fieldnames or ())[:80]!r}: {fix}")
-                for row in rows:
-                    query_id, source = row["query_id"], row["source"]
-                    if not query_id or not source or None in row:
-                        raise UserError(f"{file}, line {rows.line_num}: a row without, or with further, values: {fix}")
-                    if sources.setdefault(query_id, source) != source:
-                        raise UserError(f"{file}, line {rows.line_num}: query {query_id} has a second source: keep one")
-        except (csv.Error, UnicodeDecodeError) as error:
-            raise UserError(f"{file} is not a readable CSV file ({error}): fetch it again or remove the file") from error
-    return sources
-
-
-def _clean(text: str, limit: int = 0) -> str:
-    """The text on one line, without markup: lines joined by " | ", at most `limit` characters, cut at a word (0: no limit)."""
-    if limit:
-        text = text[: 8 * limit]  # bounds the work for very long descriptions
-    text = html.unescape(_TAG.sub(" ", text))
-    text = " | ".join(filter(None, (" ".join(line.split()) for line in text.splitlines())))
-    if not limit or len(text) <= limit:
-        return text
-    cut = text[: limit + 1].rpartition(" ")[0]
-    return (cut if len(cut) > limit // 2 else text[:limit]).rstrip(" |")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from typing import Any
 
 from srpo.core.steps import same_answer
 
@@ -35,6 +36,11 @@ class Example:
     def grade(self) -> int | None:
         """The human grade, 1 to 4, from the last gold label ("L3" -> 3); None if the pair has none, or a label of other steps."""
         return grade_of(self.gold[-1]) if self.gold else None
+
+
+def grade_from(value: Any) -> int | None:
+    """The grade 1 to 4 that a value of a file is; None for any other. 4.0 is 4: a column of pandas with nulls holds floats."""
+    return int(value) if type(value) in (int, float) and value in GRADES else None
 
 
 def grade_of(verdict: str | None) -> int | None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -18,14 +19,25 @@ _UNREADABLE = (pa.ArrowException, KeyError, ValueError, OverflowError)
 def parquet_rows(file: Path) -> Iterator[tuple[str, dict[str, Any]]]:
     """("file, row N", row) of each row. Parquet has every column in every row: a null is left out, as if the row had no such key.
 
-    UserError for a file that is not readable, a column or a field of one that is there twice, and a bad value.
+    UserError for a file that is not readable, a column or a field of one that is there twice, and a bad value, such as NaN.
     """
     first = 1
     for batch in record_batches(file, 1024):
         numbers = range(first, first + batch.num_rows)
         for number, row in zip(numbers, plain_rows(batch, file, numbers), strict=True):
-            yield f"{file}, row {number}", {key: value for key, value in row.items() if value is not None}
+            where = f"{file}, row {number}"
+            for name, value in row.items():
+                _refuse_nan(value, name, where)
+            yield where, {name: value for name, value in row.items() if value is not None}
         first += batch.num_rows
+
+
+def _refuse_nan(value: object, name: str, where: str) -> None:
+    if isinstance(value, float) and not math.isfinite(value):
+        raise UserError(f"{where}: {name} is {value}: write null for a missing value, or leave the column out")
+    inner = value.items() if isinstance(value, dict) else enumerate(value, 1) if isinstance(value, list) else ()
+    for key, entry in inner:
+        _refuse_nan(entry, f"{name}.{key}", where)
 
 
 def record_batches(file: Path, size: int, columns: Sequence[str] = ()) -> Iterator[pa.RecordBatch]:

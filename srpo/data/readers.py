@@ -175,11 +175,16 @@ def _split_options(path: str | Path) -> tuple[Path, esci.EsciOptions | None]:
     if Path(path).exists() or "?" not in str(path):
         return Path(path), None
     bare, _, query = str(path).partition("?")
-    chosen = dict(parse_qsl(query, keep_blank_values=True))
+    pairs = parse_qsl(query, keep_blank_values=True)
+    chosen = dict(pairs)
     if not chosen or chosen.keys() - {"locale", "version", "split"}:
         raise UserError(
             f"cannot read the options {query!r} of {bare}: write ?locale=us&version=small&split=train, or a part of it"
         )
+    if len(chosen) < len(pairs):
+        names = [name for name, _ in pairs]
+        twice = next(name for name in chosen if names.count(name) > 1)
+        raise UserError(f"the options {query!r} of {bare} give {twice} more than once: keep one of them")
     return Path(bare), esci.EsciOptions(**chosen)
 
 

@@ -10,7 +10,7 @@ from typing import Any
 
 from srpo.core.errors import UserError
 from srpo.data.esci import GOLD_OF_LABEL
-from srpo.data.examples import GRADES, Example
+from srpo.data.examples import GRADES, Example, grade_from, grade_of
 
 REQUIRED = ("example_id", "query_id", "query", "title")
 _KEYS = (*REQUIRED, "fields", "gold", "truth", "tags", "grade", "label")
@@ -22,8 +22,9 @@ def example_from_row(row: dict[str, Any], where: str, num_steps: int, options: S
 
     `where` (file and line) begins every error message. `gold` and `truth` get `num_steps` entries. `options[j]`, if not empty,
     are the possible answers of step j: labels take their spelling, any other label is an error. A row with `grade` or `label`
-    gets the tag "grade". UserError for a missing or unknown key, a wrong type, a wrong number of steps, or a grade, label and
-    gold verdict that disagree.
+    gets the tag "grade"; a tag "grade" of the row itself is spelled as the answer that it names. UserError for a missing or
+    unknown key, a wrong type, a wrong number of steps, a tag "grade" that names no answer, or a grade, label, gold verdict and
+    tag that disagree.
     """
     for key in REQUIRED:
         if key not in row:
@@ -42,9 +43,10 @@ def example_from_row(row: dict[str, Any], where: str, num_steps: int, options: S
         if gold[-1] not in (None, verdict):
             raise UserError(f"{where}: the last entry of gold is {gold[-1]!r} but grade or label is {verdict}: keep one of them")
         gold = (*gold[:-1], verdict)
-        tags.setdefault("grade", verdict)
-    if gold[-1] is not None and _contradicts(tags.get("grade", gold[-1]), gold[-1], options[-1] if options else ()):
-        raise UserError(f"{where}: the tag grade is {tags['grade']!r} but the last entry of gold {gold[-1]!r}: keep one of them")
+    if tag := tags.pop("grade", "").strip():
+        tags["grade"] = _grade_tag(tag, gold[-1], options[-1] if options else (), where)
+    elif verdict is not None:
+        tags["grade"] = verdict
     return Example(
         example_id=_identifier(row, "example_id", where),
         query_id=_identifier(row, "query_id", where),
@@ -119,20 +121,29 @@ def _answers(
     return tuple(answers)
 
 
-def _contradicts(tag: str, label: str, options: Sequence[str]) -> bool:
-    """Whether a tag "grade" names another answer of the last step than `label`; "4" means "L4", and "bad" names none."""
-    said, known = (text.strip().casefold() for text in (tag, label))
-    names_one = re.fullmatch(r"l?\s*\d+", said) or said in (option.casefold() for option in options)
-    return bool(names_one) and said.removeprefix("l").strip() != known.removeprefix("l").strip()
+def _grade_tag(tag: str, label: str | None, options: Sequence[str], where: str) -> str:
+    """The answer of the last step that a tag "grade" names, as it is spelled there; "4", "4.0" and "E" name "L4".
+
+    UserError for a tag that names none, or another than `label`.
+    """
+    answers = options or ((label,) if label is not None and grade_of(label) is None else _VERDICTS)
+    number = re.fullmatch(r"[lL]?\s*(\d+)(?:\.0+)?", tag)
+    meant = f"L{number[1]}" if number else GOLD_OF_LABEL.get(tag.upper(), tag)
+    named = next((answer for text in (tag, meant) for answer in answers if answer.casefold() == text.casefold()), None)
+    if named is None:
+        raise UserError(
+            f"{where}: the tag grade is {tag!r}, which is none of {', '.join(answers)}: write one of them, or rename the tag"
+        )
+    if label is not None and named.casefold() != label.casefold():
+        raise UserError(f"{where}: the tag grade is {tag!r} but the last entry of gold {label!r}: keep one of them")
+    return named
 
 
 def _verdict(row: dict[str, Any], where: str) -> str | None:
     """The verdict, "L1" to "L4", of `grade` (1 to 4) or `label` (E, S, C, I); None if the row has neither."""
-    grade, label = row.get("grade"), row.get("label")
-    if isinstance(grade, float) and grade in GRADES:
-        grade = int(grade)  # a column of pandas with missing values holds 4 as 4.0
-    if grade is not None and (not isinstance(grade, int) or isinstance(grade, bool) or grade not in GRADES):
-        raise UserError(f"{where}: 'grade' is {_shown(grade)}: write 1, 2, 3 or 4 (4 is the best)")
+    label, grade = row.get("label"), grade_from(row.get("grade"))
+    if grade is None and row.get("grade") is not None:
+        raise UserError(f"{where}: 'grade' is {_shown(row['grade'])}: write 1, 2, 3 or 4 (4 is the best)")
     if label is not None and (not isinstance(label, str) or label not in GOLD_OF_LABEL):
         raise UserError(f"{where}: 'label' is {_shown(label)}: write one of {', '.join(GOLD_OF_LABEL)}")
     of_grade = None if grade is None else f"L{grade}"

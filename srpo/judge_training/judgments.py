@@ -29,9 +29,16 @@ class Judgment:
 
 
 def read_judgments(path: str | Path, num_steps: int) -> Iterator[Judgment]:
-    """Stream the judgments of a JSON Lines file. UserError with file and line for a malformed one."""
+    """Stream the judgments of a JSON Lines file. UserError with file and line for a malformed one, and for a second judgment of
+    a response."""
+    seen: set[tuple[str, str]] = set()
     for where, row in json_lines(path, _WANT):
-        yield _judgment(row, where, num_steps)
+        judgment = _judgment(row, where, num_steps)
+        key = judgment.example_id, judgment.response
+        if key in seen:
+            raise UserError(f"{where}: a second judgment of the same response to {judgment.example_id!r}: keep one")
+        seen.add(key)
+        yield judgment
 
 
 def _judgment(row: dict[str, Any], where: str, num_steps: int) -> Judgment:

@@ -13,7 +13,7 @@ from typing import Any
 
 from srpo.core.errors import UserError
 from srpo.core.jsonl import json_lines
-from srpo.data.examples import GRADES, Example
+from srpo.data.examples import Example, grade_from
 
 RATINGS = ("good", "mid", "poor", "bad")  # the four-point scale of a page, best first
 VERDICTS = ("good", "same", "bad")  # of the system under test against the baseline
@@ -68,15 +68,15 @@ def read_pages(path: Path, name_a: str, name_b: str) -> Pages:
 
 
 def read_judgments(path: Path) -> dict[tuple[str, str], int]:
-    """{(query_id, item_id): class 1..4} of a file of judgments."""
+    """{(query_id, item_id): class 1..4} of a file of judgments. Raises UserError for another grade and for a second one."""
     judgments: dict[tuple[str, str], int] = {}
     for where, row in _rows(path, ("query_id", "item_id", "grade"), ()):
         pair = _text(row, "query_id", where), _text(row, "item_id", where)
-        if type(row["grade"]) is not int or row["grade"] not in GRADES:
+        if (grade := grade_from(row["grade"])) is None:
             raise UserError(f"{where}: grade is {row['grade']!r}: give 1, 2, 3 or 4")
         if pair in judgments:
             raise UserError(f"{where}: a second grade of item {pair[1]!r} for query {pair[0]!r}: keep one")
-        judgments[pair] = row["grade"]
+        judgments[pair] = grade
     return judgments
 
 

@@ -11,7 +11,7 @@ from srpo.core.batch import Rollout, read_rollouts
 from srpo.core.errors import UserError
 from srpo.core.jsonl import json_lines
 from srpo.core.steps import StepSchema, StepSpec
-from srpo.data.examples import GRADES, Example
+from srpo.data.examples import Example, grade_from
 
 # The schema of predictions that consist of a verdict alone.
 VERDICT_ONLY = StepSchema([StepSpec("verdict", r"\S")])
@@ -30,20 +30,20 @@ class Responses:
 def read_predictions(path: Path, schema: StepSchema | None = None) -> dict[str, tuple[str | None, ...]]:
     """{example_id: answers} of a JSON Lines file: one answer, the verdict ("L3"), or with `schema` and "answers" all J.
 
-    A line is `{"example_id": "...", "prediction": 3}`, null for no verdict; an optional `"answers"` [J] gives the answer of every
-    step, the last equal to the prediction. Either all lines have answers or none; other keys are ignored. Raises UserError with
-    file and line for an invalid or repeated line, and for an empty file.
+    A line is `{"example_id": "...", "prediction": 3}`, or 3.0, or null for no verdict; an optional `"answers"` [J] gives the
+    answer of every step, the last equal to the prediction. Either all lines have answers or none; other keys are ignored. Raises
+    UserError with file and line for an invalid or repeated line, and for an empty file.
     """
     predictions: dict[str, tuple[str | None, ...]] = {}
     want = '{"example_id": "...", "prediction": 1}'
     for where, row in json_lines(path, want):
         if missing := {"example_id", "prediction"} - row.keys():
             raise UserError(f"{where}: {min(missing)!r} is missing: each line must be {want}")
-        example_id, prediction = row["example_id"], row["prediction"]
+        example_id, prediction = row["example_id"], grade_from(row["prediction"])
         if not isinstance(example_id, str) and type(example_id) is not int:
             raise UserError(f"{where}: example_id is {example_id!r}: give a string or an integer")
-        if prediction is not None and (type(prediction) is not int or prediction not in GRADES):
-            raise UserError(f"{where}: prediction is {prediction!r}: give 1, 2, 3, 4, or null for none")
+        if prediction is None and row["prediction"] is not None:
+            raise UserError(f"{where}: prediction is {row['prediction']!r}: give 1, 2, 3, 4, or null for none")
         if str(example_id) in predictions:
             raise UserError(f"{where}: a second prediction of {example_id!r}: keep one per example")
         verdict = None if prediction is None else f"L{prediction}"

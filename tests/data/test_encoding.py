@@ -11,7 +11,7 @@ from tokenizers import AddedToken, Tokenizer, decoders, models, normalizers, pre
 from transformers import PreTrainedTokenizerFast
 
 from srpo.core.config.train import DataConfig
-from srpo.data.encoding import Part, adds_bos, control_ids, encode_parts, set_bos, with_bos
+from srpo.data.encoding import Part, adds_bos, control_ids, encode_parts, set_bos, with_bos, without_special_text
 from srpo.data.examples import Example
 from srpo.data.prompts import build_prompt
 from srpo.data.tokenizer import encode, encode_prompts, load_tokenizer, train_tokenizer
@@ -149,3 +149,40 @@ def test_the_bos_of_a_run_is_kept_with_its_tokenizer(tmp_path) -> None:
     assert encode_prompts(again, [pair], "{query}")[0][0] == again.bos_token_id
     with pytest.raises(ValueError, match=r"policy\.bos is add"):
         set_bos(FAMILIES["word piece"], "add")
+
+
+@pytest.mark.parametrize(
+    "token",
+    [
+        *("<|im_end|>", "</s>", "<end_of_turn>", "[INST]", "[/INST]", "[|user|]", "[gMASK]", "<\uff5cUser\uff5c>"),
+        *("[e~[", "]~b]", "]~!b[", "]<]image[>[", "<2fr>", "<0x0A>", "[control_8]", "[SPECIAL_12]", "[unused1]"),
+        *(
+            "\uff1c|im_end|\uff1e",
+            "\uff1c\uff5cim_end\uff5c\uff1e",
+            "\ufe64/s\ufe65",
+            "\uff3bINST\uff3d",
+            "[\uff29\uff2e\uff33\uff34]",
+        ),
+        *("\uff1c\uff53\uff1e", "\uff1c\uff0fs\uff1e", "<\U0001d42c>"),
+    ],
+)
+def test_a_special_token_of_any_family_is_cut_for_a_server(token: str) -> None:
+    sent = without_special_text(f"red {token}boots{token}")
+    assert sent == f"red {token[0]} {token[1:]}boots{token[0]} {token[1:]}"
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "",
+        "Monitor <27 inch, >=144 Hz",
+        "a < b > c",
+        "I <3 boots",
+        "[2 pack] boots [Red]",
+        "[10] a~b [c]",
+        "2~3 [a~b",
+        "\uff1c5kg \ufb01ne",
+    ],
+)
+def test_ordinary_text_is_sent_as_it_is(text: str) -> None:
+    assert without_special_text(text) == text

@@ -100,6 +100,9 @@ def test_options_behind_the_path(tmp_path):
     for bad in ("?lang=us", "?", "?train"):
         with pytest.raises(ValueError, match="cannot read the options"):
             ids(bad)
+    for name, twice in (("split", "?split=train&split=test"), ("locale", "?locale=us&version=small&locale=us")):
+        with pytest.raises(ValueError, match=rf"the options .* give {name} more than once: keep one"):
+            ids(twice)
 
 
 def test_holes_in_the_product_table(tmp_path):
@@ -194,6 +197,8 @@ def test_the_dump_is_told_apart_by_its_columns(tmp_path):
         ({"label": "Q"}, "line 1: 'label' is \"Q\""),
         ({"label": ["E"]}, "line 1: 'label' is"),
         ({"grade": 2}, "line 1: grade 2 and label 'E' disagree"),
+        ({"grade": True, "label": "C"}, "line 1: grade is true: write 3, 2, 1 or 0"),
+        ({"brand": False}, "line 1: fields.brand is false: write it as a string"),
         ({"price": "1"}, "line 1: the ESCI dump has no column 'price'"),
         ({"title": ""}, "line 1: 'title' is \"\""),
     ],
@@ -225,11 +230,16 @@ def test_a_product_that_is_there_twice(tmp_path):
         load_examples(path, 5)
 
 
-def test_a_comparison_is_no_tag(tmp_path):
-    titles = ["Monitor <27 inch, >=144Hz & 5ms", "a < b > c", "x<br/>y", "<!-- note -->z", "<b>bold</b> <3 hearts>"]
-    products = [product_row(i, product_title=title) for i, title in enumerate(titles)]
-    path = release(tmp_path, [example_row(i) for i in range(5)], products)
-    wanted = ["Monitor <27 inch, >=144Hz & 5ms", "a < b > c", "x y", "z", "bold <3 hearts>"]
+def test_titles_lose_their_markup_and_nothing_else(tmp_path):
+    titles = [
+        "Monitor <27 inch, 5&gt3",
+        "x<br/>y &amp; z",
+        "size <M or >L",
+        '<p class="a>b">bold</p> <3 hearts>',
+        "pen&notebook set",
+    ]
+    path = release(tmp_path, [example_row(i) for i in range(5)], [product_row(i, product_title=t) for i, t in enumerate(titles)])
+    wanted = ["Monitor <27 inch, 5&gt3", "x y & z", "size <M or >L", "bold <3 hearts>", "pen&notebook set"]
     assert [e.title for e in load_examples(path, 5)] == wanted
 
 
@@ -247,7 +257,42 @@ def test_sources_are_read_by_their_header(tmp_path):
         ("0,behavioral\n1,negations\n", r"sources\.csv, line 1: the header is '0,behavioral'"),
         ("query_id,source\n0,a\n0,b\n", r"sources\.csv, line 3: query 0 has a second source"),
         ("", r"sources\.csv, line 1: the header is ''"),
+        ("query_id,source,source\n0,a,b\n", r"sources\.csv, line 1: the column 'source' is there twice"),
+        ("query_id,source, query_id\n0,a,1\n", r"sources\.csv, line 1: the column 'query_id' is there twice"),
+        ("query_id,source\n", r"sources\.csv: none of the 2 queries of the examples has a source, such as query 0"),
+        ("query_id,source\n0010,a\n7,b\n", r"sources\.csv: none of the 2 queries"),
+        ("query_id,source\n0, \n", r"sources\.csv, line 2: a row without"),
+        ("query_id,source\n0,a\n0.0,b\n", r"sources\.csv, line 3: query 0 has a second source"),
     ):
         sources.write_text(text, encoding="utf-8")
         with pytest.raises(ValueError, match=message):
             load_examples(path, 5)
+
+
+@pytest.mark.parametrize("text", ["query_id,source\n0.0,a\n1.0,b\n", ' query_id , source\n 0 , a\n\n"1", "b"\n'])
+def test_sources_whose_ids_are_spelled_otherwise(tmp_path, text):
+    path = release(tmp_path, [example_row(i) for i in range(8)], [product_row(i) for i in range(5)])
+    (path / "shopping_queries_dataset_sources.CSV").write_text(text)
+    assert [e.tags["query_source"] for e in load_examples(path, 5)] == ["a"] * 4 + ["b"] * 4
+    with pytest.raises(ValueError, match="has no examples"):
+        load_examples(f"{path}?locale=jp", 5)
+
+
+def test_a_sources_file_that_is_not_read_is_refused(tmp_path):
+    path = release(tmp_path, [example_row(i) for i in range(8)], [product_row(i) for i in range(5)])
+    (path / "shopping_queries_dataset_sources.csv.gz").write_bytes(gzip.compress(b"query_id,source\n0,a\n1,b\n"))
+    with pytest.raises(ValueError, match=r"sources\.csv\.gz: not a \.csv file, so it is not read: unpack it"):
+        load_examples(path, 5)
+
+
+def test_a_pair_without_a_label_is_refused(tmp_path):
+    path = release(tmp_path, [example_row(0), example_row(1, esci_label=None)], [product_row(i) for i in range(5)])
+    with pytest.raises(ValueError, match=r"examples\.parquet, row 2: esci_label is null: fetch the release again"):
+        load_examples(path, 5)
+
+
+def test_a_number_of_the_dump_is_a_text(tmp_path):
+    path = tmp_path / "pairs.jsonl"
+    path.write_text(json.dumps(dump_row(0, brand=0, color=None, category="", query_source=7, grade=3.0)) + "\n")
+    (example,) = load_examples(path, 5)
+    assert (example.fields, example.tags) == ({"brand": "0", "text": "text"}, {"query_source": "7", "grade": "L4"})

@@ -5,6 +5,7 @@ from __future__ import annotations
 import gzip
 import itertools
 import json
+import math
 import random
 import string
 import tracemalloc
@@ -270,6 +271,9 @@ def test_what_parquet_can_hold_and_a_row_cannot_is_said_with_file_and_row(tmp_pa
         (whole.append_column("tags", twice), r"data\.parquet, row 2: column 'tags' cannot be read"),
         (whole.append_column("truth", late), r"data\.parquet, row 2: column 'truth' cannot be read"),
         (whole.append_column("title", whole["title"]), r"data\.parquet has the column 'title' twice"),
+        (whole.append_column("grade", pa.array([4.0, None, math.nan])), r"row 3: grade is nan: write null for a missing value"),
+        (whole.append_column("fields", pa.array([{}, {"a": math.inf}, {}])), r"row 2: fields\.a is inf: write null"),
+        (whole.append_column("truth", pa.array([None, [math.nan], None])), r"row 2: truth\.1 is nan: write null"),
         (whole.append_column("fields", inner), r"data\.parquet has the column 'fields\.brand' twice"),
     ):
         pq.write_table(table, path)

@@ -44,8 +44,8 @@ def test_grade_and_label_are_the_verdict(changes):
 
 
 def test_grade_keeps_other_gold_and_a_given_tag():
-    example = read(grade=1, gold=[None, None, "mismatch", None, None], tags={"grade": "bad"})
-    assert example.gold == (None, None, "mismatch", None, "L1") and example.tags == {"grade": "bad"}
+    example = read(grade=1, gold=[None, None, "mismatch", None, None], tags={"grade": "L1", "quality": "bad"})
+    assert example.gold == (None, None, "mismatch", None, "L1") and example.tags == {"grade": "L1", "quality": "bad"}
 
 
 def test_integer_ids_and_nulls():
@@ -107,12 +107,34 @@ def test_what_a_bad_row_is_told(changes, message):
 
 
 def test_a_tag_may_not_name_another_grade():
-    for tag, changes in (("L1", {"grade": 4}), ("1", {"label": "E"}), ("l2", {"gold": [None] * 4 + ["L4"]})):
+    for tag, changes in (
+        *((tag, {"grade": 4}) for tag in ("L1", "1.0", "I", "i", "l 3")),
+        ("1", {"label": "E"}),
+        ("l2", {"gold": [None] * 4 + ["L4"]}),
+    ):
         with pytest.raises(ValueError, match=f"line 7: the tag grade is '{tag}' but the last entry of gold 'L4'"):
             read(tags={"grade": tag}, **changes)
-    assert read(tags={"grade": "4"}, grade=4).tags == {"grade": "4"} and read(tags={"grade": "L1"}).tags == {"grade": "L1"}
     with pytest.raises(ValueError, match="the tag grade is 'No'"):
         example_from_row({**ROW, "gold": ["yes"], "tags": {"grade": "No"}}, "here", 1, [("yes", "no")])
+
+
+def test_a_tag_grade_is_spelled_as_the_answer_it_names():
+    for tag in ("4", "L4", "l4", " L4 ", "4.0", "E", ""):
+        assert read(tags={"grade": tag}, grade=4).tags == {"grade": "L4"}
+    assert read(tags={"grade": "3"}).tags == {"grade": "L3"} and read(tags={"grade": " "}).tags == {}
+    yes_no = [("yes", "no")]
+    assert example_from_row({**ROW, "gold": ["no"], "tags": {"grade": "NO"}}, "here", 1, yes_no).tags == {"grade": "no"}
+    assert example_from_row({**ROW, "gold": ["free"], "tags": {"grade": "Free"}}, "here", 1).tags == {"grade": "free"}
+    assert example_from_row({**ROW, "tags": {"grade": "E"}}, "here", 1, [("E", "S")]).tags == {"grade": "E"}
+
+
+def test_a_tag_grade_that_names_no_grade_is_refused():
+    for changes in ({"grade": 4}, {"gold": [None] * 4 + ["L4"]}, {}):
+        for tag in ("irrelevant", "5", "L0", "4.5", "bad"):
+            with pytest.raises(ValueError, match=rf"line 7: the tag grade is '{tag}', which is none of L1, .*or rename the tag"):
+                read(tags={"grade": tag}, **changes)
+    with pytest.raises(ValueError, match="the tag grade is 'L4', which is none of yes, no"):
+        example_from_row({**ROW, "tags": {"grade": "L4"}}, "here", 1, [("yes", "no")])
 
 
 def test_a_grade_from_a_column_with_missing_values_is_taken_exactly():

@@ -67,12 +67,14 @@ def test_bad_lists_name_file_and_line(tmp_path: Path, row: Any, message: str):
     [
         ({"query_id": "q", "item_id": "i", "grade": 5}, "grade is 5"),
         ({"query_id": "q", "item_id": "i", "grade": "L3"}, "grade is 'L3'"),
+        ({"query_id": "q", "item_id": "i", "grade": True}, "grade is True"),
+        ({"query_id": "q", "item_id": "i", "grade": 2.5}, "grade is 2.5"),
         ({"query_id": "q", "item_id": "h", "grade": 1}, "a second grade of item 'h' for query 'q'"),
         ({"query_id": "q", "item_id": "i"}, "each line must be an object with query_id, item_id, grade"),
     ],
 )
 def test_judgments_are_read_strictly(tmp_path: Path, row: Any, message: str):
-    path = written(tmp_path / "j.jsonl", {"query_id": "q", "item_id": "h", "grade": 3})
+    path = written(tmp_path / "j.jsonl", {"query_id": "q", "item_id": "h", "grade": 3.0})
     assert read_judgments(path) == {("q", "h"): 3}
     with pytest.raises(ValueError, match=f"line 2: {message}"):
         read_judgments(written(path, {"query_id": "q", "item_id": "h", "grade": 3}, row))

@@ -92,6 +92,14 @@ def test_bad_prediction_lines_name_file_and_line(tmp_path: Path, row: Any, messa
         read_predictions(written(tmp_path / "p.jsonl", {"example_id": "e0", "prediction": 1}, row), SCHEMA)
 
 
+def test_a_prediction_from_a_column_with_missing_values_is_taken_exactly(tmp_path: Path):
+    rows = [{"example_id": "e0", "prediction": 3.0}, {"example_id": "e1", "prediction": None}]
+    assert read_predictions(written(tmp_path / "p.jsonl", *rows)) == {"e0": ("L3",), "e1": (None,)}
+    for bad in (2.5, 0.0, 5.0):
+        with pytest.raises(ValueError, match=rf"line 2: prediction is {bad}: give 1, 2, 3, 4"):
+            read_predictions(written(tmp_path / "p.jsonl", rows[0], {"example_id": "e1", "prediction": bad}))
+
+
 def test_a_file_without_predictions_is_refused(tmp_path: Path):
     with pytest.raises(ValueError, match="is empty: give at least one prediction"):
         read_predictions(written(tmp_path / "p.jsonl"))
