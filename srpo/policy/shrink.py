@@ -107,8 +107,8 @@ def _of_the_model(fields: dict[str, Any]) -> dict[str, Any]:
 
 
 def _cut_layers(fields: dict[str, Any], config: PreTrainedConfig) -> None:
-    """Keep one layer of each kind that the config lists layer by layer, at least two; layers that use the keys of earlier ones are
-    kinds of their own."""
+    """Keep one layer of each kind that the config lists layer by layer, at least two; layers that use the keys of earlier ones
+    are kinds of their own."""
     count = _int(config, "num_hidden_layers")
     lists = {key: value for key, value in fields.items() if isinstance(value, list) and len(value) == count}
     named = [value for value in lists.values() if len(set(map(repr, value))) <= 4]

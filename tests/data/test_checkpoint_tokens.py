@@ -108,6 +108,6 @@ def test_a_target_ends_without_any_end_token_of_the_folder(tmp_path: Path) -> No
 
 
 def test_the_highest_id_counts_not_the_number_of_ids() -> None:
-    tokenizer = lab.tokenizer()
+    tokenizer: Any = lab.tokenizer()
     tokenizer._tokenizer.model = WordLevel({"<pad>": 0, "<s>": 1, "</s>": 2, "w": 720}, unk_token="<pad>")
     assert highest_id(tokenizer) == 720

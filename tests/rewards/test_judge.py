@@ -132,7 +132,8 @@ def test_the_stop_token_of_a_judge_is_no_text() -> None:
         all_special_ids = (0,)
 
     written = "Step 1 is [Correct]\nStep 2 is [Correct]"
-    writer = EngineWriter(Writes({"": f"{written}|"}), Stopping())
+    engine: Any = Writes({"": f"{written}|"})
+    writer = EngineWriter(engine, Stopping())
     assert writer.write(["prompt"], GREEDY, 0) == [[written]]
 
 
