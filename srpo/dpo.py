@@ -31,8 +31,8 @@ from srpo.core.files import whole_file, write_whole
 from srpo.core.progress import Progress
 from srpo.core.run_dir import Inputs, claim_run_dir
 from srpo.core.run_lock import locks_run_dir
-from srpo.core.steps import StepSchema
-from srpo.data.checkpoint_tokens import check_rows, without_end
+from srpo.core.steps import StepSchema, without_stops
+from srpo.data.checkpoint_tokens import check_rows, highest_id, stop_ids, without_end
 from srpo.data.encoding import num_with_controls
 from srpo.data.preferences import Preference, pairs_from_rollouts, read_preferences
 from srpo.data.prompts import wrapped
@@ -80,13 +80,11 @@ def load_preferences(cfg: DpoConfig, tokenizer: Any) -> tuple[list[Preference], 
 
 def _check_tokenizer(cfg: DpoConfig, tokenizer: Any, rollouts: Sequence[Rollout]) -> None:
     """Raise UserError if the rollouts were sampled with another tokenizer than the policy's."""
-    special = set(tokenizer.all_special_ids)
+    highest, stops = highest_id(tokenizer), stop_ids(tokenizer)
     for rollout in rollouts[:100]:
-        ids = list(rollout.response_ids)
-        while ids and ids[-1] in special:
-            ids.pop()
+        ids = list(without_stops(tokenizer, rollout.response_ids, stops))
         # A model may have more rows than the tokenizer has ids, and sample them: they decode to nothing.
-        if max(rollout.prompt_ids, default=0) >= len(tokenizer) or tokenizer.decode(ids) != rollout.text:
+        if max(rollout.prompt_ids, default=0) > highest or tokenizer.decode(ids) != rollout.text:
             raise UserError(
                 f"{cfg.rollouts}: the tokens of {rollout.example_id} are not its text in the tokenizer of {cfg.policy.path}: "
                 "set policy.path to the policy that sampled them, or give the pairs as texts (pairs)"

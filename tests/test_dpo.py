@@ -3,6 +3,7 @@ from __future__ import annotations
 import json
 import math
 import re
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -10,19 +11,21 @@ from typing import Any
 import pytest
 import small_world as small
 import torch
+from plain_tokenizer import PlainTokenizer
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
 import srpo.dpo
 import srpo.training.supervised
-from srpo.core.batch import read_rollouts
+from srpo.core.batch import Rollout, read_rollouts
 from srpo.core.config.dpo import DpoConfig, PairRules
 from srpo.core.config.train import OptimizerConfig, PolicyConfig
+from srpo.core.errors import UserError
 from srpo.core.metrics import check_key
 from srpo.data.pairs import read_pairs
 from srpo.data.preferences import Preference
 from srpo.data.tokenizer import load_tokenizer
-from srpo.dpo import dpo, load_preferences, num_rows, pack_preferences, reference_logprobs, response_logprobs
+from srpo.dpo import _check_tokenizer, dpo, load_preferences, num_rows, pack_preferences, reference_logprobs, response_logprobs
 from srpo.policy.model import Policy, load_policy
 from srpo.train import train
 from srpo.training.outputs import Logits
@@ -261,6 +264,25 @@ def test_rollouts_of_a_padded_vocabulary_are_those_of_the_policy(world: Any, sam
     path = small.rewrite_line(sampled, tmp_path / "rollouts.jsonl", 3, insert)
     cfg = settings(world, tmp_path, rollouts=str(path))
     assert preferences(cfg, world) is not None
+
+
+def test_ids_beyond_the_number_of_tokens_are_the_policy_s(world: Any, tmp_path: Path) -> None:
+    """A tokenizer may leave out ids."""
+
+    class Gaps(PlainTokenizer):
+        eos_token_id = 720
+
+        def get_vocab(self) -> dict[str, int]:
+            return {"a": 3, "</s>": 720}
+
+        def decode(self, ids: Sequence[int]) -> str:
+            return "".join("a" if i == 3 else "</s>" for i in ids)
+
+    cfg = settings(world, tmp_path)
+    rollout = Rollout.from_answers("e1", (), text="aa")
+    _check_tokenizer(cfg, Gaps(), [replace(rollout, prompt_ids=(720, 3), response_ids=(3, 3, 720))])
+    with pytest.raises(UserError, match="the tokens of e1 are not its text"):
+        _check_tokenizer(cfg, Gaps(), [replace(rollout, prompt_ids=(721,), response_ids=(3, 3))])
 
 
 @pytest.mark.parametrize(

@@ -10,10 +10,11 @@ from __future__ import annotations
 import math
 import re
 from bisect import bisect_left
-from collections.abc import Iterable, Sequence
+from collections.abc import Collection, Iterable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from itertools import groupby
+from typing import Any
 
 from srpo.core.errors import UserError
 from srpo.core.ranges import Fraction, NonNegative
@@ -271,17 +272,24 @@ class StepSchema:
         return next((answer for answer in reversed(answers) if answer is not None), None)
 
 
-def parse_response(schema: StepSchema, tokenizer: Decoder, response_ids: Sequence[int]) -> ParsedResponse:
+def without_stops(tokenizer: Any, response_ids: Sequence[int], stop_ids: Collection[int]) -> Sequence[int]:
+    """The ids of a response that are its text: those before the `stop_ids` and special tokens (`all_special_ids`) at its end."""
+    ends = {*stop_ids, *(getattr(tokenizer, "all_special_ids", None) or ())}
+    length = len(response_ids)
+    while length and response_ids[length - 1] in ends:
+        length -= 1
+    return response_ids[:length]
+
+
+def parse_response(
+    schema: StepSchema, tokenizer: Decoder, response_ids: Sequence[int], stop_ids: Collection[int] = ()
+) -> ParsedResponse:
     """Decode a response and cut its tokens into steps. Total for all ids that the tokenizer can decode.
 
-    A token that straddles two steps belongs to the earlier one. Special tokens at the end (`tokenizer.all_special_ids`) are not
-    part of the text; they belong to the step that the text ends in.
+    A token that straddles two steps belongs to the earlier one. What `without_stops` leaves out at the end is not part of the
+    text; it belongs to the step that the text ends in.
     """
-    special = frozenset(getattr(tokenizer, "all_special_ids", None) or ())
-    length = len(response_ids)
-    while length and response_ids[length - 1] in special:
-        length -= 1
-    text, token_ends = decode_with_ends(tokenizer, response_ids[:length])
+    text, token_ends = decode_with_ends(tokenizer, without_stops(tokenizer, response_ids, stop_ids))
     parsed = schema.parse_text(text)
     step_ends = []
     starts = [0, *token_ends[:-1]]

@@ -6,6 +6,7 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
+from huggingface_hub.errors import StrictDataclassError
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import AutoTokenizer, PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
@@ -44,7 +45,8 @@ def train_tokenizer(texts: Iterable[str], vocab_size: int, phrases: Iterable[str
 def load_tokenizer(path: str | Path, bos: str = "tokenizer") -> PreTrainedTokenizerBase:
     """The tokenizer in the folder of a checkpoint, with `policy.bos` applied. Code in the folder never runs.
 
-    UserError if the folder has none, if it has no end-of-text token, or if it has more ids than the model in the folder.
+    UserError if the folder has none, if its files cannot be read, if it has no end-of-text token, or if it has more ids than the
+    model in the folder.
     """
     if not any((Path(path) / name).is_file() for name in ("tokenizer.json", "tokenizer_config.json")):
         raise UserError(
@@ -52,14 +54,24 @@ def load_tokenizer(path: str | Path, bos: str = "tokenizer") -> PreTrainedTokeni
         )
     try:
         tokenizer = AutoTokenizer.from_pretrained(str(path), local_files_only=True, trust_remote_code=False)
-    except (OSError, ValueError, LookupError, TypeError, AttributeError, RuntimeError) as error:
-        reason = " ".join(f"{type(error).__name__}: {error}".split())[:200]
+    except StrictDataclassError as error:
+        reason = _reason(error)
+        raise UserError(
+            f"{Path(path) / 'config.json'} is not the config of a model that transformers knows ({reason}): correct it"
+        ) from error
+    except Exception as error:  # the class that tokenizers raises for a damaged tokenizer.json
+        reason = _reason(error)
         raise UserError(f"the tokenizer in {str(path)!r} cannot be loaded ({reason}): restore it") from error
     if tokenizer.eos_token_id is None:
         raise UserError(f"the tokenizer in {path} has no end-of-text token: set eos_token in its tokenizer_config.json")
     check_rows(tokenizer, path)
     set_bos(tokenizer, bos)
     return tokenizer
+
+
+def _reason(error: Exception) -> str:
+    """One line of a library's error."""
+    return " ".join(f"{type(error).__name__}: {error}".split())[:200]
 
 
 def encode(tokenizer: Any, text: str) -> tuple[int, ...]:

@@ -85,7 +85,8 @@ def probabilities(model: ScalarModel, batches: Sequence[Batch]) -> torch.Tensor:
 def load_scalar(path: str | Path, *, experts: str = "grouped_mm") -> ScalarModel:
     """The scalar reward model in a folder that `save_scalar` wrote, on the CPU.
 
-    Raises UserError if the folder holds no model, or a model without a scalar head, such as a generative judge.
+    Raises UserError if the folder holds no model, or a model without a scalar head, such as a generative judge, and for a head
+    that is not the two finite floating tensors of the layer.
     """
     model = ScalarModel(load_policy(path, experts=experts))
     file = Path(path) / HEAD_FILE
@@ -93,11 +94,31 @@ def load_scalar(path: str | Path, *, experts: str = "grouped_mm") -> ScalarModel
         raise UserError(
             f"no {HEAD_FILE} in {path}: name a folder of `srpo.train_judge --kind scalar`, or set reward.judge to 'generative'"
         )
+    head: nn.Module = getattr(model.model, _HEAD)
     try:
-        getattr(model.model, _HEAD).load_state_dict(load_file(file))
-    except (SafetensorError, RuntimeError) as error:
-        raise UserError(f"{file} does not fit the model in its folder ({error}): train the judge again") from error
+        tensors = load_file(file)
+    except SafetensorError as error:
+        raise _misfit(file, " ".join(str(error).split())) from error
+    _check_head(file, tensors, head.state_dict())
+    head.load_state_dict(tensors)
     return model
+
+
+def _check_head(file: Path, tensors: dict[str, torch.Tensor], wanted: dict[str, torch.Tensor]) -> None:
+    """Raise UserError unless the tensors have the names and shapes of the wanted ones, a floating dtype and finite values."""
+    if tensors.keys() != wanted.keys():
+        raise _misfit(file, f"it has the tensors {', '.join(sorted(tensors))}, and not {', '.join(sorted(wanted))}")
+    for name, tensor in tensors.items():
+        if tensor.shape != wanted[name].shape:
+            raise _misfit(file, f"{name} is {tuple(tensor.shape)} in place of {tuple(wanted[name].shape)}")
+        if not tensor.is_floating_point():
+            raise _misfit(file, f"{name} is stored as {str(tensor.dtype).removeprefix('torch.')}")
+        if not bool(tensor.float().isfinite().all()):
+            raise _misfit(file, f"{name} is not all finite")
+
+
+def _misfit(file: Path, reason: str) -> UserError:
+    return UserError(f"{file} does not fit the model in its folder ({reason}): train the judge again")
 
 
 def save_scalar(model: nn.Module, tokenizer: PreTrainedTokenizerBase, path: str | Path) -> None:

@@ -53,6 +53,7 @@ _WIDTHS = {
     **dict.fromkeys(("linear_num_value_heads", "num_heads"), 4),
     "qk_head_dim": 32,
 }
+_SHARED = "num_kv_shared_layers"  # the last so many layers use the keys and values of an earlier layer of their type
 _KV_HEADS = ("num_key_value_heads", "num_kv_heads", "n_head_kv", "num_global_key_value_heads")
 _VOCABULARIES = dict.fromkeys(("vocab_size", "padded_vocab_size", "vocab_size_per_layer_input"), 64)
 
@@ -106,11 +107,13 @@ def _of_the_model(fields: dict[str, Any]) -> dict[str, Any]:
 
 
 def _cut_layers(fields: dict[str, Any], config: PreTrainedConfig) -> None:
-    """Keep one layer of each kind that the config lists layer by layer, at least two."""
+    """Keep one layer of each kind that the config lists layer by layer, at least two; layers that use the keys of earlier ones
+    are kinds of their own."""
     count = _int(config, "num_hidden_layers")
     lists = {key: value for key, value in fields.items() if isinstance(value, list) and len(value) == count}
     named = [value for value in lists.values() if len(set(map(repr, value))) <= 4]
-    kinds = [tuple(repr(value[layer]) for value in named) for layer in range(count)]
+    num_own = count - _int(config, _SHARED)
+    kinds = [(layer >= num_own, *(repr(value[layer]) for value in named)) for layer in range(count)]
     kept = sorted({kinds.index(kind) for kind in kinds})
     if len(kept) < 2:
         kept = list(range(min(2, count)))
@@ -118,6 +121,8 @@ def _cut_layers(fields: dict[str, Any], config: PreTrainedConfig) -> None:
         fields[key] = [value[layer] for layer in kept]
     if isinstance(by_layer := fields.get("per_layer_config"), dict):
         fields["per_layer_config"] = {kept.index(int(layer)): by_layer[layer] for layer in by_layer if int(layer) in kept}
+    if _SHARED in fields:
+        fields[_SHARED] = sum(layer >= num_own for layer in kept)
     fields[config.attribute_map.get("num_hidden_layers", "num_hidden_layers")] = len(kept)
 
 

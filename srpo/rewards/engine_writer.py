@@ -8,6 +8,8 @@ from dataclasses import dataclass
 from typing import Any
 
 from srpo.core.errors import UserError
+from srpo.core.steps import without_stops
+from srpo.data.checkpoint_tokens import stop_ids
 from srpo.data.encoding import Part
 from srpo.data.tokenizer import encode_prompt
 from srpo.rewards.verdict_cache import WorkCounts
@@ -105,8 +107,10 @@ class EngineWriter:
         ids = {prompt: encode_prompt(self.tokenizer, [Part(prompt)]) for prompt in prompts}
         fitting = [p for p in prompts if not self.max_prompt_tokens or len(ids[p]) <= self.max_prompt_tokens]
         texts: dict[str, list[str | None]] = {prompt: [] for prompt in prompts}
+        stops = stop_ids(self.tokenizer)
         for sample in self.engine.generate([ids[p] for p in fitting], params, seed) if fitting else ():
-            text = self.tokenizer.decode(list(sample.response_ids), skip_special_tokens=True)
+            own = without_stops(self.tokenizer, sample.response_ids, stops)
+            text = self.tokenizer.decode(list(own), skip_special_tokens=True)
             texts[fitting[sample.prompt_index]].append(text)
             self._work.add(num_no_text=int(not text.strip()))
         self._work.add(num_calls=len(fitting), num_too_long=len(prompts) - len(fitting))

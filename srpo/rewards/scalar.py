@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from typing import Any, Protocol
 
 from srpo.core.batch import Rollout
+from srpo.core.errors import UserError
 from srpo.core.steps import StepSchema, parse_response
 from srpo.data.examples import Example
 from srpo.data.prompts import prompt_parts
@@ -56,10 +57,17 @@ class ScalarJudge:
         return [tuple(p if p is None or self.graded else p >= 0.5 for p in row) for row in probabilities]
 
     def probabilities(self, rollouts: Sequence[Rollout], examples: Sequence[Example]) -> list[tuple[float | None, ...]]:
-        """Return [N][J], the probability that each step is correct; None for a case that is too long."""
+        """Return [N][J], the probability that each step is correct; None for a case that is too long.
+
+        Raises UserError if the model gives what is no probability, such as NaN.
+        """
         cases = [scalar_case(e, r.text, self.tokenizer, self.schema) for r, e in zip(rollouts, examples, strict=True)]
         fitting = [case for case in dict.fromkeys(cases) if len(case[0]) + len(case[1]) <= self.max_tokens]
         scored = dict(zip(fitting, self.scorer(fitting), strict=True)) if fitting else {}
+        if wrong := [p for row in scored.values() for p in row if not 0 <= p <= 1]:
+            raise UserError(
+                f"the scalar judge: {len(wrong)} scores are no probabilities, first {float(wrong[0])}: give another judge"
+            )
         missing = (None,) * self.schema.num_steps
         return [
             tuple(float(p) if is_there(case, j) else 0.0 for j, p in enumerate(scored[case])) if case in scored else missing

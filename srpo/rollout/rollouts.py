@@ -7,6 +7,7 @@ from typing import Any
 
 from srpo.core.batch import Rollout
 from srpo.core.steps import StepSchema, parse_response
+from srpo.data.checkpoint_tokens import stop_ids
 from srpo.data.examples import Example
 from srpo.rollout.engine import Sample
 
@@ -21,10 +22,10 @@ def to_rollouts(
     first_group: int = 0,
 ) -> list[Rollout]:
     """One unscored rollout per sample, in order. Samples of prompt i belong to examples[i] and to group first_group + i."""
-    rollouts = []
+    rollouts, stops = [], stop_ids(tokenizer)
     for sample in samples:
         i = sample.prompt_index
-        parsed = parse_response(schema, tokenizer, sample.response_ids)
+        parsed = parse_response(schema, tokenizer, sample.response_ids, stops)
         rollouts.append(
             Rollout(
                 example_id=examples[i].example_id,

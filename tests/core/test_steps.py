@@ -245,6 +245,15 @@ def test_trailing_special_tokens_belong_to_the_last_step_there_is() -> None:
     assert parse_response(SCHEMA, CharTokenizer(), []).step_ends == (0, 0, 0, 0, 0)
 
 
+def test_a_stop_token_that_is_not_special_is_no_text() -> None:
+    text, stop = "".join(WORLD), ord("|")
+    ids = [*map(ord, text), stop]
+    parsed = parse_response(SCHEMA, CharTokenizer(), ids, (stop, 5))
+    assert parsed == parse_response(SCHEMA, CharTokenizer(), [*ids[:-1], 0])
+    assert parsed.text == text and parsed.step_ends[-1] == len(ids)
+    assert parse_response(SCHEMA, CharTokenizer(), [ord("a"), stop, ord("b")], (stop,)).text == "a|b"
+
+
 def test_a_token_that_straddles_a_boundary_belongs_to_the_earlier_step() -> None:
     pieces = ["1. Query intent:", " a", "\n2. It", "em: b", "\n", "3. Category match: match\n4"]
 

@@ -23,6 +23,8 @@ from srpo.policy.scalar import load_scalar
 
 Tensors = dict[str, torch.Tensor]
 LAYER = "model.layers.1.mlp.gate.weight"
+EXPERT = "model.layers.1.mlp.experts.1."
+INDEX = "model.safetensors.index.json"
 
 
 def saved(folder: Path) -> Path:
@@ -50,6 +52,23 @@ def renamed(tensors: Tensors) -> None:
         tensors[f"other.{name}"] = tensors.pop(name)
 
 
+def moved(old: str, new: str) -> Callable[[Tensors], None]:
+    """Rename every tensor whose name begins with `old`."""
+
+    def change(tensors: Tensors) -> None:
+        for name in [name for name in tensors if name.startswith(old)]:
+            tensors[name.replace(old, new)] = tensors.pop(name)
+
+    return change
+
+
+def copied(old: str, new: str) -> Callable[[Tensors], None]:
+    """Store every tensor whose name begins with `old` once more, with other values."""
+    return lambda tensors: tensors.update(
+        {name.replace(old, new): tensor + 1 for name, tensor in tensors.items() if name.startswith(old)}
+    )
+
+
 def put(name: str, change: Callable[[torch.Tensor], torch.Tensor]) -> Callable[[Tensors], None]:
     return lambda tensors: tensors.update({name: change(tensors[name]).contiguous()})
 
@@ -71,6 +90,21 @@ TENSORS: dict[str, tuple[Callable[[Tensors], Any], str]] = {
     "int8": (put(LAYER, lambda t: t.to(torch.int8)), f"{re.escape(LAYER)} is stored as I8"),
     "bool": (put(LAYER, lambda t: t.bool()), f"{re.escape(LAYER)} is stored as BOOL"),
     "float8": (put("model.norm.weight", lambda t: t.to(torch.float8_e4m3fn)), r"model\.norm\.weight is stored as F8_E4M3"),
+    "expert_moved": (
+        moved(EXPERT, "model.layers.1.mlp.experts.7."),
+        r"experts\.2\..* where number 1 belongs",
+    ),
+    "projection_moved": (
+        moved(f"{EXPERT}up_proj", "model.layers.1.mlp.experts.9.up_proj"),
+        r"experts\.2\.up_proj\.weight stands where number 1 belongs in model\.layers\.1\.mlp\.experts\.gate_up_proj",
+    ),
+    "first_expert_moved": (moved("model.layers.0.mlp.experts.0.", "model.layers.0.mlp.experts.4."), "where number 0 belongs"),
+    "expert_copied": (copied(EXPERT, EXPERT.removeprefix("model.")), r"layers\.1\..* and model\.layers\.1\..* both become"),
+    "expert_elsewhere": (moved(EXPERT, "layers.1.mlp.experts.1."), r"number 0 belongs"),
+    "twice": (
+        copied("model.layers.0.self_attn", "layers.0.self_attn"),
+        r"layers\.0\.self_attn\.k_norm\.weight and model\.layers\.0\.self_attn\.k_norm\.weight both become model\.layers\.0",
+    ),
     "nan": (put("lm_head.weight", with_value(float("nan"))), r"not all finite, first lm_head\.weight"),
     "inf": (put("model.embed_tokens.weight", with_value(float("-inf"))), r"not all finite, first model\.embed_tokens\.weight"),
 }
@@ -86,7 +120,7 @@ def test_a_wrong_tensor_is_named(name: str, tmp_path: Path) -> None:
         assert str(tmp_path) in str(refused.value) and "\n" not in str(refused.value)
 
 
-@pytest.mark.parametrize("name", [*(name for name in TENSORS if name in ("int8", "bool", "float8", "nan", "inf")), "cut"])
+@pytest.mark.parametrize("name", [*(name for name in TENSORS if name != "size"), "cut"])
 def test_what_vllm_would_not_refuse_is_refused_before_it_loads(name: str, tmp_path: Path) -> None:
     check_stored(folder := saved(tmp_path))
     if name == "cut":
@@ -110,6 +144,8 @@ def test_what_vllm_would_not_refuse_is_refused_before_it_loads(name: str, tmp_pa
         ({"model_type": "unheard_of"}, "config.json is not the config of a model that transformers knows"),
         ({"model_type": "bert"}, "'bert'"),
         ({"quantization_config": {"quant_method": "fp8"}}, "weights are quantized"),
+        ({"num_experts_per_tok": 9}, r"config\.json: num_experts_per_tok is 9, and num_experts is 4: set num_experts_per_tok to"),
+        ({"transformers_weights": "other.safetensors"}, r"config\.json: transformers_weights names the file 'other.safetensors'"),
         ({"tie_word_embeddings": True}, r"first lm_head\.weight.*tie_word_embeddings"),
         ({"model_type": "gemma3", "text_config": {}, "vision_config": {}}, "'gemma3', which is a language model and more"),
     ],
@@ -130,6 +166,60 @@ def pickled(file: Path) -> None:
 def sharded(file: Path) -> None:
     file.with_name("model.safetensors.index.json").write_text('{"weight_map": {"lm_head.weight": "model-1-of-2.safetensors"}}')
     file.unlink()
+
+
+def in_shards(file: Path, *, twice: str = "", unnamed: str = "", other: str = "", absent: str = "", keep: bool = False) -> None:
+    """Two shards and their index, with one fault."""
+    tensors = load_file(file)
+    names = ("model-1-of-2.safetensors", "model-2-of-2.safetensors")
+    shards: list[Tensors] = [{}, {}]
+    index: dict[str, str] = {}
+    for i, name in enumerate(sorted(tensors)):
+        shards[i % 2][name] = tensors[name]
+        index[name] = names[i % 2]
+        if name == twice:
+            shards[1 - i % 2][name] = tensors[name] + 1
+        if name == other:
+            index[name] = names[1 - i % 2]
+    if absent:
+        index[absent] = names[0]
+    index.pop(unnamed, None)
+    for name, shard in zip(names, shards, strict=True):
+        save_file(shard, file.with_name(name), metadata={"format": "pt"})
+    file.with_name(INDEX).write_text(json.dumps({"metadata": {}, "weight_map": index}))
+    if not keep:
+        file.unlink()
+
+
+def test_shards_are_the_same_checkpoint(tmp_path: Path) -> None:
+    whole = dict(load_policy(saved(tmp_path)).named_parameters())
+    in_shards(tmp_path / "model.safetensors")
+    assert lab.same_bits(dict(load_policy(tmp_path).named_parameters()), whole)
+    check_stored(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("fault", "message"),
+    [
+        ({"twice": LAYER}, f"model-2-of-2.safetensors: tensor {LAYER} is also in model-1-of-2.safetensors: restore"),
+        ({"unnamed": LAYER}, f"tensor {LAYER} is not in {INDEX}"),
+        ({"other": LAYER}, f"tensor {LAYER} belongs in model-.-of-2.safetensors, says {INDEX}"),
+        ({"absent": "model.extra"}, f"tensor model.extra is missing, and {INDEX} names it"),
+        ({"keep": True}, f"model.safetensors: {INDEX} beside it names other files, such as model-1-of-2.safetensors: remove"),
+    ],
+)
+def test_each_tensor_is_where_the_index_says(fault: dict[str, Any], message: str, tmp_path: Path) -> None:
+    in_shards(saved(tmp_path) / "model.safetensors", **fault)
+    for check in (load_policy, check_stored):
+        with pytest.raises(UserError, match=message) as refused:
+            check(tmp_path)
+        assert str(tmp_path) in str(refused.value) and "\n" not in str(refused.value)
+
+
+def test_vllm_would_load_every_file_of_a_folder_without_an_index(tmp_path: Path) -> None:
+    save_file({"lm_head.weight": torch.ones(2)}, saved(tmp_path) / "older.safetensors")
+    with pytest.raises(UserError, match=r"older\.safetensors: vLLM would load it beside model\.safetensors: move it out"):
+        check_stored(tmp_path)
 
 
 def outside(file: Path) -> None:

@@ -50,6 +50,12 @@ def test_a_family_is_right_in_trainer_and_engine(name: str) -> None:
     assert scan_models.scan(name) == scan_models.Finding("right", "right")
 
 
+@pytest.mark.parametrize("num_shared", [1, 10, 20])
+def test_layers_that_use_the_keys_of_earlier_ones_are_in_the_copy(num_shared: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(scan_models.GIVEN, "gemma4_text", {"num_kv_shared_layers": num_shared})
+    assert scan_models.scan("gemma4_text") == scan_models.Finding("right", "right")
+
+
 @pytest.mark.parametrize("name", REFUSED)
 def test_a_family_is_refused_by_its_reason(name: str) -> None:
     found = scan_models.scan(name)

@@ -3,15 +3,18 @@
 from __future__ import annotations
 
 import random
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 import small_world as small
 import torch
+from safetensors.torch import load_file, save_file
 from sklearn.metrics import log_loss
 from transformers import AutoModelForCausalLM
 
+from srpo.core.errors import UserError
 from srpo.data.tokenizer import load_tokenizer
 from srpo.policy.model import load_policy
 from srpo.policy.scalar import HEAD_FILE, ScalarModel, load_scalar, probabilities, save_scalar, scalar_loss, scored_batches
@@ -27,6 +30,11 @@ def model(world: Any) -> ScalarModel:
     head: Any = scalar.model.scalar_head
     torch.nn.init.normal_(head.weight, std=0.5)
     return scalar
+
+
+def head_file(**tensors: torch.Tensor) -> Callable[[Path], None]:
+    """Writes other tensors into the file of a head."""
+    return lambda file: save_file(load_file(file) | tensors, file)
 
 
 def random_case(rng: random.Random) -> tuple[list[int], list[int], list[int]]:
@@ -75,6 +83,24 @@ def test_the_files_hold_the_model_and_leave_a_whole_causal_model(model: ScalarMo
     loading: Any = AutoModelForCausalLM.from_pretrained(tmp_path / "scalar", output_loading_info=True)
     _, info = loading
     assert not info["unexpected_keys"] and not info["missing_keys"]
-    (tmp_path / "scalar" / HEAD_FILE).write_bytes(b"broken")
-    with pytest.raises(ValueError, match=r"scalar_head\.safetensors does not fit the model .* train the judge again"):
-        load_scalar(tmp_path / "scalar")
+
+
+@pytest.mark.parametrize(
+    ("damage", "reason"),
+    [
+        (lambda file: file.write_bytes(b"broken"), "header"),
+        (lambda file: save_file({"weight": torch.ones(1, 32)}, file), "it has the tensors weight, and not bias, weight"),
+        (head_file(weight=torch.ones(1, 7)), r"weight is \(1, 7\) in place of \(1, \d+\)"),
+        (head_file(bias=torch.ones(1, dtype=torch.int32)), "bias is stored as int32"),
+        (head_file(bias=torch.full((1,), torch.nan)), "bias is not all finite"),
+        (head_file(bias=torch.full((1,), torch.inf)), "bias is not all finite"),
+    ],
+)
+def test_a_head_that_does_not_fit_is_one_sentence(
+    damage: Callable[[Path], Any], reason: str, model: ScalarModel, world: Any, tmp_path: Path
+) -> None:
+    save_scalar(model, load_tokenizer(world.base), tmp_path)
+    damage(tmp_path / HEAD_FILE)
+    with pytest.raises(UserError, match=rf"{HEAD_FILE} does not fit the model .*{reason}.*: train the judge again") as refused:
+        load_scalar(tmp_path)
+    assert "\n" not in str(refused.value)

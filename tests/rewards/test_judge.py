@@ -126,6 +126,17 @@ def test_a_generative_judge_reads_what_the_model_writes() -> None:
     assert judge.judge([], []) == [] == judge.write([], [], GREEDY, 0)
 
 
+def test_the_stop_token_of_a_judge_is_no_text() -> None:
+    class Stopping(CharTokenizer):
+        eos_token_id = ord("|") + 2
+        all_special_ids = (0,)
+
+    written = "Step 1 is [Correct]\nStep 2 is [Correct]"
+    engine: Any = Writes({"": f"{written}|"})
+    writer = EngineWriter(engine, Stopping())
+    assert writer.write(["prompt"], GREEDY, 0) == [[written]]
+
+
 def test_a_prompt_that_is_too_long_gets_no_verdict() -> None:
     engine = Writes(TEXTS)
     judge = judge_on(engine, max_prompt_tokens=len(judge_prompt(EXAMPLE, "good one")))

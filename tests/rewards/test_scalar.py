@@ -10,6 +10,7 @@ import pytest
 from plain_tokenizer import PlainTokenizer
 
 from srpo.core.batch import Rollout
+from srpo.core.errors import UserError
 from srpo.core.steps import StepSchema, StepSpec
 from srpo.data.examples import Example
 from srpo.data.tokenizer import train_tokenizer
@@ -38,12 +39,13 @@ def rollout(text: str) -> Rollout:
 
 
 class Scores:
-    def __init__(self) -> None:
+    def __init__(self, *row: float) -> None:
         self.cases: list[ScalarCase] = []
+        self.row = row or (0.2, 0.5, 0.9)
 
     def __call__(self, cases: Sequence[ScalarCase]) -> list[list[float]]:
         self.cases += cases
-        return [[0.2, 0.5, 0.9] for _ in cases]
+        return [list(self.row) for _ in cases]
 
 
 def test_what_the_model_reads() -> None:
@@ -72,3 +74,10 @@ def test_probabilities_become_verdicts_or_stay(graded: bool, verdicts: tuple[boo
     assert judged[3] == (None,) * 3
     assert len(scores.cases) == 2  # equal cases are scored once, the too long one is not
     assert judge.judge([], []) == []
+
+
+@pytest.mark.parametrize("score", [float("nan"), float("inf"), -0.1])
+def test_a_score_that_is_no_probability_is_no_verdict(score: float) -> None:
+    judge = ScalarJudge(Scores(0.2, score, 0.9), Chars(), SCHEMA, max_tokens=60)
+    with pytest.raises(UserError, match=f"1 scores are no probabilities, first {score}"):
+        judge.judge([rollout("a: x\nb: y\nc: z")], [PAIR])

@@ -36,3 +36,19 @@ def test_each_sample_goes_to_the_example_of_its_prompt():
         assert rollout.policy_version == 3
         assert rollout.step_rewards is None
     assert rollouts[0].step_ends[0] == len("A: hm\n")
+
+
+def test_the_stop_token_is_no_text_of_the_answer():
+    class Stopping(Characters):
+        eos_token_id = ord("|")
+
+    text = "A: hm\nB: yes|"
+    (rollout,) = to_rollouts(
+        [Example("x", "q", "query", "title")],
+        [Sample(0, ids(text), (0.0,) * len(text), "stop")],
+        [ids("p")],
+        SCHEMA,
+        Stopping(),
+        version=0,
+    )
+    assert rollout.text == text[:-1] and rollout.response_ids == ids(text) and rollout.step_ends[-1] == len(text)
