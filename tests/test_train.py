@@ -235,7 +235,7 @@ def refused(world: Any, folder: Path, capsys: pytest.CaptureFixture[str], **chan
         ({"rollout": {"num_prompts": 65}}, "64 examples, fewer than rollout.num_prompts = 65"),
         ({"rollout": {"group_size": 1}, "advantage": {"method": "grpo"}}, "group_size is 1, but advantage.method 'grpo'"),
         ({"rollout": {"group_size": 0}}, "rollout.group_size is 0: set it to 1 or more"),
-        ({"rollout": {"temperature": 0.0}}, "rollout.temperature is 0.0: set it to a number above 0"),
+        ({"rollout": {"temperature": 0.0}}, "rollout.temperature is 0.0: set it to a number from 0.01 to 100"),
         ({"sampler": {"difficulty_low": 0.9, "difficulty_high": 0.1}}, "this window filters out everything"),
         ({"sampler": {"balance": "season"}}, r"sampler.balance: example world-0-train-\d+ has no tag 'season'"),
         ({"reward": {"judge": "none"}}, "nothing can grade step 'query_intent' of world-0-train-.*set reward.judge"),

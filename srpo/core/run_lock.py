@@ -111,7 +111,7 @@ def _locked_file(path: Path, folder: Path) -> int:
         try:
             path.parent.mkdir(parents=True, exist_ok=True)
             file = os.open(path, os.O_RDWR | os.O_CREAT, 0o644)
-        except FileNotFoundError:  # another process has just removed the empty folder
+        except (FileExistsError, FileNotFoundError):  # another process has just made or removed the empty folder
             if not again:
                 raise
             continue

@@ -10,7 +10,7 @@ from typing import Any
 
 from srpo.core.errors import UserError
 from srpo.data.esci import GOLD_OF_LABEL
-from srpo.data.examples import GRADES, Example, grade_from, grade_of
+from srpo.data.examples import GRADES, Example, grade_from
 
 REQUIRED = ("example_id", "query_id", "query", "title")
 _KEYS = (*REQUIRED, "fields", "gold", "truth", "tags", "grade", "label")
@@ -122,11 +122,12 @@ def _answers(
 
 
 def _grade_tag(tag: str, label: str | None, options: Sequence[str], where: str) -> str:
-    """The answer of the last step that a tag "grade" names, as it is spelled there; "4", "4.0" and "E" name "L4".
+    """The answer of the last step, or else the verdict, that a tag "grade" names, as it is spelled there; "4", "4.0" and "E" name
+    "L4".
 
     UserError for a tag that names none, or another than `label`.
     """
-    answers = options or ((label,) if label is not None and grade_of(label) is None else _VERDICTS)
+    answers = dict.fromkeys([*options, *_VERDICTS, *([] if label is None else [label])])
     number = re.fullmatch(r"[lL]?\s*(\d+)(?:\.0+)?", tag)
     meant = f"L{number[1]}" if number else GOLD_OF_LABEL.get(tag.upper(), tag)
     named = next((answer for text in (tag, meant) for answer in answers if answer.casefold() == text.casefold()), None)

@@ -133,8 +133,14 @@ def test_a_tag_grade_that_names_no_grade_is_refused():
         for tag in ("irrelevant", "5", "L0", "4.5", "bad"):
             with pytest.raises(ValueError, match=rf"line 7: the tag grade is '{tag}', which is none of L1, .*or rename the tag"):
                 read(tags={"grade": tag}, **changes)
-    with pytest.raises(ValueError, match="the tag grade is 'L4', which is none of yes, no"):
-        example_from_row({**ROW, "tags": {"grade": "L4"}}, "here", 1, [("yes", "no")])
+    with pytest.raises(ValueError, match="the tag grade is 'bad', which is none of yes, no, L1"):
+        example_from_row({**ROW, "tags": {"grade": "bad"}}, "here", 1, [("yes", "no")])
+    with pytest.raises(ValueError, match="the tag grade is '4' but the last entry of gold 'no': keep one of them"):
+        example_from_row({**ROW, "gold": ["no"], "tags": {"grade": "4"}}, "here", 1, [("yes", "no")])
+
+
+def test_a_grade_may_stay_a_tag_where_the_last_step_answers_another_question():
+    assert example_from_row({**ROW, "tags": {"grade": "4"}}, "here", 1, [("yes", "no")]).tags == {"grade": "L4"}
 
 
 def test_a_grade_from_a_column_with_missing_values_is_taken_exactly():

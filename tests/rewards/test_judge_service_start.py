@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import threading
+import time
 from dataclasses import replace
 from typing import Any
 
@@ -93,4 +94,7 @@ def test_a_service_that_nobody_holds_ends_its_thread() -> None:
         judge = open_service_judge(SCHEMA, replace(SETTINGS, judge_url=server.url))
         assert ask(judge, "x") == [GOOD] and threads() == before + 1
         del judge
+        until = time.monotonic() + 20
+        while threads() > before and time.monotonic() < until:
+            time.sleep(0.01)
         assert threads() == before
