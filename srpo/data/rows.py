@@ -127,7 +127,9 @@ def _grade_tag(tag: str, label: str | None, options: Sequence[str], where: str) 
 
     UserError for a tag that names none, or another than `label`.
     """
-    answers = dict.fromkeys([*options, *_VERDICTS, *([] if label is None else [label])])
+    answers = [*options, *(verdict for verdict in _VERDICTS if verdict not in options)]
+    if label is not None and label not in answers:
+        answers.append(label)
     number = re.fullmatch(r"[lL]?\s*(\d+)(?:\.0+)?", tag)
     meant = f"L{number[1]}" if number else GOLD_OF_LABEL.get(tag.upper(), tag)
     named = next((answer for text in (tag, meant) for answer in answers if answer.casefold() == text.casefold()), None)
