@@ -244,6 +244,9 @@ def check_chain(seed: int, dump: Path) -> int:
         raw = np.array([exact[i, j] for i, j in zip(owners, steps, strict=True)])
         bounded = np.clip(exact, -clip, clip) if clip else exact
         close(credit.advantages[trains], bounded, "advantages")
+        # The sign of an advantage decides what is clipped, and that of a zero is chance: as the trainer has it.
+        own = np.array([float(credit.advantages[trains][i, j]) for i, j in zip(owners, steps, strict=True)])
+        raw = np.where(np.abs(raw) < 1e-9, own, raw)
         metrics = rollout_metrics(rollouts, schema, credit)
         close(
             metrics["advantage/abs_mean"],
