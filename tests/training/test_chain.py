@@ -177,6 +177,12 @@ def close(ours: Any, right: Any, what: str, tolerance: float = 2e-6, least: floa
     assert worst <= bound, f"{what}: off by {worst:.3g}, bound {bound:.3g}"
 
 
+def check_clip_frac(got: float, raw: np.ndarray, clip: float) -> None:
+    """The fraction of advantages beyond the clip; those on its edge, but for rounding, may count or not."""
+    most, least = ((np.abs(raw) > clip * edge).mean() for edge in (1 - 1e-6, 1 + 1e-6))
+    assert least - 1e-9 <= got <= most + 1e-9, f"advantage/clip_frac {got}, not from {least} to {most}"
+
+
 def check_chain(seed: int, dump: Path) -> int:
     """Draw a case, compare everything; return the number of updates compared."""
     rng, gen = random.Random(seed), np.random.default_rng(seed)
@@ -254,7 +260,7 @@ def check_chain(seed: int, dump: Path) -> int:
             "abs_mean",
         )
         if clip:
-            assert metrics["advantage/clip_frac"] == pytest.approx((np.abs(raw) > clip).mean()), "advantage/clip_frac"
+            check_clip_frac(metrics["advantage/clip_frac"], raw, clip)
         close(metrics["reward/total"], np.mean([sum(r.rewards) for r in right]), "reward/total")
 
     # Advantages to the gradient.
@@ -272,7 +278,7 @@ def check_chain(seed: int, dump: Path) -> int:
         batches, metrics = with_token_advantages(batches, Values(values), ONE, scale=cfg.advantage.scale, clip=clip, **critic)  # pyright: ignore[reportArgumentType]
         raw = oracle.gae_advantages(of_rows, values, cfg.critic.rewards, cfg.critic.gamma, cfg.critic.gae_lambda, clip, divide)
         if clip:
-            assert metrics["advantage/clip_frac"] == pytest.approx((np.abs(raw) > clip).mean()), "advantage/clip_frac"
+            check_clip_frac(metrics["advantage/clip_frac"], raw, clip)
     advantages = np.clip(raw, -clip, clip) if clip else raw
     token_weights = np.array([weights[keep][i] for i in owners])
     sampling = np.concatenate([r.sampling for r in of_rows])
