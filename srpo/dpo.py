@@ -21,7 +21,7 @@ from typing import Any, Literal
 
 import torch
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
+from safetensors.torch import save
 from srpo_kernels import step_of_row
 
 from srpo.algorithm.losses import dpo_loss
@@ -267,7 +267,8 @@ def _reference(
     logprobs = reference_logprobs(model, pairs, cfg.micro_batch_tokens, parallel, cfg.inputs)
     if parallel.is_main:
         with whole_file(path) as part:
-            save_file({"logprobs": logprobs}, part, {"key": key, "digest": digest_of_bytes(logprobs.numpy().tobytes())})
+            # Not `save_file`, which has a temporary file of its own, and leaves it if the process is killed.
+            part.write_bytes(save({"logprobs": logprobs}, {"key": key, "digest": digest_of_bytes(logprobs.numpy().tobytes())}))
     parallel.barrier()
     return logprobs
 

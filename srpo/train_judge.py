@@ -163,6 +163,7 @@ def run_grpo(work: Work) -> None:
             fresh.unlink()
         else:
             fresh.replace(data)
+        if not (done and (run_dir / "verified.json").is_file()):
             write_result(run_dir / "verified.json", numbers)
             print(", ".join(f"{count} {name.removeprefix('num_').replace('_', ' ')}" for name, count in numbers.items()))
     work.parallel.barrier()

@@ -102,11 +102,13 @@ def write_mark(folder: Path, values: dict[str, Any]) -> None:
         (folder / COMPLETE).write_text(f"{line}\n{digest_of_bytes(line.encode())}\n", encoding="utf-8")
 
 
-def read_mark(folder: Path) -> dict[str, Any]:
-    """The values of a folder's COMPLETE. Raises UserError if it is not as it was written."""
+def read_mark(folder: Path, keys: Iterable[str] = ()) -> dict[str, Any]:
+    """The values of a folder's COMPLETE: files, and `keys`. Raises UserError if it is not as it was written."""
     path = folder / COMPLETE
     with naming(path):
         line, _, rest = path.read_bytes().partition(b"\n")
-    if rest != digest_of_bytes(line).encode() + b"\n":
-        raise UserError(f"{path} is damaged, or of an earlier version of srpo: restore the folder or make it again")
-    return json.loads(line)
+    whole = rest == digest_of_bytes(line).encode() + b"\n"
+    values = json.loads(line) if whole else {}
+    if not whole or not values.keys() >= {"files", *keys}:
+        raise UserError(f"{path} is damaged, of another folder or an earlier version: restore the folder, or make it again")
+    return values

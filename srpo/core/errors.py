@@ -55,7 +55,7 @@ def explain_os_error(error: OSError) -> str | None:
 def naming(path: Path) -> Iterator[None]:
     """Errors of the file system name the file: Python's of an open file do not, and libraries in Rust raise types of their own.
 
-    The text of the latter ends in "(os error 28)": they become the OSError of that number.
+    The text of the latter ends in "(os error 28)", or in the words of the error and "(28)": they become its OSError.
     """
     try:
         yield
@@ -64,7 +64,15 @@ def naming(path: Path) -> Iterator[None]:
             error.filename = str(path)
         raise
     except Exception as error:
-        native = re.search(r"\(os error (\d+)\)", str(error))
-        if isinstance(error, UserError) or native is None:
+        number = _native(str(error))
+        if isinstance(error, UserError) or number is None:
             raise
-        raise OSError(int(native[1]), os.strerror(int(native[1])), str(path)) from error
+        raise OSError(number, os.strerror(number), str(path)) from error
+
+
+def _native(text: str) -> int | None:
+    """The number of the system's error that a library's text names; None if it names none."""
+    if match := re.search(r"\(os error (\d+)\)", text):
+        return int(match[1])
+    match = re.search(r"\((\d{1,3})\)$", text)
+    return int(match[1]) if match and os.strerror(int(match[1])) in text else None

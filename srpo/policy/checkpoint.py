@@ -36,6 +36,7 @@ from srpo.core.logs import Written
 from srpo.policy.parallel import Parallel, to_local, unwrap
 
 _NAME = re.compile(r"step_(\d{6,})")
+_MARK = ("step", "world_size", "logs")  # values of COMPLETE
 # The names that torch's index of a checkpoint may use. BytesStorageMetadata is none of them: torch unpickles such entries.
 _INDEX = {
     ("pathlib", "PosixPath"),
@@ -83,6 +84,16 @@ def save_checkpoint(
         shutil.rmtree(aside, ignore_errors=True)  # a full disk: make room
         raise
     return final
+
+
+def sweep(root: Path, keep: int) -> None:
+    """Remove what a run that was killed, or met a full disk, has left: checkpoints before the newest `keep` complete ones, whole
+    or not, and temporary folders. A run may have nothing to save any more when it goes on."""
+    complete = sorted(_complete(root))[-keep:]
+    for path in root.glob("step_*"):
+        match = _NAME.fullmatch(path.name)
+        if ".tmp-" in path.name or (match and complete and int(match[1]) < complete[0][0]):
+            _remove(path)
 
 
 def _make_room(root: Path, aside: Path) -> None:
@@ -174,13 +185,13 @@ def load_checkpoint(
 
 def checkpoint_logs(path: Path) -> dict[str, Written]:
     """Sizes and digests of the run's logs when the checkpoint was saved."""
-    return read_mark(path)["logs"]
+    return read_mark(path, _MARK)["logs"]
 
 
 def _checked_mark(path: Path, parallel: Parallel, of: Path) -> dict[str, Any]:
     """The values of COMPLETE, after all files were compared with their digests, which the ranks share. Collective."""
     try:
-        mark = read_mark(path)
+        mark = read_mark(path, _MARK)
     except UserError:
         raise UserError(f"{path / COMPLETE} is damaged, or of an earlier version of srpo: {_way_on(of)}") from None
     if path.name != f"step_{mark['step']:06d}":

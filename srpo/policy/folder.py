@@ -17,7 +17,7 @@ from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
 from transformers.utils import logging
 
-from srpo.core.errors import UserError
+from srpo.core.errors import UserError, naming
 from srpo.core.jsonl import json_file
 from srpo.policy.stored_names import check_uses, unfit_names
 
@@ -112,7 +112,7 @@ def check_stored(path: str | Path) -> None:
     try:
         _check_dtypes(files, model)
         for file in files:
-            with safe_open(file, framework="pt") as stored:
+            with naming(file), safe_open(file, framework="pt") as stored:
                 _check_finite(path, ((name, stored.get_tensor(name)) for name in list(stored.keys())))
     except SafetensorError as error:
         raise UserError(f"the model in {str(path)!r} cannot be loaded ({_line(error)}): give another checkpoint") from error
@@ -193,7 +193,7 @@ def _check_others(folder: Path, files: list[Path]) -> None:
 def _names(file: Path) -> list[str]:
     """Names of the tensors in a safetensors file. UserError if it is damaged."""
     try:
-        with safe_open(file, framework="pt") as stored:
+        with naming(file), safe_open(file, framework="pt") as stored:
             return list(stored.keys())
     except SafetensorError as error:
         raise UserError(f"{file} cannot be loaded ({_line(error)}): give another checkpoint, or restore it") from error
@@ -237,7 +237,7 @@ def _check_dtypes(files: list[Path], model: PreTrainedModel) -> None:
     own = {name for name, tensor in model.state_dict().items() if not tensor.is_floating_point()}
     ignored = [re.compile(pattern) for pattern in model._keys_to_ignore_on_load_unexpected or ()]
     for file in files:
-        with safe_open(file, framework="pt") as stored:
+        with naming(file), safe_open(file, framework="pt") as stored:
             dtypes = {name: stored.get_slice(name).get_dtype() for name in list(stored.keys())}
         for name, dtype in dtypes.items():
             known = dtype in _FLOATS or any(f".{whole}".endswith(f".{name}") for whole in own)
@@ -255,7 +255,7 @@ def _restore_embedding(files: list[Path], model: PreTrainedModel) -> None:
     embedding: Any = model.get_input_embeddings().weight
     names = {name for name, param in model.named_parameters(remove_duplicate=False) if param is embedding}
     for file in files:
-        with safe_open(file, framework="pt") as stored:
+        with naming(file), safe_open(file, framework="pt") as stored:
             for name in names & set(stored.keys()):
                 embedding.copy_(stored.get_tensor(name))
 

@@ -19,7 +19,7 @@ from torch import nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from srpo.core.batch import Batch, Rollout, pack
-from srpo.core.errors import UserError
+from srpo.core.errors import UserError, naming
 from srpo.core.files import whole_folder
 from srpo.policy.forward import context_of, hidden_states, make_deterministic
 from srpo.policy.model import load_policy
@@ -96,7 +96,8 @@ def load_scalar(path: str | Path, *, experts: str = "grouped_mm") -> ScalarModel
         )
     head: nn.Module = getattr(model.model, _HEAD)
     try:
-        tensors = load_file(file)
+        with naming(file):
+            tensors = load_file(file)
     except SafetensorError as error:
         raise _misfit(file, " ".join(str(error).split())) from error
     _check_head(file, tensors, head.state_dict())

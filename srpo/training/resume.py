@@ -5,14 +5,13 @@ from __future__ import annotations
 from collections.abc import Collection
 from pathlib import Path
 
-from srpo.core.digests import read_mark
 from srpo.core.errors import UserError
 from srpo.core.files import check_whole
 from srpo.core.logs import check_logs, check_start
 from srpo.core.metrics import FILES
 from srpo.core.run_dir import record_changes
 from srpo.core.run_lock import RunConfig
-from srpo.policy.checkpoint import checkpoint_logs, latest_checkpoint
+from srpo.policy.checkpoint import checkpoint_logs, latest_checkpoint, sweep
 
 
 def check_impl(before: str, now: str, remedy: str = "") -> None:
@@ -28,12 +27,14 @@ def finished_policy(run_dir: Path) -> Path:
     """The policy of a finished run, after it and the logs were compared with what was written. Raises UserError."""
     checkpoint = latest_checkpoint(run_dir / "checkpoints")
     if checkpoint is not None:
-        check_logs(run_dir, read_mark(checkpoint)["step"], checkpoint_logs(checkpoint))
+        check_logs(run_dir, int(checkpoint.name.removeprefix("step_")), checkpoint_logs(checkpoint))
     check_whole(run_dir / "policy")
     return run_dir / "policy"
 
 
-def check_resume(cfg: RunConfig, checkpoint: Path | None, step: int, checkpoint_every: int, recorded: Collection[str]) -> None:
+def check_resume(
+    cfg: RunConfig, checkpoint: Path | None, step: int, checkpoint_every: int, recorded: Collection[str], keep: int = 1
+) -> None:
     """Compare the logs of the run folder with its checkpoint of this step (None: it has none, 0), and record changed settings.
 
     Prints what is dropped from the logs, and the settings among `recorded` that hold from now on. Rank 0 calls it, before the
@@ -42,6 +43,9 @@ def check_resume(cfg: RunConfig, checkpoint: Path | None, step: int, checkpoint_
     run_dir = Path(cfg.run_dir)
     if checkpoint is not None:
         check_logs(run_dir, step, checkpoint_logs(checkpoint))
+    if checkpoint is not None:
+        sweep(run_dir / "critic", keep + 1)
+        sweep(run_dir / "checkpoints", keep)
     lines = [check_start(run_dir, FILES, step, checkpoint_every), *record_changes(run_dir, cfg, recorded, step)]
     for line in filter(None, lines):
         print(line, flush=True)

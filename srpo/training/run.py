@@ -171,7 +171,8 @@ class Run:
                 check_impl(before, now, f", or set loss.impl to {now!r} to go on with other roundings")
             state = State(**extra)
         every, recorded = self.cfg.train.checkpoint_every, RECORDED if self.ppo is not None else RECORDED[:1]
-        self.parallel.on_main(lambda: check_resume(self.cfg, checkpoint, state.step, every, recorded))
+        keep = self.cfg.train.keep_checkpoints
+        self.parallel.on_main(lambda: check_resume(self.cfg, checkpoint, state.step, every, recorded, keep))
         return state
 
     def save(self, state: State, sampler_state: dict[str, Any], logger: MetricsLogger | None) -> None:

@@ -165,7 +165,8 @@ class Lab:
         """Damage a file of a run that was killed, and start it again: same bits, or one sentence."""
         folder = self.case(stopped)
         result = {"program": self.program, "fault": kind, "file": name}
-        if not _damage(folder / RUN / name, kind, rng):
+        damaged = _damage(folder / RUN, name, kind, rng)
+        if not damaged:
             shutil.rmtree(folder)
             return result | {"outcome": "no such damage", "problem": ""}
         end = self.start(folder)
@@ -175,20 +176,21 @@ class Lab:
         if not end.code:
             differing = self.differing(folder)
             outcome = "same bits"
-            if differing == [name]:  # the result of a finished stage that this start does not use; its COMPLETE still accuses it
+            if differing and damaged.issuperset(differing):  # a finished stage's, not used now; its COMPLETE still accuses it
                 outcome, differing = "not read", []
             problem = f"differs: {differing}" if differing else ""
         return self._done(folder, result, outcome, problem)
 
 
-def _damage(path: Path, kind: str, rng: random.Random) -> bool:
-    """Damage a file; False if this kind does not apply."""
+def _damage(root: Path, name: str, kind: str, rng: random.Random) -> set[str]:
+    """Damage a file below `root`. Returns the names of the files that are other ones now; empty if this kind does not apply."""
+    path = root / name
     data = path.read_bytes()
     if kind == "deleted":
         path.unlink()
-        return True
+        return {name}
     if not data:
-        return False
+        return set()
     if kind == "emptied":
         path.write_bytes(b"")
     elif kind == "cut":
@@ -200,12 +202,13 @@ def _damage(path: Path, kind: str, rng: random.Random) -> bool:
         siblings = [p for p in path.parent.parent.rglob("*") if p.is_file() and p != path and p.suffix == path.suffix]
         others = [p for p in siblings if p.read_bytes() != data]
         if not others:
-            return False
+            return set()
         other = rng.choice(sorted(others))
         path.write_bytes(other.read_bytes())
         if kind == "swapped":
             other.write_bytes(data)
-    return True
+            return {name, other.relative_to(root).as_posix()}
+    return {name}
 
 
 DAMAGE = ("flipped", "cut", "emptied", "deleted", "swapped", "replaced")
