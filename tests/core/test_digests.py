@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from srpo.core.digests import COMPLETE, digest_of, digest_of_data, digest_of_model
+from srpo.core.digests import COMPLETE, digest_of, digest_of_data, digest_of_model, read_mark, write_mark
 from srpo.core.errors import UserError, explain_os_error, naming
 from srpo.core.files import check_whole, read_result, whole_folder, write_result
 
@@ -112,3 +112,15 @@ def test_errors_of_the_file_system_name_their_file(tmp_path: Path) -> None:
         )
     with pytest.raises(ZeroDivisionError), naming(path):
         raise ZeroDivisionError
+    with pytest.raises(OSError) as caught, naming(path):
+        raise RuntimeError("unable to mmap 308 bytes from file <a>: Input/output error (5)")
+    assert explain_os_error(caught.value) == f"{path}: input/output error: check the disk"
+    with pytest.raises(RuntimeError), naming(path):
+        raise RuntimeError("no shape (5)")
+
+
+def test_a_mark_of_another_folder_is_refused(tmp_path: Path) -> None:
+    write_mark(tmp_path, {"files": {}, "step": 3})
+    assert read_mark(tmp_path, ("step",))["step"] == 3 and read_mark(tmp_path)["files"] == {}
+    with pytest.raises(UserError, match="COMPLETE is damaged, of another folder"):
+        read_mark(tmp_path, ("step", "logs"))

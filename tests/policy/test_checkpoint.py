@@ -12,7 +12,7 @@ import pytest
 import torch
 from torch.distributed.checkpoint.api import CheckpointException
 
-from srpo.policy.checkpoint import COMPLETE, latest_checkpoint, load_checkpoint, save_checkpoint
+from srpo.policy.checkpoint import COMPLETE, latest_checkpoint, load_checkpoint, save_checkpoint, sweep
 from srpo.policy.model import Policy
 
 
@@ -150,3 +150,22 @@ def test_extra_that_could_not_be_read_back_is_refused_at_once(tmp_path: Path) ->
     with pytest.raises(ValueError, match="plain Python values"):
         save_checkpoint(tmp_path, 1, *fresh(), {"what": lab.CONFIG}, lab.one_process())
     assert latest_checkpoint(tmp_path) is None
+
+
+def test_what_killed_runs_have_left_is_swept(tmp_path: Path) -> None:
+    for name in ("step_000001", "step_000002", "step_000003", "step_000004", "step_000005"):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "file").touch()
+    for step in (1, 3, 4):
+        (tmp_path / f"step_{step:06d}" / "COMPLETE").touch()
+    for name in ("step_000002.tmp-17", "step_000001.tmp-17-old", "step_000002.kept", "other"):
+        (tmp_path / name).mkdir()
+    sweep(tmp_path, keep=2)
+    assert {path.name for path in tmp_path.iterdir()} == {
+        "step_000003",
+        "step_000004",
+        "step_000005",
+        "step_000002.kept",
+        "other",
+    }
+    sweep(tmp_path / "nothing", keep=1)
