@@ -67,6 +67,7 @@ def main(settings):
 
 run_program(main, Settings)
 """
+BUSY_S = 10.0  # for a machine that runs other tests; what the program waits for would take 60 s
 PLACES = ["imports", "sleeps", "waits_for_a_thread", "runs_no_python", "fails_on_its_way_out", "is_called_back"]
 
 
@@ -95,7 +96,7 @@ def test_a_signal_ends_a_program_with_one_line(place: str, number: signal.Signal
     _, lines = process.communicate(timeout=20)
     assert (process.returncode, lines) == (128 + number, f"{word}\n")
     late = place in ("waits_for_a_thread", "runs_no_python")
-    assert time.monotonic() - begin < GRACE_S + 1 if late else time.monotonic() - begin < GRACE_S
+    assert time.monotonic() - begin < GRACE_S + BUSY_S if late else time.monotonic() - begin < GRACE_S
 
 
 def test_ctrl_c_while_a_program_imports_its_first_library(tmp_path: Path) -> None:
