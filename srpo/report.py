@@ -47,7 +47,7 @@ def write_report(run_dir: Path) -> tuple[str, list[Path]]:
 def _check_results(path: Path, results: Mapping[str, Any], num_steps: int) -> None:
     """Raise UserError unless `before` and `after`, where they are, have the scores of `results_dict`."""
     sizes = {"class_f1": 4, "step_accuracy": num_steps, "confusion": 4}
-    for name in {"before", "after"} & results.keys():
+    for name in (name for name in ("before", "after") if name in results):
         scores = results[name] if isinstance(results[name], dict) else {}
         numbers = [scores.get(key) for key in ("macro_f1", "accuracy", "good_f1", "parse_rate", "num_examples")]
         lists = [scores[key] if isinstance(scores.get(key), list) else [] for key in sizes]

@@ -14,8 +14,13 @@ from srpo.core.run_lock import RunConfig
 from srpo.policy.checkpoint import checkpoint_logs, latest_checkpoint, sweep
 
 
-def check_impl(before: str, now: str, remedy: str = "") -> None:
-    """Raise UserError if a run would go on with another kernel of the loss: equal up to rounding, but not to the bit."""
+def check_impl(before: str | None, now: str, remedy: str = "") -> None:
+    """Raise UserError if a run would go on with another kernel of the loss: equal up to rounding, but not to the bit.
+
+    before: the kernel that the checkpoint names; None if it names none.
+    """
+    if before is None:
+        raise UserError("the checkpoint of this run is of an earlier version of srpo, which did not save its kernel: start anew")
     if before != now:
         raise UserError(
             f"the loss of this run was computed by the kernel {before!r}, and here it would be by {now!r} (a compiler or a GPU "

@@ -166,7 +166,7 @@ class Run:
             if self.ppo is not None:
                 self.ppo.load(extra["step"], self.parallel, checkpoint)
             self.sampler.load_state_dict(extra.pop("sampler"))
-            before, now = extra.pop("impl"), self.loss_impl
+            before, now = extra.pop("impl", None), self.loss_impl
             if self.cfg.loss.impl == "auto":  # a named kernel is the user's choice
                 check_impl(before, now, f", or set loss.impl to {now!r} to go on with other roundings")
             state = State(**extra)

@@ -70,7 +70,7 @@ def fit(
     impl = loss_impl("auto", parallel.device, getattr(torch, cfg.policy.dtype))
     if (checkpoint := latest_checkpoint(run_dir / "checkpoints")) is not None:
         extra = load_checkpoint(checkpoint, model, optimizer, parallel)
-        check_impl(extra["impl"], impl)
+        check_impl(extra.get("impl"), impl)
         done = extra["step"]
     parallel.on_main(lambda: check_resume(cfg, checkpoint, done, cfg.checkpoint_every, MAY_CHANGE))
     logger = MetricsLogger(run_dir, resume_step=done or None) if main else None

@@ -13,8 +13,15 @@ import srpo.training.supervised
 from srpo.core.errors import UserError
 from srpo.sft import sft
 from srpo.train import train
+from srpo.training.resume import check_impl
 
-OTHER = "computed by the kernel 'cpu', and here it would be by 'other'"
+OTHER = "computed by the kernel '(cpu|reference)', and here it would be by 'other'"
+
+
+def test_a_checkpoint_that_names_no_kernel_is_refused_in_words() -> None:
+    check_impl("cpu", "cpu")
+    with pytest.raises(UserError, match="of an earlier version of srpo, which did not save its kernel: start anew"):
+        check_impl(None, "cpu")
 
 
 def test_a_run_does_not_go_on_with_another_kernel_of_the_loss(
