@@ -1,6 +1,15 @@
-// Wrappers for the PTX instructions of Hopper that the CUDA kernels use.
+// Wrappers for the PTX instructions of Hopper that the CUDA kernels use. Tests that run the kernels on a CPU bring their own.
+//
+// With SRPO_WATCHDOG a thread that waits for a second on a barrier says where, and goes on: the kernel ends, with wrong results,
+// instead of occupying the GPU for ever.
 #pragma once
 #include <cstdint>
+#ifndef __CUDACC__
+#include <simt_cluster.h>
+#else
+#ifdef SRPO_WATCHDOG
+#include <cstdio>
+#endif
 
 namespace srpo {
 
@@ -26,6 +35,25 @@ __device__ __forceinline__ void barrier_arrive_expecting(uint64_t* barrier, uint
 template <bool kFromCluster = false>
 __device__ __forceinline__ void barrier_wait(uint64_t* barrier, uint32_t phase) {
   const uint32_t address = shared_address(barrier), parity = phase & 1;
+#ifdef SRPO_WATCHDOG
+  constexpr long long kLimit = 2'000'000'000;  // clock cycles
+  const long long begin = clock64();
+  for (uint32_t done = 0; !done;) {
+    asm volatile(
+        "{\n"
+        ".reg .pred p;\n"
+        "mbarrier.test_wait.parity.acquire.cluster.shared::cta.b64 p, [%1], %2;\n"
+        "selp.u32 %0, 1, 0, p;\n"
+        "}" : "=r"(done) : "r"(address), "r"(parity) : "memory");
+    if (!done && clock64() - begin > kLimit) {
+      if (threadIdx.x % 32 == 0)
+        printf("stuck: block %d warp %d barrier at %u, phase %u, state %016llx\n", int(blockIdx.x), int(threadIdx.x / 32), address, phase,
+               *reinterpret_cast<volatile unsigned long long*>(barrier));
+      return;
+    }
+  }
+  return;
+#endif
   if (kFromCluster)
     asm volatile(
         "{\n"
@@ -108,3 +136,4 @@ __device__ __forceinline__ void send(uint32_t rank, void* to, uint64_t* barrier,
 }
 
 }  // namespace srpo
+#endif

@@ -140,17 +140,16 @@ SRPO_HD void add_more_logits(Partial& p, float& lost, const float (&x)[n], const
   add_logits<fine, kGap>(p, lost, x, x_ref, c);
 }
 
-// The columns of the softmax: all, or with a filter the label and then the other kept ids.
+// The columns of a filtered softmax: the label, then the other kept ids.
 struct Candidates {
-  const int64_t* kept;  // or null: all ids are candidates
-  int label, count;
+  const int64_t* kept;  // negative: padding
+  int label;            // -1: not a column
+  int count, num_ids;
 
   SRPO_HD int id(int i) const {  // -1: not a candidate
-    if (i >= count) return -1;
-    if (!kept) return i;
     if (i == 0) return label;
-    const int other = int(kept[i - 1]);
-    return other == label ? -1 : other;
+    const int64_t other = kept[i - 1];
+    return other == label || other < 0 || other >= num_ids ? -1 : int(other);
   }
 };
 

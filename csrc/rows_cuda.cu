@@ -1,4 +1,5 @@
-// Loss and gradient of Eq. 6 on a GPU: picks a kernel and launches it. The interface is plain C, without torch.
+// Loss and gradient of Eq. 6, and each row's largest logits, on a GPU: picks a kernel and launches it. The interface is plain C,
+// without torch.
 #include <cuda_bf16.h>
 #include <cuda_fp16.h>
 #include <cuda_runtime.h>
@@ -8,8 +9,10 @@
 #include <mutex>
 #include <tuple>
 
+#include "rows_filtered.cuh"
 #include "rows_one_read.cuh"
 #include "rows_two_reads.cuh"
+#include "top_k.cuh"
 
 namespace srpo {
 namespace {
@@ -20,33 +23,35 @@ struct Plan {
   int slice_vectors, dynamic_bytes, max_clusters;
 };
 
-struct Kernels {
-  const void *one_read, *two_reads;
-  int element_bytes;
-};
-
-Kernels kernels_for(int32_t dtype) {
-  switch (dtype) {
-    case kFloat32: return {(const void*)rows_one_read<float>, (const void*)rows_two_reads<float>, 4};
-    case kBFloat16: return {(const void*)rows_one_read<__nv_bfloat16>, (const void*)rows_two_reads<__nv_bfloat16>, 2};
-    default: return {(const void*)rows_one_read<__half>, (const void*)rows_two_reads<__half>, 2};
-  }
-}
-
 // Returns from the calling function if the call fails.
 #define SRPO_TRY(call) \
   if (const cudaError_t error = (call)) return error
+
+// f(T()) for the type of the logits.
+template <class F>
+cudaError_t with_type(int32_t dtype, F f) {
+  switch (dtype) {
+    case kFloat32: return f(float());
+    case kBFloat16: return f(__nv_bfloat16());
+    default: return f(__half());
+  }
+}
+
+cudaLaunchConfig_t launch_config(int64_t num_ctas, int num_threads, int64_t dynamic_bytes, cudaStream_t stream) {
+  cudaLaunchConfig_t config = {};
+  config.gridDim = dim3(unsigned(num_ctas));
+  config.blockDim = dim3(unsigned(num_threads));
+  config.dynamicSmemBytes = size_t(dynamic_bytes);
+  config.stream = stream;
+  return config;
+}
 
 // `dimension` must outlive the result, which points to it.
 cudaLaunchConfig_t cluster_launch(const Plan& plan, int64_t num_clusters, cudaStream_t stream, cudaLaunchAttribute* dimension) {
   dimension->id = cudaLaunchAttributeClusterDimension;
   dimension->val.clusterDim.x = plan.cluster;
   dimension->val.clusterDim.y = dimension->val.clusterDim.z = 1;
-  cudaLaunchConfig_t config = {};
-  config.gridDim = dim3(unsigned(num_clusters * plan.cluster));
-  config.blockDim = dim3(kThreads + 32);
-  config.dynamicSmemBytes = plan.dynamic_bytes;
-  config.stream = stream;
+  cudaLaunchConfig_t config = launch_config(num_clusters * plan.cluster, kThreads + 32, plan.dynamic_bytes, stream);
   config.attrs = dimension;
   config.numAttrs = 1;
   return config;
@@ -88,11 +93,10 @@ cudaError_t make_plan(const void* kernel, int64_t row_bytes, int device, int wan
 cudaError_t find_plan(const RowArgs& a, int device, int wanted, Plan* plan) {
   static std::mutex mutex;
   static std::map<std::tuple<int, int, int64_t, int>, Plan> plans;
-  const Kernels kernels = kernels_for(a.dtype);
+  const int64_t element_bytes = a.dtype == kFloat32 ? 4 : 2, row_bytes = a.V * element_bytes;
   const auto fits = [&](const void* p, int64_t stride) {
-    return uintptr_t(p) % 16 == 0 && (stride * kernels.element_bytes % 16 == 0 || a.T == 1);
+    return uintptr_t(p) % 16 == 0 && (stride * element_bytes % 16 == 0 || a.T == 1);
   };
-  const int64_t row_bytes = a.V * kernels.element_bytes;
   *plan = {};
   if (wanted == 0 || a.kept_ids || a.ref_logits || row_bytes % 16 || row_bytes > kMaxCluster * kMaxSliceBytes ||
       !fits(a.logits, a.logits_stride) || !fits(a.dlogits, a.dlogits_stride))
@@ -101,30 +105,49 @@ cudaError_t find_plan(const RowArgs& a, int device, int wanted, Plan* plan) {
   const auto key = std::make_tuple(device, int(a.dtype), a.V, wanted);
   const auto known = plans.find(key);
   if (known != plans.end()) return *plan = known->second, cudaSuccess;
-  SRPO_TRY(make_plan(kernels.one_read, row_bytes, device, wanted, plan));
+  SRPO_TRY(with_type(a.dtype, [&](auto type) {
+    return make_plan((const void*)rows_one_read<decltype(type)>, row_bytes, device, wanted, plan);
+  }));
   plans[key] = *plan;
   return cudaSuccess;
 }
 
-cudaError_t launch(RowArgs a, int device, int wanted, cudaStream_t stream) {
-  if (a.T == 0) return cudaSuccess;
-  if (a.V > 1 << 30 || a.K > 1 << 30) return cudaErrorInvalidValue;  // columns are counted in 32 bits
-  const Kernels kernels = kernels_for(a.dtype);
-  Plan plan;
-  SRPO_TRY(find_plan(a, device, wanted, &plan));
-  if (wanted > 0 && plan.cluster == 0) return cudaErrorInvalidConfiguration;
+constexpr int64_t kMostCtas = 1 << 30, kMostColumns = 1 << 30;  // columns are counted in 32 bits
+
+template <class T>
+cudaError_t launch_rows(const RowArgs& a, const Plan& plan, cudaStream_t stream) {
   if (plan.cluster > 0) {
     cudaLaunchAttribute dimension;
     const cudaLaunchConfig_t config = cluster_launch(plan, std::min<int64_t>(plan.max_clusters, a.T), stream, &dimension);
-    void* args[] = {&a, &plan.slice_vectors};
-    return cudaLaunchKernelExC(&config, kernels.one_read, args);
+    return cudaLaunchKernelEx(&config, rows_one_read<T>, a, plan.slice_vectors);
   }
-  const int64_t filter_bytes = a.kept_ids && a.dlogits ? (a.V + 31) / 32 * 4 : 0;
-  if (filter_bytes > 32 * 1024)
-    SRPO_TRY(cudaFuncSetAttribute(kernels.two_reads, cudaFuncAttributeMaxDynamicSharedMemorySize, int(filter_bytes)));
-  void* args[] = {&a};
-  const unsigned num_ctas = unsigned(std::min<int64_t>(a.T, 1 << 30));
-  return cudaLaunchKernel(kernels.two_reads, dim3(num_ctas), dim3(kPlainThreads), args, size_t(filter_bytes), stream);
+  const int64_t num_ctas = std::min(a.T, kMostCtas);
+  if (a.kept_ids) {
+    const int64_t bytes = a.dlogits ? 4 * ((a.V + Vector<T>::kCount + 31) / 32) : 0;  // CandidateBits::num_words
+    if (bytes > 32 * 1024)
+      SRPO_TRY(cudaFuncSetAttribute((const void*)rows_filtered<T>, cudaFuncAttributeMaxDynamicSharedMemorySize, int(bytes)));
+    const cudaLaunchConfig_t config = launch_config(num_ctas, kRowThreads, bytes, stream);
+    return cudaLaunchKernelEx(&config, rows_filtered<T>, a);
+  }
+  const cudaLaunchConfig_t config = launch_config(num_ctas, kRowThreads, 0, stream);
+  if (a.ref_logits) return cudaLaunchKernelEx(&config, rows_two_reads<T, true>, a);
+  return cudaLaunchKernelEx(&config, rows_two_reads<T, false>, a);
+}
+
+cudaError_t launch(const RowArgs& a, int device, int wanted, cudaStream_t stream) {
+  if (a.T == 0) return cudaSuccess;
+  if (a.V > kMostColumns || a.K > kMostColumns) return cudaErrorInvalidValue;
+  Plan plan;
+  SRPO_TRY(find_plan(a, device, wanted, &plan));
+  if (wanted > 0 && plan.cluster == 0) return cudaErrorInvalidConfiguration;
+  return with_type(a.dtype, [&](auto type) { return launch_rows<decltype(type)>(a, plan, stream); });
+}
+
+cudaError_t launch_top_k(const TopKArgs& a, int32_t dtype, cudaStream_t stream) {
+  if (a.T == 0) return cudaSuccess;
+  if (a.V > kMostColumns || a.K < 1 || a.K > kMaxTopK || a.K > a.V) return cudaErrorInvalidValue;
+  const cudaLaunchConfig_t config = launch_config(std::min(a.T, kMostCtas), kTopKThreads, 0, stream);
+  return with_type(dtype, [&](auto type) { return cudaLaunchKernelEx(&config, top_k_ids<decltype(type)>, a); });
 }
 
 // Runs f with `device` as the thread's current device.
@@ -143,19 +166,27 @@ cudaError_t on_device(int device, F f) {
 
 #define SRPO_EXPORT extern "C" __attribute__((visibility("default")))
 
-// Queues `args`, whose pointers belong to `device`, on a stream of that device. `cluster`: CTAs per row, 1 to 16; 0:
-// rows_two_reads; negative: the best choice. Returns a CUDA error code; cudaErrorInvalidConfiguration if that cluster size is
+// Queues `args`, whose pointers belong to `device`, on a stream of that device. `cluster`: CTAs per row, 1 to 16; 0: not
+// rows_one_read; negative: the best choice. Returns a CUDA error code; cudaErrorInvalidConfiguration if that cluster size is
 // impossible.
 SRPO_EXPORT int srpo_cuda_rows(const srpo::RowArgs* args, int device, int cluster, void* stream) {
   return srpo::on_device(device, [&] { return srpo::launch(*args, device, cluster, static_cast<cudaStream_t>(stream)); });
 }
 
-// The cluster size that `args` would get, 0 for the kernel with two reads; or minus a CUDA error code.
+// The cluster size that `args` would get, 0 for another kernel than rows_one_read; or minus a CUDA error code.
 SRPO_EXPORT int srpo_cuda_cluster(const srpo::RowArgs* args, int device) {
   srpo::Plan plan = {};
   const cudaError_t error = srpo::on_device(device, [&] { return srpo::find_plan(*args, device, -1, &plan); });
   return error ? -int(error) : plan.cluster;
 }
 
+// Writes the ids of the K largest logits of each row into `ids` [T, K], largest first; K is at most srpo_cuda_max_top_k().
+SRPO_EXPORT int srpo_cuda_top_k(const void* logits, int64_t stride, int64_t T, int64_t V, int64_t K, int dtype, int64_t* ids,
+                                int device, void* stream) {
+  const srpo::TopKArgs args = {logits, ids, stride, T, V, K};
+  return srpo::on_device(device, [&] { return srpo::launch_top_k(args, dtype, static_cast<cudaStream_t>(stream)); });
+}
+
+SRPO_EXPORT int64_t srpo_cuda_max_top_k() { return srpo::kMaxTopK; }
 SRPO_EXPORT const char* srpo_cuda_error(int code) { return cudaGetErrorString(cudaError_t(code)); }
 SRPO_EXPORT int64_t srpo_cuda_args_bytes() { return sizeof(srpo::RowArgs); }

@@ -8,11 +8,9 @@
 // It takes rows that the copy engine can move (16-byte units) and that fit into shared memory, without a filter or reference
 // logits.
 #pragma once
-#include <cuda_bf16.h>
-#include <cuda_fp16.h>
-
 #include "cluster.cuh"
 #include "row_math.h"
+#include "vectors.cuh"
 
 namespace srpo {
 namespace {
@@ -20,72 +18,6 @@ namespace {
 constexpr int kWarps = 8, kThreads = 32 * kWarps;  // for computing; one more warp moves data
 constexpr int kStages = 2, kMaxCluster = 16, kCtasPerSm = 3;
 constexpr int64_t kMaxSliceBytes = 1 << 17;  // kStages slices of this size exceed shared memory
-
-// 16 bytes of logits
-template <class T> struct Pair;
-template <> struct Pair<__nv_bfloat16> { using type = __nv_bfloat162; };
-template <> struct Pair<__half> { using type = __half2; };
-
-__device__ __forceinline__ float2 to_floats(__nv_bfloat162 v) { return __bfloat1622float2(v); }
-__device__ __forceinline__ float2 to_floats(__half2 v) { return __half22float2(v); }
-__device__ __forceinline__ void from_floats(float x, float y, __nv_bfloat162* to) { *to = __floats2bfloat162_rn(x, y); }
-__device__ __forceinline__ void from_floats(float x, float y, __half2* to) { *to = __floats2half2_rn(x, y); }
-
-template <class T>
-struct Vector {
-  static constexpr int kCount = 8;
-  typename Pair<T>::type pairs[4];
-
-  __device__ void unpack(float (&x)[kCount]) const {
-#pragma unroll
-    for (int i = 0; i < 4; ++i) {
-      const float2 v = to_floats(pairs[i]);
-      x[2 * i] = v.x, x[2 * i + 1] = v.y;
-    }
-  }
-  __device__ void pack(const float (&x)[kCount]) {
-#pragma unroll
-    for (int i = 0; i < 4; ++i) from_floats(x[2 * i], x[2 * i + 1], pairs + i);
-  }
-  __device__ void keep_larger(const Vector& v) {
-#pragma unroll
-    for (int i = 0; i < 4; ++i) pairs[i] = __hmax2(pairs[i], v.pairs[i]);
-  }
-};
-
-template <>
-struct Vector<float> {
-  static constexpr int kCount = 4;
-  float values[4];
-
-  __device__ void unpack(float (&x)[kCount]) const {
-#pragma unroll
-    for (int i = 0; i < 4; ++i) x[i] = values[i];
-  }
-  __device__ void pack(const float (&x)[kCount]) {
-#pragma unroll
-    for (int i = 0; i < 4; ++i) values[i] = x[i];
-  }
-  __device__ void keep_larger(const Vector& v) {
-#pragma unroll
-    for (int i = 0; i < 4; ++i) values[i] = fmaxf(values[i], v.values[i]);
-  }
-};
-
-// One 128-bit access each.
-template <class T>
-__device__ __forceinline__ Vector<T> read(const uint4* p) {
-  const uint4 bits = *p;
-  Vector<T> v;
-  memcpy(&v, &bits, 16);
-  return v;
-}
-template <class T>
-__device__ __forceinline__ void write(uint4* p, const Vector<T>& v) {
-  uint4 bits;
-  memcpy(&bits, &v, 16);
-  *p = bits;
-}
 
 // A warp's share of a slice: vectors `first`, first + kThreads, ... below num_vectors. All lanes get the warp's sums.
 template <class T>
@@ -288,8 +220,8 @@ class ClusterWorker {
 
 template <class T>
 __global__ void __launch_bounds__(kThreads + 32, kCtasPerSm) rows_one_read(const __grid_constant__ RowArgs a, int slice_vectors) {
-  extern __shared__ __align__(128) unsigned char memory[];
-  __shared__ Shared s;
+  SRPO_DYNAMIC_SHARED(memory);
+  SRPO_SHARED(Shared, s);
   if (threadIdx.x == 0) {
     for (int i = 0; i < kStages; ++i) {
       barrier_init(&s.loaded[i], 1);

@@ -1,12 +1,13 @@
-// The kernel for all rows that rows_one_read.cuh does not take. One CTA per row reads it twice, element by element. With a filter
-// the row consists of the label's logit and the kept ones.
+// The kernel for rows without a filter that rows_one_read.cuh does not take. One CTA per row reads it twice, in 16-byte units where
+// addresses allow: any length, stride and alignment. kRef: with reference logits, for the exact KL.
 #pragma once
 #include "row_math.h"
+#include "vectors.cuh"
 
 namespace srpo {
 namespace {
 
-constexpr int kPlainWarps = 8, kPlainThreads = 32 * kPlainWarps, kChunk = 8;
+constexpr int kRowWarps = 8, kRowThreads = 32 * kRowWarps;
 
 __device__ __forceinline__ Partial merge_lanes(Partial p) {
 #pragma unroll
@@ -16,85 +17,129 @@ __device__ __forceinline__ Partial merge_lanes(Partial p) {
   return p;
 }
 
+// Shared by the threads of a CTA that works on a row.
+struct RowShared {
+  Partial parts[kRowWarps], ref_parts[kRowWarps];
+  ElementGradient gradient;
+  float k;  // exponents are relative to it
+};
+
+// For one thread, when all parts are written: the row's values, and what the other threads need for its gradient.
 template <class T>
-__global__ void __launch_bounds__(kPlainThreads, 2) rows_two_reads(const __grid_constant__ RowArgs a) {
-  extern __shared__ uint32_t is_kept[];  // a bit per id, with a filter
-  __shared__ Partial parts[kPlainWarps], ref_parts[kPlainWarps];
-  __shared__ ElementGradient gradient;
-  __shared__ float row_k;  // exponents are relative to it
+__device__ __forceinline__ void finish_parts(const RowArgs& a, int64_t row, RowShared& s, float x_label, bool with_ref,
+                                             float ref_label, bool outside, Scale c) {
+  Partial p = s.parts[0];
+#pragma unroll 1
+  for (int i = 1; i < kRowWarps; ++i) p = merge(p, s.parts[i]);
+  RowValues v = row_values<kFine<T>>(add_up(s.parts, kRowWarps), x_label, c, p.k);
+  const double ref_lse2 = with_ref ? add_up(s.ref_parts, kRowWarps).lse2 : v.lse2, shift = (v.lse2 - ref_lse2) * kLn2;
+  if (with_ref) v.kl = double(p.gap) / p.sum / a.temperature - shift;
+  const Coefs coefs = finish_row(a, row, look_up(a, row), v, outside, true);
+  s.gradient = element_gradient(a, coefs, v, p.k, shift, double(x_label) - ref_label);
+  s.k = p.k;
+}
+
+// The gradient of an entry that is not the label's.
+template <bool fine>
+__device__ __forceinline__ float element(const ElementGradient& g, float x, float x_ref, float k, Scale c) {
+  float t;
+  const float e = power<fine>(x, c, k, &t);
+  return fmaf(e, g.softmax, g.gap != 0 && e != 0 ? e * g.gap * (x - x_ref) : 0.0f);
+}
+
+template <class T>
+__device__ __forceinline__ void fill_zero(T* row, int count) {
+  const Units u = units_of(row, count);
+  const Vector<T> zero = all_of<T>(0.0f);
+  for (int i = threadIdx.x; i < u.vectors; i += kRowThreads) write_at(row + u.head + i * Vector<T>::kCount, zero, true);
+  for (int i = threadIdx.x; i < u.edges; i += kRowThreads) row[edge<T>(u, i)] = T(0.0f);
+}
+
+template <class T, bool kRef>
+__global__ void __launch_bounds__(kRowThreads, 2) rows_two_reads(const __grid_constant__ RowArgs a) {
+  constexpr int n = Vector<T>::kCount, kAhead = kRef ? 2 : 4;  // units that a thread has in flight
+  SRPO_SHARED(RowShared, s);
   const int thread = threadIdx.x, warp = thread / 32, lane = thread % 32, num_ids = int(a.V);
   const Scale c = scale_of(a);
   for (int64_t row = blockIdx.x; row < a.T; row += gridDim.x) {
     const T* logits = static_cast<const T*>(a.logits) + row * a.logits_stride;
-    const T* ref = a.ref_logits ? static_cast<const T*>(a.ref_logits) + row * a.ref_stride : nullptr;
+    const T* ref = kRef ? static_cast<const T*>(a.ref_logits) + row * a.ref_stride : logits;
     T* d = a.dlogits ? static_cast<T*>(a.dlogits) + row * a.dlogits_stride : nullptr;
     const int64_t label = a.labels[row];
     if (label == kIgnore) {
-      if (d)
-        for (int i = thread; i < num_ids; i += kPlainThreads) d[i] = T(0.0f);
+      if (d) fill_zero(d, num_ids);
       if (thread == 0) ignore_row(a, row);
       continue;
     }
-    const bool valid = label >= 0 && label < a.V, filtered = a.kept_ids && valid;
-    const Candidates candidates = {filtered ? a.kept_ids + row * a.K : nullptr, int(label), filtered ? int(a.K) + 1 : num_ids};
-    if (filtered && d)
-      for (int i = thread; i < (num_ids + 31) / 32; i += kPlainThreads) is_kept[i] = 0;
+    const Units u = units_of(logits, num_ids);
+    const int span = kAhead * kRowThreads, num_spans = (u.vectors + span - 1) / span;
+    const bool ref_fits = same_units(ref, logits), d_fits = d && same_units(d, logits);
 
     Partial p = nothing(), q = nothing();
     float lost = 0, ref_lost = 0;
-    bool found = !filtered;
-    for (int start = thread; start < candidates.count; start += kChunk * kPlainThreads) {
-      float x[kChunk], y[kChunk];
+    for (int i = thread; i < num_spans * span; i += span) {
+      Vector<T> units[kAhead], ref_units[kAhead];
 #pragma unroll
-      for (int j = 0; j < kChunk; ++j) {
-        const int id = candidates.id(start + j * kPlainThreads);
-        x[j] = id < 0 ? -INFINITY : float(logits[id]);
-        if (ref) y[j] = id < 0 ? -INFINITY : float(ref[id]);
+      for (int j = 0; j < kAhead; ++j) {
+        const int unit = i + j * kRowThreads;
+        const bool there = unit < u.vectors;
+        units[j] = there ? read_at(logits + u.head + unit * n, true) : all_of<T>(-INFINITY);
+        if (kRef) ref_units[j] = there ? read_at(ref + u.head + unit * n, ref_fits) : all_of<T>(-INFINITY);
       }
-      if (ref) {
-        add_more_logits<kFine<T>, true>(p, lost, x, y, c);
-        add_more_logits<kFine<T>, false>(q, ref_lost, y, y, c);
-      } else {
-        add_more_logits<kFine<T>, false>(p, lost, x, x, c);
+#pragma unroll
+      for (int j = 0; j < kAhead; ++j) {
+        float x[n], y[n];
+        units[j].unpack(x);
+        if (kRef) {
+          ref_units[j].unpack(y);
+          add_more_logits<kFine<T>, false>(q, ref_lost, y, y, c);
+        }
+        add_more_logits<kFine<T>, kRef>(p, lost, x, kRef ? y : x, c);
       }
     }
-    if (filtered)
-      for (int i = thread; i < a.K; i += kPlainThreads) found |= candidates.kept[i] == label;
+    for (int i = thread; i < u.edges; i += kRowThreads) {
+      const float x[1] = {float(logits[edge<T>(u, i)])}, y[1] = {float(ref[edge<T>(u, i)])};
+      if (kRef) add_more_logits<kFine<T>, false>(q, ref_lost, y, y, c);
+      add_more_logits<kFine<T>, kRef>(p, lost, x, y, c);
+    }
     p = merge_lanes(p);
-    q = merge_lanes(q);
-    if (lane == 0) parts[warp] = p, ref_parts[warp] = q;
-    const bool outside = !__syncthreads_or(found);
-
+    if (kRef) q = merge_lanes(q);
+    if (lane == 0) s.parts[warp] = p, s.ref_parts[warp] = q;
+    __syncthreads();
     if (thread == 0) {
-      const float x_label = valid ? float(logits[label]) : NAN, ref_label = valid && ref ? float(ref[label]) : 0.0f;
-      p = parts[0];
-#pragma unroll 1
-      for (int i = 1; i < kPlainWarps; ++i) p = merge(p, parts[i]);
-      row_k = p.k;
-      RowValues v = row_values<kFine<T>>(add_up(parts, kPlainWarps), x_label, c, p.k);
-      const double ref_lse2 = ref ? add_up(ref_parts, kPlainWarps).lse2 : v.lse2, shift = (v.lse2 - ref_lse2) * kLn2;
-      if (ref) v.kl = double(p.gap) / p.sum / a.temperature - shift;
-      const Coefs coefs = finish_row(a, row, look_up(a, row), v, outside, true);
-      gradient = element_gradient(a, coefs, v, p.k, shift, double(x_label) - ref_label);
+      const bool valid = label >= 0 && label < a.V;
+      finish_parts<T>(a, row, s, valid ? float(logits[label]) : NAN, kRef, valid && kRef ? float(ref[label]) : 0.0f, false, c);
     }
     __syncthreads();
     if (!d) continue;
-    const ElementGradient g = gradient;
-    const float k = row_k;
-    for (int i = thread; i < candidates.count; i += kPlainThreads) {
-      const int id = candidates.id(i);
-      if (id < 0) continue;
-      if (filtered) atomicOr(is_kept + id / 32, 1u << id % 32);
-      float t;
-      const float x = float(logits[id]), e = power<kFine<T>>(x, c, k, &t);
-      const float kl = g.gap != 0 && e != 0 ? e * g.gap * (x - float(ref[id])) : 0.0f;
-      d[id] = T(id == label ? g.label : fmaf(e, g.softmax, kl));
+    const ElementGradient g = s.gradient;
+    const float k = s.k;
+    for (int i = thread + (num_spans - 1) * span; i >= 0; i -= span) {  // backwards: what was read last is still in a cache
+      Vector<T> units[kAhead], ref_units[kAhead];
+#pragma unroll
+      for (int j = 0; j < kAhead; ++j) {
+        const int unit = i + j * kRowThreads;
+        if (unit >= u.vectors) continue;
+        units[j] = read_at(logits + u.head + unit * n, true);
+        if (kRef) ref_units[j] = read_at(ref + u.head + unit * n, ref_fits);
+      }
+#pragma unroll
+      for (int j = 0; j < kAhead; ++j) {
+        const int unit = i + j * kRowThreads, first = u.head + unit * n;
+        if (unit >= u.vectors) continue;
+        float x[n], y[n];
+        units[j].unpack(x);
+        if (kRef) ref_units[j].unpack(y);
+#pragma unroll
+        for (int m = 0; m < n; ++m) x[m] = first + m == label ? g.label : element<kFine<T>>(g, x[m], kRef ? y[m] : 0.0f, k, c);
+        units[j].pack(x);
+        write_at(d + first, units[j], d_fits);
+      }
     }
-    if (!filtered) continue;
-    __syncthreads();
-    for (int i = thread; i < num_ids; i += kPlainThreads)
-      if (!(is_kept[i / 32] >> i % 32 & 1)) d[i] = T(0.0f);
-    __syncthreads();
+    for (int i = thread; i < u.edges; i += kRowThreads) {
+      const int id = edge<T>(u, i);
+      d[id] = T(id == label ? g.label : element<kFine<T>>(g, float(logits[id]), float(ref[id]), k, c));
+    }
   }
 }
 

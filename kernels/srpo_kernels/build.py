@@ -20,6 +20,12 @@ from pathlib import Path
 
 CSRC = Path(__file__).resolve().parent / "csrc"  # in a checkout a link to the top-level csrc/
 
+# Files that the CUDA library depends on.
+CUDA_SOURCES = (
+    *("rows.h", "row_math.h", "cluster.cuh", "vectors.cuh", "rows_one_read.cuh", "rows_two_reads.cuh", "rows_filtered.cuh"),
+    *("top_k.cuh", "rows_cuda.cu"),
+)
+
 _CXX_FLAGS = ("-std=c++17", "-O3", "-fPIC", "-fopenmp", "-fvisibility=hidden", "-w")
 _ISA_FLAGS = {
     "portable": (),
@@ -124,17 +130,20 @@ def build_cpu() -> Path:
     return compile_once("srpo_cpu", ["rows.h", "row_math.h", "simd.h", "rows_cpu.cpp", "dispatch_cpu.cpp"], cpu_commands())
 
 
+def find_nvcc() -> str | None:
+    """The CUDA compiler: $NVCC, nvcc on the PATH, or nvcc of $CUDA_HOME or /usr/local/cuda; None if there is none."""
+    toolkit = Path(os.environ.get("CUDA_HOME") or "/usr/local/cuda") / "bin"
+    return os.environ.get("NVCC") or shutil.which("nvcc") or shutil.which("nvcc", path=toolkit)
+
+
 def build_cuda() -> Path:
     """Path of the CUDA library: machine code for Hopper and, from CUDA 12.8 on, Blackwell; PTX for later GPUs. Raises BuildError.
 
-    The compiler is $NVCC, nvcc on the PATH, or nvcc of $CUDA_HOME or /usr/local/cuda. Without a compiler, a cached library that
-    was built from the same sources is used.
+    The compiler is that of `find_nvcc`. Without one, a cached library that was built from the same sources is used.
     """
-    sources = ["rows.h", "row_math.h", "cluster.cuh", "rows_one_read.cuh", "rows_two_reads.cuh", "rows_cuda.cu"]
-    text = "".join((CSRC / source).read_text(encoding="utf-8") for source in sources)
+    text = "".join((CSRC / source).read_text(encoding="utf-8") for source in CUDA_SOURCES)
     name = f"srpo_cuda-{hashlib.sha256(text.encode()).hexdigest()[:16]}"
-    toolkit = Path(os.environ.get("CUDA_HOME") or "/usr/local/cuda") / "bin"
-    nvcc = os.environ.get("NVCC") or shutil.which("nvcc") or shutil.which("nvcc", path=toolkit)
+    nvcc = find_nvcc()
     if nvcc is None:
         cached = _whole(f"{name}-*.so")
         if cached is None:
@@ -145,7 +154,7 @@ def build_cuda() -> Path:
     for virtual, real in (("compute_90a", "sm_90a"), ("compute_100a", "sm_100a"), ("compute_90", "compute_90")):
         if virtual.rstrip("a") in known:
             flags += ["-gencode", f"arch={virtual},code={real}"]
-    return compile_once(name, sources, [[nvcc, *flags, "{src}/rows_cuda.cu", "-o", "{out}"]])
+    return compile_once(name, CUDA_SOURCES, [[nvcc, *flags, "{src}/rows_cuda.cu", "-o", "{out}"]])
 
 
 def load_with_openmp(library: Path) -> ctypes.CDLL:
@@ -161,9 +170,13 @@ def load_with_openmp(library: Path) -> ctypes.CDLL:
 
 
 def main() -> None:
-    """Build the CPU library; exit code 1 if the compiler fails."""
+    """Build the CPU library and, if there is an nvcc, the CUDA library; exit code 1 if a compiler fails."""
     try:
         print(f"CPU kernels: {build_cpu()}")
+        if find_nvcc() is None:
+            print("CUDA kernels: not built, nvcc is not on the PATH; without it GPUs use the Triton kernels")
+        else:
+            print(f"CUDA kernels: {build_cuda()}")
     except BuildError as error:
         sys.exit(f"error: {error}")
 

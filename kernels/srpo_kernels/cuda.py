@@ -1,8 +1,8 @@
 """The CUDA C++ kernels of csrc/rows_cuda.cu, for Hopper and later; fp32, bf16 and fp16 logits.
 
 Rows that can be moved in units of 16 bytes (V and the row stride are multiples of 8, or of 4 in fp32) and that fit into a cluster
-of CTAs, up to about 900,000 ids in 16 bits, are read once. All other rows, filters and the exact KL take a kernel that reads each
-row twice.
+of CTAs, up to about 900,000 ids in 16 bits, are read once. All other rows and the exact KL take a kernel that reads a row twice.
+With a filter only the candidates are read: finding a row's largest logits (`top_k`) and the loss then take a read and a write.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from functools import cache
 
 import torch
 
-from srpo_kernels import triton_rows
+from srpo_kernels import reference, triton_rows
 from srpo_kernels.build import BuildError, build_cuda
 from srpo_kernels.native import DTYPES, ROW_FIELDS, RowArgs, row_args
 from srpo_kernels.options import LossOptions
@@ -36,6 +36,15 @@ def library() -> ctypes.CDLL | BuildError:
     assert lib.srpo_cuda_args_bytes() == ctypes.sizeof(RowArgs), "csrc/rows.h and srpo_kernels/native.py disagree"
     lib.srpo_cuda_rows.argtypes = [ctypes.POINTER(RowArgs), ctypes.c_int, ctypes.c_int, ctypes.c_void_p]
     lib.srpo_cuda_cluster.argtypes = [ctypes.POINTER(RowArgs), ctypes.c_int]
+    lib.srpo_cuda_top_k.argtypes = [
+        ctypes.c_void_p,
+        *[ctypes.c_int64] * 4,
+        ctypes.c_int,
+        ctypes.c_void_p,
+        ctypes.c_int,
+        ctypes.c_void_p,
+    ]
+    lib.srpo_cuda_max_top_k.restype = ctypes.c_int64
     lib.srpo_cuda_error.restype = ctypes.c_char_p
     return lib
 
@@ -79,6 +88,21 @@ def rows(
     _check(lib, lib.srpo_cuda_rows(ctypes.byref(args), _index(logits), cluster, stream))
     del held  # only after the launch: memory freed now is reused on this stream after the kernel has run
     return values
+
+
+def top_k(logits: torch.Tensor, top_k: int) -> torch.Tensor:
+    """See `operators.Backend`. Above 1024 ids (`srpo_cuda_max_top_k`) by torch.topk. Raises RuntimeError for a CUDA error."""
+    lib = library()
+    assert isinstance(lib, ctypes.CDLL)
+    top_k = min(top_k, logits.shape[1])
+    if not 0 < top_k <= lib.srpo_cuda_max_top_k():
+        return reference.topk_support(logits, top_k)
+    logits = triton_rows.rows_together(logits)
+    ids = torch.empty(logits.shape[0], top_k, dtype=torch.int64, device=logits.device)
+    sizes, stream = (logits.stride(0), *logits.shape, top_k), torch.cuda.current_stream(logits.device).cuda_stream
+    dtype, device = DTYPES[logits.dtype], _index(logits)
+    _check(lib, lib.srpo_cuda_top_k(logits.data_ptr(), *sizes, dtype, ids.data_ptr(), device, stream))
+    return ids
 
 
 def scaled(gradient: torch.Tensor, factor: torch.Tensor) -> torch.Tensor:
