@@ -1,33 +1,29 @@
 """The arms of bench/loss_kernel.py: the loss of problem.py by our kernels, by plain torch and by other packages.
 
 `Arm.make` builds an arm for a `Problem`: a function that runs the forward pass up to the loss; the caller runs the backward pass.
-Other packages are imported when their arm is made; a missing package raises `Absent`.
+rivals.py holds the arms of other packages. An arm that cannot run here raises `Absent` when it is made.
 """
 
 from __future__ import annotations
 
-import importlib
-import importlib.util
-import os
+import ctypes
+import subprocess
 import sys
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
 from typing import Any, Literal
 
+import rivals
 import srpo_kernels
 import torch
-from problem import BETA, CLIP, LENGTH, OPTIONS, TEMPERATURE, Form, Problem, by_log_softmax, exact_gradient, token_loss
+from problem import LENGTH, OPTIONS, TEMPERATURE, Form, Problem, by_log_softmax, by_top_k, exact_gradient, token_loss
+from rivals import Absent, Run
 from srpo_kernels import linear_exponentials, operators
 from torch import Tensor
 from torch.nn import functional as F
 
-
-class Absent(Exception):
-    """An arm cannot run on this machine; the message gives the reason."""
-
-
-Run = Callable[[], "Tensor | None"]  # returns the loss; None if the backward pass is already done
+BOUNDS: dict[Form, str] = {"logits": "copy", "top_k": "copy", "hidden": "matmul"}  # the arm that percentages refer to
 
 
 @dataclass(frozen=True)
@@ -43,6 +39,16 @@ class Arm:
     packages: tuple[str, ...] = ()  # besides torch
     note: str = ""
 
+    @property
+    def is_bound(self) -> bool:
+        """Whether percentages refer to this arm."""
+        return BOUNDS[self.form] == self.name
+
+    @property
+    def must_run(self) -> bool:
+        """Whether its failure is a failure of the benchmark: our kernels and the bounds."""
+        return self.is_bound or self.name.startswith("srpo/")
+
 
 def gradient_error(arm: Arm, run: Run, problem: Problem) -> float | None:
     """Relative error (L2 norms) of the arm's gradient over the first sequence; None for an arm that computes another function."""
@@ -54,7 +60,7 @@ def gradient_error(arm: Arm, run: Run, problem: Problem) -> float | None:
         finish(run)
         rows = problem.length - arm.drops_last
         exact = exact_gradient(problem, arm.advantages)[:rows]
-        return float((problem.gradients[arm.form][:rows].double() - exact).norm() / exact.norm())
+        return float((problem.gradients[problem.source][:rows].double() - exact).norm() / exact.norm())
     finally:
         problem.gradients = None
 
@@ -79,8 +85,9 @@ def plain(problem: Problem, logprobs: Callable[[Tensor, Tensor], Tensor], compil
         logits = F.linear(*inputs) if len(inputs) == 2 else inputs[0]
         return token_loss(logprobs(logits, labels), *tables)
 
-    call: Callable[..., Tensor] = torch.compile(loss) if compiled else loss
-    return lambda: call(problem.inputs(), problem.labels, *_tables(problem))
+    # fullgraph: an error, where a part that cannot be compiled would run uncompiled
+    call: Callable[..., Tensor] = torch.compile(loss, fullgraph=True, dynamic=False) if compiled else loss
+    return lambda: call(problem.inputs(), problem.labels, *problem.tables())
 
 
 def ours(problem: Problem, impl: str, in_place: bool, chunk_holds: Literal["logits", "exponentials"] = "logits") -> Run:
@@ -88,14 +95,14 @@ def ours(problem: Problem, impl: str, in_place: bool, chunk_holds: Literal["logi
     if impl != "reference":
         if impl not in operators.BACKENDS:
             raise Absent(f"srpo_kernels has no implementation {impl!r}")
-        source = problem.logits if problem.form == "logits" else problem.hidden
+        source = getattr(problem, problem.source)
         why_not = operators.BACKENDS[impl].why_not if chunk_holds == "logits" else linear_exponentials.why_not
         if reason := why_not(source):
             raise Absent(reason)
-    if problem.form == "logits":
-        call: Any = partial(srpo_kernels.policy_loss, in_place=in_place)
+    if problem.form == "hidden":
+        call: Any = partial(srpo_kernels.linear_policy_loss, chunk_holds=chunk_holds)
     else:
-        call = partial(srpo_kernels.linear_policy_loss, chunk_holds=chunk_holds)
+        call = partial(srpo_kernels.policy_loss, in_place=in_place, top_k=problem.top_k)
 
     def run() -> Tensor:
         p = problem
@@ -105,128 +112,22 @@ def ours(problem: Problem, impl: str, in_place: bool, chunk_holds: Literal["logi
     return run
 
 
-def trl(problem: Problem) -> Run:
-    """TRL's log-probabilities: a Triton kernel if TRL has one for the device, else a loop over sequences."""
-    selective_log_softmax = _load("trl.trainer.utils").selective_log_softmax
-
-    def run() -> Tensor:
-        inputs = problem.inputs()
-        logits = F.linear(*inputs) if problem.form == "hidden" else inputs[0]
-        logits, labels = problem.batched(logits, problem.labels)
-        return token_loss(selective_log_softmax(logits, labels, TEMPERATURE).float(), *problem.batched(*_tables(problem)))
-
-    return run
+def on_top_k(problem: Problem, compiled: bool = False) -> Run:
+    """Plain torch on the support of the K largest logits."""
+    return plain(problem, partial(by_top_k, top_k=problem.top_k), compiled)
 
 
-def liger(problem: Problem, in_place: bool) -> Run:
-    """Liger's Triton GRPO loss. It expects one row of logits more than tokens, so it gets one token less."""
-    _needs_gpu(problem, "Triton kernels")
-    triton_grpo_loss = _load("liger_kernel.transformers.grpo_loss").triton_grpo_loss
-
-    def run() -> Tensor:
-        rest = problem.batched(problem.old_logprobs, problem.ref_logprobs, problem.labels)
-        loss, *_ = triton_grpo_loss(
-            *problem.batched(*problem.inputs()),
-            *(tensor[:, :-1].contiguous() for tensor in rest),
-            problem.advantages[:, 0].contiguous(),
-            temperature=TEMPERATURE,
-            beta=BETA,
-            eps_low=CLIP,
-            eps_high=CLIP,
-            inplace=in_place,
-        )
-        return (loss * problem.batched(problem.weights)[0][:, :-1]).sum()
-
-    return run
-
-
-def liger_fused_linear(problem: Problem) -> Run:
-    """Liger's chunked GRPO loss. Its mean over sequences of means over tokens equals ours: all sequences are equally long."""
-    module = _load("liger_kernel.chunked_loss.grpo_loss").LigerFusedLinearGRPOLoss(
-        beta=BETA, epsilon_low=CLIP, epsilon_high=CLIP, loss_type="grpo", temperature=TEMPERATURE
-    )
-
-    def run() -> Tensor:
-        hidden, weight = problem.inputs()
-        hidden, labels, old, ref = problem.batched(hidden, problem.labels, problem.old_logprobs, problem.ref_logprobs)
-        mask, advantages = torch.ones_like(labels), problem.advantages[:, 0].contiguous()
-        return module(hidden, weight, labels, mask, advantages, ref_per_token_logps=ref, old_per_token_logps=old)[0]
-
-    return run
-
-
-def verl_logits(problem: Problem) -> Run:
-    """verl's log-probabilities, called as in its engines; uses flash-attn's Triton kernel if installed."""
-    logprobs_from_logits = _load("verl.utils.torch_functional").logprobs_from_logits
-
-    def run() -> Tensor:
-        (logits,) = problem.inputs()
-        logprobs = logprobs_from_logits(logits.div_(TEMPERATURE), problem.labels, inplace_backward=True)
-        return token_loss(logprobs.float(), *_tables(problem))
-
-    return run
-
-
-def verl_hidden(problem: Problem) -> Run:
-    """verl's fused linear cross-entropy, which also returns the entropy."""
-    _needs_gpu(problem, "Triton kernels")
-    if problem.hidden.shape[1] % 128:
-        raise Absent(f"its kernels want a hidden size that is a multiple of 128, not {problem.hidden.shape[1]}")
-    linear_cross_entropy = _load("verl.utils.kernel.linear_cross_entropy").linear_cross_entropy
-
-    def run() -> Tensor:
-        logprobs, _ = linear_cross_entropy(*problem.inputs(), problem.labels, TEMPERATURE, "none", None)
-        return token_loss(logprobs.float(), *_tables(problem))
-
-    return run
-
-
-def torch_linear_cross_entropy(problem: Problem) -> Run:
-    """PyTorch's linear_cross_entropy, which works in chunks."""
-    if not hasattr(F, "linear_cross_entropy"):
-        raise Absent(f"torch {torch.__version__} has no linear_cross_entropy: it came with 2.13")
-    call = partial(F.linear_cross_entropy, reduction="none", options=torch.nn.LinearCrossEntropyOptions())
-
-    def run() -> Tensor:
-        hidden, weight = problem.inputs()
-        return token_loss(-call(hidden / TEMPERATURE, weight, problem.labels).float(), *_tables(problem))
-
-    return run
-
-
-def cce(problem: Problem) -> Run:
-    """Cut cross-entropy, with its default gradient filter."""
-    _needs_gpu(problem, "Triton kernels")
-    linear_cross_entropy = _load("cut_cross_entropy").linear_cross_entropy
-
-    def run() -> Tensor:
-        hidden, weight = problem.inputs()
-        loss = linear_cross_entropy(hidden / TEMPERATURE, weight, problem.labels, reduction="none", impl="cce")
-        return token_loss(-loss.float(), *_tables(problem))
-
-    return run
-
-
-def quack_logits(problem: Problem, in_place: bool) -> Run:
-    """QuACK's cross-entropy with the gradient in the same pass."""
-    _needs_gpu(problem, "CuTe kernels", interpreter=False)
-    cross_entropy_fwd = _load("quack.cross_entropy").cross_entropy_fwd
+def topk(problem: Problem) -> Run:
+    """A yardstick of the form "top_k": the ids alone."""
 
     def run() -> None:
-        cross_entropy_fwd(problem.logits, problem.labels, return_dx=True, inplace_backward=in_place)
+        problem.logits.topk(problem.top_k, 1)
 
     return run
-
-
-def quack_hidden(problem: Problem) -> Run:
-    """QuACK's linear cross-entropy, summed."""
-    _needs_gpu(problem, "CuTe kernels", interpreter=False)
-    call = _load("quack.linear_cross_entropy").chunked_linear_cross_entropy
-    return lambda: call(*problem.inputs(), problem.labels, reduction="sum")
 
 
 def copy(problem: Problem) -> Run:
-    """The bound of the form "logits": reads every logit once and writes every gradient once."""
+    """The bound of the forms from logits: reads every logit once and writes every gradient once."""
     return problem.restore
 
 
@@ -242,69 +143,58 @@ def matmul(problem: Problem) -> Run:
 
 
 def failures() -> tuple[type[Exception], ...]:
-    """Exceptions with which another package's arm may fail on a problem."""
-    builtin = (RuntimeError, ValueError, TypeError, AttributeError, ImportError, AssertionError, LookupError, OSError)
+    """Exceptions with which an arm may fail on a problem."""
+    builtin = (RuntimeError, ValueError, TypeError, AttributeError, NameError, ImportError, SyntaxError, AssertionError)
+    builtin += (LookupError, ArithmeticError, OSError, MemoryError, ctypes.ArgumentError, subprocess.SubprocessError)
     own = {"triton.errors": "TritonError", "cutlass.base_dsl.common": "DSLBaseError"}  # direct subclasses of Exception
     return *builtin, *(
         getattr(sys.modules[module], name) for module, name in own.items() if hasattr(sys.modules.get(module), name)
     )
 
 
-def _tables(problem: Problem) -> tuple[Tensor, ...]:
-    """The arguments of `token_loss` after the log-probabilities."""
-    return problem.token_advantages, problem.weights, problem.old_logprobs, problem.ref_logprobs
-
-
-def _needs_gpu(problem: Problem, what: str, interpreter: bool = True) -> None:
-    """Raises Absent without a CUDA device. interpreter: accept Triton's interpreter, to test that an arm is called correctly."""
-    interpreted = interpreter and os.environ.get("TRITON_INTERPRET") == "1"
-    if problem.device.type != "cuda" and not interpreted:
-        raise Absent(f"its {what} need a CUDA device")
-
-
-def _load(module: str) -> Any:
-    """Import a module of another package. Raises Absent."""
-    try:
-        return importlib.import_module(module)
-    except ModuleNotFoundError as error:
-        package = (error.name or module).partition(".")[0]
-        missing = package if importlib.util.find_spec(package) is None else error.name
-        raise Absent(f"needs {missing}, which is not installed") from error
-    except (ImportError, AttributeError, OSError, RuntimeError) as error:
-        raise Absent(f"importing {module} failed: {error}") from error
-
-
 def _arms() -> list[Arm]:
-    arms = [Arm("copy", "logits", copy, in_place=True, advantages="none", note="bound: moves as many bytes and computes nothing")]
+    note = "bound: moves as many bytes and computes nothing"
+    from_logits: tuple[Form, Form] = ("logits", "top_k")
+    arms = [Arm("copy", form, copy, in_place=True, advantages="none", note=note) for form in from_logits]
     arms += [Arm("matmul", "hidden", matmul, advantages="none", note="bound: the three matrix products alone")]
+    arms += [Arm("topk", "top_k", topk, advantages="none", note="yardstick: torch.topk alone, no loss")]
     for impl in ("cuda", "triton", "cpu", "reference"):
         places = (False,) if impl == "reference" else (True, False)
-        arms += [Arm(f"srpo/{impl}", "logits", partial(ours, impl=impl, in_place=place), place) for place in places]
+        for form in from_logits:
+            arms += [Arm(f"srpo/{impl}", form, partial(ours, impl=impl, in_place=place), place) for place in places]
         arms += [Arm(f"srpo/{impl}", "hidden", partial(ours, impl=impl, in_place=False))]
         if impl == "triton":
             make = partial(ours, impl=impl, in_place=False, chunk_holds="exponentials")
             arms += [Arm("srpo/triton-v2", "hidden", make, note="a chunk holds 16-bit exponentials in place of logits")]
-    forms: tuple[Form, Form] = ("logits", "hidden")
-    for form in forms:
+    unfiltered: tuple[Form, Form] = ("logits", "hidden")
+    for form in unfiltered:
         arms += [Arm("eager", form, partial(plain, logprobs=by_log_softmax))]
         arms += [Arm("compile/log_softmax", form, partial(plain, logprobs=by_log_softmax, compiled=True))]
         arms += [Arm("compile/logsumexp", form, partial(plain, logprobs=by_logsumexp, compiled=True))]
-        arms += [Arm("trl", form, trl, packages=("trl",))]
+    arms += [Arm("eager", "top_k", on_top_k), Arm("compile/top_k", "top_k", partial(on_top_k, compiled=True))]
+    return arms + _rivals()
+
+
+def _rivals() -> list[Arm]:
     one, bound = "one advantage per sequence", "bound: plain cross-entropy, no policy loss"
+    entropy = "computes the entropy as well"
+    arms = [Arm("trl", "logits", rivals.trl_logits, packages=("trl", "triton"), note=f"on a GPU {entropy}")]
+    arms += [Arm("trl", "hidden", rivals.trl_hidden, packages=("trl", "triton"), note=entropy)]
     for place in (True, False):
         short = f"{one}; leaves out one row of {LENGTH}"
-        make = partial(liger, in_place=place)
+        make = partial(rivals.liger, in_place=place)
         arms += [Arm("liger", "logits", make, place, "sequence", True, ("liger-kernel", "triton"), short)]
-    arms += [Arm("liger/fused_linear", "hidden", liger_fused_linear, False, "sequence", packages=("liger-kernel",), note=one)]
-    arms += [Arm("verl", "logits", verl_logits, in_place=True, packages=("verl", "flash-attn"))]
-    arms += [Arm("verl", "hidden", verl_hidden, packages=("verl", "triton"), note="computes the entropy as well")]
-    arms += [Arm("linear_cross_entropy", "hidden", torch_linear_cross_entropy)]
+    make = rivals.liger_fused_linear
+    arms += [Arm("liger/fused_linear", "hidden", make, False, "sequence", packages=("liger-kernel",), note=one)]
+    arms += [Arm("verl", "logits", rivals.verl_logits, in_place=True, packages=("verl", "flash-attn"))]
+    arms += [Arm("verl", "hidden", rivals.verl_hidden, packages=("verl", "triton"), note=entropy)]
+    arms += [Arm("linear_cross_entropy", "hidden", rivals.torch_linear_cross_entropy)]
     filtered = "leaves out small gradients: its default"
-    arms += [Arm("cce", "hidden", cce, packages=("cut-cross-entropy", "triton"), note=filtered)]
+    arms += [Arm("cce", "hidden", rivals.cce, packages=("cut-cross-entropy", "triton"), note=filtered)]
     for place in (True, False):
-        make = partial(quack_logits, in_place=place)
+        make = partial(rivals.quack_logits, in_place=place)
         arms += [Arm("quack", "logits", make, place, "none", packages=("quack-kernels",), note=bound)]
-    arms += [Arm("quack", "hidden", quack_hidden, advantages="none", packages=("quack-kernels",), note=bound)]
+    arms += [Arm("quack", "hidden", rivals.quack_hidden, advantages="none", packages=("quack-kernels",), note=bound)]
     return arms
 
 

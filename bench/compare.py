@@ -7,7 +7,7 @@ Noise is relative: the quartile range of the rounds or seeds if the file holds t
 holds the minimum, else 15 %; the larger value of the two files counts, and at least 5 %, because two runs differ more than the
 rounds within one. Other packages and bounds are listed, but do not change the exit code.
 
-Exit code 0: nothing is worse beyond noise. 1: something is. 2: the files cannot be compared.
+Exit code 0: nothing is worse beyond noise. 1: something is, or an arm of ours failed in NEW. 2: the files cannot be compared.
 """
 
 from __future__ import annotations
@@ -44,8 +44,8 @@ UNITS |= {"bytes": Unit(1, "larger", "smaller", floor=1e6)}
 UNITS |= {"false_l4": Unit(1, "higher", "lower", floor=3.0)}
 UNITS |= dict.fromkeys(("true_l4", "f1", "accuracy", "parse_rate", "gap", "end", "test", "mean"), _SCORE)
 SPREADS = {"median_ms": "min_ms", "step_s": "steps_s", "mean": "values"}  # key -> its minimum, or the list of its rounds or seeds
-NAMES = ("name", "policy", "pairs", "lines", "attack", "arm", "form", "in_place", "dtype", "tokens", "vocab", "hidden", "size")
-NAMES += ("group_size", "seed")
+NAMES = ("name", "policy", "pairs", "lines", "attack", "arm", "form", "in_place", "dtype", "tokens", "vocab", "hidden", "top_k")
+NAMES += ("size", "group_size", "seed")
 SETTINGS = ("table", "workload", "loss", "scale", "seeds", "num_parameters", "num_train", "num_test")
 ABOUT = (
     "machine",
@@ -94,7 +94,7 @@ def label(part: Any) -> str:
     """The name of a list's element, from the settings that it was measured with; "" if it has none."""
     known = {key: part[key] for key in NAMES if key in part} if isinstance(part, dict) else {}
     words = [value if isinstance(value, str) else key if value is True else f"{key} {value}" for key, value in known.items()]
-    return ", ".join(word for word in words if word not in ("in_place False", "hidden 0"))
+    return ", ".join(word for word in words if word not in ("in_place False", "hidden 0", "top_k 0"))
 
 
 def unit_of(key: str) -> Unit | None:
@@ -140,7 +140,8 @@ def changed(old: dict[str, Any], new: dict[str, Any], keys: tuple[str, ...]) -> 
 
 
 def compare(old: dict[str, Any], new: dict[str, Any]) -> tuple[str, int]:
-    """(table and notes, number of our measurements that are worse beyond noise). Raises ValueError if nothing can be compared."""
+    """(table and notes, number of our measurements that are worse beyond noise or failed). Raises ValueError if nothing can be
+    compared."""
     if problems := changed(old, new, SETTINGS):
         raise ValueError("the files measure different things: " + "; ".join(problems))
     a, b = dict(measurements(old)), dict(measurements(new))
@@ -156,9 +157,18 @@ def compare(old: dict[str, Any], new: dict[str, Any]) -> tuple[str, int]:
         rows.append([name, *numbers, f"{ratio:.3f}", f"{100 * limit:.0f} %", change])
     notes = [f"differs: {line}" for line in changed(old, new, ABOUT)]
     notes += [f"only in {side}: {name}" for side, x, y in (("OLD", a, b), ("NEW", b, a)) for name in x if name not in y]
+    notes += [f"failed in NEW: {label(row)}: {row['failed']}" for row in failed(new)]
     ours = sum(a[name].ours for name in shared)
     notes.append(f"worse beyond noise: {worse} of {ours} measurements of srpo")
+    worse += sum(row["arm"].startswith("srpo/") for row in failed(new))
     return text_table(["measurement", "old", "new", "new/old", "noise", "change"], [rows], notes), worse
+
+
+def failed(data: dict[str, Any]) -> list[dict[str, Any]]:
+    """The results that an error ended."""
+    results = data.get("results")
+    rows = results if isinstance(results, list) else []
+    return [row for row in rows if isinstance(row, dict) and "arm" in row and row.get("failed")]
 
 
 def read(path: Path) -> dict[str, Any]:

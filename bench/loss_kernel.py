@@ -1,233 +1,176 @@
 """Compares the loss, forward and backward, by our kernels and by other packages: `python bench/loss_kernel.py`.
 
-Two forms: from logits to the gradient of the logits, and with `--hidden H` also from hidden states to the gradients of hidden
-states and of the output layer's weight. The arms take turns within a round, in random order; every round has fresh random data;
-times are medians over rounds. Each arm gets its input as the result of an op whose backward drops the gradient, so no arm pays
-for copying or accumulating it. The logits are rewritten before each timed call of any arm, so that arms that work in place find
-them intact and all arms find the same caches.
+Forms: from logits to the gradient of the logits; with `--top-k K` also with all probabilities taken among the K largest logits
+and the label; with `--hidden H` also from hidden states to the gradients of hidden states and of the output layer's weight.
 
-Percentages are relative to the machine's own speed: the arm `copy` moves the bytes that every logits form must move
-(`counted_bytes`), the arm `matmul` computes the matrix products that every hidden form needs (`counted_flops`). Both always run.
+The arms take turns within a round, in random order; every round has fresh random data; times are medians over rounds. Each arm
+gets its input as the result of an op whose backward drops the gradient, so no arm pays for copying or accumulating it. The logits
+are rewritten before each timed call of any arm, so that arms that work in place find them intact and all find the same caches.
+
+Percentages are relative to the machine's own speed: the arm `copy` moves the bytes that every form from logits must move, the arm
+`matmul` computes the matrix products that the form from hidden states needs. Both always run.
 
 Memory is the peak above the level before the call, measured in a separate run: on a GPU by torch; on Linux as the growth of the
 resident set, from a trimmed heap to its high-water mark. The gradient's error is relative to a gradient in fp64, over one
 sequence; in the hidden form it is the error of the gradient of the hidden states.
 
-Arms whose package or device is missing are skipped, with the reason. `pip install -e .[bench]` installs TRL.
+Arms whose package or device is missing are skipped, with the reason. An arm that fails is reported with its error, and the others
+go on; the exit code is 1 at the end if one of our arms or a bound failed. outcome.py describes the file of `--json`, which holds
+what is measured so far at any time. `pip install -e .[bench]` installs TRL.
 """
 
 from __future__ import annotations
 
 import argparse
-import ctypes
 import gc
-import json
-import os
-import platform
+import math
 import random
-import statistics
 import subprocess
 import sys
 import time
 import warnings
 from collections.abc import Callable, Sequence
-from importlib.metadata import PackageNotFoundError, version
+from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 
 sys.path.insert(0, str(Path(__file__).parent))  # the default, but not under PYTHONSAFEPATH
 
-from arms import ARMS, Absent, Arm, Run, failures, finish, gradient_error
+from arms import ARMS, BOUNDS, Arm, failures, finish, gradient_error
 from chart import draw
+from measuring import elapsed_ms, lost, peak_extra_bytes
+from outcome import Row, add_times, machine, new_row, rates, table, versions, write
 from problem import BETA, CLIP, LENGTH, STEPS, TEMPERATURE, Form, Problem
-from srpo_kernels import cpu
+from rivals import Absent, Run, one_line
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
-BOUNDS = {"logits": "copy", "hidden": "matmul"}
-TITLES = {"logits": "logits", "hidden": "hidden states"}
-KEYS = ("median_ms", "min_ms", "peak_extra_bytes", "percent_of_bound", "gradient_error")  # null if the arm is skipped
+OLDEST_CAPABILITY = (8, 0)  # bf16 in hardware
+T = TypeVar("T")
 
 
-def counted_bytes(tokens: int, vocab: int, dtype: torch.dtype) -> int:
-    """Memory traffic that every logits form needs: each logit is read once, and its gradient written once."""
-    return 2 * tokens * vocab * dtype.itemsize
+class DeviceLost(Exception):
+    """The device answers nothing after a fault in a kernel; the message names the arm and the error."""
 
 
-def counted_flops(tokens: int, vocab: int, hidden: int) -> int:
-    """Operations that every hidden form needs: three products of 2 T V H each, for the logits and for the two gradients."""
-    return 3 * 2 * tokens * vocab * hidden
-
-
-def elapsed_ms(run: Run, problem: Problem) -> float:
-    """Milliseconds of one forward and backward. On a GPU the time between two events: Python queues the kernels while the logits
-    are still being restored, so that launch overhead is not measured."""
-    problem.restore()
-    if problem.device.type == "cuda":
-        start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
-        start.record()
-        finish(run)
-        end.record()
-        end.synchronize()
-        return start.elapsed_time(end)
-    begin = time.perf_counter()
-    finish(run)
-    return (time.perf_counter() - begin) * 1e3
-
-
-def peak_extra_bytes(call: Callable[[], Any], device: torch.device) -> int | None:
-    """Peak memory of a call above the level before it; None if the system does not report it."""
-    gc.collect()
-    if device.type == "cuda":
-        torch.cuda.synchronize()
-        torch.cuda.reset_peak_memory_stats()
-        before = torch.cuda.memory_allocated()
-        call()
-        torch.cuda.synchronize()
-        return torch.cuda.max_memory_allocated() - before
-    if sys.platform != "linux":
-        return None
-    cpu.empty_cache()  # reused memory would not show in the resident set
-    trim = getattr(ctypes.CDLL(None), "malloc_trim", None)  # glibc only; for the same reason
-    if trim is not None:
-        trim(0)
+def attempt(rows: Sequence[Row], where: str, call: Callable[[], T]) -> T | None:
+    """The value of a call; None if it raises, with the reason entered in the rows. Raises DeviceLost."""
     try:
-        Path("/proc/self/clear_refs").write_text("5")  # resets the high-water mark
-    except OSError:
-        return None
-    before = _status_bytes("VmRSS")
-    call()
-    return max(0, _status_bytes("VmHWM") - before)
+        return call()
+    except Absent as error:
+        reason = {"skipped": str(error)}
+    except failures() as error:
+        reason = {"failed": where + one_line(error)}
+    for row in rows:
+        row |= reason
+    return None  # here the error, and with it the tensors of its frames, is gone
 
 
-def _status_bytes(field: str) -> int:
-    """A size from /proc/self/status."""
-    for line in Path("/proc/self/status").read_text().splitlines():
-        if line.startswith(field + ":"):
-            return int(line.split()[1]) * 1024
-    raise AssertionError(f"no {field} in /proc/self/status")
+def clean_up(device: torch.device, what: str) -> None:
+    """Return the memory of a call to the device. Raises DeviceLost if the call has broken the device."""
+    if error := lost(device):
+        raise DeviceLost(f"the device was lost in {what}: {error}")
+    if device.type == "cuda":
+        gc.collect()
+        torch.cuda.empty_cache()
 
 
-def measure(form: Form, arms: Sequence[Arm], options: argparse.Namespace) -> list[dict[str, Any]]:
-    """One result for each arm of the form."""
-    dtype, device = DTYPES[options.dtype], torch.device(options.device)
-    size = {"dtype": options.dtype, "tokens": options.tokens, "vocab": options.vocab}
-    size["hidden"] = options.hidden if form == "hidden" else 0
-    problem = Problem(form, options.tokens, options.vocab, options.hidden, dtype, device, min(LENGTH, options.tokens))
-    problem.refill(options.seed)
-    results = [{"arm": arm.name, "form": form, "in_place": arm.in_place} | size | dict.fromkeys(KEYS) for arm in arms]
-    for result, arm in zip(results, arms, strict=True):
-        result |= {"note": arm.note, "skipped": None}
+def measure(
+    form: Form, arms: Sequence[Arm], rows: Sequence[Row], options: argparse.Namespace, report: Callable[[str], object]
+) -> None:
+    """Measure the arms of one form and enter the results in their rows. Calls `report` before each arm's set-up and each round.
+    Raises DeviceLost."""
+    device = torch.device(options.device)
+    report(f"{form}: data")
+    problem = attempt(rows, "no data: ", partial(new_problem, form, options))
+    clean_up(device, f"{form}: data")
+    if problem is None:
+        return
     runs: dict[int, Run] = {}
-    for index, arm in enumerate(arms):
-        ours = arm.name in BOUNDS.values() or arm.name.startswith("srpo/")
-        say(f"{form}: {arm.name}")
-        try:
-            run = arm.make(problem)
-            results[index]["gradient_error"] = gradient_error(arm, run, problem)
-            for _ in range(options.warmup):
-                elapsed_ms(run, problem)
-            problem.restore()
-            results[index]["peak_extra_bytes"] = peak_extra_bytes(lambda run=run: finish(run), device)
+    for index, (arm, row) in enumerate(zip(arms, rows, strict=True)):
+        report(f"{form}: {arm.name}" + (", in place" if arm.in_place and not arm.is_bound else ""))
+        run = attempt([row], "", partial(set_up, arm, problem, row, options.warmup))
+        if run is not None:
             runs[index] = run
-        except Absent as error:
-            results[index]["skipped"] = str(error)
-        except torch.OutOfMemoryError:
-            if arm.name in BOUNDS.values():
-                raise
-            results[index]["skipped"] = "not enough memory"
-        except failures() as error:
-            if ours:
-                raise
-            results[index]["skipped"] = f"failed: {type(error).__name__}: {str(error).strip().partition(chr(10))[0][:200]}"
-        if results[index]["skipped"]:
-            results[index] |= dict.fromkeys(KEYS)
-        if device.type == "cuda":
-            torch.cuda.empty_cache()
-    times: dict[int, list[float]] = {index: [] for index in runs}
-    for turn in range(options.rounds):
-        say(f"{form}: round {turn + 1} of {options.rounds}")
-        problem.refill(options.seed + 1 + turn)
+        del run
+        clean_up(device, f"{form}: {arm.name}")
+    times: list[list[float]] = [[] for _ in arms]
+    # On a GPU `clean_up` has emptied the allocator, which finds its blocks again in an untimed turn.
+    for turn in range(0 if device.type == "cpu" else -1, options.rounds):
+        report(f"{form}: round {turn + 1} of {options.rounds}")
+        waiting = [rows[index] for index in runs]
+        if not attempt(waiting, f"round {turn + 1}, new data: ", partial(refilled, problem, options.seed + 1 + turn)):
+            break
         for index in random.Random(turn).sample(list(runs), len(runs)):
-            times[index].append(elapsed_ms(runs[index], problem))
-    for index, values in times.items():
-        results[index] |= {"median_ms": statistics.median(values), "min_ms": min(values)}
-    bound = next(times[index] for index in times if arms[index].name == BOUNDS[form])
-    for index, values in times.items():
-        results[index]["percent_of_bound"] = 100 * statistics.median(bound) / statistics.median(values)
-    return results
+            elapsed = attempt([rows[index]], f"round {turn + 1}: ", partial(elapsed_ms, runs[index], problem))
+            if elapsed is None:
+                del runs[index]
+                clean_up(device, f"{form}: {arms[index].name}, round {turn + 1}")
+            elif turn >= 0:
+                times[index].append(elapsed)
+        add_times(rows, times)
+    clean_up(device, f"{form}: the last round")
 
 
-def say(text: str) -> None:
-    """Print a line of progress."""
-    print(text, file=sys.stderr, flush=True)
+def new_problem(form: Form, options: argparse.Namespace) -> Problem:
+    """The problem of one form, with data."""
+    size = (options.tokens, options.vocab, options.hidden, DTYPES[options.dtype], torch.device(options.device))
+    top_k = options.top_k if form == "top_k" else 0
+    problem = Problem(form, *size, length=min(LENGTH, options.tokens), top_k=top_k)
+    return refilled(problem, options.seed)
 
 
-def machine(options: argparse.Namespace, results: list[dict[str, Any]]) -> dict[str, Any]:
-    """Description of the machine, with the two rates that percentages refer to."""
-    name = platform.processor() or platform.machine()
-    info = Path("/proc/cpuinfo")
-    if info.is_file():
-        names = [line.split(":", 1)[1].strip() for line in info.read_text().splitlines() if line.startswith("model name")]
-        name = names[0] if names else name
-    about: dict[str, Any] = {"device": options.device, "cpu": name, "cores": os.cpu_count(), "threads": torch.get_num_threads()}
-    if options.device == "cuda":
-        about |= {"gpu": torch.cuda.get_device_name(), "cuda": torch.version.cuda}
-    seconds = {result["arm"]: result["median_ms"] / 1e3 for result in results if result["arm"] in BOUNDS.values()}
-    about["copy_bytes_per_s"] = counted_bytes(options.tokens, options.vocab, DTYPES[options.dtype]) / seconds["copy"]
-    if "matmul" in seconds:
-        about["matmul_flops_per_s"] = counted_flops(options.tokens, options.vocab, options.hidden) / seconds["matmul"]
-    return about
+def refilled(problem: Problem, seed: int) -> Problem:
+    """The problem itself, with new data."""
+    problem.refill(seed)
+    return problem
 
 
-def versions(arms: Sequence[Arm]) -> dict[str, str]:
-    """Versions of Python, torch and the installed packages of the arms."""
-    installed = {"python": platform.python_version(), "torch": torch.__version__}
-    for package in dict.fromkeys(("triton", *(package for arm in arms for package in arm.packages))):
-        try:
-            installed[package] = version(package)
-        except PackageNotFoundError:
-            continue
-    return installed
+def set_up(arm: Arm, problem: Problem, row: Row, warmup: int) -> Run:
+    """Build an arm; enter the error of its gradient and its peak memory in the row. Raises FloatingPointError if it gives NaN."""
+    run = arm.make(problem)
+    error = gradient_error(arm, run, problem)
+    if error is not None and not math.isfinite(error):
+        raise FloatingPointError("the gradient is not finite")
+    row["gradient_error"] = error
+    for _ in range(warmup):
+        elapsed_ms(run, problem)
+    problem.restore()
+    row["peak_extra_bytes"] = peak_extra_bytes(partial(finish, run), problem.device)
+    return run
 
 
-def table(outcome: dict[str, Any]) -> str:
-    """The results as text: fastest first, with notes and skipped arms below."""
-    about, lines = outcome["machine"], []
-    for form in BOUNDS:
-        rows = [row for row in outcome["results"] if row["form"] == form]
-        done = sorted((row for row in rows if not row["skipped"]), key=lambda row: row["median_ms"])
-        if not done:
-            continue
-        first = done[0]
-        size = f"{first['tokens']} tokens x {first['vocab']}" + (f", hidden size {first['hidden']}" if first["hidden"] else "")
-        rate = f"copy {about['copy_bytes_per_s'] / 1e9:.1f} GB/s"
-        if form == "hidden":
-            rate = f"matmul {about['matmul_flops_per_s'] / 1e12:.3g} TFLOP/s"
-        lines += ["", f"from {TITLES[form]}, {first['dtype']}, {size}; {rate}", ""]
-        columns = f"{'arm':22}{'in place':>10}{'median ms':>12}{'min ms':>10}{'peak extra MB':>15}"
-        lines.append(f"{columns}{'% of ' + BOUNDS[form]:>13}{'gradient error':>16}")
-        for row in done:
-            place = "" if row["arm"] in BOUNDS.values() or form == "hidden" else "yes" if row["in_place"] else "no"
-            peak = "?" if row["peak_extra_bytes"] is None else f"{row['peak_extra_bytes'] / 1e6:.1f}"
-            error = "" if row["gradient_error"] is None else f"{row['gradient_error']:.1e}"
-            text = f"{row['arm']:22}{place:>10}{row['median_ms']:12.2f}{row['min_ms']:10.2f}{peak:>15}"
-            lines.append(f"{text}{row['percent_of_bound']:13.1f}{error:>16}")
-        lines.append("")
-        lines += dict.fromkeys(f"{row['arm']}: {row['note']}" for row in done if row["note"])
-        lines += dict.fromkeys(f"{row['arm']}: skipped, {row['skipped']}" for row in rows if row["skipped"])
-    return "\n".join(lines).strip("\n")
-
-
-def chosen(names: Sequence[str] | None, with_hidden: bool) -> list[Arm]:
-    """Arms by name or by the part before the slash, and the bounds. Raises ValueError for an unknown name."""
+def chosen(names: Sequence[str] | None, forms: Sequence[Form]) -> list[Arm]:
+    """Arms of these forms by name or by the part before the slash, and the bounds. Raises ValueError for an unknown name."""
     known = {key for arm in ARMS for key in (arm.name, arm.name.partition("/")[0])}
     if unknown := [name for name in names or () if name not in known]:
         raise ValueError(f"no arm is called {', '.join(unknown)}: choose among {', '.join(dict.fromkeys(a.name for a in ARMS))}")
     wanted = {*(names or known), *BOUNDS.values()}
     arms = [arm for arm in ARMS if {arm.name, arm.name.partition("/")[0]} & wanted]
-    return [arm for arm in arms if with_hidden or arm.form == "logits"]
+    return [arm for form in forms for arm in arms if arm.form == form]
+
+
+def forms_of(options: argparse.Namespace) -> list[Form]:
+    """The forms that the flags ask for."""
+    return ["logits", *(["top_k"] if options.top_k else []), *(["hidden"] if options.hidden else [])]
+
+
+def gpu_problem(options: argparse.Namespace) -> str | None:
+    """The reason why the GPU cannot take the problem, and what to change; None if it can."""
+    if not torch.cuda.is_available():
+        return "no CUDA device was found: use --device cpu"
+    try:
+        name, capability = torch.cuda.get_device_name(), torch.cuda.get_device_capability()
+        free, _ = torch.cuda.mem_get_info()
+    except RuntimeError as error:
+        return f"the CUDA device does not answer ({one_line(error)}): use --device cpu"
+    if torch.version.cuda is not None and capability < OLDEST_CAPABILITY:
+        return f"{name} has compute capability {capability[0]}.{capability[1]}, below 8.0: use --device cpu"
+    numbers = max(2 * options.tokens * options.vocab, (options.tokens + options.vocab) * options.hidden)
+    if (needed := numbers * DTYPES[options.dtype].itemsize) > free:
+        return f"the data take {needed / 1e9:.1f} GB, and {free / 1e9:.1f} GB of the GPU are free: give fewer --tokens"
+    return None
 
 
 def parse(argv: Sequence[str] | None) -> argparse.Namespace:
@@ -238,6 +181,7 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--tokens", type=int, help=f"a multiple of {LENGTH}, or fewer; default: 2048 on a CPU, 8192 on a GPU")
     parser.add_argument("--vocab", type=int, help="default: 32000 on a CPU, 151936 on a GPU")
     parser.add_argument("--hidden", type=int, default=0, help="hidden size; 0 (default): no arms from hidden states")
+    parser.add_argument("--top-k", type=int, default=0, help="ids of a top-k support (paper: 100); 0 (default): no such arms")
     parser.add_argument(
         "--arms",
         nargs="+",
@@ -248,13 +192,11 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--warmup", type=int, default=2, help="untimed calls of each arm after its first (default 2)")
     parser.add_argument("--threads", type=int, help="torch threads; default: all cores")
     parser.add_argument("--seed", type=int, default=0, help="seed of the data (default 0)")
-    parser.add_argument("--json", type=Path, help="file for the results")
+    parser.add_argument("--json", type=Path, help="file for the results, kept up to date while the program runs")
     parser.add_argument("--chart", type=Path, help="file for a chart of the results, as PNG")
     options = parser.parse_args(argv)
     options.device = options.device or ("cuda" if torch.cuda.is_available() else "cpu")
     on_gpu = options.device == "cuda"
-    if on_gpu and not torch.cuda.is_available():
-        parser.error("no CUDA device was found: use --device cpu")
     options.dtype = options.dtype or ("bf16" if on_gpu else "fp32")
     options.tokens = options.tokens or (8192 if on_gpu else 2048)
     options.vocab = options.vocab or (151936 if on_gpu else 32000)
@@ -262,42 +204,96 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
         parser.error(f"--tokens is {options.tokens}, not a whole number of sequences: give a multiple of {LENGTH}, or fewer")
     if min(options.tokens, options.vocab, options.rounds) < 1 or min(options.hidden, options.warmup) < 0:
         parser.error("--tokens, --vocab and --rounds must be positive, --hidden and --warmup not negative")
+    if options.threads is not None and options.threads < 1:
+        parser.error(f"--threads is {options.threads}: give 1 or more, or leave it out for all cores")
+    if not 0 <= options.top_k <= options.vocab:
+        parser.error(f"--top-k is {options.top_k}: give at most {options.vocab} (--vocab), or 0 for no such arms")
+    if on_gpu and (reason := gpu_problem(options)):
+        parser.error(reason)
     try:
-        chosen(options.arms, False)
-    except ValueError as error:
+        chosen(options.arms, forms_of(options))
+        for path in filter(None, (options.json, options.chart)):
+            path.parent.mkdir(parents=True, exist_ok=True)
+    except (ValueError, OSError) as error:
         parser.error(str(error))
     return options
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """The program."""
+    """The program. Returns 1 if one of our arms or a bound failed or a file could not be written, 130 after Ctrl-C."""
     options = parse(argv)
     if options.threads:
         torch.set_num_threads(options.threads)
     warnings.filterwarnings("ignore")
     begin = time.perf_counter()
-    arms = chosen(options.arms, options.hidden > 0)
-    forms: tuple[Form, ...] = ("logits", "hidden") if options.hidden else ("logits",)
-    results = [result for form in forms for result in measure(form, [arm for arm in arms if arm.form == form], options)]
+    forms = forms_of(options)
+    arms = chosen(options.arms, forms)
+    size = {name: getattr(options, name) for name in ("dtype", "tokens", "vocab", "hidden", "top_k")}
+    results = [new_row(arm, arm.form, size) for arm in arms]
     commit = subprocess.run(["git", "describe", "--always", "--dirty"], capture_output=True, text=True, cwd=Path(__file__).parent)
     outcome = {
-        "machine": machine(options, results),
+        "complete": False,
+        "doing": None,
+        "machine": machine(options.device),
         "versions": versions(arms),
         "commit": commit.stdout.strip() or None,
         "command": " ".join(["python", "bench/loss_kernel.py", *(sys.argv[1:] if argv is None else argv)]),
         "loss": {"clip_eps": CLIP, "kl_coef": BETA, "temperature": TEMPERATURE, "steps": STEPS, "sequence": LENGTH},
         "rounds": options.rounds,
-        "seconds": round(time.perf_counter() - begin, 1),
+        "seconds": 0.0,
         "results": results,
     }
-    print(table(outcome))
-    if options.json:
-        options.json.parent.mkdir(parents=True, exist_ok=True)
-        options.json.write_text(json.dumps(outcome, indent=2) + "\n", encoding="utf-8")
-    if options.chart:
-        options.chart.parent.mkdir(parents=True, exist_ok=True)
-        draw(outcome, options.chart)
-    return 0
+
+    def report(doing: str | None) -> bool:
+        """Print a line of progress and write the file. Returns False if that failed, which ends nothing."""
+        if doing:
+            say(doing)
+        outcome["doing"], outcome["seconds"] = doing, round(time.perf_counter() - begin, 1)
+        outcome["machine"] |= rates(results)
+        try:
+            if options.json:
+                write(outcome, options.json)
+        except OSError as error:
+            say(f"{options.json} cannot be written: {error}")
+            return False
+        return True
+
+    status = 0
+    try:
+        for form in forms:
+            mine = [index for index, arm in enumerate(arms) if arm.form == form]
+            measure(form, [arms[index] for index in mine], [results[index] for index in mine], options, report)
+        outcome["complete"] = True
+    except DeviceLost as error:
+        outcome["complete"] = True  # nothing more can be measured
+        for row in results:
+            if not row["skipped"] and not row["failed"] and row["rounds"] < options.rounds:
+                row["failed"] = str(error)
+    except KeyboardInterrupt:
+        status = 130
+    if any(arm.must_run and row["failed"] for arm, row in zip(arms, results, strict=True)):
+        status = status or 1
+    if not report(None):
+        status = status or 1
+    print(table(results))
+    if options.chart and not drawn(outcome, options.chart):
+        status = status or 1
+    return status
+
+
+def say(text: str) -> None:
+    """Print a line of progress."""
+    print(text, file=sys.stderr, flush=True)
+
+
+def drawn(outcome: dict[str, Any], path: Path) -> bool:
+    """Draw the chart. Returns False, after a line of the reason, if that cannot be done."""
+    try:
+        draw(outcome, path)
+    except (ValueError, ImportError, OSError) as error:
+        say(f"no chart: {one_line(error)}")
+        return False
+    return True
 
 
 if __name__ == "__main__":

@@ -125,6 +125,20 @@ def test_other_differences_are_listed(compare: ModuleType) -> None:
     assert "only in OLD: eager, logits median_ms" in printed and "only in NEW: srpo/cuda, logits median_ms" in printed
 
 
+def test_an_arm_of_ours_that_failed_is_worse(compare: ModuleType) -> None:
+    broken = {"median_ms": None, "min_ms": None, "peak_extra_bytes": None, "failed": "RuntimeError: no such kernel"}
+    assert compare.compare(LOSS, changed(LOSS, "results", 1, to=LOSS["results"][1] | broken))[1] == 0
+    printed, worse = compare.compare(LOSS, changed(LOSS, "results", 0, to=ROW | broken))
+    assert worse == 1
+    assert "failed in NEW: srpo/cpu, logits, in_place: RuntimeError: no such kernel" in printed
+
+
+def test_supports_of_another_size_are_other_measurements(compare: ModuleType) -> None:
+    unfiltered, filtered = (changed(LOSS, "results", 0, "top_k", to=value) for value in (0, 20))
+    assert "only in" not in compare.compare(LOSS, unfiltered)[0]
+    assert "only in NEW: srpo/cpu, logits, in_place, top_k 20 median_ms" in compare.compare(LOSS, filtered)[0]
+
+
 @pytest.mark.parametrize(
     ("new", "message"),
     [
