@@ -270,6 +270,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             if not row["skipped"] and not row["failed"] and row["rounds"] < options.rounds:
                 row["failed"] = str(error)
     except KeyboardInterrupt:
+        say("interrupted: the table holds what was measured")
         status = 130
     if any(arm.must_run and row["failed"] for arm, row in zip(arms, results, strict=True)):
         status = status or 1
