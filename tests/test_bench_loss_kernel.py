@@ -11,6 +11,7 @@ import loss_bench
 import pytest
 import torch
 from loss_bench import BENCH, COARSE, problem, run
+from torch._inductor import config as inductor
 
 FIELDS = {"arm", "form", "in_place", "dtype", "tokens", "vocab", "hidden", "top_k", "rounds", "note"}
 FIELDS |= {"median_ms", "min_ms", "peak_extra_bytes", "percent_of_bound", "gradient_error", "skipped", "failed"}
@@ -145,7 +146,8 @@ def test_compiled_gradients_agree_with_the_exact_one(bench: SimpleNamespace, for
     for arm in arms(bench, "compile/log_softmax", "compile/logsumexp", "compile/top_k"):
         if arm.form == form:
             data = problem(bench, form, "fp32")
-            assert bench.arms.gradient_error(arm, arm.make(data), data) <= COARSE["fp32"], arm.name
+            with inductor.patch(compile_threads=1):  # more would leave a pool of threads behind
+                assert bench.arms.gradient_error(arm, arm.make(data), data) <= COARSE["fp32"], arm.name
 
 
 @pytest.mark.gpu
@@ -277,7 +279,8 @@ def test_in_place_needs_no_memory_and_eager_does(bench: SimpleNamespace, form: s
     if None in peaks.values():
         pytest.skip("this kernel does not reset the high-water mark")
     size = data.logits.nbytes
-    assert peaks["srpo/cpu", True] < 0.1 * size
+    pages = 0 if form == "logits" else 4 * 2**20  # huge pages in which torch.topk sorts a row
+    assert peaks["srpo/cpu", True] < 0.1 * size + pages
     assert 0.9 * size < peaks["srpo/cpu", False] < 1.4 * size  # a huge page more at either end
     assert peaks["eager", False] > (1.9 if form == "logits" else 0.9) * size
 
