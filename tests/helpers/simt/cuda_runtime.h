@@ -8,7 +8,7 @@
 enum cudaError_t { cudaSuccess = 0, cudaErrorInvalidValue = 1, cudaErrorInvalidConfiguration = 9, cudaErrorLaunchTimeout = 702 };
 enum cudaDeviceAttr { cudaDevAttrMaxSharedMemoryPerBlockOptin, cudaDevAttrMaxSharedMemoryPerMultiprocessor, cudaDevAttrReservedSharedMemoryPerBlock };
 enum cudaFuncAttribute { cudaFuncAttributeMaxDynamicSharedMemorySize, cudaFuncAttributeNonPortableClusterSizeAllowed, cudaFuncAttributePreferredSharedMemoryCarveout };
-enum cudaMemcpyKind { cudaMemcpyHostToDevice, cudaMemcpyDeviceToHost };
+enum cudaMemcpyKind { cudaMemcpyHostToDevice, cudaMemcpyDeviceToHost, cudaMemcpyDeviceToDevice };
 enum { cudaLaunchAttributeClusterDimension, cudaSharedmemCarveoutMaxShared };
 struct cudaFuncAttributes { size_t sharedSizeBytes, localSizeBytes; int numRegs; };
 using cudaStream_t = void*;
@@ -39,6 +39,7 @@ inline cudaError_t cudaMalloc(void** p, size_t bytes) { return *p = std::aligned
 template <class X> cudaError_t cudaMalloc(X** p, size_t bytes) { return cudaMalloc(reinterpret_cast<void**>(p), bytes); }
 inline cudaError_t cudaFree(void* p) { return std::free(p), cudaSuccess; }
 inline cudaError_t cudaMemcpy(void* to, const void* from, size_t bytes, cudaMemcpyKind) { return memcpy(to, from, bytes), cudaSuccess; }
+inline cudaError_t cudaMemset(void* p, int byte, size_t bytes) { return memset(p, byte, bytes), cudaSuccess; }
 inline cudaError_t cudaEventCreate(cudaEvent_t* e) { return *e = new std::chrono::steady_clock::time_point, cudaSuccess; }
 inline cudaError_t cudaEventRecord(cudaEvent_t e, cudaStream_t = nullptr) { return *e = std::chrono::steady_clock::now(), cudaSuccess; }
 inline cudaError_t cudaEventSynchronize(cudaEvent_t) { return cudaSuccess; }
