@@ -14,6 +14,7 @@ from srpo_kernels.dispatch import choose, implementations
 from srpo_kernels.linear import linear_policy_loss, linear_token_logprobs
 from srpo_kernels.options import LossOptions, check_temperature
 from srpo_kernels.segments import IGNORE, PolicyLoss, StepStats, Tables, old_of_segments, step_of_row
+from srpo_kernels.support import topk_support
 
 __all__ = [
     "IGNORE",
@@ -99,7 +100,7 @@ def policy_loss(
         ends = step_ends if options.ratio_over == "step" else None
         old_logprobs = old_of_segments(logprobs, old_logprobs, labels, cu_seqlens, ends)
     if kept_ids is None and top_k and name != "reference":
-        kept_ids = topk_support(logits, top_k, impl=name)
+        kept_ids = topk_support(logits, top_k)
     tables = Tables(labels, step_advantages, step_ends, cu_seqlens, weights, old_logprobs, ref_logprobs, kept_ids, ref_logits)
     if name == "reference":
         return reference.policy_loss(logits, tables, options, top_k)
@@ -134,18 +135,5 @@ def token_logprobs(
     if name == "reference":
         return reference.token_logprobs(logits, labels, temperature=temperature, top_k=top_k, kept_ids=kept_ids)
     if kept_ids is None and top_k:
-        kept_ids = topk_support(logits, top_k, impl=name)
+        kept_ids = topk_support(logits, top_k)
     return operators.token_logprobs(logits, labels, kept_ids, temperature, name)
-
-
-def topk_support(logits: torch.Tensor, top_k: int, *, impl: str = "auto") -> torch.Tensor:
-    """Ids of the top-k filter's support, [T, min(top_k, V)] int64, largest logit first; NaN counts as the largest.
-
-    Of equal logits "cuda" takes the smaller ids first, the others take them as torch.topk does on that device: a sampler that
-    filters by these ids and a loss that recomputes them by the same implementation agree exactly. "cuda" reads each row once, up
-    to 1024 ids; all others, and larger supports, call torch.topk. Raises ValueError if top_k is below 1 or `impl` is unavailable.
-    """
-    if top_k < 1:
-        raise ValueError(f"top_k is {top_k}: a support needs at least one id")
-    name = choose("topk_support", impl, logits.device, logits.dtype)
-    return reference.topk_support(logits, top_k) if name == "reference" else operators.top_k(logits.detach(), top_k, name)

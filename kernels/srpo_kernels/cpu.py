@@ -11,7 +11,6 @@ from functools import cache
 import numpy as np
 import torch
 
-from srpo_kernels import reference
 from srpo_kernels.build import BuildError, build_cpu, load_with_openmp
 from srpo_kernels.native import DTYPES, ROW_FIELDS, RowArgs, row_args
 from srpo_kernels.options import LossOptions
@@ -94,11 +93,6 @@ def rows(
         )
     assert code == 0 and held, f"this machine has no {forced_level}"
     return values
-
-
-def top_k(logits: torch.Tensor, top_k: int) -> torch.Tensor:
-    """See `operators.Backend`; torch.topk."""
-    return reference.topk_support(logits, top_k)
 
 
 def scaled(gradient: torch.Tensor, factor: torch.Tensor) -> torch.Tensor:

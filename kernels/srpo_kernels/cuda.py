@@ -13,12 +13,13 @@ from functools import cache
 
 import torch
 
-from srpo_kernels import reference, triton_rows
+from srpo_kernels import triton_rows
 from srpo_kernels.build import BuildError, build_cuda
 from srpo_kernels.native import DTYPES, ROW_FIELDS, RowArgs, row_args
 from srpo_kernels.options import LossOptions
 
 MIN_CAPABILITY = (9, 0)  # thread block clusters
+MAX_TOP_K = 1024  # of `top_k`
 any_gradient_dtype = False
 
 forced_cluster: int | None = None  # tests and benchmarks: CTAs per row, or 0 for the kernel that reads twice
@@ -45,6 +46,7 @@ def library() -> ctypes.CDLL | BuildError:
         ctypes.c_void_p,
     ]
     lib.srpo_cuda_max_top_k.restype = ctypes.c_int64
+    assert lib.srpo_cuda_max_top_k() == MAX_TOP_K, "csrc/top_k.cuh and srpo_kernels/cuda.py disagree"
     lib.srpo_cuda_error.restype = ctypes.c_char_p
     return lib
 
@@ -91,12 +93,10 @@ def rows(
 
 
 def top_k(logits: torch.Tensor, top_k: int) -> torch.Tensor:
-    """See `operators.Backend`. Above 1024 ids (`srpo_cuda_max_top_k`) by torch.topk. Raises RuntimeError for a CUDA error."""
+    """Ids of the largest logits of each row, [T, top_k] int64, largest first; of equal ones the smaller id. top_k: from 1 to V,
+    at most `MAX_TOP_K`. Queued on the current stream. Raises RuntimeError for a CUDA error."""
     lib = library()
     assert isinstance(lib, ctypes.CDLL)
-    top_k = min(top_k, logits.shape[1])
-    if not 0 < top_k <= lib.srpo_cuda_max_top_k():
-        return reference.topk_support(logits, top_k)
     logits = triton_rows.rows_together(logits)
     ids = torch.empty(logits.shape[0], top_k, dtype=torch.int64, device=logits.device)
     sizes, stream = (logits.stride(0), *logits.shape, top_k), torch.cuda.current_stream(logits.device).cuda_stream

@@ -18,6 +18,7 @@ from srpo_kernels.linear_chunks import Chunks, Gradient, as_factor, gradient_dty
 from srpo_kernels.native import ROW_FIELDS
 from srpo_kernels.options import LossOptions
 from srpo_kernels.segments import IGNORE, compact, scatter, step_of_row
+from srpo_kernels.support import topk_support
 
 
 @torch.library.custom_op("srpo::linear_policy_loss", mutates_args=())
@@ -81,7 +82,7 @@ def policy_loss(
                 x, logits = chunks.logits(start, stop)
                 tables["ref_logits"] = None if ref_chunks is None else ref_chunks.logits(start, stop)[1]
                 if top_k:
-                    tables["kept_ids"] = backend.top_k(logits, top_k)
+                    tables["kept_ids"] = topk_support(logits, top_k)
                 values[:, start:stop] = backend.rows("policy_loss", logits, matrix, tables, settings, start)
                 scales = None
             if matrix is not None:
@@ -153,7 +154,7 @@ def token_logprobs(
         _, logits = chunks.logits(start, stop)
         kept = None if kept_ids is None else kept_ids[own]
         if top_k:
-            kept = support[own] = operators.BACKENDS[impl].top_k(logits, top_k)
+            kept = support[own] = topk_support(logits, top_k)
         values[:, own] = torch.stack(operators.logprob_rows(impl, logits, labels[own], kept, temperature))
     return values[0].clone(), values[1].clone(), support
 

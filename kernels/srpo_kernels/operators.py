@@ -54,10 +54,6 @@ class Backend(Protocol):
         """
         ...
 
-    def top_k(self, logits: Tensor, top_k: int) -> Tensor:
-        """Ids of the largest logits of each row, [T, min(top_k, V)] int64, largest first."""
-        ...
-
     def scaled(self, gradient: Tensor, factor: Tensor) -> Tensor:
         """`gradient` times `factor` []. The factor is nearly always 1, which costs nothing. May overwrite `gradient`."""
         ...
@@ -257,14 +253,3 @@ def _recompute(ctx: Any, grad_logprobs: Tensor, grad_lse: Tensor) -> tuple[Tenso
 
 
 torch.library.register_autograd("srpo::token_logprobs", _recompute, setup_context=_save_logits)
-
-
-@torch.library.custom_op("srpo::top_k", mutates_args=())
-def top_k(logits: Tensor, top_k: int, impl: str) -> Tensor:
-    """Ids of the largest logits of each row, [T, min(top_k, V)] int64, largest first."""
-    return BACKENDS[impl].top_k(logits, top_k)
-
-
-@top_k.register_fake
-def _(logits: Tensor, top_k: int, impl: str) -> Tensor:
-    return logits.new_empty(logits.shape[0], min(top_k, logits.shape[1]), dtype=torch.int64)

@@ -15,7 +15,6 @@ from typing import Any, NamedTuple
 
 import torch
 
-from srpo_kernels import reference
 from srpo_kernels.native import DTYPES, POINTERS, ROW_FIELDS, kl_estimator
 from srpo_kernels.options import LossOptions
 
@@ -147,11 +146,6 @@ def rows(
             enable_fp_fusion=True,  # explicit, because Triton warns that its default will change
         )
     return values
-
-
-def top_k(logits: torch.Tensor, top_k: int) -> torch.Tensor:
-    """See `operators.Backend`; torch.topk."""
-    return reference.topk_support(logits, top_k)
 
 
 def scaled(gradient: torch.Tensor, factor: torch.Tensor) -> torch.Tensor:

@@ -14,7 +14,7 @@ from typing import Any
 import loss_cases as cases
 import pytest
 import torch
-from srpo_kernels import IGNORE, LossOptions, cuda, operators, token_logprobs
+from srpo_kernels import IGNORE, LossOptions, cuda, operators, token_logprobs, topk_support
 from srpo_kernels.native import ROW_FIELDS, row_args
 from srpo_kernels.options import without_loss
 
@@ -88,6 +88,59 @@ def test_the_same_bits_in_place_again_and_in_another_batch(dtype: torch.dtype, v
     tables = {name: t[100:101] if name in per_row and t is not None else t for name, t in case.tables.items()}
     one = cuda.rows("policy_loss", case.logits[100:101], lone, tables, LossOptions(**case.options), first_row=100)
     assert torch.equal(one[:, 0], rows[:, 100]) and torch.equal(lone[0], poisoned[100])
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("name", ["k3", "full", "kept", "kept_full"])
+def test_rows_that_begin_anywhere_in_a_16_byte_unit(name: str, dtype: torch.dtype) -> None:
+    """Logits, reference and gradient are aligned differently; nothing beside a row is written."""
+    case = draw(300, 5001, dtype, name)
+    expected = torch.full_like(case.logits, torch.nan)
+    rows = rows_of(case, case.logits, expected)
+    for shifts in ((0, 1, 2), (3, 0, 1), (5, 5, 0), (7, 2, 7)):
+        wide = [torch.full((300, 5031), 7.0, dtype=dtype, device=DEVICE) for _ in range(3)]
+        logits, ref, gradient = (x[:, shift : shift + 5001] for x, shift in zip(wide, shifts, strict=True))
+        logits.copy_(case.logits)
+        tables = dict(case.tables)
+        if case.tables["ref_logits"] is not None:
+            tables["ref_logits"] = ref.copy_(case.tables["ref_logits"])
+        got = rows_of(cases.Case(logits, tables, case.options), logits, gradient)
+        torch.testing.assert_close(got, rows, rtol=1e-5, atol=2e-6)
+        assert cases.relative(gradient, expected.double()) <= (1e-6 if dtype == torch.float32 else 2e-3)
+        assert bool((wide[2][:, : shifts[2]] == 7).all()) and bool((wide[2][:, shifts[2] + 5001 :] == 7).all())
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize(
+    ("shape", "top_k"), [((0, 8), 3), ((700, 7), 3), ((40, 3000), 1024), ((300, 151936), 100), ((9, 50257), 50)]
+)
+def test_top_k(shape: tuple[int, int], top_k: int, dtype: torch.dtype) -> None:
+    """Of equal logits, of which 16 bits have many, the smaller id comes first."""
+    logits = torch.randn(shape[0], shape[1] + 3, device=DEVICE).to(dtype)[:, 1 : shape[1] + 1]
+    expected = logits.float().sort(dim=1, descending=True, stable=True).indices[:, :top_k]
+    for _ in range(3):
+        assert torch.equal(topk_support(logits, top_k), expected)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_top_k_of_difficult_rows(dtype: torch.dtype) -> None:
+    """Ascending rows fill the kernel's buffer again and again; equal ones, zeros of both signs, infinities, NaN are in order."""
+    special = torch.full((30_000,), -torch.inf)
+    special[20_000:20_003] = torch.tensor([torch.inf, torch.nan, -torch.nan])
+    signs, tied = torch.zeros(30_000).copysign(torch.randn(30_000)), torch.randint(3, (30_000,)).float()
+    rising = torch.arange(30_000.0) / 30_000
+    logits = torch.stack([rising, -rising, tied, signs, special, special.flip(0)]).to(dtype).to(DEVICE)
+    for top_k in (1, 50, 1024):
+        expected = logits.float().sort(dim=1, descending=True, stable=True).indices[:, :top_k]
+        assert torch.equal(topk_support(logits, top_k), expected), top_k
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("name", ["kept", "kept_full"])
+def test_a_filter_of_large_rows(name: str, dtype: torch.dtype) -> None:
+    case = draw(300, 151936, dtype, name)
+    cases.check(case, "cuda", in_place=False)
+    cases.check(case, "cuda", in_place=True)
 
 
 @pytest.mark.parametrize("name", ["plain", "full"])
@@ -216,7 +269,7 @@ def test_many_rows_and_all_ignored() -> None:
     assert not bool(logprobs.any()) and not bool(lse.any())
     logits.normal_()
     labels.random_(16)
-    for columns in (16, 15):  # either kernel
+    for columns in (16, 15):  # rows_one_read and rows_two_reads
         view = logits[:, :columns].contiguous()
         logprobs = token_logprobs(view, labels.clamp(max=columns - 1), temperature=1.0, impl="cuda")[0]
         expected = view.double().log_softmax(1).gather(1, labels.clamp(max=columns - 1)[:, None])[:, 0]
@@ -240,7 +293,7 @@ def test_more_than_two_to_the_31_elements(vocab: int) -> None:
 
 def test_which_kernel_takes_what() -> None:
     def cluster_size(logits: torch.Tensor) -> int:
-        """Number of CTAs per row; 0: the kernel that reads twice."""
+        """Number of CTAs per row; 0: not rows_one_read."""
         args, _ = row_args("logprobs", {"logits": logits}, without_loss(1.0))
         library: Any = cuda.library()
         return library.srpo_cuda_cluster(ctypes.byref(args), torch.cuda.current_device())

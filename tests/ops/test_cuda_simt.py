@@ -12,13 +12,13 @@ import loss_cases as cases
 import pytest
 import torch
 from emulated import Emulated, KernelError, compile_library
-from srpo_kernels import IGNORE, LossOptions, build, native, operators, token_logprobs, topk_support
+from srpo_kernels import IGNORE, LossOptions, build, cuda, native, operators, token_logprobs, topk_support
 from srpo_kernels.options import without_loss
 
 OPTIONS = ("plain", "k1", "k2", "k3", "full", "kept", "kept_full", "cispo", "on_policy", "on_policy_kl")
 CLUSTERS = (0, 1, 8, 16)  # CTAs per row; 0: the kernel that reads twice
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
-TOP_K = 1024  # the largest K of csrc/top_k.cuh
+TOP_K = cuda.MAX_TOP_K
 
 
 @pytest.fixture(scope="module")
@@ -242,9 +242,13 @@ def test_top_k_of_difficult_rows(library: ctypes.CDLL, dtype: torch.dtype) -> No
 
 def test_loss_on_the_support_it_finds(library: ctypes.CDLL, monkeypatch: pytest.MonkeyPatch) -> None:
     """top_k alone: one kernel finds the support, another takes the loss on it."""
-    monkeypatch.setitem(operators.BACKENDS, "simt", Emulated(library))
+    backend, calls = Emulated(library), []
+    monkeypatch.setitem(operators.BACKENDS, "simt", backend)
+    monkeypatch.setattr(cuda, "why_not", backend.why_not)
+    monkeypatch.setattr(cuda, "top_k", lambda logits, top_k: calls.append(top_k) or backend.top_k(logits, top_k))
     case = cases.draw(cases.a_seed(), 20, 5000, torch.float32, "k3", nan=False)
-    assert torch.equal(topk_support(case.logits, 50, impl="simt"), topk_support(case.logits, 50, impl="reference"))
+    assert torch.equal(topk_support(case.logits, 50), largest(case.logits, 50))
+    assert topk_support(case.logits[:, :7], 50).shape == (20, 7) and topk_support(case.logits, TOP_K + 1).shape == (20, TOP_K + 1)
     case.options["top_k"] = 50
     case.tables["old_logprobs"] = None
     exact, exact_grad = case.exact()
@@ -252,6 +256,7 @@ def test_loss_on_the_support_it_finds(library: ctypes.CDLL, monkeypatch: pytest.
     torch.testing.assert_close(out.logprobs.double(), exact.logprobs, rtol=6e-8, atol=2e-6)
     assert case.error(grad, exact_grad) <= 3e-7
     assert int((grad != 0).sum(1).max()) <= 51
+    assert calls == [50, 7, 50], "the exact loss and the support of more ids are torch.topk's"
 
 
 @pytest.mark.parametrize(("dtype", "vocab", "cluster"), [(torch.bfloat16, 151936, 8), (torch.float32, 151936, 16)])
