@@ -10,15 +10,18 @@ from __future__ import annotations
 
 import importlib
 from collections.abc import Callable
+from functools import cache
 from typing import Any
 
 import torch
 import torch.nn.functional as F
+from torch import nn
 from transformers.integrations.moe import ExpertsInterface
 
 from srpo.core.errors import MissingPackage, UserError
 
 IMPLEMENTATIONS = ("grouped_mm", "loop", "megablocks")
+_STRIDE_BYTES = 16  # the strides of what torch's grouped kernel multiplies on a GPU are multiples of it
 
 # (x [S, in] sorted by expert, weight [E, out, in], rows of each expert [E]) -> [S, out]
 GroupedMatmul = Callable[[torch.Tensor, torch.Tensor, torch.Tensor], torch.Tensor]
@@ -96,10 +99,69 @@ def grouped_matmul(x: torch.Tensor, weight: torch.Tensor, counts: torch.Tensor) 
     """A `GroupedMatmul`: torch's grouped kernel on CUDA, one product per expert elsewhere.
 
     On a CPU, products of contiguous slices take about 2/3 of the time of torch's grouped_mm, forward and backward.
+    Raises UserError for sizes that the kernel cannot compute.
     """
     if x.is_cuda:
-        return F.grouped_mm(x.to(weight.dtype), weight.transpose(1, 2), offs=counts.cumsum(0, dtype=torch.int32))
+        return kernel_matmul(x, weight, counts, unwritten=_leaves_unwritten(x.device))
     return torch.cat([F.linear(rows, w) for rows, w in zip(x.split(counts.tolist()), weight.unbind(), strict=True)])
+
+
+def kernel_matmul(x: torch.Tensor, weight: torch.Tensor, counts: torch.Tensor, *, unwritten: bool) -> torch.Tensor:
+    """A `GroupedMatmul` on torch's grouped kernel. unwritten: zero the weight's gradient of experts without a token."""
+    _, width, size = weight.shape
+    for words, length in (("inputs", size), ("outputs", width)):
+        if length * weight.element_size() % _STRIDE_BYTES:
+            raise UserError(_misaligned(f"an expert's product has {length} {words}", weight.dtype))
+    if unwritten:
+        weight = _Used.apply(weight, counts)
+    return F.grouped_mm(x.to(weight.dtype), weight.transpose(1, 2), offs=counts.cumsum(0, dtype=torch.int32))
+
+
+class _Used(torch.autograd.Function):
+    """The weight [E, out, in] itself. Its gradient is zero exactly for experts without a token, whatever the kernel left there.
+
+    A pass over the gradient, without waiting for the device. The gradient may hold NaN, so it is selected, not multiplied.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, weight: torch.Tensor, counts: torch.Tensor) -> torch.Tensor:
+        ctx.save_for_backward(counts)
+        return weight.view_as(weight)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: torch.Tensor) -> tuple[torch.Tensor, None]:
+        (counts,) = ctx.saved_tensors
+        return torch.where((counts > 0)[:, None, None], grads[0], 0), None
+
+
+@cache
+def _leaves_unwritten(device: torch.device) -> bool:
+    """True on Blackwell: there torch's kernel leaves the gradient of an expert without a token unwritten (pytorch#172439)."""
+    return torch.cuda.get_device_capability(device)[0] >= 10
+
+
+def check_sizes(model: nn.Module, experts: str, device: torch.device, dtype: torch.dtype) -> None:
+    """Raise UserError if `grouped_mm` on this device cannot compute the model's experts in this dtype. Looks at shapes only."""
+    if experts != "grouped_mm" or device.type != "cuda":
+        return
+    for module in model.modules():
+        down = getattr(module, "down_proj", None)
+        if not (isinstance(down, torch.Tensor) and down.ndim == 3 and hasattr(module, "is_transposed")):
+            continue
+        _, hidden, size = _weight(module, "down_proj").shape
+        config: Any = getattr(model, "config", None)
+        own = "moe_intermediate_size" if hasattr(config, "moe_intermediate_size") else "intermediate_size"
+        for name, length in (("hidden_size", hidden), (own, size)):
+            if length * dtype.itemsize % _STRIDE_BYTES:
+                raise UserError(_misaligned(f"{name} of the model is {length}", dtype))
+
+
+def _misaligned(what: str, dtype: torch.dtype) -> str:
+    multiple, name = _STRIDE_BYTES // dtype.itemsize, str(dtype).removeprefix("torch.")
+    return (
+        f"{what}, and torch's grouped product on a GPU takes multiples of {multiple} in {name} (hidden_size and "
+        'moe_intermediate_size): set policy.experts to "loop"'
+    )
 
 
 def grouped_mm_experts(module: Any, hidden: torch.Tensor, top_k_index: torch.Tensor, top_k_weights: torch.Tensor) -> torch.Tensor:

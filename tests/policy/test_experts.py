@@ -1,17 +1,19 @@
 from __future__ import annotations
 
 import importlib.util
+from dataclasses import replace
 from types import SimpleNamespace
+from typing import Any
 
 import policy_lab as lab
 import pytest
 import torch
 import torch.nn.functional as F
 
-from srpo.core.errors import MissingPackage
-from srpo.policy.experts import grouped_mm_experts, loop_experts, permuted_experts, registered_name
+from srpo.core.errors import MissingPackage, UserError
+from srpo.policy.experts import check_sizes, grouped_mm_experts, kernel_matmul, loop_experts, permuted_experts, registered_name
 
-EXPERTS, HIDDEN, SIZE = 5, 8, 6
+EXPERTS, HIDDEN, SIZE = 5, 8, 8  # a multiple of 8: the strides that the GPU kernel takes in bf16
 
 
 def layer(dtype: torch.dtype = torch.float64, device: str = "cpu") -> SimpleNamespace:
@@ -114,6 +116,68 @@ def test_unknown_name_lists_the_known_ones() -> None:
 def test_megablocks_that_is_not_installed_says_how_to_install_it() -> None:
     with pytest.raises(MissingPackage, match="pip install --no-deps megablocks"):
         lab.tiny(experts="megablocks")
+
+
+class Blackwell(torch.autograd.Function):
+    """torch's grouped_mm as on Blackwell, where the weight's gradient of an expert without a row is whatever the memory held."""
+
+    @staticmethod
+    def forward(ctx: Any, x: torch.Tensor, weight: torch.Tensor, offs: torch.Tensor) -> torch.Tensor:
+        ctx.save_for_backward(x, weight, offs)
+        bounds = [0, *offs.tolist()]
+        return torch.cat([x[a:b] @ w for a, b, w in zip(bounds, bounds[1:], weight, strict=False)])
+
+    @staticmethod
+    def backward(ctx: Any, *grads: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, None]:
+        x, weight, offs = ctx.saved_tensors
+        bounds = [0, *offs.tolist()]
+        parts = [(x[a:b], grads[0][a:b], w) for a, b, w in zip(bounds, bounds[1:], weight, strict=False)]
+        of_weight = torch.stack([rows.T @ grad if len(rows) else torch.full_like(w, torch.nan) for rows, grad, w in parts])
+        return torch.cat([grad @ w.T for _, grad, w in parts]), of_weight, None
+
+
+@pytest.mark.parametrize("counts", [[3, 0, 4, 0, 2], [0, 0, 9, 0, 0], [2, 1, 2, 3, 1]])
+def test_experts_without_a_token_get_a_gradient_of_zero(counts: list[int], monkeypatch: pytest.MonkeyPatch) -> None:
+    offsets = []
+
+    def grouped_mm(x: torch.Tensor, weight: torch.Tensor, *, offs: torch.Tensor) -> Any:
+        offsets.append(offs)
+        return Blackwell.apply(x, weight, offs)
+
+    monkeypatch.setattr(F, "grouped_mm", grouped_mm)
+    weight = torch.randn(EXPERTS, SIZE, HIDDEN, dtype=torch.float64, requires_grad=True)
+    x = torch.randn(9, HIDDEN, dtype=torch.float64, requires_grad=True)
+    upstream = torch.randn(9, SIZE, dtype=torch.float64)
+    ours, theirs = (kernel_matmul(x, weight, torch.tensor(counts), unwritten=unwritten) for unwritten in (True, False))
+    assert offsets[0].dtype == torch.int32 and offsets[0].tolist() == torch.tensor(counts).cumsum(0).tolist()
+    want = torch.cat([F.linear(rows, w) for rows, w in zip(x.split(counts), weight, strict=True)])
+    assert torch.allclose(ours, want, atol=1e-12)
+    for a, b in zip(*(torch.autograd.grad(y, (x, weight), upstream, retain_graph=True) for y in (ours, want)), strict=True):
+        assert torch.allclose(a, b, atol=1e-12)
+    (unmended,) = torch.autograd.grad(theirs, weight, upstream)
+    assert bool(unmended.isnan().any()) == (0 in counts)
+
+
+@pytest.mark.parametrize(("dtype", "multiple"), [(torch.bfloat16, 8), (torch.float32, 4)])
+def test_sizes_that_the_gpu_kernel_cannot_multiply_are_refused(dtype: torch.dtype, multiple: int) -> None:
+    """16-byte strides, checked on the shapes when the model is loaded, and in the product itself."""
+    gpu = torch.device("cuda")
+
+    def model(**sizes: int) -> Any:
+        return lab.tiny(config=replace(lab.CONFIG, **sizes))
+
+    fits, narrow, odd = model(), model(expert_size=multiple // 2), model(hidden_size=32 + multiple // 2)
+    check_sizes(fits, "grouped_mm", gpu, dtype)
+    with pytest.raises(UserError, match=rf"moe_intermediate_size of the model is {multiple // 2}, .* multiples of {multiple} in"):
+        check_sizes(narrow, "grouped_mm", gpu, dtype)
+    with pytest.raises(UserError, match=rf'hidden_size of the model is {32 + multiple // 2}, .*policy.experts to "loop"'):
+        check_sizes(odd, "grouped_mm", gpu, dtype)
+    check_sizes(narrow, "loop", gpu, dtype)
+    check_sizes(narrow, "grouped_mm", torch.device("cpu"), dtype)
+    counts = torch.tensor([1, 2])
+    for out, size in ((multiple // 2, 2 * multiple), (2 * multiple, multiple // 2)):
+        with pytest.raises(UserError, match=r'policy\.experts to "loop"'):
+            kernel_matmul(torch.ones(3, size, dtype=dtype), torch.ones(2, out, size, dtype=dtype), counts, unwritten=False)
 
 
 @pytest.mark.gpu
