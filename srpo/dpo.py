@@ -41,6 +41,7 @@ from srpo.data.tokenizer import encode, encode_prompt, load_tokenizer
 from srpo.policy.loading import load_to_shard
 from srpo.policy.model import Policy, check_head, save_policy
 from srpo.policy.parallel import Parallel, distributed
+from srpo.training.checks import check_device
 from srpo.training.inputs import model_inputs
 from srpo.training.outputs import Hidden, Logits, of_outputs
 from srpo.training.supervised import MAY_CHANGE, PATHS, batch_indices, fit
@@ -196,11 +197,12 @@ def dpo(cfg: DpoConfig, parallel: Parallel) -> Path:
     """
     run_dir, main = Path(cfg.run_dir), parallel.is_main
     _check_settings(cfg)
+    check_device(cfg.policy, parallel)
     tokenizer = load_tokenizer(cfg.policy.path, cfg.policy.bos)
     if cfg.policy.reference:
         check_rows(tokenizer, cfg.policy.reference, cfg.policy.path)
     pairs, counts = load_preferences(cfg, tokenizer)
-    loaded = load_to_shard(cfg.policy.path, parallel, experts=cfg.policy.experts)
+    loaded = load_to_shard(cfg.policy.path, parallel, cfg.policy)
     check_head(loaded, cfg.inputs)
     policy = Policy(loaded, activation_checkpointing=cfg.policy.activation_checkpointing)
     _check_pairs(cfg, pairs, policy.max_context, loaded.config.vocab_size)
@@ -261,7 +263,7 @@ def _reference(
         return _stored_reference(path, key)
     model = policy
     if cfg.policy.reference:
-        frozen = load_to_shard(cfg.policy.reference, parallel, experts=cfg.policy.experts).requires_grad_(False)
+        frozen = load_to_shard(cfg.policy.reference, parallel, cfg.policy).requires_grad_(False)
         check_head(frozen, cfg.inputs)
         model = parallel.shard(Policy(frozen), dtype=cfg.policy.dtype)
     logprobs = reference_logprobs(model, pairs, cfg.micro_batch_tokens, parallel, cfg.inputs)

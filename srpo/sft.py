@@ -33,6 +33,7 @@ from srpo.data.tokenizer import encode, encode_prompt, load_tokenizer
 from srpo.policy.loading import load_to_shard
 from srpo.policy.model import Policy, check_head, save_policy
 from srpo.policy.parallel import Parallel, distributed
+from srpo.training.checks import check_device
 from srpo.training.inputs import model_inputs
 from srpo.training.outputs import Hidden, Logits, of_outputs
 from srpo.training.supervised import batch_indices, fit
@@ -106,8 +107,9 @@ def sft(cfg: SftConfig, parallel: Parallel) -> Path:
     """
     run_dir = Path(cfg.run_dir)
     _check_settings(cfg)
+    check_device(cfg.policy, parallel)
     tokenizer = load_tokenizer(cfg.policy.path, cfg.policy.bos)
-    model = load_to_shard(cfg.policy.path, parallel, experts=cfg.policy.experts)
+    model = load_to_shard(cfg.policy.path, parallel, cfg.policy)
     check_head(model, cfg.inputs)
     policy = Policy(model, activation_checkpointing=cfg.policy.activation_checkpointing)
     pairs = tokenized_pairs(cfg, tokenizer, policy.max_context, parallel.is_main)

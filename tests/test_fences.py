@@ -41,7 +41,7 @@ FENCES = {
     "vllm": ("srpo/rollout/",),
     "megablocks": ("srpo/policy/experts.py",),
     "grouped_gemm": ("srpo/policy/experts.py",),
-    "flash_attn": ("srpo/policy/attention.py",),
+    "flash_attn": ("srpo/policy/varlen_kernels.py",),
     "transformers": ("srpo/policy/", "srpo/data/tokenizer.py"),
     "tensorboard": TRACKERS,
     "torch.utils.tensorboard": TRACKERS,

@@ -20,6 +20,7 @@ from srpo.policy.loading import load_to_shard
 from srpo.policy.parallel import Parallel
 from srpo.policy.scalar import ScalarModel, save_scalar, scalar_loss, scored_batches
 from srpo.rewards.scalar import ScalarCase, is_there, scalar_case
+from srpo.training.checks import check_device
 from srpo.training.inputs import model_inputs
 from srpo.training.supervised import batch_indices, fit
 
@@ -42,9 +43,10 @@ def train_scalar(
     Raises UserError for a case that exceeds the context or a micro-batch. Collective.
     """
     run_dir = Path(cfg.run_dir)
+    check_device(cfg.policy, parallel)
     tokenizer: Any = load_tokenizer(cfg.policy.path, cfg.policy.bos)
     model = ScalarModel(
-        load_to_shard(cfg.policy.path, parallel, experts=cfg.policy.experts),
+        load_to_shard(cfg.policy.path, parallel, cfg.policy),
         activation_checkpointing=cfg.policy.activation_checkpointing,
     )
     cases = [scalar_case(examples[j.example_id], j.response, tokenizer, schema) for j in judgments]

@@ -1,22 +1,27 @@
-"""Causal attention over packed sequences, registered with transformers as `srpo_varlen`; no sequence attends to another.
+"""Causal attention over packed sequences, registered with transformers by `registered_attention`; none attends to another.
 
+`policy.attention` names the kernel (`srpo.policy.varlen_kernels`).
 Letters: T packed rows, N sequences, L rows of the longest sequence, D head dimension.
 """
 
 from __future__ import annotations
 
-import importlib.util
+from collections.abc import Iterator
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import nn
-from transformers import AttentionInterface
+from transformers import AttentionInterface, PreTrainedConfig
 
 from srpo.core.errors import UserError
+from srpo.policy.varlen_kernels import NAMES, Kernel, kernel_of
 
-ATTENTION = "srpo_varlen"
+# Transformers' names of `NAMES`. None contains "flash": transformers would take it for its own FlashAttention.
+_REGISTERED = dict(zip(NAMES, ("srpo_varlen", "srpo_fa2", "srpo_fa4"), strict=True))
+ATTENTION = _REGISTERED["torch"]
 # Arguments of attention that change its result, and that neither function of srpo computes.
 _UNSUPPORTED = {"s_aux": "attention sinks", "softcap": "a cap on attention scores", "position_bias": "a position bias"}
 
@@ -85,12 +90,15 @@ def varlen_attention(
     max_length_q: int | None = None,
     pad_layout: PadLayout | None = None,
     sliding_window: int | None = None,
+    *,
+    kernel: Kernel | None = None,
     **kwargs: Any,
 ) -> tuple[torch.Tensor, None]:
     """Causal attention within each packed sequence: ([1, T, heads, D], None).
 
     query [1, heads, T, D]; key, value [1, kv_heads, T, D]; cu_seq_lens_q [N+1] int32; max_length_q is L.
     sliding_window: a row attends to so many keys, itself included; None: to all before it.
+    kernel: computes everything; None: torch's kernel, or padding if that has none for the device and dtype.
     Dropout is never applied, so that log-probabilities are deterministic. Raises ValueError if `cu_seq_lens_q` or
     `max_length_q` is missing, if the batch dimension is not 1, and for an argument that is not computed.
     """
@@ -102,27 +110,37 @@ def varlen_attention(
     check_arguments(kwargs)
     window = sliding_window if sliding_window is not None and sliding_window < max_length_q else None
     query, key, value = (x[0].transpose(0, 1) for x in (query, key, value))  # [T, heads, D]
-    gqa = query.shape[1] != key.shape[1]
-    if needs_padding(query.device, query.dtype):
+    if kernel is None and needs_padding(query.device, query.dtype):
         layout = pad_layout or PadLayout.of(cu_seq_lens_q, max_length_q)
+        gqa = query.shape[1] != key.shape[1]
         query, key, value = (layout.pad(x) for x in (query, key, value))
         # Padding follows the last row of each sequence, so the causal mask alone hides it from every real row.
         mask = None if window is None else band(max_length_q, window, query.device)
         out = F.scaled_dot_product_attention(query, key, value, mask, is_causal=mask is None, scale=scaling, enable_gqa=gqa)
         return layout.unpad(out)[None], None
-    bounds = (cu_seq_lens_q, cu_seq_lens_q, max_length_q, max_length_q)
-    left = -1 if window is None else window - 1  # keys before a row that it attends to; -1: all
-    if importlib.util.find_spec("flash_attn") is not None:
-        from flash_attn import flash_attn_varlen_func
-
-        out = flash_attn_varlen_func(query, key, value, *bounds, softmax_scale=scaling, causal=True, window_size=(left, 0))
-        return out[None], None
-    from torch.nn.attention.varlen import varlen_attn
-
-    out = varlen_attn(query, key, value, *bounds, scale=scaling, window_size=(left, 0), enable_gqa=gqa)
-    assert isinstance(out, torch.Tensor)
-    return out[None], None
+    kernel = kernel or kernel_of("torch")
+    scale = query.shape[2] ** -0.5 if scaling is None else scaling
+    return kernel(query, key, value, cu_seq_lens_q, max_length_q, scale, window)[None], None
 
 
-# No mask function is registered under this name, so transformers builds no attention mask for it.
+def registered_attention(attention: str) -> str:
+    """Transformers' name of one of `NAMES`, whose kernel is looked up here, once. MissingPackage if it is not installed."""
+    if attention not in NAMES:
+        raise UserError(f"policy.attention is {attention!r}: set it to one of {', '.join(NAMES)}")
+    if attention != "torch":
+        AttentionInterface.register(_REGISTERED[attention], partial(varlen_attention, kernel=kernel_of(attention)))
+    return _REGISTERED[attention]
+
+
+def head_widths(config: PreTrainedConfig) -> Iterator[tuple[int, int]]:
+    """(width of queries and keys, width of values) of each kind of head that the model's config names."""
+    width = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+    if unrotated := getattr(config, "qk_nope_head_dim", None):
+        width = unrotated + config.qk_rope_head_dim
+    yield width, getattr(config, "v_head_dim", None) or width
+    if wide := getattr(config, "global_head_dim", None):
+        yield wide, wide
+
+
+# No mask function is registered under these names, so transformers builds no attention mask for them.
 AttentionInterface.register(ATTENTION, varlen_attention)

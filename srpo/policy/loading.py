@@ -12,24 +12,33 @@ from torch import nn
 from torch.nn.modules.module import register_module_parameter_registration_hook
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
+from srpo.core.config.train import PolicyConfig
 from srpo.core.errors import UserError
-from srpo.policy.attention import ATTENTION
-from srpo.policy.experts import registered_name
+from srpo.policy.attention import head_widths, registered_attention
+from srpo.policy.experts import check_sizes, registered_name
 from srpo.policy.folder import check_folder, read_config
 from srpo.policy.model import load_policy
 from srpo.policy.parallel import Parallel
+from srpo.policy.varlen_kernels import check_kernel, check_widths
 
 
-def load_to_shard(path: str | Path, parallel: Parallel, *, experts: str = "grouped_mm") -> PreTrainedModel:
+def load_to_shard(path: str | Path, parallel: Parallel, settings: PolicyConfig | None = None) -> PreTrainedModel:
     """`load_policy` in fp32, to be followed by `Parallel.shard`. Rank 0 has all weights; the other ranks have parameters on the
     meta device and rank 0's buffers. In a run of one process it equals `load_policy`. Collective.
 
-    Raises UserError as `load_policy` does, on every rank.
+    settings: experts, attention, and the dtype of the forwards. Raises UserError on every rank: as `load_policy` does, and for
+    sizes of the model that the kernels of these settings cannot compute on this device.
     """
     check_folder(path)
     model, error = None, None
+    settings = settings or PolicyConfig()
+    dtype = getattr(torch, settings.dtype)
     try:
-        model = load_policy(path, experts=experts) if parallel.is_main else _without_weights(path, experts)
+        check_kernel(settings.attention, parallel.device, dtype)
+        check_widths(settings.attention, head_widths(read_config(path)), parallel.device)
+        load = load_policy if parallel.is_main else _without_weights
+        model = load(path, experts=settings.experts, attention=settings.attention)
+        check_sizes(model, settings.experts, parallel.device, dtype)
     except UserError as refused:  # the other ranks would wait for this one
         error = refused
     refusal = next((text for text in parallel.all_gather_object(None if error is None else str(error)) if text), None)
@@ -58,14 +67,14 @@ def _layout(model: nn.Module) -> dict[str, tuple[Any, ...]]:
     return {name: (tuple(t.shape), t.dtype) for name, t in (*model.named_parameters(), *model.named_buffers())}
 
 
-def _without_weights(path: str | Path, experts: str) -> PreTrainedModel:
+def _without_weights(path: str | Path, *, experts: str, attention: str) -> PreTrainedModel:
     """The model of `load_policy` with its parameters on the meta device; buffers are computed on the CPU as usual."""
     config = read_config(path)
     with _parameters_on_meta():
         model = AutoModelForCausalLM.from_config(
             config,
             dtype=torch.float32,
-            attn_implementation=ATTENTION,
+            attn_implementation=registered_attention(attention),
             experts_implementation=registered_name(experts),
             trust_remote_code=False,
         )

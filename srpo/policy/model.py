@@ -18,7 +18,7 @@ from srpo.core.batch import IGNORE, Batch
 from srpo.core.config.demo import TinyConfig
 from srpo.core.errors import UserError
 from srpo.core.files import whole_folder
-from srpo.policy.attention import ATTENTION
+from srpo.policy.attention import ATTENTION, registered_attention
 from srpo.policy.experts import registered_name
 from srpo.policy.folder import read_config, read_model
 from srpo.policy.forward import context_of, for_head, hidden_states, make_deterministic
@@ -66,19 +66,22 @@ def make_tiny(
         return Qwen3MoeForCausalLM(hf_config)
 
 
-def load_policy(path: str | Path, *, experts: str = "grouped_mm", dtype: torch.dtype = torch.float32) -> PreTrainedModel:
+def load_policy(
+    path: str | Path, *, experts: str = "grouped_mm", attention: str = "torch", dtype: torch.dtype = torch.float32
+) -> PreTrainedModel:
     """The causal LM in the Hugging Face folder `path`, on the CPU, with srpo's attention and experts, its parameters in `dtype`.
 
-    Raises UserError if the folder holds no model, if its tensors are not those of its config.json (`srpo.policy.folder`), and for
-    a kind of model that srpo does not compute right (`srpo.policy.probe`).
+    experts, attention: as in `policy.experts` and `policy.attention`. Raises UserError if the folder holds no model, if its
+    tensors are not those of its config.json (`srpo.policy.folder`), and for a kind of model that srpo does not compute right
+    (`srpo.policy.probe`).
     """
-    implementation = registered_name(experts)
+    implementations = {"experts": registered_name(experts), "attention": registered_attention(attention)}
     config = read_config(path)
     try:
         check_family(config, experts=experts)
     except UserError as error:
         raise UserError(f"{str(path)!r}: {error}") from error
-    return read_model(path, config, attention=ATTENTION, experts=implementation, dtype=dtype)
+    return read_model(path, config, **implementations, dtype=dtype)
 
 
 def check_head(model: PreTrainedModel, inputs: str) -> None:

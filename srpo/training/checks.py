@@ -8,12 +8,14 @@ import torch
 from srpo_kernels.dispatch import choose
 
 from srpo.core.batch import Rollout
-from srpo.core.config.train import Config
+from srpo.core.config.train import Config, PolicyConfig
 from srpo.core.errors import UserError
 from srpo.core.ranges import check_ranges
 from srpo.core.steps import StepSchema
 from srpo.data.curriculum import check_curriculum
 from srpo.data.examples import Example
+from srpo.policy.parallel import Parallel
+from srpo.policy.varlen_kernels import check_kernel
 from srpo.rewards.hybrid import score
 from srpo.rewards.judge import Judge, OracleJudge
 from srpo.rewards.judge_service import check_service
@@ -56,6 +58,20 @@ def check_settings(cfg: Config, world_size: int = 1) -> None:
     if not cfg.data.train and not (cfg.curriculum and all(stage.data for stage in cfg.curriculum)):
         raise UserError("data.train is not set: name a file of judged pairs (docs/data.md)")
     check_judge(cfg)
+
+
+def check_device(policy: PolicyConfig, parallel: Parallel) -> None:
+    """Raise UserError if the attention of these settings cannot run on this device, before anything is loaded.
+
+    Prints one line on the main rank for float32 on a GPU, which is right and slow.
+    """
+    check_kernel(policy.attention, parallel.device, getattr(torch, policy.dtype))
+    if parallel.is_main and parallel.device.type == "cuda" and policy.dtype == "float32":
+        print(
+            "policy.dtype is float32: on a GPU attention and experts then run without their fast kernels, and take several times "
+            'as long and more memory. Set policy.dtype to "bfloat16" (the master weights stay float32)',
+            flush=True,
+        )
 
 
 def check_judge(cfg: Config) -> None:

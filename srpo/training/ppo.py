@@ -37,7 +37,7 @@ class Ppo:
         """The critic as configured; None if advantage.method is not "ppo". Raises UserError if critic.path holds no model."""
         if cfg.advantage.method != "ppo":
             return None
-        backbone = load_to_shard(cfg.critic.path or cfg.policy.path, parallel, experts=cfg.policy.experts)
+        backbone = load_to_shard(cfg.critic.path or cfg.policy.path, parallel, cfg.policy)
         critic = Critic(backbone, activation_checkpointing=cfg.policy.activation_checkpointing)
         critic = parallel.shard(critic, dtype=cfg.policy.dtype)
         return cls(cfg, critic, make_optimizer(critic.parameters(), cfg.critic.optimizer))

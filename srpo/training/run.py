@@ -32,6 +32,7 @@ from srpo.rewards.judge import GenerativeJudge, Judge
 from srpo.rollout.build import open_engine, sampling_params
 from srpo.rollout.engine import Engine, SamplingParams
 from srpo.training.checks import (
+    check_device,
     check_examples,
     check_prompt_lengths,
     check_reference,
@@ -92,6 +93,7 @@ class Run:
         Raises UserError for settings or data that would fail later; the run folder is then left untouched.
         """
         check_settings(cfg, parallel.world_size)
+        check_device(cfg.policy, parallel)
         schema = StepSchema(cfg.steps)
 
         def read(path: str) -> list[Example]:
@@ -107,7 +109,7 @@ class Run:
             if other:
                 check_rows(tokenizer, other, cfg.policy.path)
         params = sampling_params(cfg, tokenizer)
-        model = load_to_shard(cfg.policy.path, parallel, experts=cfg.policy.experts)
+        model = load_to_shard(cfg.policy.path, parallel, cfg.policy)
         check_support(cfg, model.config.vocab_size)
         replay = cfg.rollout.routing == "replay"
         if replay:
@@ -128,7 +130,7 @@ class Run:
         policy = parallel.shard(policy, dtype=cfg.policy.dtype)  # before the next load: rank 0 holds one whole model
         reference = None
         if cfg.loss.kl_coef:
-            frozen = load_to_shard(cfg.policy.reference or cfg.policy.path, parallel, experts=cfg.policy.experts)
+            frozen = load_to_shard(cfg.policy.reference or cfg.policy.path, parallel, cfg.policy)
             check_head(frozen, cfg.loss.inputs)
             check_reference(cfg, model.config.vocab_size, frozen.config.vocab_size)
             reference = parallel.shard(Policy(frozen.requires_grad_(False)), dtype=cfg.policy.dtype)

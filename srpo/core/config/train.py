@@ -43,6 +43,8 @@ class PolicyConfig:
     reference: str = ""  # checkpoint of pi_ref of Eq. 6; empty: the starting policy. Not loaded if loss.kl_coef is 0
     # Implementation of the experts' products: torch's grouped_mm, a Python loop (the reference), or MegaBlocks
     experts: Literal["grouped_mm", "loop", "megablocks"] = "grouped_mm"
+    # Attention kernel in training: torch's own on a GPU in bfloat16 (padded sequences elsewhere), or a FlashAttention package
+    attention: Literal["torch", "flash_attention_2", "flash_attention_4"] = "torch"
     # Number format of forward, backward and sampling; the master weights are always float32
     dtype: Literal["float32", "bfloat16"] = "float32"
     activation_checkpointing: bool = False  # recompute each layer in the backward pass: less memory, more time
