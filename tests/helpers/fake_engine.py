@@ -25,7 +25,8 @@ class FakeBackend:
     """Its tricks: `stale`, parameters that a sync does not change; `die`, `hang`, `raise`, the place (or PLACE:NUMBER) where it
     fails, once or `always`; `marker`, the file that records a failure; `lose`, number of samples missing from each group;
     `pause_s`, seconds before each group; `diary`, a file that gets `g` for each group begun and `a` for each abort; `journal`, a
-    file that gets a line for each place passed."""
+    file that gets a line for each place passed; `facts`, more of what a start returns; `settings`, a file that gets a line with
+    the settings of each start."""
 
     def __init__(self, tricks: dict[str, Any]) -> None:
         self.tricks = tricks
@@ -52,7 +53,10 @@ class FakeBackend:
 
     def start(self, settings: dict[str, Any]) -> dict[str, Any]:
         self.here("start")
-        return {"max_context": settings["max_context"] or 64}
+        if "settings" in self.tricks:
+            with Path(self.tricks["settings"]).open("a", encoding="utf-8") as file:
+                file.write(json.dumps(settings) + "\n")
+        return {"max_context": settings["max_context"] or 64} | self.tricks.get("facts", {})
 
     def begin_weights(self) -> None:
         self.here("begin")

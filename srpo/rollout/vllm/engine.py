@@ -24,7 +24,15 @@ from srpo.policy.checkpoint_names import Layouts, iter_checkpoint_blocks
 from srpo.rollout.engine import Groups, Sample, SamplingParams, check_prompts, in_order
 from srpo.rollout.vllm.client import Replies, request_samples, samples_of
 from srpo.rollout.vllm.process import EngineError, EngineFailure, EngineProcess
-from srpo.rollout.vllm.settings import bucket_bytes, check_split, check_vllm_settings, derive_seed, worker_environment
+from srpo.rollout.vllm.settings import (
+    bucket_bytes,
+    check_dtypes,
+    check_split,
+    check_vllm_settings,
+    derive_seed,
+    worker_environment,
+)
+from srpo.rollout.vllm.trainer_memory import give_back_cache
 from srpo.rollout.weights.buckets import Bucket, differing_groups
 from srpo.rollout.weights.cuda_ipc import CudaSender, Exchange
 from srpo.rollout.weights.shared_memory import WeightStore, half_the_threads
@@ -41,10 +49,12 @@ STATS = (
     "sync_load_s",
     "sync_finish_s",
     "sync_bytes",
+    "trainer_reserved_bytes",
     "num_restarts",
 )
 _CPU_KV_CACHE_MIB = 1024
 _MIB = 1 << 20
+_RESTART_FRAC = 0.01  # gpu_memory_frac of a restart, whose key-value cache has a size in bytes
 
 
 class VllmEngine:
@@ -106,6 +116,7 @@ class VllmEngine:
         self.policy_version = -1
         self._weights_valid = True  # False while asleep, and from the start of a sync until its proof
         self._asleep = False
+        self._other_dtypes: list[str] = []  # parameters that vLLM keeps in another dtype than its own
         self._process: EngineProcess | None = None
         self._former: list[EngineProcess] = []  # that have failed; `close` removes their logs
         self.loads = ""  # how weights get into vLLM's kernels: "direct", or the reason for vLLM's own reload
@@ -133,12 +144,19 @@ class VllmEngine:
         return worker_environment(self._device, self._devices)
 
     def _start(self) -> int:
-        """Start a process and return its longest context in tokens."""
+        """Start a process and return its longest context in tokens.
+
+        By the time of a restart the trainer's state lies on the GPU. So a restart takes the bytes of key-value cache that the
+        first process had, and next to no gpu_memory_frac: vLLM does not start unless that whole share is free.
+        """
+        give_back_cache(self._device)
         self._process = EngineProcess(self._command, timeout_s=self._config.timeout_s, env=self._environment)
         with self._process.killed_unless_done():
             self._process.send("start", settings=self._settings)
             facts = self._process.receive(self._config.start_timeout_s)
-            self.loads = facts.get("loads", "")
+            self.loads, self._other_dtypes = facts.get("loads", ""), facts.get("other_dtypes", [])
+            if num_bytes := facts.get("kv_cache_bytes", 0):
+                self._settings |= {"kv_cache_bytes": num_bytes, "gpu_memory_frac": _RESTART_FRAC}
             return int(facts["max_context"])
 
     def _restart(self) -> None:
@@ -157,7 +175,8 @@ class VllmEngine:
         assert self._process is not None
         version = self.policy_version
         if self._sender is not None:
-            self._prove(self._process, self._sender.send_again(self._process, version), version)
+            again = partial(self._sender.send_again, self._process, version)
+            self._send_and_prove(self._sender, self._process, again, version)
             return
         assert self._store.version == version
         self._process.send("begin")
@@ -216,8 +235,9 @@ class VllmEngine:
     def sync_weights(self, policy: nn.Module, version: int) -> None:
         """See `Engine.sync_weights`. The bit sums of the weights that vLLM's kernels use must equal the trainer's.
 
-        Raises EngineError if they differ; sampling then raises until another sync has succeeded.
+        Raises EngineError if they differ; sampling then raises until another sync has succeeded. UserError: `check_formats`.
         """
+        self.check_formats()
         start = time.perf_counter()
         self._weights_valid = False
         if self._sender is not None:
@@ -226,6 +246,10 @@ class VllmEngine:
             self._sync_cpu(policy, version)
         self.policy_version, self._weights_valid = version, True
         self._stats["sync_s"] = time.perf_counter() - start
+
+    def check_formats(self) -> None:
+        """Raise UserError if vLLM keeps some weights of this model in another format than the one that weights travel in."""
+        check_dtypes(self._other_dtypes, self._settings["dtype"])
 
     def _sync_cpu(self, policy: nn.Module, version: int) -> None:
         """The process loads each bucket while the next one is written. If the process fails, the store is still written to its
@@ -251,13 +275,23 @@ class VllmEngine:
         with process.killed_unless_done():
             if self._asleep:
                 self._wake(["weights"])
-            start = time.perf_counter()
-            sums = sender.send(process, policy, version)
-            self._stats |= {"sync_bytes": float(sender.num_bytes), "sync_write_s": time.perf_counter() - start}
-            self._prove(process, sums, version)
+            self._send_and_prove(sender, process, partial(sender.send, process, policy, version), version)
             if self._asleep:
                 self._wake(["kv_cache"])
                 self._asleep = False
+
+    def _send_and_prove(
+        self, sender: CudaSender, process: EngineProcess, send: Callable[[], dict[str, int]], version: int
+    ) -> None:
+        """Send the weights, end the engine's update and prove it; then the staging buffer is free."""
+        start = time.perf_counter()
+        sums = send()
+        self._stats |= {"sync_bytes": float(sender.num_bytes), "sync_write_s": time.perf_counter() - start}
+        try:
+            process.send("finish", version=version, keep=[])
+            self._prove(process, sums, version)
+        finally:  # the other ranks of the engine wait here
+            sender.release()
 
     def _begin(self) -> EngineProcess:
         process = self.process
@@ -301,12 +335,15 @@ class VllmEngine:
         self._asleep, self._weights_valid = True, False
 
     def _wake(self, tags: list[str]) -> None:
+        """Wake a part of the engine, after this process has given the memory back that it only caches."""
+        self._stats["trainer_reserved_bytes"] = give_back_cache(self._device)
         self.process.send("wake", tags=tags)
         self.process.receive()
 
     def stats(self) -> dict[str, float]:
         """Adds, for the last sync, its bytes (sync_bytes), the trainer's seconds to gather and write (sync_write_s), and the
-        engine's to load (sync_load_s, concurrent on a CPU) and to repack and sum (sync_finish_s); and num_restarts so far."""
+        engine's to load (sync_load_s, concurrent on a CPU) and to repack and sum (sync_finish_s); what the trainer held of the
+        GPU when the engine last woke (trainer_reserved_bytes); and num_restarts so far."""
         return dict(self._stats)
 
     def close(self) -> None:

@@ -16,7 +16,7 @@ import torch
 from torch import nn
 
 from srpo.rollout.vllm.direct_load import DirectLoader, UnknownLayoutError
-from srpo.rollout.weights.buckets import add_sums, bit_sum, place_sum
+from srpo.rollout.weights.buckets import add_sums, bit_sum, bit_sums, place_sum
 
 STALE = " (packed)"  # suffix of the name under which a kernel's outdated weight is listed
 _HELD = "_srpo_held"  # attribute of a layer: (bit sum, place sum or None) of the weight that its CPU kernel was made from
@@ -116,7 +116,11 @@ class Reloader:
         self._undo.clear()
 
     def _fused_experts(self) -> Iterator[tuple[nn.Module, Any]]:
-        """(layer of experts, its kernel) on the CPU backend."""
+        """(layer of experts, its kernel) on the CPU backend; none elsewhere."""
+        from vllm.platforms import current_platform
+
+        if not current_platform.is_cpu():  # vLLM 0.26 has no such module there
+            return
         from vllm.model_executor.layers.fused_moe.experts.cpu_moe import CPUUnquantizedExperts
 
         for layer in self.model.modules():
@@ -159,12 +163,19 @@ class Reloader:
                 kept.setdefault(id(layer.weight), set()).add(held)
             else:
                 discarded[id(layer.weight)] = held
-        for name, parameter in self.model.named_parameters():
-            value = discarded[id(parameter)] if id(parameter) in discarded else bit_sum(parameter)
-            sums[name] = value
+        parameters = dict(self.model.named_parameters())
+        in_use = [parameter for parameter in parameters.values() if id(parameter) not in discarded]
+        values = discarded | dict(zip(map(id, in_use), bit_sums(in_use), strict=True))
+        for name, parameter in parameters.items():
+            value = sums[name] = values[id(parameter)]
             for held in kept.get(id(parameter), set()) - {value}:
                 sums[name + STALE] = held  # an outdated kernel: the trainer has no group of that name
         return sums
+
+    def of_other_dtype(self, dtype: torch.dtype) -> list[str]:
+        """Names of the floating-point parameters that this vLLM keeps in another dtype than `dtype`, each with its dtype."""
+        named = [(name, p.dtype) for name, p in self.model.named_parameters() if p.is_floating_point()]
+        return [f"{name} ({str(own).removeprefix('torch.')})" for name, own in named if own != dtype]
 
     def places(self) -> dict[str, int | None]:
         """Place sum of each parameter, or of the discarded weight its kernel was made from. Only valid inside `prove` and right

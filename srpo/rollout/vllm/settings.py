@@ -78,3 +78,13 @@ def check_split(path: str | Path, size: int) -> None:
                 f"rollout.vllm.tensor_parallel_size is {size}, and {key} of the model in {str(path)!r} is {config[key]}: set "
                 f"rollout.vllm.tensor_parallel_size to a divisor of {config[key]}"
             )
+
+
+def check_dtypes(others: Sequence[str], dtype: str) -> None:
+    """Raise UserError if vLLM keeps the weights `others` in another format than its own, `dtype`: bit sums could not verify
+    them."""
+    if others:
+        raise UserError(
+            f"vLLM keeps {len(others)} weights of this model, first {others[0]}, in another format than policy.dtype {dtype}, in "
+            "which weights are sent and verified: set policy.dtype to 'float32', or rollout.engine to 'local'"
+        )

@@ -13,13 +13,18 @@ from typing import Any
 
 import torch
 from vllm.model_executor.model_loader import get_model_loader
+from vllm.platforms import current_platform
 
+from srpo.rollout.vllm.older_versions import import_ipc_engine
 from srpo.rollout.vllm.orphan import end_with_trainer
 from srpo.rollout.vllm.reload import KernelWatch, Reloader
+from srpo.rollout.vllm.worker import kv_cache_bytes
 from srpo.rollout.weights.buckets import Bucket, add_sums, bit_sum
 from srpo.rollout.weights.shared_memory import map_segment
 
 end_with_trainer()
+if not current_platform.is_cpu():
+    import_ipc_engine()
 WATCH = KernelWatch()  # must exist before the model is loaded
 
 
@@ -27,8 +32,8 @@ class ShardWorker:
     """Methods added to vLLM's worker. vLLM's loaders cut this worker's shard out of every tensor."""
 
     def srpo_prove(self) -> dict[str, Any]:
-        """Run `Reloader.prove`. Returns bit sum and place sum of each parameter and, from the first worker, the bit sum of each
-        group of the checkpoint."""
+        """Run `Reloader.prove`. Returns bit sum and place sum of each parameter, from the first worker the bit sum of each group
+        of the checkpoint, and the facts of this shard that `VllmBackend.start` returns of the whole."""
         worker: Any = self
         self._srpo_reloader = Reloader(worker, WATCH)
         self._srpo_segments: dict[int, torch.Tensor] = {}
@@ -43,7 +48,13 @@ class ShardWorker:
         if worker.rank == 0:
             dtype = config.model_config.dtype
             add_sums(expected, ((name, bit_sum(t.to(dtype) if t.is_floating_point() else t)) for name, t in checkpoint()))
-        return {"sums": self._srpo_reloader.parameter_sums(), "places": self._srpo_reloader.places(), "checkpoint": expected}
+        return {
+            "sums": self._srpo_reloader.parameter_sums(),
+            "places": self._srpo_reloader.places(),
+            "checkpoint": expected,
+            "kv_cache_bytes": kv_cache_bytes(worker),
+            "other_dtypes": self._srpo_reloader.of_other_dtype(config.model_config.dtype),
+        }
 
     def srpo_transfer_fields(self) -> tuple[list[str], list[str]]:
         """Names of the fields that vLLM's weight transfer takes at initialization, and with each update."""

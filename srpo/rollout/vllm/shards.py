@@ -86,7 +86,12 @@ class ShardsBackend(VllmBackend):
         if self._native:
             self._open_transfer(*self._each("srpo_transfer_fields")[0])
         self._llm.reset_prefix_cache()
-        return {"max_context": config.model_config.max_model_len, "loads": f"vLLM is split over {size} devices"}
+        return {
+            "max_context": config.model_config.max_model_len,
+            "loads": f"vLLM is split over {size} devices",
+            "kv_cache_bytes": min(shard["kv_cache_bytes"] for shard in shards),
+            "other_dtypes": shards[0]["other_dtypes"],
+        }
 
     def begin_weights(self) -> None:
         if self._native:

@@ -23,6 +23,7 @@ from srpo.rollout.vllm.client import Replies, samples_of
 from srpo.rollout.vllm.engine import STATS
 from srpo.rollout.vllm.process import EngineError
 from srpo.rollout.vllm.shared_server import SharedServer
+from srpo.rollout.vllm.trainer_memory import give_back_cache
 from srpo.rollout.weights.cuda_ipc import CudaSender, Exchange
 
 
@@ -105,6 +106,8 @@ class SharedEngine:
         """See `Engine.sync_weights`. Starts once all ranks call it, which they do after receiving their samples, and returns once
         the engine's bit sums are verified. A failure raises EngineError on all ranks."""
         start = time.perf_counter()
+        if self._sender is not None:  # the rank that owns the engine wakes it on this rank's GPU, too
+            give_back_cache(self._sender.device)
         if set(versions := self._exchange(version)) != {version}:
             raise EngineError(f"ranks that share a vLLM called sync_weights with different versions of the weights: {versions}")
         problem = ""
@@ -125,6 +128,7 @@ class SharedEngine:
                 self._server.engine.sync_weights(policy, version)
         elif self._sender is not None:
             self._sender.send(None, policy, version)
+            self._sender.release()
         else:
             for _ in iter_checkpoint_blocks(policy, self._layouts):
                 pass  # takes part in gathering a sharded policy

@@ -71,7 +71,10 @@ def open_shared(
         open_engine = partial(VllmEngine, path, device=parallel.device, dtype=dtype, max_context=max_context, config=config)
         try:
             started = open_engine(command=command, devices=devices, exchange=exchange, routing=routing)
+            started.check_formats()  # in a sync the other ranks would wait for this one
         except UserError as error:
+            if isinstance(started, VllmEngine):
+                started.close()
             started = error
     engine = started if isinstance(started, VllmEngine) else None
     outcome = str(started) if isinstance(started, Exception) else "", engine.max_context if engine else 0

@@ -23,6 +23,7 @@ import torch
 
 from srpo.core.errors import UserError
 from srpo.rollout.engine import SamplingParams
+from srpo.rollout.vllm.older_versions import import_ipc_engine
 from srpo.rollout.vllm.reload import KernelWatch, Reloader
 from srpo.rollout.vllm.server import Group, Response, Routed, serve
 
@@ -54,7 +55,12 @@ class VllmBackend:
             transfer = worker.weight_transfer_engine
             self._open_transfer(_fields(transfer.init_info_cls), _fields(transfer.update_info_cls))
         self._llm.reset_prefix_cache()
-        return {"max_context": config.model_config.max_model_len, "vllm_version": _version(), "loads": loads}
+        return {
+            "max_context": config.model_config.max_model_len,
+            "loads": loads,
+            "kv_cache_bytes": kv_cache_bytes(worker),
+            "other_dtypes": self._reloader.of_other_dtype(config.model_config.dtype),
+        }
 
     def _open(self, settings: dict[str, Any], **extra: Any) -> Any:
         """Load the model, with `extra` as further options of vLLM, and return vLLM's configuration."""
@@ -73,6 +79,7 @@ class VllmBackend:
         else:
             from vllm.config import WeightTransferConfig
 
+            import_ipc_engine()
             options["gpu_memory_utilization"] = settings["gpu_memory_frac"]
             options["weight_transfer_config"] = WeightTransferConfig(backend="ipc")
             options["enable_sleep_mode"] = True
@@ -253,10 +260,9 @@ def _fields(kind: type) -> list[str]:
     return [field.name for field in dataclasses.fields(kind)]
 
 
-def _version() -> str:
-    import vllm
-
-    return vllm.__version__
+def kv_cache_bytes(worker: Any) -> int:
+    """Bytes of a vLLM worker's key-value cache: as they were set, else as it measured them at its start; 0 if it has neither."""
+    return int(worker.cache_config.kv_cache_memory_bytes or getattr(worker, "available_kv_cache_memory_bytes", 0))
 
 
 if __name__ == "__main__":

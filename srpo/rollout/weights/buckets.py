@@ -75,11 +75,20 @@ class Packer:
         return opens, Entry(name, str(dtype).removeprefix("torch."), tuple(shape), offset, num_bytes)
 
 
-@torch.no_grad()
 def bit_sum(tensor: torch.Tensor) -> int:
     """Sum of the bit patterns of a tensor modulo 2^64."""
-    flat = tensor.detach().contiguous().view(-1).view(_INTEGERS[tensor.element_size()])
-    return sum(int(chunk.sum(dtype=torch.int64)) for chunk in flat.split(_chunk_of(flat))) & _MASK
+    return bit_sums([tensor])[0]
+
+
+@torch.no_grad()
+def bit_sums(tensors: Iterable[torch.Tensor]) -> list[int]:
+    """`bit_sum` of each tensor. They are added up on the device of the tensors, one for all, and read from it once."""
+    sums = []
+    for tensor in tensors:
+        flat = tensor.detach().contiguous().view(-1).view(_INTEGERS[tensor.element_size()])
+        parts = [chunk.sum(dtype=torch.int64) for chunk in flat.split(_chunk_of(flat))]
+        sums.append(parts[0] if len(parts) == 1 else torch.stack(parts).sum())  # int64 wraps around, as modulo 2^64
+    return [value & _MASK for value in torch.stack(sums).tolist()] if sums else []
 
 
 @torch.no_grad()

@@ -1,7 +1,8 @@
 """Sends weights to an engine on the same GPU: one CUDA IPC handle per bucket, in the wire format of vLLM's `ipc` weight transfer.
 
 The engine's process maps the staging buffer (no copy through the host), reads the bucket and replies; only then is the next one
-packed. vLLM 0.26 to 0.33 share this wire format, but not their trainer-side helpers, so the payload is built here.
+written into the same buffer. Versions of vLLM share this wire format, but not their trainer-side helpers, so the payload is built
+here.
 """
 
 from __future__ import annotations
@@ -19,7 +20,8 @@ from torch.multiprocessing.reductions import reduce_tensor
 from srpo.core.errors import UserError
 from srpo.policy.checkpoint_names import iter_checkpoint_params
 from srpo.rollout.vllm.process import EngineError, EngineProcess
-from srpo.rollout.weights.buckets import add_sums, bit_sum
+from srpo.rollout.vllm.trainer_memory import give_back_cache
+from srpo.rollout.weights.buckets import add_sums, bit_sums
 
 # One bucket: (checkpoint names, their tensors in the engine's dtype).
 Named = list[tuple[str, torch.Tensor]]
@@ -27,19 +29,32 @@ Named = list[tuple[str, torch.Tensor]]
 Exchange = Callable[[Any], list[Any]]
 
 
-def iter_buckets(params: Iterator[tuple[str, torch.Tensor]], dtype: torch.dtype, bucket_bytes: int) -> Iterator[Named]:
-    """Buckets of consecutive tensors: as many as fit into `bucket_bytes` without gaps; a larger tensor comes alone."""
+@torch.no_grad()
+def iter_buckets(
+    params: Iterator[tuple[str, torch.Tensor]], dtype: torch.dtype, bucket_bytes: int, device: torch.device
+) -> Iterator[tuple[Named, torch.Tensor]]:
+    """Yields (bucket, staging buffer [bytes] uint8 that its tensors are views of), without gaps from the buffer's start on.
+
+    A bucket has as many consecutive tensors as fit into `bucket_bytes`; a larger tensor comes alone. The buffer is on `device`
+    and holds one bucket at a time: the next step overwrites it, and only a tensor that is larger than it replaces it.
+    """
+    buffer = torch.empty(bucket_bytes, dtype=torch.uint8, device=device)
     bucket: Named = []
     filled = 0
     for name, tensor in params:
-        tensor = tensor.detach().to(dtype) if tensor.is_floating_point() else tensor.detach()
-        if bucket and filled + tensor.nbytes > bucket_bytes:
-            yield bucket
+        kind = dtype if tensor.is_floating_point() else tensor.dtype
+        num_bytes = tensor.numel() * kind.itemsize
+        if bucket and (filled + num_bytes > bucket_bytes or filled % kind.itemsize):  # a view begins at a multiple of its items
+            yield bucket, buffer
             bucket, filled = [], 0
-        bucket.append((name, tensor.contiguous()))
-        filled += tensor.nbytes
+        if num_bytes > buffer.numel():
+            buffer = None  # frees it before the larger one is made
+            buffer = torch.empty(num_bytes, dtype=torch.uint8, device=device)
+        place = slice(filled, filled + num_bytes)
+        bucket.append((name, buffer[place].view(kind).view(tensor.shape).copy_(tensor.detach())))
+        filled += num_bytes
     if bucket:
-        yield bucket
+        yield bucket, buffer
 
 
 def describe(bucket: Named) -> dict[str, Any]:
@@ -66,28 +81,27 @@ class CudaSender:
                 raise UserError(f"{name} has expandable_segments:True, whose memory cannot be shared with vLLM: remove it")
         self._bucket_bytes = bucket_bytes
         self._dtype = dtype
-        self._device = device
+        self.device = device
         self._exchange: Exchange = exchange or (lambda x: [x])
         self._policy: weakref.ref[nn.Module] | None = None
         self._sums: dict[str, int] = {}
         self.num_bytes = 0
 
     def send(self, process: EngineProcess | None, policy: nn.Module, version: int) -> dict[str, int]:
-        """Send all weights, request the engine's bit sums (the caller reads the reply), and return the sums they must equal.
-        Collective for a sharded policy: every rank sends to its own engine."""
+        """Send all weights and return the bit sums that the engine's must equal. `release` has to follow, once the engine has
+        ended the update. Collective for a sharded policy: every rank sends to its own engine."""
         self._policy = weakref.ref(policy)
-        uuid = str(torch.cuda.get_device_properties(self._device).uuid)
+        uuid = str(torch.cuda.get_device_properties(self.device).uuid)
         sums: dict[str, int] = {}
         self.num_bytes = 0
         if process is not None:
             process.send("begin")
-        for bucket in iter_buckets(iter_checkpoint_params(policy), self._dtype, self._bucket_bytes):
-            # The handle's arguments do not keep the memory alive; `staging` does, until the engine has replied. Each buffer is
-            # exported once and opened once: memory of an export that is opened twice is never freed.
-            staging = torch.cat([tensor.reshape(-1).view(torch.uint8) for _, tensor in bucket])
+        for bucket, staging in iter_buckets(iter_checkpoint_params(policy), self._dtype, self._bucket_bytes, self.device):
+            # One buffer, exported anew for each bucket: torch counts how often an export is opened and closed, an engine may
+            # close its mapping after each bucket (vLLM 0.26), and memory whose export was closed twice is never freed.
             _, arguments = reduce_tensor(staging)
-            add_sums(sums, [(name, bit_sum(tensor)) for name, tensor in bucket])
-            torch.cuda.synchronize(self._device)
+            add_sums(sums, zip([name for name, _ in bucket], bit_sums([tensor for _, tensor in bucket]), strict=True))
+            torch.cuda.synchronize(self.device)
             handles = {gpu: handle for shared in self._exchange({uuid: arguments}) for gpu, handle in shared.items()}
             problem = None
             if process is not None:
@@ -99,13 +113,18 @@ class CudaSender:
             for error in self._exchange(problem):  # now every worker has read its rank's staging buffer
                 if error is not None:
                     raise error
-            self.num_bytes += staging.nbytes
-            del staging
-        torch.cuda.ipc_collect()
-        if process is not None:
-            process.send("finish", version=version, keep=[])
+            self.num_bytes += sum(tensor.nbytes for _, tensor in bucket)
+            del bucket, staging  # a larger buffer may take its place
         self._sums = sums
         return sums
+
+    def release(self) -> None:
+        """Free the staging buffer, and give the memory back that this process only caches. Call it after `send`, when the engine
+        has ended the update, or failed: vLLM holds its last mapping until then. Collective like `send`: when it returns, all
+        ranks have done so."""
+        torch.cuda.ipc_collect()
+        give_back_cache(self.device)
+        self._exchange(None)
 
     def send_again(self, process: EngineProcess, version: int) -> dict[str, int]:
         """Send a new process the weights of the last `send`.

@@ -19,7 +19,7 @@ from torch import nn
 
 from srpo.core.config.demo import TinyConfig
 from srpo.core.config.train import RolloutConfig, VllmConfig
-from srpo.core.errors import MissingPackage
+from srpo.core.errors import MissingPackage, UserError
 from srpo.policy.checkpoint_names import iter_checkpoint_blocks
 from srpo.policy.model import make_tiny
 from srpo.rollout.engine import SamplingParams
@@ -175,16 +175,28 @@ class HostSender:
 
     def send(self, process: EngineProcess, policy: nn.Module, version: int) -> dict[str, int]:
         process.send("begin")
+        process._sent.clear()  # the end of the last update has unmapped every segment
         for bucket in self.store.write(iter_checkpoint_blocks(policy, {}), version):
             self.engine._send_bucket(process, bucket)
-        process.send("finish", version=version, keep=[segment.key for segment in self.store.segments])
         return self.store.sums
 
+    def release(self) -> None:
+        self.engine.released += 1  # pyright: ignore[reportAttributeAccessIssue]
 
-def test_weights_are_woken_before_a_sync_and_the_cache_after_it(engine_with, policy, update, tmp_path):
-    """Then two copies of the weights never exist, nor weights in transit together with a full cache."""
+
+def test_weights_are_woken_before_a_sync_and_the_cache_after_it(engine_with, policy, update, tmp_path, monkeypatch):
+    """Then two copies of the weights never exist, nor weights in transit together with a full cache. Before either wakes, the
+    trainer gives back the memory that it only caches (CUDA is pretended here)."""
     engine = engine_with(journal=str(tmp_path / "journal"))
-    engine._sender = HostSender(engine)
+    engine._sender, engine._device, engine.released = HostSender(engine), torch.device("cuda"), 0
+
+    def note(word: str) -> None:
+        with (tmp_path / "journal").open("a") as journal:
+            journal.write(word + "\n")
+
+    monkeypatch.setattr(torch.cuda, "synchronize", lambda _: note("wait"))
+    monkeypatch.setattr(torch.cuda, "empty_cache", lambda: note("empty_cache"))
+    monkeypatch.setattr(torch.cuda, "memory_reserved", lambda _: 12345)
     engine.sync_weights(policy, 0)
     check(engine, policy, 0)
     engine.sleep()
@@ -195,13 +207,15 @@ def test_weights_are_woken_before_a_sync_and_the_cache_after_it(engine_with, pol
     engine.sync_weights(policy, 1)
     check(engine, policy, 1)
     done = [name for name, _ in itertools.groupby((tmp_path / "journal").read_text().splitlines())]
-    sync = ["begin", "load", "finish"]
-    assert done == ["start", *sync, "generate", "sleep", "wake ['weights']", *sync, "wake ['kv_cache']", "generate"]
+    sync, give_back = ["begin", "load", "finish"], ["wait", "empty_cache"]
+    woken = [*give_back, "wake ['weights']", *sync, *give_back, "wake ['kv_cache']"]
+    assert done == ["start", *sync, "generate", "sleep", *woken, "generate"]
+    assert engine.stats()["trainer_reserved_bytes"] == 12345 and engine.released == 2
 
 
 def test_an_engine_that_dies_in_its_sleep_is_replaced(engine_with, policy, update):
     engine = engine_with(die="sleep")
-    engine._sender = HostSender(engine)
+    engine._sender, engine.released = HostSender(engine), 0
     engine.sync_weights(policy, 0)
     with pytest.warns(RuntimeWarning, match="failed while falling asleep"):
         engine.sleep()
@@ -209,6 +223,31 @@ def test_an_engine_that_dies_in_its_sleep_is_replaced(engine_with, policy, updat
     engine.sync_weights(policy, 1)
     check(engine, policy, 1)
     assert engine.stats()["num_restarts"] == 1
+
+
+def test_a_restart_has_the_key_value_cache_of_the_first_start(engine_with, policy, tmp_path, monkeypatch):
+    """vLLM demands gpu_memory_frac of the GPU's memory as free at its start, and by now the trainer's state is there."""
+    emptied = []
+    monkeypatch.setattr(torch.cuda, "synchronize", lambda _: None)
+    monkeypatch.setattr(torch.cuda, "empty_cache", lambda: emptied.append(len((tmp_path / "starts").read_text().splitlines())))
+    monkeypatch.setattr(torch.cuda, "memory_reserved", lambda _: 0)
+    engine = engine_with(die="generate:2", facts={"kv_cache_bytes": 777 << 20}, settings=str(tmp_path / "starts"))
+    engine._device = torch.device("cuda")
+    monkeypatch.setattr(VllmEngine, "_environment", {})
+    engine.sync_weights(policy, 0)
+    with pytest.warns(RuntimeWarning, match="restarting vLLM"):
+        check(engine, policy, 0)
+    first, second = map(json.loads, (tmp_path / "starts").read_text().splitlines())
+    assert first["kv_cache_bytes"] == 1 << 30 and first["gpu_memory_frac"] == VllmConfig().gpu_memory_frac
+    assert second == first | {"kv_cache_bytes": 777 << 20, "gpu_memory_frac": 0.01}
+    assert emptied == [1]  # between the two starts
+
+
+def test_a_model_that_vllm_keeps_in_two_formats_is_refused_before_anything_is_sent(engine_with, policy):
+    engine = engine_with(facts={"other_dtypes": ["model.layers.1.mlp.gate.bias (float32)"]}, die="begin")
+    with pytest.raises(UserError, match=r"keeps 1 weights of this model, first model.layers.1.mlp.gate.bias \(float32\)"):
+        engine.sync_weights(policy, 0)
+    assert engine.stats()["num_restarts"] == 0
 
 
 def test_nothing_is_sampled_after_a_sync_that_the_trainer_broke_off(engine_with, policy, update, monkeypatch):

@@ -1,5 +1,4 @@
-"""Ranks that share an engine: threads of one process on a fake engine (tests/helpers/fake_engine.py), and processes under
-torchrun at the end."""
+"""Ranks that share an engine: threads of one process on tests/helpers/fake_engine.py, and processes under torchrun at the end."""
 
 from __future__ import annotations
 
@@ -20,6 +19,7 @@ from typing import Any
 
 import pytest
 import torch
+from threads_meet import Meeting, both
 from torch import nn
 
 from srpo.core.config.demo import TinyConfig
@@ -35,30 +35,12 @@ from srpo.rollout.vllm.shared_engine import SharedEngine
 from srpo.rollout.vllm.shared_server import SharedServer
 from srpo.rollout.vllm.shared_start import check_groups, open_shared
 from srpo.rollout.weights import cuda_ipc
-from srpo.rollout.weights.cuda_ipc import CudaSender, Exchange
+from srpo.rollout.weights.cuda_ipc import CudaSender
 
 FAKE = Path(__file__).resolve().parents[2] / "helpers" / "fake_engine.py"
 HELPER, ROOT = FAKE.with_name("shared_ranks.py"), FAKE.parents[2]
 PARAMS = SamplingParams(max_new_tokens=2, group_size=2)
 Pair = tuple[SharedEngine, SharedEngine]
-
-
-class Meeting:
-    """`Exchange` among threads."""
-
-    def __init__(self, size: int) -> None:
-        self._values: list[Any] = [None] * size
-        self._barrier = threading.Barrier(size, timeout=30)
-
-    def of(self, rank: int) -> Exchange:
-        def exchange(x: Any) -> list[Any]:
-            self._values[rank] = x
-            self._barrier.wait()
-            values = list(self._values)
-            self._barrier.wait()
-            return values
-
-        return exchange
 
 
 @pytest.fixture(scope="module")
@@ -89,12 +71,6 @@ def pair_with(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, forks: None) -> I
     for first, second in opened:
         second.close()
         first.close()
-
-
-def both(*work: Callable[[], Any]) -> list[Any]:
-    """Results of the functions, which run in parallel and must end within a minute."""
-    with ThreadPoolExecutor(len(work)) as pool:
-        return [future.result(timeout=60) for future in [pool.submit(one) for one in work]]
 
 
 def sync(pair: Pair, policy: nn.Module, version: int) -> None:
@@ -284,14 +260,19 @@ def test_ranks_find_one_another_and_leave_no_socket(tmp_path, policy, monkeypatc
     assert [path.name for path in tmp_path.iterdir()] == ["config.json"]
 
 
-@pytest.mark.parametrize("how", ["no checkpoint", "it ends", "two hosts"])
+@pytest.mark.usefixtures("forks")
+@pytest.mark.parametrize("how", ["no checkpoint", "it ends", "two hosts", "two formats"])
 def test_an_engine_that_does_not_start_is_an_error_on_both_ranks(tmp_path, monkeypatch, how):
     monkeypatch.setattr("tempfile.tempdir", str(tmp_path))
     if how != "no checkpoint":
         (tmp_path / "config.json").write_text("{}")
     hosts = ("a", "b") if how == "two hosts" else ("a", "a")
-    first, second = open_both(tmp_path, monkeypatch, ("-c", "raise SystemExit('no luck')"), hosts)
-    expected = {"no checkpoint": "no model in", "it ends": "no luck", "two hosts": "a has 1 ranks"}[how]
+    tricks = json.dumps({"marker": str(tmp_path / "failed"), "facts": {"other_dtypes": ["gate (float32)"]}})
+    command = (str(FAKE), tricks) if how == "two formats" else ("-c", "raise SystemExit('no luck')")
+    first, second = open_both(tmp_path, monkeypatch, command, hosts)
+    expected = {"no checkpoint": "no model in", "it ends": "no luck", "two hosts": "a has 1 ranks", "two formats": "first gate"}[
+        how
+    ]
     assert isinstance(first, ValueError) and isinstance(second, ValueError)
     assert expected in str(first) and expected in str(second)
     assert how == "two hosts" or str(second).startswith("the vLLM of rank 0, which rank 1 shares, does not start")
@@ -310,28 +291,27 @@ def test_each_gpu_s_worker_gets_the_handle_of_its_own_rank(policy, monkeypatch, 
             if fails and len(updates) == 2:
                 raise EngineError("out of luck")
 
-    monkeypatch.setattr(cuda_ipc, "reduce_tensor", lambda tensor: (None, (threading.current_thread().name, tensor.numel())))
+    monkeypatch.setattr(cuda_ipc, "reduce_tensor", lambda _: (None, threading.current_thread().name))
     monkeypatch.setattr(torch.cuda, "get_device_properties", lambda _: SimpleNamespace(uuid=threading.current_thread().name))
     monkeypatch.setattr(torch.cuda, "synchronize", lambda _: None)
     monkeypatch.setattr(torch.cuda, "ipc_collect", lambda: None)
     meeting = Meeting(2)
 
-    def send(rank: int) -> dict[str, int] | EngineError:
+    def send(rank: int) -> tuple[dict[str, int], None] | EngineError:
         threading.current_thread().name = f"gpu {rank}"
-        sender = CudaSender(20_000, torch.float32, torch.device("cuda"), meeting.of(rank))
+        sender = CudaSender(20_000, torch.float32, torch.device("cpu"), meeting.of(rank))
         try:
-            return sender.send(Process() if rank == 0 else None, policy, 1)  # pyright: ignore[reportArgumentType]
+            return sender.send(Process() if rank == 0 else None, policy, 1), sender.release()  # pyright: ignore[reportArgumentType]
         except EngineError as error:
             return error
 
     first, second = both(partial(send, 0), partial(send, 1))
     for update in updates:
-        num_bytes = sum(update["tensor_sizes"])
-        assert update["ipc_handles"] == {f"gpu {rank}": (f"gpu {rank}", num_bytes) for rank in (0, 1)}
+        assert update["ipc_handles"] == {f"gpu {rank}": f"gpu {rank}" for rank in (0, 1)}
     if fails:
         assert str(first) == str(second) == "out of luck" and len(updates) == 2
     else:
-        assert first == second and first and len(updates) > 2
+        assert isinstance(first, tuple) and first == second and first[0] and len(updates) > 2
 
 
 def launch(folder: Path, num_ranks: int, *mode: str) -> list[dict[str, Any]]:

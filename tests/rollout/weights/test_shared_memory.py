@@ -25,7 +25,6 @@ from srpo.rollout.weights.buckets import (
     group_of,
     place_sum,
 )
-from srpo.rollout.weights.cuda_ipc import CudaSender, describe, iter_buckets
 from srpo.rollout.weights.shared_memory import WeightStore, map_segment
 
 
@@ -234,24 +233,3 @@ def test_what_is_copied_is_counted_as_it_arrives(monkeypatch, dtype):
     source = torch.randn(70, 101).t()
     target = torch.empty(101, 70, dtype=dtype)
     assert copy_and_sum(target, source) == bit_sum(source.to(dtype)) and torch.equal(target, source.to(dtype))
-
-
-@pytest.mark.parametrize("name", ["PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF"])
-def test_an_allocator_whose_memory_has_no_handles_is_refused(monkeypatch, name):
-    monkeypatch.setenv(name, "max_split_size_mb:64,expandable_segments:True")
-    with pytest.raises(ValueError, match=rf"{name} has expandable_segments"):
-        CudaSender(1 << 20, torch.bfloat16, torch.device("cuda"))
-
-
-def test_chunks_for_handles_hold_whole_tensors_without_gaps(params):
-    buckets = list(iter_buckets(iter(params), torch.float32, 3000))
-    assert [name for bucket in buckets for name, _ in bucket] == [name for name, _ in params]
-    for bucket in buckets:
-        words = describe(bucket)
-        assert sum(words["tensor_sizes"]) <= 3000 or len(bucket) == 1
-        staging = torch.cat([tensor.reshape(-1).view(torch.uint8) for _, tensor in bucket])
-        parts = staging.split(words["tensor_sizes"])  # how vLLM takes it apart
-        for (name, tensor), part, name_, dtype, shape in zip(
-            bucket, parts, words["names"], words["dtype_names"], words["shapes"], strict=True
-        ):
-            assert name == name_ and torch.equal(part.view(getattr(torch, dtype)).view(shape), tensor)
