@@ -228,14 +228,3 @@ def test_head_widths_of_configs() -> None:
     assert list(head_widths(LlamaConfig(hidden_size=96, num_attention_heads=4))) == [(24, 24)]
     latent = DeepseekV3Config(qk_nope_head_dim=128, qk_rope_head_dim=64, v_head_dim=128)
     assert list(head_widths(latent)) == [(192, 128)]
-
-
-def test_float32_on_a_gpu_is_said_once_and_is_no_error(capsys: pytest.CaptureFixture[str]) -> None:
-    gpu = replace(lab.one_process(), device=GPU)
-    check_device(PolicyConfig(), gpu)
-    (line,) = capsys.readouterr().out.splitlines()
-    assert 'policy.dtype to "bfloat16"' in line
-    check_device(PolicyConfig(), replace(gpu, rank=1, world_size=2))
-    check_device(PolicyConfig(dtype="bfloat16"), gpu)
-    check_device(PolicyConfig(), lab.one_process())
-    assert capsys.readouterr().out == ""

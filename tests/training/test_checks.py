@@ -1,19 +1,27 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
+import policy_lab as lab
 import pytest
 import small_world as small
 import torch
 
-from srpo.core.config.train import Config, DataConfig
+from srpo.core.config.dpo import DpoConfig
+from srpo.core.config.sft import SftConfig
+from srpo.core.config.train import Config, DataConfig, PolicyConfig
 from srpo.core.errors import UserError
 from srpo.core.steps import PAPER_STEPS, StepSchema
 from srpo.data.examples import Example
+from srpo.dpo import dpo
+from srpo.judge_training.scalar import train_scalar
 from srpo.rewards.judge import OracleJudge
 from srpo.rollout.engine import SamplingParams
+from srpo.sft import sft
 from srpo.training.checks import (
+    check_device,
     check_examples,
     check_prompt_lengths,
     check_reference,
@@ -22,6 +30,7 @@ from srpo.training.checks import (
     loss_impl,
     seen_in_training,
 )
+from srpo.training.run import Run
 
 GOOD = Config(data=DataConfig(train="pairs.jsonl"))
 SCHEMA = StepSchema(PAPER_STEPS)
@@ -206,3 +215,29 @@ def test_a_loss_kernel_that_cannot_run_here() -> None:
     )
     with pytest.raises(UserError, match=r"^loss\.impl: implementation 'triton' cannot be used because .*: give one of auto, "):
         loss_impl("triton", cpu, torch.float32)
+
+
+def test_float32_on_a_gpu_is_said_once_and_is_no_error(capsys: pytest.CaptureFixture[str]) -> None:
+    gpu = replace(lab.one_process(), device=torch.device("cuda"))
+    check_device(PolicyConfig(), gpu)
+    (line,) = capsys.readouterr().out.splitlines()
+    assert 'policy.dtype to "bfloat16"' in line
+    check_device(PolicyConfig(), replace(gpu, rank=1, world_size=2))
+    check_device(PolicyConfig(dtype="bfloat16"), gpu)
+    check_device(PolicyConfig(), lab.one_process())
+    assert capsys.readouterr().out == ""
+
+
+@pytest.mark.parametrize("program", ["train", "sft", "dpo", "train_judge"])
+def test_training_asks_for_its_attention_before_it_reads_anything(program: str, tmp_path: Path) -> None:
+    """No file that the settings name exists, and the first error is that of the attention."""
+    policy = PolicyConfig(path=str(tmp_path / "absent"), attention="flash_attention_4", dtype="bfloat16")
+    run_dir, one = str(tmp_path / "run"), lab.one_process()
+    start = {
+        "train": lambda: Run.build(Config(run_dir=run_dir, data=DataConfig(train="absent.jsonl"), policy=policy), one),
+        "sft": lambda: sft(SftConfig(run_dir=run_dir, data="absent.jsonl", policy=policy), one),
+        "dpo": lambda: dpo(DpoConfig(run_dir=run_dir, pairs="absent.jsonl", policy=policy), one),
+        "train_judge": lambda: train_scalar(SftConfig(run_dir=run_dir, policy=policy), [], {}, SCHEMA, one),
+    }[program]
+    with pytest.raises(UserError, match=r"policy\.attention is 'flash_attention_4', which needs an NVIDIA GPU"):
+        start()
