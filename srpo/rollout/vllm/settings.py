@@ -86,5 +86,5 @@ def check_dtypes(others: Sequence[str], dtype: str) -> None:
     if others:
         raise UserError(
             f"vLLM keeps {len(others)} weights of this model, first {others[0]}, in another format than policy.dtype {dtype}, in "
-            "which weights are sent and verified: set policy.dtype to 'float32', or rollout.engine to 'local'"
+            "which weights are sent and verified: set rollout.engine to 'local', or policy.dtype to 'float32'"
         )

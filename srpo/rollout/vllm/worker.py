@@ -103,8 +103,8 @@ class VllmBackend:
             if not self._reports_experts:
                 raise
             raise UserError(
-                "rollout.routing is 'replay', and vLLM cannot report the experts of each token here (that needs vLLM 0.26 or "
-                f"later on CUDA): set rollout.routing to 'recompute', or rollout.engine to 'local'. vLLM's error: {error}"
+                "rollout.routing is 'replay', and vLLM cannot report the experts of each token here (that needs CUDA): "
+                f"set rollout.routing to 'recompute', or rollout.engine to 'local'. vLLM's error: {error}"
             ) from error
         config = self._llm.llm_engine.vllm_config
         self._vocab_size = config.model_config.get_vocab_size()
