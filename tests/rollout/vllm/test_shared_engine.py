@@ -6,7 +6,6 @@ import json
 import os
 import subprocess
 import sys
-import threading
 import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -14,7 +13,6 @@ from contextlib import closing
 from functools import partial
 from multiprocessing import Pipe
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -34,8 +32,6 @@ from srpo.rollout.vllm.settings import check_split, derive_seed
 from srpo.rollout.vllm.shared_engine import SharedEngine
 from srpo.rollout.vllm.shared_server import SharedServer
 from srpo.rollout.vllm.shared_start import check_groups, open_shared
-from srpo.rollout.weights import cuda_ipc
-from srpo.rollout.weights.cuda_ipc import CudaSender
 
 FAKE = Path(__file__).resolve().parents[2] / "helpers" / "fake_engine.py"
 HELPER, ROOT = FAKE.with_name("shared_ranks.py"), FAKE.parents[2]
@@ -276,42 +272,6 @@ def test_an_engine_that_does_not_start_is_an_error_on_both_ranks(tmp_path, monke
     assert isinstance(first, ValueError) and isinstance(second, ValueError)
     assert expected in str(first) and expected in str(second)
     assert how == "two hosts" or str(second).startswith("the vLLM of rank 0, which rank 1 shares, does not start")
-
-
-@pytest.mark.parametrize("fails", [False, True])
-def test_each_gpu_s_worker_gets_the_handle_of_its_own_rank(policy, monkeypatch, fails):
-    """CUDA is faked here. A process that fails at a bucket ends the sync on both ranks."""
-    updates: list[dict[str, Any]] = []
-
-    class Process:
-        def send(self, op: str, **arguments: Any) -> None:
-            updates.extend([arguments["update"]] if op == "handles" else [])
-
-        def receive(self) -> None:
-            if fails and len(updates) == 2:
-                raise EngineError("out of luck")
-
-    monkeypatch.setattr(cuda_ipc, "reduce_tensor", lambda _: (None, threading.current_thread().name))
-    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda _: SimpleNamespace(uuid=threading.current_thread().name))
-    monkeypatch.setattr(torch.cuda, "synchronize", lambda _: None)
-    monkeypatch.setattr(torch.cuda, "ipc_collect", lambda: None)
-    meeting = Meeting(2)
-
-    def send(rank: int) -> tuple[dict[str, int], None] | EngineError:
-        threading.current_thread().name = f"gpu {rank}"
-        sender = CudaSender(20_000, torch.float32, torch.device("cpu"), meeting.of(rank))
-        try:
-            return sender.send(Process() if rank == 0 else None, policy, 1), sender.release()  # pyright: ignore[reportArgumentType]
-        except EngineError as error:
-            return error
-
-    first, second = both(partial(send, 0), partial(send, 1))
-    for update in updates:
-        assert update["ipc_handles"] == {f"gpu {rank}": f"gpu {rank}" for rank in (0, 1)}
-    if fails:
-        assert str(first) == str(second) == "out of luck" and len(updates) == 2
-    else:
-        assert isinstance(first, tuple) and first == second and first[0] and len(updates) > 2
 
 
 def launch(folder: Path, num_ranks: int, *mode: str) -> list[dict[str, Any]]:
