@@ -47,8 +47,8 @@ __device__ __forceinline__ void barrier_wait(uint64_t* barrier, uint32_t phase) 
         "}" : "=r"(done) : "r"(address), "r"(parity) : "memory");
     if (!done && clock64() - begin > kLimit) {
       if (threadIdx.x % 32 == 0)
-        printf("stuck: block %d warp %d barrier at %u, phase %u, state %016llx\n", int(blockIdx.x), int(threadIdx.x / 32), address, phase,
-               *reinterpret_cast<volatile unsigned long long*>(barrier));
+        printf("stuck: block %d warp %d barrier at %u, phase %u, state %016llx\n", int(blockIdx.x), int(threadIdx.x / 32),
+               address, phase, *reinterpret_cast<volatile unsigned long long*>(barrier));
       return;
     }
   }

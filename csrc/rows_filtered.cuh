@@ -6,8 +6,8 @@
 namespace srpo {
 namespace {
 
-// A bit per column, set for candidates. The bits of the i-th 16-byte unit of a gradient's row are aligned to their number, so that
-// one test decides about a unit.
+// A bit per column, set for candidates. The bits of the i-th 16-byte unit of a gradient's row are aligned to their number, so
+// that one test decides about a unit.
 template <class T>
 class CandidateBits {
  public:
@@ -16,6 +16,7 @@ class CandidateBits {
 
   __device__ CandidateBits(uint32_t* memory, const Units& u) : words(memory), shift(n - u.head) {}
   __device__ static int num_words(int num_ids) { return (num_ids + n + 31) / 32; }
+  __device__ void clear_word(int i) { words[i] = 0; }
   __device__ void set(int id) { atomicOr(words + (id + shift) / 32, 1u << (id + shift) % 32); }
   __device__ bool has(int id) const { return words[(id + shift) / 32] >> (id + shift) % 32 & 1; }
   __device__ uint32_t of_unit(int i) const { return words[(i + 1) * n / 32] >> (i + 1) * n % 32 & kUnit; }
@@ -46,7 +47,7 @@ __global__ void __launch_bounds__(kRowThreads, 3) rows_filtered(const __grid_con
     const Units u = d ? units_of(d, num_ids) : Units{};
     CandidateBits<T> bits(reinterpret_cast<uint32_t*>(memory), u);
     if (d) {
-      for (int i = thread; i < CandidateBits<T>::num_words(num_ids); i += kRowThreads) reinterpret_cast<uint32_t*>(memory)[i] = 0;
+      for (int i = thread; i < CandidateBits<T>::num_words(num_ids); i += kRowThreads) bits.clear_word(i);
       __syncthreads();
     }
     Partial p = nothing(), q = nothing();

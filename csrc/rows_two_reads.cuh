@@ -1,5 +1,5 @@
-// The kernel for rows without a filter that rows_one_read.cuh does not take. One CTA per row reads it twice, in 16-byte units where
-// addresses allow: any length, stride and alignment. kRef: with reference logits, for the exact KL.
+// The kernel for rows without a filter that rows_one_read.cuh does not take. One CTA per row reads it twice, in 16-byte units
+// where addresses allow: any length, stride and alignment. kRef: with reference logits, for the exact KL.
 #pragma once
 #include "row_math.h"
 #include "vectors.cuh"

@@ -81,8 +81,8 @@ __device__ __forceinline__ void write(uint4* p, const Vector<T>& v) {
   *p = bits;
 }
 
-// `count` elements from `row` on as whole 16-byte units, with `head` elements before the first unit and the others after the last.
-// T rows of any length and stride: only elements have to be aligned.
+// `count` elements from `row` on as whole 16-byte units, with `head` elements before the first unit and the others after the
+// last. Only elements have to be aligned.
 struct Units {
   int head, vectors, edges;  // `edges`: elements that are in no unit, at most 2 (kCount - 1)
 };

@@ -4,9 +4,9 @@
 //   rows_check [dtype=f32|bf16|f16] [T=64] [V=32000] [cluster=-1] [place=in|out|none] [pad=0] [kept=0] [top_k=0] [full=0]
 //              [repeats=1] [seed=1]
 //
-// cluster: CTAs per row, 0: not rows_one_read, -1: the library's choice. place: where the gradient goes. pad: elements between rows.
-// kept: so many random ids are the support; top_k: the kernel finds it. full: the exact KL. Prints one line of JSON. Exits with 0 if
-// everything is right, 1 if something is wrong, 2 after a CUDA error or for arguments that make no sense.
+// cluster: CTAs per row, 0: not rows_one_read, -1: the library's choice. place: where the gradient goes. pad: elements between
+// rows. kept: so many random ids are the support; top_k: the kernel finds it. full: the exact KL. Prints one line of JSON. Exits
+// with 0 if everything is right, 1 if something is wrong, 2 after a CUDA error or for arguments that make no sense.
 #include "rows_cuda.cu"
 
 #include <cmath>
@@ -44,9 +44,9 @@ void check(cudaError_t error, const char* what) {
 
 Options parse(int argc, char** argv) {
   Options o;
-  std::map<std::string, int64_t*> numbers = {{"T", &o.T},       {"V", &o.V},         {"cluster", &o.cluster}, {"pad", &o.pad},
-                                             {"kept", &o.kept}, {"top_k", &o.top_k}, {"full", &o.full},       {"repeats", &o.repeats},
-                                             {"seed", &o.seed}};
+  std::map<std::string, int64_t*> numbers = {{"T", &o.T},         {"V", &o.V},       {"cluster", &o.cluster},
+                                             {"pad", &o.pad},     {"kept", &o.kept}, {"top_k", &o.top_k},
+                                             {"full", &o.full},   {"seed", &o.seed}, {"repeats", &o.repeats}};
   for (int i = 1; i < argc; ++i) {
     const std::string arg = argv[i], name = arg.substr(0, arg.find('=')), value = arg.substr(arg.find('=') + 1);
     if (name == "dtype") o.dtype = value;
@@ -110,8 +110,8 @@ double log_sum_exp(const std::vector<double>& x) {
 
 // One labelled row in double. `support`: its candidates, the label first; x, ref: logits by column; d: the gradient or null.
 template <class E>
-void check_row(const RowArgs& host, int64_t t, const std::vector<int64_t>& support, const E* x, const E* ref, const E* d, float logprob,
-               Report* report) {
+void check_row(const RowArgs& host, int64_t t, const std::vector<int64_t>& support, const E* x, const E* ref, const E* d,
+               float logprob, Report* report) {
   const auto scaled = [&](const E* values) {
     std::vector<double> z;
     for (const int64_t v : support) z.push_back(double(float(values[v])) / kTemperature);
@@ -199,7 +199,8 @@ int run(const Options& o, int32_t dtype) {
   CHECK(cudaEventCreate(&begin)), CHECK(cudaEventCreate(&middle)), CHECK(cudaEventCreate(&end));
   std::vector<float> times, top_k_times;
   std::vector<int64_t> checked;
-  for (int64_t i = 0; i < std::min(kChecked, o.T); ++i) checked.push_back(i * (o.T - 1) / std::max<int64_t>(1, std::min(kChecked, o.T) - 1));
+  const int64_t num_checked = std::min(kChecked, o.T);  // from the first row to the last
+  for (int64_t i = 0; i < num_checked; ++i) checked.push_back(i * (o.T - 1) / std::max<int64_t>(1, num_checked - 1));
   std::vector<std::vector<E>> got(checked.size()), again(checked.size());
   bool repeats_differ = false;
   for (int64_t repeat = 0; repeat < o.repeats; ++repeat) {
@@ -275,8 +276,9 @@ int run(const Options& o, int32_t dtype) {
          "\"registers\": %d, \"local_bytes\": %d}, ",
          plan.cluster, plan.slice_vectors, plan.dynamic_bytes, int(kernel.sharedSizeBytes), plan.max_clusters, kernel.numRegs,
          int(kernel.localSizeBytes));
-  printf("\"logprob_error\": %.3g, \"gradient_error\": %.3g, \"bad\": %lld, \"first_wrong\": [%s], \"repeats_differ\": %s}\n",
-         report.logprob_error, report.gradient_error(), (long long)report.num_wrong, first.c_str(), repeats_differ ? "true" : "false");
+  printf("\"logprob_error\": %.3g, \"gradient_error\": %.3g, \"bad\": %lld, \"repeats_differ\": %s, \"first_wrong\": [%s]}\n",
+         report.logprob_error, report.gradient_error(), (long long)report.num_wrong, repeats_differ ? "true" : "false",
+         first.c_str());
   return ok ? 0 : 1;
 }
 

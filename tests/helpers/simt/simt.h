@@ -73,6 +73,19 @@ struct Thread {
   const char* what = "";
 };
 
+// An mbarrier. The eight bytes in shared memory only stand for it.
+struct TransactionBarrier {
+  int expected = 0, left = 0;
+  int64_t pending = 0;  // announced bytes minus those that have come; may be negative
+  uint32_t phase = 0;   // number of phases that have ended
+
+  void count(int arrivals, int64_t bytes) {
+    left -= arrivals, pending += bytes;
+    if (left < 0) throw std::runtime_error("more arrivals at a barrier than it expects");
+    if (left == 0 && pending == 0) ++phase, left = expected;
+  }
+};
+
 struct World {
   std::vector<Cta> ctas;  // of one cluster
   std::vector<Thread> threads;
@@ -80,6 +93,8 @@ struct World {
   std::function<void()> kernel;
   unsigned grid = 1;
   Meeting cluster;
+  std::map<const void*, TransactionBarrier> barriers;      // by address
+  std::map<const Thread*, std::pair<int, int>> stores;  // bulk stores that have not read shared memory, that have not arrived
   Thread* current = nullptr;
   std::exception_ptr error;  // from a thread
   jmp_buf scheduler;
@@ -179,6 +194,8 @@ inline void run_cluster(unsigned first_block, unsigned cluster, unsigned num_thr
   world.threads.assign(total, Thread());
   world.asynchronous.clear();
   world.cluster = Meeting();
+  world.barriers.clear();
+  world.stores.clear();
   for (unsigned rank = 0; rank < cluster; ++rank) {
     Cta& cta = world.ctas[rank];
     cta.rank = int(rank), cta.block = first_block + rank, cta.num_threads = int(num_threads);
@@ -218,8 +235,8 @@ inline void run_cluster(unsigned first_block, unsigned cluster, unsigned num_thr
       std::string text = "no thread can go on:";
       int shown = 0;
       for (const Thread& thread : world.threads)
-        if (!thread.done && shown++ < 8)
-          text += " block " + std::to_string(thread.cta->block) + " thread " + std::to_string(thread.index) + " waits (" + thread.what + ");";
+        if (!thread.done && thread.index % kWarp == 0 && shown++ < 32)
+          text += " [block " + std::to_string(thread.cta->block) + " thread " + std::to_string(thread.index) + "] " + thread.what;
       throw Stuck(text);
     }
     if (world.random() % 8 == 0) std::swap(order[world.random() % total], order[world.random() % total]);

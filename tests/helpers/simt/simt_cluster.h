@@ -2,39 +2,21 @@
 #pragma once
 #include "simt.h"
 
-namespace simt {
-
-struct TransactionBarrier {
-  int expected = 0, left = 0;
-  int64_t pending = 0;  // announced bytes minus those that have come; may be negative
-  uint32_t phase = 0;   // number of phases that have ended
-
-  void count(int arrivals, int64_t bytes) {
-    left -= arrivals, pending += bytes;
-    if (left < 0) throw std::runtime_error("more arrivals at a barrier than it expects");
-    if (left == 0 && pending == 0) ++phase, left = expected;
-  }
-};
-// By address: the eight bytes in shared memory only stand for a barrier.
-inline std::map<const void*, TransactionBarrier> barriers;
-// Bulk stores of a thread that have not yet read shared memory, and that are not yet in global memory.
-inline std::map<const Thread*, std::pair<int, int>> stores;
-
-}  // namespace simt
-
 namespace srpo {
 
 inline void barrier_init(uint64_t* barrier, uint32_t arrivals) {
   simt::TransactionBarrier b;
   b.expected = b.left = int(arrivals);
-  simt::barriers[barrier] = b;
+  simt::world.barriers[barrier] = b;
 }
 inline void barrier_init_done() {}
-inline void barrier_arrive(uint64_t* barrier) { simt::barriers.at(barrier).count(1, 0); }
-inline void barrier_arrive_expecting(uint64_t* barrier, uint32_t num_bytes) { simt::barriers.at(barrier).count(1, num_bytes); }
+inline void barrier_arrive(uint64_t* barrier) { simt::world.barriers.at(barrier).count(1, 0); }
+inline void barrier_arrive_expecting(uint64_t* barrier, uint32_t num_bytes) {
+  simt::world.barriers.at(barrier).count(1, num_bytes);
+}
 template <bool kFromCluster = false>
 void barrier_wait(uint64_t* barrier, uint32_t phase) {
-  const auto& b = simt::barriers.at(barrier);
+  const auto& b = simt::world.barriers.at(barrier);
   simt::wait(kFromCluster ? "messages of the cluster" : "barrier", [&b, phase] { return ((b.phase ^ phase) & 1) != 0; });
 }
 inline void sync_threads(int number, int num_threads) { simt::meet_cta(number, num_threads, false, "named barrier"); }
@@ -44,15 +26,17 @@ inline void sync_cluster() { simt::meet(simt::world.cluster, int(simt::world.thr
 
 inline uint64_t read_once_policy() { return 0; }
 inline void bulk_load(void* to, const void* from, uint32_t num_bytes, uint64_t* barrier, uint64_t) {
-  if ((uintptr_t(to) | uintptr_t(from) | num_bytes) % 16) throw std::runtime_error("a bulk load that is not in units of 16 bytes");
+  if ((uintptr_t(to) | uintptr_t(from) | num_bytes) % 16)
+    throw std::runtime_error("a bulk load that is not in units of 16 bytes");
   simt::world.asynchronous.push_back([=] {
     memcpy(to, from, num_bytes);
-    simt::barriers.at(barrier).count(0, -int64_t(num_bytes));
+    simt::world.barriers.at(barrier).count(0, -int64_t(num_bytes));
   });
 }
 inline void bulk_store(void* to, const void* from, uint32_t num_bytes) {
-  if ((uintptr_t(to) | uintptr_t(from) | num_bytes) % 16) throw std::runtime_error("a bulk store that is not in units of 16 bytes");
-  auto& mine = simt::stores[&simt::me()];
+  if ((uintptr_t(to) | uintptr_t(from) | num_bytes) % 16)
+    throw std::runtime_error("a bulk store that is not in units of 16 bytes");
+  auto& mine = simt::world.stores[&simt::me()];
   ++mine.first, ++mine.second;
   simt::world.asynchronous.push_back([=, &mine] {
     std::vector<unsigned char> data(num_bytes);
@@ -66,7 +50,7 @@ inline void bulk_store(void* to, const void* from, uint32_t num_bytes) {
 }
 template <bool kArrived>
 void bulk_stores_wait() {
-  const auto& mine = simt::stores[&simt::me()];
+  const auto& mine = simt::world.stores[&simt::me()];
   simt::wait("its bulk stores", [&mine] { return (kArrived ? mine.second : mine.first) == 0; });
 }
 inline void publish_to_copy_engine() {}
@@ -77,7 +61,7 @@ inline void send(uint32_t rank, void* to, uint64_t* barrier, float a, float b, f
   simt::world.asynchronous.push_back([=] {
     const float values[4] = {a, b, c, d};
     memcpy(there, values, 16);
-    simt::barriers.at(counter).count(0, -16);
+    simt::world.barriers.at(counter).count(0, -16);
   });
 }
 
