@@ -24,7 +24,7 @@ from srpo.rollout.vllm.engine import STATS
 from srpo.rollout.vllm.process import EngineError
 from srpo.rollout.vllm.shared_server import SharedServer
 from srpo.rollout.vllm.trainer_memory import give_back_cache
-from srpo.rollout.weights.cuda_ipc import CudaSender, Exchange
+from srpo.rollout.weights.cuda_ipc import CudaSender, Exchange, OwnerFailed
 
 
 class SharedEngine:
@@ -113,6 +113,8 @@ class SharedEngine:
         problem = ""
         try:
             self._sync(policy, version)
+        except OwnerFailed:  # the owner has exchanged its problem in place of its memory's handle
+            raise
         except EngineError as error:
             problem = str(error)
         problems = [message for message in self._exchange(problem) if message]

@@ -67,6 +67,10 @@ def describe(bucket: Named) -> dict[str, Any]:
     }
 
 
+class OwnerFailed(EngineError):
+    """The rank with the engine's process has failed before it sent weights. All ranks know its error now."""
+
+
 class CudaSender:
     """Sends a policy's weights to an engine's process on `device`. If the process fails during a sync, the run ends.
 
@@ -89,7 +93,9 @@ class CudaSender:
 
     def send(self, process: EngineProcess | None, policy: nn.Module, version: int) -> dict[str, int]:
         """Send all weights and return the bit sums that the engine's must equal. `release` has to follow, once the engine has
-        ended the update. Collective for a sharded policy: every rank sends to its own engine."""
+        ended the update. Collective for a sharded policy: every rank sends to its own engine.
+
+        Raises EngineError if the process fails, OwnerFailed on the other ranks if it has failed before."""
         self._policy = weakref.ref(policy)
         uuid = str(torch.cuda.get_device_properties(self.device).uuid)
         sums: dict[str, int] = {}
@@ -102,7 +108,11 @@ class CudaSender:
             _, arguments = reduce_tensor(staging)
             add_sums(sums, zip([name for name, _ in bucket], bit_sums([tensor for _, tensor in bucket]), strict=True))
             torch.cuda.synchronize(self.device)
-            handles = {gpu: handle for shared in self._exchange({uuid: arguments}) for gpu, handle in shared.items()}
+            handles = {}
+            for shared in self._exchange({uuid: arguments}):
+                if not isinstance(shared, dict):
+                    raise OwnerFailed(str(shared))
+                handles |= shared
             problem = None
             if process is not None:
                 try:

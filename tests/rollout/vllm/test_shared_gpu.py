@@ -86,3 +86,26 @@ def test_a_rank_beside_the_engine_gives_its_memory_back_before_either_part_wakes
         engine = SharedEngine(channel, 48, exchange, sender=Sender())  # pyright: ignore[reportArgumentType]
         engine.sync_weights(policy, 3)
     assert done == ["empty_cache", "meet", "send", "release", "meet"] and engine.policy_version == 3
+
+
+def test_an_engine_that_fails_before_it_takes_weights_is_an_error_on_every_rank(policy, monkeypatch):
+    """The owner meets the others with its problem where they expect the handle of its memory."""
+
+    class Engine:
+        def sync_weights(self, policy: nn.Module, version: int) -> None:
+            raise EngineError("did not wake")
+
+    server = SimpleNamespace(busy=threading.Lock(), engine=Engine())
+    monkeypatch.setattr(cuda_ipc, "reduce_tensor", lambda _: (None, "handle"))
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda _: SimpleNamespace(uuid="gpu 1"))
+    monkeypatch.setattr(torch.cuda, "synchronize", lambda _: None)
+    meeting = Meeting(2)
+
+    def sync(rank: int) -> str:
+        sender = CudaSender(20_000, torch.float32, torch.device("cpu"), meeting.of(rank))
+        role: dict[str, Any] = {"server": server} if rank == 0 else {"sender": sender}
+        with closing(Pipe()[0]) as channel, pytest.raises(EngineError) as failure:
+            SharedEngine(channel, 48, meeting.of(rank), **role).sync_weights(policy, 1)
+        return str(failure.value)
+
+    assert both(partial(sync, 0), partial(sync, 1)) == ["did not wake", "did not wake"]
