@@ -105,7 +105,8 @@ def compile_kernels(python: Path) -> None:
     """Build the C++ kernels now instead of at their first use. Without a compiler the reference kernels run, with a message."""
     start = time.monotonic()
     done = subprocess.run([python, "-m", "srpo_kernels.build"], cwd=ROOT, capture_output=True, text=True, check=False)
-    say(f"{done.stdout.strip() or done.stderr.strip()}: {time.monotonic() - start:.0f} s")
+    lines = (done.stdout.strip() or done.stderr.strip()).splitlines()
+    say(f"{'; '.join(lines)}: {time.monotonic() - start:.0f} s")
 
 
 def installed(python: Path, name: str) -> str | None:
