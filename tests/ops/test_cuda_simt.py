@@ -161,7 +161,8 @@ def test_ids_that_are_no_columns_make_their_row_not_a_number(library: ctypes.CDL
     labels = torch.tensor([5, 104, 10**9, 7])
     kept = torch.tensor([[1, 2, 104], [1, 2, 3], [1, 2, 3], [1, -1, 3]])
     backend = Emulated(library)
-    for tables in ({"labels": labels}, {"labels": labels, "kept_ids": kept}):
+    both: list[dict[str, Any]] = [{"labels": labels}, {"labels": labels, "kept_ids": kept}]
+    for tables in both:
         logprobs = backend.rows("logprobs", logits, None, tables, without_loss(1.0))[native.ROW_FIELDS.index("logprob")]
         assert logprobs.isnan().tolist() == [len(tables) == 2, True, True, False]
 
