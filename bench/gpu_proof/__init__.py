@@ -1,0 +1,1 @@
+"""Proves a GPU in ten minutes: `python bench/gpu_proof` (docs/gpu_proof.md)."""

@@ -1,0 +1,59 @@
+"""Stage checker: compiles rows_check.cu, which runs the CUDA kernels without torch; once more with a limit on every barrier wait.
+
+In a dry run it is compiled for the CPU, with an emulator in place of CUDA.
+"""
+
+from __future__ import annotations
+
+import shutil
+import subprocess
+import time
+from functools import partial
+from pathlib import Path
+
+from gpu_proof.card import CLUSTER_CAPABILITY, capability, tool
+from gpu_proof.parts import ROOT, Found, Skip, Wrong, figure, run_parts, small, state
+
+SOURCE = Path("bench/gpu_proof/rows_check.cu")
+EMULATOR = Path("tests/helpers/simt")
+VARIANTS = {"rows_check": (), "rows_check_watchdog": ("-DSRPO_WATCHDOG",)}
+
+
+def binary(name: str = "rows_check") -> Path:
+    """Path of a compiled variant. Raises Skip if it has not been built, or is older than its source."""
+    path, source = state() / name, ROOT / SOURCE
+    if not path.is_file() or not source.is_file() or path.stat().st_mtime < source.stat().st_mtime:
+        raise Skip("rows_check is not built: see the stage checker")
+    return path
+
+
+def command(output: Path, flags: tuple[str, ...]) -> list[str]:
+    """The compiler's command for this card, or for the emulator. Raises Skip if something that it needs is missing."""
+    if not (ROOT / SOURCE).is_file():
+        raise Skip(f"{SOURCE} does not exist")
+    if small():
+        if not (ROOT / EMULATOR).is_dir():
+            raise Skip(f"{EMULATOR} does not exist: the emulator that stands in for CUDA")
+        if shutil.which("g++") is None:
+            raise Skip("g++ is not on the PATH")
+        compiler = ["g++", "-std=c++17", "-O2", "-x", "c++", "-I", str(EMULATOR), "-I", "csrc", "-pthread"]
+        return [*compiler, *flags, str(SOURCE), "-o", str(output)]
+    found = capability()
+    if found < CLUSTER_CAPABILITY:
+        raise Skip(f"compute capability {found[0]}.{found[1]}: the CUDA C++ kernels need 9.0")
+    card = f"{found[0]}{found[1]}a"
+    architecture = ["-gencode", f"arch=compute_{card},code=sm_{card}"]
+    return [tool("nvcc"), "-std=c++17", "-O3", "-I", "csrc", *architecture, *flags, str(SOURCE), "-o", str(output)]
+
+
+def build(name: str) -> Found:
+    path = state() / name
+    begin = time.perf_counter()
+    done = subprocess.run(command(path, VARIANTS[name]), cwd=ROOT, capture_output=True, text=True, check=False)
+    if done.returncode:
+        raise Wrong(f"{done.args[0]} failed with exit code {done.returncode}", compiler="\n" + done.stderr[-3000:])
+    return {"figures": [figure("compile", time.perf_counter() - begin, "s")], "command": " ".join(map(str, done.args))}
+
+
+def main() -> None:
+    run_parts({name: partial(build, name) for name in VARIANTS})

@@ -1,0 +1,63 @@
+"""Stage pytest: the committed tests that need a GPU, eight files at once. junit.xml goes to OUT, too."""
+
+from __future__ import annotations
+
+import os
+import re
+import sys
+import xml.etree.ElementTree as ElementTree
+from pathlib import Path
+from typing import Any
+
+from gpu_proof import lab
+from gpu_proof.parts import ROOT, Found, Wrong, figure, needs, small, state
+from gpu_proof.processes import run_capped
+
+LIMIT_S, TEST_LIMIT_S = 145, 60
+_MARKED = re.compile(r"\bmark\.gpu\b")
+
+
+def files() -> list[str]:
+    """The test files that have a test for a GPU; in a dry run the shortest, whose tests then skip."""
+    paths = [path for path in (ROOT / "tests").rglob("test_*.py") if _MARKED.search(path.read_text(encoding="utf-8"))]
+    paths.sort(key=lambda path: path.stat().st_size)
+    return [str(path.relative_to(ROOT)) for path in (paths[:1] if small() else paths)]
+
+
+def outcome(junit: Path) -> tuple[dict[str, int], list[dict[str, Any]]]:
+    """(number of tests by outcome, the failed ones with the end of what they say) from pytest's junit.xml."""
+    counts, failed = {"passed": 0, "failed": 0, "skipped": 0}, []
+    for case in ElementTree.parse(junit).getroot().iter("testcase"):
+        trouble = [child for child in case if child.tag in ("failure", "error")]
+        word = "failed" if trouble else "skipped" if case.find("skipped") is not None else "passed"
+        counts[word] += 1
+        if trouble:
+            test = f"{case.get('classname', '')}.{case.get('name', '')}"
+            failed.append({"test": test, "message": (trouble[0].get("message") or "")[:300]})
+    return counts, failed
+
+
+def run_tests() -> Found:
+    junit, log = state() / "junit.xml", state() / "pytest_output.txt"
+    junit.unlink(missing_ok=True)
+    command = [sys.executable, "-m", "pytest", "-q", "-rf", "-p", "no:cacheprovider", "-m", "gpu and not slow and not nightly"]
+    command += ["--timeout", str(TEST_LIMIT_S), "--junitxml", str(junit), *([] if small() else ["-n", "8"]), *files()]
+    env = {name: value for name, value in os.environ.items() if not name.startswith("PYTEST_")}
+    end = run_capped(command, LIMIT_S, log, env=env, folder=ROOT)
+    output = log.read_text(encoding="utf-8", errors="replace")
+    print(output, flush=True)
+    if not junit.is_file():
+        raise Wrong(
+            f"pytest {'did not end' if end.killed else f'ended with {end.code}'} and left no result", output="\n" + output[-1500:]
+        )
+    counts, failed = outcome(junit)
+    found = {"figures": [figure(word, number, "tests") for word, number in counts.items()]}
+    if failed or end.code or end.killed:
+        words = "the tests were cut" if end.killed else f"{counts['failed']} tests failed, exit code {end.code}"
+        raise Wrong(words, **found, failed_tests=failed[:20], output="\n" + output[-1500:])
+    return found
+
+
+def main() -> None:
+    needs("pytest_timeout", "hypothesis", *(() if small() else ("xdist",)))
+    lab.run({"pytest": run_tests})

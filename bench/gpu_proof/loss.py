@@ -1,0 +1,92 @@
+"""Stages loss_logits and loss_hidden: bench/loss_kernel.py on shapes of real models; its arms are ours and their rivals.
+
+It writes its result after every arm and every round: when its time is over, what it has measured is read.
+"""
+
+from __future__ import annotations
+
+import itertools
+import json
+import os
+import sys
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+from gpu_proof import lab
+from gpu_proof.parts import ROOT, Found, Wrong, figure, small, state
+from gpu_proof.processes import run_capped
+
+OURS = ("srpo/", "copy", "matmul")
+QUICK = ("srpo", "liger", "eager")  # beside the first shape, which has all arms
+BOUNDS = {"hidden": "matmul"}  # of every other form: copy
+# name -> (flags, seconds)
+LOGITS = {
+    "bf16 8192 x 151936": ("--dtype bf16 --tokens 8192 --vocab 151936 --top-k 100 --rounds 7", 60),
+    "fp32 4096 x 151936": ("--dtype fp32 --tokens 4096 --vocab 151936 --rounds 5 --arms " + " ".join(QUICK), 25),
+    "bf16 8192 x 128256": ("--dtype bf16 --tokens 8192 --vocab 128256 --rounds 5 --arms " + " ".join(QUICK), 25),
+}
+HIDDEN = {"bf16 8192 x 4096 x 151936": ("--dtype bf16 --tokens 8192 --vocab 151936 --hidden 4096 --rounds 5 --warmup 1", 70)}
+SMALL = "--device cpu --tokens 64 --vocab 1000 --rounds 2 --warmup 1 --arms srpo eager"
+SMALL_LOGITS = {"fp32 64 x 1000": (f"{SMALL} --top-k 20", 60)}
+SMALL_HIDDEN = {"fp32 64 x 64 x 1000": (f"{SMALL} --hidden 64", 60)}
+BYTES_PER_LOGIT = {"bf16": 6, "fp32": 12}  # the logits, a pristine copy, a gradient
+
+
+def least_memory(flags: list[str]) -> int:
+    """Bytes without which not even the bound could run."""
+    value = dict(itertools.pairwise(flags))
+    logits = int(value["--tokens"]) * int(value["--vocab"]) * BYTES_PER_LOGIT.get(value.get("--dtype", "fp32"), 12)
+    return logits + 8 * int(value["--vocab"]) * int(value.get("--hidden", 0))
+
+
+def bench(name: str, arguments: str, limit_s: float, form: str) -> Found:
+    flags = arguments.split()
+    lab.needs_memory(least_memory(flags))
+    path = state() / f"loss_{name.replace(' ', '_')}.json"
+    path.unlink(missing_ok=True)
+    log = path.with_suffix(".log")
+    command = [sys.executable, "-u", str(ROOT / "bench" / "loss_kernel.py"), *flags, "--json", str(path)]
+    end = run_capped(command, limit_s, log, env=os.environ, folder=ROOT)
+    print(log.read_text(encoding="utf-8", errors="replace"), flush=True)
+    if not path.is_file():
+        raise Wrong(f"no result, {'killed' if end.killed else 'exit code'} {end.code}", output=_tail(log))
+    rows = [row for row in json.loads(path.read_text(encoding="utf-8"))["results"] if form != "hidden" or row["form"] == form]
+    found = {"figures": figures(rows), "arms_not_run": not_run(rows), "command": " ".join(["python", *command[2:]])}
+    if end.killed:
+        raise Wrong(f"cut after {limit_s:g} s; the figures are those of the rounds before", **found, output=_tail(log))
+    if end.code:
+        broken = [text for text in found["arms_not_run"] if text.startswith(OURS) and "fail" in text]
+        raise Wrong(f"an arm of ours failed: {broken or 'see the output'}", **found, output=_tail(log))
+    return found
+
+
+def label(row: dict[str, Any]) -> str:
+    return f"{row['form']}, {row['arm']}{', in place' if row['in_place'] and row['arm'] not in ('copy', 'matmul') else ''}"
+
+
+def figures(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Time of each arm beside its bound, which the same rounds measured; its memory and the error of its gradient."""
+    times = {(row["form"], row["arm"]): row["median_ms"] for row in rows if row["median_ms"]}
+    found = []
+    for row in sorted((row for row in rows if row["median_ms"]), key=lambda row: (row["form"], row["median_ms"])):
+        bound = BOUNDS.get(row["form"], "copy")
+        limit = {"floor": times[row["form"], bound], "floor_of": bound} if (row["form"], bound) in times else {}
+        more = {name: row[name] for name in ("peak_extra_bytes", "gradient_error") if row.get(name) is not None}
+        found.append(figure(label(row), row["median_ms"], "ms", arm=row["arm"], **limit, **more))
+    return found
+
+
+def not_run(rows: list[dict[str, Any]]) -> list[str]:
+    """The arms without a time, with the reason."""
+    silent = [row for row in rows if not row["median_ms"]]
+    return [f"{row['arm']} ({row['form']}): {row['skipped'] or row.get('failed') or 'not reached'}" for row in silent]
+
+
+def _tail(log: Path) -> str:
+    return "\n" + log.read_text(encoding="utf-8", errors="replace")[-1500:]
+
+
+def main(form: str) -> None:
+    shapes = {"logits": SMALL_LOGITS if small() else LOGITS, "hidden": SMALL_HIDDEN if small() else HIDDEN}[form]
+    lab.run({name: partial(bench, name, flags, limit_s, form) for name, (flags, limit_s) in shapes.items()})

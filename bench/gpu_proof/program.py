@@ -1,0 +1,84 @@
+"""The command line of `python bench/gpu_proof`. Needs no package."""
+
+from __future__ import annotations
+
+import argparse
+import os
+import resource
+import shutil
+import signal
+import subprocess
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from types import FrameType
+
+from gpu_proof.report import write_report
+from gpu_proof.runner import Runner
+from gpu_proof.stages import STAGES
+from gpu_proof.summary import line_of, summary
+
+CHART_S = 20
+KEPT = ("junit.xml",)  # files that a stage leaves in the state folder for OUT
+
+
+def parse(argv: Sequence[str] | None) -> argparse.Namespace:
+    """The flags. Exits with status 2 if they are invalid."""
+    names = [stage.name for stage in STAGES]
+    cache = Path(os.environ.get("SRPO_CACHE_DIR") or Path.home() / ".cache" / "srpo")
+    parser = argparse.ArgumentParser(prog="gpu_proof", description="Proves this machine's GPU: docs/gpu_proof.md.")
+    parser.add_argument("--deadline", type=float, default=600.0, metavar="SECONDS", help="end by then (default 600)")
+    parser.add_argument(
+        "--only", nargs="+", choices=names, default=[], metavar="STAGE", help=f"no others than: {', '.join(names)}"
+    )
+    parser.add_argument("--again", nargs="+", choices=names, default=[], metavar="STAGE", help="stages to run though they passed")
+    parser.add_argument("--out", type=Path, help="folder of the results (default: $OUT, else runs/gpu_proof)")
+    parser.add_argument("--state", type=Path, help="folder that a second call goes on from (default: in ~/.cache/srpo)")
+    parser.add_argument("--wheels", type=Path, help="folder of wheels and zips to unpack for the stages")
+    parser.add_argument("--dry-run", action="store_true", help="the same code, small, on a CPU; writes to OUT only")
+    options = parser.parse_args(argv)
+    if options.deadline < 20:
+        parser.error(f"--deadline is {options.deadline:g}: give at least 20 seconds")
+    if options.wheels is not None and not options.wheels.is_dir():
+        parser.error(f"--wheels is {options.wheels}, which is no folder: give the folder that holds them")
+    options.out = options.out or Path(os.environ.get("OUT") or "runs/gpu_proof")
+    options.state = options.state or cache / ("gpu_proof_dry_run" if options.dry_run else "gpu_proof")
+    return options
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run the stages, print the summary, write the report. Exit code 0: something passed and nothing failed."""
+    options = parse(argv)
+    out, state = options.out.resolve(), options.state.resolve()
+    resource.setrlimit(resource.RLIMIT_CORE, (0, resource.getrlimit(resource.RLIMIT_CORE)[1]))  # SIGABRT asks for stacks alone
+    if options.wheels is not None:
+        os.environ["GPU_PROOF_WHEELS"] = str(options.wheels.resolve())
+    runner = Runner(STAGES, out, state, dry_run=options.dry_run, say=lambda entry: print(line_of(entry), flush=True))
+
+    def interrupted(_number: int, _frame: FrameType | None) -> None:
+        runner.stop()
+
+    for number in (signal.SIGTERM, signal.SIGINT):
+        signal.signal(number, interrupted)
+    runner.run(options.deadline, only=options.only, again=options.again)
+    text = summary(STAGES, runner.entries, runner.key)
+    print(text, flush=True)
+    (out / "summary.txt").write_text(text + "\n", encoding="utf-8")
+    for name in KEPT:
+        if (state / name).is_file():
+            shutil.copy(state / name, out / name)
+    for path in write_report(runner.entries, out, dry_run=options.dry_run):
+        print(_chart(path, runner), flush=True)
+    statuses = [entry["status"] for entry in runner.entries.values()]
+    return 0 if "ok" in statuses and "failed" not in statuses else 1
+
+
+def _chart(path: Path, runner: Runner) -> str:
+    """Draw a result file in a process of its own: matplotlib may be missing."""
+    command = [sys.executable, "-m", "gpu_proof.chart", str(path)]
+    try:
+        done = subprocess.run(command, capture_output=True, text=True, timeout=CHART_S, env=runner.environment(path), check=False)
+    except subprocess.TimeoutExpired:
+        return f"{path}, without a chart: drawing took more than {CHART_S} s"
+    reason = (done.stderr.strip().splitlines() or ["?"])[-1]
+    return f"{path} and its chart" if done.returncode == 0 else f"{path}, without a chart: {reason}"
