@@ -5,6 +5,7 @@
 #   ACCELERATOR=cpu          auto (default: gpu if nvidia-smi lists one), cpu or gpu
 #   TORCH_CPU_INDEX=URL      index for the CPU build of torch, used if the package index serves only the CUDA build
 #   DEMO_ARGS, TEST_ARGS     further flags of `srpo.demo` and `pytest`
+#   GPU_PROOF_ARGS           flags of `make gpu-proof`
 #   TEST_JOBS=2              number of test files that run at once; a test uses one core, or two if it starts two ranks
 
 PYTHON ?= python3
@@ -12,6 +13,7 @@ VENV ?= .venv
 ACCELERATOR ?= auto
 DEMO_ARGS ?=
 TEST_ARGS ?=
+GPU_PROOF_ARGS ?=
 TEST_JOBS ?= 2
 
 # The commands behind `make demo` and `make demo-esci`.
@@ -34,7 +36,7 @@ export GOMP_SPINCOUNT = 1000
 # Torch allocates large tensors in huge pages: on a CPU the page faults of 4-KiB pages cost a tenth of a training step.
 export THP_MEM_ALLOC_ENABLE = 1
 
-.PHONY: help demo demo-esci test lint types unit nightly golden bench format vllm megablocks clean
+.PHONY: help demo demo-esci test lint types unit nightly golden bench gpu-proof format vllm megablocks clean
 .DEFAULT_GOAL := help
 
 help: ## list the targets
@@ -69,6 +71,10 @@ golden: $(VENV)/.ready-test ## rewrite tests/golden; commit the diff with the re
 
 bench: $(VENV)/.ready-bench ## time the same training step in srpo and in TRL, in alternation
 	$(RUN) bench/end_to_end.py
+
+# Without .venv the Python of the machine: a lent one has torch, and no time for a set-up.
+gpu-proof: ## prove this machine's GPU in ten minutes, without a download (docs/gpu_proof.md)
+	$(if $(wildcard $(RUN)),$(RUN),$(PYTHON)) bench/gpu_proof $(GPU_PROOF_ARGS)
 
 format: $(VENV)/.ready-test ## ruff: fix and format the code
 	$(RUN) -m ruff check --fix .

@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib
 import json
 import os
+import subprocess
 import sys
 import threading
 import time
@@ -63,9 +64,7 @@ def test_a_stage_that_ends_and_one_that_fails(make: Any, tmp_path: Path) -> None
     found = lines(tmp_path / "out" / "results.jsonl")
     assert {name: entry["status"] for name, entry in found.items()} == {
         "good": "ok",
-        "bad": "failed",
-        "silent": "failed",
-        "absent": "skipped",
+        **{"bad": "failed", "silent": "failed", "absent": "skipped"},
     }
     assert found["good"]["parts"] == [{"part": "one", "status": "ok", "figures": []}]
     assert found["bad"]["code"] == 3 and "boom" in found["bad"]["tail"] and "exit code 3" in found["bad"]["reason"]
@@ -84,7 +83,7 @@ def running(pid: int) -> bool:
 
 def test_a_stage_that_hangs_shows_its_stacks_and_dies_with_its_children(make: Any, tmp_path: Path) -> None:
     pid = tmp_path / "pid"
-    make(hangs=(WRITES + HANGS, str(pid)), next=WRITES, caps={"hangs": 4}).run(90)
+    make(hangs=(WRITES + HANGS, str(pid)), next=WRITES, caps={"hangs": 2}).run(90)
     found = lines(tmp_path / "out" / "results.jsonl")
     assert found["hangs"]["status"] == "failed" and "limit" in found["hangs"]["reason"]
     assert len(found["hangs"]["parts"]) == 1  # what it found before
@@ -110,12 +109,14 @@ def test_nonsense_is_kept_out_of_the_results(make: Any, tmp_path: Path) -> None:
     assert (tmp_path / "out" / "logs.txt").stat().st_size < 400_000
 
 
-def test_the_deadline_cuts_and_the_next_call_goes_on(make: Any, tmp_path: Path, proof: SimpleNamespace) -> None:
+def test_the_deadline_cuts_and_the_next_call_goes_on(
+    make: Any, tmp_path: Path, proof: SimpleNamespace, monkeypatch: pytest.MonkeyPatch
+) -> None:
     counter = tmp_path / "count"
     counts = f"p = __import__('pathlib').Path({str(counter)!r}); p.write_text(p.read_text() + 'x' if p.exists() else 'x'); "
     slow = "import time; time.sleep(60); "
-    least, end = proof.runner.LEAST_S, proof.runner.END_S
-    make(first=counts + WRITES, second=slow + WRITES, third=WRITES).run(end + least + 2)
+    monkeypatch.setattr(proof.runner, "LEAST_S", 1.0)
+    make(first=counts + WRITES, second=slow + WRITES, third=WRITES).run(proof.runner.END_S + 6)
     found = lines(tmp_path / "out" / "results.jsonl")
     assert {name: entry["status"] for name, entry in found.items()} == {"first": "ok", "second": "cut", "third": "cut"}
     assert "no time was left" in found["third"]["reason"]
@@ -175,7 +176,8 @@ def test_lanes_run_beside_each_other_and_a_stage_waits_for_the_other_lane(proof:
         stages, tmp_path / "out", tmp_path / "state", dry_run=True, say=lambda entry: order.append(entry["stage"])
     )
     runner.run(60)
-    assert order == ["card", "compile", "uses"]
+    assert sorted(order) == ["card", "compile", "uses"] and order[-1] == "uses"
+    assert {entry["status"] for entry in lines(tmp_path / "out" / "results.jsonl").values()} == {"ok"}
 
 
 @pytest.mark.parametrize(
@@ -282,12 +284,20 @@ def test_lanes_share_the_cores(proof: SimpleNamespace) -> None:
     assert proof.runner.lane_cores("gpu", [0, 1]) == proof.runner.lane_cores("cpu", [0, 1]) == {0, 1}
 
 
-def test_a_machine_without_a_gpu_says_so_in_every_stage(proof: SimpleNamespace, tmp_path: Path, monkeypatch: Any) -> None:
-    """No stage may fail with a traceback because nvidia-smi is missing."""
-    monkeypatch.setenv("PATH", os.path.dirname(sys.executable))
-    stages = [stage for stage in proof.stages.STAGES if stage.name in ("env", "checker", "rows", "memcheck", "ncu")]
-    runner = proof.runner.Runner(stages, tmp_path / "out", tmp_path / "state", dry_run=False, say=lambda entry: None)
-    runner.run(60)
+def test_a_machine_without_a_gpu_says_so_in_every_stage(proof: SimpleNamespace, tmp_path: Path) -> None:
+    """No stage fails because nvidia-smi is missing; nothing is proved, so the exit code is 1."""
+    env = {**os.environ, "PATH": "/nonexistent", "OUT": str(tmp_path / "out"), "CUDA_VISIBLE_DEVICES": ""}
+    skipping = [stage.name for stage in proof.stages.STAGES if stage.name != "libraries"]
+    command = [sys.executable, str(BENCH / "gpu_proof"), "--state", str(tmp_path / "state"), "--only", *skipping]
+    done = subprocess.run(command, env=env, capture_output=True, text=True, check=False)
+    assert done.returncode == 1, done.stderr
     found = lines(tmp_path / "out" / "results.jsonl")
-    assert {entry["status"] for entry in found.values()} == {"skipped"}
-    assert found["env"]["reason"] == "no NVIDIA GPU: nvidia-smi is missing or lists none"
+    assert {name: entry["status"] for name, entry in found.items()} == dict.fromkeys(skipping, "skipped"), done.stdout
+    assert found["env"]["reason"] == found["sampling"]["reason"] == "no NVIDIA GPU: nvidia-smi is missing or lists none"
+    assert "16 skipped" in (tmp_path / "out" / "summary.txt").read_text(encoding="utf-8").splitlines()[-1]
+
+
+def test_a_package_that_is_missing_skips_its_stage(proof: SimpleNamespace, make: Any, tmp_path: Path) -> None:
+    make(stage="from gpu_proof.enter import enter; enter('ceilings', 'torch,no_such_package')").run(60)
+    entry = lines(tmp_path / "out" / "results.jsonl")["stage"]
+    assert (entry["status"], entry["reason"]) == ("skipped", "no_such_package is not installed")

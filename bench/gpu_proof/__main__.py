@@ -6,7 +6,7 @@ import sys
 from pathlib import Path
 
 if __name__ == "__main__":
-    sys.path[0] = str(Path(__file__).resolve().parents[1])  # this folder is the package gpu_proof of bench/
+    sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # this folder is the package gpu_proof of bench/
     from gpu_proof.program import main
 
     sys.exit(main())

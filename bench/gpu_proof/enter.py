@@ -1,6 +1,6 @@
 """Runs one stage in this process: `python -m gpu_proof.enter MODULE PACKAGES [ARGUMENT ...]`; packages are joined by commas.
 
-A package that is missing skips the stage before its module imports it.
+A stage that needs packages needs the card, too: both are looked for before its module imports anything.
 """
 
 from __future__ import annotations
@@ -8,13 +8,17 @@ from __future__ import annotations
 import importlib
 import sys
 
-from gpu_proof.parts import Skip, needs, write
+from gpu_proof.card import capability
+from gpu_proof.parts import Skip, needs, small, write
 
 
 def enter(module: str, packages: str, *arguments: str) -> None:
     """Run `main(*arguments)` of a module; a stage that cannot run on this machine writes its reason."""
     try:
-        needs(*filter(None, packages.split(",")))
+        if packages:
+            needs(*packages.split(","))
+            if not small():
+                capability()
         importlib.import_module(f"gpu_proof.{module}").main(*arguments)
     except Skip as reason:
         print(f"skipped: {reason}", flush=True)

@@ -8,7 +8,7 @@ from functools import partial
 from pathlib import Path
 
 from gpu_proof.card import CLUSTER_CAPABILITY, capability, tool
-from gpu_proof.parts import Found, Skip, figure, run_parts, small
+from gpu_proof.parts import Found, Skip, figure, needs, run_parts, small
 
 
 def timed(build: Callable[[], Path]) -> Found:
@@ -30,6 +30,7 @@ def cuda() -> Found:
 
 
 def main() -> None:
+    needs("torch")  # which the package imports
     from srpo_kernels.build import build_cpu
 
     run_parts({"cuda": cuda, "cpu": partial(timed, build_cpu)})

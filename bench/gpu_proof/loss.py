@@ -17,7 +17,8 @@ from gpu_proof import lab
 from gpu_proof.parts import ROOT, Found, Wrong, figure, small, state
 from gpu_proof.processes import run_capped
 
-OURS = ("srpo/", "copy", "matmul")
+BOUND_ARMS = ("copy", "matmul")
+OURS = ("srpo/", *BOUND_ARMS)
 QUICK = ("srpo", "liger", "eager")  # beside the first shape, which has all arms
 BOUNDS = {"hidden": "matmul"}  # of every other form: copy
 # name -> (flags, seconds)
@@ -51,18 +52,21 @@ def bench(name: str, arguments: str, limit_s: float, form: str) -> Found:
     print(log.read_text(encoding="utf-8", errors="replace"), flush=True)
     if not path.is_file():
         raise Wrong(f"no result, {'killed' if end.killed else 'exit code'} {end.code}", output=_tail(log))
-    rows = [row for row in json.loads(path.read_text(encoding="utf-8"))["results"] if form != "hidden" or row["form"] == form]
+    result = json.loads(path.read_text(encoding="utf-8"))
+    rows = [row for row in result["results"] if form != "hidden" or row["form"] == form]
     found = {"figures": figures(rows), "arms_not_run": not_run(rows), "command": " ".join(["python", *command[2:]])}
     if end.killed:
-        raise Wrong(f"cut after {limit_s:g} s; the figures are those of the rounds before", **found, output=_tail(log))
+        words = f"cut after {limit_s:g} s at {result.get('doing') or 'an unknown arm'}; the figures are those measured before"
+        raise Wrong(words, **found, output=_tail(log))
     if end.code:
-        broken = [text for text in found["arms_not_run"] if text.startswith(OURS) and "fail" in text]
-        raise Wrong(f"an arm of ours failed: {broken or 'see the output'}", **found, output=_tail(log))
+        broken = [text for text in found["arms_not_run"] if text.startswith(OURS) and "failed" in text]
+        raise Wrong(f"exit code {end.code}, of ours: {broken or 'see the output'}", **found, output=_tail(log))
     return found
 
 
 def label(row: dict[str, Any]) -> str:
-    return f"{row['form']}, {row['arm']}{', in place' if row['in_place'] and row['arm'] not in ('copy', 'matmul') else ''}"
+    """An arm as one name; whether a bound works in place tells nothing."""
+    return f"{row['arm']}, {row['form']}{', in place' if row['in_place'] and row['arm'] not in BOUND_ARMS else ''}"
 
 
 def figures(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
@@ -78,9 +82,10 @@ def figures(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
 
 
 def not_run(rows: list[dict[str, Any]]) -> list[str]:
-    """The arms without a time, with the reason."""
-    silent = [row for row in rows if not row["median_ms"]]
-    return [f"{row['arm']} ({row['form']}): {row['skipped'] or row.get('failed') or 'not reached'}" for row in silent]
+    """The arms that failed, were skipped or have no time yet, with the reason."""
+    reasons = [(row, f"failed, {row['failed']}" if row.get("failed") else row["skipped"]) for row in rows]
+    reasons = [(row, reason or "not reached") for row, reason in reasons if reason or not row["median_ms"]]
+    return [f"{label(row)}: {reason}" for row, reason in reasons]
 
 
 def _tail(log: Path) -> str:

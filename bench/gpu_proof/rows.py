@@ -16,7 +16,7 @@ from typing import Any
 from gpu_proof.checker import binary
 from gpu_proof.parts import Found, Wrong, figure, run_parts, small
 
-LIMIT_S, TIMING_LIMIT_S, WATCHDOG_LIMIT_S = 6, 15, 20
+LIMIT_S, TIMING_LIMIT_S, WATCHDOG_LIMIT_S = (30 if small() else 6), 15, 20
 ITEM_BYTES = {"f32": 4, "bf16": 2, "f16": 2}
 SHOWN = ("plan", "bad", "first_wrong", "repeats_differ", "logprob_error", "gradient_error", "error", "at", "line")
 Problem = dict[str, Any]

@@ -25,6 +25,7 @@ from gpu_proof.stages import Stage
 Entry = dict[str, Any]
 END_S = 8.0  # seconds before the deadline that are left for the report
 LEAST_S = 5.0  # a stage is not started with less time
+DRY_RUN_FACTOR = 3  # no card waits for a dry run, and its machine may be busy: its stages get so much more time
 _TAIL = 3000  # characters of a failed stage's log in its result
 
 
@@ -81,13 +82,14 @@ class Runner:
             return
         result, log = self.state / f"{stage.name}.parts.jsonl", self.state / f"{stage.name}.log"
         result.unlink(missing_ok=True)
-        cap = min(stage.cap_s, left)
+        cap_s = stage.cap_s * (DRY_RUN_FACTOR if self.dry_run else 1)
+        cap = min(cap_s, left)
         end = run_capped(stage.command, cap, log, env=self.environment(result), folder=ROOT, cores=cores, stop=self._stop)
         text = log.read_text(encoding="utf-8", errors="replace")
         words = f"killed ({end.killed})" if end.killed else f"exit code {end.code}"
         title = f"##### {stage.name}: {words}, {end.seconds:.1f} s"
         (self.state / "logs" / f"{stage.name}.txt").write_text(f"{title}\n{ends(text)}\n", encoding="utf-8")
-        entry = {"stage": stage.name, **judge(end, read_parts(result), shortened=cap < stage.cap_s)}
+        entry = {"stage": stage.name, **judge(end, read_parts(result), shortened=cap < cap_s)}
         entry |= {"seconds": round(end.seconds, 1), "code": end.code}
         if entry["status"] in ("failed", "cut"):
             entry["tail"] = text[-_TAIL:]

@@ -34,15 +34,19 @@ class Sampling:
 
     def __init__(self, *, real: bool) -> None:
         """real: vLLM; else the local engine."""
-        from srpo.policy.model import Policy, load_policy
+        self.version, self.started, self.real = 0, False, real
+
+    @cached_property
+    def params(self) -> Any:
         from srpo.rollout.engine import SamplingParams
 
-        self.folder = lab.tiny_model(VOCAB)
-        self.policy = Policy(load_policy(self.folder)).to(lab.device(), DTYPE)
-        self.params = SamplingParams(max_new_tokens=12 if small() else 32, group_size=16, stop_ids=(2,), top_k=50)
-        self.version = 0
-        self.started = False
-        self.real = real
+        return SamplingParams(max_new_tokens=12 if small() else 32, group_size=16, stop_ids=(2,), top_k=50)
+
+    @cached_property
+    def policy(self) -> Any:
+        from srpo.policy.model import Policy, load_policy
+
+        return Policy(load_policy(lab.tiny_model(VOCAB))).to(lab.device(), DTYPE)
 
     @cached_property
     def engine(self) -> Any:
@@ -56,7 +60,7 @@ class Sampling:
             raise Skip("the engine did not start")
         self.started = True
         if not self.real:
-            return LocalEngine(load_policy(self.folder), device=lab.device(), dtype=DTYPE, max_context=256)
+            return LocalEngine(load_policy(lab.tiny_model(VOCAB)), device=lab.device(), dtype=DTYPE, max_context=256)
         config = VllmConfig(
             kv_cache_mib=KV_CACHE_MIB,
             gpu_memory_frac=0.2,
@@ -66,9 +70,10 @@ class Sampling:
             timeout_s=60,
             start_timeout_s=110,
         )
-        return VllmEngine(self.folder, device=lab.device(), dtype=DTYPE, max_context=256, config=config)
+        return VllmEngine(lab.tiny_model(VOCAB), device=lab.device(), dtype=DTYPE, max_context=256, config=config)
 
     def start(self) -> Found:
+        lab.needs_memory((KV_CACHE_MIB << 20) + (4 << 30))
         begin = time.perf_counter()
         engine = self.engine
         facts = {"engine": type(engine).__name__, "loads": getattr(engine, "loads", "")}
@@ -197,7 +202,6 @@ def without_vllm() -> Found:
 
 
 def main() -> None:
-    lab.needs_memory(0 if small() else (KV_CACHE_MIB << 20) + (4 << 30))
     parts: dict[str, Callable[[], Found]] = {"vllm": without_vllm}
     if importlib.util.find_spec("vllm") is not None:
         it = Sampling(real=True)

@@ -20,7 +20,7 @@ class Stage:
 
 
 def _enter(module: str, *arguments: str, packages: str = "") -> tuple[str, ...]:
-    """The command that runs a module of this package as a stage, if the packages are installed."""
+    """The command that runs a module of this package as a stage, if the card and the packages are there."""
     return (sys.executable, "-u", "-m", "gpu_proof.enter", module, packages, *arguments)
 
 
@@ -31,7 +31,7 @@ STAGES = (
     Stage("env", "gpu", 4, 30, "what the machine is", _enter("environment")),
     Stage("unpack", "cpu", 8, 60, "packages carried along", _enter("unpack")),
     Stage("checker", "cpu", 10, 90, "the torch-free kernel check compiles", _enter("checker")),
-    Stage("libraries", "cpu", 20, 120, "the kernel libraries compile", _enter("libraries", packages="torch")),
+    Stage("libraries", "cpu", 20, 120, "the kernel libraries compile", _enter("libraries")),
     Stage("rows", "gpu", 40, 110, "the CUDA kernels are right, without torch", _enter("rows"), CHECKER),
     Stage("ceilings", "gpu", 20, 60, "what this card can do", _enter("ceilings", packages="torch"), ("unpack",)),
     Stage("loss_logits", "gpu", 50, 115, "the loss from logits, and rivals", _enter("loss", "logits", packages="torch"), READY),
