@@ -7,6 +7,7 @@ import json
 import os
 import subprocess
 import sys
+import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from types import SimpleNamespace
@@ -68,11 +69,16 @@ def test_rows_of_a_right_kernel_become_a_figure(proof: SimpleNamespace, program:
     assert found["figures"] == [{"name": "time", "value": 1.25, "unit": "ms", "bytes": 2 * 8192 * 151936 * 2}]
     assert found["plan"] == {"cluster": 8}
     assert proof.rows.least_bytes(proof.rows.problem("f32", 3, 8, place="none")) == 3 * 8 * 4
+    found = proof.rows.check(program(prints({**RIGHT, "top_k_ms": 0.5})), None, {**problem, "top_k": 100}, 20, True)
+    assert [(each["value"], each["bytes"]) for each in found["figures"]] == [
+        (1.25, 2 * 8192 * 151936 * 2),
+        (0.5, 8192 * 151936 * 2),
+    ]
 
 
 def test_rows_of_a_wrong_kernel_show_where(proof: SimpleNamespace, program: Any) -> None:
     problem = proof.rows.problem("f32", 5, 4104, cluster=8)
-    with pytest.raises(proof.parts.Wrong, match="wrong values") as wrong:
+    with pytest.raises(proof.parts.Wrong, match=r"wrong values: 3 entries; errors of the gradient 0\.001") as wrong:
         proof.rows.check(program(prints(WRONG, 1)), None, problem, 20, False)
     assert wrong.value.details["first_wrong"] == [[4, 4096, 0.0, 0.5]] and wrong.value.details["repeats_differ"]
     error = {"error": "cudaErrorIllegalAddress", "at": "launch", "line": 7}
@@ -157,6 +163,27 @@ def test_arms_stand_beside_their_bound(proof: SimpleNamespace) -> None:
         "verl, logits, in place: not installed",
         "srpo/triton, logits, in place: failed, RuntimeError: boom",
     ]
+
+
+@pytest.mark.parametrize("own_limit", [False, True])
+def test_a_benchmark_that_is_cut_leaves_its_figures(
+    proof: SimpleNamespace, program: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, own_limit: bool
+) -> None:
+    """At its own limit something hangs; at the stage's end nothing is wrong."""
+    result = {"results": [ROW, ROW | {"arm": "copy", "median_ms": 1.2}], "doing": "round 2 of 7"}
+    (tmp_path / "bench").mkdir()
+    body = f"from pathlib import Path\nPath(sys.argv[-1]).write_text(json.dumps({result!r}))\ntime.sleep(600)"
+    program(body).rename(tmp_path / "bench" / "loss_kernel.py")
+    monkeypatch.setattr(proof.loss, "ROOT", tmp_path)
+    monkeypatch.setenv(proof.parts.STATE, str(tmp_path))
+    monkeypatch.setenv(proof.parts.SMALL, "1")
+    limit = 3.0
+    if not own_limit:
+        monkeypatch.setenv(proof.parts.END, str(time.monotonic() + limit + proof.parts.READING_S))
+    with pytest.raises(proof.parts.Wrong, match="at round 2 of 7") as wrong:
+        proof.loss.bench("name", "--tokens 8 --vocab 8", limit if own_limit else 500, "logits")
+    assert isinstance(wrong.value, proof.parts.Cut) == (not own_limit)
+    assert len(wrong.value.details["figures"]) == 2
 
 
 def test_the_loss_needs_memory_for_its_inputs(proof: SimpleNamespace) -> None:

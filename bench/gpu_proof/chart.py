@@ -10,7 +10,10 @@ from typing import Any
 from gpu_proof.figures import number
 from gpu_proof.report import KEYS
 
-COLORS = ("#0b6e4f", "#1f4e8c", "#b5651d", "#7a3b8f", "#9aa5b1")
+BOUND_ARMS = ("copy", "matmul")
+
+COLORS = {"srpo": "#0b6e4f", "the card itself, and bounds": "#d8b365", "rivals": "#9aa5b1"}
+OURS, BOUND, RIVAL = COLORS.values()
 
 
 def draw(content: dict[str, Any], path: Path) -> bool:
@@ -19,6 +22,7 @@ def draw(content: dict[str, Any], path: Path) -> bool:
 
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
+    from matplotlib.patches import Patch
 
     rows = [figure for figure in content["figures"] if "ratio" in figure]
     if not rows:
@@ -30,8 +34,7 @@ def draw(content: dict[str, Any], path: Path) -> bool:
     height = 0.24 * (len(rows) + len(stages)) + 1.4
     figure, axis = plt.subplots(figsize=(11, height), layout="constrained")
     positions = [row + stages.index(stage) for row, stage in enumerate(of_rows)]  # a gap between stages
-    colors = [COLORS[stages.index(stage) % len(COLORS)] for stage in of_rows]
-    bars = axis.barh(positions, [min(share, 130) for share in shares], color=colors)
+    bars = axis.barh(positions, [min(share, 130) for share in shares], color=[_color(each) for each in rows])
     texts = [_value(each, share) for each, share in zip(rows, shares, strict=True)]
     axis.bar_label(bars, texts, padding=4, fontsize=7)
     axis.set_yticks(positions, labels, fontsize=7)
@@ -42,9 +45,18 @@ def draw(content: dict[str, Any], path: Path) -> bool:
     axis.spines[["top", "right"]].set_visible(False)
     torch_version = content["versions"].get("torch", "?")
     axis.set_title(f"{content['device']}, torch {torch_version}, commit {content['commit']}", fontsize=10, loc="left")
+    handles = [Patch(color=color, label=label) for label, color in COLORS.items()]
+    axis.legend(handles=handles, loc="lower right", fontsize=8, frameon=False)
     figure.savefig(path, dpi=130, format="png")
     plt.close(figure)
     return True
+
+
+def _color(figure: dict[str, Any]) -> str:
+    arm = figure.get("arm", "")
+    if arm in BOUND_ARMS or figure["name"].startswith("ceilings:"):
+        return BOUND
+    return OURS if not arm or arm.startswith("srpo/") else RIVAL
 
 
 def _value(figure: dict[str, Any], share: float) -> str:

@@ -46,14 +46,20 @@ def command(output: Path, flags: tuple[str, ...]) -> list[str]:
     return [tool("nvcc"), "-std=c++17", "-O3", "-I", "csrc", *architecture, *flags, str(SOURCE), "-o", str(output)]
 
 
-def build(name: str) -> Found:
-    path = state() / name
-    begin = time.perf_counter()
-    done = subprocess.run(command(path, VARIANTS[name]), cwd=ROOT, capture_output=True, text=True, check=False)
-    if done.returncode:
-        raise Wrong(f"{done.args[0]} failed with exit code {done.returncode}", compiler="\n" + done.stderr[-3000:])
-    return {"figures": [figure("compile", time.perf_counter() - begin, "s")], "command": " ".join(map(str, done.args))}
+def started(words: list[str]) -> subprocess.Popen[str]:
+    return subprocess.Popen(words, cwd=ROOT, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
+
+
+def finished(words: list[str], compiler: subprocess.Popen[str], begin: float) -> Found:
+    """Wait for a compiler. Raises Wrong with what it says if it fails."""
+    said, line = compiler.communicate()[1], " ".join(words)
+    if compiler.returncode:
+        raise Wrong(f"the compiler failed with exit code {compiler.returncode}", command=line, compiler="\n" + said[-3000:])
+    return {"figures": [figure("compile", time.perf_counter() - begin, "s")], "command": line}
 
 
 def main() -> None:
-    run_parts({name: partial(build, name) for name in VARIANTS})
+    """Both variants at once."""
+    begin, commands = time.perf_counter(), {name: command(state() / name, flags) for name, flags in VARIANTS.items()}
+    compilers = {name: started(words) for name, words in commands.items()}
+    run_parts({name: partial(finished, words, compilers[name], begin) for name, words in commands.items()})

@@ -10,10 +10,10 @@ from pathlib import Path
 from typing import Any
 
 from gpu_proof import lab
-from gpu_proof.parts import ROOT, Found, Wrong, figure, needs, small, state
+from gpu_proof.parts import ROOT, Cut, Found, Wrong, figure, needs, small, state, time_for
 from gpu_proof.processes import run_capped
 
-LIMIT_S, TEST_LIMIT_S = 145, 60
+LIMIT_S, TEST_LIMIT_S = 141, 60
 _MARKED = re.compile(r"\bmark\.gpu\b")
 
 
@@ -43,13 +43,13 @@ def run_tests() -> Found:
     command = [sys.executable, "-m", "pytest", "-q", "-rf", "-p", "no:cacheprovider", "-m", "gpu and not slow and not nightly"]
     command += ["--timeout", str(TEST_LIMIT_S), "--junitxml", str(junit), *([] if small() else ["-n", "8"]), *files()]
     env = {name: value for name, value in os.environ.items() if not name.startswith("PYTEST_")}
-    end = run_capped(command, LIMIT_S, log, env=env, folder=ROOT)
+    limit_s, shortened = time_for(LIMIT_S)
+    end = run_capped(command, limit_s, log, env=env, folder=ROOT)
     output = log.read_text(encoding="utf-8", errors="replace")
     print(output, flush=True)
     if not junit.is_file():
-        raise Wrong(
-            f"pytest {'did not end' if end.killed else f'ended with {end.code}'} and left no result", output="\n" + output[-1500:]
-        )
+        words = "did not end" if end.killed else f"ended with {end.code}"
+        raise (Cut if end.killed and shortened else Wrong)(f"pytest {words} and left no result", output="\n" + output[-1500:])
     counts, failed = outcome(junit)
     found = {"figures": [figure(word, number, "tests") for word, number in counts.items()]}
     if failed or end.code or end.killed:

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from gpu_proof import lab
-from gpu_proof.parts import ROOT, Found, Wrong, figure, small, state
+from gpu_proof.parts import ROOT, Cut, Found, Wrong, figure, small, state, time_for
 from gpu_proof.processes import run_capped
 
 BOUND_ARMS = ("copy", "matmul")
@@ -23,14 +23,14 @@ QUICK = ("srpo", "liger", "eager")  # beside the first shape, which has all arms
 BOUNDS = {"hidden": "matmul"}  # of every other form: copy
 # name -> (flags, seconds)
 LOGITS = {
-    "bf16 8192 x 151936": ("--dtype bf16 --tokens 8192 --vocab 151936 --top-k 100 --rounds 7", 60),
-    "fp32 4096 x 151936": ("--dtype fp32 --tokens 4096 --vocab 151936 --rounds 5 --arms " + " ".join(QUICK), 25),
-    "bf16 8192 x 128256": ("--dtype bf16 --tokens 8192 --vocab 128256 --rounds 5 --arms " + " ".join(QUICK), 25),
+    "bf16 8192 x 151936": ("--dtype bf16 --tokens 8192 --vocab 151936 --top-k 100 --rounds 7", 55),
+    "fp32 4096 x 151936": ("--dtype fp32 --tokens 4096 --vocab 151936 --rounds 5 --arms " + " ".join(QUICK), 24),
+    "bf16 8192 x 128256": ("--dtype bf16 --tokens 8192 --vocab 128256 --rounds 5 --arms " + " ".join(QUICK), 24),
 }
-HIDDEN = {"bf16 8192 x 4096 x 151936": ("--dtype bf16 --tokens 8192 --vocab 151936 --hidden 4096 --rounds 5 --warmup 1", 70)}
+HIDDEN = {"bf16 8192 x 4096 x 151936": ("--dtype bf16 --tokens 8192 --vocab 151936 --hidden 4096 --rounds 5 --warmup 1", 62)}
 SMALL = "--device cpu --tokens 64 --vocab 1000 --rounds 2 --warmup 1 --arms srpo eager"
-SMALL_LOGITS = {"fp32 64 x 1000": (f"{SMALL} --top-k 20", 60)}
-SMALL_HIDDEN = {"fp32 64 x 64 x 1000": (f"{SMALL} --hidden 64", 60)}
+SMALL_LOGITS = {"fp32 64 x 1000": (f"{SMALL} --top-k 20", 150)}
+SMALL_HIDDEN = {"fp32 64 x 64 x 1000": (f"{SMALL} --hidden 64", 150)}
 BYTES_PER_LOGIT = {"bf16": 6, "fp32": 12}  # the logits, a pristine copy, a gradient
 
 
@@ -48,16 +48,18 @@ def bench(name: str, arguments: str, limit_s: float, form: str) -> Found:
     path.unlink(missing_ok=True)
     log = path.with_suffix(".log")
     command = [sys.executable, "-u", str(ROOT / "bench" / "loss_kernel.py"), *flags, "--json", str(path)]
+    limit_s, shortened = time_for(limit_s)
     end = run_capped(command, limit_s, log, env=os.environ, folder=ROOT)
     print(log.read_text(encoding="utf-8", errors="replace"), flush=True)
     if not path.is_file():
-        raise Wrong(f"no result, {'killed' if end.killed else 'exit code'} {end.code}", output=_tail(log))
+        words = f"no result within {limit_s:.0f} s" if end.killed else f"no result, exit code {end.code}"
+        raise (Cut if end.killed and shortened else Wrong)(words, output=_tail(log))
     result = json.loads(path.read_text(encoding="utf-8"))
     rows = [row for row in result["results"] if form != "hidden" or row["form"] == form]
     found = {"figures": figures(rows), "arms_not_run": not_run(rows), "command": " ".join(["python", *command[2:]])}
     if end.killed:
-        words = f"cut after {limit_s:g} s at {result.get('doing') or 'an unknown arm'}; the figures are those measured before"
-        raise Wrong(words, **found, output=_tail(log))
+        words = f"ended after {limit_s:.0f} s at {result.get('doing') or 'an unknown arm'}; the figures were measured before"
+        raise (Cut if shortened else Wrong)(words, **found, output=_tail(log))
     if end.code:
         broken = [text for text in found["arms_not_run"] if text.startswith(OURS) and "failed" in text]
         raise Wrong(f"exit code {end.code}, of ours: {broken or 'see the output'}", **found, output=_tail(log))

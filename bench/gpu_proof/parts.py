@@ -17,7 +17,9 @@ from pathlib import Path
 from typing import Any
 
 ROOT = Path(__file__).resolve().parents[2]
-RESULT, STATE, OUT, SMALL = "GPU_PROOF_RESULT", "GPU_PROOF_STATE", "GPU_PROOF_OUT", "GPU_PROOF_SMALL"
+RESULT, STATE, SMALL = "GPU_PROOF_RESULT", "GPU_PROOF_STATE", "GPU_PROOF_SMALL"
+END = "GPU_PROOF_END"  # when the stage will be killed, on the clock of time.monotonic()
+READING_S = 4.0  # of the time until then, for reading what a program of the stage has left
 
 Found = dict[str, Any] | None  # "figures": a list of `figure`; other keys are details
 Parts = Mapping[str, Callable[[], Found]]
@@ -35,6 +37,10 @@ class Wrong(AssertionError):
         self.details = details
 
 
+class Cut(Wrong):
+    """The deadline ended a part. `details` hold what it had found."""
+
+
 def small() -> bool:
     """Whether this is a dry run: everything small, on a CPU."""
     return os.environ.get(SMALL) == "1"
@@ -43,6 +49,12 @@ def small() -> bool:
 def state() -> Path:
     """Folder that stays between two calls of the program: built files, the demo's run."""
     return Path(os.environ[STATE])
+
+
+def time_for(limit_s: float) -> tuple[float, bool]:
+    """(seconds that a program of this stage may take, whether the stage's end leaves it less than its own limit)."""
+    left = float(os.environ.get(END, "inf")) - time.monotonic() - READING_S
+    return (limit_s, False) if left >= limit_s else (max(left, 0.0), True)
 
 
 def figure(name: str, value: float, unit: str, **limit: Any) -> dict[str, Any]:
@@ -81,7 +93,7 @@ def failures() -> tuple[type[Exception], ...]:
 
 
 def run_parts(parts: Parts, usable: Callable[[], bool] = lambda: True) -> None:
-    """Run each part, whatever the others do, and write its line: status ok, failed or skipped, seconds, figures, details.
+    """Run each part, whatever the others do, and write its line: status ok, failed, skipped or cut, seconds, figures, details.
 
     An error of the device may stay in the process and fail all later parts: if `usable()` is false after a failed part, the
     process is replaced by a new one, which goes on with the next part.
@@ -99,7 +111,7 @@ def run_parts(parts: Parts, usable: Callable[[], bool] = lambda: True) -> None:
             line |= {"status": "skipped", "reason": str(reason)}
         except failures() as error:
             traceback.print_exc()
-            line |= {"status": "failed", **_words(error), **getattr(error, "details", {})}
+            line |= {"status": "cut" if isinstance(error, Cut) else "failed", **_words(error), **getattr(error, "details", {})}
         line["seconds"] = round(time.perf_counter() - begin, 3)
         write(line)
         print(json.dumps(line, default=str), flush=True)

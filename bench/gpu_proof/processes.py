@@ -68,12 +68,20 @@ def run_capped(
                 break
             time.sleep(_POLL_S)
         if killed:
-            _signal_all(mark, process.pid, signal.SIGABRT)
-            with contextlib.suppress(subprocess.TimeoutExpired):
-                process.wait(STACKS_S)
+            _ask_for_stacks(mark, process)
     finally:
         end_all(mark, process)
     return Ended(None if killed else process.returncode, killed, time.monotonic() - begin)
+
+
+def _ask_for_stacks(mark: str, process: subprocess.Popen[bytes]) -> None:
+    """Send SIGABRT to the process, then to its descendants, each when the one before has ended: their stacks go to one file."""
+    until = time.monotonic() + STACKS_S
+    for pid in [process.pid, *sorted(marked(mark) - {process.pid})]:
+        with contextlib.suppress(ProcessLookupError):
+            os.kill(pid, signal.SIGABRT)
+        while pid in marked(mark) and time.monotonic() < until:  # a process that waits to be reaped has no environment any more
+            time.sleep(_POLL_S)
 
 
 def end_all(mark: str, process: subprocess.Popen[bytes]) -> None:
@@ -81,7 +89,8 @@ def end_all(mark: str, process: subprocess.Popen[bytes]) -> None:
     until = time.monotonic() + STACKS_S
     while _signal_all(mark, process.pid if process.poll() is None else None, signal.SIGKILL) and time.monotonic() < until:
         time.sleep(_POLL_S)
-    process.wait()
+    with contextlib.suppress(subprocess.TimeoutExpired):  # the driver may hold a process whose kernel never ends
+        process.wait(STACKS_S)
 
 
 def _signal_all(mark: str, pid: int | None, number: int) -> int:

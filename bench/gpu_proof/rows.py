@@ -22,8 +22,9 @@ SHOWN = ("plan", "bad", "first_wrong", "repeats_differ", "logprob_error", "gradi
 Problem = dict[str, Any]
 
 
-def problem(dtype: str, T: int, V: int, **more: Any) -> Problem:
-    return {"dtype": dtype, "T": T, "V": V, **more}
+def problem(dtype: str, rows: int, vocab: int, **more: Any) -> Problem:
+    """Arguments of rows_check."""
+    return {"dtype": dtype, "T": rows, "V": vocab, **more}
 
 
 def checks() -> Iterator[Problem]:
@@ -61,16 +62,18 @@ def timings() -> Iterator[Problem]:
 
 
 def small_checks() -> Iterator[Problem]:
-    """For the emulator: one of each kind."""
-    for cluster in (1, 4):
-        yield problem("bf16", 2, 1032, cluster=cluster, place="out", repeats=2)
+    """For the emulator: each kind once, with few rows."""
+    for cluster in (0, 1, 2, 4, 8, 16):
+        yield problem("bf16", 8, 4104, cluster=cluster, place="out", repeats=2)
     yield problem("f32", 2, 1032, cluster=2, place="in")
     yield problem("f16", 2, 264, place="in", pad=3)
-    yield problem("bf16", 1, 515, place="out")
     yield problem("f32", 2, 264, place="none")
-    yield problem("bf16", 1, 264, place="out", kept=9)
-    yield problem("f32", 1, 264, place="out", top_k=9)
-    yield problem("f32", 1, 264, place="out", full=1)
+    yield problem("f32", 8, 50257, place="out")
+    yield problem("f32", 8, 151643, place="in")
+    yield problem("f32", 8, 151936, place="out")
+    yield problem("f32", 8, 50257, place="in", kept=100)
+    yield problem("f32", 8, 32000, place="out", top_k=100)
+    yield problem("f32", 8, 32000, place="out", full=1)
 
 
 def arguments(problem: Mapping[str, Any]) -> list[str]:
@@ -92,10 +95,14 @@ def check(program: Path, watchdog: Path | None, problem: Problem, limit_s: float
     result = last_json(done.stdout)
     shown = {name: result[name] for name in SHOWN if name in result}
     if done.returncode or not result.get("ok"):
-        words = {1: "wrong values", 2: f"CUDA error {result.get('error', '')}"}
+        bad, gradient, logprob = (result.get(name, "?") for name in ("bad", "gradient_error", "logprob_error"))
+        words = {1: f"wrong values: {bad} entries; errors of the gradient {gradient}, of log-probabilities {logprob}"}
+        words[2] = f"CUDA error {result.get('error', '')}".strip()
         reason = words.get(done.returncode, f"exit code {done.returncode}")
-        raise Wrong(reason.strip(), **shown, output="\n" + (done.stderr or done.stdout)[-1500:])
+        raise Wrong(reason, **shown, output="\n" + (done.stderr or done.stdout)[-1500:])
     figures = [figure("time", result["ms"], "ms", bytes=least_bytes(problem))] if timed else []
+    if timed and problem.get("top_k") and "top_k_ms" in result:
+        figures.append(figure("of which top-k", result["top_k_ms"], "ms", bytes=least_bytes({**problem, "place": "none"})))
     return {"figures": figures, **{name: shown[name] for name in ("plan", "logprob_error", "gradient_error") if name in shown}}
 
 

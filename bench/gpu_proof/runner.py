@@ -84,7 +84,15 @@ class Runner:
         result.unlink(missing_ok=True)
         cap_s = stage.cap_s * (DRY_RUN_FACTOR if self.dry_run else 1)
         cap = min(cap_s, left)
-        end = run_capped(stage.command, cap, log, env=self.environment(result), folder=ROOT, cores=cores, stop=self._stop)
+        end = run_capped(
+            stage.command,
+            cap,
+            log,
+            env=self.environment(result, time.monotonic() + cap),
+            folder=ROOT,
+            cores=cores,
+            stop=self._stop,
+        )
         text = log.read_text(encoding="utf-8", errors="replace")
         words = f"killed ({end.killed})" if end.killed else f"exit code {end.code}"
         title = f"##### {stage.name}: {words}, {end.seconds:.1f} s"
@@ -95,12 +103,12 @@ class Runner:
             entry["tail"] = text[-_TAIL:]
         self._record(entry)
 
-    def environment(self, result: Path) -> dict[str, str]:
-        """Environment of a stage: the checkout and the unpacked packages are importable, nothing is downloaded."""
+    def environment(self, result: Path, end: float) -> dict[str, str]:
+        """Environment of a stage that ends by then: the checkout and the unpacked packages can be imported, no downloads."""
         paths = [ROOT, ROOT / "kernels", ROOT / "tests" / "helpers", ROOT / "bench", self.state / "site"]
         env = {name: value for name, value in os.environ.items() if name != "PYTHONSAFEPATH"}
         env |= {"PYTHONPATH": os.pathsep.join(map(str, paths)), "HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false"}
-        env |= {parts.RESULT: str(result), parts.STATE: str(self.state), parts.OUT: str(self.out)}
+        env |= {parts.RESULT: str(result), parts.STATE: str(self.state), parts.END: str(end)}
         return env | ({parts.SMALL: "1", "CUDA_VISIBLE_DEVICES": ""} if self.dry_run else {})
 
     def _record(self, entry: Entry) -> None:
@@ -136,6 +144,8 @@ def judge(end: Ended, lines: list[dict[str, Any]], *, shortened: bool) -> Entry:
     entry: Entry = {"parts": found}
     if wrong:
         return entry | {"status": "failed", "reason": f"{len(wrong)} of {len(found)} parts: {wrong[0]['reason']}"}
+    if cut := [line for line in found if line["status"] == "cut"]:
+        return entry | {"status": "cut", "reason": f"{cut[0]['part']}: {cut[0]['reason']}"}
     if end.killed == "stopped" or (end.killed and shortened):
         return entry | {"status": "cut", "reason": f"the deadline came after {len(found)} parts"}
     if end.killed:

@@ -30,7 +30,7 @@ READY, CHECKER = ("unpack", "libraries"), ("checker",)
 STAGES = (
     Stage("env", "gpu", 4, 30, "what the machine is", _enter("environment")),
     Stage("unpack", "cpu", 8, 60, "packages carried along", _enter("unpack")),
-    Stage("checker", "cpu", 10, 90, "the torch-free kernel check compiles", _enter("checker")),
+    Stage("checker", "cpu", 8, 90, "the torch-free kernel check compiles", _enter("checker")),
     Stage("libraries", "cpu", 20, 120, "the kernel libraries compile", _enter("libraries")),
     Stage("rows", "gpu", 40, 110, "the CUDA kernels are right, without torch", _enter("rows"), CHECKER),
     Stage("ceilings", "gpu", 20, 60, "what this card can do", _enter("ceilings", packages="torch"), ("unpack",)),
