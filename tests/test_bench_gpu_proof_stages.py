@@ -84,6 +84,8 @@ def test_rows_of_a_wrong_kernel_show_where(proof: SimpleNamespace, program: Any)
     error = {"error": "cudaErrorIllegalAddress", "at": "launch", "line": 7}
     with pytest.raises(proof.parts.Wrong, match="CUDA error cudaErrorIllegalAddress"):
         proof.rows.check(program(prints(error, 2)), None, problem, 20, False)
+    with pytest.raises(proof.parts.Skip, match="cannot use this driver"):
+        proof.rows.check(program(prints({"error": "cudaMalloc: cudaErrorInsufficientDriver"}, 2)), None, problem, 20, False)
     with pytest.raises(proof.parts.Wrong, match="exit code -11"):
         proof.rows.check(program("import os; os.kill(os.getpid(), 11)"), None, problem, 20, False)
     with pytest.raises(proof.parts.Wrong):  # it says nothing
@@ -236,7 +238,7 @@ def test_numbers_are_short(proof: SimpleNamespace, value: float, text: str) -> N
     assert proof.figures.number(value) == text
 
 
-def test_a_report_can_be_compared_with_the_next(proof: SimpleNamespace, tmp_path: Path) -> None:
+def test_a_report_can_be_compared_with_the_next(proof: SimpleNamespace, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     figure = proof.parts.figure
     machine = {"part": "machine", "status": "ok", "seconds": 0.1, "gpu": "NVIDIA H200"}
     entries = {
@@ -256,6 +258,11 @@ def test_a_report_can_be_compared_with_the_next(proof: SimpleNamespace, tmp_path
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     assert done.returncode == 1 and "slower" in done.stdout, done.stdout + done.stderr
     assert proof.report.write_report({"rows": entries["rows"]}, tmp_path, dry_run=False) == []  # the device is not known
+    assert proof.report.write_report(entries, tmp_path, dry_run=False) == [tmp_path / "nvidia-h200.json"]  # not to bench/results
+    monkeypatch.setattr(proof.report, "RESULTS", tmp_path / "results")
+    (tmp_path / "results").mkdir()
+    written = proof.report.write_report({**entries, "ceilings": entry("ceilings")}, tmp_path, dry_run=False)
+    assert written == [tmp_path / "nvidia-h200.json", tmp_path / "results" / "nvidia-h200.json"]
 
 
 def test_carried_packages_are_unpacked(proof: SimpleNamespace, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -36,6 +36,7 @@ def report(entries: Mapping[str, dict[str, Any]], *, dry_run: bool) -> dict[str,
         "machine": machine,
         "versions": parts.get("versions", {}).get("versions", {}),
         "commit": commit.stdout.strip() or None,
+        "sources": sorted({entry["key"] for entry in entries.values()}),
         "command": " ".join(["python", "bench/gpu_proof", *sys.argv[1:]]),
         "stages": {name: {key: entry[key] for key in ("status", "seconds", "reason", "time")} for name, entry in entries.items()},
         "figures": [as_row(figure) for figure in all_figures(entries)],
@@ -57,11 +58,12 @@ def slug(device: str) -> str:
 
 
 def write_report(entries: Mapping[str, dict[str, Any]], out: Path, *, dry_run: bool) -> list[Path]:
-    """Write the result file to OUT and, on a GPU, to bench/results. Returns the files; none if the device is not known."""
+    """Write the result file to OUT and, if a GPU was measured, to bench/results. Returns the files; none without a device."""
     content = report(entries, dry_run=dry_run)
     if not content["device"]:
         return []
-    folders = [out] if dry_run else [out, RESULTS]
+    measured = not dry_run and entries.get("ceilings", {}).get("status") == "ok"
+    folders = [out, RESULTS] if measured else [out]
     paths = [folder / f"{'dry-run' if dry_run else slug(content['device'])}.json" for folder in folders]
     for path in paths:
         path.write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")

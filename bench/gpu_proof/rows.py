@@ -14,11 +14,12 @@ from pathlib import Path
 from typing import Any
 
 from gpu_proof.checker import binary
-from gpu_proof.parts import Found, Wrong, figure, run_parts, small
+from gpu_proof.parts import Found, Skip, Wrong, figure, run_parts, small
 
 LIMIT_S, TIMING_LIMIT_S, WATCHDOG_LIMIT_S = (30 if small() else 6), 15, 20
 ITEM_BYTES = {"f32": 4, "bf16": 2, "f16": 2}
 SHOWN = ("plan", "bad", "first_wrong", "repeats_differ", "logprob_error", "gradient_error", "error", "at", "line")
+NO_DRIVER = ("cudaErrorInsufficientDriver", "cudaErrorNoDevice")
 Problem = dict[str, Any]
 
 
@@ -94,12 +95,15 @@ def check(program: Path, watchdog: Path | None, problem: Problem, limit_s: float
         raise Wrong(f"no end within {limit_s:g} s", watchdog=stuck_at(watchdog, problem)) from None
     result = last_json(done.stdout)
     shown = {name: result[name] for name in SHOWN if name in result}
+    if any(word in result.get("error", "") for word in NO_DRIVER):
+        raise Skip(f"the CUDA runtime of nvcc cannot use this driver: {result['error']}")
     if done.returncode or not result.get("ok"):
         bad, gradient, logprob = (result.get(name, "?") for name in ("bad", "gradient_error", "logprob_error"))
         words = {1: f"wrong values: {bad} entries; errors of the gradient {gradient}, of log-probabilities {logprob}"}
         words[2] = f"CUDA error {result.get('error', '')}".strip()
         reason = words.get(done.returncode, f"exit code {done.returncode}")
-        raise Wrong(reason, **shown, output="\n" + (done.stderr or done.stdout)[-1500:])
+        said = "" if result and not done.stderr else "\n" + (done.stderr or done.stdout)[-1500:]
+        raise Wrong(reason, **shown, **({"output": said} if said else {}))
     figures = [figure("time", result["ms"], "ms", bytes=least_bytes(problem))] if timed else []
     if timed and problem.get("top_k") and "top_k_ms" in result:
         figures.append(figure("of which top-k", result["top_k_ms"], "ms", bytes=least_bytes({**problem, "place": "none"})))
