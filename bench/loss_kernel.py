@@ -32,7 +32,7 @@ import warnings
 from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, TypeVar, get_args
 
 import torch
 
@@ -128,14 +128,13 @@ def refilled(problem: Problem, seed: int) -> Problem:
 
 
 def set_up(arm: Arm, problem: Problem, row: Row, warmup: int) -> Run:
-    """Build an arm; enter the error of its gradient and its peak memory in the row. Raises FloatingPointError if it gives NaN."""
+    """Build an arm; enter the error of its gradient, its peak memory and a first time in the row. Raises FloatingPointError if it gives NaN."""
     run = arm.make(problem)
     error = gradient_error(arm, run, problem)
     if error is not None and not math.isfinite(error):
         raise FloatingPointError("the gradient is not finite")
     row["gradient_error"] = error
-    for _ in range(warmup):
-        elapsed_ms(run, problem)
+    row["set_up_ms"] = min((elapsed_ms(run, problem) for _ in range(warmup)), default=None)
     problem.restore()
     row["peak_extra_bytes"] = peak_extra_bytes(partial(finish, run), problem.device)
     return run
@@ -152,8 +151,11 @@ def chosen(names: Sequence[str] | None, forms: Sequence[Form]) -> list[Arm]:
 
 
 def forms_of(options: argparse.Namespace) -> list[Form]:
-    """The forms that the flags ask for."""
-    return ["logits", *(["top_k"] if options.top_k else []), *(["hidden"] if options.hidden else [])]
+    """The forms that the flags ask for. Raises ValueError for a form without its size, and if none is left."""
+    able: list[Form] = ["logits", *(["top_k"] if options.top_k else []), *(["hidden"] if options.hidden else [])]
+    if missing := [form for form in options.forms or () if form not in able]:
+        raise ValueError(f"--forms {missing[0]} needs --{missing[0].replace('_', '-')}: give its size")
+    return [form for form in able if form in (options.forms or able)]
 
 
 def gpu_problem(options: argparse.Namespace) -> str | None:
@@ -181,6 +183,7 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--tokens", type=int, help=f"a multiple of {LENGTH}, or fewer; default: 2048 on a CPU, 8192 on a GPU")
     parser.add_argument("--vocab", type=int, help="default: 32000 on a CPU, 151936 on a GPU")
     parser.add_argument("--hidden", type=int, default=0, help="hidden size; 0 (default): no arms from hidden states")
+    parser.add_argument("--forms", nargs="+", choices=tuple(get_args(Form)), help="forms to measure (default: all with a size)")
     parser.add_argument("--top-k", type=int, default=0, help="ids of a top-k support (paper: 100); 0 (default): no such arms")
     parser.add_argument(
         "--arms",

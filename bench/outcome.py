@@ -7,7 +7,8 @@ The file is a JSON object, written anew after each arm's set-up and after each r
     results    one object per arm and form, from the first write on; `arm`, `form`, `in_place` and the sizes tell it apart
 
 Values of a result are null until they are measured. `median_ms` and `min_ms` are over the rounds so far, whose number is its
-`rounds`. `skipped` is the reason why the arm cannot run here; `failed` is the error that ended it, and earlier values stay.
+`rounds`. `set_up_ms` is the shortest call of an arm's set-up, alone and not in turns: an indication where no round was reached.
+`skipped` is the reason why the arm cannot run here; `failed` is the error that ended it, and earlier values stay.
 """
 
 from __future__ import annotations
@@ -28,7 +29,7 @@ from problem import Form
 
 Row = dict[str, Any]
 TITLES: dict[Form, str] = {"logits": "logits", "top_k": "logits", "hidden": "hidden states"}
-KEYS = ("median_ms", "min_ms", "peak_extra_bytes", "percent_of_bound", "gradient_error")
+KEYS = ("set_up_ms", "median_ms", "min_ms", "peak_extra_bytes", "percent_of_bound", "gradient_error")
 SMI_FIELDS = {
     "driver": "driver_version",
     "max_sm_mhz": "clocks.max.sm",

@@ -27,10 +27,11 @@ LOGITS = {
     "fp32 4096 x 151936": ("--dtype fp32 --tokens 4096 --vocab 151936 --rounds 5 --arms " + " ".join(QUICK), 24),
     "bf16 8192 x 128256": ("--dtype bf16 --tokens 8192 --vocab 128256 --rounds 5 --arms " + " ".join(QUICK), 24),
 }
-HIDDEN = {"bf16 8192 x 4096 x 151936": ("--dtype bf16 --tokens 8192 --vocab 151936 --hidden 4096 --rounds 5 --warmup 1", 62)}
+SHAPE = "--dtype bf16 --tokens 8192 --vocab 151936 --hidden 4096"
+HIDDEN = {"bf16 8192 x 4096 x 151936": (f"{SHAPE} --forms hidden --rounds 5 --warmup 1", 62)}
 SMALL = "--device cpu --tokens 64 --vocab 1000 --rounds 2 --warmup 1 --arms srpo eager"
 SMALL_LOGITS = {"fp32 64 x 1000": (f"{SMALL} --top-k 20", 150)}
-SMALL_HIDDEN = {"fp32 64 x 64 x 1000": (f"{SMALL} --hidden 64", 150)}
+SMALL_HIDDEN = {"fp32 64 x 64 x 1000": (f"{SMALL} --hidden 64 --forms hidden", 150)}
 BYTES_PER_LOGIT = {"bf16": 6, "fp32": 12}  # the logits, a pristine copy, a gradient
 
 
@@ -73,13 +74,15 @@ def label(row: dict[str, Any]) -> str:
 
 def figures(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
     """Time of each arm beside its bound, which the same rounds measured; its memory and the error of its gradient."""
-    times = {(row["form"], row["arm"]): row["median_ms"] for row in rows if row["median_ms"]}
     found = []
-    for row in sorted((row for row in rows if row["median_ms"]), key=lambda row: (row["form"], row["median_ms"])):
-        bound = BOUNDS.get(row["form"], "copy")
-        limit = {"floor": times[row["form"], bound], "floor_of": bound} if (row["form"], bound) in times else {}
-        more = {name: row[name] for name in ("peak_extra_bytes", "gradient_error") if row.get(name) is not None}
-        found.append(figure(label(row), row["median_ms"], "ms", arm=row["arm"], **limit, **more))
+    for name, of in (("median_ms", ""), ("set_up_ms", ", at its set-up")):  # set-up: where no round was reached
+        done = [row for row in rows if row.get(name) and (name == "median_ms" or not row["median_ms"])]
+        floors = {(row["form"], row["arm"]): row[name] for row in rows if row.get(name)}
+        for row in sorted(done, key=lambda row: (row["form"], row[name])):
+            bound = BOUNDS.get(row["form"], "copy")
+            limit = {"floor": floors[row["form"], bound], "floor_of": bound} if (row["form"], bound) in floors else {}
+            more = {key: row[key] for key in ("peak_extra_bytes", "gradient_error") if row.get(key) is not None}
+            found.append(figure(label(row) + of, row[name], "ms", arm=row["arm"], **limit, **more))
     return found
 
 
