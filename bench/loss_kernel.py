@@ -128,7 +128,8 @@ def refilled(problem: Problem, seed: int) -> Problem:
 
 
 def set_up(arm: Arm, problem: Problem, row: Row, warmup: int) -> Run:
-    """Build an arm; enter the error of its gradient, its peak memory and a first time in the row. Raises FloatingPointError if it gives NaN."""
+    """Build an arm; enter the error of its gradient, its peak memory and a first time in the row. Raises FloatingPointError if it
+    gives NaN."""
     run = arm.make(problem)
     error = gradient_error(arm, run, problem)
     if error is not None and not math.isfinite(error):

@@ -1,7 +1,7 @@
 // Wrappers for the PTX instructions of Hopper that the CUDA kernels use. Tests that run the kernels on a CPU bring their own.
 //
-// With SRPO_WATCHDOG a thread that waits for a second on a barrier says where, and goes on: the kernel ends, with wrong results,
-// instead of occupying the GPU for ever.
+// With SRPO_WATCHDOG a thread that waits for a second on a barrier says where, and goes on, and with it all others: the kernel
+// ends, with wrong results, instead of occupying the GPU for ever.
 #pragma once
 #include <cstdint>
 #ifndef __CUDACC__
@@ -12,6 +12,10 @@
 #endif
 
 namespace srpo {
+
+#ifdef SRPO_WATCHDOG
+static __device__ volatile int gave_up;  // whether a thread has waited for too long
+#endif
 
 __device__ __forceinline__ uint32_t shared_address(const void* p) { return uint32_t(__cvta_generic_to_shared(p)); }
 
@@ -45,7 +49,9 @@ __device__ __forceinline__ void barrier_wait(uint64_t* barrier, uint32_t phase) 
         "mbarrier.test_wait.parity.acquire.cluster.shared::cta.b64 p, [%1], %2;\n"
         "selp.u32 %0, 1, 0, p;\n"
         "}" : "=r"(done) : "r"(address), "r"(parity) : "memory");
+    if (!done && gave_up) return;
     if (!done && clock64() - begin > kLimit) {
+      gave_up = 1;
       if (threadIdx.x % 32 == 0)
         printf("stuck: block %d warp %d barrier at %u, phase %u, state %016llx\n", int(blockIdx.x), int(threadIdx.x / 32),
                address, phase, *reinterpret_cast<volatile unsigned long long*>(barrier));

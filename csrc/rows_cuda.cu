@@ -8,6 +8,7 @@
 #include <map>
 #include <mutex>
 #include <tuple>
+#include <utility>
 
 #include "rows_filtered.cuh"
 #include "rows_one_read.cuh"
@@ -112,10 +113,27 @@ cudaError_t find_plan(const RowArgs& a, int device, int wanted, Plan* plan) {
   return cudaSuccess;
 }
 
+// Lets a kernel have as much shared memory as the device has, once per kernel and device.
+cudaError_t prepare(const void* kernel, int device) {
+  static std::mutex mutex;
+  static std::map<std::pair<const void*, int>, cudaError_t> done;
+  const std::lock_guard<std::mutex> lock(mutex);
+  const auto known = done.find({kernel, device});
+  if (known != done.end()) return known->second;
+  int most;
+  cudaFuncAttributes of_kernel;
+  SRPO_TRY(cudaFuncGetAttributes(&of_kernel, kernel));
+  SRPO_TRY(cudaDeviceGetAttribute(&most, cudaDevAttrMaxSharedMemoryPerBlockOptin, device));
+  most -= int(of_kernel.sharedSizeBytes);
+  SRPO_TRY(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, most));
+  SRPO_TRY(cudaFuncSetAttribute(kernel, cudaFuncAttributePreferredSharedMemoryCarveout, cudaSharedmemCarveoutMaxShared));
+  return done[{kernel, device}] = cudaSuccess;
+}
+
 constexpr int64_t kMostCtas = 1 << 30, kMostColumns = 1 << 30;  // columns are counted in 32 bits
 
 template <class T>
-cudaError_t launch_rows(const RowArgs& a, const Plan& plan, cudaStream_t stream) {
+cudaError_t launch_rows(const RowArgs& a, const Plan& plan, int device, cudaStream_t stream) {
   if (plan.cluster > 0) {
     cudaLaunchAttribute dimension;
     const cudaLaunchConfig_t config = cluster_launch(plan, std::min<int64_t>(plan.max_clusters, a.T), stream, &dimension);
@@ -124,8 +142,7 @@ cudaError_t launch_rows(const RowArgs& a, const Plan& plan, cudaStream_t stream)
   const int64_t num_ctas = std::min(a.T, kMostCtas);
   if (a.kept_ids) {
     const int64_t bytes = a.dlogits ? 4 * ((a.V + Vector<T>::kCount + 31) / 32) : 0;  // CandidateBits::num_words
-    if (bytes > 32 * 1024)
-      SRPO_TRY(cudaFuncSetAttribute((const void*)rows_filtered<T>, cudaFuncAttributeMaxDynamicSharedMemorySize, int(bytes)));
+    SRPO_TRY(prepare((const void*)rows_filtered<T>, device));
     const cudaLaunchConfig_t config = launch_config(num_ctas, kRowThreads, bytes, stream);
     return cudaLaunchKernelEx(&config, rows_filtered<T>, a);
   }
@@ -140,14 +157,17 @@ cudaError_t launch(const RowArgs& a, int device, int wanted, cudaStream_t stream
   Plan plan;
   SRPO_TRY(find_plan(a, device, wanted, &plan));
   if (wanted > 0 && plan.cluster == 0) return cudaErrorInvalidConfiguration;
-  return with_type(a.dtype, [&](auto type) { return launch_rows<decltype(type)>(a, plan, stream); });
+  return with_type(a.dtype, [&](auto type) { return launch_rows<decltype(type)>(a, plan, device, stream); });
 }
 
-cudaError_t launch_top_k(const TopKArgs& a, int32_t dtype, cudaStream_t stream) {
+cudaError_t launch_top_k(const TopKArgs& a, int32_t dtype, int device, cudaStream_t stream) {
   if (a.T == 0) return cudaSuccess;
   if (a.V > kMostColumns || a.K < 1 || a.K > kMaxTopK || a.K > a.V) return cudaErrorInvalidValue;
   const cudaLaunchConfig_t config = launch_config(std::min(a.T, kMostCtas), kTopKThreads, 0, stream);
-  return with_type(dtype, [&](auto type) { return cudaLaunchKernelEx(&config, top_k_ids<decltype(type)>, a); });
+  return with_type(dtype, [&](auto type) {
+    SRPO_TRY(prepare((const void*)top_k_ids<decltype(type)>, device));
+    return cudaLaunchKernelEx(&config, top_k_ids<decltype(type)>, a);
+  });
 }
 
 // Runs f with `device` as the thread's current device.
@@ -184,7 +204,7 @@ SRPO_EXPORT int srpo_cuda_cluster(const srpo::RowArgs* args, int device) {
 SRPO_EXPORT int srpo_cuda_top_k(const void* logits, int64_t stride, int64_t T, int64_t V, int64_t K, int dtype, int64_t* ids,
                                 int device, void* stream) {
   const srpo::TopKArgs args = {logits, ids, stride, T, V, K};
-  return srpo::on_device(device, [&] { return srpo::launch_top_k(args, dtype, static_cast<cudaStream_t>(stream)); });
+  return srpo::on_device(device, [&] { return srpo::launch_top_k(args, dtype, device, static_cast<cudaStream_t>(stream)); });
 }
 
 SRPO_EXPORT int64_t srpo_cuda_max_top_k() { return srpo::kMaxTopK; }

@@ -1,6 +1,8 @@
 // The kernel for rows without a filter that rows_one_read.cuh does not take. One CTA per row reads it twice, in 16-byte units
 // where addresses allow: any length, stride and alignment. kRef: with reference logits, for the exact KL.
 #pragma once
+#include <type_traits>
+
 #include "row_math.h"
 #include "vectors.cuh"
 
@@ -8,6 +10,11 @@ namespace srpo {
 namespace {
 
 constexpr int kRowWarps = 8, kRowThreads = 32 * kRowWarps;
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 1000
+constexpr int kTwoReadsCtas = 2;  // per SM: the compiler spills registers with three
+#else
+constexpr int kTwoReadsCtas = 3;
+#endif
 
 __device__ __forceinline__ Partial merge_lanes(Partial p) {
 #pragma unroll
@@ -56,7 +63,7 @@ __device__ __forceinline__ void fill_zero(T* row, int count) {
 }
 
 template <class T, bool kRef>
-__global__ void __launch_bounds__(kRowThreads, 2) rows_two_reads(const __grid_constant__ RowArgs a) {
+__global__ void __launch_bounds__(kRowThreads, kTwoReadsCtas) rows_two_reads(const __grid_constant__ RowArgs a) {
   constexpr int n = Vector<T>::kCount, kAhead = kRef ? 2 : 4;  // units that a thread has in flight
   SRPO_SHARED(RowShared, s);
   const int thread = threadIdx.x, warp = thread / 32, lane = thread % 32, num_ids = int(a.V);
@@ -114,31 +121,35 @@ __global__ void __launch_bounds__(kRowThreads, 2) rows_two_reads(const __grid_co
     if (!d) continue;
     const ElementGradient g = s.gradient;
     const float k = s.k;
-    for (int i = thread + (num_spans - 1) * span; i >= 0; i -= span) {  // backwards: what was read last is still in a cache
-      Vector<T> units[kAhead], ref_units[kAhead];
+    const int at = label >= 0 && label < a.V ? int(label) : -1;
+    const auto write = [&](auto ref_in_units) {  // the second sweep, backwards: what was read last is still in a cache
+      for (int i = thread + (num_spans - 1) * span; i >= 0; i -= span) {
+        Vector<T> units[kAhead], ref_units[kAhead];
 #pragma unroll
-      for (int j = 0; j < kAhead; ++j) {
-        const int unit = i + j * kRowThreads;
-        if (unit >= u.vectors) continue;
-        units[j] = read_at(logits + u.head + unit * n, true);
-        if (kRef) ref_units[j] = read_at(ref + u.head + unit * n, ref_fits);
+        for (int j = 0; j < kAhead; ++j) {  // all loads come first, so that they are in flight together: none depends on a branch
+          const int wanted = i + j * kRowThreads, unit = wanted < u.vectors ? wanted : u.vectors - 1;
+          units[j] = read_at(logits + u.head + unit * n, true);
+          if (kRef) ref_units[j] = read_at(ref + u.head + unit * n, ref_in_units.value);
+        }
+#pragma unroll
+        for (int j = 0; j < kAhead; ++j) {
+          const int unit = i + j * kRowThreads, first = u.head + unit * n;
+          if (unit >= u.vectors) continue;
+          float x[n], y[n];
+          units[j].unpack(x);
+          if (kRef) ref_units[j].unpack(y);
+#pragma unroll
+          for (int m = 0; m < n; ++m) x[m] = element<kFine<T>>(g, x[m], kRef ? y[m] : 0.0f, k, c);
+          units[j].pack(x);
+          write_at(d + first, units[j], d_fits);
+          if (unsigned(at - first) < unsigned(n)) d[at] = T(g.label);
+        }
       }
-#pragma unroll
-      for (int j = 0; j < kAhead; ++j) {
-        const int unit = i + j * kRowThreads, first = u.head + unit * n;
-        if (unit >= u.vectors) continue;
-        float x[n], y[n];
-        units[j].unpack(x);
-        if (kRef) ref_units[j].unpack(y);
-#pragma unroll
-        for (int m = 0; m < n; ++m) x[m] = first + m == label ? g.label : element<kFine<T>>(g, x[m], kRef ? y[m] : 0.0f, k, c);
-        units[j].pack(x);
-        write_at(d + first, units[j], d_fits);
-      }
-    }
+    };
+    if (ref_fits) write(std::true_type()); else write(std::false_type());
     for (int i = thread; i < u.edges; i += kRowThreads) {
       const int id = edge<T>(u, i);
-      d[id] = T(id == label ? g.label : element<kFine<T>>(g, float(logits[id]), float(ref[id]), k, c));
+      d[id] = T(id == at ? g.label : element<kFine<T>>(g, float(logits[id]), float(ref[id]), k, c));
     }
   }
 }

@@ -12,6 +12,7 @@ namespace srpo {
 namespace {
 
 constexpr int kTopKThreads = 256, kTopKBuffer = 2048, kTopKAhead = 4, kMaxTopK = kTopKBuffer / 2, kDigits = 256;
+constexpr int kEnough = kTopKBuffer / 2;  // and half of K more: keys that may stay when a bound is raised
 
 struct TopKArgs {
   const void* logits;  // [T, V], rows `stride` elements apart
@@ -145,7 +146,7 @@ __global__ void __launch_bounds__(kTopKThreads, sizeof(T) == 4 ? 2 : 4) top_k_id
     if (thread == 0) s.count = 0;
     __syncthreads();
     const auto raise_bound = [&] {  // for all threads, when the buffer is full
-      bound = find_bound(s, kTopKBuffer, k, kMaxTopK);
+      bound = find_bound(s, kTopKBuffer, k, kEnough + k / 2);
       drop_below(s, kTopKBuffer, bound);
       bound -= 1;  // keys that equal the bound are among those that stay
     };
@@ -160,12 +161,20 @@ __global__ void __launch_bounds__(kTopKThreads, sizeof(T) == 4 ? 2 : 4) top_k_id
         if (pending[j]) units[j] = read_at(logits + u.head + unit * n, true);
       }
       for (;;) {
+        const float least = logit_of(bound);
         uint32_t left = 0;
 #pragma unroll
         for (int j = 0; j < kTopKAhead; ++j) {
           if (!pending[j]) continue;
           float x[n];
           units[j].unpack(x);
+          bool any = false;
+#pragma unroll
+          for (int m = 0; m < n; ++m) any |= !(x[m] < least);  // NaN counts
+          if (!any) {
+            pending[j] = 0;
+            continue;
+          }
           left |= pending[j] = collect(s, x, u.head + (base + thread + j * kTopKThreads) * n, pending[j], bound);
         }
         if (!__syncthreads_or(left != 0)) break;

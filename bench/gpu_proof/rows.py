@@ -53,13 +53,15 @@ def checks() -> Iterator[Problem]:
 
 
 def timings() -> Iterator[Problem]:
+    """Without ignored rows, so that the kernels move all bytes that `least_bytes` counts."""
     for cluster in (-1, 4, 8, 16, 0):
-        yield problem("bf16", 8192, 151936, cluster=cluster, place="out", repeats=9)
-    yield problem("bf16", 8192, 151936, place="in", repeats=9)
-    yield problem("bf16", 8192, 151936, place="none", repeats=9)
-    yield problem("bf16", 8192, 151936, place="out", top_k=100, repeats=5)
-    yield problem("f32", 4096, 151936, place="out", repeats=9)
-    yield problem("bf16", 8192, 128256, place="out", repeats=9)
+        yield problem("bf16", 8192, 151936, cluster=cluster, place="out", ignored=0, repeats=9)
+    yield problem("bf16", 8192, 151936, place="in", ignored=0, repeats=9)
+    yield problem("bf16", 8192, 151936, place="none", ignored=0, repeats=9)
+    yield problem("bf16", 8192, 151936, place="out", top_k=100, ignored=0, repeats=5)
+    yield problem("bf16", 8192, 151643, place="out", ignored=0, repeats=5)
+    yield problem("f32", 4096, 151936, place="out", ignored=0, repeats=9)
+    yield problem("bf16", 8192, 128256, place="out", ignored=0, repeats=9)
 
 
 def small_checks() -> Iterator[Problem]:

@@ -20,6 +20,7 @@ from srpo_kernels.options import LossOptions
 
 MIN_CAPABILITY = (9, 0)  # thread block clusters
 MAX_TOP_K = 1024  # of `top_k`
+MAX_FILTERED = 1_800_000  # columns of rows with a filter: their kernel holds a bit for each in shared memory
 any_gradient_dtype = False
 
 forced_cluster: int | None = None  # tests and benchmarks: CTAs per row, or 0 for the kernel that reads twice
@@ -83,6 +84,8 @@ def rows(
     for name, tensor in {**tables, "dlogits": dlogits}.items():
         if tensor is not None and tensor.device != logits.device:
             raise ValueError(f"{name} is on {tensor.device} and the logits on {logits.device}: move both to one device")
+    if tables.get("kept_ids") is not None and logits.shape[1] > MAX_FILTERED:
+        raise ValueError(f"logits have {logits.shape[1]} columns: impl 'cuda' filters at most {MAX_FILTERED}, give impl 'triton'")
     values = logits.new_empty(len(ROW_FIELDS), logits.shape[0], dtype=torch.float32)
     args, held = row_args(mode, {**tables, "logits": logits, "dlogits": dlogits, "rows": values}, options, first_row)
     stream = torch.cuda.current_stream(logits.device).cuda_stream

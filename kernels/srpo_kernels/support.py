@@ -20,7 +20,7 @@ def topk_support(logits: Tensor, top_k: int) -> Tensor:
     """
     if top_k < 1:
         raise ValueError(f"top_k is {top_k}: a support needs at least one id")
-    if min(top_k, logits.shape[1]) <= cuda.MAX_TOP_K and _takes(logits.device, logits.dtype):
+    if 0 < min(top_k, logits.shape[1]) <= cuda.MAX_TOP_K and _takes(logits.device, logits.dtype):
         return _top_k(logits.detach(), top_k)
     return reference.topk_support(logits, top_k)
 

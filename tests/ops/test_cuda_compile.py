@@ -21,7 +21,7 @@ DTYPES = {"float": 0, "__nv_bfloat16": 1, "__half": 2}  # as in names of kernels
 # (registers per thread, static shared memory) at most: so many CTAs must fit on an SM. The launch of some requests more memory.
 LIMITS = {
     "rows_one_read": (72, 304),  # three CTAs of 288 threads
-    "rows_two_reads": (128, 512),  # two of 256
+    "rows_two_reads": (128, 512),  # two of 256; on Hopper three
     "rows_filtered": (80, 512),  # three of 256
     "top_k_ids": (128, 18 * 1024),  # two of 256; in 16 bits four
 }
@@ -71,12 +71,16 @@ def reports(compiled: tuple[Path, str]) -> list[tuple[str, int, int, int]]:
     return [(name, int(spilled), int(registers), int(shared)) for name, spilled, registers, shared in found]
 
 
-def test_registers_and_shared_memory(compiled: tuple[Path, str], reports: list[tuple[str, int, int, int]]) -> None:
+def test_registers_and_shared_memory(
+    compiled: tuple[Path, str], reports: list[tuple[str, int, int, int]], request: pytest.FixtureRequest
+) -> None:
+    architecture = request.node.callspec.params["compiled"]
     assert len(reports) == KERNELS
     for name, spilled_bytes, registers, shared_bytes in reports:
         most_registers, most_shared = next(limits for kernel, limits in LIMITS.items() if kernel in name)
         assert spilled_bytes == 0 and registers <= most_registers and shared_bytes <= most_shared, (name, registers, shared_bytes)
         assert "top_k" not in name or "IfE" in name or registers <= 64, (name, registers)
+        assert "two_reads" not in name or architecture != "sm_90a" or registers <= 80, (name, registers)
     assert " 0 bytes stack frame" in compiled[1].replace("\n", " ") and not re.search(r" [1-9]\d* bytes stack frame", compiled[1])
 
 
@@ -175,3 +179,11 @@ def test_a_cached_library_does_without_a_compiler(nvcc: str, monkeypatch: pytest
 
 def test_why_not_on_a_cpu() -> None:
     assert cuda.why_not(torch.zeros(1, 8)) == "logits are on cpu, not on an NVIDIA GPU"
+
+
+def test_more_columns_than_the_filter_s_kernel_can_hold(nvcc: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(cuda, "MAX_FILTERED", 7)
+    tables: dict[str, torch.Tensor | None] = {"labels": torch.zeros(2, dtype=torch.long)}
+    tables["kept_ids"] = torch.zeros(2, 1, dtype=torch.long)
+    with pytest.raises(ValueError, match="logits have 8 columns: impl 'cuda' filters at most 7, give impl 'triton'"):
+        cuda.rows("logprobs", torch.zeros(2, 8), None, tables, without_loss(1.0))

@@ -36,7 +36,7 @@ def test_top_k_is_the_filtered_softmax(given: bool, seed: int) -> None:
 def test_top_k_support_breaks_ties_like_torch_topk_and_stops_at_the_vocabulary() -> None:
     tied = torch.zeros(3, 6)
     assert torch.equal(topk_support(tied, 4), tied.topk(4, 1).indices)
-    assert topk_support(tied, 100).shape == (3, 6)
+    assert topk_support(tied, 100).shape == (3, 6) and topk_support(tied[:, :0], 2).shape == (3, 0)
     logits, labels = torch.randn(9, 6), torch.randint(6, (9,))
     unfiltered = token_logprobs(logits, labels, temperature=1.0)
     torch.testing.assert_close(token_logprobs(logits, labels, temperature=1.0, top_k=100), unfiltered)
