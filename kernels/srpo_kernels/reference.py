@@ -8,6 +8,7 @@ Shapes: T rows, R labelled rows, V vocabulary, K kept ids, C candidates of the s
 
 from __future__ import annotations
 
+import math
 from typing import NamedTuple
 
 import torch
@@ -34,7 +35,7 @@ def policy_loss(logits: torch.Tensor, tables: Tables, options: LossOptions, top_
     sequence, step = step_of_row(tables.cu_seqlens, step_ends, rows)
     advantages = tables.step_advantages.detach().to(log_p.dtype)[sequence, step]
     old = logprobs.detach() if tables.old_logprobs is None else _constant(tables.old_logprobs, rows, log_p.dtype)
-    ratio = (logprobs - old).clamp(max=MAX_LOG_RATIO).exp()  # Eq. 6: rho_{i,t} = pi_theta / pi_theta_old
+    ratio = at_most(logprobs - old, MAX_LOG_RATIO).exp()  # Eq. 6: rho_{i,t} = pi_theta / pi_theta_old
     # min(ratio A, clip(ratio) A) bounds the ratio from above where A > 0 and from below where A < 0. Dual clip also bounds it
     # from above where A < 0.
     low, high = 1 - options.clip_eps_low, 1 + options.clip_eps_high
@@ -42,7 +43,8 @@ def policy_loss(logits: torch.Tensor, tables: Tables, options: LossOptions, top_
         bounded = ratio.detach().clamp(low, high)
         terms = torch.where(advantages == 0, 0, -bounded * advantages * logprobs)
     else:
-        bounded = torch.where(advantages > 0, ratio.clamp(max=high), ratio.clamp(min=low, max=options.dual_clip))
+        raised = at_most(at_least(ratio, low), math.inf if options.dual_clip is None else options.dual_clip)
+        bounded = torch.where(advantages > 0, at_most(ratio, high), raised)
         terms = -bounded * advantages  # Eq. 6: -min(r A, clip(r, 1-eps, 1+eps) A)
 
     if tables.ref_logits is not None:
@@ -84,6 +86,16 @@ def token_logprobs(
     candidates = _candidates(logits, temperature, support)
     logprobs = _of_label(candidates.log_softmax(1), labels, support)
     return scatter(logprobs, rows, num_rows), scatter(candidates.logsumexp(1), rows, num_rows)
+
+
+def at_most(x: torch.Tensor, bound: float) -> torch.Tensor:
+    """x, bounded from above; an x on the bound keeps its gradient. From torch 2.14 on that of `clamp` is 0 there."""
+    return torch.where(x > bound, bound, x)
+
+
+def at_least(x: torch.Tensor, bound: float) -> torch.Tensor:
+    """x, bounded from below; see `at_most`."""
+    return torch.where(x < bound, bound, x)
 
 
 class _Support(NamedTuple):
@@ -135,7 +147,7 @@ def _sampled_kl(log_ratio: torch.Tensor, estimator: str) -> torch.Tensor:
         return log_ratio
     if estimator == "k2":
         return log_ratio.square() / 2
-    inverse = (-log_ratio).clamp(max=MAX_LOG_RATIO)
+    inverse = at_most(-log_ratio, MAX_LOG_RATIO)
     return torch.expm1(inverse) - inverse
 
 

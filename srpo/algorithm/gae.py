@@ -104,6 +104,10 @@ def value_loss(
     error = (values - returns).square()
     if not clip:
         return ValueLoss(error.sum() / (2 * num_tokens), torch.zeros((), dtype=torch.int64, device=values.device))
-    moved = (old_values + (values - old_values).clamp(-clip, clip) - returns).square()
+    change = values - old_values
+    bounded = torch.where(
+        change.abs() > clip, change.sign() * clip, change
+    )  # clamp has no gradient on the bound from torch 2.14 on
+    moved = (old_values + bounded - returns).square()
     cut = ((values - old_values).abs() > clip) & (moved > error)
     return ValueLoss(torch.maximum(error, moved).sum() / (2 * num_tokens), cut.sum())
