@@ -52,8 +52,9 @@ def test_the_vllm_of_the_gpu_extra_is_one_of_the_table() -> None:
 
 
 def test_each_shim_names_the_version_at_which_it_goes() -> None:
-    shims = {"torch": ("srpo/policy/varlen_kernels.py", "2.12"), "vLLM": ("srpo/rollout/vllm/older_versions.py", "0.32")}
-    for package, (file, gone) in shims.items():
+    shims = [("torch", "srpo/policy/varlen_kernels.py", "2.12"), ("vLLM", "srpo/rollout/vllm/older_versions.py", "0.32")]
+    shims += [("vLLM", "srpo/rollout/vllm/worker.py", "0.32")]
+    for package, file, gone in shims:
         needs = rows("Versions")[package][2]
         assert f"before {gone}," in needs and file in needs
         assert f"{package} {gone}" in (ROOT / file).read_text(encoding="utf-8")

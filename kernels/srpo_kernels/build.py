@@ -39,6 +39,10 @@ class BuildError(RuntimeError):
     """The compiler is missing or failed; the message holds its output."""
 
 
+class NoNvcc(BuildError):
+    """There is no CUDA compiler, and no library in the cache."""
+
+
 def cache_dir() -> Path:
     """Folder of the compiled libraries."""
     default = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "srpo"
@@ -147,8 +151,11 @@ def build_cuda() -> Path:
     if nvcc is None:
         cached = _whole(f"{name}-*.so")
         if cached is None:
-            raise BuildError("nvcc is not on the PATH: install the CUDA toolkit, or name the compiler in NVCC")
+            where = "neither on the PATH nor in $CUDA_HOME or /usr/local/cuda"
+            raise NoNvcc(f"nvcc is {where}: install the CUDA toolkit, or name the compiler in NVCC")
         return cached
+    if shutil.which(nvcc) is None:
+        raise BuildError(f"{nvcc} cannot be run: name nvcc in NVCC, or unset it")
     known = subprocess.run([nvcc, "--list-gpu-arch"], capture_output=True, text=True, check=False).stdout.split()
     flags = ["-std=c++17", "-O3", "-shared", "-Xcompiler", "-fPIC,-fvisibility=hidden"]
     for virtual, real in (("compute_90a", "sm_90a"), ("compute_100a", "sm_100a"), ("compute_90", "compute_90")):
@@ -170,13 +177,12 @@ def load_with_openmp(library: Path) -> ctypes.CDLL:
 
 
 def main() -> None:
-    """Build the CPU library and, if there is an nvcc, the CUDA library; exit code 1 if a compiler fails."""
+    """Build the CPU library and, if there is an nvcc, the CUDA library. Exit code 1 if a compiler fails."""
     try:
         print(f"CPU kernels: {build_cpu()}")
-        if find_nvcc() is None:
-            print("CUDA kernels: not built, nvcc is not on the PATH; without it GPUs use the Triton kernels")
-        else:
-            print(f"CUDA kernels: {build_cuda()}")
+        print(f"CUDA kernels: {build_cuda()}")
+    except NoNvcc as error:
+        print(f"CUDA kernels: not built, a GPU would use the Triton kernels: {error}")
     except BuildError as error:
         sys.exit(f"error: {error}")
 

@@ -17,7 +17,7 @@ from torch import nn
 from transformers import AttentionInterface, PreTrainedConfig
 
 from srpo.core.errors import UserError
-from srpo.policy.varlen_kernels import NAMES, Kernel, kernel_of
+from srpo.policy.varlen_kernels import NAMES, WIDEST_OF_TORCH, Kernel, kernel_of
 
 # Transformers' names of `NAMES`. None contains "flash": transformers would take it for its own FlashAttention.
 _REGISTERED = dict(zip(NAMES, ("srpo_varlen", "srpo_fa2", "srpo_fa4"), strict=True))
@@ -98,7 +98,7 @@ def varlen_attention(
 
     query [1, heads, T, D]; key, value [1, kv_heads, T, D]; cu_seq_lens_q [N+1] int32; max_length_q is L.
     sliding_window: a row attends to so many keys, itself included; None: to all before it.
-    kernel: computes everything; None: torch's kernel, or padding if that has none for the device and dtype.
+    kernel: computes everything; None: torch's kernel, or padding if that cannot take the device, dtype or width of heads.
     Dropout is never applied, so that log-probabilities are deterministic. Raises ValueError if `cu_seq_lens_q` or
     `max_length_q` is missing, if the batch dimension is not 1, and for an argument that is not computed.
     """
@@ -110,7 +110,8 @@ def varlen_attention(
     check_arguments(kwargs)
     window = sliding_window if sliding_window is not None and sliding_window < max_length_q else None
     query, key, value = (x[0].transpose(0, 1) for x in (query, key, value))  # [T, heads, D]
-    if kernel is None and needs_padding(query.device, query.dtype):
+    too_wide = max(query.shape[2], value.shape[2]) > WIDEST_OF_TORCH
+    if kernel is None and (too_wide or needs_padding(query.device, query.dtype)):
         layout = pad_layout or PadLayout.of(cu_seq_lens_q, max_length_q)
         gqa = query.shape[1] != key.shape[1]
         query, key, value = (layout.pad(x) for x in (query, key, value))

@@ -18,7 +18,8 @@ from srpo.core.errors import MissingPackage, UserError
 
 NAMES = ("torch", "flash_attention_2", "flash_attention_4")
 _INSTALL = {"flash_attention_2": "pip install flash-attn --no-build-isolation", "flash_attention_4": "pip install flash-attn-4"}
-_OLDEST = {"flash_attention_2": 8, "flash_attention_4": 9}  # major compute capability; FlashAttention 4 has no backward on 8.x
+WIDEST_OF_TORCH = 256  # width of heads that torch's kernel takes; wider ones are padded sequences
+_OLDEST = {"torch": 8, "flash_attention_2": 8, "flash_attention_4": 9}  # major compute capability; 4 has no backward on 8.x
 _FLASH_4_WIDEST = {9: 256}  # head dimension, by major compute capability; elsewhere 128
 _FLASH_4_ALSO = {10: ((192, 128), (256, 256)), 11: ((192, 128), (256, 256))}  # (D, E) beside these
 
@@ -122,17 +123,22 @@ def _of_one_width(kernel: Kernel) -> Kernel:
 def check_kernel(name: str, device: torch.device, dtype: torch.dtype) -> None:
     """Raise UserError if the kernel cannot run on this device or in this dtype, MissingPackage if it is not installed.
 
-    "torch" runs everywhere: where its kernel cannot, attention pads (`srpo.policy.attention.needs_padding`).
+    "torch" pads sequences on a CPU and in fp32 (`srpo.policy.attention.needs_padding`).
     """
     if name not in NAMES:
         raise UserError(f"policy.attention is {name!r}: set it to one of {', '.join(NAMES)}")
-    if name == "torch":
+    if name == "torch" and (device.type != "cuda" or dtype not in (torch.bfloat16, torch.float16)):
         return
     if device.type != "cuda":
         raise UserError(f"policy.attention is {name!r}, which needs an NVIDIA GPU, and this run is on the CPU: set it to 'torch'")
     if dtype not in (torch.bfloat16, torch.float16):
         raise UserError(f"policy.attention is {name!r}, which has no float32: set policy.dtype to 'bfloat16', or it to 'torch'")
     major, minor = torch.cuda.get_device_capability(device)
+    if major < _OLDEST[name] and name == "torch":
+        raise UserError(
+            f"attention in {str(dtype).removeprefix('torch.')} needs compute capability 8.0, and this GPU has {major}.{minor}: "
+            "set policy.dtype to 'float32'"
+        )
     if major < _OLDEST[name]:
         raise UserError(
             f"policy.attention is {name!r}, which needs compute capability {_OLDEST[name]}.0, and this GPU has {major}.{minor}: "

@@ -66,7 +66,8 @@ class Hidden:
 
     @torch.no_grad()
     def support(self, top_k: int) -> torch.Tensor:
-        """As `Logits.support`. Costs one more product with the head; a loss that is given only `top_k` finds the ids itself."""
+        """As `Logits.support`, of logits in the dtype of the hidden states. Costs one more product with the head. A loss that is
+        given only `top_k` finds the ids itself, of fp32 logits."""
         return torch.cat([topk_support(logits, top_k) for logits in self._chunks()])
 
     @torch.no_grad()

@@ -84,12 +84,13 @@ def test_registers_and_shared_memory(
     assert " 0 bytes stack frame" in compiled[1].replace("\n", " ") and not re.search(r" [1-9]\d* bytes stack frame", compiled[1])
 
 
-@pytest.mark.parametrize(("dtype", "cluster"), [("float", 16), ("__nv_bfloat16", 8)])
+@pytest.mark.parametrize(("dtype", "cluster"), [("float", 16), ("__nv_bfloat16", 8), ("__half", 8)])
 def test_three_ctas_work_on_rows_of_qwen(
     reports: list[tuple[str, int, int, int]], emulated_library: ctypes.CDLL, dtype: str, cluster: int
 ) -> None:
     """151936 ids: static and dynamic shared memory of three CTAs fit on an SM, so that loads, sums and stores overlap."""
-    static = next(shared for name, _, _, shared in reports if "rows_one_read" in name and ("IfE" in name) == (dtype == "float"))
+    mangled = {"float": "IfE", "__nv_bfloat16": "bfloat16", "__half": "__half"}[dtype]
+    static = next(shared for name, _, _, shared in reports if "rows_one_read" in name and mangled in name)
     plan = (ctypes.c_int * 3)()
     assert emulated_library.simt_plan(DTYPES[dtype], ctypes.c_int64(151936), ctypes.c_int64(static), plan) == 0
     assert plan[0] == cluster and plan[0] * plan[1] * 16 >= 151936 * (4 if dtype == "float" else 2)

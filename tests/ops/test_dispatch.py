@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import warnings
 from pathlib import Path
+from types import ModuleType, SimpleNamespace
 from typing import Any
 
 import pytest
 import srpo_kernels
 import torch
 from loss_cases import policy_loss
-from srpo_kernels import cpu, token_logprobs, topk_support
+from srpo_kernels import cpu, cuda, token_logprobs, topk_support, triton_rows
 
 
 def good_input() -> dict[str, Any]:
@@ -102,3 +103,23 @@ def test_bad_input_says_what_to_do(change: dict[str, Any], message: str) -> None
 def test_a_support_needs_an_id() -> None:
     with pytest.raises(ValueError, match="at least one id"):
         topk_support(torch.ones(2, 2), 0)
+
+
+@pytest.mark.parametrize(
+    ("capability", "cuda_takes", "triton_takes"),
+    [((7, 5), False, False), ((8, 0), False, True), ((8, 9), False, True), ((9, 0), True, True), ((12, 0), True, True)],
+)
+def test_backends_by_compute_capability(
+    monkeypatch: pytest.MonkeyPatch, capability: tuple[int, int], cuda_takes: bool, triton_takes: bool
+) -> None:
+    """An older GPU is refused before anything is compiled for it."""
+    compiled: list[str] = []
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda _: capability)
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda _: "a GPU")
+    monkeypatch.setattr(torch.version, "cuda", "13.0")
+    monkeypatch.setattr(cuda, "library", lambda: compiled.append("cuda"))
+    monkeypatch.setattr(triton_rows, "kernels", lambda: ModuleType("kernels"))
+    monkeypatch.setattr(triton_rows, "interpreted", lambda: False)
+    logits: Any = SimpleNamespace(device=torch.device("cuda", 0), dtype=torch.bfloat16)
+    assert (cuda.why_not(logits) is None) == cuda_takes == bool(compiled)
+    assert (triton_rows.why_not(logits) is None) == triton_takes

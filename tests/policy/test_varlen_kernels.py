@@ -16,6 +16,7 @@ import torch
 
 from srpo.core.config.train import PolicyConfig
 from srpo.core.errors import MissingPackage, UserError
+from srpo.policy import attention, experts
 from srpo.policy.attention import head_widths, registered_attention, varlen_attention
 from srpo.policy.loading import load_to_shard
 from srpo.policy.model import Policy, load_policy, save_policy
@@ -208,7 +209,7 @@ def test_what_they_can_run_on_is_not(attention: str, packages: Callable[..., Non
         ("flash_attention_4", 9, [(8, 8), (256, 128)], [(12, 12), (264, 264)]),
         ("flash_attention_4", 10, [(128, 128), (192, 128), (256, 256)], [(192, 192), (136, 136), (64, 12)]),
         ("flash_attention_4", 12, [(128, 64)], [(256, 256), (192, 128)]),
-        ("torch", 9, [(512, 512), (12, 12)], []),
+        ("torch", 9, [(512, 512), (12, 12)], []),  # wider heads than its kernel has are padded sequences
     ],
 )
 def test_heads_that_a_kernel_does_not_have_are_refused(
@@ -228,3 +229,43 @@ def test_head_widths_of_configs() -> None:
     assert list(head_widths(LlamaConfig(hidden_size=96, num_attention_heads=4))) == [(24, 24)]
     latent = DeepseekV3Config(qk_nope_head_dim=128, qk_rope_head_dim=64, v_head_dim=128)
     assert list(head_widths(latent)) == [(192, 128)]
+
+
+def test_torch_s_kernel_in_16_bits_needs_compute_capability_8(on_gpu: Callable[[int], None]) -> None:
+    on_gpu(7)
+    with pytest.raises(
+        UserError, match=r"bfloat16 needs compute capability 8.0, and this GPU has 7.0: set policy.dtype to 'float32'"
+    ):
+        check_kernel("torch", GPU, torch.bfloat16)
+    check_kernel("torch", GPU, torch.float32)
+    on_gpu(8)
+    check_kernel("torch", GPU, torch.bfloat16)
+
+
+@pytest.mark.parametrize(("width", "calls"), [(256, 1), (264, 0)])
+def test_heads_wider_than_torch_s_kernel_has_are_padded_sequences(
+    monkeypatch: pytest.MonkeyPatch, width: int, calls: int
+) -> None:
+    """As on a GPU in bf16, where padding is not needed for the dtype."""
+    taken: list[int] = []
+
+    def kernel(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, *_: Any) -> torch.Tensor:
+        taken.append(query.shape[2])
+        return torch.zeros(query.shape[0], query.shape[1], value.shape[2])
+
+    monkeypatch.setattr(attention, "needs_padding", lambda device, dtype: False)
+    monkeypatch.setattr(attention, "kernel_of", lambda name: kernel)
+    query, key, value = (torch.randn(1, 2, 7, width) for _ in range(3))
+    bounds = torch.tensor([0, 4, 7], dtype=torch.int32)
+    out, _ = attention.varlen_attention(torch.nn.Identity(), query, key, value, None, cu_seq_lens_q=bounds, max_length_q=4)
+    assert len(taken) == calls and bool(out.any()) == (calls == 0)
+
+
+@pytest.mark.parametrize(("major", "unwritten"), [(9, False), (10, True), (12, True)])
+def test_on_which_gpus_gradients_of_unused_experts_are_unwritten(
+    on_gpu: Callable[[int], None], major: int, unwritten: bool
+) -> None:
+    on_gpu(major)
+    experts._leaves_unwritten.cache_clear()
+    assert experts._leaves_unwritten(GPU) == unwritten
+    experts._leaves_unwritten.cache_clear()

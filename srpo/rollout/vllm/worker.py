@@ -113,8 +113,8 @@ class VllmBackend:
         return config
 
     def _open_transfer(self, at_init: Collection[str], at_update: Collection[str]) -> None:
-        """Initialize vLLM's weight transfer. Newer versions take the flag `packed` here, older ones with each update: the fields
-        of both tell which."""
+        """Initialize vLLM's weight transfer. It takes the flag `packed` here; until vLLM 0.32 it came with each update: the
+        fields of both tell which."""
         self._packed_in_update = "packed" in at_update
         self._llm.init_weight_transfer_engine({"init_info": {"packed": True} if "packed" in at_init else {}})
 
