@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from functools import partial
 from types import SimpleNamespace
 from typing import Any
@@ -11,25 +12,43 @@ import torch.nn.functional as F
 
 from gpu_proof import lab
 from gpu_proof.operators_check import operator_parts
-from gpu_proof.parts import Found, Wrong, figure, small
+from gpu_proof.parts import Found, Parts, Skip, Wrong, figure, small
 
 BAR = 0.02  # relative error of bf16 results and gradients: a few roundings of 2^-9, which partly cancel
 LENGTHS = (5, 1, 130, 64, 17)
 
 
-def attention(heads: int, kv_heads: int, dim: int, window: int | None) -> Found:
-    """Output and three gradients of packed sequences, against fp32 on the CPU."""
+def kernel(name: str, width: int) -> Any:
+    """A kernel of `policy.attention` for heads of this width; None for torch's, which pads where it has no kernel. Raises Skip,
+    with what to install or to change, if it cannot run here."""
+    from srpo.core.errors import UserError
+    from srpo.policy.varlen_kernels import check_kernel, check_widths, kernel_of
+
+    if name == "torch":
+        return None
+    try:
+        check_kernel(name, lab.device(), torch.bfloat16)
+        check_widths(name, [(width, width)], lab.device())
+        return kernel_of(name)
+    except UserError as error:
+        raise Skip(str(error)) from None
+
+
+def attention(name: str, heads: int, kv_heads: int, dim: int, window: int | None) -> Found:
+    """Output and three gradients of packed sequences by a kernel, against fp32 on the CPU."""
     from srpo.policy.attention import varlen_attention
 
+    chosen = kernel(name, dim)
     rows = sum(LENGTHS)
     bounds = torch.tensor([0, *LENGTHS]).cumsum(0).int()
     sources = [torch.randn(1, h, rows, dim).bfloat16() for h in (heads, kv_heads, kv_heads)]
     upstream = torch.randn(1, rows, heads, dim).bfloat16()
 
     def results(device: torch.device, dtype: torch.dtype) -> list[torch.Tensor]:
+        by = chosen if dtype == torch.bfloat16 else None
         inputs = [x.to(device, dtype).requires_grad_() for x in sources]
         packed = (None, dim**-0.5, bounds.to(device), max(LENGTHS))
-        out, _ = varlen_attention(torch.nn.Identity(), inputs[0], inputs[1], inputs[2], *packed, sliding_window=window)
+        out, _ = varlen_attention(torch.nn.Identity(), inputs[0], inputs[1], inputs[2], *packed, sliding_window=window, kernel=by)
         return [out.detach(), *torch.autograd.grad(out, inputs, upstream.to(device, dtype))]
 
     return compared(("output", "query", "key", "value"), results)
@@ -81,11 +100,12 @@ def layer(up: torch.Tensor, down: torch.Tensor) -> SimpleNamespace:
     return SimpleNamespace(num_experts=up.shape[0], gate_up_proj=up, down_proj=down, act_fn=F.silu, **about)
 
 
-def attention_speed() -> Found:
+def attention_speed(name: str) -> Found:
     """Forward and backward, 32 heads on 8, causal: half of the pairs are computed; the backward pass has 2.5 times the work."""
     from srpo.policy.attention import varlen_attention
 
     sequences, length, heads, kv_heads, dim = (2, 64, 4, 2, 32) if small() else (16, 1024, 32, 8, 128)
+    by = kernel(name, dim)
     rows = sequences * length
     make = partial(torch.randn, device=lab.device(), dtype=torch.bfloat16)
     inputs = [make(1, h, rows, dim).requires_grad_() for h in (heads, kv_heads, kv_heads)]
@@ -93,7 +113,8 @@ def attention_speed() -> Found:
     bounds = torch.arange(0, rows + 1, length, device=lab.device(), dtype=torch.int32)
 
     def both() -> None:
-        out, _ = varlen_attention(torch.nn.Identity(), inputs[0], inputs[1], inputs[2], None, dim**-0.5, bounds, length)
+        packed = (None, dim**-0.5, bounds, length)
+        out, _ = varlen_attention(torch.nn.Identity(), inputs[0], inputs[1], inputs[2], *packed, kernel=by)
         torch.autograd.grad(out, inputs, upstream)
 
     flops = 3.5 * 4 * sequences * heads * length**2 * dim / 2
@@ -104,6 +125,7 @@ def experts_speed() -> Found:
     from srpo.policy.experts import grouped_mm_experts
 
     tokens, count, chosen, hidden, size = (64, 4, 2, 64, 32) if small() else (16384, 128, 8, 2048, 768)
+    lab.needs_memory(6 << 30)  # weights and their gradients, and the rows of all chosen experts between the products
     make = partial(torch.randn, device=lab.device(), dtype=torch.bfloat16)
     rows, upstream = make(tokens, hidden).requires_grad_(), make(tokens, hidden)
     factors = [make(count, 2 * size, hidden).requires_grad_(), make(count, hidden, size).requires_grad_()]
@@ -122,12 +144,29 @@ def speed(call: Any, flops: float, shape: str) -> Found:
     return {"figures": [figure("forward and backward", flops / ms / 1e9, "TFLOP/s")], "ms": ms, "shape": shape}
 
 
-def main() -> None:
+def attention_parts(name: str) -> Parts:
+    """The parts of a kernel of `policy.attention`."""
     shapes = [(4, 2, 32, None), (8, 2, 64, None), (4, 4, 64, 16), (8, 1, 128, None), (8, 2, 128, 40)]
+    by = "" if name == "torch" else f" by {name}"
+    parts: dict[str, Callable[[], Found]] = {}
+    for heads, kv_heads, dim, window in shapes:
+        parts[f"attention{by} {heads} heads on {kv_heads} of {dim}, window {window}"] = partial(
+            attention, name, heads, kv_heads, dim, window
+        )
+    return parts | {f"attention speed{by}": partial(attention_speed, name)}
+
+
+def main() -> None:
+    """The optional kernels come last: FlashAttention 4 compiles each of its shapes."""
+    from srpo.policy.varlen_kernels import NAMES
+
     sizes = {"experts small": (37, 5, 2, 16, 8), "experts wide": (500, 16, 4, 128, 64)}
-    lab.run(
-        {f"attention {h} heads on {kv} of {dim}, window {w}": partial(attention, h, kv, dim, w) for h, kv, dim, w in shapes}
-        | {name: partial(experts, *size) for name, size in sizes.items()}
-        | operator_parts()
-        | {"attention speed": attention_speed, "experts speed": experts_speed}
-    )
+    parts: dict[str, Callable[[], Found]] = {
+        **attention_parts("torch"),
+        **{name: partial(experts, *size) for name, size in sizes.items()},
+        **operator_parts(),
+        "experts speed": experts_speed,
+    }
+    for name in NAMES[1:]:
+        parts |= attention_parts(name)
+    lab.run(parts)

@@ -9,7 +9,7 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass, replace
 from functools import cache, partial
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 
@@ -81,9 +81,11 @@ def against(case: Case) -> Found:
     got = outcome(case)
     exact = outcome(Case("cpu", dtype="float32", top_k=case.top_k))
     bars = {"fp32 on the CPU": (exact, EXACT_BAR)}
+    rival: dict[str, Any] = {}
     if case.impl != "reference":
         eager = outcome(replace(case, impl="reference", inputs="logits", checkpointing=False))
         bars["eager"] = (eager, EAGER_BAR)
+        rival = {"rival": eager.ms, "rival_of": "eager"}
     figures, wrong = [], []
     for name, (other, bar) in bars.items():
         turned = abs(1 - float(torch.nn.functional.cosine_similarity(got.step.double(), other.step.double(), dim=0)))
@@ -93,7 +95,7 @@ def against(case: Case) -> Found:
         wrong += [name] if not (turned <= bar and norm <= NORM_BAR) else []
     if wrong or not math.isfinite(got.grad_norm):
         raise Wrong(f"the step differs from {' and '.join(wrong)}", figures=figures)
-    return {"figures": [*figures, figure("update", got.ms, "ms")]}
+    return {"figures": [*figures, figure("update", got.ms, "ms", **rival)]}
 
 
 def main() -> None:

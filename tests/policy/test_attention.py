@@ -8,6 +8,7 @@ import torch
 
 from srpo.core.errors import UserError
 from srpo.policy.attention import PadLayout, varlen_attention
+from srpo.policy.varlen_kernels import NAMES, check_kernel, kernel_of
 
 SHAPES = [[5], [1, 1, 1], [4, 4, 4], [1, 7, 3, 12], [9, 2]]
 
@@ -79,13 +80,19 @@ def test_arguments_that_are_not_computed_are_refused(name: str) -> None:
 
 
 @pytest.mark.gpu
+@pytest.mark.parametrize("name", NAMES)
 @pytest.mark.parametrize("lengths", SHAPES)
-def test_kernel_on_a_gpu_equals_padding_on_the_cpu(lengths: list[int]) -> None:
+def test_kernel_on_a_gpu_equals_padding_on_the_cpu(lengths: list[int], name: str) -> None:
+    try:
+        check_kernel(name, torch.device("cuda"), torch.bfloat16)
+    except UserError as error:  # not installed, or not for this GPU
+        pytest.skip(str(error))
     query, key, value = (torch.randn(1, heads, sum(lengths), 64, dtype=torch.bfloat16) for heads in (4, 2, 2))
     cu_seqlens = torch.tensor([0, *lengths]).cumsum(0).int()
     outputs = []
-    for device, dtype in (("cpu", torch.float32), ("cuda", torch.bfloat16)):
+    for device, dtype, kernel in (("cpu", torch.float32, None), ("cuda", torch.bfloat16, kernel_of(name))):
         q, k, v = (x.to(device, dtype) for x in (query, key, value))
-        out, _ = varlen_attention(torch.nn.Identity(), q, k, v, None, 0.125, cu_seqlens.to(device), max(lengths))
+        bounds = cu_seqlens.to(device)
+        out, _ = varlen_attention(torch.nn.Identity(), q, k, v, None, 0.125, bounds, max(lengths), kernel=kernel)
         outputs.append(out.cpu().float())
     assert torch.allclose(outputs[0], outputs[1], atol=2e-2, rtol=2e-2)
