@@ -229,6 +229,42 @@ run_parts({"1": first, "2": second, "3": third, "4": fourth}, lambda: not broken
     assert parts[3]["reason"] == "RuntimeError: first line" and "second line" in parts[3]["output"]
 
 
+def test_no_error_of_a_part_costs_the_next_ones(make: Any, tmp_path: Path) -> None:
+    """Too little memory is a lack of the machine. OpCheckError derives from Exception directly; its module is loaded late."""
+    path = tmp_path / "stage_of_test.py"
+    path.write_text(
+        """
+import subprocess, sys, xml.etree.ElementTree
+import torch
+from gpu_proof.parts import run_parts
+def registered():
+    @torch.library.custom_op("gpu_proof_test::wrong", mutates_args=())
+    def wrong(x: torch.Tensor) -> torch.Tensor: return x * 2
+    @wrong.register_fake
+    def _(x): return x.new_empty(x.shape[0] + 1)
+    torch.library.opcheck(wrong, (torch.ones(3),))
+def memory(): raise torch.OutOfMemoryError("tried to allocate 200 GiB")
+def driver(): raise RuntimeError("CUDA error: out of memory")
+parts = {"opcheck": registered, "memory": memory, "driver": driver, "zero": lambda: 1 / 0}
+parts |= {"junit": lambda: xml.etree.ElementTree.fromstring("<testsuites>"), "name": lambda: undefined}
+parts |= {"program": lambda: subprocess.run(["false"], check=True), "last": lambda: None}
+run_parts(parts)
+""",
+        encoding="utf-8",
+    )
+    make(stage=(f"import runpy; runpy.run_path({str(path)!r}, run_name='__main__')",)).run(60)
+    parts = {part["part"]: part for part in lines(tmp_path / "out" / "results.jsonl")["stage"]["parts"]}
+    reasons = {name: part["reason"].partition(":")[0] for name, part in parts.items() if part["status"] == "failed"}
+    assert reasons == {
+        "opcheck": "OpCheckError",
+        "zero": "ZeroDivisionError",
+        **{"junit": "ParseError", "name": "NameError", "program": "CalledProcessError"},
+    }
+    assert parts["memory"]["status"] == parts["driver"]["status"] == "skipped" and parts["last"]["status"] == "ok"
+    assert parts["memory"]["reason"] == parts["driver"]["reason"] == "needs more GPU memory than is free"
+    assert "200 GiB" in parts["memory"]["output"]
+
+
 def test_the_summary_shows_what_went_wrong(proof: SimpleNamespace) -> None:
     wrong = {"part": "bf16 V=4104 cluster=8", "status": "failed", "reason": "wrong values", "seconds": 1.0, "bad": 2}
     wrong |= {"plan": {"cluster": 8}, "first_wrong": [[0, 4100, 0.0, 0.25]], "repeats_differ": False}
@@ -258,6 +294,7 @@ def test_the_summary_shows_what_went_wrong(proof: SimpleNamespace) -> None:
 @pytest.mark.parametrize(
     ("flags", "words"),
     [
+        (("--deadline", "nan"), "--deadline is nan: give at least 20 seconds"),
         (("--deadline", "3"), "--deadline is 3: give at least 20 seconds"),
         (("--wheels", "nowhere"), "--wheels is nowhere, which is no folder"),
         (("--only", "everything"), "invalid choice: 'everything'"),
@@ -288,14 +325,15 @@ def test_lanes_share_the_cores(proof: SimpleNamespace) -> None:
 def test_a_machine_without_a_gpu_says_so_in_every_stage(proof: SimpleNamespace, tmp_path: Path) -> None:
     """No stage fails because nvidia-smi is missing; nothing is proved, so the exit code is 1."""
     env = {**os.environ, "PATH": "/nonexistent", "OUT": str(tmp_path / "out"), "CUDA_VISIBLE_DEVICES": ""}
-    skipping = [stage.name for stage in proof.stages.STAGES if stage.name != "libraries"]
+    skipping = [stage.name for stage in proof.stages.STAGES if stage.name != "libraries"]  # which other stages ask for
     command = [sys.executable, str(BENCH / "gpu_proof"), "--state", str(tmp_path / "state"), "--only", *skipping]
     done = subprocess.run(command, env=env, capture_output=True, text=True, check=False)
     assert done.returncode == 1, done.stderr
     found = lines(tmp_path / "out" / "results.jsonl")
+    del found["libraries"]
     assert {name: entry["status"] for name, entry in found.items()} == dict.fromkeys(skipping, "skipped"), done.stdout
-    assert found["env"]["reason"] == found["sampling"]["reason"] == "no NVIDIA GPU: nvidia-smi is missing or lists none"
-    assert "16 skipped" in (tmp_path / "out" / "summary.txt").read_text(encoding="utf-8").splitlines()[-1]
+    assert found["env"]["reason"] == found["sampling"]["reason"] == "no NVIDIA GPU: nvidia-smi is not on the PATH"
+    assert f"{len(skipping)} skipped" in (tmp_path / "out" / "summary.txt").read_text(encoding="utf-8").splitlines()[-1]
 
 
 def test_a_package_that_is_missing_skips_its_stage(proof: SimpleNamespace, make: Any, tmp_path: Path) -> None:

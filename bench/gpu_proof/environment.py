@@ -63,10 +63,12 @@ def first_kernel() -> Found:
     needs("torch")
     import torch
 
+    from gpu_proof import lab
+
     if small():
         return {"sum": float(torch.ones(8).sum())}
-    if not torch.cuda.is_available():
-        raise Skip(f"torch {torch.__version__} (CUDA {torch.version.cuda}) finds no device, although the driver lists one")
+    if reason := lab.why_no_device():
+        raise Skip(reason)
     total = float(torch.ones(1 << 20, device="cuda").sum())
     if total != 1 << 20:
         raise Wrong(f"a sum of 2^20 ones on the GPU is {total}")

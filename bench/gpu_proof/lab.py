@@ -6,6 +6,7 @@ import os
 import random
 import statistics
 import time
+import warnings
 from collections.abc import Callable, Mapping, Sequence
 from functools import cache
 from pathlib import Path
@@ -31,13 +32,24 @@ def run(parts: Parts) -> None:
 
     Raises Skip if torch does not reach the GPU.
     """
-    if not small() and not torch.cuda.is_available():
-        raise Skip(f"torch {torch.__version__} finds no CUDA device, although the driver lists one")
+    if not small() and (reason := why_no_device()):
+        raise Skip(reason)
     seed = int(os.environ.get("SRPO_TEST_SEED") or random.SystemRandom().randrange(2**31))
     print(f"SRPO_TEST_SEED={seed}", flush=True)
     random.seed(seed)
     torch.manual_seed(seed)
     run_parts(parts, usable)
+
+
+def why_no_device() -> str | None:
+    """Why torch reaches no GPU although the driver lists one, with what torch itself says of it; None if it reaches one."""
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        if torch.cuda.is_available():
+            return None
+    said = [" ".join(str(each.message).split()) for each in caught]
+    about = f"torch {torch.__version__} (CUDA {torch.version.cuda}) finds no CUDA device, although the driver lists one"
+    return ": ".join([about, *said])
 
 
 def usable() -> bool:

@@ -9,6 +9,7 @@ from __future__ import annotations
 import importlib.util
 import json
 import os
+import subprocess
 import sys
 import time
 import traceback
@@ -20,6 +21,14 @@ ROOT = Path(__file__).resolve().parents[2]
 RESULT, STATE, SMALL = "GPU_PROOF_RESULT", "GPU_PROOF_STATE", "GPU_PROOF_SMALL"
 END = "GPU_PROOF_END"  # when the stage will be killed, on the clock of time.monotonic()
 READING_S = 4.0  # of the time until then, for reading what a program of the stage has left
+
+OUT_OF_MEMORY = "needs more GPU memory than is free"
+# Exceptions of packages that derive from Exception directly: module -> name.
+DIRECT = {
+    "triton.errors": "TritonError",
+    "cutlass.base_dsl.common": "DSLBaseError",
+    "torch.testing._internal.optests.generate_tests": "OpCheckError",
+}
 
 Found = dict[str, Any] | None  # "figures": a list of `figure`; other keys are details
 Parts = Mapping[str, Callable[[], Found]]
@@ -86,10 +95,17 @@ def done() -> set[str]:
 
 
 def failures() -> tuple[type[Exception], ...]:
-    """Exceptions that end a part and not its stage. Triton's own derive from Exception directly."""
-    builtin = (RuntimeError, ValueError, TypeError, AttributeError, ImportError, AssertionError, LookupError, OSError)
-    errors = sys.modules.get("triton.errors")
-    return (*builtin, errors.TritonError) if errors is not None else builtin
+    """Exceptions that end a part and not its stage."""
+    builtin = (RuntimeError, ValueError, TypeError, AttributeError, NameError, ImportError, SyntaxError, AssertionError)
+    builtin += (LookupError, ArithmeticError, OSError, MemoryError, subprocess.SubprocessError)
+    loaded = ((sys.modules.get(module), name) for module, name in DIRECT.items())
+    return *builtin, *(getattr(module, name) for module, name in loaded if hasattr(module, name))
+
+
+def out_of_memory(error: Exception) -> bool:
+    """Whether the GPU had too little free memory."""
+    kind = getattr(sys.modules.get("torch"), "OutOfMemoryError", None)
+    return (kind is not None and isinstance(error, kind)) or "CUDA error: out of memory" in str(error)
 
 
 def run_parts(parts: Parts, usable: Callable[[], bool] = lambda: True) -> None:
@@ -111,7 +127,11 @@ def run_parts(parts: Parts, usable: Callable[[], bool] = lambda: True) -> None:
             line |= {"status": "skipped", "reason": str(reason)}
         except failures() as error:
             traceback.print_exc()
-            line |= {"status": "cut" if isinstance(error, Cut) else "failed", **_words(error), **getattr(error, "details", {})}
+            if out_of_memory(error):
+                line |= {"status": "skipped", "reason": OUT_OF_MEMORY, "output": f"\n{error}"[:1500]}
+            else:
+                line |= {"status": "cut" if isinstance(error, Cut) else "failed", **_words(error)}
+                line |= getattr(error, "details", {})
         line["seconds"] = round(time.perf_counter() - begin, 3)
         write(line)
         print(json.dumps(line, default=str), flush=True)

@@ -21,6 +21,7 @@ from gpu_proof.stages import STAGES
 from gpu_proof.summary import line_of, summary
 
 CHART_S = 7  # within runner.END_S
+DRY_RUN = "the same code, small, on a CPU; a second one skips what passed; writes OUT, the state folder and compiled libraries"
 KEPT = ("junit.xml",)  # files that a stage leaves in the state folder for OUT
 
 
@@ -31,15 +32,20 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(prog="gpu_proof", description="Proves this machine's GPU: docs/gpu_proof.md.")
     parser.add_argument("--deadline", type=float, default=600.0, metavar="SECONDS", help="end by then (default 600)")
     parser.add_argument(
-        "--only", nargs="+", choices=names, default=[], metavar="STAGE", help=f"no others than: {', '.join(names)}"
+        "--only",
+        nargs="+",
+        choices=names,
+        default=[],
+        metavar="STAGE",
+        help=f"only these and what they wait for: {', '.join(names)}",
     )
     parser.add_argument("--again", nargs="+", choices=names, default=[], metavar="STAGE", help="stages to run though they passed")
     parser.add_argument("--out", type=Path, help="folder of the results (default: $OUT, else runs/gpu_proof)")
     parser.add_argument("--state", type=Path, help="folder that a second call goes on from (default: in ~/.cache/srpo)")
     parser.add_argument("--wheels", type=Path, help="folder of wheels and zips to unpack for the stages")
-    parser.add_argument("--dry-run", action="store_true", help="the same code, small, on a CPU; writes to OUT only")
+    parser.add_argument("--dry-run", action="store_true", help=DRY_RUN)
     options = parser.parse_args(argv)
-    if options.deadline < 20:
+    if not options.deadline >= 20:  # nan, too
         parser.error(f"--deadline is {options.deadline:g}: give at least 20 seconds")
     if options.wheels is not None and not options.wheels.is_dir():
         parser.error(f"--wheels is {options.wheels}, which is no folder: give the folder that holds them")
@@ -49,13 +55,18 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run the stages, print the summary, write the report. Exit code 0: something passed on the GPU, nothing failed."""
+    """Run the stages, print the summary, write the report. Exit code 0: something passed on the GPU, nothing failed, and all was
+    written; 2 if OUT or the state folder cannot be written from the start."""
     options = parse(argv)
     out, state = options.out.resolve(), options.state.resolve()
     resource.setrlimit(resource.RLIMIT_CORE, (0, resource.getrlimit(resource.RLIMIT_CORE)[1]))  # SIGABRT asks for stacks alone
     if options.wheels is not None:
         os.environ["GPU_PROOF_WHEELS"] = str(options.wheels.resolve())
-    runner = Runner(STAGES, out, state, dry_run=options.dry_run, say=lambda entry: say(line_of(entry)))
+    try:
+        runner = Runner(STAGES, out, state, dry_run=options.dry_run, say=lambda entry: say(line_of(entry)), warn=say)
+    except OSError as error:
+        print(f"gpu_proof: {error}: give other folders with --out and --state", file=sys.stderr)
+        return 2
 
     def interrupted(_number: int, _frame: FrameType | None) -> None:
         runner.stop()
@@ -64,15 +75,26 @@ def main(argv: Sequence[str] | None = None) -> int:
         signal.signal(number, interrupted)
     runner.run(options.deadline, only=options.only, again=options.again)
     text = summary(STAGES, runner.entries, runner.key)
-    (out / "summary.txt").write_text(text + "\n", encoding="utf-8")
-    for name in KEPT:
-        if (state / name).is_file():
-            shutil.copy(state / name, out / name)
-    paths = write_report(runner.entries, out, dry_run=options.dry_run)
-    say("\n".join([text, *_charted(paths, runner)]))
+    say(text)
+    written = _written(text, runner)
     statuses = {name: entry["status"] for name, entry in runner.entries.items()}
     proved = any(statuses.get(stage.name) == "ok" for stage in STAGES if stage.lane == "gpu")
-    return 0 if proved and "failed" not in statuses.values() else 1
+    return 0 if proved and written and "failed" not in statuses.values() else 1
+
+
+def _written(text: str, runner: Runner) -> bool:
+    """Write the summary, what stages have left for OUT, the report and its chart; False, after a line, if that fails."""
+    try:
+        (runner.out / "summary.txt").write_text(text + "\n", encoding="utf-8")
+        for name in KEPT:
+            if (runner.state / name).is_file():
+                shutil.copy(runner.state / name, runner.out / name)
+        for line in _charted(write_report(runner.entries, runner.out, dry_run=runner.dry_run), runner):
+            say(line)
+    except OSError as error:
+        say(f"the results are above, and not all in {runner.out}: {error}")
+        return False
+    return True
 
 
 def say(text: str) -> None:

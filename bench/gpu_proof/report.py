@@ -10,10 +10,12 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from gpu_proof.card import query_card
 from gpu_proof.figures import all_figures
 from gpu_proof.parts import ROOT
 
 RESULTS = ROOT / "bench" / "results"
+UNMEASURED = ("env", "checker", "libraries", "pytest")  # stages whose figures are no speed or error of the GPU
 # Keys of values by their unit: bench/compare.py knows from the key which change is for the worse.
 KEYS = {
     "ms": "ms",
@@ -32,7 +34,7 @@ def report(entries: Mapping[str, dict[str, Any]], *, dry_run: bool) -> dict[str,
     commit = subprocess.run(["git", "describe", "--always", "--dirty"], capture_output=True, text=True, cwd=ROOT, check=False)
     machine = {name: value for name, value in parts.get("machine", {}).items() if name not in ("part", "status", "seconds")}
     return {
-        "device": "dry run on a CPU" if dry_run else machine.get("gpu"),
+        "device": "dry run on a CPU" if dry_run else machine.get("gpu") or query_card("name"),
         "machine": machine,
         "versions": parts.get("versions", {}).get("versions", {}),
         "commit": commit.stdout.strip() or None,
@@ -58,11 +60,13 @@ def slug(device: str) -> str:
 
 
 def write_report(entries: Mapping[str, dict[str, Any]], out: Path, *, dry_run: bool) -> list[Path]:
-    """Write the result file to OUT and, if a GPU was measured, to bench/results. Returns the files; none without a device."""
+    """Write the result file to OUT and, if a stage that passed has measured a GPU, to bench/results. Returns the files; none
+    without a device. Without the stage ceilings the figures have no floors at the rates of the card."""
     content = report(entries, dry_run=dry_run)
     if not content["device"]:
         return []
-    measured = not dry_run and entries.get("ceilings", {}).get("status") == "ok"
+    passed = {name: entry for name, entry in entries.items() if entry["status"] == "ok"}
+    measured = not dry_run and any(figure["stage"] not in UNMEASURED for figure in all_figures(passed))
     folders = [out, RESULTS] if measured else [out]
     paths = [folder / f"{'dry-run' if dry_run else slug(content['device'])}.json" for folder in folders]
     for path in paths:

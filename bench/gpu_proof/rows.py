@@ -14,11 +14,12 @@ from pathlib import Path
 from typing import Any
 
 from gpu_proof.checker import binary
-from gpu_proof.parts import Found, Skip, Wrong, figure, run_parts, small
+from gpu_proof.parts import OUT_OF_MEMORY, Found, Skip, Wrong, figure, run_parts, small
 
 LIMIT_S, TIMING_LIMIT_S, WATCHDOG_LIMIT_S = (30 if small() else 6), 15, 20
 ITEM_BYTES = {"f32": 4, "bf16": 2, "f16": 2}
 SHOWN = ("plan", "bad", "first_wrong", "repeats_differ", "logprob_error", "gradient_error", "error", "at", "line")
+NO_MEMORY = "cudaErrorMemoryAllocation"
 NO_DRIVER = ("cudaErrorInsufficientDriver", "cudaErrorNoDevice")
 Problem = dict[str, Any]
 
@@ -99,6 +100,8 @@ def check(program: Path, watchdog: Path | None, problem: Problem, limit_s: float
     shown = {name: result[name] for name in SHOWN if name in result}
     if any(word in result.get("error", "") for word in NO_DRIVER):
         raise Skip(f"the CUDA runtime of nvcc cannot use this driver: {result['error']}")
+    if NO_MEMORY in result.get("error", ""):
+        raise Skip(OUT_OF_MEMORY)
     if done.returncode or not result.get("ok"):
         bad, gradient, logprob = (result.get(name, "?") for name in ("bad", "gradient_error", "logprob_error"))
         words = {1: f"wrong values: {bad} entries; errors of the gradient {gradient}, of log-probabilities {logprob}"}
@@ -142,8 +145,11 @@ def last_json(text: str) -> dict[str, Any]:
 
 
 def main() -> None:
-    program, watchdog_name = binary(), "rows_check_watchdog"
-    watchdog = program.with_name(watchdog_name) if program.with_name(watchdog_name).is_file() else None
+    program = binary()
+    try:
+        watchdog = binary("rows_check_watchdog")
+    except Skip:
+        watchdog = None
     lists = [(small_checks(), LIMIT_S, False)] if small() else [(checks(), LIMIT_S, False), (timings(), TIMING_LIMIT_S, True)]
     run_parts(
         {

@@ -12,7 +12,8 @@ import os
 import sys
 import threading
 import time
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -26,31 +27,49 @@ Entry = dict[str, Any]
 END_S = 8.0  # seconds before the deadline that are left for the report
 LEAST_S = 5.0  # a stage is not started with less time
 DRY_RUN_FACTOR = 3  # no card waits for a dry run, and its machine may be busy: its stages get so much more time
+ENTRY = {"stage", "status", "reason", "seconds", "key", "time"}
 _TAIL = 3000  # characters of a failed stage's log in its result
 
 
 class Runner:
-    """The stages of one call. `say(entry)` is called with each result."""
+    """The stages of one call. `say(entry)` is called with each result, `warn(text)` with what could not be written."""
 
-    def __init__(self, stages: Sequence[Stage], out: Path, state: Path, *, dry_run: bool, say: Callable[[Entry], None]) -> None:
-        self.stages, self.out, self.state, self.dry_run, self.say = stages, out, state, dry_run, say
+    def __init__(
+        self,
+        stages: Sequence[Stage],
+        out: Path,
+        state: Path,
+        *,
+        dry_run: bool,
+        say: Callable[[Entry], None],
+        warn: Callable[[str], None] = print,
+    ) -> None:
+        """Raises OSError if one of the folders cannot be written."""
+        self.stages, self.out, self.state, self.dry_run, self.say, self.warn = stages, out, state, dry_run, say, warn
         for folder in (out, state / "logs"):
             folder.mkdir(parents=True, exist_ok=True)
+        with (state / "results.jsonl").open("a", encoding="utf-8"):  # fails now, not after the first stage
+            pass
         self.key = key_of(dry_run)
         self.entries = _read_entries(state / "results.jsonl")
         self._lock, self._stop = threading.Lock(), threading.Event()
+        self._unwritten: set[Path] = set()  # folders of which `warn` has been told
         lines = [json.dumps(entry) + "\n" for entry in self.entries.values()]
         (out / "results.jsonl").write_text("".join(lines), encoding="utf-8")
         self._write_logs()
 
     def run(self, deadline_s: float, *, only: Collection[str] = (), again: Collection[str] = ()) -> None:
-        """Run what has not passed, and `again`, until the deadline: seconds from now. only: no other stages than these."""
+        """Run what has not passed, and `again`, until the deadline: seconds from now. only: no others than these and what they
+        wait for."""
         deadline = time.monotonic() + deadline_s - END_S
         chosen = [stage for stage in self.stages if not only or stage.name in only]
-        passed = {name for name, entry in self.entries.items() if entry["status"] == "ok" and name not in again}
+        passed = {stage.name for stage in self.stages if self._has_passed(stage) and stage.name not in again}
         fresh = {name for name in passed if self.entries[name]["key"] == self.key}
-        queue = [stage for stage in chosen if stage.name not in passed]
-        queue += [stage for stage in chosen if stage.name in passed - fresh]  # passed with other sources: once more, last
+        waiting = {stage.name for stage in chosen if stage.name not in passed}
+        first = waiting | ({name for stage in chosen if stage.name in waiting for name in stage.after} - fresh)
+        last = {stage.name for stage in chosen if stage.name in passed - fresh}  # passed with other sources: once more
+        last |= {name for stage in chosen if stage.name in last for name in stage.after} - fresh - first
+        queue = [stage for names in (first, last - first) for stage in self.stages if stage.name in names]
         ended = {stage.name: threading.Event() for stage in queue}
         lanes = [
             threading.Thread(target=self._lane, args=([s for s in queue if s.lane == lane], lane, ended, deadline))
@@ -60,6 +79,11 @@ class Runner:
             lane.start()
         for lane in lanes:
             lane.join()
+
+    def _has_passed(self, stage: Stage) -> bool:
+        """Whether an earlier call proved the stage, and what it left for others is still there."""
+        passed = self.entries.get(stage.name, {}).get("status") == "ok"
+        return passed and all((self.state / name).exists() for name in stage.products)
 
     def stop(self) -> None:
         """End the running stages; `run` then returns."""
@@ -71,8 +95,13 @@ class Runner:
             for name in stage.after:
                 while name in ended and not ended[name].wait(0.1) and time.monotonic() < deadline and not self._stop.is_set():
                     pass
-            self._one(stage, deadline, cores)
-            ended[stage.name].set()
+            try:
+                self._one(stage, deadline, cores)
+            except OSError as error:  # the state folder is full or gone: the next stage may find room
+                words = f"not run, its files cannot be written: {error}"
+                self._record({"stage": stage.name, "status": "failed", "reason": words, "seconds": 0.0, "parts": []})
+            finally:
+                ended[stage.name].set()
 
     def _one(self, stage: Stage, deadline: float, cores: set[int]) -> None:
         """Run a stage and record its result."""
@@ -93,10 +122,11 @@ class Runner:
             cores=cores,
             stop=self._stop,
         )
-        text = log.read_text(encoding="utf-8", errors="replace")
+        text = log.read_text(encoding="utf-8", errors="replace") if log.is_file() else ""
         words = f"killed ({end.killed})" if end.killed else f"exit code {end.code}"
         title = f"##### {stage.name}: {words}, {end.seconds:.1f} s"
-        (self.state / "logs" / f"{stage.name}.txt").write_text(f"{title}\n{ends(text)}\n", encoding="utf-8")
+        with self._told(self.state):
+            (self.state / "logs" / f"{stage.name}.txt").write_text(f"{title}\n{ends(text)}\n", encoding="utf-8")
         entry = {"stage": stage.name, **judge(end, read_parts(result), shortened=cap < cap_s)}
         entry |= {"seconds": round(end.seconds, 1), "code": end.code}
         if entry["status"] in ("failed", "cut"):
@@ -112,25 +142,45 @@ class Runner:
         return env | ({parts.SMALL: "1", "CUDA_VISIBLE_DEVICES": ""} if self.dry_run else {})
 
     def _record(self, entry: Entry) -> None:
-        """Keep a result: in the state folder and in OUT, on disk. A stage that was cut keeps an earlier result that passed."""
+        """Keep a result: in the state folder and in OUT, on disk. A stage that was cut keeps an earlier result that passed.
+
+        A folder that cannot be written costs no result of the other one.
+        """
         entry |= {"key": self.key, "time": time.strftime("%Y-%m-%d %H:%M:%S", time.gmtime())}
         with self._lock:
             if entry["status"] == "cut" and self.entries.get(entry["stage"], {}).get("status") == "ok":
                 return
             self.entries[entry["stage"]] = entry
             for folder in (self.state, self.out):
-                with (folder / "results.jsonl").open("a", encoding="utf-8") as file:
-                    file.write(json.dumps(entry) + "\n")
-                    file.flush()
-                    os.fsync(file.fileno())
-            self._write_logs()
+                with self._told(folder):
+                    _append(folder / "results.jsonl", entry)
+            with self._told(self.out):
+                self._write_logs()
             self.say(entry)
+
+    @contextmanager
+    def _told(self, folder: Path) -> Iterator[None]:
+        """Go on after an OSError of a folder; `warn` is told once for each."""
+        try:
+            yield
+        except OSError as error:
+            if folder not in self._unwritten:
+                self._unwritten.add(folder)
+                self.warn(f"{folder} cannot be written: {error}")
 
     def _write_logs(self) -> None:
         names = [stage.name for stage in self.stages]
         paths = [path for name in names if (path := self.state / "logs" / f"{name}.txt").is_file()]
-        text = "\n".join(path.read_text(encoding="utf-8") for path in paths)
+        text = "\n".join(path.read_text(encoding="utf-8", errors="replace") for path in paths)
         (self.out / "logs.txt").write_text(text, encoding="utf-8")
+
+
+def _append(path: Path, entry: Entry) -> None:
+    """Add a line to a file, on disk when this returns."""
+    with path.open("a", encoding="utf-8") as file:
+        file.write(json.dumps(entry) + "\n")
+        file.flush()
+        os.fsync(file.fileno())
 
 
 def judge(end: Ended, lines: list[dict[str, Any]], *, shortened: bool) -> Entry:
@@ -162,19 +212,19 @@ def judge(end: Ended, lines: list[dict[str, Any]], *, shortened: bool) -> Entry:
 
 
 def read_parts(path: Path) -> list[dict[str, Any]]:
-    """The lines of a stage; a line that a kill has cut short is left out."""
+    """The lines of a stage; a line that a kill has cut short is left out, and what is no object."""
     found = []
-    for line in path.read_text(encoding="utf-8").splitlines() if path.is_file() else []:
+    for line in path.read_text(encoding="utf-8", errors="replace").splitlines() if path.is_file() else []:
         try:
             found.append(json.loads(line))
         except ValueError:
             continue
-    return found
+    return [line for line in found if isinstance(line, dict)]
 
 
 def _read_entries(path: Path) -> dict[str, Entry]:
-    """The last result of each stage."""
-    return {entry["stage"]: entry for entry in read_parts(path)}
+    """The last result of each stage; lines that lack something are left out."""
+    return {entry["stage"]: entry for entry in read_parts(path) if entry.keys() >= ENTRY}
 
 
 def lane_cores(lane: str, cores: Sequence[int]) -> set[int]:

@@ -1,6 +1,9 @@
 """Stage sampling: an engine starts, samples from the trainer's weights and follows them through syncs; vLLM also sleeps, dies and
 comes back. The trainer computes the log-probability of each sampled token by itself; the mean difference to the engine's is the
 gap. The local engine is asked the same. A dry run is in fp32, with vLLM's CPU build if it is installed.
+
+Stages sampling_graphs and sampling_v2: a start and one sync of vLLM as training starts it by default, compiled and with CUDA
+graphs, and with its Model Runner V2, whatever runner it would choose.
 """
 
 from __future__ import annotations
@@ -17,7 +20,7 @@ from typing import Any
 import torch
 
 from gpu_proof import lab
-from gpu_proof.parts import Found, Skip, Wrong, figure, small
+from gpu_proof.parts import Found, Parts, Skip, Wrong, figure, small
 
 DTYPE = torch.float32 if small() else torch.bfloat16  # vLLM's CPU build loads no experts in bf16 again
 GAP_BAR = 0.12  # nats, mean over tokens, bf16: a bar, not a measurement
@@ -26,15 +29,16 @@ FLAT_BYTES = 64 << 20  # by how much free memory may fall over the steps
 SYNCS, STEPS = (2, 2) if small() else (4, 10)
 VOCAB = 500 if small() else 4096
 KV_CACHE_MIB = 64 if small() else 2048
+V2 = "VLLM_USE_V2_MODEL_RUNNER"
 PROMPTS = [tuple(range(5, 25)), (7, 8, 9, 10), tuple(range(100, 160))]
 
 
 class Sampling:
     """A policy and an engine that was started from the same folder."""
 
-    def __init__(self, *, real: bool) -> None:
-        """real: vLLM; else the local engine."""
-        self.version, self.started, self.real = 0, False, real
+    def __init__(self, *, real: bool, eager: bool = True) -> None:
+        """real: vLLM; else the local engine. eager: without compilation and CUDA graphs."""
+        self.version, self.started, self.real, self.eager = 0, False, real, eager
 
     @cached_property
     def params(self) -> Any:
@@ -64,7 +68,7 @@ class Sampling:
         config = VllmConfig(
             kv_cache_mib=KV_CACHE_MIB,
             gpu_memory_frac=0.2,
-            enforce_eager=True,
+            enforce_eager=self.eager,
             max_num_seqs=64,
             bucket_mib=1,
             timeout_s=60,
@@ -127,10 +131,11 @@ class Sampling:
             parameter.add_(torch.randn_like(parameter) * 0.03)
         self.version += 1
 
-    def syncs(self) -> Found:
-        """After each sync the engine agrees with the trainer, before it it does not."""
+    def syncs(self, count: int = SYNCS) -> Found:
+        """After each sync the engine agrees with the trainer, before it it does not. No sync is faster than a copy of the weights
+        on the device."""
         rounds, seconds = [], []
-        for _ in range(SYNCS):
+        for _ in range(count):
             self.change()
             before = self.gap()
             self.engine.sync_weights(self.policy, self.version)
@@ -138,10 +143,18 @@ class Sampling:
             seconds.append(self.engine.stats()["sync_s"])
             if not (rounds[-1][1] < GAP_BAR and before > FORGET * rounds[-1][1]):
                 raise Wrong(f"gaps before and after each sync: {rounds}; bar {GAP_BAR}, before {FORGET} times larger")
-        found = [figure("gap before a sync", min(x for x, _ in rounds), "nats"), figure("sync", sorted(seconds)[SYNCS // 2], "s")]
+        floor = {"floor": self.copy_s(), "floor_of": "copy of the weights"}
+        found = [figure("gap before a sync", min(x for x, _ in rounds), "nats")]
+        found.append(figure("sync", sorted(seconds)[count // 2], "s", **floor))
         found.append(figure("gap after it", max(y for _, y in rounds), "nats", bar=GAP_BAR))
         stats = {name: value for name, value in self.engine.stats().items() if name.startswith("sync_")}
         return {"figures": found, "rounds": rounds, "stats": stats}
+
+    def copy_s(self) -> float:
+        """Seconds of a copy of as many bytes as the policy has, on the device."""
+        source = torch.ones(sum(x.nbytes for x in self.policy.parameters()), dtype=torch.uint8, device=lab.device())
+        target = torch.empty_like(source)
+        return lab.interleaved({"copy": lambda: target.copy_(source)})["copy"] / 1e3
 
     def sleep_and_wake(self) -> Found:
         """As a run does it: sleep, an update with memory of its own, a sync, sampling. Free memory stays the same."""
@@ -201,7 +214,22 @@ def without_vllm() -> Found:
     raise Skip("vllm is not installed")
 
 
-def main() -> None:
+def main(kind: str = "all") -> None:
+    """kind: all, or what vLLM starts with: graphs or v2."""
+    if kind == "all":
+        lab.run(all_parts())
+        return
+    if small():
+        raise Skip("a dry run starts vLLM in the stage sampling alone")
+    if kind == "v2":
+        os.environ[V2] = "1"  # the engine's process inherits it
+    it = Sampling(real=True, eager=kind != "graphs")
+    loaded, sync = partial(it.agrees, "gap as loaded"), partial(it.syncs, 1)
+    lab.run({"start": it.start, "as loaded": loaded, "sync": sync, "close": it.close})
+
+
+def all_parts() -> Parts:
+    """vLLM, if it is installed, then the local engine."""
     parts: dict[str, Callable[[], Found]] = {"vllm": without_vllm}
     if importlib.util.find_spec("vllm") is not None:
         it = Sampling(real=True)
@@ -210,4 +238,4 @@ def main() -> None:
         parts = {f"vllm: {name}": part for name, part in parts.items()}
     own = Sampling(real=False)
     others = {"start": own.start, "as loaded": partial(own.agrees, "gap as loaded"), "syncs": own.syncs, "speed": own.speed}
-    lab.run(parts | {f"local: {name}": part for name, part in others.items()})
+    return parts | {f"local: {name}": part for name, part in others.items()}

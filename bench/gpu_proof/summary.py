@@ -18,22 +18,21 @@ _TELLING = re.compile(r'File ".*", line \d+|^(Current thread|Thread) |Error|erro
 def line_of(entry: Mapping[str, Any]) -> str:
     """One line for a stage that has ended."""
     oks = sum(part["status"] == "ok" for part in entry.get("parts", ()))
-    text = f"{entry['stage']:12} {entry['status']:8} {entry['seconds']:6.1f} s  {oks:3} ok  {entry['reason']}"
+    text = f"{entry['stage']:15} {entry['status']:8} {entry['seconds']:6.1f} s  {oks:3} ok  {entry['reason']}"
     return text.rstrip()[:240]
 
 
 def summary(stages: Sequence[Stage], entries: Mapping[str, dict[str, Any]], key: str) -> str:
     """All of it. key: digest of the present sources; results of other sources are marked."""
     in_order = {stage.name: entries[stage.name] for stage in stages if stage.name in entries}
-    lines = ["", "stage        status     time  parts"]
+    lines = ["", "stage           status     time  parts"]
     for stage in stages:
         entry = in_order.get(stage.name)
         if entry is None:
-            lines.append(f"{stage.name:12} not run   (about {stage.expected_s} s: {stage.proves})")
+            lines.append(f"{stage.name:15} not run   (about {stage.expected_s} s: {stage.proves})")
             continue
         lines.append(line_of(entry) + ("  [of other sources]" if entry["key"] != key else ""))
-        skipped = [part for part in entry.get("parts", ()) if part["status"] == "skipped"] if entry["status"] != "skipped" else []
-        lines += [f"    skipped {part['part']}: {part['reason']}" for part in skipped]
+        lines += _skipped(entry) if entry["status"] != "skipped" else []
     figures = all_figures(in_order)
     for name in in_order:
         own = [figure for figure in figures if figure["stage"] == name]
@@ -43,6 +42,15 @@ def summary(stages: Sequence[Stage], entries: Mapping[str, dict[str, Any]], key:
     statuses = [entry["status"] for entry in in_order.values()]
     counts = ", ".join(f"{statuses.count(word)} {word}" for word in ("ok", "failed", "skipped", "cut"))
     return "\n".join([*lines, "", f"{counts}, {len(stages) - len(statuses)} not run"])
+
+
+def _skipped(entry: Mapping[str, Any]) -> list[str]:
+    """One line for each reason why parts of a stage were skipped."""
+    names: dict[str, list[str]] = {}
+    for part in entry.get("parts", ()):
+        if part["status"] == "skipped":
+            names.setdefault(part["reason"], []).append(part["part"])
+    return [f"    skipped {n[0]}{f' and {len(n) - 1} more' if len(n) > 1 else ''}: {reason}" for reason, n in names.items()]
 
 
 def failure(entry: Mapping[str, Any]) -> list[str]:

@@ -360,10 +360,12 @@ def test_the_child_s_environment_knows_nothing_of_torchrun(monkeypatch):
     for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT", "TORCHELASTIC_RUN_ID"):
         monkeypatch.setenv(name, "1")
     monkeypatch.setenv("VLLM_LOGGING_LEVEL", "DEBUG")
+    monkeypatch.setenv("VLLM_USE_V2_MODEL_RUNNER", "1")  # a choice of vLLM's that srpo leaves to the user
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "4,5,6")
     env = child_environment(worker_environment(torch.device("cuda", 1)))
     assert not {"RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT", "TORCHELASTIC_RUN_ID"} & env.keys()
     assert env["VLLM_LOGGING_LEVEL"] == "DEBUG" and env["VLLM_ENABLE_V1_MULTIPROCESSING"] == "0"
+    assert env["VLLM_USE_V2_MODEL_RUNNER"] == "1"
     assert env["CUDA_VISIBLE_DEVICES"] == "5" and "CUDA_VISIBLE_DEVICES" in child_environment({})
 
 
