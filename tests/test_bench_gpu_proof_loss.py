@@ -146,5 +146,17 @@ def test_the_second_run_needs_time_and_may_fail(proof: SimpleNamespace, stand_in
     assert len((folder / "calls").read_text().splitlines()) == 3
 
 
+def test_an_arm_of_ours_that_breaks_the_device_fails_the_part(proof: SimpleNamespace, stand_in: Any) -> None:
+    """Although nothing is wrong with the arms of the second run."""
+    lost = "the device was lost in logits: srpo/cuda: CUDA error: an illegal memory access"
+    rows = [ROW | {"median_ms": None, "failed": lost}, ROW | {"arm": "eager", "median_ms": None, "failed": lost}]
+    second = {"results": [ROW | {"arm": "copy", "median_ms": 1.2}, ROW | {"arm": "eager"}]}
+    again = "again = '--forms' in sys.argv"
+    stand_in(f"{again}\nwrite({second!r} if again else { {'results': rows}!r})\nsys.exit(0 if again else 1)")
+    with pytest.raises(proof.parts.Wrong, match=r"failed of ours: .*srpo/cuda.*the device was lost") as wrong:
+        proof.loss.bench("name", "--tokens 8 --vocab 8", 60, "logits")
+    assert [figure["name"] for figure in wrong.value.details["figures"]] == ["eager, logits, in place"]
+
+
 def test_the_words_of_a_lost_device_are_those_of_the_benchmark(proof: SimpleNamespace) -> None:
     assert f'DeviceLost(f"{proof.loss.LOST}{{what}}: ' in (BENCH / "loss_kernel.py").read_text(encoding="utf-8")

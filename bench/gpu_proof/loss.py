@@ -94,7 +94,7 @@ def bench(name: str, arguments: str, limit_s: float, form: str) -> Found:
         raise (Cut if last.shortened else Wrong)(words, **found, output=last.tail)
     broken = [text for text in found["arms_not_run"] if text.startswith(OURS) and "failed" in text]
     if last.end.code or (broken and len(commands) > 1):
-        raise Wrong(f"exit code {last.end.code}, of ours: {broken or 'see the output'}", **found, output=last.tail)
+        raise Wrong(f"failed of ours: {broken or 'see the output'}; exit code {last.end.code}", **found, output=last.tail)
     return found
 
 
