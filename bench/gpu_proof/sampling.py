@@ -2,8 +2,8 @@
 comes back. The trainer computes the log-probability of each sampled token by itself; the mean difference to the engine's is the
 gap. The local engine is asked the same. A dry run is in fp32, with vLLM's CPU build if it is installed.
 
-Stages sampling_graphs and sampling_v2: a start and one sync of vLLM as training starts it by default, compiled and with CUDA
-graphs, and with its Model Runner V2, whatever runner it would choose.
+Stages sampling_graphs, sampling_v1 and sampling_v2: a start and one sync of vLLM as training starts it by default, compiled and
+with CUDA graphs; and with either of its model runners, whichever it would choose.
 """
 
 from __future__ import annotations
@@ -215,14 +215,14 @@ def without_vllm() -> Found:
 
 
 def main(kind: str = "all") -> None:
-    """kind: all, or what vLLM starts with: graphs or v2."""
+    """kind: all, or what vLLM starts with: graphs, v1 or v2."""
     if kind == "all":
         lab.run(all_parts())
         return
     if small():
         raise Skip("a dry run starts vLLM in the stage sampling alone")
-    if kind == "v2":
-        os.environ[V2] = "1"  # the engine's process inherits it
+    if kind in ("v1", "v2"):
+        os.environ[V2] = "1" if kind == "v2" else "0"  # the engine's process inherits it
     it = Sampling(real=True, eager=kind != "graphs")
     loaded, sync = partial(it.agrees, "gap as loaded"), partial(it.syncs, 1)
     lab.run({"start": it.start, "as loaded": loaded, "sync": sync, "close": it.close})

@@ -54,4 +54,5 @@ STAGES = (
     Stage("ncu", "gpu", 15, 40, "bytes moved, occupancy, stalls", _enter("counters"), CHECKER),
     Stage("sampling_graphs", "gpu", 90, 135, "vLLM with CUDA graphs", _enter("sampling", "graphs", packages=VLLM), READY),
     Stage("sampling_v2", "gpu", 60, 135, "vLLM's Model Runner V2", _enter("sampling", "v2", packages=VLLM), READY),
+    Stage("sampling_v1", "gpu", 60, 135, "vLLM's first model runner", _enter("sampling", "v1", packages=VLLM), READY),
 )
