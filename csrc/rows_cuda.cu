@@ -58,6 +58,23 @@ cudaLaunchConfig_t cluster_launch(const Plan& plan, int64_t num_clusters, cudaSt
   return config;
 }
 
+// Lets a kernel have as much dynamic shared memory as the device has: `most` bytes. Once per kernel and device.
+cudaError_t prepare(const void* kernel, int device, int* most) {
+  static std::mutex mutex;
+  static std::map<std::pair<const void*, int>, int> known;
+  const std::lock_guard<std::mutex> lock(mutex);
+  const auto found = known.find({kernel, device});
+  if (found != known.end()) return *most = found->second, cudaSuccess;
+  cudaFuncAttributes of_kernel;
+  SRPO_TRY(cudaFuncGetAttributes(&of_kernel, kernel));
+  SRPO_TRY(cudaDeviceGetAttribute(most, cudaDevAttrMaxSharedMemoryPerBlockOptin, device));
+  *most -= int(of_kernel.sharedSizeBytes);
+  SRPO_TRY(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, *most));
+  SRPO_TRY(cudaFuncSetAttribute(kernel, cudaFuncAttributePreferredSharedMemoryCarveout, cudaSharedmemCarveoutMaxShared));
+  known[{kernel, device}] = *most;
+  return cudaSuccess;
+}
+
 // The smallest cluster that leaves room for kCtasPerSm CTAs on an SM, else the largest that the device can run; `wanted` > 0:
 // only that size.
 cudaError_t make_plan(const void* kernel, int64_t row_bytes, int device, int wanted, Plan* best) {
@@ -65,13 +82,10 @@ cudaError_t make_plan(const void* kernel, int64_t row_bytes, int device, int wan
   cudaFuncAttributes of_kernel;
   SRPO_TRY(cudaFuncGetAttributes(&of_kernel, kernel));
   int most, per_sm, reserved;
-  SRPO_TRY(cudaDeviceGetAttribute(&most, cudaDevAttrMaxSharedMemoryPerBlockOptin, device));
+  SRPO_TRY(prepare(kernel, device, &most));
   SRPO_TRY(cudaDeviceGetAttribute(&per_sm, cudaDevAttrMaxSharedMemoryPerMultiprocessor, device));
   SRPO_TRY(cudaDeviceGetAttribute(&reserved, cudaDevAttrReservedSharedMemoryPerBlock, device));
-  most -= int(of_kernel.sharedSizeBytes);
-  SRPO_TRY(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, most));
   SRPO_TRY(cudaFuncSetAttribute(kernel, cudaFuncAttributeNonPortableClusterSizeAllowed, 1));
-  SRPO_TRY(cudaFuncSetAttribute(kernel, cudaFuncAttributePreferredSharedMemoryCarveout, cudaSharedmemCarveoutMaxShared));
   for (int cluster = 1; cluster <= kMaxCluster; cluster *= 2) {
     const int64_t vectors = (row_bytes / 16 + cluster - 1) / cluster, slice = (vectors + 1) / 2 * 2;  // whole 32-byte sectors
     const int64_t bytes = kStages * (slice * 16 + cluster * int64_t(sizeof(Message)));
@@ -113,23 +127,6 @@ cudaError_t find_plan(const RowArgs& a, int device, int wanted, Plan* plan) {
   return cudaSuccess;
 }
 
-// Lets a kernel have as much shared memory as the device has, once per kernel and device.
-cudaError_t prepare(const void* kernel, int device) {
-  static std::mutex mutex;
-  static std::map<std::pair<const void*, int>, cudaError_t> done;
-  const std::lock_guard<std::mutex> lock(mutex);
-  const auto known = done.find({kernel, device});
-  if (known != done.end()) return known->second;
-  int most;
-  cudaFuncAttributes of_kernel;
-  SRPO_TRY(cudaFuncGetAttributes(&of_kernel, kernel));
-  SRPO_TRY(cudaDeviceGetAttribute(&most, cudaDevAttrMaxSharedMemoryPerBlockOptin, device));
-  most -= int(of_kernel.sharedSizeBytes);
-  SRPO_TRY(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, most));
-  SRPO_TRY(cudaFuncSetAttribute(kernel, cudaFuncAttributePreferredSharedMemoryCarveout, cudaSharedmemCarveoutMaxShared));
-  return done[{kernel, device}] = cudaSuccess;
-}
-
 constexpr int64_t kMostCtas = 1 << 30, kMostColumns = 1 << 30;  // columns are counted in 32 bits
 
 template <class T>
@@ -142,7 +139,9 @@ cudaError_t launch_rows(const RowArgs& a, const Plan& plan, int device, cudaStre
   const int64_t num_ctas = std::min(a.T, kMostCtas);
   if (a.kept_ids) {
     const int64_t bytes = a.dlogits ? 4 * ((a.V + Vector<T>::kCount + 31) / 32) : 0;  // CandidateBits::num_words
-    SRPO_TRY(prepare((const void*)rows_filtered<T>, device));
+    int most;
+    SRPO_TRY(prepare((const void*)rows_filtered<T>, device, &most));
+    if (bytes > most) return cudaErrorInvalidValue;
     const cudaLaunchConfig_t config = launch_config(num_ctas, kRowThreads, bytes, stream);
     return cudaLaunchKernelEx(&config, rows_filtered<T>, a);
   }
@@ -165,7 +164,8 @@ cudaError_t launch_top_k(const TopKArgs& a, int32_t dtype, int device, cudaStrea
   if (a.V > kMostColumns || a.K < 1 || a.K > kMaxTopK || a.K > a.V) return cudaErrorInvalidValue;
   const cudaLaunchConfig_t config = launch_config(std::min(a.T, kMostCtas), kTopKThreads, 0, stream);
   return with_type(dtype, [&](auto type) {
-    SRPO_TRY(prepare((const void*)top_k_ids<decltype(type)>, device));
+    int most;
+    SRPO_TRY(prepare((const void*)top_k_ids<decltype(type)>, device, &most));
     return cudaLaunchKernelEx(&config, top_k_ids<decltype(type)>, a);
   });
 }

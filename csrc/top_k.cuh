@@ -1,9 +1,9 @@
 // The ids of each row's K largest logits, largest first; of equal ones the smaller id. Each row is read once.
 //
 // One CTA per row goes through it and collects, in shared memory, the logits that are larger than a bound. When its buffer is
-// full, a radix select over it finds a higher bound that at least K of the collected logits reach, and the others are dropped. Of
-// random logits about one in a hundred is ever collected. Logits are compared as 64-bit keys, each of which exists once: the
-// result does not depend on the order in which threads collect.
+// full, a radix select over it finds a higher bound that at least K of the collected logits reach, and the others are dropped, so
+// that few of random logits are ever collected. Logits are compared as 64-bit keys, each of which exists once: the result does not
+// depend on the order in which threads collect.
 #pragma once
 #include "row_math.h"
 #include "vectors.cuh"

@@ -2,21 +2,19 @@
 
 from __future__ import annotations
 
-import importlib
 import json
 import os
 import subprocess
 import sys
 import threading
 import time
-from collections.abc import Iterator
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
 import pytest
+from bench_modules import BENCH, proof_fixture
 
-BENCH = Path(__file__).resolve().parents[1] / "bench"
 WRITES = "from gpu_proof.parts import write; write({'part': 'one', 'status': 'ok', 'figures': []}); "
 SKIPS = "from gpu_proof.parts import write; write({'skip': 'no such card'})"
 # Starts a process in a session of its own, writes its id, and waits.
@@ -27,16 +25,7 @@ HANGS = (
 )
 
 
-@pytest.fixture(scope="module")
-def proof() -> Iterator[SimpleNamespace]:
-    """The modules of the runner."""
-    path = list(sys.path)
-    sys.path.insert(0, str(BENCH))
-    try:
-        names = ("runner", "stages", "processes", "summary", "program", "parts")
-        yield SimpleNamespace(**{name: importlib.import_module(f"gpu_proof.{name}") for name in names})
-    finally:
-        sys.path[:] = path
+proof = proof_fixture("runner", "stages", "processes", "summary", "program", "parts")
 
 
 @pytest.fixture

@@ -2,32 +2,22 @@
 
 from __future__ import annotations
 
-import importlib
 import json
 import subprocess
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
 import pytest
+from bench_modules import BENCH, proof_fixture
 
-BENCH = Path(__file__).resolve().parents[1] / "bench"
-NAMES = ("program", "runner", "stages")
 WRITES = "from gpu_proof.parts import write; write({'part': 'one', 'status': 'ok', 'figures': []}); "
 
 
-@pytest.fixture(scope="module")
-def proof() -> Iterator[SimpleNamespace]:
-    """The modules that are tested."""
-    path = list(sys.path)
-    sys.path.insert(0, str(BENCH))
-    try:
-        yield SimpleNamespace(**{name: importlib.import_module(f"gpu_proof.{name}") for name in NAMES})
-    finally:
-        sys.path[:] = path
+proof = proof_fixture("program", "runner", "stages")
 
 
 @pytest.fixture

@@ -2,29 +2,16 @@
 
 from __future__ import annotations
 
-import importlib
-import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
 import pytest
+from bench_modules import BENCH, proof_fixture
 
-BENCH = Path(__file__).resolve().parents[1] / "bench"
-NAMES = ("loss", "parts")
-
-
-@pytest.fixture(scope="module")
-def proof() -> Iterator[SimpleNamespace]:
-    """The modules that are tested."""
-    path = list(sys.path)
-    sys.path.insert(0, str(BENCH))
-    try:
-        yield SimpleNamespace(**{name: importlib.import_module(f"gpu_proof.{name}") for name in NAMES})
-    finally:
-        sys.path[:] = path
+proof = proof_fixture("loss", "parts")
 
 
 @pytest.fixture

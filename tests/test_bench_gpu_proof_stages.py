@@ -2,46 +2,26 @@
 
 from __future__ import annotations
 
-import importlib
 import json
 import os
 import subprocess
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
 import pytest
+from bench_modules import BENCH, proof_fixture
 
 ROOT = Path(__file__).resolve().parents[1]
-BENCH = ROOT / "bench"
-NAMES = (
-    "rows",
-    "checker",
-    "sanitizer",
-    "counters",
-    "gpu_tests",
-    "figures",
-    "report",
-    "card",
-    "parts",
-    "unpack",
-    "stages",
-)
 RIGHT = {"ok": True, "ms": 1.25, "plan": {"cluster": 8}, "logprob_error": 1e-7, "gradient_error": 1e-3, "bad": 0}
 WRONG = {**RIGHT, "ok": False, "bad": 3, "first_wrong": [[4, 4096, 0.0, 0.5]], "repeats_differ": True}
 
 
-@pytest.fixture(scope="module")
-def proof() -> Iterator[SimpleNamespace]:
-    """The modules of the stages that need no torch."""
-    path = list(sys.path)
-    sys.path.insert(0, str(BENCH))
-    try:
-        yield SimpleNamespace(**{name: importlib.import_module(f"gpu_proof.{name}") for name in NAMES})
-    finally:
-        sys.path[:] = path
+proof = proof_fixture(
+    "rows", "checker", "sanitizer", "counters", "gpu_tests", "figures", "report", "card", "parts", "unpack", "stages"
+)
 
 
 @pytest.fixture

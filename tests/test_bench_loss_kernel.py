@@ -10,7 +10,8 @@ from typing import Any
 import loss_bench
 import pytest
 import torch
-from loss_bench import BENCH, COARSE, problem, run
+from bench_modules import BENCH
+from loss_bench import COARSE, problem, run
 from torch._inductor import config as inductor
 
 FIELDS = {"arm", "form", "in_place", "dtype", "tokens", "vocab", "hidden", "top_k", "rounds", "note"}

@@ -1,4 +1,4 @@
-"""What the stages that need torch share: the device, timing, comparison, a tiny model, a batch."""
+"""Shared by the stages that need torch: the device, timing, comparison, a tiny model, a batch."""
 
 from __future__ import annotations
 

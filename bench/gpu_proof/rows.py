@@ -116,7 +116,7 @@ def check(program: Path, watchdog: Path | None, problem: Problem, limit_s: float
 
 
 def stuck_at(watchdog: Path | None, problem: Problem) -> str:
-    """What the variant with a watchdog prints on a problem that hangs."""
+    """The output of the variant with a watchdog on a problem that hangs."""
     if watchdog is None:
         return "the variant with a watchdog is not built"
     try:

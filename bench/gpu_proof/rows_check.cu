@@ -84,7 +84,7 @@ E* repeated(const std::vector<E>& drawn, int64_t T, int64_t stride) {
   return p;
 }
 
-// What is known of an entry that differs.
+// An entry that differs.
 struct Wrong {
   int64_t row, column;
   double got, wanted, logit;

@@ -54,7 +54,7 @@ def _skipped(entry: Mapping[str, Any]) -> list[str]:
 
 
 def failure(entry: Mapping[str, Any]) -> list[str]:
-    """What shows where a stage failed: its failed parts with their details, else the telling lines of its log."""
+    """Lines that show where a stage failed: its failed parts with their details, else the telling lines of its log."""
     lines = ["", f"{entry['status']}: {entry['stage']}, {entry['reason']}"]
     wrong = [part for part in entry.get("parts", ()) if part["status"] == "failed"]
     for part in wrong[:_SHOWN]:

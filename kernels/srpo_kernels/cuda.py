@@ -34,18 +34,17 @@ def library() -> ctypes.CDLL | BuildError:
     except BuildError as error:
         warnings.warn(f"no CUDA C++ kernels, a slower implementation is used instead: {error}", stacklevel=2)
         return error
+    return declared(lib)
+
+
+def declared(lib: ctypes.CDLL) -> ctypes.CDLL:
+    """The library, with the types of its functions."""
     lib.srpo_cuda_args_bytes.restype = ctypes.c_int64
     assert lib.srpo_cuda_args_bytes() == ctypes.sizeof(RowArgs), "csrc/rows.h and srpo_kernels/native.py disagree"
     lib.srpo_cuda_rows.argtypes = [ctypes.POINTER(RowArgs), ctypes.c_int, ctypes.c_int, ctypes.c_void_p]
     lib.srpo_cuda_cluster.argtypes = [ctypes.POINTER(RowArgs), ctypes.c_int]
-    lib.srpo_cuda_top_k.argtypes = [
-        ctypes.c_void_p,
-        *[ctypes.c_int64] * 4,
-        ctypes.c_int,
-        ctypes.c_void_p,
-        ctypes.c_int,
-        ctypes.c_void_p,
-    ]
+    pointer, size = ctypes.c_void_p, ctypes.c_int64
+    lib.srpo_cuda_top_k.argtypes = [pointer, size, size, size, size, ctypes.c_int, pointer, ctypes.c_int, pointer]
     lib.srpo_cuda_max_top_k.restype = ctypes.c_int64
     assert lib.srpo_cuda_max_top_k() == MAX_TOP_K, "csrc/top_k.cuh and srpo_kernels/cuda.py disagree"
     lib.srpo_cuda_error.restype = ctypes.c_char_p

@@ -9,6 +9,7 @@ from __future__ import annotations
 from typing import Literal, NamedTuple
 
 import torch
+from srpo_kernels.reference import at_least, at_most
 
 from srpo.algorithm.advantages import Scale
 
@@ -104,10 +105,6 @@ def value_loss(
     error = (values - returns).square()
     if not clip:
         return ValueLoss(error.sum() / (2 * num_tokens), torch.zeros((), dtype=torch.int64, device=values.device))
-    change = values - old_values
-    bounded = torch.where(
-        change.abs() > clip, change.sign() * clip, change
-    )  # clamp has no gradient on the bound from torch 2.14 on
-    moved = (old_values + bounded - returns).square()
+    moved = (old_values + at_most(at_least(values - old_values, -clip), clip) - returns).square()
     cut = ((values - old_values).abs() > clip) & (moved > error)
     return ValueLoss(torch.maximum(error, moved).sum() / (2 * num_tokens), cut.sum())

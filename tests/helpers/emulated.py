@@ -10,11 +10,10 @@ from pathlib import Path
 
 import pytest
 import torch
-from srpo_kernels import LossOptions, build, native
+from srpo_kernels import LossOptions, build, cuda, native
 
 SIMT = Path(__file__).parent / "simt"
 IMPOSSIBLE = 9  # cudaErrorInvalidConfiguration: rows_one_read cannot take these rows in clusters of this size
-_SIZES = (ctypes.c_int64,) * 4
 
 
 def compile_library(output: Path, csrc: Path = build.CSRC) -> ctypes.CDLL:
@@ -25,12 +24,7 @@ def compile_library(output: Path, csrc: Path = build.CSRC) -> ctypes.CDLL:
     # -O1: at -O2 g++ 12 merges an aligned and an unaligned read into one aligned read. Each library has variables of its own.
     flags = ("-std=c++17", "-O1", "-fno-gnu-unique", "-w", "-shared", "-fPIC", f"-I{SIMT}", f"-I{csrc}")
     subprocess.run([compiler, *flags, str(SIMT / "rows_simt.cpp"), "-o", str(output)], check=True)
-    library = ctypes.CDLL(str(output))
-    library.srpo_cuda_rows.argtypes = [ctypes.POINTER(native.RowArgs), ctypes.c_int, ctypes.c_int, ctypes.c_void_p]
-    library.srpo_cuda_cluster.argtypes = [ctypes.POINTER(native.RowArgs), ctypes.c_int]
-    pointers = (ctypes.c_void_p, *_SIZES, ctypes.c_int, ctypes.c_void_p, ctypes.c_int, ctypes.c_void_p)
-    library.srpo_cuda_top_k.argtypes = pointers
-    return library
+    return cuda.declared(ctypes.CDLL(str(output)))
 
 
 class KernelError(RuntimeError):

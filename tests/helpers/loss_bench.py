@@ -2,16 +2,14 @@
 
 from __future__ import annotations
 
-import importlib
 import json
-import sys
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
 import torch
+from bench_modules import bench_modules
 
-BENCH = Path(__file__).resolve().parents[2] / "bench"
 MODULES = ("loss_kernel", "arms", "rivals", "problem", "measuring", "outcome")
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 # The bound of a gradient's error for arms that round logits, log-probabilities or losses to bf16: one of a sequence's few tokens
@@ -21,12 +19,8 @@ COARSE = {"fp32": 2e-6, "bf16": 0.5}
 
 def modules() -> SimpleNamespace:
     """The modules of the benchmark."""
-    path = list(sys.path)
-    sys.path.insert(0, str(BENCH))
-    try:
-        return SimpleNamespace(**{name: importlib.import_module(name) for name in MODULES})
-    finally:
-        sys.path[:] = path
+    with bench_modules(*MODULES) as found:
+        return found
 
 
 def run(bench: SimpleNamespace, tmp_path: Path, *flags: str, status: int = 0) -> dict[str, Any]:

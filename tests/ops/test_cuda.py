@@ -115,7 +115,7 @@ def test_rows_that_begin_anywhere_in_a_16_byte_unit(name: str, dtype: torch.dtyp
     ("shape", "top_k"), [((0, 8), 3), ((700, 7), 3), ((40, 3000), 1024), ((300, 151936), 100), ((9, 50257), 50)]
 )
 def test_top_k(shape: tuple[int, int], top_k: int, dtype: torch.dtype) -> None:
-    """Of equal logits, of which 16 bits have many, the smaller id comes first."""
+    """The smaller id of equal logits comes first; 16 bits have many of them."""
     logits = torch.randn(shape[0], shape[1] + 3, device=DEVICE).to(dtype)[:, 1 : shape[1] + 1]
     expected = logits.float().sort(dim=1, descending=True, stable=True).indices[:, :top_k]
     for _ in range(3):

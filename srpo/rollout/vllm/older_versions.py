@@ -1,4 +1,4 @@
-"""What versions of vLLM before the newest need, each with the version from which on it can go. Runs in vLLM's processes."""
+"""Help that older versions of vLLM need, each with the version from which on it can go. Runs in vLLM's processes."""
 
 from __future__ import annotations
 
