@@ -102,8 +102,11 @@ def test_the_sanitizer_holds_memcheck_and_reads_racecheck(proof: SimpleNamespace
     with pytest.raises(proof.parts.Wrong, match="memcheck reports errors") as wrong:
         proof.sanitizer.check(str(errors), "memcheck", Path("unused"), ["T=1"])
     assert "Invalid __global__ write" in wrong.value.details["output"]
-    clean = program("assert sys.argv[1:6] == ['--error-exitcode', '9', '--tool', 'synccheck', 'rows_check'], sys.argv", "clean")
+    flags = "assert sys.argv[1:6] == ['--error-exitcode', '9', '--tool', 'synccheck', 'rows_check'], sys.argv"
+    clean = program(f"{flags}; print('ERROR SUMMARY: 0 errors')", "clean")
     assert proof.sanitizer.check(str(clean), "synccheck", Path("rows_check"), ["T=1"])["figures"][0]["value"] == 0
+    with pytest.raises(proof.parts.Wrong, match="synccheck printed no summary"):
+        proof.sanitizer.check(str(program(flags, "silent")), "synccheck", Path("rows_check"), ["T=1"])
 
 
 def test_counters_are_read_after_the_lines_of_the_program(proof: SimpleNamespace) -> None:
@@ -264,3 +267,14 @@ def test_vllm_is_sampled_synced_killed_and_restarted(tmp_path: Path) -> None:
     assert names >= {"vllm: start", "vllm: as loaded", "vllm: syncs", "vllm: sleep and wake", "vllm: killed", "local: syncs"}
     gaps = next(part for part in found["parts"] if part["part"] == "vllm: syncs")["rounds"]
     assert all(before > 0.1 > after for before, after in gaps)
+
+
+def test_the_stage_runs_every_file_with_a_test_for_a_gpu(proof: SimpleNamespace) -> None:
+    """The marks of some tests come from helpers. Compared with the tests that pytest collects by the mark."""
+    collect = ("-q", "--co", "-p", "no:cacheprovider", "-m", "gpu and not slow and not nightly", "tests")
+    env = {name: value for name, value in os.environ.items() if not name.startswith("PYTEST_")}
+    done = subprocess.run(
+        [sys.executable, "-m", "pytest", *collect], capture_output=True, text=True, cwd=ROOT, env=env, check=True
+    )
+    collected = {line.partition("::")[0] for line in done.stdout.splitlines() if "::" in line}
+    assert len(collected) > 5 and collected <= set(proof.gpu_tests.files())

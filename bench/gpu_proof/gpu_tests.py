@@ -18,10 +18,15 @@ _MARKED = re.compile(r"\bmark\.gpu\b")
 
 
 def files() -> list[str]:
-    """The test files that have a test for a GPU; in a dry run the shortest, whose tests then skip."""
-    paths = [path for path in (ROOT / "tests").rglob("test_*.py") if _MARKED.search(path.read_text(encoding="utf-8"))]
-    paths.sort(key=lambda path: path.stat().st_size)
-    return [str(path.relative_to(ROOT)) for path in (paths[:1] if small() else paths)]
+    """The test files that have a test for a GPU: they use the mark, or a helper that does. Read, because pytest itself takes many
+    seconds to collect all tests."""
+    texts = {path: path.read_text(encoding="utf-8") for path in (ROOT / "tests").rglob("*.py")}
+    helpers = [path.stem for path, text in texts.items() if path.parent.name == "helpers" and _MARKED.search(text)]
+    uses = re.compile(rf"^(?:from|import) (?:{'|'.join(helpers)})\b", re.MULTILINE) if helpers else _MARKED
+    paths = [
+        path for path, text in texts.items() if path.name.startswith("test_") and (_MARKED.search(text) or uses.search(text))
+    ]
+    return [str(path.relative_to(ROOT)) for path in sorted(paths, key=lambda path: path.stat().st_size)]
 
 
 def outcome(junit: Path) -> tuple[dict[str, int], list[dict[str, Any]]]:
@@ -41,7 +46,8 @@ def run_tests() -> Found:
     junit, log = state() / "junit.xml", state() / "pytest_output.txt"
     junit.unlink(missing_ok=True)
     command = [sys.executable, "-m", "pytest", "-q", "-rf", "-p", "no:cacheprovider", "-m", "gpu and not slow and not nightly"]
-    command += ["--timeout", str(TEST_LIMIT_S), "--junitxml", str(junit), *([] if small() else ["-n", "8"]), *files()]
+    command += ["--timeout", str(TEST_LIMIT_S), "--junitxml", str(junit), *([] if small() else ["-n", "8"])]
+    command += files()[:1] if small() else files()  # in a dry run the shortest, whose tests skip
     env = {name: value for name, value in os.environ.items() if not name.startswith("PYTEST_")}
     limit_s, shortened = time_for(LIMIT_S)
     end = run_capped(command, limit_s, log, env=env, folder=ROOT)
@@ -55,6 +61,8 @@ def run_tests() -> Found:
     if failed or end.code or end.killed:
         words = "the tests were cut" if end.killed else f"{counts['failed']} tests failed, exit code {end.code}"
         raise Wrong(words, **found, failed_tests=failed[:20], output="\n" + output[-1500:])
+    if not small() and not counts["passed"]:
+        raise Wrong(f"all {counts['skipped']} tests were skipped", **found, output="\n" + output[-1500:])
     return found
 
 

@@ -236,7 +236,7 @@ def lane_cores(lane: str, cores: Sequence[int]) -> set[int]:
 def key_of(dry_run: bool) -> str:
     """Digest of what a result depends on: the sources, the Python, the card."""
     digest = hashlib.sha256(repr((dry_run, sys.executable, query_card("name"))).encode())
-    for folder in ("csrc", "kernels", "srpo", "bench", "tests/helpers"):
+    for folder in ("csrc", "kernels", "srpo", "bench", "tests"):
         for path in sorted(p for p in (ROOT / folder).rglob("*") if p.suffix in (".py", ".h", ".cuh", ".cu", ".cpp")):
             digest.update(f"{path.relative_to(ROOT)} {hashlib.sha256(path.read_bytes()).hexdigest()}\n".encode())
     return digest.hexdigest()[:12]

@@ -46,6 +46,8 @@ def check(sanitizer: str, kind: str, program: Path, words: list[str]) -> Found:
     if done.returncode:
         words_of = {FOUND: f"{kind} reports errors", 1: "wrong values under the tool"}
         raise Wrong(words_of.get(done.returncode, f"exit code {done.returncode}"), output="\n" + output[-1500:])
+    if not counts:  # it has not looked at the program
+        raise Wrong(f"{kind} printed no summary", output="\n" + output[-1500:])
     return found
 
 
