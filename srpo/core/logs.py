@@ -101,7 +101,7 @@ def _step(line: bytes) -> int:
     """The step of a line; 0 if it is broken."""
     try:
         number = json.loads(line)["step"]
-    except (ValueError, KeyError, TypeError):
+    except (ValueError, KeyError, TypeError, RecursionError):
         return 0
     return number if isinstance(number, int) else 0
 

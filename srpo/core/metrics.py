@@ -157,7 +157,7 @@ def _line_step(line: bytes) -> int | None:
         return int(usual[1])
     try:
         step = json.loads(line).get("step")
-    except ValueError:
+    except (ValueError, RecursionError):
         return None
     return step if isinstance(step, int) else None
 

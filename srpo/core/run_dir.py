@@ -15,7 +15,7 @@ from srpo.core.errors import UserError, naming
 from srpo.core.files import write_whole
 from srpo.core.jsonl import json_file, json_lines
 from srpo.core.logs import CHANGES
-from srpo.core.settings import apply_toml, dump_toml
+from srpo.core.settings import apply_toml, dump_toml, toml_table
 
 INPUTS = "inputs.json"
 # Names in a folder without config.toml that a run would replace, or that make it the folder of a checkpoint.
@@ -79,8 +79,8 @@ def _settings_of(path: Path, cfg: Any) -> dict[str, Any]:
 def _table(path: Path) -> dict[str, Any]:
     try:
         with naming(path):
-            return tomllib.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:  # not TOML, or not UTF-8
+            return toml_table(path)
+    except ValueError as error:
         raise UserError(f"{path} is damaged ({error}): restore it, or give another run_dir") from error
 
 

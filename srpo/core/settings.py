@@ -66,14 +66,22 @@ def load(cls: type[T], argv: Sequence[str] | None = None, prog: str | None = Non
 def apply_toml(config: T, path: Path) -> T:
     """`config` updated with the values of a TOML file. Raises UserError that names the file and the key."""
     try:
-        table = tomllib.loads(path.read_text(encoding="utf-8"))
+        table = toml_table(path)
     except FileNotFoundError:
         near = difflib.get_close_matches(path.name, [p.name for p in path.parent.glob("*.toml")], n=1)
         hint = f"; the nearest is {path.parent / near[0]}" if near else ""
         raise UserError(f"{path}: no such file{hint}") from None
-    except ValueError as error:  # not TOML, or not UTF-8
+    except ValueError as error:
         raise UserError(f"{path}: {error}") from error
     return apply_table(config, table, str(path))
+
+
+def toml_table(path: Path) -> dict[str, Any]:
+    """The table that a TOML file holds. ValueError, with the reason, for one that is not TOML or not UTF-8."""
+    try:
+        return tomllib.loads(path.read_text(encoding="utf-8"))
+    except RecursionError as error:
+        raise ValueError("not TOML that can be read (nested too deeply)") from error
 
 
 def apply_table(config: T, table: Mapping[str, Any], where: str) -> T:

@@ -31,7 +31,7 @@ def _fold(text: str) -> str:
 def _compile(where: str, key: str, pattern: str) -> re.Pattern[str]:
     try:
         return re.compile(pattern, REGEX_FLAGS)
-    except re.error as error:
+    except (re.error, RecursionError, OverflowError) as error:  # thousands of brackets; a repetition of many digits
         raise UserError(
             f"{where}: {key} {pattern!r} is not a regular expression: {error}; in TOML write it in 'single quotes'"
         ) from error

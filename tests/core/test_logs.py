@@ -35,6 +35,7 @@ def test_digests_grow_with_the_logs(tmp_path: Path) -> None:
         (lines(4), "lacks the lines of optimizer steps 1 to 3"),
         ("", "lacks the lines of optimizer steps 1 to 4"),
         (lines(1, 2, 3, 4).replace('"step": 2,', '"step"; 2,'), "lacks the lines of optimizer steps 2"),
+        (lines(1) + "[" * 9000 + "\n" + lines(3, 4), "lacks the lines of optimizer steps 2"),
         (lines(1, 2, 3, 4).replace("21", "22"), "bytes up to optimizer step 4 are not those that were written"),
         (lines(1, 2, 3, 4)[:-3], "lacks the lines of optimizer steps 4"),
     ],

@@ -105,6 +105,7 @@ def test_new_run_starts_empty_in_a_used_folder(tmp_path: Path):
         ('{"step": 2, "a": 1}', 2),  # no newline: half-written
         ('{"step": 2, "a": \n{"step": 2}\n', 2),  # broken line, and what follows it
         ("\0\0\0\0\n", 2),
+        ('{"a": ' + "[" * 9000 + "}\n", 2),
         ('{"a": 2}\n', 2),
         ('{"step": 3}\n', 2),
     ],

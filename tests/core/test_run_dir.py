@@ -52,6 +52,13 @@ def test_a_setting_that_is_younger_than_the_folder_had_its_default(tmp_path: Pat
         claim_run_dir(tmp_path, Config(), is_main=True)
 
 
+@pytest.mark.parametrize("text", ["seed = [", "seed = " + "[" * 5000, "\xff"])
+def test_damaged_settings_of_a_run_are_named(tmp_path: Path, text: str) -> None:
+    (tmp_path / "config.toml").write_text(text, encoding="latin-1")
+    with pytest.raises(UserError, match=r"config\.toml is damaged \(.*\): restore it, or give another run_dir"):
+        claim_run_dir(tmp_path, Config(), is_main=True)
+
+
 @dataclass(frozen=True)
 class Claim:
     """Settings without defaults, like `RecordSettings`."""

@@ -112,6 +112,7 @@ def test_every_kind_of_value_is_read(tmp_path: Path) -> None:
         ("[[rows]]\nname = 'a'\nsizes = 1", ["unknown key 'rows[0].sizes'", "'rows[0].size'"]),
         ("[[rows]]\nname = 'a'\n[[rows]]\nname = 'b'\nsize = -1", ["rows[1]: size -1 is negative"]),
         ("seed = [", ["Invalid value"]),
+        ("seed = " + "[" * 5000, ["nested too deeply"]),
         ("seed = 1\nseed = 2", ["overwrite"]),
     ],
 )

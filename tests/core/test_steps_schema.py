@@ -48,6 +48,8 @@ def test_the_paper_s_coefficients() -> None:
         ({"header": "(a"}, "not a regular expression"),
         ({"header": "a*"}, "matches the empty text"),
         ({"answer": "[a"}, "not a regular expression"),
+        ({"header": "(" * 5000 + ")" * 5000}, "not a regular expression"),
+        ({"answer": "(a{99999999999999})"}, "not a regular expression"),
         ({"answer": "a"}, "exactly one"),
         ({"answer": "(a)(b)"}, "exactly one"),
         ({"options": ["a", "A "]}, "differ by more"),

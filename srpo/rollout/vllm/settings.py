@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 from collections.abc import Sequence
 from pathlib import Path
@@ -12,6 +11,7 @@ import torch
 
 from srpo.core.config.train import VllmConfig
 from srpo.core.errors import UserError
+from srpo.core.jsonl import json_file
 from srpo.core.ranges import check_ranges
 
 _CPU_BUCKET_MIB, _GPU_BUCKET_MIB = 16, 512
@@ -71,7 +71,7 @@ def check_split(path: str | Path, size: int) -> None:
 
     With fewer key-value heads than devices vLLM would replicate heads, and bit sums could not verify their weights.
     """
-    config = json.loads((Path(path) / "config.json").read_text(encoding="utf-8"))
+    config = json_file(Path(path) / "config.json", "the file of the checkpoint")
     for key in _SPLIT:
         if config.get(key) and config[key] % size:
             raise UserError(
