@@ -8,6 +8,7 @@ import random
 from datetime import UTC, datetime
 from urllib.parse import quote, urlsplit
 
+import httpx2
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
@@ -163,6 +164,7 @@ def test_a_checked_address_means_the_same_to_every_parser(url: str) -> None:
     except UserError:
         return
     assert checked == checked_url(checked) and checked.isascii() and checked.isprintable() and " " not in checked
-    parts = urlsplit(checked)
-    assert parts.scheme == "http" and parts.hostname and not (parts.query or parts.fragment or parts.username)
-    assert not {"?", "#", "@"} & set(checked.partition("/v1")[0])
+    parts, theirs = urlsplit(checked), httpx2.URL(checked)  # the client's own parser
+    assert parts.scheme == "http" and parts.hostname and not {"?", "#"} & set(checked) and "@" not in parts.netloc
+    assert (theirs.scheme, theirs.host, theirs.userinfo, theirs.query, theirs.fragment) == ("http", parts.hostname, b"", b"", "")
+    assert theirs.port == (None if parts.port == 80 else parts.port)  # None: the scheme's own
