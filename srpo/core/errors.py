@@ -14,11 +14,19 @@ from pathlib import Path
 
 
 class UserError(ValueError):
-    """Its text says what is wrong, where (file and line, or setting), and what to change."""
+    """Its text says what is wrong, where (file and line, or setting), and what to change, in one line of printable characters."""
+
+    def __init__(self, text: str) -> None:
+        super().__init__(printable(text))
 
 
 class MissingPackage(UserError):
     """A package that the settings need is not installed; the text has the command that installs it."""
+
+
+def printable(text: str) -> str:
+    r"""The text with an escape such as \n for each character that is not printable: a name in a file may hold any."""
+    return text if text.isprintable() else "".join(c if c.isprintable() else repr(c)[1:-1] for c in text)
 
 
 _REMEDIES = {
@@ -48,7 +56,7 @@ def explain_os_error(error: OSError) -> str | None:
     if remedy is None:
         return None
     path = f"{error.filename}: " if error.filename else ""
-    return f"{path}{(error.strerror or str(error)).lower()}: {remedy}"
+    return printable(f"{path}{(error.strerror or str(error)).lower()}: {remedy}")
 
 
 @contextmanager

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+from srpo.core.errors import printable
+
 MAX_WIDTH = 130
 
 
@@ -25,7 +27,8 @@ def text_table(header: Sequence[str], parts: Sequence[Sequence[Sequence[str]]], 
     A rule follows the header and each part (a list of rows; empty parts are dropped); the notes come last. Columns that do not
     fit into MAX_WIDTH characters go to further blocks below, each with the first column repeated.
     """
-    parts = [part for part in parts if part]
+    header = [*map(printable, header)]
+    parts = [[[*map(printable, row)] for row in part] for part in parts if part]  # a cell may be a name from a file
     rows = [header, *(row for part in parts for row in part)]
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
     gap = "   " if sum(widths) + 3 * (len(widths) - 1) <= MAX_WIDTH else "  "

@@ -34,6 +34,10 @@ def test_a_table_is_aligned_and_has_rules():
     ]
 
 
+def test_a_name_from_a_file_stays_in_its_cell():
+    assert text_table(("", "a\nb"), [[("\x1b[2Jx", "1")]]).splitlines()[::2] == [r"           a\nb", r"\x1b[2Jx      1"]
+
+
 @pytest.mark.parametrize("num_columns", [6, 7, 20])
 def test_wide_tables_are_cut_into_blocks_that_fit(num_columns: int):
     header = ("", *(f"column{i}" for i in range(num_columns)))

@@ -23,7 +23,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from multiprocessing.connection import Connection
 from typing import Any
 
-from srpo.core.errors import UserError
+from srpo.core.errors import UserError, printable
 from srpo.rollout.vllm.leftovers import OWNER, empty_folder, kill_group, make_folder, members, remove_shared, shared_files
 from srpo.rollout.vllm.orphan import TRAINER
 
@@ -36,7 +36,10 @@ _TAIL = 3000  # characters of the process's log that an error shows
 
 
 class EngineError(UserError):
-    """The engine cannot serve a request. An error that its process reports includes the end of the process's log."""
+    """The engine cannot serve a request. An error that its process reports ends in the last lines of its log."""
+
+    def __init__(self, text: str) -> None:
+        ValueError.__init__(self, "\n".join(map(printable, text.split("\n"))))
 
 
 class EngineFailure(EngineError):

@@ -371,3 +371,7 @@ def test_the_child_s_environment_knows_nothing_of_torchrun(monkeypatch):
 
 def test_local_is_the_default():
     assert RolloutConfig().engine == "local"
+
+
+def test_an_engine_s_error_keeps_the_lines_of_its_log() -> None:
+    assert str(EngineError("it died; its log is x:\n\x1b[31ma\nb")) == "it died; its log is x:\n\\x1b[31ma\nb"
