@@ -26,7 +26,7 @@ from typing import Any
 
 import numpy as np
 
-from srpo.core.config.train import RolloutConfig
+from srpo.core.config.train import PolicyConfig, RolloutConfig
 from srpo.core.files import write_whole
 from srpo.core.progress import Progress
 from srpo.core.run_dir import Inputs, check_unchanged, claim_run_dir
@@ -54,8 +54,9 @@ from srpo.training.checks import check_judge, check_rollout
 from srpo.training.inputs import judge_model, model_inputs
 from srpo.training.run import derive_seed
 
-# Rollout settings that only matter with updates or a loss; srpo.select ignores them and says so.
-_OF_TRAINING = ("overlap", "oversample", "cut_tail", "off_policy_steps", "support", "routing")
+# Settings that only matter with updates or a loss; srpo.select ignores them and says so.
+_OF_TRAINING = ("overlap", "oversample", "cut_tail", "off_policy_steps", "support", "routing")  # of rollout
+_OF_UPDATES = ("reference", "attention", "activation_checkpointing")  # of policy
 _POLL_S = 0.5  # seconds between two looks of rank 0 at the shards that other ranks have finished
 
 
@@ -102,8 +103,10 @@ def _models_left(cfg: SelectConfig) -> dict[str, str]:
 
 def ignored_settings(cfg: SelectConfig) -> list[str]:
     """Names of the settings in `cfg` that are not at their default and that only training uses."""
-    default = RolloutConfig()
-    return [f"rollout.{name}" for name in _OF_TRAINING if getattr(cfg.rollout, name) != getattr(default, name)]
+    parts = (("rollout", cfg.rollout, RolloutConfig(), _OF_TRAINING), ("policy", cfg.policy, PolicyConfig(), _OF_UPDATES))
+    return [
+        f"{part}.{name}" for part, own, default, names in parts for name in names if getattr(own, name) != getattr(default, name)
+    ]
 
 
 def run(

@@ -289,9 +289,11 @@ def test_what_only_training_does_while_it_samples_is_named_and_changes_nothing(
     never_killed: SelectConfig, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     rollout = replace(never_killed.rollout, oversample=0.5, off_policy_steps=1, support="replay", routing="replay")
-    cfg = config(tmp_path, rollout=rollout, loss=LossConfig(importance="mask"))
+    policy = replace(never_killed.policy, attention="flash_attention_2", activation_checkpointing=True)
+    cfg = config(tmp_path, rollout=rollout, policy=policy, loss=LossConfig(importance="mask"))
     run(cfg, ONE, parts_with(Scripted()))
     names = "rollout.oversample, rollout.off_policy_steps, rollout.support, rollout.routing"
+    names += ", policy.attention, policy.activation_checkpointing"
     assert f"only training uses them: {names}\n" in capsys.readouterr().out
     assert results(cfg) == results(never_killed)
     run(config(tmp_path), ONE, parts_with(Scripted(dies_after=0)))  # the same records

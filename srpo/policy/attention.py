@@ -6,7 +6,7 @@ Letters: T packed rows, N sequences, L rows of the longest sequence, D head dime
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -14,21 +14,23 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import nn
-from transformers import AttentionInterface, PreTrainedConfig
+from transformers import AttentionInterface
 
 from srpo.core.errors import UserError
-from srpo.policy.varlen_kernels import NAMES, WIDEST_OF_TORCH, Kernel, kernel_of
+from srpo.policy.varlen_kernels import NAMES, WIDEST_OF_TORCH, Kernel, check_name, kernel_of
 
 # Transformers' names of `NAMES`. None contains "flash": transformers would take it for its own FlashAttention.
-_REGISTERED = dict(zip(NAMES, ("srpo_varlen", "srpo_fa2", "srpo_fa4"), strict=True))
+_REGISTERED: dict[str, str] = dict(zip(NAMES, ("srpo_varlen", "srpo_fa2", "srpo_fa4"), strict=True))
 ATTENTION = _REGISTERED["torch"]
 # Arguments of attention that change its result, and that neither function of srpo computes.
 _UNSUPPORTED = {"s_aux": "attention sinks", "softcap": "a cap on attention scores", "position_bias": "a position bias"}
 
+_WIDTHS = ("qk_head_dim", "head_dim", "head_size")  # attributes of attention layers for the width of queries; the first counts
+
 
 @dataclass(frozen=True)
 class PadLayout:
-    """Position of each packed row in a padded [N * L] grid. Built once per batch and passed to every layer."""
+    """Position of each packed row in a padded [N * L] grid. Built at most once per batch, by the first layer that pads."""
 
     num_sequences: int  # N
     max_length: int  # L
@@ -88,7 +90,7 @@ def varlen_attention(
     scaling: float | None = None,
     cu_seq_lens_q: torch.Tensor | None = None,
     max_length_q: int | None = None,
-    pad_layout: PadLayout | None = None,
+    pad_layout: Callable[[], PadLayout] | None = None,
     sliding_window: int | None = None,
     *,
     kernel: Kernel | None = None,
@@ -97,6 +99,7 @@ def varlen_attention(
     """Causal attention within each packed sequence: ([1, T, heads, D], None).
 
     query [1, heads, T, D]; key, value [1, kv_heads, T, D]; cu_seq_lens_q [N+1] int32; max_length_q is L.
+    pad_layout: the layout of these sequences, for all layers; None: each layer that pads builds its own.
     sliding_window: a row attends to so many keys, itself included; None: to all before it.
     kernel: computes everything; None: torch's kernel, or padding if that cannot take the device, dtype or width of heads.
     Dropout is never applied, so that log-probabilities are deterministic. Raises ValueError if `cu_seq_lens_q` or
@@ -112,7 +115,7 @@ def varlen_attention(
     query, key, value = (x[0].transpose(0, 1) for x in (query, key, value))  # [T, heads, D]
     too_wide = max(query.shape[2], value.shape[2]) > WIDEST_OF_TORCH
     if kernel is None and (too_wide or needs_padding(query.device, query.dtype)):
-        layout = pad_layout or PadLayout.of(cu_seq_lens_q, max_length_q)
+        layout = pad_layout() if pad_layout else PadLayout.of(cu_seq_lens_q, max_length_q)
         gqa = query.shape[1] != key.shape[1]
         query, key, value = (layout.pad(x) for x in (query, key, value))
         # Padding follows the last row of each sequence, so the causal mask alone hides it from every real row.
@@ -126,21 +129,23 @@ def varlen_attention(
 
 def registered_attention(attention: str) -> str:
     """Transformers' name of one of `NAMES`, whose kernel is looked up here, once. MissingPackage if it is not installed."""
-    if attention not in NAMES:
-        raise UserError(f"policy.attention is {attention!r}: set it to one of {', '.join(NAMES)}")
+    check_name(attention)
     if attention != "torch":
         AttentionInterface.register(_REGISTERED[attention], partial(varlen_attention, kernel=kernel_of(attention)))
     return _REGISTERED[attention]
 
 
-def head_widths(config: PreTrainedConfig) -> Iterator[tuple[int, int]]:
-    """(width of queries and keys, width of values) of each kind of head that the model's config names."""
-    width = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
-    if unrotated := getattr(config, "qk_nope_head_dim", None):
-        width = unrotated + config.qk_rope_head_dim
-    yield width, getattr(config, "v_head_dim", None) or width
-    if wide := getattr(config, "global_head_dim", None):
-        yield wide, wide
+def head_widths(model: nn.Module) -> list[tuple[int, int]]:
+    """(width of queries and keys, width of values) of each kind of head in the model, sorted.
+
+    Taken from the layers, not from the config: transformers' configs name widths in many ways, and some layers have their own.
+    """
+    widths = set()
+    for module in model.modules():
+        width = next((size for name in _WIDTHS if isinstance(size := getattr(module, name, None), int)), None)
+        if width is not None:
+            widths.add((width, getattr(module, "v_head_dim", None) or width))
+    return sorted(widths)
 
 
 # No mask function is registered under these names, so transformers builds no attention mask for them.

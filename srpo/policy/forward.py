@@ -6,13 +6,14 @@ Letters: T packed rows, H hidden.
 from __future__ import annotations
 
 import re
+from functools import cache, partial
 
 import torch
 from transformers import PreTrainedConfig, PreTrainedModel
 
 from srpo.core.batch import Batch
 from srpo.core.errors import UserError
-from srpo.policy.attention import PadLayout, needs_padding
+from srpo.policy.attention import PadLayout
 from srpo.policy.routing import Routing
 
 _RANDOM = re.compile("drop|jitter|noise")  # attributes of modules that say how much randomness training adds
@@ -28,7 +29,6 @@ def hidden_states(model: PreTrainedModel, batch: Batch, routing: Routing | None 
     limit = context_of(model.config)
     if max_length > limit:
         raise UserError(f"a sequence has {max_length} tokens, more than the context of {limit} of the model: shorten it")
-    padded = needs_padding(batch.input_ids.device, next(model.parameters()).dtype)
     return model.base_model(
         input_ids=batch.input_ids[None],
         position_ids=batch.position_ids[None],
@@ -36,7 +36,7 @@ def hidden_states(model: PreTrainedModel, batch: Batch, routing: Routing | None 
         cu_seq_lens_k=batch.cu_seqlens,
         max_length_q=max_length,
         max_length_k=max_length,
-        pad_layout=PadLayout.of(batch.cu_seqlens, max_length) if padded else None,
+        pad_layout=cache(partial(PadLayout.of, batch.cu_seqlens, max_length)),
         use_cache=False,
         **({} if routing is None else {"routing": routing}),
     ).last_hidden_state[0]

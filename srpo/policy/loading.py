@@ -19,7 +19,7 @@ from srpo.policy.experts import check_sizes, registered_name
 from srpo.policy.folder import check_folder, read_config
 from srpo.policy.model import load_policy
 from srpo.policy.parallel import Parallel
-from srpo.policy.varlen_kernels import check_kernel, check_widths
+from srpo.policy.varlen_kernels import check_widths
 
 
 def load_to_shard(path: str | Path, parallel: Parallel, settings: PolicyConfig | None = None) -> PreTrainedModel:
@@ -32,13 +32,11 @@ def load_to_shard(path: str | Path, parallel: Parallel, settings: PolicyConfig |
     check_folder(path)
     model, error = None, None
     settings = settings or PolicyConfig()
-    dtype = getattr(torch, settings.dtype)
     try:
-        check_kernel(settings.attention, parallel.device, dtype)
-        check_widths(settings.attention, head_widths(read_config(path)), parallel.device)
         load = load_policy if parallel.is_main else _without_weights
         model = load(path, experts=settings.experts, attention=settings.attention)
-        check_sizes(model, settings.experts, parallel.device, dtype)
+        check_widths(settings.attention, head_widths(model), parallel.device)
+        check_sizes(model, settings.experts, parallel.device, getattr(torch, settings.dtype))
     except UserError as refused:  # the other ranks would wait for this one
         error = refused
     refusal = next((text for text in parallel.all_gather_object(None if error is None else str(error)) if text), None)

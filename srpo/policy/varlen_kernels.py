@@ -120,13 +120,18 @@ def _of_one_width(kernel: Kernel) -> Kernel:
     return attend
 
 
+def check_name(name: str) -> None:
+    """Raise UserError for a name that is not one of `NAMES`."""
+    if name not in NAMES:
+        raise UserError(f"policy.attention is {name!r}: set it to one of {', '.join(NAMES)}")
+
+
 def check_kernel(name: str, device: torch.device, dtype: torch.dtype) -> None:
     """Raise UserError if the kernel cannot run on this device or in this dtype, MissingPackage if it is not installed.
 
     "torch" pads sequences on a CPU and in fp32 (`srpo.policy.attention.needs_padding`).
     """
-    if name not in NAMES:
-        raise UserError(f"policy.attention is {name!r}: set it to one of {', '.join(NAMES)}")
+    check_name(name)
     if name == "torch" and (device.type != "cuda" or dtype not in (torch.bfloat16, torch.float16)):
         return
     if device.type != "cuda":

@@ -67,26 +67,11 @@ def varlen_attn_2_11(
     return by_the_book(query, key, value, cu_seq_q, scale, *_signed(window_size, max_q))
 
 
-def varlen_attn_2_12(
-    query: torch.Tensor,
-    key: torch.Tensor,
-    value: torch.Tensor,
-    cu_seq_q: torch.Tensor,
-    cu_seq_k: torch.Tensor | None,
-    max_q: int,
-    max_k: int,
-    *,
-    return_aux: Any = None,
-    scale: float | None = None,
-    window_size: tuple[int, int] = (-1, -1),
-    enable_gqa: bool = False,
-) -> Any:
+def varlen_attn_2_12(query: torch.Tensor, key: torch.Tensor, *args: Any, enable_gqa: bool = False, **kwargs: Any) -> Any:
     """The same of torch 2.12, which refuses fewer key-value heads unless it is told of them."""
     if not enable_gqa and query.shape[1] != key.shape[1]:
         raise ValueError("Try setting enable_gqa=True for GQA.")
-    return varlen_attn_2_11(
-        query, key, value, cu_seq_q, cu_seq_k, max_q, max_k, return_aux=return_aux, scale=scale, window_size=window_size
-    )
+    return varlen_attn_2_11(query, key, *args, **kwargs)
 
 
 def flash_2(

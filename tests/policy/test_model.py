@@ -9,6 +9,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from srpo.core.batch import pack
 from srpo.core.config.demo import TinyConfig
+from srpo.policy.attention import PadLayout
 from srpo.policy.forward import hidden_states
 from srpo.policy.model import Policy, load_policy, make_tiny, save_policy
 from srpo.policy.parallel import iter_full_params
@@ -40,6 +41,16 @@ def test_packed_equals_each_sequence_alone_and_transformers_own_forward(seed: in
     for start, end in zip(batch.cu_seqlens[:-1].tolist(), batch.cu_seqlens[1:].tolist(), strict=True):
         alone = plain(input_ids=batch.input_ids[None, start:end]).logits[0]
         assert torch.allclose(packed[start:end], alone, atol=1e-5)
+
+
+@pytest.mark.parametrize("checkpointed", [False, True])
+def test_sequences_are_laid_out_once_for_all_layers(monkeypatch: pytest.MonkeyPatch, checkpointed: bool) -> None:
+    laid_out = []
+    of = PadLayout.of
+    monkeypatch.setattr(PadLayout, "of", lambda *bounds: laid_out.append(bounds) or of(*bounds))
+    policy = Policy(lab.tiny(), activation_checkpointing=checkpointed).train()
+    policy(lab.batches(0)[0]).sum().backward()
+    assert len(laid_out) == 1 < policy.model.config.num_hidden_layers
 
 
 def test_a_sequence_does_not_depend_on_its_neighbours() -> None:

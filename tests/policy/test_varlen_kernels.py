@@ -13,6 +13,7 @@ import fake_attention as fakes
 import policy_lab as lab
 import pytest
 import torch
+from transformers import AutoModelForCausalLM, DeepseekV3Config, Gemma4TextConfig, GPTNeoXConfig, LlamaConfig
 
 from srpo.core.config.train import PolicyConfig
 from srpo.core.errors import MissingPackage, UserError
@@ -145,7 +146,7 @@ def test_a_missing_package_is_said_with_its_command(
     with pytest.raises(UserError, match=fix):  # on every rank with the text of the first that refuses
         load_to_shard(tmp_path / "model", gpu, policy)
     with pytest.raises(UserError, match="needs an NVIDIA GPU"):
-        load_to_shard(tmp_path / "model", lab.one_process(), policy)
+        check_device(policy, lab.one_process())
 
 
 def test_flash_2_is_missing_where_only_flash_4_is_installed(
@@ -222,13 +223,19 @@ def test_heads_that_a_kernel_does_not_have_are_refused(
             check_widths(attention, [right[0], pair], GPU)
 
 
-def test_head_widths_of_configs() -> None:
-    from transformers import DeepseekV3Config, LlamaConfig
-
-    assert list(head_widths(lab.tiny().config)) == [(8, 8)]
-    assert list(head_widths(LlamaConfig(hidden_size=96, num_attention_heads=4))) == [(24, 24)]
-    latent = DeepseekV3Config(qk_nope_head_dim=128, qk_rope_head_dim=64, v_head_dim=128)
-    assert list(head_widths(latent)) == [(192, 128)]
+@pytest.mark.parametrize(
+    ("config", "widths"),
+    [
+        (LlamaConfig(hidden_size=96, num_attention_heads=4), [(24, 24)]),
+        (GPTNeoXConfig(hidden_size=96, num_attention_heads=4), [(24, 24)]),
+        (DeepseekV3Config(qk_nope_head_dim=128, qk_rope_head_dim=64, v_head_dim=128), [(192, 128)]),
+        (Gemma4TextConfig(), [(256, 256), (512, 512)]),  # the last layer's heads are wider
+    ],
+    ids=lambda value: getattr(value, "model_type", ""),
+)
+def test_head_widths_of_models(config: Any, widths: list[Any]) -> None:
+    with torch.device("meta"):
+        assert head_widths(AutoModelForCausalLM.from_config(config)) == widths
 
 
 def test_torch_s_kernel_in_16_bits_needs_compute_capability_8(on_gpu: Callable[[int], None]) -> None:
