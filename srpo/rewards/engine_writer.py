@@ -73,7 +73,7 @@ class EngineWriter:
             if not request.taken:
                 self._serve(self._batch(request))
         if request.error is not None:
-            raise UserError(str(request.error)) from request.error
+            raise type(request.error)(str(request.error)) from request.error
         assert request.texts is not None
         return request.texts
 
@@ -93,7 +93,7 @@ class EngineWriter:
             )
         except UserError as error:
             for request in batch:
-                request.error = UserError(f"the judge ({self._identity}): {error}")
+                request.error = type(error)(f"the judge ({self._identity}): {error}")  # an engine's keeps the lines of its log
                 request.error.__cause__ = error
             return
         except BaseException:

@@ -23,6 +23,7 @@ from srpo.rewards.judge import GenerativeJudge, OracleJudge
 from srpo.rewards.verdict_cache import VerdictCache
 from srpo.rewards.verdicts import judge_prompt
 from srpo.rollout.engine import Sample, SamplingParams
+from srpo.rollout.vllm.process import EngineError
 
 SCHEMA = StepSchema(PAPER_STEPS)
 TRUTH = ("shoes/boots; color not red; size 4", "shoes/boots", "match", "unclear", "L3")
@@ -235,6 +236,16 @@ def test_an_engine_that_fails_names_the_judge_to_everybody_who_waits() -> None:
         messages = set(threads.map(ask, range(4)))
     assert "the judge (local): no logits" in messages and messages <= {"", "the judge (local): no logits"}
     assert judge.judge([make_rollout(text="later")], [EXAMPLE]) == [(True, None, None, None, None)]
+
+
+def test_an_engine_s_error_keeps_the_lines_of_its_log() -> None:
+    class Dead(Slow):
+        def generate(self, prompts: Sequence[tuple[int, ...]], params: SamplingParams, seed: int) -> list[Sample]:
+            raise EngineError("it died; its log is x:\nline 1\nline 2")
+
+    with pytest.raises(UserError) as caught:
+        judge_on(Dead({})).judge([make_rollout(text="text")], [EXAMPLE])
+    assert str(caught.value) == "the judge (local): it died; its log is x:\nline 1\nline 2"
 
 
 def test_a_question_that_is_known_is_not_asked_again() -> None:
