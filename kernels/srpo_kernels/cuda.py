@@ -83,7 +83,7 @@ def rows(
     for name, tensor in {**tables, "dlogits": dlogits}.items():
         if tensor is not None and tensor.device != logits.device:
             raise ValueError(f"{name} is on {tensor.device} and the logits on {logits.device}: move both to one device")
-    if tables.get("kept_ids") is not None and logits.shape[1] > MAX_FILTERED:
+    if dlogits is not None and tables.get("kept_ids") is not None and logits.shape[1] > MAX_FILTERED:
         raise ValueError(f"logits have {logits.shape[1]} columns: impl 'cuda' filters at most {MAX_FILTERED}, give impl 'triton'")
     values = logits.new_empty(len(ROW_FIELDS), logits.shape[0], dtype=torch.float32)
     args, held = row_args(mode, {**tables, "logits": logits, "dlogits": dlogits, "rows": values}, options, first_row)

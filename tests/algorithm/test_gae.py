@@ -6,6 +6,7 @@ import random
 from typing import Any
 
 import pytest
+import strict_clamp
 import torch
 
 from srpo.algorithm.gae import gae, token_rewards, value_loss, whiten
@@ -102,9 +103,8 @@ def test_shapes_that_do_not_fit() -> None:
         token_rewards(torch.zeros(1, 1), torch.ones(1, 1), edges([1]), "start")  # type: ignore[arg-type]
 
 
-def test_a_value_exactly_on_the_bound_of_its_change_keeps_its_gradient() -> None:
-    values = torch.tensor(
-        [0.5, -0.5, 0.75], requires_grad=True
-    )  # the last is beyond the bound, where the clipped error is larger
+def test_a_value_exactly_on_the_bound_of_its_change_keeps_its_gradient(monkeypatch: pytest.MonkeyPatch) -> None:
+    strict_clamp.patch(monkeypatch)
+    values = torch.tensor([0.5, -0.5, 0.75], requires_grad=True)  # the last is beyond the bound, where the cut error is larger
     out = value_loss(values, torch.zeros(3), torch.tensor([2.0, 2.0, 2.0]), clip=0.5, num_tokens=1)
     assert torch.autograd.grad(out.loss, values)[0].tolist() == [-1.5, -2.5, 0.0] and out.num_clipped == 1

@@ -17,6 +17,7 @@
 #include <functional>
 #include <map>
 #include <random>
+#include <set>
 #include <stdexcept>
 #include <string>
 #include <typeinfo>
@@ -233,9 +234,9 @@ inline void run_cluster(unsigned first_block, unsigned cluster, unsigned num_thr
     }
     if (!moved) {
       std::string text = "no thread can go on:";
-      int shown = 0;
+      std::set<std::pair<unsigned, unsigned>> warps;  // of each the first thread that waits
       for (const Thread& thread : world.threads)
-        if (!thread.done && thread.index % kWarp == 0 && shown++ < 32)
+        if (!thread.done && warps.size() < 32 && warps.insert({thread.cta->block, unsigned(thread.index) / kWarp}).second)
           text += " [block " + std::to_string(thread.cta->block) + " thread " + std::to_string(thread.index) + "] " + thread.what;
       throw Stuck(text);
     }
