@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import subprocess
 import sys
 from collections.abc import Callable
@@ -70,6 +71,22 @@ def test_rows_of_a_wrong_kernel_show_where(proof: SimpleNamespace, program: Any)
         proof.rows.check(program("import os; os.kill(os.getpid(), 11)"), None, problem, 20, False)
     with pytest.raises(proof.parts.Wrong):  # it says nothing
         proof.rows.check(program("pass"), None, problem, 20, False)
+
+
+@pytest.mark.skipif(shutil.which("g++") is None, reason="g++ is not on the PATH")
+def test_an_error_that_is_no_number_is_a_string_of_the_line(
+    proof: SimpleNamespace, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """JSON has no NaN; the rest of the line shows where the kernel is wrong."""
+    monkeypatch.setenv(proof.parts.SMALL, "1")
+    source = (ROOT / proof.checker.SOURCE).read_text(encoding="utf-8")
+    assert "squared_error = 0" in source
+    (tmp_path / "nan.cu").write_text(source.replace("squared_error = 0", "squared_error = NAN"), encoding="utf-8")
+    monkeypatch.setattr(proof.checker, "SOURCE", tmp_path / "nan.cu")
+    subprocess.run(proof.checker.command(tmp_path / "nan", ()), cwd=ROOT, check=True)
+    with pytest.raises(proof.parts.Wrong, match=r"wrong values: 0 entries; errors of the gradient -?nan") as wrong:
+        proof.rows.check(tmp_path / "nan", None, proof.rows.problem("f32", 2, 264), 60, False)
+    assert wrong.value.details["plan"] and wrong.value.details["first_wrong"] == []
 
 
 def test_rows_that_hang_are_run_again_with_the_watchdog(proof: SimpleNamespace, program: Any) -> None:

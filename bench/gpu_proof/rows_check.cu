@@ -84,6 +84,13 @@ E* repeated(const std::vector<E>& drawn, int64_t T, int64_t stride) {
   return p;
 }
 
+// As JSON, which has no NaN and no infinity: these are strings.
+std::string number(double x) {
+  char text[32];
+  snprintf(text, sizeof text, std::isfinite(x) ? "%.3g" : "\"%.3g\"", x);
+  return text;
+}
+
 // An entry that differs.
 struct Wrong {
   int64_t row, column;
@@ -313,9 +320,9 @@ int run(const Options& o, int32_t dtype) {
          "\"registers\": %d, \"local_bytes\": %d}, ",
          plan.cluster, plan.slice_vectors, plan.dynamic_bytes, int(kernel.sharedSizeBytes), plan.max_clusters, kernel.numRegs,
          int(kernel.localSizeBytes));
-  printf("\"logprob_error\": %.3g, \"gradient_error\": %.3g, \"bad\": %lld, \"repeats_differ\": %s, \"first_wrong\": [%s]}\n",
-         report.logprob_error, report.gradient_error(), (long long)report.num_wrong, repeats_differ ? "true" : "false",
-         first.c_str());
+  printf("\"logprob_error\": %s, \"gradient_error\": %s, \"bad\": %lld, \"repeats_differ\": %s, \"first_wrong\": [%s]}\n",
+         number(report.logprob_error).c_str(), number(report.gradient_error()).c_str(), (long long)report.num_wrong,
+         repeats_differ ? "true" : "false", first.c_str());
   return ok ? 0 : 1;
 }
 
