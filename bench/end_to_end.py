@@ -16,7 +16,6 @@ import os
 import platform
 import random
 import statistics
-import subprocess
 import sys
 import tempfile
 import time
@@ -28,6 +27,10 @@ from pathlib import Path
 from typing import Any
 
 import torch
+
+sys.path.insert(0, str(Path(__file__).parent))  # the default, but not under PYTHONSAFEPATH
+
+from revision import commit
 from transformers import PreTrainedTokenizerBase, TrainerCallback
 
 from srpo.core.batch import Rollout, pack
@@ -207,14 +210,13 @@ def environment(threads: int) -> dict[str, Any]:
     if info.is_file():
         names = [line.split(":", 1)[1].strip() for line in info.read_text().splitlines() if line.startswith("model name")]
         cpu = names[0] if names else cpu
-    commit = subprocess.run(["git", "describe", "--always", "--dirty"], capture_output=True, text=True, cwd=Path(__file__).parent)
     return {
         "cpu": cpu,
         "cores": os.cpu_count(),
         "threads": threads,
         "python": platform.python_version(),
         "versions": {name: version(name) for name in ("torch", "transformers", "trl")},
-        "commit": commit.stdout.strip() or None,
+        "commit": commit(),
         "command": " ".join(["python", *sys.argv]),
     }
 

@@ -25,7 +25,6 @@ import argparse
 import gc
 import math
 import random
-import subprocess
 import sys
 import time
 import warnings
@@ -43,6 +42,7 @@ from chart import draw
 from measuring import elapsed_ms, lost, peak_extra_bytes
 from outcome import Row, add_times, machine, new_row, rates, table, versions, write
 from problem import BETA, CLIP, LENGTH, STEPS, TEMPERATURE, Form, Problem
+from revision import commit
 from rivals import Absent, Run, one_line
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
@@ -234,13 +234,12 @@ def main(argv: Sequence[str] | None = None) -> int:
     arms = chosen(options.arms, forms)
     size = {name: getattr(options, name) for name in ("dtype", "tokens", "vocab", "hidden", "top_k")}
     results = [new_row(arm, arm.form, size) for arm in arms]
-    commit = subprocess.run(["git", "describe", "--always", "--dirty"], capture_output=True, text=True, cwd=Path(__file__).parent)
     outcome = {
         "complete": False,
         "doing": None,
         "machine": machine(options.device),
         "versions": versions(arms),
-        "commit": commit.stdout.strip() or None,
+        "commit": commit(),
         "command": " ".join(["python", "bench/loss_kernel.py", *(sys.argv[1:] if argv is None else argv)]),
         "loss": {"clip_eps": CLIP, "kl_coef": BETA, "temperature": TEMPERATURE, "steps": STEPS, "sequence": LENGTH},
         "rounds": options.rounds,

@@ -318,6 +318,7 @@ def test_a_machine_without_a_gpu_says_so_in_every_stage(proof: SimpleNamespace, 
     command = [sys.executable, str(BENCH / "gpu_proof"), "--state", str(tmp_path / "state"), "--only", *skipping]
     done = subprocess.run(command, env=env, capture_output=True, text=True, check=False)
     assert done.returncode == 1, done.stderr
+    assert "not all in" not in done.stdout
     found = lines(tmp_path / "out" / "results.jsonl")
     del found["libraries"]
     assert {name: entry["status"] for name, entry in found.items()} == dict.fromkeys(skipping, "skipped"), done.stdout

@@ -294,3 +294,9 @@ def test_the_gpu_is_described(bench: SimpleNamespace, monkeypatch: pytest.Monkey
     assert (described["gpu"], described["sm"], described["multiprocessors"]) == ("NVIDIA H200", "9.0", 132)
     assert described["cuda"] == torch.version.cuda
     assert {key: described[key] for key in expected} == expected
+
+
+def test_a_machine_without_git_keeps_its_results(bench: SimpleNamespace, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("PATH", str(tmp_path))
+    outcome = run(bench, tmp_path, "--arms", "eager")
+    assert outcome["complete"] and outcome["commit"] is None

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import json
 import re
-import subprocess
 import sys
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
+
+from revision import commit
 
 from gpu_proof.card import query_card
 from gpu_proof.figures import all_figures
@@ -31,13 +32,12 @@ KEYS = {
 def report(entries: Mapping[str, dict[str, Any]], *, dry_run: bool) -> dict[str, Any]:
     """The content of the result file. A part that failed has figures only if they were measured apart from what failed."""
     parts = {part["part"]: part for part in entries.get("env", {}).get("parts", ())}
-    commit = subprocess.run(["git", "describe", "--always", "--dirty"], capture_output=True, text=True, cwd=ROOT, check=False)
     machine = {name: value for name, value in parts.get("machine", {}).items() if name not in ("part", "status", "seconds")}
     return {
         "device": "dry run on a CPU" if dry_run else machine.get("gpu") or query_card("name"),
         "machine": machine,
         "versions": parts.get("versions", {}).get("versions", {}),
-        "commit": commit.stdout.strip() or None,
+        "commit": commit(),
         "sources": sorted({entry["key"] for entry in entries.values()}),
         "command": " ".join(["python", "bench/gpu_proof", *sys.argv[1:]]),
         "stages": {name: {key: entry[key] for key in ("status", "seconds", "reason", "time")} for name, entry in entries.items()},
