@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import json
 import os
+import subprocess
 import sys
 import warnings
 from collections.abc import Callable
@@ -11,7 +13,7 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
-from bench_modules import proof_fixture
+from bench_modules import BENCH, proof_fixture
 
 proof = proof_fixture("card", "checker", "lab", "parts")
 
@@ -28,6 +30,17 @@ def nvidia_smi(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[[str
         (folder / "nvidia-smi").chmod(0o755)
 
     return put
+
+
+def test_a_card_that_torch_does_not_reach_is_no_proof(tmp_path: Path, nvidia_smi: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    nvidia_smi("print('9.0')")
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
+    folders = ["--out", str(tmp_path / "out"), "--state", str(tmp_path / "state")]
+    command = [sys.executable, str(BENCH / "gpu_proof"), *folders, "--only", "env"]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    entry = json.loads((tmp_path / "out" / "results.jsonl").read_text(encoding="utf-8"))
+    assert entry["status"] == "ok" and entry["parts"][-1]["part"] == "first_kernel"
+    assert entry["parts"][-1]["status"] == "skipped" and done.returncode == 1, done.stdout
 
 
 @pytest.mark.parametrize(("answer", "found"), [("9.0", (9, 0)), ("10.3", (10, 3)), ("8.6", (8, 6))])
