@@ -178,6 +178,8 @@ def test_lanes_run_beside_each_other_and_a_stage_waits_for_the_other_lane(proof:
         ([{"part": "a", "status": "ok"}, {"part": "b", "status": "failed", "reason": "r"}], "", 0, False, "failed"),
         ([{"part": "b", "status": "failed", "reason": "r"}], "limit", None, True, "failed"),
         ([{"part": "a", "status": "ok"}, {"part": "b", "status": "cut", "reason": "r"}], "", 0, True, "cut"),
+        ([{"part": "a", "status": "ok"}, {"part": "b", "status": "cut", "reason": "r"}], "", 0, False, "failed"),
+        ([{"part": "b", "status": "cut", "reason": "r"}], "stopped", None, False, "cut"),
         ([{"part": "a", "status": "ok"}], "limit", None, True, "cut"),
         ([{"part": "a", "status": "ok"}], "limit", None, False, "failed"),
         ([{"part": "a", "status": "ok"}], "", 1, False, "failed"),

@@ -194,9 +194,10 @@ def judge(end: Ended, lines: list[dict[str, Any]], *, shortened: bool) -> Entry:
     entry: Entry = {"parts": found}
     if wrong:
         return entry | {"status": "failed", "reason": f"{len(wrong)} of {len(found)} parts: {wrong[0]['reason']}"}
+    by_deadline = shortened or end.killed == "stopped"  # else the stage took longer than its own limit
     if cut := [line for line in found if line["status"] == "cut"]:
-        return entry | {"status": "cut", "reason": f"{cut[0]['part']}: {cut[0]['reason']}"}
-    if end.killed == "stopped" or (end.killed and shortened):
+        return entry | {"status": "cut" if by_deadline else "failed", "reason": f"{cut[0]['part']}: {cut[0]['reason']}"}
+    if end.killed and by_deadline:
         return entry | {"status": "cut", "reason": f"the deadline came after {len(found)} parts"}
     if end.killed:
         return entry | {"status": "failed", "reason": f"still running at its limit, {len(found)} parts done: see its stacks"}
