@@ -13,9 +13,11 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
+import torch
 from bench_modules import BENCH, proof_fixture
+from srpo_kernels import operators
 
-proof = proof_fixture("card", "checker", "lab", "parts")
+proof = proof_fixture("card", "checker", "lab", "operators_check", "parts", "train_step")
 
 
 @pytest.fixture
@@ -145,3 +147,16 @@ def test_a_checker_of_other_sources_or_of_another_card_is_not_used(
     checker.main()
     with pytest.raises(proof.parts.Skip, match="rows_check is not built"):  # the old file of a compiler that failed
         checker.binary()
+
+
+def test_a_kernel_that_cannot_run_on_the_card_is_skipped_with_its_reason(
+    proof: SimpleNamespace, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """By each stage that compares kernels, and before anything is computed."""
+    backend = operators.BACKENDS["cpu"]
+    monkeypatch.setattr(backend, "why_not", lambda logits: f"no kernel for {logits.dtype}")
+    monkeypatch.setattr(proof.lab, "device", lambda: torch.device("cpu"))
+    with pytest.raises(proof.parts.Skip, match=r"no kernel for torch\.float32"):
+        proof.operators_check.case("cpu", 3, "k3")
+    with pytest.raises(proof.parts.Skip, match=r"no kernel for torch\.bfloat16"):
+        proof.train_step.against(proof.train_step.Case("cpu", impl="cpu"))

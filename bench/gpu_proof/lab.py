@@ -74,6 +74,14 @@ def needs_memory(num_bytes: int) -> None:
             raise Skip(f"needs {(num_bytes + SCRATCH_BYTES) / 1e9:.0f} GB of GPU memory, {free / 1e9:.0f} GB are free")
 
 
+def needs_backend(impl: str, logits: torch.Tensor) -> None:
+    """Raise Skip, with the backend's reason, if it cannot run on such logits; "auto" and "reference" always can."""
+    from srpo_kernels import operators
+
+    if impl in operators.BACKENDS and (reason := operators.BACKENDS[impl].why_not(logits)):
+        raise Skip(reason)
+
+
 def elapsed_ms(call: Callable[[], object]) -> float:
     """Milliseconds of one call, on a GPU between two events."""
     if small():

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 
 from gpu_proof import lab
-from gpu_proof.parts import Found, Skip, small
+from gpu_proof.parts import Found, small
 
 BAR = 1e-5  # relative error of the compiled gradient against eager's by the same kernel, fp32
 VOCAB = 64 if small() else 4096
@@ -18,12 +18,10 @@ VOCAB = 64 if small() else 4096
 def case(impl: str, rows: int, name: str) -> tuple[Any, torch.Tensor, dict[str, Any]]:
     """(case, logits, tables) of random rows on the device. Raises Skip if the implementation cannot run there."""
     from loss_cases import a_seed, draw
-    from srpo_kernels import operators
 
     drawn = draw(a_seed(), rows, VOCAB, torch.float32, name, nan=False)
     logits = drawn.logits.to(lab.device())
-    if reason := operators.BACKENDS[impl].why_not(logits):
-        raise Skip(reason)
+    lab.needs_backend(impl, logits)
     tables = {key: None if value is None else value.to(lab.device()) for key, value in drawn.tables.items()}
     return drawn, logits, tables
 

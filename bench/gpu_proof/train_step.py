@@ -77,7 +77,9 @@ def outcome(case: Case) -> Outcome:
 
 
 def against(case: Case) -> Found:
-    """Hold a case to the eager loss on the device, if it is not the eager loss itself, and to fp32 on the CPU."""
+    """Hold a case to the eager loss on the device, if it is not the eager loss itself, and to fp32 on the CPU. Raises Skip if
+    the kernel cannot run there."""
+    lab.needs_backend(case.impl, torch.empty(0, VOCAB, dtype=getattr(torch, case.dtype), device=case.device))
     got = outcome(case)
     exact = outcome(Case("cpu", dtype="float32", top_k=case.top_k))
     bars = {"fp32 on the CPU": (exact, EXACT_BAR)}
