@@ -6,9 +6,6 @@ rivals.py holds the arms of other packages. An arm that cannot run here raises `
 
 from __future__ import annotations
 
-import ctypes
-import subprocess
-import sys
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
@@ -140,16 +137,6 @@ def matmul(problem: Problem) -> Run:
         _ = logits.T @ problem.hidden
 
     return run
-
-
-def failures() -> tuple[type[Exception], ...]:
-    """Exceptions with which an arm may fail on a problem."""
-    builtin = (RuntimeError, ValueError, TypeError, AttributeError, NameError, ImportError, SyntaxError, AssertionError)
-    builtin += (LookupError, ArithmeticError, OSError, MemoryError, ctypes.ArgumentError, subprocess.SubprocessError)
-    own = {"triton.errors": "TritonError", "cutlass.base_dsl.common": "DSLBaseError"}  # direct subclasses of Exception
-    return *builtin, *(
-        getattr(sys.modules[module], name) for module, name in own.items() if hasattr(sys.modules.get(module), name)
-    )
 
 
 def _arms() -> list[Arm]:

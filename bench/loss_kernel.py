@@ -37,8 +37,9 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).parent))  # the default, but not under PYTHONSAFEPATH
 
-from arms import ARMS, BOUNDS, Arm, failures, finish, gradient_error
+from arms import ARMS, BOUNDS, Arm, finish, gradient_error
 from chart import draw
+from failures import failures
 from measuring import elapsed_ms, lost, peak_extra_bytes
 from outcome import Row, add_times, machine, new_row, rates, table, versions, write
 from problem import BETA, CLIP, LENGTH, STEPS, TEMPERATURE, Form, Problem

@@ -225,7 +225,7 @@ def test_no_error_of_a_part_costs_the_next_ones(make: Any, tmp_path: Path) -> No
     path = tmp_path / "stage_of_test.py"
     path.write_text(
         """
-import subprocess, sys, xml.etree.ElementTree
+import ctypes, subprocess, sys, xml.etree.ElementTree
 import torch
 from gpu_proof.parts import run_parts
 def registered():
@@ -238,7 +238,8 @@ def memory(): raise torch.OutOfMemoryError("tried to allocate 200 GiB")
 def driver(): raise RuntimeError("CUDA error: out of memory")
 parts = {"opcheck": registered, "memory": memory, "driver": driver, "zero": lambda: 1 / 0}
 parts |= {"junit": lambda: xml.etree.ElementTree.fromstring("<testsuites>"), "name": lambda: undefined}
-parts |= {"program": lambda: subprocess.run(["false"], check=True), "last": lambda: None}
+def argument(): raise ctypes.ArgumentError("argument 1: TypeError: expected a pointer")
+parts |= {"argument": argument, "program": lambda: subprocess.run(["false"], check=True), "last": lambda: None}
 run_parts(parts)
 """,
         encoding="utf-8",
@@ -249,6 +250,7 @@ run_parts(parts)
     assert reasons == {
         "opcheck": "OpCheckError",
         "zero": "ZeroDivisionError",
+        "argument": "ArgumentError",
         **{"junit": "ParseError", "name": "NameError", "program": "CalledProcessError"},
     }
     assert parts["memory"]["status"] == parts["driver"]["status"] == "skipped" and parts["last"]["status"] == "ok"

@@ -9,7 +9,6 @@ from __future__ import annotations
 import importlib.util
 import json
 import os
-import subprocess
 import sys
 import time
 import traceback
@@ -17,18 +16,14 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
+from failures import failures
+
 ROOT = Path(__file__).resolve().parents[2]
 RESULT, STATE, SMALL = "GPU_PROOF_RESULT", "GPU_PROOF_STATE", "GPU_PROOF_SMALL"
 END = "GPU_PROOF_END"  # when the stage will be killed, on the clock of time.monotonic()
 READING_S = 4.0  # of the time until then, for reading what a program of the stage has left
 
 OUT_OF_MEMORY = "needs more GPU memory than is free"
-# Exceptions of packages that derive from Exception directly: module -> name.
-DIRECT = {
-    "triton.errors": "TritonError",
-    "cutlass.base_dsl.common": "DSLBaseError",
-    "torch.testing._internal.optests.generate_tests": "OpCheckError",
-}
 
 Found = dict[str, Any] | None  # "figures": a list of `figure`; other keys are details
 Parts = Mapping[str, Callable[[], Found]]
@@ -92,14 +87,6 @@ def done() -> set[str]:
     path = Path(os.environ[RESULT])
     lines = path.read_text(encoding="utf-8").splitlines() if path.is_file() else []
     return {json.loads(line).get("part", "") for line in lines}
-
-
-def failures() -> tuple[type[Exception], ...]:
-    """Exceptions that end a part and not its stage."""
-    builtin = (RuntimeError, ValueError, TypeError, AttributeError, NameError, ImportError, SyntaxError, AssertionError)
-    builtin += (LookupError, ArithmeticError, OSError, MemoryError, subprocess.SubprocessError)
-    loaded = ((sys.modules.get(module), name) for module, name in DIRECT.items())
-    return *builtin, *(getattr(module, name) for module, name in loaded if hasattr(module, name))
 
 
 def out_of_memory(error: Exception) -> bool:
