@@ -108,6 +108,17 @@ def test_the_checker_is_compiled_for_the_card(
         checker.command(tmp_path / "out", ())
 
 
+def test_the_emulated_checker_is_compiled_by_the_chosen_compiler(
+    proof: SimpleNamespace, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv(proof.parts.SMALL, "1")
+    monkeypatch.setenv("CXX", sys.executable)
+    assert proof.checker.command(tmp_path / "out", ())[:2] == [sys.executable, "-std=c++17"]
+    monkeypatch.setenv("CXX", "no-such-compiler")
+    with pytest.raises(proof.parts.Skip, match="no-such-compiler is not on the PATH"):
+        proof.checker.command(tmp_path / "out", ())
+
+
 def test_a_checker_of_other_sources_or_of_another_card_is_not_used(
     proof: SimpleNamespace, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, nvidia_smi: Any
 ) -> None:

@@ -73,7 +73,11 @@ def test_rows_of_a_wrong_kernel_show_where(proof: SimpleNamespace, program: Any)
         proof.rows.check(program("pass"), None, problem, 20, False)
 
 
-@pytest.mark.skipif(shutil.which("g++") is None, reason="g++ is not on the PATH")
+CXX = os.environ.get("CXX") or "g++"
+needs_compiler = pytest.mark.skipif(shutil.which(CXX) is None, reason=f"{CXX} is not on the PATH")
+
+
+@needs_compiler
 def test_an_error_that_is_no_number_is_a_string_of_the_line(
     proof: SimpleNamespace, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -239,6 +243,7 @@ def dry_run(folder: Path, *flags: str, env: dict[str, str] | None = None) -> dic
     return found
 
 
+@needs_compiler
 def test_every_stage_runs_small_on_a_cpu(proof: SimpleNamespace, tmp_path: Path) -> None:
     """The same code as on a GPU. Without compute-sanitizer, ncu and packages to unpack five stages have nothing to do; vLLM has a
     test of its own."""

@@ -53,8 +53,7 @@ def check(bench: SimpleNamespace, monkeypatch: pytest.MonkeyPatch, name: str, fo
     found = [arm for arm in bench.arms.ARMS if (arm.name, arm.form) == (name, form)]
     assert found
     for arm in found:
-        data = bench.problem.Problem(form, 32, 503, hidden, torch.float32, torch.device("cpu"), length=8)
-        data.refill(int(torch.randint(2**31, ())))
+        data = loss_bench.problem(bench, form, "fp32", vocab=503, hidden=hidden)
         assert bench.arms.gradient_error(arm, arm.make(data), data) <= loss_bench.COARSE["fp32"]
 
 

@@ -6,6 +6,7 @@ In a dry run it is compiled for the CPU, with an emulator in place of CUDA, and 
 from __future__ import annotations
 
 import hashlib
+import os
 import shutil
 import subprocess
 import time
@@ -53,9 +54,10 @@ def command(output: Path, flags: tuple[str, ...]) -> list[str]:
     if small():
         if not (ROOT / EMULATOR).is_dir():
             raise Skip(f"{EMULATOR} does not exist: the emulator that stands in for CUDA")
-        if shutil.which("g++") is None:
-            raise Skip("g++ is not on the PATH")
-        compiler = ["g++", "-std=c++17", "-O1", "-x", "c++", "-I", str(EMULATOR), "-I", "csrc", "-pthread"]
+        name = os.environ.get("CXX") or "g++"
+        if shutil.which(name) is None:
+            raise Skip(f"{name} is not on the PATH")
+        compiler = [name, "-std=c++17", "-O1", "-x", "c++", "-I", str(EMULATOR), "-I", "csrc", "-pthread"]
         return [*compiler, *flags, str(SOURCE), "-o", str(output)]
     found = capability()
     if found < CLUSTER_CAPABILITY:

@@ -31,10 +31,10 @@ def run(bench: SimpleNamespace, tmp_path: Path, *flags: str, status: int = 0) ->
     return json.loads(path.read_text(encoding="utf-8"))
 
 
-def problem(bench: SimpleNamespace, form: str, dtype: str) -> Any:
+def problem(bench: SimpleNamespace, form: str, dtype: str, *, vocab: int = 1003, hidden: int = 64) -> Any:
     """Four sequences of eight tokens, no ratio so near an edge of the clip that rounding to bf16 takes it across."""
     top_k = 20 if form == "top_k" else 0
-    data = bench.problem.Problem(form, 32, 1003, 64, DTYPES[dtype], torch.device("cpu"), length=8, top_k=top_k)
+    data = bench.problem.Problem(form, 32, vocab, hidden, DTYPES[dtype], torch.device("cpu"), length=8, top_k=top_k)
     seed = int(torch.randint(2**31, ()))
     print(f"seed {seed}")
     data.refill(seed)
