@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 from bench_modules import BENCH, proof_fixture
 
-proof = proof_fixture("loss", "parts")
+proof = proof_fixture("loss", "parts", "stages", "summary")
 
 
 @pytest.fixture
@@ -143,6 +143,25 @@ def test_an_arm_of_ours_that_breaks_the_device_fails_the_part(proof: SimpleNames
     with pytest.raises(proof.parts.Wrong, match=r"failed of ours: .*srpo/cuda.*the device was lost") as wrong:
         proof.loss.bench("name", "--tokens 8 --vocab 8", 60, "logits")
     assert [figure["name"] for figure in wrong.value.details["figures"]] == ["eager, logits, in place"]
+
+
+def test_a_benchmark_without_a_kernel_of_ours_is_no_proof(proof: SimpleNamespace, stand_in: Any) -> None:
+    """It measured the bound and plain torch alone; the figures stay."""
+    rows = [ROW | {"arm": "copy"}, ROW | {"arm": "srpo/reference"}, ROW | {"median_ms": None, "skipped": "no nvcc"}]
+    stand_in(f"write({ {'results': rows}!r})")
+    with pytest.raises(proof.parts.Wrong, match="no kernel of ours has a time") as wrong:
+        proof.loss.bench("name", "--tokens 8 --vocab 8", 60, "logits")
+    assert wrong.value.details["arms_not_run"] == ["srpo/cuda, logits, in place: no nvcc"]
+    assert len(wrong.value.details["figures"]) == 2
+
+
+@pytest.mark.parametrize("status", ["ok", "cut", "failed"])
+def test_the_summary_shows_once_the_arms_that_did_not_run(proof: SimpleNamespace, status: str) -> None:
+    text = "srpo/cuda, logits: no nvcc"
+    part = {"part": "bf16", "status": status, "reason": "r", "seconds": 1.0, "arms_not_run": [text]}
+    entry = {"stage": "loss_logits", "status": status, "reason": "r", "seconds": 2.0, "key": "k", "parts": [part]}
+    shown = proof.summary.summary(proof.stages.STAGES, {"loss_logits": entry}, "k")
+    assert shown.count(text) == 1
 
 
 def test_the_words_of_a_lost_device_are_those_of_the_benchmark(proof: SimpleNamespace) -> None:

@@ -95,7 +95,14 @@ def bench(name: str, arguments: str, limit_s: float, form: str) -> Found:
     broken = [text for text in found["arms_not_run"] if text.startswith(OURS) and "failed" in text]
     if last.end.code or (broken and len(commands) > 1):
         raise Wrong(f"failed of ours: {broken or 'see the output'}; exit code {last.end.code}", **found, output=last.tail)
+    if not any(row["median_ms"] for row in rows if is_kernel(row)):
+        raise Wrong("no kernel of ours has a time: see arms_not_run", **found, output=last.tail)
     return found
+
+
+def is_kernel(row: dict[str, Any]) -> bool:
+    """Whether an arm is one of our kernels; "reference" is plain torch."""
+    return row["arm"].startswith("srpo/") and row["arm"] != "srpo/reference"
 
 
 def unreached(row: dict[str, Any]) -> bool:

@@ -33,6 +33,7 @@ def summary(stages: Sequence[Stage], entries: Mapping[str, dict[str, Any]], key:
             continue
         lines.append(line_of(entry) + ("  [of other sources]" if entry["key"] != key else ""))
         lines += _skipped(entry) if entry["status"] != "skipped" else []
+        lines += _arms_not_run(entry)
     figures = all_figures(in_order)
     for name in in_order:
         own = [figure for figure in figures if figure["stage"] == name]
@@ -51,6 +52,12 @@ def _skipped(entry: Mapping[str, Any]) -> list[str]:
         if part["status"] == "skipped":
             names.setdefault(part["reason"], []).append(part["part"])
     return [f"    skipped {n[0]}{f' and {len(n) - 1} more' if len(n) > 1 else ''}: {reason}" for reason, n in names.items()]
+
+
+def _arms_not_run(entry: Mapping[str, Any]) -> list[str]:
+    """One line for each arm of the loss without a time; `failure` shows those of failed parts."""
+    parts = [part for part in entry.get("parts", ()) if part["status"] != "failed"]
+    return [f"    {part['part']}: not run: {text}"[:240] for part in parts for text in part.get("arms_not_run", ())]
 
 
 def failure(entry: Mapping[str, Any]) -> list[str]:
