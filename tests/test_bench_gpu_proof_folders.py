@@ -108,7 +108,7 @@ def test_the_summary_is_printed_if_it_cannot_be_written(
     assert "1 ok, 0 failed" in printed and "summary.txt" in printed.splitlines()[-1]
 
 
-def test_results_of_other_sources_prove_nothing_and_are_not_published(
+def test_results_of_other_sources_prove_nothing_and_are_marked(
     proof: SimpleNamespace, stage: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(proof.program, "STAGES", (stage("card", WRITES), stage("tool", WRITES, "cpu")))
@@ -116,11 +116,16 @@ def test_results_of_other_sources_prove_nothing_and_are_not_published(
     monkeypatch.setattr(proof.program, "CHART_S", 0.01)
     flags = ["--dry-run", "--out", str(tmp_path / "out"), "--state", str(tmp_path / "state")]
 
-    def published() -> set[str]:
-        return set(json.loads((tmp_path / "out" / "dry-run.json").read_text(encoding="utf-8"))["stages"])
+    def is_fresh() -> dict[str, bool]:
+        content = json.loads((tmp_path / "out" / "dry-run.json").read_text(encoding="utf-8"))
+        return {name: stage["sources"] == content["sources"] for name, stage in content["stages"].items()}
 
     assert proof.program.main(flags) == 0
-    assert published() == {"card", "tool"}
+    assert is_fresh() == {"card": True, "tool": True}
     monkeypatch.setattr(proof.runner, "key_of", lambda dry_run: "other")
     assert proof.program.main([*flags, "--only", "tool"]) == 1
-    assert published() == {"tool"} and statuses(tmp_path / "out" / "results.jsonl") == {"card": "ok", "tool": "ok"}
+    assert is_fresh() == {"card": False, "tool": True}
+    assert statuses(tmp_path / "out" / "results.jsonl") == {
+        "card": "ok",
+        "tool": "ok",
+    }

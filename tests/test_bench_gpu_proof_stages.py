@@ -21,7 +21,7 @@ WRONG = {**RIGHT, "ok": False, "bad": 3, "first_wrong": [[4, 4096, 0.0, 0.5]], "
 
 
 proof = proof_fixture(
-    "rows", "checker", "sanitizer", "counters", "gpu_tests", "figures", "report", "card", "parts", "unpack", "stages"
+    "rows", "checker", "sanitizer", "counters", "gpu_tests", "figures", "report", "card", "parts", "unpack", "stages", "runner"
 )
 
 
@@ -197,25 +197,25 @@ def test_a_report_can_be_compared_with_the_next(proof: SimpleNamespace, tmp_path
         "env": {**entry("env"), "parts": [machine]},
         "rows": entry("rows", figure("time", 2.0, "ms", floor=1.0, floor_of="copy")),
     }
-    content = proof.report.report(entries, dry_run=False)
+    content = proof.report.report(entries, "k", dry_run=False)
     assert content["device"] == "NVIDIA H200" and proof.report.slug(content["device"]) == "nvidia-h200"
     assert content["figures"] == [
         {"name": "rows: p: time", "unit": "ms", "ms": 2.0, "floor": 1.0, "floor_of": "copy", "ratio": 0.5}
     ]
     monkeypatch.setattr(proof.report, "RESULTS", tmp_path / "results")
     (tmp_path / "results").mkdir()
-    (path,) = proof.report.write_report(entries, tmp_path, dry_run=True)
+    (path,) = proof.report.write_report(entries, "k", tmp_path, dry_run=True)
     slower = json.loads(path.read_text(encoding="utf-8"))
     slower["figures"][0]["ms"] = 3.0
     (tmp_path / "slower.json").write_text(json.dumps(slower), encoding="utf-8")
     command = [sys.executable, str(BENCH / "compare.py"), str(path), str(tmp_path / "slower.json")]
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     assert done.returncode == 1 and "slower" in done.stdout, done.stdout + done.stderr
-    assert proof.report.write_report({"rows": entries["rows"]}, tmp_path, dry_run=False) == []  # the device is not known
-    written = proof.report.write_report(entries, tmp_path, dry_run=False)  # without ceilings, too
+    assert proof.report.write_report({"rows": entries["rows"]}, "k", tmp_path, dry_run=False) == []  # the device is not known
+    written = proof.report.write_report(entries, "k", tmp_path, dry_run=False)  # without ceilings, too
     assert written == [tmp_path / "nvidia-h200.json", tmp_path / "results" / "nvidia-h200.json"]
     failed = {**entries, "rows": {**entries["rows"], "status": "failed"}}
-    assert proof.report.write_report(failed, tmp_path, dry_run=False) == [tmp_path / "nvidia-h200.json"]
+    assert proof.report.write_report(failed, "k", tmp_path, dry_run=False) == [tmp_path / "nvidia-h200.json"]
 
 
 def test_carried_packages_are_unpacked(proof: SimpleNamespace, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -227,6 +227,13 @@ def test_carried_packages_are_unpacked(proof: SimpleNamespace, tmp_path: Path, m
     monkeypatch.setenv(proof.parts.STATE, str(tmp_path / "state"))
     assert proof.unpack.unpack() == {"archives": ["some-1.0-py3-none-any.whl"]}
     assert (tmp_path / "state" / "site" / "some" / "__init__.py").read_text() == "VALUE = 3"
+    key = proof.runner.key_of(True)
+    (tmp_path / "some-1.0-py3-none-any.whl").rename(tmp_path / "kept")
+    with zipfile.ZipFile(tmp_path / "other.zip", "w") as other:
+        other.writestr("other.py", "")
+    assert proof.runner.key_of(True) != key  # so all stages run again
+    proof.unpack.unpack()
+    assert [path.name for path in (tmp_path / "state" / "site").iterdir()] == ["other.py"]
 
 
 def dry_run(folder: Path, *flags: str, env: dict[str, str] | None = None) -> dict[str, dict[str, Any]]:

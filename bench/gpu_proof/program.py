@@ -78,14 +78,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     say(text)
     written = _written(text, runner)
     statuses = {name: entry["status"] for name, entry in runner.entries.items()}
-    fresh = _fresh(runner)
+    fresh = {name: entry for name, entry in runner.entries.items() if entry["key"] == runner.key}
     proved = any(_proves(fresh[stage.name]) for stage in STAGES if stage.lane == "gpu" and stage.name in fresh)
     return 0 if proved and written and "failed" not in statuses.values() else 1
-
-
-def _fresh(runner: Runner) -> dict[str, Entry]:
-    """The results of the present sources and card."""
-    return {name: entry for name, entry in runner.entries.items() if entry["key"] == runner.key}
 
 
 def _proves(entry: Entry) -> bool:
@@ -101,7 +96,7 @@ def _written(text: str, runner: Runner) -> bool:
         for name in KEPT:
             if (runner.state / name).is_file():
                 shutil.copy(runner.state / name, runner.out / name)
-        for line in _charted(write_report(_fresh(runner), runner.out, dry_run=runner.dry_run), runner):
+        for line in _charted(write_report(runner.entries, runner.key, runner.out, dry_run=runner.dry_run), runner):
             say(line)
     except OSError as error:
         say(f"the results are above, and not all in {runner.out}: {error}")

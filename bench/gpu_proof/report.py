@@ -29,8 +29,11 @@ KEYS = {
 }
 
 
-def report(entries: Mapping[str, dict[str, Any]], *, dry_run: bool) -> dict[str, Any]:
-    """The content of the result file. A part that failed has figures only if they were measured apart from what failed."""
+def report(entries: Mapping[str, dict[str, Any]], key: str, *, dry_run: bool) -> dict[str, Any]:
+    """The content of the result file. A part that failed has figures only if they were measured apart from what failed.
+
+    key: digest of the present sources, those of the commit; a stage that has not run with them since has another one.
+    """
     parts = {part["part"]: part for part in entries.get("env", {}).get("parts", ())}
     machine = {name: value for name, value in parts.get("machine", {}).items() if name not in ("part", "status", "seconds")}
     return {
@@ -38,9 +41,12 @@ def report(entries: Mapping[str, dict[str, Any]], *, dry_run: bool) -> dict[str,
         "machine": machine,
         "versions": parts.get("versions", {}).get("versions", {}),
         "commit": commit(),
-        "sources": sorted({entry["key"] for entry in entries.values()}),
+        "sources": key,
         "command": " ".join(["python", "bench/gpu_proof", *sys.argv[1:]]),
-        "stages": {name: {key: entry[key] for key in ("status", "seconds", "reason", "time")} for name, entry in entries.items()},
+        "stages": {
+            name: {**{field: entry[field] for field in ("status", "seconds", "reason", "time")}, "sources": entry["key"]}
+            for name, entry in entries.items()
+        },
         "figures": [as_row(figure) for figure in all_figures(entries)],
     }
 
@@ -59,10 +65,10 @@ def slug(device: str) -> str:
     return re.sub(r"[^a-z0-9]+", "-", device.lower()).strip("-")
 
 
-def write_report(entries: Mapping[str, dict[str, Any]], out: Path, *, dry_run: bool) -> list[Path]:
+def write_report(entries: Mapping[str, dict[str, Any]], key: str, out: Path, *, dry_run: bool) -> list[Path]:
     """Write the result file to OUT and, if a stage that passed has measured a GPU, to bench/results. Returns the files; none
     without a device. Without the stage ceilings the figures have no floors at the rates of the card."""
-    content = report(entries, dry_run=dry_run)
+    content = report(entries, key, dry_run=dry_run)
     if not content["device"]:
         return []
     passed = {name: entry for name, entry in entries.items() if entry["status"] == "ok"}

@@ -22,6 +22,7 @@ from gpu_proof.card import query_card
 from gpu_proof.parts import ROOT
 from gpu_proof.processes import Ended, ends, run_capped
 from gpu_proof.stages import Stage
+from gpu_proof.unpack import archives
 
 Entry = dict[str, Any]
 END_S = 8.0  # seconds before the deadline that are left for the report
@@ -235,8 +236,10 @@ def lane_cores(lane: str, cores: Sequence[int]) -> set[int]:
 
 
 def key_of(dry_run: bool) -> str:
-    """Digest of what a result depends on: the sources, the Python, the card."""
-    digest = hashlib.sha256(repr((dry_run, sys.executable, query_card("name"))).encode())
+    """Digest of what a result depends on: the sources, the Python, the card, the packages that were carried along."""
+    wheels = os.environ.get("GPU_PROOF_WHEELS")
+    carried = [(path.name, path.stat().st_size) for path in archives(Path(wheels))] if wheels else []
+    digest = hashlib.sha256(repr((dry_run, sys.executable, query_card("name"), carried)).encode())
     for folder in ("csrc", "kernels", "srpo", "bench", "tests"):
         for path in sorted(p for p in (ROOT / folder).rglob("*") if p.suffix in (".py", ".h", ".cuh", ".cu", ".cpp")):
             digest.update(f"{path.relative_to(ROOT)} {hashlib.sha256(path.read_bytes()).hexdigest()}\n".encode())
