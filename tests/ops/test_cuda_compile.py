@@ -197,4 +197,6 @@ def test_more_columns_than_the_filter_s_kernel_can_hold(nvcc: str, monkeypatch: 
     tables: dict[str, torch.Tensor | None] = {"labels": torch.zeros(2, dtype=torch.long)}
     tables["kept_ids"] = torch.zeros(2, 1, dtype=torch.long)
     with pytest.raises(ValueError, match="logits have 8 columns: impl 'cuda' filters at most 7, give impl 'triton'"):
-        cuda.rows("logprobs", torch.zeros(2, 8), None, tables, without_loss(1.0))
+        cuda.rows(
+            "logprobs_backward", torch.zeros(2, 8), torch.zeros(2, 8), tables, without_loss(1.0)
+        )  # no limit without gradient
