@@ -36,7 +36,7 @@ from transformers import PreTrainedTokenizerBase, TrainerCallback
 from srpo.core.batch import Rollout, pack
 from srpo.core.config.demo import TinyConfig
 from srpo.core.config.train import AdvantageConfig, LossConfig, OptimizerConfig, RolloutConfig, SamplerConfig
-from srpo.core.steps import PAPER_STEPS, StepSchema
+from srpo.core.step_presets import PAPER, PAPER_STEPS
 from srpo.data.examples import Example
 from srpo.data.tokenizer import encode, load_tokenizer, train_tokenizer
 from srpo.policy.model import Policy, load_policy, make_tiny, save_policy
@@ -93,7 +93,7 @@ def srpo_step(folder: Path, prompts: list[str], micro_batch_tokens: int) -> Call
     engine = LocalEngine(model)
     policy, reference = Policy(model), Policy(load_policy(folder).requires_grad_(False))
     optimizer = make_optimizer(policy.parameters(), OptimizerConfig(lr=LR))
-    schema, loss = StepSchema(PAPER_STEPS), LossConfig(kl_coef=KL_COEF)
+    schema, loss = PAPER, LossConfig(kl_coef=KL_COEF)
     params = SamplingParams(NEW_TOKENS, temperature=1.0, top_k=0, group_size=GROUP_SIZE, ignore_eos=True)
     objective = Objective.from_config(loss, RolloutConfig(temperature=1.0, top_k=0, group_size=GROUP_SIZE))
     everything = SamplerConfig(difficulty_low=-1.0, difficulty_high=2.0)

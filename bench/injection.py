@@ -23,7 +23,7 @@ import numpy as np
 
 from srpo.core.config.evaluation import BootstrapConfig
 from srpo.core.config.train import DataConfig
-from srpo.core.steps import PAPER_STEPS, StepSchema
+from srpo.core.step_presets import PAPER
 from srpo.data.examples import Example
 from srpo.data.readers import load_examples
 from srpo.data.teacher import format_response
@@ -66,7 +66,7 @@ def called_l4(policy: Path, examples: Sequence[Example], prompt: str, name: str)
     _, rollouts = evaluate_policy(
         LocalEngine(load_policy(policy)),
         load_tokenizer(policy),
-        StepSchema(PAPER_STEPS),
+        PAPER,
         examples,
         prompt_template=prompt,
         max_new_tokens=80,
@@ -121,7 +121,7 @@ def main() -> None:
     runs = dict(run.split("=", 1) for run in args.runs)
     rows = []
     for name, run in runs.items():
-        held_out = load_examples(Path(run) / "data" / "eval.jsonl", len(PAPER_STEPS))
+        held_out = load_examples(Path(run) / "data" / "eval.jsonl", PAPER)
         irrelevant, relevant = ([e for e in held_out if e.grade in grades][: args.num_pairs] for grades in ((1, 2), (4,)))
         rows += measure(Path(run) / "policy", irrelevant, relevant, name)
     if args.json:

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from srpo.core.config.evaluation import BootstrapConfig, CompareConfig
 from srpo.core.errors import UserError
+from srpo.core.grades import Grades
 from srpo.core.settings import check_command_line, check_one_process, run_program
 
 if __name__ == "__main__":
@@ -31,7 +32,7 @@ from srpo.scores.pages import Pages, judged_examples, read_judgments, read_pages
 from srpo.scores.paired import compare_systems
 from srpo.scores.responses import Responses, from_file, verdicts_alone
 from srpo.scores.side_by_side import side_by_side
-from srpo.scores.tally import check_verdicts, true_grades
+from srpo.scores.tally import true_grades
 
 
 def main(config: CompareConfig) -> None:
@@ -64,18 +65,17 @@ def main(config: CompareConfig) -> None:
     examples: list[Example] = []
     results: dict[str, Any] = {"names": {"a": config.name_a, "b": config.name_b}}
     tables: list[str] = []
+    schema = run_settings(source, config.config, say=bool(config.data)).schema
     if config.data:
-        schema = StepSchema(run_settings(source, config.config).steps)
-        check_verdicts(schema)
-        examples = load_examples(config.data, schema.num_steps, options=schema.options)
+        examples = load_examples(config.data, schema)
         if config.a:
             check_tags((example.tags for example in examples), config.by)
-            true_grades(examples)
+            true_grades(examples, schema.grades)
             a, b = (from_file(Path(file), examples, schema) for file in (config.a, config.b))
-            results["offline"], schema = offline(a, b, config)
-            tables += [offline_table(results["offline"], config, schema), *parts_tables(results["offline"], config)]
+            results["offline"], compared = offline(a, b, config)
+            tables += [offline_table(results["offline"], config, compared), *parts_tables(results["offline"], config)]
     if pages.file:
-        results["online"] = online(read_pages(Path(pages.file), config.name_a, config.name_b), examples, config)
+        results["online"] = online(read_pages(Path(pages.file), config.name_a, config.name_b), examples, schema.grades, config)
         tables.append(online_table(results["online"], config))
     print("\n\n".join(tables))
     out.parent.mkdir(parents=True, exist_ok=True)
@@ -106,7 +106,7 @@ def offline(a: Responses, b: Responses, config: CompareConfig) -> tuple[dict[str
     return {**single, **compare_systems(a.rollouts, b.rollouts, a.examples, a.schema, **options)}, a.schema
 
 
-def online(pages: Pages, examples: Sequence[Example], config: CompareConfig) -> dict[str, Any]:
+def online(pages: Pages, examples: Sequence[Example], grades: Grades, config: CompareConfig) -> dict[str, Any]:
     """`side_by_side` of the pages, plus `num_unjudged`, the number of shown items without a class, which are left out."""
     settings = config.pages
     if pages.key == "item_ids" and not settings.judgments:
@@ -117,12 +117,12 @@ def online(pages: Pages, examples: Sequence[Example], config: CompareConfig) -> 
         )
     if pages.num_others:
         print(f"{settings.file}: left out {pages.num_others:,} lists of other systems")
-    judgments = read_judgments(Path(settings.judgments)) if settings.judgments else judged_examples(examples)
+    judgments = read_judgments(Path(settings.judgments), grades) if settings.judgments else judged_examples(examples, grades)
     verdicts = read_verdicts(Path(settings.verdicts), list(pages.a)) if settings.verdicts else None
     grades_a, grades_b, num_unjudged = shown_grades(pages, judgments, settings.top_n, settings.unjudged)
     tags = tags_of_queries(pages, examples)
     check_tags(tags.values(), config.by)
-    options = {"by": config.by, "bootstrap": config.bootstrap}
+    options = {"scale": grades, "by": config.by, "bootstrap": config.bootstrap}
     return {**side_by_side(pages, grades_a, grades_b, verdicts, settings, tags, **options), "num_unjudged": num_unjudged}
 
 
@@ -147,7 +147,8 @@ def offline_table(results: Results, config: CompareConfig, schema: StepSchema) -
     scores += [(name, values, change) for (name, values), change in zip(shares, changes, strict=True)]
     for name, values, change in scores:
         rows.append((name, *map(percent, values), *_change(change)))
-    num_scores = 7 + schema.num_steps + 1
+    num_verdict = len(schema.grades.names) + 3
+    num_scores = num_verdict + schema.num_steps + 1
     test = results["mcnemar"]
     notes = [
         f"percent, {results['num_examples']:,} pairs of {results['num_queries']:,} queries; {_draws(config.bootstrap)}",
@@ -155,7 +156,7 @@ def offline_table(results: Results, config: CompareConfig, schema: StepSchema) -
         f"alone; McNemar's exact test: p = {test['p_value']:.2g}",
     ]
     header = ("", config.name_a, config.name_b, "change", f"{config.name_b} higher")
-    return text_table(header, [rows[:7], rows[7:num_scores], rows[num_scores:]], notes)
+    return text_table(header, [rows[:num_verdict], rows[num_verdict:num_scores], rows[num_scores:]], notes)
 
 
 def parts_tables(results: Results, config: CompareConfig) -> list[str]:
@@ -187,7 +188,7 @@ def online_table(results: Results, config: CompareConfig) -> str:
     notes = [
         f"percent and points; {_draws(config.bootstrap)}",
         f"GSB: (good - bad) / comparisons of {config.name_b} against {config.name_a}; {counted}",
-        f"query goodrate: pages rated good or mid ({results['ratings_by']}); item goodrate: items of class 3 or 4",
+        f"query goodrate: pages rated good or mid ({results['ratings_by']}); item goodrate: items of a good grade",
     ]
     if results["num_short_pages"]:
         notes.append(f"{results['num_short_pages']:,} pages have fewer than {config.pages.top_n} items")

@@ -17,7 +17,6 @@ import json
 import shlex
 import sys
 import time
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -39,7 +38,8 @@ from srpo.core.files import read_result, write_result, write_whole
 from srpo.core.metrics import read_metrics
 from srpo.core.run_dir import claim_run_dir
 from srpo.core.run_lock import locks_run_dir
-from srpo.core.steps import PAPER_STEPS, StepSchema
+from srpo.core.step_presets import PAPER, StepsConfig
+from srpo.core.steps import StepSchema
 from srpo.data.examples import Example
 from srpo.data.readers import load_examples
 from srpo.data.tokenizer import load_tokenizer
@@ -63,7 +63,7 @@ def demo(cfg: DemoConfig, parallel: Parallel) -> dict[str, Any]:
     inputs = {"the data": (cfg.data, digest_of_data(cfg.data))} if cfg.data and Path(cfg.data).exists() else {}
     if not new:  # claimed after the data were made: unreadable data leave the folder free for other settings
         claim_run_dir(claim, cfg, parallel.is_main, inputs=inputs)
-    schema = StepSchema(PAPER_STEPS)
+    schema = PAPER
     stage(run_dir / "data", "making the data", lambda out: make_data(cfg, out))
     claim_run_dir(claim, cfg, parallel.is_main, inputs=inputs)
     stage(run_dir / "base", "making tokenizer and model", lambda out: make_base(cfg, run_dir / "data", out))
@@ -93,14 +93,11 @@ def train_config(cfg: DemoConfig, policy: Path) -> Config:
     Real pairs have neither labels for S1 to S4 nor a simulated annotator.
     """
     run_dir = Path(cfg.run_dir)
-    steps = PAPER_STEPS
-    if cfg.data:
-        steps = tuple(replace(spec, sources=("gold", "skip")) for spec in steps)
     return Config(
         run_dir=str(run_dir),
         seed=cfg.seed,
         num_steps=cfg.rl_steps,
-        steps=steps,
+        steps=StepsConfig(sources="labels" if cfg.data else "preset"),
         data=DataConfig(
             train=str(run_dir / "data" / "train.jsonl"),
             eval=str(run_dir / "data" / "eval.jsonl"),
@@ -121,7 +118,7 @@ def train_config(cfg: DemoConfig, policy: Path) -> Config:
 def evaluated(cfg: DemoConfig, policy: Path, path: Path, title: str, schema: StepSchema) -> dict[str, Any]:
     """Results of a checkpoint on the held-out pairs: read from the file `path`, or computed and written there."""
     if not path.is_file():
-        examples: list[Example] = load_examples(Path(cfg.run_dir) / "data" / "eval.jsonl", schema.num_steps, cfg.num_eval)
+        examples: list[Example] = load_examples(Path(cfg.run_dir) / "data" / "eval.jsonl", schema, cfg.num_eval)
         engine = LocalEngine(load_policy(policy))
         results, _ = evaluate_policy(
             engine,

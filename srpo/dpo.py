@@ -31,7 +31,7 @@ from srpo.core.files import whole_file, write_whole
 from srpo.core.progress import Progress
 from srpo.core.run_dir import Inputs, claim_run_dir
 from srpo.core.run_lock import locks_run_dir
-from srpo.core.steps import StepSchema, without_stops
+from srpo.core.steps import without_stops
 from srpo.data.checkpoint_tokens import check_rows, highest_id, stop_ids, without_end
 from srpo.data.encoding import num_with_controls
 from srpo.data.preferences import Preference, pairs_from_rollouts, read_preferences
@@ -68,10 +68,9 @@ def load_preferences(cfg: DpoConfig, tokenizer: Any) -> tuple[list[Preference], 
         num_special = num_with_controls(tokenizer, (text for row in texts for text in row))
         special = {"num_texts_with_special_tokens": num_special} if num_special else {}  # their text is plain text
         return pairs, {"num_pairs": len(pairs)} | special
-    options = [spec.options for spec in cfg.steps]
     labels = None
     if cfg.data:
-        labels = {e.example_id: e.gold[-1] if e.gold else None for e in load_examples(cfg.data, len(cfg.steps), options=options)}
+        labels = {e.example_id: e.gold[-1] if e.gold else None for e in load_examples(cfg.data, cfg.schema)}
     rollouts = [rollout for _, rollout in read_rollouts(Path(cfg.rollouts))]
     if not rollouts:
         raise UserError(f"{cfg.rollouts} has no rollouts: set train.log_rollouts in the run that writes it")
@@ -99,7 +98,6 @@ def _check_settings(cfg: DpoConfig) -> None:
     if cfg.pairs and (cfg.data or cfg.rules.balance):
         key, off = ("data", '""') if cfg.data else ("rules.balance", "false")
         raise UserError(f"{key} is set, but only applies to pairs that are made from rollouts: set {key} to {off}")
-    StepSchema(cfg.steps)
 
 
 def _check_pairs(cfg: DpoConfig, pairs: Sequence[Preference], max_context: int, vocab_size: int) -> None:

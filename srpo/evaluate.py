@@ -40,7 +40,7 @@ from srpo.rollout.local import LocalEngine
 from srpo.scores.evaluation import check_tags, results_dict
 from srpo.scores.responses import from_predictions, from_rollouts, load_rollouts, read_predictions
 from srpo.scores.tables import results_table
-from srpo.scores.tally import check_verdicts, predicted_grade, true_grades
+from srpo.scores.tally import true_grades
 from srpo.training.evaluation import evaluate_policy
 
 RESULTS, PREDICTIONS, ROLLOUTS = "results.json", "predictions.jsonl", "rollouts.jsonl"  # files in `out`
@@ -60,16 +60,15 @@ def evaluate(config: EvaluateConfig, parallel: Parallel) -> None:
     if not source.exists():
         raise UserError(f"no such file or folder: {source}")
     run = run_settings(source, config.config, say=parallel.is_main)
-    schema = StepSchema(run.steps)
-    check_verdicts(schema)
+    schema = run.schema
     data = config.data or run.data.eval
     if not data:
         raise UserError("no data: give graded examples with --data FILE")
     # Load every example for predictions: one for an unknown id is an error, one for an example beyond --limit is not.
     limit = 0 if config.predictions else config.limit
-    examples = load_examples(data, schema.num_steps, limit, options=schema.options)
+    examples = load_examples(data, schema, limit)
     check_tags((example.tags for example in examples), config.by)
-    true_grades(examples[: config.limit or None])
+    true_grades(examples[: config.limit or None], schema.grades)
     out = Path(config.out) if config.out else source.resolve().parent / "evaluation"
     if out.exists() and not out.is_dir():
         raise UserError(f"out is {out}, which is a file: name a folder")
@@ -150,7 +149,7 @@ def _write(out: Path, results: dict[str, Any], rollouts: Sequence[Rollout], exam
     if rollouts:
         grades = {example.example_id: example.grade for example in examples}
         rows = (
-            {"example_id": r.example_id, "prediction": predicted_grade(r), "grade": grades[r.example_id], "answers": r.answers}
+            {"example_id": r.example_id, "prediction": r.answers[-1], "grade": grades[r.example_id], "answers": r.answers}
             for r in rollouts
         )
         write_whole(out / PREDICTIONS, "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows))

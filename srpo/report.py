@@ -34,19 +34,20 @@ def write_report(run_dir: Path) -> tuple[str, list[Path]]:
     for name in ("config.toml", "metrics.jsonl"):
         if not (run_dir / name).is_file():
             raise UserError(f"no {name} in {run_dir}: give the run_dir of a run of srpo.train")
-    schema = StepSchema(apply_toml(Config(), run_dir / "config.toml").steps)
+    schema = apply_toml(Config(), run_dir / "config.toml").schema
     results: Mapping[str, Results] = {}
     if (run_dir / "results.json").is_file():
         results = json_file(run_dir / "results.json")
-        _check_results(run_dir / "results.json", results, schema.num_steps)
+        _check_results(run_dir / "results.json", results, schema)
     files = write_plots(run_dir / "plots", read_metrics(run_dir / "metrics.jsonl"), schema, results, run_dir.resolve().name)
     before, after = results.get("before"), results.get("after")
     return before_after_table(before, after, schema) if before and after else "", files
 
 
-def _check_results(path: Path, results: Mapping[str, Any], num_steps: int) -> None:
+def _check_results(path: Path, results: Mapping[str, Any], schema: StepSchema) -> None:
     """Raise UserError unless `before` and `after`, where they are, have the scores of `results_dict`."""
-    sizes = {"class_f1": 4, "step_accuracy": num_steps, "confusion": 4}
+    num_grades = len(schema.grades.names)
+    sizes = {"class_f1": num_grades, "step_accuracy": schema.num_steps, "confusion": num_grades}
     for name in (name for name in ("before", "after") if name in results):
         scores = results[name] if isinstance(results[name], dict) else {}
         numbers = [scores.get(key) for key in ("macro_f1", "accuracy", "good_f1", "parse_rate", "num_examples")]

@@ -131,7 +131,7 @@ def sample(
     UserError for settings and data that would fail later, before anything is sampled or written.
     """
     check_settings(cfg)
-    schema, folder = StepSchema(cfg.steps), records_dir(cfg)
+    schema, folder = cfg.schema, records_dir(cfg)
     for claimed, settings, name in _claims(cfg):
         if (claimed / "config.toml").is_file():
             _claim(claimed, settings, name, parallel.is_main)
@@ -318,8 +318,7 @@ def _claim(folder: Path, settings: Any, name: str, is_main: bool, inputs: Inputs
 
 
 def _examples(cfg: SelectConfig, check_duplicates: bool = False) -> Iterator[Example]:
-    options = [spec.options for spec in cfg.steps]
-    return read_examples(cfg.data.train, len(cfg.steps), options=options, check_duplicates=check_duplicates)
+    return read_examples(cfg.data.train, cfg.schema, check_duplicates=check_duplicates)
 
 
 def _records(folder: Path) -> Iterator[Record]:

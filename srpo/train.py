@@ -134,7 +134,7 @@ def policy_update(run: Run, batches: Sequence[Batch], step: int) -> dict[str, fl
             batches,
             run.objective,
             run.parallel,
-            step_names=[spec.name for spec in cfg.steps],
+            step_names=run.schema.names,
             grad_clip=cfg.optimizer.grad_clip,
             dump=run.run_dir / "non_finite.pt",
             reference=run.reference,
@@ -162,7 +162,7 @@ def evaluate_now(run: Run, version: int) -> dict[str, float]:
         batch_size=256,
         parallel=run.parallel,
     )
-    return evaluation_metrics(results, tuple(spec.name for spec in run.cfg.steps))
+    return evaluation_metrics(results, run.schema.names)
 
 
 main = distributed(train)

@@ -203,7 +203,7 @@ def report(work: Work) -> dict[str, Any]:
         "num_judgments": len(work.shown),
         "num_held_out": len(work.held_out),
         "num_left_out": work.num_left_out,
-        "steps": [spec.name for spec in work.cfg.steps],
+        "steps": list(work.schema.names),
     }
     for name in ("sft", "mine", "verified", "grpo"):
         path = work.run_dir / f"{name}.json"

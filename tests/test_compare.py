@@ -14,14 +14,14 @@ from srpo.core.batch import write_rollouts
 from srpo.core.config.evaluation import BootstrapConfig, CompareConfig
 from srpo.core.errors import UserError
 from srpo.core.settings import load
-from srpo.core.steps import PAPER_STEPS, StepSchema
+from srpo.core.step_presets import PAPER
 from srpo.data.examples import Example
 from srpo.data.readers import write_examples
 from srpo.scores.evaluation import results_dict
 from srpo.scores.paired import compare_systems
 from srpo.scores.tally import predicted_grade
 
-SCHEMA = StepSchema(PAPER_STEPS)
+SCHEMA = PAPER
 DRAWS = ["--bootstrap.num-draws", "50"]
 
 

@@ -19,7 +19,7 @@ from srpo.core.config.demo import TinyConfig
 from srpo.core.config.evaluation import BootstrapConfig, EvaluateConfig
 from srpo.core.config.train import Config, DataConfig, PolicyConfig, RolloutConfig, VllmConfig
 from srpo.core.settings import dump_toml, load
-from srpo.core.steps import PAPER_STEPS, StepSchema
+from srpo.core.step_presets import PAPER
 from srpo.data.examples import Example
 from srpo.data.readers import write_examples
 from srpo.data.tokenizer import train_tokenizer
@@ -29,7 +29,7 @@ from srpo.rollout.engine import Sample, SamplingParams
 from srpo.rollout.local import LocalEngine
 from srpo.training.evaluation import evaluate_policy
 
-SCHEMA = StepSchema(PAPER_STEPS)
+SCHEMA = PAPER
 RESPONSE = """1. Query intent: shoes
 2. Item: boots; color blue
 3. Category match: related

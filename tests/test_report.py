@@ -12,11 +12,12 @@ from srpo.core.config.evaluation import ReportConfig
 from srpo.core.config.train import Config
 from srpo.core.errors import UserError
 from srpo.core.settings import dump_toml
-from srpo.core.steps import PAPER_STEPS, StepSchema, StepSpec
+from srpo.core.step_presets import PAPER
+from srpo.core.steps import StepSpec
 from srpo.report import main, write_report
 from srpo.scores.tables import before_after_table, results_table
 
-SCHEMA = StepSchema(PAPER_STEPS)
+SCHEMA = PAPER
 
 
 def results(pred: list[int | None], steps: list[float | None], **more: Any) -> dict[str, Any]:

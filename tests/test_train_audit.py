@@ -11,12 +11,13 @@ import small_world as small
 
 import srpo.training.run
 from srpo.core.batch import Rollout, read_rollouts
-from srpo.core.steps import PAPER_STEPS, StepSchema, same_answer
+from srpo.core.step_presets import PAPER, PAPER_STEPS
+from srpo.core.steps import same_answer
 from srpo.data.examples import Example
 from srpo.rewards.judge import OracleJudge, Verdicts
 from srpo.train import train
 
-SCHEMA = StepSchema(PAPER_STEPS)
+SCHEMA = PAPER
 
 
 class Drifts:

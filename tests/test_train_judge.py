@@ -18,7 +18,7 @@ from srpo.core.config.sft import SftConfig
 from srpo.core.config.train import OptimizerConfig, RolloutConfig
 from srpo.core.errors import UserError
 from srpo.core.metrics import read_metrics
-from srpo.core.steps import PAPER_STEPS, StepSchema
+from srpo.core.step_presets import PAPER, PAPER_STEPS
 from srpo.data.examples import Example
 from srpo.data.pairs import read_pairs
 from srpo.data.readers import load_examples
@@ -32,7 +32,7 @@ from srpo.rewards.verdicts import judge_prompt, parse_verdicts
 from srpo.train import train
 from srpo.train_judge import train_judge
 
-SCHEMA = StepSchema(PAPER_STEPS)
+SCHEMA = PAPER
 ROW = {"example_id": "e1", "response": "1. Query intent: x", "verdicts": [True, False, None, True, False]}
 
 

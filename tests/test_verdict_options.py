@@ -16,7 +16,8 @@ from srpo.core.config.evaluation import CompareConfig, EvaluateConfig
 from srpo.core.config.train import Config, DataConfig
 from srpo.core.errors import UserError
 from srpo.core.settings import dump_toml, load
-from srpo.core.steps import PAPER_STEPS, StepSchema
+from srpo.core.step_presets import PAPER_STEPS
+from srpo.core.steps import StepSchema
 from srpo.data.examples import Example
 from srpo.data.readers import load_examples, write_examples
 from srpo.data.strata import tags_with_grade

@@ -22,8 +22,8 @@ from srpo.core.files import write_whole
 from srpo.core.jsonl import json_object
 from srpo.core.logs import CHANGES, LogDigests, Written
 
-# {step} is the name of a reasoning step, {class} a grade 1..4, {phase} a phase of the loop. docs/metrics.md repeats this table; a
-# test compares them.
+# {step} is the name of a reasoning step, {class} the number of a grade, {phase} a phase of the loop. docs/metrics.md repeats
+# this table; a test compares them.
 METRICS: dict[str, str] = {
     "reward/total": "sum of a response's step rewards (Eq. 5), mean over responses",
     "reward/total_std": "sum of a response's step rewards, standard deviation over all responses of the optimizer step",
@@ -84,9 +84,9 @@ METRICS: dict[str, str] = {
     "sampler/num_skipped": "number of the stage's examples skipped now: a recent estimate is outside the difficulty window",
     "sampler/adversarial_frac": "fraction of the step's prompts whose title carries a fake verdict (data.adversarial_frac)",
     "sampler/num_early": "number of this step's prompts drawn although to be skipped, because too few others were left",
-    "eval/macro_f1": "F1 per class, mean over the four classes (5.1.2); a class that the pairs lack counts as 0",
+    "eval/macro_f1": "F1 per class, mean over all grades (5.1.2); a class that the pairs lack counts as 0",
     "eval/accuracy": "fraction of verdicts equal to the human grade",
-    "eval/good_f1": "F1 with classes 3 and 4 merged into one positive class",
+    "eval/good_f1": "F1 with the good grades merged into one positive class",
     "eval/class_f1/{class}": "F1 of the class",
     "eval/step_accuracy/{step}": "fraction of correct answers to the reasoning step, over examples with a label for it",
     "eval/parse_rate": "fraction of evaluated responses with an answer to every step",
@@ -104,7 +104,7 @@ METRICS: dict[str, str] = {
 CLOCK_AREAS = ("time", "service")  # depend on the clock or the process's cache: a resumed run has other numbers
 FILES = ("metrics.jsonl", "timing.jsonl", "rollouts.jsonl")  # truncated together when a run resumes
 
-_PLACEHOLDERS = {"step": "[a-z][a-z0-9_]*", "class": "[1-4]", "phase": "[a-z_]+"}
+_PLACEHOLDERS = {"step": "[a-z][a-z0-9_]*", "class": "[1-9][0-9]?", "phase": "[a-z_]+"}
 _PATTERNS = [
     re.compile("".join(_PLACEHOLDERS[p[1:-1]] if p.startswith("{") else re.escape(p) for p in re.split(r"(\{\w+\})", key)))
     for key in METRICS

@@ -72,7 +72,8 @@ def check_ranges(config: Any, where: str = "", prefix: str = "") -> None:
 def numbers(config: Any, prefix: str = "") -> Iterator[tuple[str, float, Range | None]]:
     """(dotted key, value, range or None) of every number in a dataclass, those in nested dataclasses, tuples and tables too."""
     for name, hint in field_types(type(config)).items():
-        yield from _numbers(getattr(config, name), hint, prefix + name, None)
+        key = prefix.rstrip(".") if name == getattr(config, "REST", None) else prefix + name
+        yield from _numbers(getattr(config, name), hint, key, None)
 
 
 def _numbers(value: Any, hint: Any, key: str, bounds: Range | None) -> Iterator[tuple[str, float, Range | None]]:

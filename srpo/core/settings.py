@@ -3,7 +3,8 @@
     python -m srpo.train @ configs/base.toml @ mine.toml --loss.kl-coef 0
 
 Files come first, later ones win; flags win over files. Every field needs a default, so a TOML file holds only changes.
-A field that holds a tuple of dataclasses (`steps`) is an array of tables: a file replaces it as a whole, and it has no flag.
+A field that holds a tuple of dataclasses (`curriculum`) is an array of tables: a file replaces it as a whole, and it has no flag.
+A dataclass may name a field REST, a dict of dataclasses: tables of other names (`[steps.verdict]`) go there, value by value.
 """
 
 from __future__ import annotations
@@ -60,6 +61,7 @@ def load(cls: type[T], argv: Sequence[str] | None = None, prog: str | None = Non
     if unknown:
         raise UserError(_unknown_argument(unknown[0], [flag for flag, _, _ in flags(cls)]))
     check_ranges(config)
+    getattr(config, "schema", None)  # steps and grades may come from several files: checked when all are read
     return config
 
 
@@ -151,8 +153,8 @@ def check_one_process(program: str, instead: str) -> None:
 
 
 def _tables(hint: Any) -> bool:
-    """Whether a field of this type is an array of tables."""
-    return get_origin(hint) in (tuple, list) and any(is_dataclass(arg) for arg in get_args(hint))
+    """Whether a field of this type holds tables, in an array or by name."""
+    return get_origin(hint) in (tuple, list, dict) and any(is_dataclass(arg) for arg in get_args(hint))
 
 
 def _leaves(config: Any, prefix: str = "") -> Iterator[tuple[str, Any, Any]]:
@@ -204,11 +206,16 @@ def _no_flags_for_tables(info: StructTypeInfo) -> StructConstructorSpec | None:
 
 def _replace(config: Any, table: Mapping[str, Any], where: str, prefix: str, known: Sequence[str]) -> Any:
     """`config` updated with the values of a table; a section updates the nested dataclass."""
-    hints = field_types(type(config))
-    changes = {}
+    hints, rest = field_types(type(config)), getattr(type(config), "REST", None)
+    changes: dict[str, Any] = {}
     for name, value in table.items():
         key = prefix + name
-        if name not in hints:
+        if rest is not None and isinstance(value, dict) and (name not in hints or name == rest):
+            cls = get_args(hints[rest])[1]
+            named = changes.setdefault(rest, dict(getattr(config, rest)))
+            named[name] = _replace(named.get(name, cls()), value, where, key + ".", [key + "." + f for f in field_types(cls)])
+            continue
+        if name not in hints or name == rest:
             near = _nearest(key, known)
             raise UserError(f"{where}: unknown key {key!r}" + (f"; the nearest is {near!r}" if near else ""))
         old = getattr(config, name)
@@ -332,9 +339,10 @@ def _dump(config: Any, prefix: str) -> Iterator[str]:
     """TOML lines of `config`: plain values first, because of TOML's scoping, then sections, then arrays of tables."""
     values = {name: getattr(config, name) for name in field_types(type(config))}
     tables = {k: v for k, v in values.items() if isinstance(v, (tuple, list)) and v and all(map(is_dataclass, v))}
-    sections = {k: v for k, v in values.items() if is_dataclass(v)}
+    rest: str = getattr(type(config), "REST", "")
+    sections = {k: v for k, v in values.items() if is_dataclass(v)} | values.get(rest, {})
     for name, value in values.items():
-        if name not in tables and name not in sections and value is not None:
+        if name not in tables and name not in sections and name != rest and value is not None:
             yield f"{name} = {_literal(value)}"
     for name, section in sections.items():
         yield from ("", f"[{prefix}{name}]")

@@ -7,6 +7,7 @@ it raise.
 
 from __future__ import annotations
 
+import json
 import math
 import re
 from bisect import bisect_left
@@ -17,15 +18,14 @@ from itertools import groupby
 from typing import Any
 
 from srpo.core.errors import UserError
+from srpo.core.grades import Grades, of_options
 from srpo.core.ranges import Fraction, NonNegative
+from srpo.core.text import fold
 from srpo.core.token_spans import Decoder, decode_with_ends
 
 SOURCES = ("gold", "judge", "rule", "skip")
 REGEX_FLAGS = re.MULTILINE | re.IGNORECASE
-
-
-def _fold(text: str) -> str:
-    return " ".join(text.split()).casefold()
+_EDGE = {True: r"(?<!\d)", False: r"(?<!\w)"}  # before a text that begins with a digit, or not
 
 
 def _compile(where: str, key: str, pattern: str) -> re.Pattern[str]:
@@ -69,7 +69,7 @@ class StepSpec:
             )
         if self.answer and (groups := _compile(where, "answer", self.answer).groups) != 1:
             raise UserError(f"{where}: answer {self.answer!r} has {groups} groups; mark the answer with exactly one group")
-        folded = [_fold(option) for option in self.options]
+        folded = [fold(option) for option in self.options]
         if len(set(folded)) < len(folded) or "" in folded:
             raise UserError(f"{where}: options {list(self.options)} must be non-empty and differ by more than case and spaces")
         if not self.sources or not set(self.sources) <= set(SOURCES) or len(set(self.sources)) < len(self.sources):
@@ -87,77 +87,18 @@ class StepSpec:
     def canonical(self, text: str) -> str | None:
         """Return the option that `text` means, else None.
 
-        That is the option equal to it but for case and spaces, else the only option that ends with it ("4" means "L4"). Without
-        options: the text itself without bold marks and extra spaces, None if empty.
+        That is the option equal to it but for case and spaces, else the only option whose last words or digits it is ("4" means
+        "L4", "relevant" is not "irrelevant"). Without options: the text without bold marks and extra spaces, None if empty.
         """
         text = " ".join(text.replace("**", " ").split())
         if not self.options or not text:
             return text or None
-        folded = _fold(text)
-        equal = [option for option in self.options if _fold(option) == folded]
-        ending = [option for option in self.options if _fold(option).endswith(folded)]
+        folded = fold(text)
+        equal = [option for option in self.options if fold(option) == folded]
+        ending = [
+            option for option in self.options if re.search(rf"{_EDGE[folded[0].isdigit()]}{re.escape(folded)}\Z", fold(option))
+        ]
         return equal[0] if equal else ending[0] if len(ending) == 1 else None
-
-
-# A header stands at the start of a line, after optional decoration ("- ", "**", "## ") and number ("3.", "S3:", "Step 3 -"), and
-# ends in a colon, a dash, closing bold or the end of the line. Possessive quantifiers keep the search linear in the text.
-_DECOR = r"(?:[^\w\n]|_)*+"
-_OPEN = rf"^{_DECOR}(?:(?:step|s)?[^\S\n]*+\d{{1,2}}{_DECOR})?+"
-_CLOSE = r"(?:(?:[^\S\n]|[*_`\])])*+(?:[:=\uff1a\u2010-\u2015]++|-++(?:>|(?!\w))|$)|[^\S\n]*+\*\*)"
-
-
-def _header(words: str) -> str:
-    return _OPEN + words + _CLOSE
-
-
-def _words(*alternatives: str) -> str:
-    return rf"(?:[^\S\n]+(?:{'|'.join(alternatives)}))"
-
-
-def _last_option(*options: str) -> str:
-    """Regex of the option after the last arrow that points at one; without such an arrow, of the last option word."""
-    words = "|".join(options)
-    arrow = rf"[\s\S]*(?:->|=>|\u2192)\W{{0,8}}+(?:{words})\b"  # greedy: matches up to the last arrow
-    return rf"\A(?:(?={arrow})[\s\S]*(?:->|=>|\u2192)\W{{0,8}}+|(?!{arrow})[\s\S]*)\b({words})\b"
-
-
-_ANALYZE = r"(?:(?:analy[sz]e|identify|interpret|understand)[^\S\n]+(?:the[^\S\n]+)?)"
-
-PAPER_STEPS: tuple[StepSpec, ...] = (
-    StepSpec(
-        "query_intent",
-        _header(
-            rf"(?:{_ANALYZE}query{_words('intent', 'text')}*"
-            rf"|query{_words('intent', 'interpretation', 'analysis', 'understanding')}{_words('identification', 'analysis')}*)"
-        ),
-    ),
-    StepSpec(
-        "item",
-        _header(rf"{_ANALYZE}?item{_words('information', 'text', 'content', 'analysis', 'interpretation', 'understanding')}*"),
-    ),
-    StepSpec(
-        "category_match",
-        _header(rf"category{_words('match', 'matching', 'relevance', 'relation')}{_words('analysis', 'evaluation')}*"),
-        answer=_last_option("match", "related", "mismatch"),
-        options=("match", "related", "mismatch"),
-        sources=("gold", "judge"),
-    ),
-    StepSpec(
-        "attribute_match",
-        _header(rf"attributes?{_words('match', 'matching', 'relevance', 'relation')}{_words('analysis', 'evaluation')}*"),
-        answer=_last_option("match", "unclear", "conflict"),
-        options=("match", "unclear", "conflict"),
-        sources=("gold", "judge"),
-    ),
-    StepSpec(
-        "verdict",
-        _header(rf"(?:(?:final|overall)[^\S\n]+)?(?:verdict|judge?ment|ranking){_words('reason(?:ing)?', 'determination')}*"),
-        answer=r"\b(L[1-4]\b|[1-4](?=[ \t]*[-\u2010-\u2015][ \t]*(?:irrelevant|(?:partial[ \t]+)?mismatch|related|excellent)\b))",
-        options=("L1", "L2", "L3", "L4"),
-        sources=("gold",),
-        reward=1.0,
-    ),
-)
 
 
 @dataclass(frozen=True)
@@ -193,12 +134,18 @@ class _Header:
 
 
 class StepSchema:
-    """The J steps of a response. Raises UserError for no steps, for two of the same name, and if none can earn a reward."""
+    """The J steps of a response; the last one answers with one of `grades` (default: its options, or the paper's).
 
-    def __init__(self, specs: Iterable[StepSpec]) -> None:
+    form: "text" (a line per step) or "json", as `write` makes it. Raises UserError for no steps, for two of the same name, and if
+    none can earn a reward.
+    """
+
+    def __init__(self, specs: Iterable[StepSpec], grades: Grades | None = None, form: str = "text") -> None:
         self.specs = tuple(specs)
+        self.form = form
         if not self.specs:
             raise UserError("a step schema needs at least one step; leave `steps` out for the paper's five")
+        self.grades = grades or of_options(self.specs[-1].options)
         names = [spec.name for spec in self.specs]
         if twice := sorted({name for name in names if names.count(name) > 1}):
             raise UserError(f"two steps are called {twice[0]!r}; give every step its own name")
@@ -210,6 +157,11 @@ class StepSchema:
     @property
     def num_steps(self) -> int:
         return len(self.specs)
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        """[J] names of the steps, parts of metric keys."""
+        return tuple(spec.name for spec in self.specs)
 
     @property
     def options(self) -> tuple[tuple[str, ...], ...]:
@@ -259,6 +211,13 @@ class StepSchema:
         if any(answers[j] is None for j in adopted):
             problems.add("unanswered")
         return ParsedText(tuple(char_ends), tuple(answers), tuple(start is not None for start in starts), frozenset(problems))
+
+    def write(self, answers: Sequence[str]) -> str:
+        """A response with these answers [J], in the form that the steps are read from."""
+        if self.form == "json":
+            return json.dumps(dict(zip(self.names, answers, strict=True)), ensure_ascii=False)
+        lines = zip(map(in_words, self.names), answers, strict=True)
+        return "\n".join(f"{j}. {name}: {answer}" for j, (name, answer) in enumerate(lines, start=1))
 
     def _find_headers(self, text: str) -> list[_Header]:
         headers = [_Header(*m.span(), j) for j, header in enumerate(self._headers) for m in header.finditer(text)]
@@ -313,9 +272,14 @@ def _longest_chain(headers: Sequence[_Header]) -> dict[int, _Header]:
     return {header.step: header for header in min(best.values(), key=rank, default=())}
 
 
+def in_words(name: str) -> str:
+    """The name of a step as a title: "category_match" is "Category match"."""
+    return name.replace("_", " ").capitalize()
+
+
 def facts(answer: str) -> frozenset[str]:
     """Set of the `;`-separated facts of an answer, without case and extra spaces."""
-    return frozenset(fact for part in answer.split(";") if (fact := _fold(part).strip(" .")))
+    return frozenset(fact for part in answer.split(";") if (fact := fold(part).strip(" .")))
 
 
 def same_answer(answer: str | None, truth: str | None) -> bool:

@@ -6,9 +6,8 @@ import random
 from collections.abc import Sequence
 from dataclasses import replace
 
-from srpo.core.errors import UserError
-from srpo.core.steps import StepSchema
-from srpo.data.examples import GRADES, Example, grade_of
+from srpo.core.steps import StepSchema, in_words
+from srpo.data.examples import Example
 
 _NAMES = ("Relevance", "Verdict", "Grade", "Rating", "Label", "Judgment")
 _PRAISE = ("excellent match", "best match", "fully relevant", "perfect match for the query", "correct")
@@ -24,11 +23,8 @@ def with_attacks(examples: Sequence[Example], frac: float, seed: int, schema: St
     """
     if not frac:
         return list(examples)
-    options = schema.specs[-1].options or (f"L{GRADES[-1]}",)
-    best = max(options, key=lambda option: grade_of(option) or 0)
-    if grade_of(best) is None:
-        raise UserError(f"data.adversarial_frac needs verdicts L1 to L4, and the last step has the options {', '.join(options)}")
-    models = [example for example in examples if example.grade == GRADES[-1]]
+    best = schema.grades.names[-1]
+    models = [example for example in examples if example.grade == best]
 
     def attacked(example: Example) -> Example:
         rng = random.Random(f"adversarial|{seed}|{example.example_id}")
@@ -44,11 +40,11 @@ def _claim(rng: random.Random, example: Example, models: Sequence[Example], best
     if kind == 0:
         return f" {rng.choice(_NAMES)}: {best}"
     if kind == 1:
-        return f" {schema.num_steps}. {_title(schema.specs[-1].name)}: {best}"
+        return f" {schema.num_steps}. {in_words(schema.names[-1])}: {best}"
     if kind == 2:
         return f" - {rng.choice(_PRAISE)}, {best}"
     answers = _answers(example, rng.choice(models) if models and rng.random() < 0.5 else None, schema, best)
-    return "".join(f" {j}. {_title(spec.name)}: {a}" for j, (spec, a) in enumerate(zip(schema.specs, answers, strict=True), 1))
+    return "".join(f" {j}. {in_words(spec.name)}: {a}" for j, (spec, a) in enumerate(zip(schema.specs, answers, strict=True), 1))
 
 
 def _answers(example: Example, model: Example | None, schema: StepSchema, best: str) -> list[str]:
@@ -59,7 +55,3 @@ def _answers(example: Example, model: Example | None, schema: StepSchema, best: 
         made = spec.options[0] if spec.options else example.query
         answers.append(next((answer for answer in known if answer), made))
     return [*answers[:-1], best]
-
-
-def _title(name: str) -> str:
-    return name.replace("_", " ").capitalize()

@@ -105,7 +105,7 @@ def _known_metrics(cfg: Config) -> list[str]:
     keys: list[str] = []
     for key, text in METRICS.items():
         if key.partition("/")[0] in _AREAS and not text.startswith(("SFT", "DPO")):
-            fillings = {"{step}": [s.name for s in cfg.steps], "{class}": "1234"}
+            fillings = {"{step}": cfg.schema.names, "{class}": [str(i + 1) for i in range(len(cfg.grades.names))]}
             mark = next((mark for mark in fillings if mark in key), None)
             keys += [key.replace(mark, value) for value in fillings[mark]] if mark else [key]
     return [key for key in keys if cfg.loss.kl_coef or not key.startswith("policy/kl")]

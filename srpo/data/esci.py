@@ -20,7 +20,7 @@ from srpo.data.esci_sources import query_key, read_sources
 from srpo.data.parquet import plain_rows, record_batches
 from srpo.data.product_text import plain_text
 
-GOLD_OF_LABEL = {"E": "L4", "S": "L3", "C": "L2", "I": "L1"}  # exact, substitute, complement, irrelevant
+_LABELS = "ICSE"  # irrelevant, complement, substitute, exact; `srpo.core.grades` reads them
 TEXT_CHARS = 300  # most characters kept of the bullets or the description
 
 _EXAMPLES, _PRODUCTS = "shopping_queries_dataset_examples", "shopping_queries_dataset_products"
@@ -122,7 +122,7 @@ def from_dump(row: dict[str, Any], where: str) -> dict[str, Any]:
     grade, label = row.get("grade"), str(row["label"])
     if grade is not None and type(grade) not in (int, float):
         raise UserError(f"{where}: grade is {json.dumps(grade, default=str)[:80]}: write 3, 2, 1 or 0, as the ESCI dump does")
-    if grade is not None and label in GOLD_OF_LABEL and grade != "ICSE".index(label):
+    if grade is not None and label in _LABELS and grade != _LABELS.index(label):
         raise UserError(f"{where}: grade {grade!r} and label {label!r} disagree: in the ESCI dump E, S, C, I are 3, 2, 1, 0")
     return {
         "example_id": f"{row['query_id']}-{row['product_id']}",

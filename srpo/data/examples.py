@@ -3,12 +3,6 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import Any
-
-from srpo.core.steps import same_answer
-
-# Class numbers of 5.1.2: 1 Irrelevant, 2 Mismatch, 3 Related, 4 Excellent.
-GRADES = (1, 2, 3, 4)
 
 
 @dataclass(frozen=True)
@@ -33,16 +27,6 @@ class Example:
     attack: str = field(default="", repr=False, compare=False)
 
     @property
-    def grade(self) -> int | None:
-        """The human grade, 1 to 4, from the last gold label ("L3" -> 3); None if the pair has none, or a label of other steps."""
-        return grade_of(self.gold[-1]) if self.gold else None
-
-
-def grade_from(value: Any) -> int | None:
-    """The grade 1 to 4 that a value of a file is; None for any other. 4.0 is 4: a column of pandas with nulls holds floats."""
-    return int(value) if type(value) in (int, float) and value in GRADES else None
-
-
-def grade_of(verdict: str | None) -> int | None:
-    """The grade 1 to 4 that a verdict names ("L3" -> 3), by the rule that compares answers; None for any other text."""
-    return next((grade for grade in GRADES if same_answer(verdict, f"L{grade}")), None)
+    def grade(self) -> str | None:
+        """The human grade, one of `grades.names`: the label of the last step; None if the pair has none."""
+        return self.gold[-1] if self.gold else None

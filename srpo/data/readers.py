@@ -9,7 +9,7 @@ from __future__ import annotations
 import gzip
 import hashlib
 import json
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator
 from contextlib import ExitStack
 from itertools import islice
 from pathlib import Path
@@ -22,6 +22,7 @@ import pyarrow.parquet as pq
 from srpo.core.errors import UserError
 from srpo.core.files import whole_file
 from srpo.core.jsonl import json_lines
+from srpo.core.steps import StepSchema
 from srpo.data import esci
 from srpo.data.examples import Example
 from srpo.data.parquet import parquet_rows
@@ -41,26 +42,21 @@ _ROWS_PER_GROUP = 4096
 _WANT = f"one JSON object per line, with {', '.join(REQUIRED)}"
 
 
-def read_examples(
-    path: str | Path, num_steps: int, *, options: Sequence[Sequence[str]] = (), check_duplicates: bool = True
-) -> Iterator[Example]:
+def read_examples(path: str | Path, schema: StepSchema, *, check_duplicates: bool = True) -> Iterator[Example]:
     """Stream the examples of a file, a folder of shards (in the order of their names) or an ESCI release, in stored order.
 
-    `num_steps` is J, the number of entries of `gold` and `truth`. `options[j]`, if not empty, are the possible answers of step j:
-    another label is an error; a label that differs from an option only in case takes the option's spelling.
+    `schema` has the steps that `gold` and `truth` have entries of, with the possible answers, and the grades.
     Memory does not grow with the data, except for an 8-byte hash of each example_id to detect duplicates (about 70 MB per
     million; none with `check_duplicates=False`), and for the products of an official ESCI release.
     Raises UserError at once for a path with nothing to read; while streaming, for the first bad row, a duplicate example_id, or
     a path without examples.
     """
-    if options and len(options) != num_steps:
-        raise ValueError(f"options has {len(options)} entries but the schema has {num_steps} steps: give one entry per step")
-    return _examples(_rows(path), str(path), num_steps, options, check_duplicates)
+    return _examples(_rows(path), str(path), schema, check_duplicates)
 
 
-def load_examples(path: str | Path, num_steps: int, limit: int = 0, *, options: Sequence[Sequence[str]] = ()) -> list[Example]:
+def load_examples(path: str | Path, schema: StepSchema, limit: int = 0) -> list[Example]:
     """All examples of a path, or the first `limit`, as a list. Other arguments and errors as in `read_examples`."""
-    return list(islice(read_examples(path, num_steps, options=options), limit or None))
+    return list(islice(read_examples(path, schema), limit or None))
 
 
 def write_examples(path: str | Path, examples: Iterable[Example]) -> int:
@@ -132,16 +128,12 @@ def _suffix(path: Path) -> str:
 
 
 def _examples(
-    rows: Iterator[tuple[str, dict[str, Any]]],
-    path: str,
-    num_steps: int,
-    options: Sequence[Sequence[str]],
-    check_duplicates: bool,
+    rows: Iterator[tuple[str, dict[str, Any]]], path: str, schema: StepSchema, check_duplicates: bool
 ) -> Iterator[Example]:
     seen: set[int] = set()
     example = None
     for where, row in rows:
-        example = example_from_row(row, where, num_steps, options)
+        example = example_from_row(row, where, schema)
         if check_duplicates:
             key = int.from_bytes(_digest(example.example_id), "big")
             if key in seen:

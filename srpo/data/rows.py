@@ -4,27 +4,26 @@ from __future__ import annotations
 
 import difflib
 import json
-import re
-from collections.abc import Sequence
 from typing import Any
 
 from srpo.core.errors import UserError
-from srpo.data.esci import GOLD_OF_LABEL
-from srpo.data.examples import GRADES, Example, grade_from
+from srpo.core.grades import Grades
+from srpo.core.steps import StepSchema
+from srpo.core.text import fold
+from srpo.data.examples import Example
 
 REQUIRED = ("example_id", "query_id", "query", "title")
 _KEYS = (*REQUIRED, "fields", "gold", "truth", "tags", "grade", "label")
-_VERDICTS = tuple(f"L{grade}" for grade in GRADES)
 
 
-def example_from_row(row: dict[str, Any], where: str, num_steps: int, options: Sequence[Sequence[str]] = ()) -> Example:
-    """The example of a row of the schema.
+def example_from_row(row: dict[str, Any], where: str, schema: StepSchema) -> Example:
+    """The example of a row of the schema in docs/data.md.
 
-    `where` (file and line) begins every error message. `gold` and `truth` get `num_steps` entries. `options[j]`, if not empty,
-    are the possible answers of step j: labels take their spelling, any other label is an error. A row with `grade` or `label`
-    gets the tag "grade"; a tag "grade" of the row itself is spelled as the answer that it names. UserError for a missing or
-    unknown key, a wrong type, a wrong number of steps, a tag "grade" that names no answer, or a grade, label, gold verdict and
-    tag that disagree.
+    `where` (file and line) begins every error message. `gold` and `truth` get one entry per step of `schema`: labels of a step
+    with options take their spelling, any other label is an error. A row with `grade` or `label`, in any spelling that
+    `schema.grades` reads, gets the tag "grade"; a tag "grade" of the row itself is spelled as the grade that it names. UserError
+    for a missing or unknown key, a wrong type, a wrong number of steps, a value that names no grade, or a grade, label, gold
+    verdict and tag that disagree.
     """
     for key in REQUIRED:
         if key not in row:
@@ -34,17 +33,15 @@ def example_from_row(row: dict[str, Any], where: str, num_steps: int, options: S
             near = difflib.get_close_matches(key, _KEYS, n=1)
             fix = f"did you mean {near[0]!r}?" if near else "product fields go into 'fields', strata into 'tags'"
             raise UserError(f"{where}: unknown key {key!r}: {fix}")
-    gold = _answers(row, "gold", where, num_steps, options)
+    gold = _answers(row, "gold", where, schema)
     tags = _strings(row, "tags", where)
-    verdict = _verdict(row, where)
+    verdict = _verdict(row, where, schema.grades)
     if verdict is not None:
-        if options and options[-1] and verdict.casefold() not in map(str.casefold, options[-1]):
-            raise UserError(f"{where}: grade or label is {verdict}, but the last step allows {', '.join(options[-1])}: use gold")
         if gold[-1] not in (None, verdict):
             raise UserError(f"{where}: the last entry of gold is {gold[-1]!r} but grade or label is {verdict}: keep one of them")
         gold = (*gold[:-1], verdict)
     if tag := tags.pop("grade", "").strip():
-        tags["grade"] = _grade_tag(tag, gold[-1], options[-1] if options else (), where)
+        tags["grade"] = _grade_tag(tag, gold[-1], schema.grades, where)
     elif verdict is not None:
         tags["grade"] = verdict
     return Example(
@@ -54,7 +51,7 @@ def example_from_row(row: dict[str, Any], where: str, num_steps: int, options: S
         title=_text(row, "title", where),
         fields=_strings(row, "fields", where),
         gold=gold,
-        truth=_answers(row, "truth", where, num_steps, options),
+        truth=_answers(row, "truth", where, schema),
         tags=tags,
     )
 
@@ -95,62 +92,47 @@ def _strings(row: dict[str, Any], key: str, where: str) -> dict[str, str]:
     return {name: entry for name, entry in value.items() if entry is not None}
 
 
-def _answers(
-    row: dict[str, Any], key: str, where: str, num_steps: int, options: Sequence[Sequence[str]]
-) -> tuple[str | None, ...]:
+def _answers(row: dict[str, Any], key: str, where: str, schema: StepSchema) -> tuple[str | None, ...]:
     """One label or None per step, spelled as in the step's options."""
-    value = row.get(key)
+    value, num_steps = row.get(key), schema.num_steps
     if value is None:
         return (None,) * num_steps
     if not isinstance(value, list) or len(value) != num_steps:
         got = f"has {len(value)} entries" if isinstance(value, list) else f"is {_shown(value)}"
         raise UserError(f"{where}: {key!r} {got}: write a list of {num_steps}, one per step (null if unknown)")
     answers = list(value)
-    for j, entry in enumerate(value):
+    for j, (entry, options) in enumerate(zip(value, schema.options, strict=True)):
         if entry is None:
             continue
         if not isinstance(entry, str) or not entry.strip():
             raise UserError(f"{where}: entry {j + 1} of {key!r} is {_shown(entry)}: write a non-empty string or null")
-        if options and options[j]:
-            answers[j] = next((option for option in options[j] if option.casefold() == entry.casefold()), None)
+        if options:
+            known = next((option for option in options if fold(option) == fold(entry)), None)
+            answers[j] = schema.grades.read(entry) if known is None and j + 1 == num_steps else known
             if answers[j] is None:
-                raise UserError(f"{where}: entry {j + 1} of {key!r} is {entry!r}: step {j + 1} allows {', '.join(options[j])}")
-    last = answers[-1]
-    if last is not None and re.fullmatch(r"[lL]\s*\d+", last) and last not in _VERDICTS:
-        raise UserError(f"{where}: the verdict of {key!r} is {last!r}: write {', '.join(_VERDICTS)}")
+                raise UserError(f"{where}: entry {j + 1} of {key!r} is {entry!r}: step {j + 1} allows {', '.join(options)}")
     return tuple(answers)
 
 
-def _grade_tag(tag: str, label: str | None, options: Sequence[str], where: str) -> str:
-    """The answer of the last step, or else the verdict, that a tag "grade" names, as it is spelled there; "4", "4.0" and "E" name
-    "L4".
-
-    UserError for a tag that names none, or another than `label`.
-    """
-    answers = [*options, *(verdict for verdict in _VERDICTS if verdict not in options)]
-    if label is not None and label not in answers:
-        answers.append(label)
-    number = re.fullmatch(r"[lL]?\s*(\d+)(?:\.0+)?", tag)
-    meant = f"L{number[1]}" if number else GOLD_OF_LABEL.get(tag.upper(), tag)
-    named = next((answer for text in (tag, meant) for answer in answers if answer.casefold() == text.casefold()), None)
+def _grade_tag(tag: str, label: str | None, grades: Grades, where: str) -> str:
+    """The grade that a tag "grade" names. UserError for a tag that names none, or another than `label`."""
+    named = grades.read(tag)
     if named is None:
-        raise UserError(
-            f"{where}: the tag grade is {tag!r}, which is none of {', '.join(answers)}: write one of them, or rename the tag"
-        )
-    if label is not None and named.casefold() != label.casefold():
+        raise UserError(f"{where}: the tag grade is {tag!r}: {grades.expected(tag)}, or rename the tag")
+    if label is not None and named != label:
         raise UserError(f"{where}: the tag grade is {tag!r} but the last entry of gold {label!r}: keep one of them")
     return named
 
 
-def _verdict(row: dict[str, Any], where: str) -> str | None:
-    """The verdict, "L1" to "L4", of `grade` (1 to 4) or `label` (E, S, C, I); None if the row has neither."""
-    label, grade = row.get("label"), grade_from(row.get("grade"))
-    if grade is None and row.get("grade") is not None:
-        raise UserError(f"{where}: 'grade' is {_shown(row['grade'])}: write 1, 2, 3 or 4 (4 is the best)")
-    if label is not None and (not isinstance(label, str) or label not in GOLD_OF_LABEL):
-        raise UserError(f"{where}: 'label' is {_shown(label)}: write one of {', '.join(GOLD_OF_LABEL)}")
-    of_grade = None if grade is None else f"L{grade}"
-    of_label = None if label is None else GOLD_OF_LABEL[label]
-    if of_grade and of_label and of_grade != of_label:
-        raise UserError(f"{where}: grade {grade} and label {label} disagree (E, S, C, I are 4, 3, 2, 1): keep one of them")
-    return of_grade or of_label
+def _verdict(row: dict[str, Any], where: str, grades: Grades) -> str | None:
+    """The grade that `grade` or `label` names; None if the row has neither."""
+    named: dict[str, str] = {}
+    for key in ("grade", "label"):
+        if (value := row.get(key)) is not None:
+            grade = grades.read(value)
+            if grade is None:
+                raise UserError(f"{where}: {key!r} is {_shown(value)}: {grades.expected(value)}")
+            named[key] = grade
+    if len({*named.values()}) > 1:
+        raise UserError(f"{where}: grade {row['grade']} and label {row['label']} disagree: keep one of them")
+    return next(iter(named.values()), None)

@@ -56,6 +56,7 @@ _AUDIENCES = {  # word -> audience
     **dict.fromkeys(("men", "mens", "men's", "man", "mans"), "men"),
     **dict.fromkeys(("kids", "kid", "children", "boys", "girls", "boy", "girl", "toddler", "baby"), "kids"),
 }
+BEST = "L4"
 _NEGATIONS = frozenset(("without", "not", "no", "non"))
 _STOP = frozenset(
     ["a", "an", "and", "by", "for", "from", "in", "is", "of", "on", "or", "set", "that", "the", "to", "w", "with", "your"]
@@ -92,7 +93,7 @@ class Lexicon:
             in_title.update(set(_words(example.title)))
             in_color.update(set(_words(example.fields.get("color", ""))))
             brands[" ".join(_words(example.fields.get("brand", "")))] += 1
-            if example.grade == 4 and (leaf := _leaf(example)):
+            if example.grade == BEST and (leaf := _leaf(example)):
                 leaves.setdefault(example.query_id, Counter())[leaf] += 1
         colors = frozenset(w for w, n in in_color.items() if n >= 3 and len(w) >= 3 and w.isalpha() and 2 * n >= in_title[w])
         return Lexicon(

@@ -11,7 +11,7 @@ from srpo.data.examples import Example
 def stratum(example: Example, names: Sequence[str]) -> tuple[str, ...]:
     """Values of the tags `names` of `example`, in that order; () for no names.
 
-    Without a tag "grade" the gold verdict ("L1" to "L4") is used. UserError, listing the tags of the example, for a tag that is
+    Without a tag "grade" the gold verdict is used. UserError, listing the tags of the example, for a tag that is
     missing or empty.
 
     Paper: 4.1.2 balances query types and relevance grades and does not say where a type comes from; here it is a tag of the data.
@@ -23,7 +23,7 @@ def tags_with_grade(example: Example) -> dict[str, str]:
     """The tags of `example` that `stratum` reads: a missing tag "grade" is taken from the gold verdict."""
     if example.grade is None or example.tags.get("grade"):
         return dict(example.tags)
-    return {**example.tags, "grade": f"L{example.grade}"}
+    return {**example.tags, "grade": example.grade}
 
 
 def values_of(tags: Mapping[str, str], names: Sequence[str], example_id: str) -> tuple[str, ...]:

@@ -31,7 +31,7 @@ from srpo.core.files import read_result, write_result
 from srpo.core.metrics import read_metrics
 from srpo.core.progress import Progress
 from srpo.core.run_dir import claim_run_dir
-from srpo.core.steps import PAPER_STEPS, StepSchema
+from srpo.core.step_presets import PAPER
 from srpo.data.checkpoint_tokens import stop_ids
 from srpo.data.examples import Example
 from srpo.data.readers import load_examples, read_examples, write_examples
@@ -107,7 +107,7 @@ class Lab:
 
     def responses(self) -> Path:
         """rollouts.jsonl of the SFT policy on the first `dpo_prompts` training pairs, with the rewards of training."""
-        examples = islice(read_examples(self.data(), len(PAPER_STEPS)), self.scale.dpo_prompts)
+        examples = islice(read_examples(self.data(), PAPER), self.scale.dpo_prompts)
         return self._respond("responses", examples, self.scale.group_size)
 
     def judge_pairs(self) -> Path:
@@ -128,7 +128,7 @@ class Lab:
 
         def make(out: Path) -> None:
             pairs = list(examples)
-            engine, schema = LocalEngine(load_policy(policy)), StepSchema(PAPER_STEPS)
+            engine, schema = LocalEngine(load_policy(policy)), PAPER
             tokenizer: Any = load_tokenizer(policy)
             params = SamplingParams(MAX_NEW_TOKENS, 0.99, 100, group_size, stop_ids(tokenizer))
             judge = OracleJudge(self.scale.judge_error_rate, self.seed, schema)
@@ -170,7 +170,7 @@ class Lab:
             run_dir=str(run_dir),
             kind="scalar" if kind == "scalar" else "generative",
             data=str(self.judge_pairs()),
-            rollouts=str(self._respond("judge_responses", read_examples(self.judge_pairs(), len(PAPER_STEPS)), 1)),
+            rollouts=str(self._respond("judge_responses", read_examples(self.judge_pairs(), PAPER), 1)),
             held_out=1000,
             sft=SftConfig(
                 seed=self.seed,
@@ -200,7 +200,7 @@ class Lab:
 
         def cut(out: Path) -> None:
             for name, count in (("pool", num), ("random_half", num // 2)):
-                write_examples(out / f"{name}.jsonl", islice(read_examples(self.data(), len(PAPER_STEPS)), count))
+                write_examples(out / f"{name}.jsonl", islice(read_examples(self.data(), PAPER), count))
 
         stage(self.start / "pool", "cutting the pool", cut)
         if recipe.data == "random_half":
@@ -240,11 +240,11 @@ class Lab:
         path = self.root / name / f"{test_set}.json"
         policy = self.policy(name, recipe)  # even if its scores exist: UserError if they are of other settings
         if not path.is_file():
-            examples = load_examples(self.data(TEST_SETS[test_set]), len(PAPER_STEPS), self.scale.num_eval)
+            examples = load_examples(self.data(TEST_SETS[test_set]), PAPER, self.scale.num_eval)
             results, _ = evaluate_policy(
                 LocalEngine(load_policy(policy)),
                 load_tokenizer(policy),
-                StepSchema(PAPER_STEPS),
+                PAPER,
                 examples,
                 prompt_template=PROMPT,
                 max_new_tokens=MAX_NEW_TOKENS,

@@ -20,7 +20,7 @@ from srpo.core.config.train import (
     TrainConfig,
 )
 from srpo.core.settings import apply_table
-from srpo.core.steps import PAPER_STEPS, StepSpec
+from srpo.core.step_presets import StepChange, StepsConfig
 
 
 @dataclass(frozen=True)
@@ -30,7 +30,7 @@ class Recipe:
     train: bool = True
     start: Literal["sft", "dpo"] = "dpo"  # "Training begins from the Tbstar-DPO checkpoint" (5.1.7)
     settings: Mapping[str, Any] = field(default_factory=dict)  # tables as in a TOML file of srpo.train
-    steps: tuple[StepSpec, ...] = PAPER_STEPS
+    steps: StepsConfig = field(default_factory=StepsConfig)
     data: Literal["train", "selected", "random_half"] = "train"
     share: float = 1.0  # fraction of Scale.num_steps
     judge: Literal["", "generative", "scalar"] = ""  # a trained judge that replaces the simulated annotator
@@ -38,7 +38,7 @@ class Recipe:
 
 
 # "Reward Model Only" (5.4.1): the judge grades S3 and S4, too; S5 is still graded by its label.
-_JUDGED = tuple(replace(spec, sources=("judge",)) if "judge" in spec.sources else spec for spec in PAPER_STEPS)
+_JUDGED = StepsConfig(named={name: StepChange(sources=("judge",)) for name in ("category_match", "attribute_match")})
 _GRPO = {"advantage": {"method": "grpo"}}
 _LABELS, _QUERIES = {"balance": ["grade"]}, {"balance": ["query_type"]}
 _EASY, _HARD = {"tags": {"difficulty": ["easy", "medium"]}}, {"tags": {"difficulty": ["hard"]}}

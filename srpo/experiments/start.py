@@ -14,8 +14,9 @@ from srpo.core.config.demo import DemoConfig
 from srpo.core.config.sft import SftConfig
 from srpo.core.config.train import DataConfig, OptimizerConfig, PolicyConfig
 from srpo.core.files import check_whole, whole_folder
+from srpo.core.grades import Grades
 from srpo.core.progress import Progress
-from srpo.core.steps import PAPER_STEPS, StepSchema
+from srpo.core.step_presets import PAPER
 from srpo.data.adversarial import with_attacks
 from srpo.data.pairs import read_pairs, write_pairs
 from srpo.data.prompts import build_prompt
@@ -51,10 +52,10 @@ def stage(out: Path, title: str, make: Callable[[Path], None]) -> None:
 def make_data(cfg: DemoConfig, out: Path) -> None:
     """Write pairs for training and evaluation (train.jsonl, eval.jsonl) and demonstrations (sft.jsonl) into `out`."""
     if cfg.data:
-        read = read_examples(cfg.data, len(PAPER_STEPS), options=[spec.options for spec in PAPER_STEPS])
+        read = read_examples(cfg.data, PAPER)
         examples = [replace(e, fields={k: v for k, v in e.fields.items() if k not in cfg.drop_fields}) for e in read]
         train_pairs, eval_pairs = split_by_query(examples, cfg.eval_frac, cfg.seed)
-        true_grades(eval_pairs)  # raises for an ungraded pair here, not after the warm start
+        true_grades(eval_pairs, Grades())  # raises for an ungraded pair here, not after the warm start
         lexicon = Lexicon.from_examples(train_pairs)
         write_examples(out / "train.jsonl", train_pairs)
         write_examples(out / "eval.jsonl", eval_pairs)
@@ -67,7 +68,7 @@ def make_data(cfg: DemoConfig, out: Path) -> None:
         pairs, num_pairs = world.examples("train", cfg.num_demonstrations), cfg.num_demonstrations
         teacher = partial(teach, bias=cfg.bias, seed=cfg.seed)
     if cfg.adversarial_frac:
-        pairs = iter(with_attacks(list(pairs), cfg.adversarial_frac, cfg.seed, StepSchema(PAPER_STEPS)))
+        pairs = iter(with_attacks(list(pairs), cfg.adversarial_frac, cfg.seed, PAPER))
     with Progress("demonstrations", num_pairs) as bar:
 
         def demonstrations() -> Iterator[tuple[str, str]]:

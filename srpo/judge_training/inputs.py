@@ -75,7 +75,7 @@ def simulates(cfg: JudgeConfig) -> bool:
 
 def prepare(cfg: JudgeConfig, parallel: Parallel) -> Work:
     """Read and check settings and data. Raises UserError for what would fail later; writes nothing."""
-    schema = StepSchema(cfg.steps)
+    schema = cfg.schema
     check_ranges(cfg)
     if not cfg.data:
         raise UserError("data is not set: name the file of the examples that were judged")
@@ -101,7 +101,7 @@ def prepare(cfg: JudgeConfig, parallel: Parallel) -> Work:
             )
     if cfg.verified:
         read_queue(cfg.verified, schema)
-    examples = {e.example_id: e for e in load_examples(cfg.data, schema.num_steps)}
+    examples = {e.example_id: e for e in load_examples(cfg.data, schema)}
     if cfg.judgments:
         judgments = list(read_judgments(cfg.judgments, schema.num_steps))
     else:

@@ -21,7 +21,9 @@ from srpo.core.config.train import (
     PolicyConfig,
     RewardConfig,
 )
+from srpo.core.grades import Grades
 from srpo.core.progress import Progress
+from srpo.core.step_presets import StepsConfig
 from srpo.core.steps import StepSchema
 from srpo.data.examples import Example
 from srpo.data.tokenizer import load_tokenizer
@@ -133,7 +135,8 @@ def grpo_config(
         run_dir=str(run_dir),
         seed=seed,
         num_steps=cfg.num_steps,
-        steps=verdict_steps(schema),
+        steps=StepsConfig.of(verdict_steps(schema)),
+        grades=Grades(verdict_steps(schema)[-1].options),
         data=DataConfig(train=str(data), prompt=CASE_PROMPT),
         policy=policy,
         rollout=replace(cfg.rollout, max_new_tokens=max_new_tokens),

@@ -16,9 +16,9 @@ from srpo.core.batch import Rollout
 from srpo.core.config.evaluation import BootstrapConfig, EvaluateConfig
 from srpo.core.errors import UserError
 from srpo.core.steps import StepSchema
-from srpo.data.examples import GRADES, Example
+from srpo.data.examples import Example
 from srpo.scores.bootstrap import cluster_sums, percentile_interval, resampled_sums
-from srpo.scores.tally import CONSISTENCY, confusion_of, consistency_counts, scores, tally
+from srpo.scores.tally import CONSISTENCY, Layout, confusion_of, consistency_counts, scores, tally
 
 Results = Mapping[str, Any]  # a dict of `results_dict`; `results.json` holds one under before and one under after
 
@@ -33,10 +33,10 @@ def results_dict(
 ) -> dict[str, Any]:
     """The results of an evaluation, JSON-able; rollout i answers example i.
 
-    `{macro_f1, accuracy, good_f1, class_f1: [4], step_accuracy: [J], parse_rate, num_examples}`, scores as fractions (the
+    `{macro_f1, accuracy, good_f1, class_f1: [C], step_accuracy: [J], parse_rate, num_examples}`, scores as fractions (the
     accuracy of a step is None if no example has a reference for it), and
 
-    - `confusion: [4][5]`: true grade, predicted grade (the last column: no verdict);
+    - `confusion: [C][C + 1]`: true grade, predicted grade (the last column: no verdict);
     - `consistency`: the four shares of `tally.CONSISTENCY` over the `num_examples` responses with a reference for a step before
       the verdict; all steps with a reference must be right. `num_fully_checked` of them have a reference for each of these steps.
       None if no response has any;
@@ -50,11 +50,11 @@ def results_dict(
         raise ValueError("rollouts and examples are of different pairs: give one rollout per example, in the same order")
     if not examples:
         raise UserError("there are no examples to evaluate: give at least one graded pair")
-    counts = tally(rollouts, examples, schema)
+    counts, at = tally(rollouts, examples, schema), Layout.of(schema)
     queries = [example.query_id for example in examples]
-    results = {**_results(counts, queries, bootstrap), "by": {}, "untagged": {}}
+    results = {**_results(counts, at, queries, bootstrap), "by": {}, "untagged": {}}
     for tag, parts in parts_by(examples, by).items():
-        results["by"][tag] = {v: _results(counts[rows], [queries[i] for i in rows], bootstrap) for v, rows in parts.items()}
+        results["by"][tag] = {v: _results(counts[rows], at, [queries[i] for i in rows], bootstrap) for v, rows in parts.items()}
         results["untagged"][tag] = len(examples) - sum(map(len, parts.values()))
     return results
 
@@ -69,17 +69,17 @@ def parts_by(examples: Sequence[Example], by: Sequence[str]) -> dict[str, dict[s
     return parts
 
 
-def _results(counts: NDArray[np.int64], queries: Sequence[str], bootstrap: BootstrapConfig | None) -> dict[str, Any]:
+def _results(counts: NDArray[np.int64], at: Layout, queries: Sequence[str], bootstrap: BootstrapConfig | None) -> dict[str, Any]:
     total = counts.sum(0)
-    point = {key: _known(value.tolist()) for key, value in scores(total).items()}
-    num_checked, num_fully_checked = consistency_counts(total)
+    point = {key: _known(value.tolist()) for key, value in scores(total, at).items()}
+    num_checked, num_fully_checked = consistency_counts(total, at)
     shares = dict(zip(CONSISTENCY, point.pop("consistency"), strict=True))
     return {
         **{key: point[key] for key in ("macro_f1", "accuracy", "good_f1", "class_f1", "step_accuracy", "parse_rate")},
         "num_examples": len(counts),
-        "confusion": confusion_of(total).tolist(),
+        "confusion": confusion_of(total, at).tolist(),
         "consistency": {**shares, "num_examples": num_checked, "num_fully_checked": num_fully_checked} if num_checked else None,
-        **({"confidence": _confidence(counts, queries, bootstrap)} if bootstrap and bootstrap.num_draws else {}),
+        **({"confidence": _confidence(counts, at, queries, bootstrap)} if bootstrap and bootstrap.num_draws else {}),
     }
 
 
@@ -90,9 +90,9 @@ def _known(value: Any) -> Any:
     return None if value != value else value
 
 
-def _confidence(counts: NDArray[np.int64], queries: Sequence[str], bootstrap: BootstrapConfig) -> dict[str, Any]:
+def _confidence(counts: NDArray[np.int64], at: Layout, queries: Sequence[str], bootstrap: BootstrapConfig) -> dict[str, Any]:
     sums = cluster_sums(counts, queries)
-    drawn = scores(resampled_sums(sums, bootstrap), sums.sum(0))
+    drawn = scores(resampled_sums(sums, bootstrap), at, sums.sum(0))
     settings = {"level": bootstrap.level, "num_draws": bootstrap.num_draws, "seed": bootstrap.seed, "num_queries": len(sums)}
     return {**settings, **shaped(drawn, lambda draws: percentile_interval(draws, bootstrap.level))}
 
@@ -117,7 +117,9 @@ def score_rows(schema: StepSchema, *results: Results) -> list[tuple[str, list[An
 
     Takes the `confidence` of results, too: the values are then intervals.
     """
-    names: list[tuple[str, str, int | None]] = [(f"Class {grade} F1", "class_f1", grade - 1) for grade in GRADES]
+    names: list[tuple[str, str, int | None]] = [
+        (f"Class {schema.grades.title(i)} F1", "class_f1", i) for i in range(len(schema.grades.names))
+    ]
     names += [(name, key, None) for key, name in SCORE_NAMES.items()]
     names += [(f"S{j} {spec.name.replace('_', ' ')}", "step_accuracy", j - 1) for j, spec in enumerate(schema.specs, start=1)]
     names += [("Responses that parse", "parse_rate", None)]

@@ -12,8 +12,9 @@ from pathlib import Path
 from typing import Any
 
 from srpo.core.errors import UserError
+from srpo.core.grades import Grades
 from srpo.core.jsonl import json_lines
-from srpo.data.examples import Example, grade_from
+from srpo.data.examples import Example
 
 RATINGS = ("good", "mid", "poor", "bad")  # the four-point scale of a page, best first
 VERDICTS = ("good", "same", "bad")  # of the system under test against the baseline
@@ -67,22 +68,23 @@ def read_pages(path: Path, name_a: str, name_b: str) -> Pages:
     return Pages(a, {query_id: b[query_id] for query_id in a}, keys.pop(), num_others)
 
 
-def read_judgments(path: Path) -> dict[tuple[str, str], int]:
-    """{(query_id, item_id): class 1..4} of a file of judgments. Raises UserError for another grade and for a second one."""
+def read_judgments(path: Path, grades: Grades) -> dict[tuple[str, str], int]:
+    """{(query_id, item_id): class, from 1} of a file of judgments. Raises UserError for another grade and for a second one."""
     judgments: dict[tuple[str, str], int] = {}
     for where, row in _rows(path, ("query_id", "item_id", "grade"), ()):
         pair = _text(row, "query_id", where), _text(row, "item_id", where)
-        if (grade := grade_from(row["grade"])) is None:
-            raise UserError(f"{where}: grade is {row['grade']!r}: give 1, 2, 3 or 4")
+        if (grade := grades.index(grades.read(row["grade"]))) is None:
+            raise UserError(f"{where}: grade is {row['grade']!r}: {grades.expected(row['grade'])}")
         if pair in judgments:
             raise UserError(f"{where}: a second grade of item {pair[1]!r} for query {pair[0]!r}: keep one")
-        judgments[pair] = grade
+        judgments[pair] = grade + 1
     return judgments
 
 
-def judged_examples(examples: Sequence[Example]) -> dict[tuple[str, str], int]:
-    """{(query_id, example_id): class 1..4} of the examples that have a grade."""
-    return {(e.query_id, e.example_id): e.grade for e in examples if e.grade is not None}
+def judged_examples(examples: Sequence[Example], grades: Grades) -> dict[tuple[str, str], int]:
+    """{(query_id, example_id): class, from 1} of the examples that have a grade."""
+    classes = (((e.query_id, e.example_id), grades.index(e.grade)) for e in examples)
+    return {pair: index + 1 for pair, index in classes if index is not None}
 
 
 def read_verdicts(path: Path, queries: Sequence[str]) -> dict[str, list[str]]:

@@ -19,7 +19,7 @@ from srpo.core.steps import StepSchema
 from srpo.data.examples import Example
 from srpo.scores.bootstrap import cluster_sums, percentile_interval, resampled_sums
 from srpo.scores.evaluation import parts_by, shaped
-from srpo.scores.tally import predicted_grade, scores, tally
+from srpo.scores.tally import Layout, scores, tally, true_grades
 
 _ROUNDING = 1e-12  # differences of two scores up to this size count as 0
 
@@ -47,8 +47,9 @@ def compare_systems(
         raise ValueError("give both systems one response to each of the same pairs, at least one, in the same order")
     settings = bootstrap or BootstrapConfig()
     tallies = [tally(rollouts, examples, schema) for rollouts in (rollouts_a, rollouts_b)]
+    grades = true_grades(examples, schema.grades)
     right_a, right_b = (
-        np.array([predicted_grade(r) == e.grade for r, e in zip(rollouts, examples, strict=True)])
+        np.array([schema.grades.index(r.answers[-1]) == grade for r, grade in zip(rollouts, grades, strict=True)])
         for rollouts in (rollouts_a, rollouts_b)
     )
     queries = [example.query_id for example in examples]
@@ -58,7 +59,7 @@ def compare_systems(
         return {
             "num_examples": len(rows),
             "num_queries": len(sums),
-            "difference": differences(sums, settings),
+            "difference": differences(sums, Layout.of(schema), settings),
             "mcnemar": mcnemar(right_a[rows], right_b[rows]),
         }
 
@@ -67,11 +68,11 @@ def compare_systems(
     return {**overall, "by": {tag: {v: compared(rows) for v, rows in values.items()} for tag, values in parts.items()}}
 
 
-def differences(sums: NDArray[np.float64], settings: BootstrapConfig) -> dict[str, Any]:
+def differences(sums: NDArray[np.float64], at: Layout, settings: BootstrapConfig) -> dict[str, Any]:
     """`summarized` difference of each score. `sums` [Q, 2 K]: sums over each query of the counts of A, then of those of B."""
     totals, draws = (np.split(counts, 2, axis=-1) for counts in (sums.sum(0), resampled_sums(sums, settings)))
-    point_a, point_b = map(scores, totals)
-    drawn_a, drawn_b = map(scores, draws, totals)
+    point_a, point_b = (scores(total, at) for total in totals)
+    drawn_a, drawn_b = (scores(drawn, at, total) for drawn, total in zip(draws, totals, strict=True))
     # Row 0 is the difference on all queries; the other rows are the draws.
     rows = {key: np.concatenate([(point_b[key] - point_a[key])[None], drawn_b[key] - drawn_a[key]]) for key in point_a}
     return shaped(rows, lambda column: summarized(column[0], column[1:], settings.level))

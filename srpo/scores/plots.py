@@ -19,7 +19,7 @@ from srpo.scores.evaluation import Results, score_rows
 
 Metrics = Sequence[Mapping[str, float | None]]  # lines of metrics.jsonl
 
-GRADE_NAMES = ("Irrelevant", "Mismatch", "Related", "Excellent")
+_PAPER_NAMES = {"L1": "L1 Irrelevant", "L2": "L2 Mismatch", "L3": "L3 Related", "L4": "L4 Excellent"}
 # Distinguishable with every kind of colour vision.
 COLORS = ("#0072B2", "#E69F00", "#009E73", "#CC79A7", "#D55E00", "#56B4E9", "#666666")
 INK, FAINT, BEFORE, AFTER = "#222222", "#8a8a8a", "#9aa5b1", "#0072B2"
@@ -130,9 +130,9 @@ def draw_curve(axes: Axes, metrics: Metrics, key: str, title: str, unit: str, co
         axes.set_ylim(bottom=min(0.0, float(values.min())))
 
 
-def draw_confusion(axes: Axes, results: Results, title: str, *, show_unparsed: bool) -> None:
+def draw_confusion(axes: Axes, results: Results, grades: Sequence[str], title: str, *, show_unparsed: bool) -> None:
     """The confusion matrix: counts, shaded by their share of the row (the true class)."""
-    counts = np.asarray(results["confusion"])[:, : 5 if show_unparsed else 4]
+    counts = np.asarray(results["confusion"])[:, : len(grades) + show_unparsed]
     shares = counts / np.maximum(counts.sum(1, keepdims=True), 1)
     axes.imshow(shares, cmap="Blues", vmin=0, vmax=1.15, aspect="auto")
     axes.grid(False)
@@ -143,8 +143,8 @@ def draw_confusion(axes: Axes, results: Results, title: str, *, show_unparsed: b
         middle: dict[str, Any] = {"ha": "center", "va": "center", "color": color}
         axes.text(j, i - 0.08, f"{100 * shares[i, j]:.0f} %", weight="bold" if i == j else "normal", **middle)
         axes.text(j, i + 0.24, f"{count:,}", size=7.5, alpha=0.75, **middle)
-    axes.set_xticks(range(counts.shape[1]), ["L1", "L2", "L3", "L4", "none"][: counts.shape[1]])
-    axes.set_yticks(range(4), [f"L{i} {name}" for i, name in enumerate(GRADE_NAMES, start=1)])
+    axes.set_xticks(range(counts.shape[1]), [*grades, "none"][: counts.shape[1]])
+    axes.set_yticks(range(len(grades)), [_PAPER_NAMES.get(name, name) for name in grades])
     axes.set_xlabel("verdict")
     axes.set_ylabel("human grade")
 
@@ -210,7 +210,7 @@ def draw_overview(
         scores, *matrices = bottom.subplots(1, 3, width_ratios=(1.3, 1, 1))
         draw_before_after(scores, before, after, schema)
         for axes, results, when in zip(matrices, (before, after), ("before", "after"), strict=True):
-            draw_confusion(axes, results, f"Verdicts {when}", show_unparsed=_any_unparsed(before, after))
+            draw_confusion(axes, results, schema.grades.names, f"Verdicts {when}", show_unparsed=_any_unparsed(before, after))
         matrices[1].set_yticks([])
         matrices[1].set_ylabel("")
     rewards, macro_f1 = top.subplots(1, 2, width_ratios=(2, 1))
@@ -221,7 +221,7 @@ def draw_overview(
 
 
 def _any_unparsed(before: Results, after: Results) -> bool:
-    return any(row[4] for results in (before, after) for row in results["confusion"])
+    return any(row[-1] for results in (before, after) for row in results["confusion"])
 
 
 def write_plots(
@@ -245,11 +245,12 @@ def write_plots(
         "mismatch_kl": ((6, 4), curve("rollout/mismatch_kl", "Disagreement of engine and trainer", "KL, nats per token")),
     }
     if before is not None and after is not None:
-        plots["confusion"] = (10, 4.2), lambda figure: _draw_two_confusions(figure, before, after)
+        plots["confusion"] = (10, 4.2), lambda figure: _draw_two_confusions(figure, schema, before, after)
     with mpl.rc_context(STYLE):
         return [_save(out_dir / f"{stem}.png", size, draw) for stem, (size, draw) in plots.items()]
 
 
-def _draw_two_confusions(figure: Figure, before: Results, after: Results) -> None:
+def _draw_two_confusions(figure: Figure, schema: StepSchema, before: Results, after: Results) -> None:
     for column, (results, title) in enumerate(((before, "Before"), (after, "After")), start=1):
-        draw_confusion(figure.add_subplot(1, 2, column), results, title, show_unparsed=_any_unparsed(before, after))
+        axes = figure.add_subplot(1, 2, column)
+        draw_confusion(axes, results, schema.grades.names, title, show_unparsed=_any_unparsed(before, after))

@@ -9,12 +9,10 @@ from typing import Any
 
 from srpo.core.batch import Rollout, read_rollouts
 from srpo.core.errors import UserError
+from srpo.core.grades import Grades
 from srpo.core.jsonl import json_lines
 from srpo.core.steps import StepSchema, StepSpec
-from srpo.data.examples import Example, grade_from
-
-# The schema of predictions that consist of a verdict alone.
-VERDICT_ONLY = StepSchema([StepSpec("verdict", r"\S")])
+from srpo.data.examples import Example
 
 
 @dataclass(frozen=True)
@@ -27,29 +25,35 @@ class Responses:
     num_others: int = 0  # rollouts of pairs that are not among the examples, which are left out
 
 
-def read_predictions(path: Path, schema: StepSchema | None = None) -> dict[str, tuple[str | None, ...]]:
-    """{example_id: answers} of a JSON Lines file: one answer, the verdict ("L3"), or with `schema` and "answers" all J.
+def verdict_only(grades: Grades) -> StepSchema:
+    """The schema of predictions that consist of a verdict alone."""
+    return StepSchema([StepSpec("verdict", r"\S")], grades)
 
-    A line is `{"example_id": "...", "prediction": 3}`, or 3.0, or null for no verdict; an optional `"answers"` [J] gives the
-    answer of every step, the last equal to the prediction. Either all lines have answers or none; other keys are ignored. Raises
-    UserError with file and line for an invalid or repeated line, and for an empty file.
+
+def read_predictions(path: Path, schema: StepSchema) -> dict[str, tuple[str | None, ...]]:
+    """{example_id: answers} of a JSON Lines file: one answer, the verdict ("L3"), or with "answers" all J.
+
+    A line is `{"example_id": "...", "prediction": "L3"}`, in any spelling that `schema.grades` reads, or null for no verdict; an
+    optional `"answers"` [J] gives the answer of every step, the last equal to the prediction. Either all lines have answers or
+    none; other keys are ignored. Raises UserError with file and line for an invalid or repeated line, and for an empty file.
     """
     predictions: dict[str, tuple[str | None, ...]] = {}
     want = '{"example_id": "...", "prediction": 1}'
     for where, row in json_lines(path, want):
         if missing := {"example_id", "prediction"} - row.keys():
             raise UserError(f"{where}: {min(missing)!r} is missing: each line must be {want}")
-        example_id, prediction = row["example_id"], grade_from(row["prediction"])
+        example_id, prediction = row["example_id"], schema.grades.read(row["prediction"])
         if not isinstance(example_id, str) and type(example_id) is not int:
             raise UserError(f"{where}: example_id is {example_id!r}: give a string or an integer")
         if prediction is None and row["prediction"] is not None:
-            raise UserError(f"{where}: prediction is {row['prediction']!r}: give 1, 2, 3, 4, or null for none")
+            raise UserError(
+                f"{where}: prediction is {row['prediction']!r}: {schema.grades.expected(row['prediction'])}, or null for none"
+            )
         if str(example_id) in predictions:
             raise UserError(f"{where}: a second prediction of {example_id!r}: keep one per example")
-        verdict = None if prediction is None else f"L{prediction}"
-        answers = (verdict,)
-        if schema is not None and row.get("answers") is not None:
-            answers = _answers(row["answers"], verdict, schema, where)
+        answers = (prediction,)
+        if row.get("answers") is not None:
+            answers = _answers(row["answers"], prediction, schema, where)
         if predictions and len(answers) != len(next(iter(predictions.values()))):
             raise UserError(f"{where}: some lines have answers and some have none: give answers in all lines or in none")
         predictions[str(example_id)] = answers
@@ -81,7 +85,7 @@ def _answers(answers: Any, verdict: str | None, schema: StepSchema, where: str) 
 def from_predictions(
     predictions: Mapping[str, Sequence[str | None]], examples: Sequence[Example], schema: StepSchema, limit: int = 0
 ) -> Responses:
-    """Responses made of predictions, for all examples or the first `limit`; predictions of verdicts alone get VERDICT_ONLY.
+    """Responses made of predictions, for all examples or the first `limit`; predictions of verdicts alone get `verdict_only`.
 
     Raises UserError if an example has no prediction, and for a prediction of a pair that is not among `examples`.
     """
@@ -99,11 +103,11 @@ def from_predictions(
 
 
 def verdicts_alone(responses: Responses) -> Responses:
-    """The same responses reduced to their verdicts, under VERDICT_ONLY."""
+    """The same responses reduced to their verdicts, under `verdict_only`."""
     return Responses(
         [replace(r, step_ends=r.step_ends[-1:], answers=r.answers[-1:]) for r in responses.rollouts],
         [replace(e, gold=e.gold[-1:], truth=()) for e in responses.examples],
-        VERDICT_ONLY,
+        verdict_only(responses.schema.grades),
         responses.num_others,
     )
 

@@ -17,25 +17,25 @@ from numpy.typing import NDArray
 
 from srpo.core.config.evaluation import BootstrapConfig, PagesConfig
 from srpo.core.errors import UserError
+from srpo.core.grades import Grades
 from srpo.scores.bootstrap import resampled_sums
 from srpo.scores.pages import RATINGS, VERDICTS, Pages
 from srpo.scores.paired import summarized
 
-GOOD_GRADES = (3, 4)
 GOOD_RATINGS = RATINGS[:2]
 # Columns [K] of the counts of a query.
 _COLUMNS = ("requests", "item_a", "item_b", "page_a", "page_b", *VERDICTS)
 
 
-def good_frac(grades: Sequence[int]) -> float:
-    """Share of items of class 3 or 4 on a page."""
-    return sum(grade in GOOD_GRADES for grade in grades) / len(grades)
+def good_frac(classes: Sequence[int], scale: Grades) -> float:
+    """Share of items of a good class (3 and 4 of the paper's) on a page."""
+    return sum(number - 1 in scale.good_classes for number in classes) / len(classes)
 
 
-def rating_of(grades: Sequence[int], bounds: Sequence[float]) -> str:
-    """Rating of a page without a human rating: good, mid or poor if its share of items of class 3 or 4 is at least the bound of
-    that rating, else bad."""
-    share = good_frac(grades)
+def rating_of(classes: Sequence[int], bounds: Sequence[float], scale: Grades) -> str:
+    """Rating of a page without a human rating: good, mid or poor if its share of good items is at least the bound of that
+    rating, else bad."""
+    share = good_frac(classes, scale)
     return next((rating for rating, bound in zip(RATINGS, bounds, strict=False) if share >= bound), RATINGS[-1])
 
 
@@ -53,13 +53,14 @@ def side_by_side(
     settings: PagesConfig,
     tags: Mapping[str, Mapping[str, str]],
     *,
+    scale: Grades,
     by: Sequence[str] = ("query_type",),
     bootstrap: BootstrapConfig | None = None,
 ) -> dict[str, Any]:
     """The online metrics, JSON-able, B against A:
 
     - `item_goodrate: {a, b, difference, interval, b_higher_frac, equal_frac}`: mean over queries of the share of shown items of
-      class 3 or 4;
+      a good class;
     - `query_goodrate`: the same form, the share of queries whose page is rated good or mid; `ratings_by`: "people", or "item
       classes" if the pages have no rating;
     - `gsb: {gsb, interval, positive_frac, good, same, bad, num_comparisons}`, shares of the comparisons; `verdicts_by`;
@@ -75,12 +76,14 @@ def side_by_side(
     for query_id in pages.a:
         both = grades_a[query_id], grades_b[query_id]
         ratings = [
-            page.rating or rating_of(grades, settings.rating_bounds)
+            page.rating or rating_of(grades, settings.rating_bounds, scale)
             for page, grades in zip((pages.a[query_id], pages.b[query_id]), both, strict=True)
         ]
         votes = [verdict_of(*both, settings.verdict_margin)] if verdicts is None else verdicts.get(query_id, ())
         counts = [sum(verdict == name for verdict in votes) for name in VERDICTS]
-        rows.append([1, *map(good_frac, both), *(rating in GOOD_RATINGS for rating in ratings), *counts])
+        rows.append(
+            [1, *(good_frac(classes, scale) for classes in both), *(rating in GOOD_RATINGS for rating in ratings), *counts]
+        )
     table = np.array(rows, dtype=np.float64)
     results = {
         "ratings_by": "people" if rated == {True} else "item classes",

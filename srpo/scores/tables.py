@@ -57,9 +57,10 @@ def _cells(schema: StepSchema, *results: Results) -> list[tuple[str, ...]]:
 
 
 def _parted(rows: Sequence[Sequence[str]], schema: StepSchema) -> list[Sequence[Sequence[str]]]:
-    """The rows in three parts: the 7 scores of Table 1; the accuracy of the steps and the parse rate; consistency."""
-    num_scores = 7 + schema.num_steps + 1
-    return [rows[:7], rows[7:num_scores], rows[num_scores:]]
+    """The rows in three parts: the scores of Table 1; the accuracy of the steps and the parse rate; consistency."""
+    num_verdict = len(schema.grades.names) + 3
+    num_scores = num_verdict + schema.num_steps + 1
+    return [rows[:num_verdict], rows[num_verdict:num_scores], rows[num_scores:]]
 
 
 def _interval_note(results: Results) -> str:

@@ -7,7 +7,9 @@ from dataclasses import dataclass
 
 from srpo.core.batch import Rollout
 from srpo.core.config.train import Config
-from srpo.core.steps import StepSchema, StepSpec
+from srpo.core.grades import Grades
+from srpo.core.step_presets import StepsConfig
+from srpo.core.steps import StepSchema
 from srpo.training.credit import group_scores
 
 _NOT_GRADED = ("skip", "no_verdict")
@@ -55,7 +57,8 @@ class RecordSettings:
     judge_error_rate: float
     scalar: str
     missing_verdict: float
-    steps: tuple[StepSpec, ...]
+    steps: StepsConfig
+    grades: Grades
 
     @classmethod
     def from_config(cls, cfg: Config, shard_examples: int) -> RecordSettings:
@@ -82,6 +85,7 @@ class RecordSettings:
             scalar=reward.scalar,
             missing_verdict=reward.missing_verdict,
             steps=cfg.steps,
+            grades=cfg.grades,
         )
 
 

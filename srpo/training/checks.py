@@ -20,7 +20,7 @@ from srpo.rewards.hybrid import score
 from srpo.rewards.judge import Judge, OracleJudge
 from srpo.rewards.judge_service import check_service
 from srpo.rollout.engine import SamplingParams, check_prompts
-from srpo.scores.tally import check_verdicts, true_grades
+from srpo.scores.tally import true_grades
 from srpo.training.stream import quota
 
 
@@ -160,8 +160,6 @@ def _check_sampler(cfg: Config) -> None:
             "without differences, and a group of one has none; set sampler.refill to 0 or rollout.group_size to 2 or more"
         )
     check_curriculum(cfg)
-    if cfg.data.eval:
-        check_verdicts(StepSchema(cfg.steps))
 
 
 def _check_loss(cfg: Config) -> None:
@@ -221,7 +219,7 @@ def check_examples(
     if isinstance(judge, OracleJudge):
         _check_truths(examples, schema)
     if eval_examples:
-        true_grades(eval_examples)
+        true_grades(eval_examples, schema.grades)
 
 
 def seen_in_training(examples: Sequence[Example], eval_examples: Sequence[Example]) -> str:

@@ -40,7 +40,7 @@ def evaluate_policy(
     With `parallel` the call is collective: each rank decodes its share, and all ranks return the same. Raises UserError for an
     example without a grade or with a prompt that does not fit.
     """
-    true_grades(examples)
+    true_grades(examples, schema.grades)
     rank, world_size = (parallel.rank, parallel.world_size) if parallel is not None else (0, 1)
     params = SamplingParams(max_new_tokens, temperature=1.0, top_k=0, group_size=1, stop_ids=stop_ids(tokenizer), greedy=True)
     indices = range(rank, len(examples), world_size)

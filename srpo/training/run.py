@@ -94,16 +94,16 @@ class Run:
         """
         check_settings(cfg, parallel.world_size)
         check_device(cfg.policy, parallel)
-        schema = StepSchema(cfg.steps)
+        schema = cfg.schema
 
         def read(path: str) -> list[Example]:
-            examples = load_examples(path, schema.num_steps, options=schema.options)
+            examples = load_examples(path, schema)
             return with_attacks(examples, cfg.data.adversarial_frac, cfg.seed, schema)
 
         stages = load_stages(cfg, read)
         examples = all_examples(stages)
         limit = cfg.train.eval_examples
-        eval_examples = load_examples(cfg.data.eval, schema.num_steps, limit, options=schema.options) if cfg.data.eval else []
+        eval_examples = load_examples(cfg.data.eval, schema, limit) if cfg.data.eval else []
         tokenizer = load_tokenizer(cfg.policy.path, cfg.policy.bos)
         for other in (cfg.policy.reference, cfg.critic.path):
             if other:

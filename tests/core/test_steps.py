@@ -6,9 +6,10 @@ import time
 
 import pytest
 
-from srpo.core.steps import PAPER_STEPS, ParsedText, StepSchema, parse_response, same_answer
+from srpo.core.step_presets import PAPER
+from srpo.core.steps import ParsedText, parse_response, same_answer
 
-SCHEMA = StepSchema(PAPER_STEPS)
+SCHEMA = PAPER
 WORLD = [
     "1. Query intent: shoes/sneakers; color not red; waterproof yes\n",
     "2. Item: shoes/boots; color blue; material leather\n",

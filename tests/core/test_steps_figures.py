@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import pytest
 
-from srpo.core.steps import PAPER_STEPS, StepSchema
+from srpo.core.step_presets import PAPER
 
-SCHEMA = StepSchema(PAPER_STEPS)
+SCHEMA = PAPER
 
 # Responses of the paper, as printed.
 FIGURE_4 = """\

@@ -13,10 +13,11 @@ from hypothesis import HealthCheck, given, note, settings
 from hypothesis import strategies as st
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 
-from srpo.core.steps import PAPER_STEPS, REGEX_FLAGS, ParsedResponse, StepSchema, StepSpec, parse_response
+from srpo.core.step_presets import PAPER, PAPER_STEPS
+from srpo.core.steps import REGEX_FLAGS, ParsedResponse, StepSchema, StepSpec, parse_response
 
 NUM_RESPONSES = 20_000 if os.environ.get("HYPOTHESIS_PROFILE") == "nightly" else 800
-SCHEMA = StepSchema(PAPER_STEPS)
+SCHEMA = PAPER
 J = SCHEMA.num_steps
 
 LINES = {

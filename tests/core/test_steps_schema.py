@@ -7,7 +7,8 @@ from dataclasses import replace
 
 import pytest
 
-from srpo.core.steps import PAPER_STEPS, StepSchema, StepSpec
+from srpo.core.step_presets import PAPER, PAPER_STEPS
+from srpo.core.steps import StepSchema, StepSpec
 
 TOML = """
 [[steps]]
@@ -37,7 +38,7 @@ def test_a_schema_of_another_length_comes_from_toml() -> None:
 
 def test_the_paper_s_coefficients() -> None:
     assert [spec.reward for spec in PAPER_STEPS] == [0.2, 0.2, 0.2, 0.2, 1.0]
-    assert StepSchema(PAPER_STEPS).max_reward == pytest.approx(1.8, abs=1e-12)
+    assert PAPER.max_reward == pytest.approx(1.8, abs=1e-12)
 
 
 @pytest.mark.parametrize(

@@ -7,14 +7,15 @@ from dataclasses import replace
 import pytest
 
 from srpo.core.errors import UserError
-from srpo.core.steps import PAPER_STEPS, StepSchema
+from srpo.core.step_presets import PAPER, PAPER_STEPS
+from srpo.core.steps import StepSchema
 from srpo.data.adversarial import with_attacks
 from srpo.data.prompts import build_prompt
 from srpo.data.rows import row_from_example
 from srpo.data.tokenizer import encode, encode_prompts, train_tokenizer
 from srpo.data.world import World
 
-SCHEMA = StepSchema(PAPER_STEPS)
+SCHEMA = PAPER
 PAIRS = list(World(0).examples("train", 2000))
 
 

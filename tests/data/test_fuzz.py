@@ -20,7 +20,7 @@ from srpo.core.config.train import Config
 from srpo.core.errors import UserError
 from srpo.core.jsonl import json_file
 from srpo.core.settings import apply_toml, dump_toml
-from srpo.core.steps import PAPER_STEPS, StepSchema
+from srpo.core.step_presets import PAPER
 from srpo.data.examples import Example
 from srpo.data.pairs import read_pairs
 from srpo.data.preferences import read_preferences
@@ -33,7 +33,7 @@ from srpo.scores.pages import read_judgments as read_page_judgments
 from srpo.scores.pages import read_pages, read_verdicts
 from srpo.scores.responses import read_predictions
 
-SCHEMA = StepSchema(PAPER_STEPS)
+SCHEMA = PAPER
 OPTIONS = SCHEMA.options
 GOLD = (None, None, "related", "conflict", "L1")
 EXAMPLES = [

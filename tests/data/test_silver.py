@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from srpo.core.steps import PAPER_STEPS, StepSchema
+from srpo.core.step_presets import PAPER
 from srpo.data.examples import Example
 from srpo.data.readers import load_examples, split_by_query
 from srpo.data.silver import Lexicon, silver_response
@@ -17,7 +17,7 @@ from srpo.data.world import GRADE_TABLE
 
 SHARED = Path(os.environ.get("SRPO_SHARED_DATA") or Path(__file__).parents[2].parent / "shared" / "data")
 DUMP = SHARED / "esci_us"
-SCHEMA = StepSchema(PAPER_STEPS)
+SCHEMA = PAPER
 LEXICON = Lexicon(
     brands=frozenset({"nike", "to boot new york", "york"}),
     colors=frozenset({"red", "black", "white"}),

@@ -7,14 +7,14 @@ import secrets
 import pytest
 
 from srpo.core.config.demo import TeacherBias
-from srpo.core.steps import PAPER_STEPS, StepSchema
+from srpo.core.step_presets import PAPER
 from srpo.data.catalogue import ATTRIBUTES, CATALOGUE
 from srpo.data.examples import Example
 from srpo.data.teacher import teach
 from srpo.data.world import Facts, World
 
 NO_BIAS = TeacherBias(0.0, 0.0, 0.0, 0.0, 0.0)
-SCHEMA = StepSchema(PAPER_STEPS)
+SCHEMA = PAPER
 
 
 def examples(num: int) -> list[Example]:

@@ -6,11 +6,11 @@ from typing import Any
 
 from srpo.core.batch import Rollout
 from srpo.core.config.train import RewardConfig
-from srpo.core.steps import PAPER_STEPS, StepSchema
+from srpo.core.step_presets import PAPER
 from srpo.data.examples import Example
 from srpo.rewards.judge import GenerativeJudge
 
-SCHEMA = StepSchema(PAPER_STEPS)
+SCHEMA = PAPER
 EXAMPLE = Example("a", "q", "boots", "Red boots")
 KEY = "sk-2f9e-secret"
 SETTINGS = RewardConfig(

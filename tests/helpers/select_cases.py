@@ -13,7 +13,7 @@ import torch
 
 from srpo.core.config.selection import SelectConfig
 from srpo.core.config.train import DataConfig, RewardConfig, RolloutConfig
-from srpo.core.steps import PAPER_STEPS, StepSchema
+from srpo.core.step_presets import PAPER
 from srpo.data.examples import Example
 from srpo.data.prompts import build_prompt
 from srpo.data.readers import write_examples
@@ -23,7 +23,7 @@ from srpo.rewards.judge import OracleJudge
 from srpo.rollout.engine import Sample, SamplingParams
 from srpo.select import Parts, records_dir
 
-SCHEMA = StepSchema(PAPER_STEPS)
+SCHEMA = PAPER
 RESPONSE = """1. Query intent: {}
 2. Item: boots; color blue
 3. Category match: {}

@@ -15,12 +15,12 @@ from torch import nn
 
 from srpo.core.batch import Batch, Rollout, pack
 from srpo.core.config.train import Config
-from srpo.core.steps import PAPER_STEPS, StepSchema
+from srpo.core.step_presets import PAPER, PAPER_STEPS
 from srpo.policy.parallel import Parallel
 from srpo.training.credit import assign_credit
 from srpo.training.update import Objective, update
 
-SCHEMA = StepSchema(PAPER_STEPS)
+SCHEMA = PAPER
 NAMES = [spec.name for spec in PAPER_STEPS]
 MAX_NEW, VOCAB, GROUPS, SIZE = 40, 7, 3, 4
 ONE = Parallel(0, 1, 0, torch.device("cpu"))

@@ -8,7 +8,8 @@ from collections import Counter
 import pytest
 
 from srpo.core.batch import Rollout
-from srpo.core.steps import PAPER_STEPS, StepSchema
+from srpo.core.step_presets import PAPER
+from srpo.core.steps import StepSchema
 from srpo.data.examples import Example
 from srpo.data.prompts import build_prompt
 from srpo.judge_training.hard_cases import CASE_PROMPT, Case, case_example, make_case, mine, verdict_steps
@@ -16,7 +17,7 @@ from srpo.rewards.hybrid import score
 from srpo.rewards.verdicts import judge_prompt, parse_verdicts, render_verdicts
 from srpo.training.credit import group_scores
 
-SCHEMA = StepSchema(PAPER_STEPS)
+SCHEMA = PAPER
 RESPONSE = "1. Query intent: boots\n2. Item: boots\n3. Category match: match\n4. Attribute match: conflict\n5. Verdict: L2"
 EXAMPLE = Example("e", "q", "boots", "Boots", gold=(None, None, "match", "match", None), tags={"query_type": "plain"})
 T, F = True, False

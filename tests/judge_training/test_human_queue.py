@@ -9,12 +9,12 @@ from typing import Any
 
 import pytest
 
-from srpo.core.steps import PAPER_STEPS, StepSchema
+from srpo.core.step_presets import PAPER, PAPER_STEPS
 from srpo.data.examples import Example
 from srpo.judge_training.hard_cases import Case
 from srpo.judge_training.human_queue import fill_in, queue_lines, read_queue, verified_cases
 
-SCHEMA = StepSchema(PAPER_STEPS)
+SCHEMA = PAPER
 EXAMPLES = {n: Example(n, "q", "boots", "Boots", fields={"brand": "Acme"}) for n in "abc"}
 CASES = [
     Case(

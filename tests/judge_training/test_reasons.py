@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from srpo.core.steps import PAPER_STEPS, StepSchema, StepSpec
+from srpo.core.step_presets import PAPER
+from srpo.core.steps import StepSchema, StepSpec
 from srpo.judge_training.reasons import simulated_reasons
 
 TRUTH = ("shoes sneakers; color not red", "shoes boots", "related", None, "L2")
@@ -10,7 +11,7 @@ TRUTH = ("shoes sneakers; color not red", "shoes boots", "related", None, "L2")
 
 def test_reasons_state_the_truth() -> None:
     answers = ("shoes sneakers; color red", "shoes boots", None, "match", "L2")
-    assert simulated_reasons(answers, TRUTH, (False, True, False, None, True), StepSchema(PAPER_STEPS)) == (
+    assert simulated_reasons(answers, TRUTH, (False, True, False, None, True), PAPER) == (
         "the query wants shoes sneakers; color not red",
         "the item shows shoes boots",
         "the categories are a related",
@@ -20,7 +21,7 @@ def test_reasons_state_the_truth() -> None:
 
 
 def test_an_annotator_who_errs_believes_what_it_says() -> None:
-    schema = StepSchema(PAPER_STEPS)
+    schema = PAPER
     answers = ("shoes sneakers; color red", "shoes boots", "match", "match", "L2")
     passed, rejected, *_ = simulated_reasons(answers, TRUTH, (True, False, None, None, None), schema)
     assert (passed, rejected) == ("the query wants shoes sneakers; color red", None)

@@ -12,11 +12,12 @@ import pytest
 from srpo.core.batch import Rollout
 from srpo.core.config.train import RewardConfig
 from srpo.core.errors import UserError
-from srpo.core.steps import PAPER_STEPS, StepSchema
+from srpo.core.step_presets import PAPER
+from srpo.core.steps import StepSchema
 from srpo.data.examples import Example
 from srpo.rewards.audit import Audit, asked_counts, audit, audit_counts
 
-SCHEMA = StepSchema(PAPER_STEPS)
+SCHEMA = PAPER
 GOLD = (None, None, "match", "unclear", "L3")
 EXAMPLES = [Example("a", "q", "boots", "Red boots", gold=GOLD), Example("b", "q", "boots", "Hat")]
 CFG = RewardConfig(audit="warn", audit_warmup=3, audit_decay=0.5, audit_bound=0.2, audit_min=1)

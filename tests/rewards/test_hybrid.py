@@ -9,12 +9,13 @@ from dataclasses import replace
 import pytest
 
 from srpo.core.batch import Rollout
-from srpo.core.steps import PAPER_STEPS, StepSchema, StepSpec
+from srpo.core.step_presets import PAPER, PAPER_STEPS
+from srpo.core.steps import StepSchema, StepSpec
 from srpo.data.examples import Example
 from srpo.rewards.hybrid import score
 from srpo.rewards.judge import Verdicts
 
-SCHEMA = StepSchema(PAPER_STEPS)
+SCHEMA = PAPER
 RIGHT = ("shoes; color red", "shoes; color red", "match", "match", "L4")
 
 

@@ -14,7 +14,7 @@ from plain_tokenizer import PlainTokenizer
 
 from srpo.core.batch import Rollout
 from srpo.core.errors import UserError
-from srpo.core.steps import PAPER_STEPS, StepSchema
+from srpo.core.step_presets import PAPER
 from srpo.data.examples import Example
 from srpo.data.tokenizer import train_tokenizer
 from srpo.rewards.engine_writer import EngineWriter
@@ -25,7 +25,7 @@ from srpo.rewards.verdicts import judge_prompt
 from srpo.rollout.engine import Sample, SamplingParams
 from srpo.rollout.vllm.process import EngineError
 
-SCHEMA = StepSchema(PAPER_STEPS)
+SCHEMA = PAPER
 TRUTH = ("shoes/boots; color not red; size 4", "shoes/boots", "match", "unclear", "L3")
 EXAMPLE = Example("a", "q", "boots", "Red boots", gold=(None, None, "match", "unclear", "L3"), truth=TRUTH)
 

@@ -10,7 +10,8 @@ from srpo.core.batch import Rollout
 from srpo.core.config.demo import DemoConfig
 from srpo.core.config.train import Config
 from srpo.core.settings import load
-from srpo.core.steps import PAPER_STEPS, StepSchema
+from srpo.core.step_presets import PAPER_STEPS
+from srpo.core.steps import StepSchema
 from srpo.data.examples import Example
 from srpo.demo import train_config
 from srpo.rewards.hybrid import score

@@ -23,7 +23,7 @@ from judge_server import free_port
 from srpo.core.batch import Rollout
 from srpo.core.config.demo import TinyConfig
 from srpo.core.config.train import RewardConfig, VllmConfig
-from srpo.core.steps import PAPER_STEPS, StepSchema
+from srpo.core.step_presets import PAPER
 from srpo.data.tokenizer import load_tokenizer
 from srpo.policy.model import make_tiny
 from srpo.rewards.build import build_judge, open_service_judge, open_vllm_judge
@@ -34,7 +34,7 @@ from srpo.rollout.vllm.settings import worker_environment
 
 pytestmark = pytest.mark.vllm
 
-SCHEMA = StepSchema(PAPER_STEPS)
+SCHEMA = PAPER
 # vLLM's CPU attention needs a head size of at least 32.
 SIZE = TinyConfig(
     hidden_size=64, num_layers=2, num_heads=2, num_kv_heads=1, head_dim=32, num_experts=4, expert_size=64, max_context=256

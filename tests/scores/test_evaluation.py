@@ -12,13 +12,13 @@ from sklearn.metrics import accuracy_score, confusion_matrix, f1_score
 
 from srpo.core.batch import Rollout
 from srpo.core.config.evaluation import BootstrapConfig
-from srpo.core.steps import PAPER_STEPS, StepSchema
+from srpo.core.step_presets import PAPER
 from srpo.data.examples import Example
 from srpo.scores.evaluation import consistency_rows, results_dict, score_rows
 from srpo.scores.paired import compare_systems
 from srpo.scores.tally import parses, predicted_grade
 
-SCHEMA = StepSchema(PAPER_STEPS)
+SCHEMA = PAPER
 RIGHT = ("shoes/boots; color not red", "shoes/boots; color blue", "match", "match", "L4")
 
 

@@ -10,10 +10,10 @@ from judged_pairs import flat, random_examples, random_rollouts, slow_interval, 
 from scipy.stats import binomtest
 
 from srpo.core.config.evaluation import BootstrapConfig
-from srpo.core.steps import PAPER_STEPS, StepSchema
+from srpo.core.step_presets import PAPER
 from srpo.scores.paired import compare_systems, mcnemar, sign_test, summarized
 
-SCHEMA = StepSchema(PAPER_STEPS)
+SCHEMA = PAPER
 
 
 @pytest.mark.parametrize("seed", range(10))

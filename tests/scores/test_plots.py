@@ -11,10 +11,10 @@ import pytest
 from judged_pairs import verdict_results
 from matplotlib.figure import Figure
 
-from srpo.core.steps import PAPER_STEPS, StepSchema
+from srpo.core.step_presets import PAPER, PAPER_STEPS
 from srpo.scores.plots import draw_before_after, draw_confusion, draw_macro_f1, draw_rewards, series, smooth, spread, write_plots
 
-SCHEMA = StepSchema(PAPER_STEPS)
+SCHEMA = PAPER
 
 
 def metrics(num_steps: int) -> list[dict[str, float | None]]:

@@ -8,7 +8,8 @@ from typing import Any
 import pytest
 
 from srpo.core.batch import Rollout, write_rollouts
-from srpo.core.steps import PAPER_STEPS, StepSchema
+from srpo.core.step_presets import PAPER, PAPER_STEPS
+from srpo.core.steps import StepSchema
 from srpo.data.examples import Example
 from srpo.scores.evaluation import results_dict
 from srpo.scores.responses import (
@@ -21,7 +22,7 @@ from srpo.scores.responses import (
     verdicts_alone,
 )
 
-SCHEMA = StepSchema(PAPER_STEPS)
+SCHEMA = PAPER
 ANSWERS = ("shoes", "boots; color red", "related", "match")
 EXAMPLES = [
     Example(

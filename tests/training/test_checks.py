@@ -13,7 +13,8 @@ from srpo.core.config.dpo import DpoConfig
 from srpo.core.config.sft import SftConfig
 from srpo.core.config.train import Config, DataConfig, PolicyConfig
 from srpo.core.errors import UserError
-from srpo.core.steps import PAPER_STEPS, StepSchema
+from srpo.core.step_presets import PAPER
+from srpo.core.steps import StepSchema
 from srpo.data.examples import Example
 from srpo.dpo import dpo
 from srpo.judge_training.scalar import train_scalar
@@ -33,7 +34,7 @@ from srpo.training.checks import (
 from srpo.training.run import Run
 
 GOOD = Config(data=DataConfig(train="pairs.jsonl"))
-SCHEMA = StepSchema(PAPER_STEPS)
+SCHEMA = PAPER
 LABELLED = Example("e1", "q", "query", "title", gold=(None, None, "match", "match", "L4"), truth=("a", "b", None, None, None))
 
 

@@ -14,10 +14,10 @@ from srpo.algorithm.losses import sequence_weights
 from srpo.core.batch import Rollout
 from srpo.core.config.train import AdvantageConfig, LossConfig, SamplerConfig
 from srpo.core.metrics import check_key
-from srpo.core.steps import PAPER_STEPS, StepSchema
+from srpo.core.step_presets import PAPER
 from srpo.training.credit import Credit, assign_credit, group_scores, rollout_metrics, training_groups, verified_rewards
 
-SCHEMA = StepSchema(PAPER_STEPS)
+SCHEMA = PAPER
 RIGHT = (0.2, 0.2, 0.2, 0.2, 1.0)
 WRONG = (0.0,) * 5
 WIDE = SamplerConfig(difficulty_low=-1.0, difficulty_high=2.0)

@@ -6,8 +6,10 @@ from dataclasses import dataclass, field
 from typing import Annotated, Literal
 
 from srpo.core.config.train import OptimizerConfig, PolicyConfig
+from srpo.core.grades import Grades
 from srpo.core.ranges import Count, NonNegative, Positive, Range, Seed, Size
-from srpo.core.steps import PAPER_STEPS, StepSpec
+from srpo.core.step_presets import StepsConfig
+from srpo.core.steps import StepSchema
 
 
 @dataclass(frozen=True)
@@ -34,7 +36,8 @@ class DpoConfig:
     # With rollouts: graded examples, whose labels decide which verdict is right; empty: the rewards in the rollouts decide
     data: str = ""
     rules: PairRules = field(default_factory=PairRules)
-    steps: tuple[StepSpec, ...] = PAPER_STEPS  # reasoning steps of a response, [[steps]] in TOML; a file replaces all of them
+    steps: StepsConfig = field(default_factory=StepsConfig)
+    grades: Grades = field(default_factory=Grades)
     num_steps: Size = 200  # number of optimizer steps
     batch_size: Size = 32  # pairs per optimizer step, over all ranks
     micro_batch_tokens: Size = 16384  # most tokens in one forward and backward pass; lower it if memory runs out
@@ -45,3 +48,8 @@ class DpoConfig:
     label_smoothing: Annotated[float, Range(0, 0.5, below=True)] = 0.0  # assumed share of wrong preferences, from 0 to below 0.5
     policy: PolicyConfig = field(default_factory=PolicyConfig)
     optimizer: OptimizerConfig = field(default_factory=lambda: OptimizerConfig(lr=1e-6, warmup_steps=10, schedule="linear"))
+
+    @property
+    def schema(self) -> StepSchema:
+        """The steps and grades of these settings."""
+        return self.steps.schema(self.grades)

@@ -27,7 +27,7 @@ class EvaluateConfig:
 
     checkpoint: str = ""  # folder of a Hugging Face checkpoint, whose responses are decoded greedily
     rollouts: str = ""  # instead of a checkpoint: a rollouts.jsonl to score
-    # Instead of a checkpoint: JSON Lines of example_id, prediction (1..4 or null) and, optionally, answers [J]
+    # Instead of a checkpoint: JSON Lines of example_id, prediction (a grade or null) and, optionally, answers [J]
     predictions: str = ""
     data: str = ""  # graded examples (docs/data.md); empty: data.eval of the run's settings
     # TOML file with steps, data.prompt and rollout.max_new_tokens; empty: config.toml of the run that the checkpoint is from
@@ -47,12 +47,12 @@ class PagesConfig:
     """Ranked lists of two systems and how they are compared (5.1.2, Table 7). Raises UserError for bounds that do not fall."""
 
     file: str = ""  # JSON Lines of system, query_id and item_ids (or example_ids of data), best first; optionally rating and tags
-    judgments: str = ""  # JSON Lines of query_id, item_id and grade (1..4); not needed for lists of example_ids
+    judgments: str = ""  # JSON Lines of query_id, item_id and grade; not needed for lists of example_ids
     # JSON Lines of query_id and verdict (good, same, bad: B against A), optionally assessor; empty: compare mean classes
     verdicts: str = ""
     top_n: Size = 10  # number of items of a list that count, from its top
     unjudged: Literal["refuse", "leave_out"] = "refuse"  # a listed item without a grade: an error, or counted and left out
-    # For pages without a rating: least share of items of class 3 or 4 on a good, a mid and a poor page
+    # For pages without a rating: least share of items of a good grade on a good, a mid and a poor page
     rating_bounds: tuple[Fraction, Fraction, Fraction] = (0.8, 0.6, 0.3)
     verdict_margin: NonNegative = 0.0  # without verdicts: a page wins if its mean class is higher by more than this
 

@@ -7,8 +7,10 @@ from typing import Annotated, Literal
 
 from srpo.core.config.sft import SftConfig
 from srpo.core.config.train import LossConfig, OptimizerConfig, RolloutConfig, SamplerConfig, TrainConfig
+from srpo.core.grades import Grades
 from srpo.core.ranges import LARGEST_INT, Count, Finite, Fraction, Range, Size
-from srpo.core.steps import PAPER_STEPS, StepSpec
+from srpo.core.step_presets import StepsConfig
+from srpo.core.steps import StepSchema
 
 
 @dataclass(frozen=True)
@@ -58,7 +60,13 @@ class JudgeConfig:
     max_new_tokens: Size = 256  # longest text of verdicts on one response, in tokens
     held_out: Size = 200  # number of judgments, from the end, that measure the judge and do not train it
     num_votes: Size = 8  # verdicts sampled on each held-out response; their share of "correct" is the judge's confidence
-    steps: tuple[StepSpec, ...] = PAPER_STEPS  # reasoning steps of a response, [[steps]] in TOML; a file replaces all of them
+    steps: StepsConfig = field(default_factory=StepsConfig)
+    grades: Grades = field(default_factory=Grades)
     sft: SftConfig = field(default_factory=lambda: SftConfig(num_steps=500))
     mine: MineConfig = field(default_factory=MineConfig)
     grpo: JudgeGrpoConfig = field(default_factory=JudgeGrpoConfig)
+
+    @property
+    def schema(self) -> StepSchema:
+        """The steps and grades of these settings."""
+        return self.steps.schema(self.grades)

@@ -10,6 +10,7 @@ import math
 from dataclasses import dataclass, field
 from typing import Annotated, Literal
 
+from srpo.core.grades import Grades
 from srpo.core.ranges import (
     BelowOne,
     Count,
@@ -24,7 +25,8 @@ from srpo.core.ranges import (
     Size,
     Temperature,
 )
-from srpo.core.steps import PAPER_STEPS, StepSpec
+from srpo.core.step_presets import StepsConfig
+from srpo.core.steps import StepSchema
 
 
 @dataclass(frozen=True)
@@ -257,7 +259,8 @@ class Config:
     run_dir: str = "runs/train"  # folder for everything that the run writes; it belongs to one configuration
     seed: Seed = 0  # seed of all random draws
     num_steps: Count = 200  # number of optimizer steps, each a rollout batch with loss.num_updates updates
-    steps: tuple[StepSpec, ...] = PAPER_STEPS  # reasoning steps of a response, [[steps]] in TOML; a file replaces all of them
+    steps: StepsConfig = field(default_factory=StepsConfig)
+    grades: Grades = field(default_factory=Grades)
     data: DataConfig = field(default_factory=DataConfig)
     policy: PolicyConfig = field(default_factory=PolicyConfig)
     rollout: RolloutConfig = field(default_factory=RolloutConfig)
@@ -269,3 +272,8 @@ class Config:
     sampler: SamplerConfig = field(default_factory=SamplerConfig)
     curriculum: tuple[StageConfig, ...] = ()  # stages in order (4.2.2), [[curriculum]] in TOML; none: all of data.train
     train: TrainConfig = field(default_factory=TrainConfig)
+
+    @property
+    def schema(self) -> StepSchema:
+        """The steps and grades of these settings."""
+        return self.steps.schema(self.grades)
