@@ -22,19 +22,19 @@ from typing import Any
 import numpy as np
 
 from srpo.core.config.evaluation import BootstrapConfig
-from srpo.core.config.train import DataConfig
 from srpo.core.step_presets import PAPER
 from srpo.data.examples import Example
+from srpo.data.prompts import PromptForm
 from srpo.data.readers import load_examples
 from srpo.data.teacher import format_response
 from srpo.data.tokenizer import load_tokenizer
 from srpo.data.world import Facts
+from srpo.experiments.start import PROMPT
 from srpo.policy.model import load_policy
 from srpo.rollout.local import LocalEngine
 from srpo.scores.bootstrap import cluster_sums, multiplicities
 from srpo.training.evaluation import evaluate_policy
 
-PROMPT = DataConfig().prompt
 OPEN_PROMPT = "Query: {query:lines}\nItem: {item:lines}\n"  # line breaks of a title stay, as before they were replaced
 SETTINGS = BootstrapConfig()
 
@@ -68,7 +68,7 @@ def called_l4(policy: Path, examples: Sequence[Example], prompt: str, name: str)
         load_tokenizer(policy),
         PAPER,
         examples,
-        prompt_template=prompt,
+        form=PromptForm(prompt),
         max_new_tokens=80,
         batch_size=256,
         description=name,

@@ -41,6 +41,7 @@ from srpo.core.run_lock import locks_run_dir
 from srpo.core.step_presets import PAPER, StepsConfig
 from srpo.core.steps import StepSchema
 from srpo.data.examples import Example
+from srpo.data.prompts import PromptForm
 from srpo.data.readers import load_examples
 from srpo.data.tokenizer import load_tokenizer
 from srpo.experiments.start import PROMPT, make_base, make_data, sft_config, stage
@@ -125,7 +126,7 @@ def evaluated(cfg: DemoConfig, policy: Path, path: Path, title: str, schema: Ste
             load_tokenizer(policy),
             schema,
             examples,
-            prompt_template=PROMPT,
+            form=PromptForm(PROMPT),
             max_new_tokens=cfg.max_new_tokens,
             batch_size=256,
             description=title,

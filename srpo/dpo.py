@@ -32,6 +32,7 @@ from srpo.core.progress import Progress
 from srpo.core.run_dir import Inputs, claim_run_dir
 from srpo.core.run_lock import locks_run_dir
 from srpo.core.steps import without_stops
+from srpo.data.chat import end_id
 from srpo.data.checkpoint_tokens import check_rows, highest_id, stop_ids, without_end
 from srpo.data.encoding import num_with_controls
 from srpo.data.preferences import Preference, pairs_from_rollouts, read_preferences
@@ -59,7 +60,7 @@ def load_preferences(cfg: DpoConfig, tokenizer: Any) -> tuple[list[Preference], 
         texts = list(read_preferences(cfg.pairs))
 
         def target(text: str) -> tuple[int, ...]:
-            return (*encode(tokenizer, without_end(tokenizer, text)), tokenizer.eos_token_id)
+            return (*encode(tokenizer, without_end(tokenizer, text)), end_id(tokenizer))
 
         pairs = [
             Preference(encode_prompt(tokenizer, wrapped(prompt, cfg.prompt)), target(chosen), target(rejected))
@@ -196,7 +197,7 @@ def dpo(cfg: DpoConfig, parallel: Parallel) -> Path:
     run_dir, main = Path(cfg.run_dir), parallel.is_main
     _check_settings(cfg)
     check_device(cfg.policy, parallel)
-    tokenizer = load_tokenizer(cfg.policy.path, cfg.policy.bos)
+    tokenizer = load_tokenizer(cfg.policy.path, cfg.policy.bos, cfg.policy.chat)
     if cfg.policy.reference:
         check_rows(tokenizer, cfg.policy.reference, cfg.policy.path)
     pairs, counts = load_preferences(cfg, tokenizer)

@@ -29,6 +29,7 @@ from srpo.core.run_dir import check_out, run_settings
 from srpo.core.run_lock import hold
 from srpo.core.steps import StepSchema
 from srpo.data.examples import Example
+from srpo.data.prompts import PromptForm
 from srpo.data.readers import load_examples
 from srpo.data.tokenizer import encode_prompts, load_tokenizer
 from srpo.policy.folder import check_stored
@@ -100,17 +101,18 @@ def decode(
 
     Raises UserError on all ranks, before decoding, if a prompt does not fit into the context.
     """
-    tokenizer = load_tokenizer(config.checkpoint, run.policy.bos)
+    tokenizer = load_tokenizer(config.checkpoint, run.policy.bos, run.policy.chat)
+    form = PromptForm.of(run.data, schema)
     max_new_tokens = config.max_new_tokens or run.rollout.max_new_tokens
     engine = open_engine(config, run, parallel)
-    prompts = encode_prompts(tokenizer, examples, run.data.prompt)
+    prompts = encode_prompts(tokenizer, examples, form)
     check_prompts(prompts, SamplingParams(max_new_tokens), engine.max_context, [example.example_id for example in examples])
     evaluation = evaluate_policy(
         engine,
         tokenizer,
         schema,
         examples,
-        prompt_template=run.data.prompt,
+        form=form,
         max_new_tokens=max_new_tokens,
         batch_size=config.batch_size,
         parallel=parallel,

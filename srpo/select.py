@@ -34,6 +34,7 @@ from srpo.core.run_lock import run_lock
 from srpo.core.steps import StepSchema
 from srpo.data.curriculum import SOLVE_RATE
 from srpo.data.examples import Example
+from srpo.data.prompts import PromptForm
 from srpo.data.readers import read_examples, write_examples
 from srpo.data.strata import stratum, tags_with_grade
 from srpo.data.tokenizer import encode_prompts, load_tokenizer
@@ -74,6 +75,7 @@ class Parts:
     """The objects that sample and score."""
 
     tokenizer: Any
+    form: PromptForm
     engine: Engine
     judge: Judge | None
     params: SamplingParams
@@ -84,12 +86,13 @@ class Parts:
 def open_parts(cfg: SelectConfig, schema: StepSchema, parallel: Parallel) -> Parts:
     """Tokenizer, engine with the starting policy, and judge, as in training except for `ignored_settings`."""
     cfg = replace(cfg, rollout=replace(cfg.rollout, **{name: getattr(RolloutConfig(), name) for name in _OF_TRAINING}))
-    tokenizer = load_tokenizer(cfg.policy.path, cfg.policy.bos)
+    tokenizer = load_tokenizer(cfg.policy.path, cfg.policy.bos, cfg.policy.chat)
     params = sampling_params(cfg, tokenizer)
     loaded = load_policy(cfg.policy.path, experts=cfg.policy.experts)
     engine = open_engine(cfg, loaded, parallel)
     inputs = parallel.on_main(lambda: model_inputs(_models(cfg)))
-    return Parts(tokenizer, engine, build_judge(cfg, schema, parallel), params, engine.max_context, inputs)
+    form = PromptForm.of(cfg.data, schema)
+    return Parts(tokenizer, form, engine, build_judge(cfg, schema, parallel), params, engine.max_context, inputs)
 
 
 def _models(cfg: SelectConfig) -> dict[str, str]:
@@ -215,7 +218,7 @@ def survey(cfg: SelectConfig, schema: StepSchema, done: frozenset[int], parts: C
             check_shard(records_dir(cfg), number, examples)
             continue
         missing.append(number)
-        prompts = encode_prompts(parts().tokenizer, examples, cfg.data.prompt)
+        prompts = encode_prompts(parts().tokenizer, examples, parts().form)
         check_prompts(prompts, parts().params, parts().max_context, [example.example_id for example in examples])
         gradable, problem = split_gradable(parts(), examples, cfg, schema)
         error_text, num_gradable = error_text or problem, num_gradable + len(gradable)
@@ -252,7 +255,7 @@ def sample_shard(
     records: dict[str, Record] = {}
     asked = np.zeros(2)
     if gradable:
-        prompts = encode_prompts(parts.tokenizer, gradable, cfg.data.prompt)
+        prompts = encode_prompts(parts.tokenizer, gradable, parts.form)
         samples = parts.engine.generate(prompts, parts.params, derive_seed(*shard_seed(cfg.seed, examples)))
         rollouts = to_rollouts(gradable, samples, prompts, schema, parts.tokenizer, parts.engine.policy_version)
         scored = score(rollouts, [gradable[r.group] for r in rollouts], schema, parts.judge, cfg.reward.missing_verdict)

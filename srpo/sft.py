@@ -25,6 +25,7 @@ from srpo.core.batch import Batch, Rollout, pack
 from srpo.core.digests import digest_of_data
 from srpo.core.progress import Progress
 from srpo.core.run_lock import locks_run_dir
+from srpo.data.chat import end_id
 from srpo.data.checkpoint_tokens import without_end
 from srpo.data.encoding import num_with_controls
 from srpo.data.pairs import read_pairs
@@ -62,7 +63,7 @@ def tokenized_pairs(cfg: SftConfig, tokenizer: Any, max_context: int, show: bool
     with Progress("tokenizing", len(texts), enabled=show) as bar:
         for number, (prompt, response) in enumerate(texts, start=1):
             ids = encode_prompt(tokenizer, wrapped(prompt, cfg.prompt))
-            pair = ids, (*encode(tokenizer, without_end(tokenizer, response)), tokenizer.eos_token_id)
+            pair = ids, (*encode(tokenizer, without_end(tokenizer, response)), end_id(tokenizer))
             length = len(pair[0]) + len(pair[1])
             if length > context:
                 raise UserError(f"{cfg.data}, pair {number} has {length} tokens, more than the context of {context}: shorten it")
@@ -108,7 +109,7 @@ def sft(cfg: SftConfig, parallel: Parallel) -> Path:
     run_dir = Path(cfg.run_dir)
     _check_settings(cfg)
     check_device(cfg.policy, parallel)
-    tokenizer = load_tokenizer(cfg.policy.path, cfg.policy.bos)
+    tokenizer = load_tokenizer(cfg.policy.path, cfg.policy.bos, cfg.policy.chat)
     model = load_to_shard(cfg.policy.path, parallel, cfg.policy)
     check_head(model, cfg.inputs)
     policy = Policy(model, activation_checkpointing=cfg.policy.activation_checkpointing)

@@ -157,7 +157,7 @@ def evaluate_now(run: Run, version: int) -> dict[str, float]:
         run.tokenizer,
         run.schema,
         run.eval_examples,
-        prompt_template=run.cfg.data.prompt,
+        form=run.form,
         max_new_tokens=run.cfg.rollout.max_new_tokens,
         batch_size=256,
         parallel=run.parallel,

@@ -90,7 +90,7 @@ def run_sft(work: Work) -> None:
         data = work.run_dir / "judge_sft.jsonl"
         if work.parallel.is_main:
             texts = (
-                (judge_prompt(work.examples[j.example_id], j.response), render_verdicts(j.verdicts, j.reasons))
+                (judge_prompt(work.examples[j.example_id], j.response, work.guidelines), render_verdicts(j.verdicts, j.reasons))
                 for j in work.shown
             )
             write_pairs(data, texts)
@@ -154,7 +154,10 @@ def run_grpo(work: Work) -> None:
     chosen, numbers = verified_cases(run_dir / QUEUE, verified, schema, cfg.unverified)
     data = run_dir / "grpo_cases.jsonl"
     if work.parallel.is_main:
-        cases = (case_example(i, work.examples[line.example_id], line.response, right) for i, (line, right) in chosen.items())
+        cases = (
+            case_example(i, work.examples[line.example_id], line.response, right, work.guidelines)
+            for i, (line, right) in chosen.items()
+        )
         fresh = data.with_name("grpo_cases.new.jsonl")
         write_examples(fresh, cases)
         if (run_dir / "grpo" / "config.toml").is_file() and fresh.read_bytes() != data.read_bytes():
@@ -184,7 +187,7 @@ def run_grpo(work: Work) -> None:
 
 def _judge(work: Work, path: Path) -> Any:
     cfg = work.cfg
-    return load_judge(cfg.kind, path, work.schema, cfg.max_new_tokens, cfg.sft.policy, work.parallel)
+    return load_judge(cfg.kind, path, work.schema, cfg.max_new_tokens, cfg.sft.policy, work.parallel, work.guidelines)
 
 
 def _evaluate(work: Work, stage: str, path: Path) -> None:

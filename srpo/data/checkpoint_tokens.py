@@ -8,13 +8,15 @@ from weakref import WeakKeyDictionary
 
 from srpo.core.errors import UserError
 from srpo.core.jsonl import json_file
+from srpo.data.chat import end_id
 
 _CONFIGS = ("config.json", "generation_config.json")
 _STOPS: WeakKeyDictionary[Any, tuple[int | None, tuple[int, ...]]] = WeakKeyDictionary()  # (eos_token_id, `stop_ids`)
 
 
 def stop_ids(tokenizer: Any) -> tuple[int, ...]:
-    """Every id that ends a response: those of the tokenizer and of config.json and generation_config.json in its folder, sorted.
+    """Every id that ends a response, sorted: those of the tokenizer, of its chat template, and of config.json and
+    generation_config.json in its folder.
 
     A tokenizer that was not loaded from a folder has its own alone. The files are read once for each tokenizer. Raises UserError
     for a file whose eos_token_id is neither an id nor a list of ids.
@@ -23,7 +25,7 @@ def stop_ids(tokenizer: Any) -> tuple[int, ...]:
     known = _STOPS.get(tokenizer)
     if known is None or known[0] != eos:
         known = _STOPS[tokenizer] = eos, _read_stops(tokenizer, eos)
-    return known[1]
+    return tuple(sorted({*known[1], end_id(tokenizer)} - {None}))
 
 
 def _read_stops(tokenizer: Any, eos: int | None) -> tuple[int, ...]:

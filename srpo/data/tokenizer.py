@@ -10,11 +10,13 @@ from huggingface_hub.errors import StrictDataclassError
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import AutoTokenizer, PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
+from srpo.core.config.chat import ChatConfig
 from srpo.core.errors import UserError
+from srpo.data.chat import frame_of, framed, set_chat
 from srpo.data.checkpoint_tokens import check_rows
-from srpo.data.encoding import Part, encode_parts, set_bos, with_bos
+from srpo.data.encoding import BOS_KEY, Part, encode_parts, set_bos, with_bos
 from srpo.data.examples import Example
-from srpo.data.prompts import prompt_parts
+from srpo.data.prompts import PromptForm
 
 EOS, PAD = "<|end|>", "<|pad|>"
 
@@ -42,8 +44,8 @@ def train_tokenizer(texts: Iterable[str], vocab_size: int, phrases: Iterable[str
     )
 
 
-def load_tokenizer(path: str | Path, bos: str = "tokenizer") -> PreTrainedTokenizerBase:
-    """The tokenizer in the folder of a checkpoint, with `policy.bos` applied. Code in the folder never runs.
+def load_tokenizer(path: str | Path, bos: str = "tokenizer", chat: ChatConfig | None = None) -> PreTrainedTokenizerBase:
+    """The tokenizer in the folder of a checkpoint, with `policy.bos` and `policy.chat` applied. Code in the folder never runs.
 
     UserError if the folder has none, if its files cannot be read, if it has no end-of-text token, or if it has more ids than the
     model in the folder.
@@ -66,6 +68,7 @@ def load_tokenizer(path: str | Path, bos: str = "tokenizer") -> PreTrainedTokeni
         raise UserError(f"the tokenizer in {path} has no end-of-text token: set eos_token in its tokenizer_config.json")
     check_rows(tokenizer, path)
     set_bos(tokenizer, bos)
+    set_chat(tokenizer, chat or ChatConfig(), str(path))
     return tokenizer
 
 
@@ -80,10 +83,15 @@ def encode(tokenizer: Any, text: str) -> tuple[int, ...]:
 
 
 def encode_prompt(tokenizer: Any, parts: Sequence[Part]) -> tuple[int, ...]:
-    """Token ids of a prompt; only its template's special tokens are special. Begins with a BOS if `adds_bos`."""
-    return with_bos(tokenizer, encode_parts(tokenizer, parts))
+    """Token ids of a prompt, in the chat template if that is used; only the templates' special tokens are special.
+
+    Begins with a BOS if `adds_bos`; after a chat template only if `policy.bos` is "add", since the template writes its own.
+    """
+    ids = encode_parts(tokenizer, framed(tokenizer, parts))
+    chats = frame_of(tokenizer) is not None
+    return ids if chats and not tokenizer.init_kwargs.get(BOS_KEY) else with_bos(tokenizer, ids)
 
 
-def encode_prompts(tokenizer: Any, examples: Sequence[Example], template: str) -> list[tuple[int, ...]]:
+def encode_prompts(tokenizer: Any, examples: Sequence[Example], form: PromptForm) -> list[tuple[int, ...]]:
     """Token ids of the policy's prompt of each example. Raises UserError like `prompt_parts`."""
-    return [encode_prompt(tokenizer, prompt_parts(example, template, attacked=True)) for example in examples]
+    return [encode_prompt(tokenizer, form.parts(example, attacked=True)) for example in examples]

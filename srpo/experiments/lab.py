@@ -34,6 +34,7 @@ from srpo.core.run_dir import claim_run_dir
 from srpo.core.step_presets import PAPER
 from srpo.data.checkpoint_tokens import stop_ids
 from srpo.data.examples import Example
+from srpo.data.prompts import PromptForm
 from srpo.data.readers import load_examples, read_examples, write_examples
 from srpo.data.tokenizer import encode_prompts, load_tokenizer
 from srpo.data.world import World
@@ -135,7 +136,7 @@ class Lab:
             with Progress("sampling the SFT policy", len(pairs)) as bar:
                 for first in range(0, len(pairs), CHUNK):
                     chunk = pairs[first : first + CHUNK]
-                    prompts = encode_prompts(tokenizer, chunk, PROMPT)
+                    prompts = encode_prompts(tokenizer, chunk, PromptForm(PROMPT))
                     samples = engine.generate(prompts, params, derive_seed(self.seed, first))
                     rollouts = to_rollouts(chunk, samples, prompts, schema, tokenizer, 0, first_group=first)
                     scored: list[Rollout] = score(rollouts, [chunk[r.group - first] for r in rollouts], schema, judge)
@@ -246,7 +247,7 @@ class Lab:
                 load_tokenizer(policy),
                 PAPER,
                 examples,
-                prompt_template=PROMPT,
+                form=PromptForm(PROMPT),
                 max_new_tokens=MAX_NEW_TOKENS,
                 batch_size=256,
                 description=f"{name} on {test_set}",

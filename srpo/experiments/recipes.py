@@ -21,6 +21,7 @@ from srpo.core.config.train import (
 )
 from srpo.core.settings import apply_table
 from srpo.core.step_presets import StepChange, StepsConfig
+from srpo.experiments.start import PROMPT
 
 
 @dataclass(frozen=True)
@@ -90,7 +91,7 @@ def base(scale: Scale, run_dir: Path, data: Path, eval_data: Path, policy: Path,
         run_dir=str(run_dir),
         seed=seed,
         num_steps=scale.num_steps,
-        data=DataConfig(train=str(data), eval=str(eval_data)),
+        data=DataConfig(train=str(data), eval=str(eval_data), prompt=PROMPT),
         policy=PolicyConfig(path=str(policy)),
         rollout=RolloutConfig(num_prompts=scale.num_prompts, group_size=scale.group_size, max_new_tokens=80),
         reward=RewardConfig(judge="oracle", judge_error_rate=scale.judge_error_rate),

@@ -12,7 +12,7 @@ from pathlib import Path
 
 from srpo.core.config.demo import DemoConfig
 from srpo.core.config.sft import SftConfig
-from srpo.core.config.train import DataConfig, OptimizerConfig, PolicyConfig
+from srpo.core.config.train import OptimizerConfig, PolicyConfig
 from srpo.core.files import check_whole, whole_folder
 from srpo.core.grades import Grades
 from srpo.core.progress import Progress
@@ -28,7 +28,7 @@ from srpo.data.world import World
 from srpo.policy.model import make_tiny
 from srpo.scores.tally import true_grades
 
-PROMPT = DataConfig().prompt
+PROMPT = "Query: {query}\nItem: {item}\n"  # a tiny model learns the steps from demonstrations
 # Fixed texts of prompts and responses; each becomes one token.
 PHRASES = (
     "Query: ", "\nItem: ", "\nbrand: ", "\ncolor: ", "\ncategory: ", "\ntext: ",

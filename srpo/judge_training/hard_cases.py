@@ -160,7 +160,7 @@ def verdict_steps(schema: StepSchema) -> tuple[StepSpec, ...]:
     )
 
 
-def case_example(case_id: str, example: Example, response: str, labels: Sequence[bool | None]) -> Example:
+def case_example(case_id: str, example: Example, response: str, labels: Sequence[bool | None], guidelines: str = "") -> Example:
     """A case as an example of the second stage: its prompt is the judge's, its gold the right verdicts `labels` [J]."""
     gold = tuple(None if label is None else WORDS[label].capitalize() for label in labels)
     return Example(
@@ -168,7 +168,7 @@ def case_example(case_id: str, example: Example, response: str, labels: Sequence
         query_id=example.query_id,
         query=example.query,
         title=example.title,
-        fields={"response": response, PROMPT_FIELD: judge_prompt(example, response)},
+        fields={"response": response, PROMPT_FIELD: judge_prompt(example, response, guidelines)},
         gold=gold,
         truth=gold,
         tags={key: value for key, value in example.tags.items() if key != "grade"},  # the verdict of a case is not a grade

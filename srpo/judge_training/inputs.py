@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +16,7 @@ from srpo.core.ranges import check_ranges
 from srpo.core.run_dir import Inputs
 from srpo.core.steps import StepSchema
 from srpo.data.examples import Example
+from srpo.data.prompts import read_guidelines
 from srpo.data.readers import load_examples
 from srpo.data.strata import stratum
 from srpo.judge_training.human_queue import read_queue
@@ -43,6 +45,11 @@ class Work:
     def run_dir(self) -> Path:
         return Path(self.cfg.run_dir)
 
+    @cached_property
+    def guidelines(self) -> str:
+        """The text that the judge's prompts begin with."""
+        return read_guidelines(self.cfg.guidelines, "guidelines")
+
     def is_done(self, name: str) -> bool:
         """Whether the result file of a stage exists; the same on all ranks. Collective."""
         return self.parallel.broadcast_object((self.run_dir / name).is_file())
@@ -65,6 +72,8 @@ def judge_inputs(work: Work) -> Inputs:
     cfg = work.cfg
     data = {"the data": (cfg.data, digest_of(sorted(work.examples.items())))}
     data["the file of judgments"] = (cfg.judgments or cfg.rollouts, digest_of([*work.shown, *work.held_out]))
+    if cfg.guidelines:
+        data["the guidelines"] = (cfg.guidelines, digest_of([work.guidelines]))
     return model_inputs({"the starting policy": cfg.sft.policy.path}) | data
 
 
@@ -83,6 +92,8 @@ def prepare(cfg: JudgeConfig, parallel: Parallel) -> Work:
         raise UserError("set either judgments (human verdicts) or rollouts (which the simulated annotator judges)")
     if cfg.kind == "scalar" and cfg.stage in ("mine", "grpo"):
         raise UserError(f"stage is {cfg.stage} and kind scalar: a scalar judge has no verdicts to sample, set stage to 'sft'")
+    if cfg.kind == "scalar" and cfg.guidelines:
+        raise UserError("guidelines are set and kind is scalar: a scalar judge reads no instructions, leave guidelines empty")
     if cfg.kind == "scalar" and cfg.sft.inputs != "logits":
         raise UserError(
             f"sft.inputs is {cfg.sft.inputs!r} and kind scalar: a scalar judge has no loss over the vocabulary, set sft.inputs "

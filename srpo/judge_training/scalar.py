@@ -44,7 +44,7 @@ def train_scalar(
     """
     run_dir = Path(cfg.run_dir)
     check_device(cfg.policy, parallel)
-    tokenizer: Any = load_tokenizer(cfg.policy.path, cfg.policy.bos)
+    tokenizer: Any = load_tokenizer(cfg.policy.path, cfg.policy.bos, cfg.policy.chat)
     model = ScalarModel(
         load_to_shard(cfg.policy.path, parallel, cfg.policy),
         activation_checkpointing=cfg.policy.activation_checkpointing,

@@ -58,14 +58,20 @@ def over_ranks(title: str, num: int, work: Callable[[Sequence[int], int], Sequen
 
 
 def load_judge(
-    kind: str, path: Path, schema: StepSchema, max_new_tokens: int, policy: PolicyConfig, parallel: Parallel
+    kind: str,
+    path: Path,
+    schema: StepSchema,
+    max_new_tokens: int,
+    policy: PolicyConfig,
+    parallel: Parallel,
+    guidelines: str = "",
 ) -> GenerativeJudge | ScalarJudge:
     """The judge of a checkpoint folder, on this rank's device."""
-    tokenizer = load_tokenizer(path, policy.bos)
+    tokenizer = load_tokenizer(path, policy.bos, policy.chat)
     if kind == "scalar":
         return open_scalar_judge(load_scalar(path, experts=policy.experts).to(parallel.device), tokenizer, schema)
     model = nn.Module.to(load_policy(path, experts=policy.experts), parallel.device)
-    return open_judge(model, tokenizer, schema, max_new_tokens)
+    return open_judge(model, tokenizer, schema, max_new_tokens, guidelines=guidelines)
 
 
 def evaluate_judge(

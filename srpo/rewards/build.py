@@ -15,6 +15,7 @@ from srpo.core.config.train import Config, RewardConfig
 from srpo.core.errors import UserError
 from srpo.core.steps import StepSchema
 from srpo.data.checkpoint_tokens import stop_ids
+from srpo.data.prompts import read_guidelines
 from srpo.data.tokenizer import load_tokenizer
 from srpo.policy.folder import check_stored
 from srpo.policy.model import load_policy
@@ -41,15 +42,25 @@ def build_judge(cfg: Config, schema: StepSchema, parallel: Parallel) -> Judge | 
         return open_service_judge(schema, reward)
     if reward.judge == "generative" and reward.judge_engine == "vllm":
         parallel.on_main(lambda: check_stored(reward.judge_path))
-        tokenizer = load_tokenizer(reward.judge_path)
+        tokenizer = load_tokenizer(reward.judge_path, chat=reward.judge_chat)
         return open_vllm_judge(reward.judge_path, tokenizer, schema, reward, device=parallel.device, dtype=dtype)
     if reward.judge == "generative":
         model = nn.Module.to(load_policy(reward.judge_path, experts=cfg.policy.experts), parallel.device)
-        tokenizer, limit = load_tokenizer(reward.judge_path), reward.judge_max_new_tokens
-        return open_judge(model, tokenizer, schema, limit, max_context=reward.judge_max_context, cache=reward.judge_cache)
+        tokenizer, limit = load_tokenizer(reward.judge_path, chat=reward.judge_chat), reward.judge_max_new_tokens
+        return open_judge(
+            model,
+            tokenizer,
+            schema,
+            limit,
+            max_context=reward.judge_max_context,
+            cache=reward.judge_cache,
+            guidelines=_guidelines(reward),
+        )
     if reward.judge == "scalar":
         model = load_scalar(reward.judge_path, experts=cfg.policy.experts).to(parallel.device)
-        return open_scalar_judge(model, load_tokenizer(reward.judge_path), schema, graded=reward.scalar == "probability")
+        return open_scalar_judge(
+            model, load_tokenizer(reward.judge_path, chat=reward.judge_chat), schema, graded=reward.scalar == "probability"
+        )
     return None
 
 
@@ -59,7 +70,14 @@ def judge_metrics(judge: Judge | None, parallel: Parallel) -> dict[str, float]:
 
 
 def open_judge(
-    model: nn.Module, tokenizer: Any, schema: StepSchema, max_new_tokens: int, *, max_context: int = 0, cache: int = 0
+    model: nn.Module,
+    tokenizer: Any,
+    schema: StepSchema,
+    max_new_tokens: int,
+    *,
+    max_context: int = 0,
+    cache: int = 0,
+    guidelines: str = "",
 ) -> GenerativeJudge:
     """A generative judge in this process: greedy verdicts of a causal LM.
 
@@ -67,7 +85,7 @@ def open_judge(
     whose verdicts are remembered. Raises UserError if `max_new_tokens` alone would fill the context.
     """
     engine = LocalEngine(model, max_context=max_context)
-    return _on_engine(engine, tokenizer, schema, max_new_tokens, identity="local", cache=cache)
+    return _on_engine(engine, tokenizer, schema, max_new_tokens, identity="local", cache=cache, guidelines=guidelines)
 
 
 def open_vllm_judge(
@@ -89,7 +107,16 @@ def open_vllm_judge(
         raise type(error)(f"the judge's engine: {message}") from error
     limit, cache = cfg.judge_max_new_tokens, cfg.judge_cache
     try:
-        judge = _on_engine(engine, tokenizer, schema, limit, identity=f"vllm {path}", cache=cache, close=engine.close)
+        judge = _on_engine(
+            engine,
+            tokenizer,
+            schema,
+            limit,
+            identity=f"vllm {path}",
+            cache=cache,
+            guidelines=_guidelines(cfg),
+            close=engine.close,
+        )
     except BaseException:
         engine.close()
         raise
@@ -105,6 +132,7 @@ def _on_engine(
     *,
     identity: str,
     cache: int,
+    guidelines: str,
     close: Callable[[], None] | None = None,
 ) -> GenerativeJudge:
     if max_new_tokens >= engine.max_context:
@@ -115,7 +143,7 @@ def _on_engine(
     max_prompt_tokens = engine.max_context - max_new_tokens
     writer = EngineWriter(engine, tokenizer, identity=identity, max_prompt_tokens=max_prompt_tokens, close=close)
     params = _greedy(max_new_tokens, stop_ids(tokenizer))
-    return GenerativeJudge(writer, schema, params, cache=VerdictCache(cache))
+    return GenerativeJudge(writer, schema, params, cache=VerdictCache(cache), guidelines=guidelines)
 
 
 def open_service_judge(schema: StepSchema, cfg: RewardConfig) -> GenerativeJudge:
@@ -135,7 +163,12 @@ def open_service_judge(schema: StepSchema, cfg: RewardConfig) -> GenerativeJudge
 
 def service_judge(service: Writer, schema: StepSchema, cfg: RewardConfig) -> GenerativeJudge:
     """A judge whose verdicts a service writes greedily."""
-    return GenerativeJudge(service, schema, _greedy(cfg.judge_max_new_tokens), cache=VerdictCache(cfg.judge_cache))
+    params, cache = _greedy(cfg.judge_max_new_tokens), VerdictCache(cfg.judge_cache)
+    return GenerativeJudge(service, schema, params, cache=cache, guidelines=_guidelines(cfg))
+
+
+def _guidelines(cfg: RewardConfig) -> str:
+    return read_guidelines(cfg.judge_guidelines, "reward.judge_guidelines")
 
 
 def _greedy(max_new_tokens: int, stops: tuple[int, ...] = ()) -> SamplingParams:

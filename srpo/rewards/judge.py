@@ -107,6 +107,7 @@ class GenerativeJudge:
         *,
         seed: int = 0,
         cache: VerdictCache | None = None,
+        guidelines: str = "",
     ) -> None:
         if params.group_size != 1:
             raise ValueError(f"the judge samples {params.group_size} texts per response: set its group_size to 1")
@@ -114,6 +115,7 @@ class GenerativeJudge:
         self.schema = schema
         self.params = params
         self.seed = seed
+        self.guidelines = guidelines  # text that every prompt begins with
         self.cache = VerdictCache(0) if cache is None else cache
         self._work = WorkCounts()
 
@@ -154,7 +156,8 @@ class GenerativeJudge:
         return [[text or "" for text in texts[prompt]] for prompt in prompts]
 
     def _prompts(self, rollouts: Sequence[Rollout], examples: Sequence[Example]) -> list[str]:
-        return [judge_prompt(example, rollout.text) for rollout, example in zip(rollouts, examples, strict=True)]
+        pairs = zip(rollouts, examples, strict=True)
+        return [judge_prompt(example, rollout.text, self.guidelines) for rollout, example in pairs]
 
     def take_counts(self) -> dict[str, float]:
         """Return the work since the last `take_counts`, for `srpo.rewards.verdict_cache.work_metrics`.

@@ -185,7 +185,9 @@ class JudgeService:
         if top_k and temperature:
             body["top_k"] = top_k
         if self._cfg.judge_api == "chat":
-            body["messages"] = [{"role": "user", "content": prompt}]
+            system = self._cfg.judge_chat.system
+            begin = [{"role": "system", "content": system}] if system else []
+            body["messages"] = [*begin, {"role": "user", "content": prompt}]
         else:
             body |= {"prompt": prompt, "add_special_tokens": True}  # a BOS if the tokenizer adds one, as srpo.train_judge does
         return json.dumps(body).encode("ascii")

@@ -18,12 +18,12 @@ _VERDICT = re.compile(rf"^{_MARKS}*+step[^\S\n]*(\d{{1,3}}){_VERDICT_WORD}", re.
 WORDS = ("incorrect", "correct")  # WORDS[verdict]
 
 
-def judge_prompt(example: Example, response: str) -> str:
-    """Return the judge's prompt: query, item and the response to judge. `render_verdicts` continues it.
+def judge_prompt(example: Example, response: str, guidelines: str = "") -> str:
+    """Return the judge's prompt: guidelines, query, item and the response to judge. `render_verdicts` continues it.
 
     It has no special tokens: whoever encodes it takes all of its text for data.
     """
-    return build_prompt(example, PROMPT) + response.strip() + QUESTION
+    return (f"{guidelines}\n\n" if guidelines else "") + build_prompt(example, PROMPT) + response.strip() + QUESTION
 
 
 def render_verdicts(verdicts: Sequence[bool | None], reasons: Sequence[str | None] | None = None) -> str:

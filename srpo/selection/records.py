@@ -6,10 +6,12 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 from srpo.core.batch import Rollout
+from srpo.core.config.chat import ChatConfig
 from srpo.core.config.train import Config
 from srpo.core.grades import Grades
 from srpo.core.step_presets import StepsConfig
 from srpo.core.steps import StepSchema
+from srpo.data.prompts import read_guidelines
 from srpo.training.credit import group_scores
 
 _NOT_GRADED = ("skip", "no_verdict")
@@ -43,6 +45,9 @@ class RecordSettings:
     shard_examples: int
     data: str
     prompt: str
+    guidelines: str
+    chat: ChatConfig
+    judge_guidelines: str
     policy: str
     dtype: str
     max_context: int
@@ -70,6 +75,9 @@ class RecordSettings:
             shard_examples=shard_examples,
             data=cfg.data.train,
             prompt=cfg.data.prompt,
+            guidelines=read_guidelines(cfg.data.guidelines, "data.guidelines"),
+            chat=cfg.policy.chat,
+            judge_guidelines=read_guidelines(cfg.reward.judge_guidelines, "reward.judge_guidelines"),
             policy=cfg.policy.path,
             dtype=cfg.policy.dtype,
             max_context=cfg.policy.max_context,

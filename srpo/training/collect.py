@@ -60,7 +60,7 @@ def generate(
     """This rank's groups of examples[first:] as they finish. Prompt first + i belongs to rank i % world_size."""
     indices = list(range(first + run.parallel.rank, len(examples), run.parallel.world_size))
     chosen = [examples[i] for i in indices]
-    prompts = encode_prompts(run.tokenizer, chosen, run.cfg.data.prompt)
+    prompts = encode_prompts(run.tokenizer, chosen, run.form)
     seed, version = derive_seed(run.cfg.seed, step, refill_round), run.engine.policy_version
     with closing(run.engine.stream(prompts, run.params, seed, numbers=[i - first for i in indices])) as groups:
         for _, samples in groups:

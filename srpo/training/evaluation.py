@@ -12,6 +12,7 @@ from srpo.core.progress import Progress
 from srpo.core.steps import StepSchema
 from srpo.data.checkpoint_tokens import stop_ids
 from srpo.data.examples import Example
+from srpo.data.prompts import PromptForm
 from srpo.data.tokenizer import encode_prompts
 from srpo.policy.parallel import Parallel
 from srpo.rollout.engine import Engine, SamplingParams
@@ -26,7 +27,7 @@ def evaluate_policy(
     schema: StepSchema,
     examples: Sequence[Example],
     *,
-    prompt_template: str,
+    form: PromptForm,
     max_new_tokens: int,
     batch_size: int,
     parallel: Parallel | None = None,
@@ -49,7 +50,7 @@ def evaluate_policy(
         for first in range(0, len(indices), batch_size):
             chunk = indices[first : first + batch_size]
             chosen = [examples[i] for i in chunk]
-            prompts = encode_prompts(tokenizer, chosen, prompt_template)
+            prompts = encode_prompts(tokenizer, chosen, form)
             samples = engine.generate(prompts, params, seed=0)
             responses = to_rollouts(chosen, samples, prompts, schema, tokenizer, engine.policy_version)
             rollouts |= {i: replace(rollout, group=i) for i, rollout in zip(chunk, responses, strict=True)}

@@ -9,9 +9,19 @@ from srpo.core.digests import digest_of, digest_of_model
 from srpo.core.run_dir import Inputs
 from srpo.data.curriculum import Stage
 from srpo.data.examples import Example
+from srpo.data.prompts import read_guidelines
 
 # Settings that name an input. They may change on resume if the contents do not.
-PATHS = ("data.train", "data.eval", "policy.path", "policy.reference", "reward.judge_path", "critic.path")
+PATHS = (
+    "data.train",
+    "data.eval",
+    "data.guidelines",
+    "policy.path",
+    "policy.reference",
+    "reward.judge_path",
+    "reward.judge_guidelines",
+    "critic.path",
+)
 
 
 def run_inputs(cfg: Config, stages: Sequence[Stage], eval_examples: Sequence[Example]) -> Inputs:
@@ -31,6 +41,9 @@ def run_inputs(cfg: Config, stages: Sequence[Stage], eval_examples: Sequence[Exa
         data[name] = (stage.ends.data or cfg.data.train, digest_of(stage.examples))
     if cfg.data.eval:
         data["the evaluation data"] = (cfg.data.eval, digest_of(eval_examples))
+    for setting, path in (("data.guidelines", cfg.data.guidelines), ("reward.judge_guidelines", cfg.reward.judge_guidelines)):
+        if path:
+            data[f"the text of {setting}"] = (path, digest_of([read_guidelines(path, setting)]))
     return model_inputs(models) | data
 
 

@@ -19,6 +19,7 @@ from srpo.data.adversarial import with_attacks
 from srpo.data.checkpoint_tokens import check_rows
 from srpo.data.curriculum import Curriculum, all_examples, load_stages
 from srpo.data.examples import Example
+from srpo.data.prompts import PromptForm
 from srpo.data.readers import load_examples
 from srpo.data.tokenizer import encode_prompts, load_tokenizer
 from srpo.policy.checkpoint import latest_checkpoint, load_checkpoint, save_checkpoint
@@ -65,6 +66,7 @@ class Run:
     parallel: Parallel
     schema: StepSchema
     tokenizer: Any
+    form: PromptForm  # of the policy's prompts
     policy: Policy
     reference: Policy | None  # pi_ref of Eq. 6; None if loss.kl_coef is 0
     optimizer: torch.optim.Optimizer
@@ -94,7 +96,7 @@ class Run:
         """
         check_settings(cfg, parallel.world_size)
         check_device(cfg.policy, parallel)
-        schema = cfg.schema
+        schema, form = cfg.schema, PromptForm.of(cfg.data, cfg.schema)
 
         def read(path: str) -> list[Example]:
             examples = load_examples(path, schema)
@@ -104,7 +106,7 @@ class Run:
         examples = all_examples(stages)
         limit = cfg.train.eval_examples
         eval_examples = load_examples(cfg.data.eval, schema, limit) if cfg.data.eval else []
-        tokenizer = load_tokenizer(cfg.policy.path, cfg.policy.bos)
+        tokenizer = load_tokenizer(cfg.policy.path, cfg.policy.bos, cfg.policy.chat)
         for other in (cfg.policy.reference, cfg.critic.path):
             if other:
                 check_rows(tokenizer, other, cfg.policy.path)
@@ -118,7 +120,7 @@ class Run:
         loss_impl(cfg.loss.impl, parallel.device, getattr(torch, cfg.policy.dtype))  # UserError if it cannot run here
         engine = open_engine(cfg, model, parallel)
         for some in (examples, eval_examples):
-            prompts = encode_prompts(tokenizer, some, cfg.data.prompt)
+            prompts = encode_prompts(tokenizer, some, form)
             context = min(engine.max_context, context_of(model.config))
             check_prompt_lengths(prompts, some, params, context, cfg.train.micro_batch_tokens)
         judge = build_judge(cfg, schema, parallel)
@@ -142,6 +144,7 @@ class Run:
             parallel=parallel,
             schema=schema,
             tokenizer=tokenizer,
+            form=form,
             policy=policy,
             reference=reference,
             optimizer=make_optimizer(policy.parameters(), cfg.optimizer),

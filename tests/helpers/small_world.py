@@ -80,7 +80,7 @@ class SmallWorld:
         settings = Config(
             run_dir=str(run_dir),
             num_steps=3,
-            data=DataConfig(train=str(self.train)),
+            data=DataConfig(train=str(self.train), prompt=PROMPT),
             policy=PolicyConfig(path=str(self.policy)),
             rollout=RolloutConfig(num_prompts=4, group_size=4, max_new_tokens=64),
             reward=RewardConfig(judge="oracle", judge_error_rate=0.05),

@@ -26,5 +26,5 @@ class SftConfig:
     inputs: Literal["logits", "hidden"] = "logits"
     policy: PolicyConfig = field(default_factory=PolicyConfig)
     optimizer: OptimizerConfig = field(
-        default_factory=lambda: OptimizerConfig(lr=2e-3, warmup_steps=30, schedule="linear", min_lr_frac=0.1)
+        default_factory=lambda: OptimizerConfig(lr=2e-5, warmup_steps=30, schedule="linear", min_lr_frac=0.1)
     )

@@ -10,6 +10,7 @@ import math
 from dataclasses import dataclass, field
 from typing import Annotated, Literal
 
+from srpo.core.config.chat import ChatConfig
 from srpo.core.grades import Grades
 from srpo.core.ranges import (
     BelowOne,
@@ -33,8 +34,10 @@ from srpo.core.steps import StepSchema
 class DataConfig:
     train: str = ""  # training examples: JSON Lines, Parquet, a folder of them, or the official ESCI release (docs/data.md)
     eval: str = ""  # held-out examples in the same formats; empty: no evaluation during training
-    # Template of the prompt: {query}, {item} (title and all fields, one per line), {title} and the name of any field are replaced
-    prompt: str = "Query: {query}\nItem: {item}\n"
+    # Template of the prompt. Replaced are {query}, {item} (title and all fields, one per line), {title}, the name of any field,
+    # {instructions} (they name the steps and the grades) and {guidelines}
+    prompt: str = "{instructions}\n\nQuery: {query}\nItem: {item}\n"
+    guidelines: str = ""  # text file with the annotation guidelines, for {guidelines}; without it they follow the instructions
     # Share of the training pairs whose title ends, in the policy's prompt, in a fake verdict or a fake response of the best grade
     adversarial_frac: Fraction = 0.0
 
@@ -53,6 +56,7 @@ class PolicyConfig:
     max_context: Count = 0  # longest prompt plus response, in tokens; 0: the context length of the model
     # Begin prompts with the BOS token: as the tokenizer does by itself, always or never. Saved with the tokenizer of a checkpoint
     bos: Literal["tokenizer", "add", "none"] = "tokenizer"
+    chat: ChatConfig = field(default_factory=ChatConfig)
 
 
 @dataclass(frozen=True)
@@ -105,6 +109,9 @@ class RolloutConfig:
 class RewardConfig:
     judge: Literal["none", "oracle", "generative", "scalar"] = "none"  # R_phi: grades the steps whose sources name "judge"
     judge_path: str = ""  # checkpoint of a generative or scalar judge, as srpo.train_judge writes it
+    judge_chat: ChatConfig = field(default_factory=ChatConfig)
+    # Text file that the judge's prompt begins with; for a judge of srpo.train_judge the `guidelines` of its training
+    judge_guidelines: str = ""
     judge_max_new_tokens: Size = 256  # longest text of verdicts that a generative judge writes on one response, in tokens
     # Where a generative judge runs: in this process, in a vLLM process, or behind the URL of a server
     judge_engine: Literal["local", "vllm", "url"] = "local"
