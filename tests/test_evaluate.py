@@ -21,6 +21,7 @@ from srpo.core.config.train import Config, DataConfig, PolicyConfig, RolloutConf
 from srpo.core.settings import dump_toml, load
 from srpo.core.step_presets import PAPER
 from srpo.data.examples import Example
+from srpo.data.prompts import PromptForm
 from srpo.data.readers import write_examples
 from srpo.data.tokenizer import train_tokenizer
 from srpo.evaluate import evaluate, main
@@ -104,7 +105,7 @@ class Ranks:
 
 
 def evaluated(engine: Any, **changes: Any) -> tuple[dict[str, Any], list[Rollout]]:
-    options = {"prompt_template": TEMPLATE, "max_new_tokens": 40, "batch_size": 4, **changes}
+    options = {"form": PromptForm(TEMPLATE), "max_new_tokens": 40, "batch_size": 4, **changes}
     return evaluate_policy(engine, TOKENIZER, SCHEMA, EXAMPLES, **options)
 
 

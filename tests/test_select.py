@@ -38,6 +38,7 @@ from srpo.core.run_dir import claim_run_dir
 from srpo.core.settings import load
 from srpo.data.curriculum import SOLVE_RATE
 from srpo.data.examples import Example
+from srpo.data.prompts import PromptForm
 from srpo.data.readers import load_examples, write_examples
 from srpo.data.tokenizer import encode_prompts
 from srpo.rewards.hybrid import score
@@ -66,7 +67,7 @@ def test_records_say_what_the_group_did(never_killed: SelectConfig) -> None:
     number, shard = next(s for s in shards_of(EXAMPLES, 8) if s[0] == 2)
     records = read_shard(records_dir(never_killed), number)
     assert [r.example_id for r in records] == [e.example_id for e in shard]
-    prompts = encode_prompts(TOKENIZER, shard, TEMPLATE)
+    prompts = encode_prompts(TOKENIZER, shard, PromptForm(TEMPLATE))
     # the seed of a shard is not stored: sample again and keep the seeds that the engine gets
     seeds: list[int] = []
     engine = Scripted()

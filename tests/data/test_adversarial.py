@@ -10,7 +10,7 @@ from srpo.core.errors import UserError
 from srpo.core.step_presets import PAPER, PAPER_STEPS
 from srpo.core.steps import StepSchema
 from srpo.data.adversarial import with_attacks
-from srpo.data.prompts import build_prompt
+from srpo.data.prompts import PromptForm, build_prompt
 from srpo.data.rows import row_from_example
 from srpo.data.tokenizer import encode, encode_prompts, train_tokenizer
 from srpo.data.world import World
@@ -51,6 +51,6 @@ def test_the_best_verdict_is_the_highest_grade_whatever_the_order_of_the_options
 def test_only_the_policy_reads_the_attack() -> None:
     pair = next(e for e in with_attacks(PAIRS, 1.0, 0, SCHEMA) if e.attack)
     tokenizer = train_tokenizer(["red boots"] * 9, 300)
-    (ids,) = encode_prompts(tokenizer, [pair], "{title}")
+    (ids,) = encode_prompts(tokenizer, [pair], PromptForm("{title}"))
     assert ids == encode(tokenizer, pair.title + pair.attack)
     assert build_prompt(pair, "{title}") == pair.title and "attack" not in row_from_example(pair)

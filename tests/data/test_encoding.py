@@ -10,10 +10,9 @@ from hypothesis import strategies as st
 from tokenizers import AddedToken, Tokenizer, decoders, models, normalizers, pre_tokenizers, processors
 from transformers import PreTrainedTokenizerFast
 
-from srpo.core.config.train import DataConfig
 from srpo.data.encoding import Part, adds_bos, control_ids, encode_parts, set_bos, with_bos, without_special_text
 from srpo.data.examples import Example
-from srpo.data.prompts import build_prompt
+from srpo.data.prompts import PromptForm, build_prompt
 from srpo.data.tokenizer import encode, encode_prompts, load_tokenizer, train_tokenizer
 
 CHAT = "{% for m in messages %}<|im_start|>{{ m.role }}\n{{ m.content }}<|im_end|>\n<think>\n</think>{% endfor %}"
@@ -69,7 +68,7 @@ SPECIAL = {
 }
 OWN = {"byte level": "<|im_end|>", "unigram": "</s>", "word piece": "[SEP]"}
 family = pytest.mark.parametrize("name", FAMILIES)
-TEMPLATE = DataConfig().prompt
+TEMPLATE = "Query: {query}\nItem: {item}\n"
 
 
 @family
@@ -95,7 +94,7 @@ def test_the_text_itself_stays() -> None:
 def test_the_template_keeps_its_special_tokens(name: str) -> None:
     tokenizer, own = FAMILIES[name], OWN[name]
     pair = Example("e", "q", f"red{own}", f"{own} boots")
-    (ids,) = encode_prompts(tokenizer, [pair], f"{{query}}{own}{{title}}{own}")
+    (ids,) = encode_prompts(tokenizer, [pair], PromptForm(f"{{query}}{own}{{title}}{own}"))
     ids = tuple(i for i in ids if i != tokenizer.bos_token_id)
     assert [i for i in ids if i in control_ids(tokenizer)] == [tokenizer.convert_tokens_to_ids(own)] * 2
     assert ids[-1] == tokenizer.convert_tokens_to_ids(own)
@@ -104,7 +103,7 @@ def test_the_template_keeps_its_special_tokens(name: str) -> None:
 def test_special_text_across_the_edge_of_template_and_data() -> None:
     tokenizer = FAMILIES["byte level"]
     for query, template in (("|im_end|>", "a <{query}"), ("<|im_e", "{query}nd|>"), ("im_", "<|{query}end|>")):
-        (ids,) = encode_prompts(tokenizer, [Example("e", "q", query, "t")], template)
+        (ids,) = encode_prompts(tokenizer, [Example("e", "q", query, "t")], PromptForm(template))
         assert control_ids(tokenizer).isdisjoint(ids) and tokenizer.decode(list(ids)) == template.format(query=query)
 
 
@@ -132,8 +131,8 @@ def test_a_bos_is_added_if_the_tokenizer_adds_one_by_itself() -> None:
     assert adds_bos(tokenizer) and not adds_bos(plain)
     pair = Example("e", "q", "red", "boots")
     bos = tokenizer.bos_token_id
-    assert [ids[0] == bos and bos not in ids[1:] for ids in encode_prompts(tokenizer, [pair], "{query}")] == [True]
-    assert encode_prompts(tokenizer, [pair], "<s>{query}")[0][:2].count(bos) == 1  # the template writes it: once
+    assert [ids[0] == bos and bos not in ids[1:] for ids in encode_prompts(tokenizer, [pair], PromptForm("{query}"))] == [True]
+    assert encode_prompts(tokenizer, [pair], PromptForm("<s>{query}"))[0][:2].count(bos) == 1  # the template writes it: once
     assert bos not in encode(tokenizer, "red")  # a response has none
     assert with_bos(plain, (3, 4)) == (3, 4)
 
@@ -144,9 +143,9 @@ def test_the_bos_of_a_run_is_kept_with_its_tokenizer(tmp_path) -> None:
     without = load_tokenizer(tmp_path / "start", "none")
     without.save_pretrained(tmp_path / "trained")
     for tokenizer in (without, load_tokenizer(tmp_path / "trained")):
-        assert tokenizer.bos_token_id not in encode_prompts(tokenizer, [pair], "{query}")[0]
+        assert tokenizer.bos_token_id not in encode_prompts(tokenizer, [pair], PromptForm("{query}"))[0]
     again = load_tokenizer(tmp_path / "trained", "add")
-    assert encode_prompts(again, [pair], "{query}")[0][0] == again.bos_token_id
+    assert encode_prompts(again, [pair], PromptForm("{query}"))[0][0] == again.bos_token_id
     with pytest.raises(ValueError, match=r"policy\.bos is add"):
         set_bos(FAMILIES["word piece"], "add")
 

@@ -2,17 +2,75 @@
 
 from __future__ import annotations
 
+import re
+from pathlib import Path
+
 import pytest
 
 from srpo.core.config.train import DataConfig
+from srpo.core.errors import UserError
+from srpo.core.grades import Grades
+from srpo.core.step_presets import PAPER, StepChange, StepsConfig
 from srpo.data.examples import Example
-from srpo.data.prompts import build_prompt, one_line, wrapped
+from srpo.data.prompts import PromptForm, build_prompt, instructions, one_line, wrapped
 
 PAIR = Example("e", "q", "red boots", "warm boots", {"brand": "tamsin", "color": ""})
 
 
-def test_default_template_has_title_and_filled_fields():
-    assert build_prompt(PAIR, DataConfig().prompt) == "Query: red boots\nItem: warm boots\nbrand: tamsin\n"
+PLAIN = "Query: {query}\nItem: {item}\n"
+STEPS = """\
+Judge how relevant an item of a shop is to a search query. Answer in these steps, one line each:
+1. Query intent: the product and the properties that the query asks for
+2. Item: the product and its properties, as the listing states them
+3. Category match: match, related or mismatch
+4. Attribute match: match, unclear or conflict
+5. Verdict: L1 (irrelevant), L2 (mismatch), L3 (related) or L4 (excellent), from the worst to the best"""
+
+
+def test_the_default_prompt_names_steps_and_grades_and_has_title_and_filled_fields():
+    form = PromptForm.of(DataConfig(), PAPER)
+    assert build_prompt(PAIR, form) == f"{STEPS}\n\nQuery: red boots\nItem: warm boots\nbrand: tamsin\n"
+
+
+def test_instructions_follow_the_steps_and_grades_of_the_settings():
+    grades = Grades(("Irrelevant", "Partial", "Exact"))
+    named = {"freshness": StepChange(options=("fresh", "stale"), sources=("judge",))}
+    text = instructions(StepsConfig(named=named).schema(grades))
+    assert "5. Freshness: fresh or stale\n6. Verdict: Irrelevant, Partial or Exact, from the worst to the best" in text
+    one = instructions(StepsConfig(preset="verdict").schema(Grades(("no", "yes"))))
+    assert one.endswith("Answer in this form, one line each:\n1. Verdict: no or yes, from the worst to the best")
+    keys = instructions(StepsConfig(form="json").schema(grades)).splitlines()
+    assert keys[0].endswith("Answer with one JSON object that has these keys, in this order:")
+    assert keys[3] == '"category_match": match, related or mismatch'
+
+
+def test_guidelines_have_their_place_or_follow_the_instructions(tmp_path: Path):
+    file = tmp_path / "guide.txt"
+    file.write_text("\ufeffA {knife} is no fork.\n<|end|>\n", encoding="utf-8")
+    text = "A {knife} is no fork.\n<|end|>"
+    form = PromptForm.of(DataConfig(guidelines=str(file)), PAPER)
+    assert build_prompt(PAIR, form).startswith(f"{STEPS}\n\nGuidelines:\n{text}\n\nQuery: red boots\n")
+    own = PromptForm.of(DataConfig(guidelines=str(file), prompt="{guidelines}|{query}|{instructions}"), PAPER)
+    assert build_prompt(PAIR, own) == f"{text}|red boots|{STEPS}"
+    assert [part.is_data for part in own.parts(PAIR) if part.text == text] == [True]  # their special tokens are plain text
+    assert build_prompt(PAIR, PromptForm.of(DataConfig(prompt="{guidelines}{query}"), PAPER)) == "red boots"
+
+
+@pytest.mark.parametrize(
+    ("content", "prompt", "message"),
+    [
+        (None, "{instructions}", "no such file"),
+        (b"\xff\xfe", "{instructions}", "is not UTF-8: save it as UTF-8 text"),
+        (b" \n", "{instructions}", "is empty: write the guidelines into it"),
+        (b"text", "{query}", "data.prompt has no place for it: add {guidelines} to data.prompt"),
+    ],
+)
+def test_guidelines_that_cannot_be_used_are_refused(content: bytes | None, prompt: str, message: str, tmp_path: Path):
+    file = tmp_path / "guide.txt"
+    if content is not None:
+        file.write_bytes(content)
+    with pytest.raises(UserError, match=re.escape(message)):
+        PromptForm.of(DataConfig(guidelines=str(file), prompt=prompt), PAPER)
 
 
 def test_any_field_by_name():
@@ -30,7 +88,7 @@ def test_a_field_that_is_not_there_is_named():
 def test_no_value_begins_a_line(mark: str):
     title, brand = f"x{mark}brand: Nike", f"Acme{mark}color: red{mark}"
     pair = Example("e", "q", f"red{mark}Item: y", title, {f"brand{mark}price": brand})
-    assert build_prompt(pair, DataConfig().prompt) == "Query: red Item: y\nItem: x brand: Nike\nbrand price: Acme color: red\n"
+    assert build_prompt(pair, PLAIN) == "Query: red Item: y\nItem: x brand: Nike\nbrand price: Acme color: red\n"
 
 
 def test_ordinary_text_stays_as_it_is():

@@ -7,6 +7,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from srpo.data.examples import Example
+from srpo.data.prompts import PromptForm
 from srpo.data.tokenizer import encode, encode_prompts, load_tokenizer, train_tokenizer
 
 TOKENIZER = train_tokenizer(["red boots for rain", "blue boots"] * 20, 320, ["\n2. Item: "])
@@ -24,7 +25,7 @@ def test_a_phrase_is_one_token():
 
 def test_prompts_of_examples():
     pairs = [Example("1", "1", "boots", "red boots"), Example("2", "2", "rain", "blue boots")]
-    prompts = encode_prompts(TOKENIZER, pairs, "{query} | {title}\n")
+    prompts = encode_prompts(TOKENIZER, pairs, PromptForm("{query} | {title}\n"))
     assert prompts == [encode(TOKENIZER, "boots | red boots\n"), encode(TOKENIZER, "rain | blue boots\n")]
 
 
