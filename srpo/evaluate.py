@@ -33,12 +33,14 @@ from srpo.data.prompts import PromptForm
 from srpo.data.readers import load_examples
 from srpo.data.tokenizer import encode_prompts, load_tokenizer
 from srpo.policy.folder import check_stored
-from srpo.policy.model import load_policy
-from srpo.policy.parallel import Parallel, distributed
+from srpo.policy.grade_probs import grade_probs
+from srpo.policy.model import Policy, load_policy
+from srpo.policy.parallel import Parallel, distributed, unwrap
 from srpo.rollout.build import open_vllm
 from srpo.rollout.engine import Engine, SamplingParams, check_prompts
 from srpo.rollout.local import LocalEngine
 from srpo.scores.evaluation import check_tags, results_dict
+from srpo.scores.ranking import ranking_scores
 from srpo.scores.responses import from_predictions, from_rollouts, load_rollouts, read_predictions
 from srpo.scores.tables import results_table
 from srpo.scores.tally import true_grades
@@ -119,8 +121,26 @@ def decode(
         by=config.by,
         bootstrap=config.bootstrap,
     )
+    if config.ranking:
+        model = engine.model if isinstance(engine, LocalEngine) else load_policy(config.checkpoint, experts=run.policy.experts)
+        evaluation[0]["ranking"] = ranking(Policy(unwrap(model)), tokenizer, schema, examples, evaluation[1], parallel)
     engine.close()  # not after an error: a shared engine would wait for all ranks
     return evaluation
+
+
+def ranking(
+    policy: Policy,
+    tokenizer: Any,
+    schema: StepSchema,
+    examples: Sequence[Example],
+    rollouts: Sequence[Rollout],
+    parallel: Parallel,
+) -> dict[str, Any]:
+    """`ranking_scores` of the responses' verdicts; each rank reads its share. Collective."""
+    share = range(parallel.rank, len(rollouts), parallel.world_size)
+    own = dict(zip(share, grade_probs(policy, tokenizer, [rollouts[i] for i in share], schema), strict=True))
+    probs = {i: row for part in parallel.all_gather_object(own) for i, row in part.items()}
+    return ranking_scores([probs[i] for i in range(len(rollouts))], examples, schema.grades)
 
 
 def open_engine(config: EvaluateConfig, run: Config, parallel: Parallel) -> Engine:

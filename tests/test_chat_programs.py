@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import random
 from dataclasses import replace
 from pathlib import Path
@@ -94,3 +95,5 @@ def test_every_program_asks_in_the_chat_template(family: str, tmp_path: Path) ->
     judged = [rollout for _, rollout in read_rollouts(tmp_path / "out" / "rollouts.jsonl")]
     assert len(judged) == 6
     check(judged)
+    ranking = json.loads((tmp_path / "out" / "results.json").read_text())["ranking"]
+    assert ranking["num_unread"] == sum(rollout.answers[-1] is None for rollout in judged)

@@ -86,6 +86,8 @@ METRICS: dict[str, str] = {
     "sampler/num_early": "number of this step's prompts drawn although to be skipped, because too few others were left",
     "eval/macro_f1": "F1 per class, mean over all grades (5.1.2); a class that the pairs lack counts as 0",
     "eval/accuracy": "fraction of verdicts equal to the human grade",
+    "eval/majority_accuracy": "accuracy of always answering the most common human grade",
+    "eval/top_verdict_frac": "fraction of the readable verdicts that are the most common one; near 1, the policy has collapsed",
     "eval/good_f1": "F1 with the good grades merged into one positive class",
     "eval/class_f1/{class}": "F1 of the class",
     "eval/step_accuracy/{step}": "fraction of correct answers to the reasoning step, over examples with a label for it",
@@ -126,6 +128,9 @@ def evaluation_metrics(results: Mapping[str, Any], step_names: tuple[str, ...]) 
         f"eval/{key}": results[key] for key in ("macro_f1", "accuracy", "good_f1", "parse_rate", "num_examples")
     }
     metrics |= {f"eval/class_f1/{grade}": f1 for grade, f1 in enumerate(results["class_f1"], start=1)}
+    metrics["eval/majority_accuracy"] = results["majority"]["accuracy"]
+    if results["top_verdict"] is not None:
+        metrics["eval/top_verdict_frac"] = results["top_verdict"]["share"]
     accuracy = zip(step_names, results["step_accuracy"], strict=True)
     return metrics | {f"eval/step_accuracy/{name}": value for name, value in accuracy if value is not None}
 

@@ -113,6 +113,7 @@ class ParsedText:
     answers: tuple[str | None, ...]  # [J] None if the step is missing or its answer cannot be read
     found: tuple[bool, ...]  # [J] whether the text has the step's header
     problems: frozenset[str]  # missing | unanswered | duplicate | out_of_order
+    answer_starts: tuple[int | None, ...]  # [J] character at which each answer begins; None without an answer
 
 
 @dataclass(frozen=True)
@@ -195,6 +196,7 @@ class StepSchema:
         char_ends.reverse()
 
         answers: list[str | None] = [None] * self.num_steps
+        answer_starts: list[int | None] = [None] * self.num_steps
         problems = set()
         for i, header in enumerate(headers):
             j, own = header.step, adopted.get(header.step)
@@ -205,12 +207,14 @@ class StepSchema:
                 problems.add("duplicate")
             if answers[j] is None and header.start < char_ends[j]:
                 limit = headers[i + 1].start if i + 1 < len(headers) else len(text)
-                answers[j] = self._read_answer(j, text[header.end : limit])
+                answers[j], start = self._read_answer(j, text[header.end : limit])
+                answer_starts[j] = None if answers[j] is None else header.end + start
         if len(adopted) < self.num_steps:
             problems.add("missing")
         if any(answers[j] is None for j in adopted):
             problems.add("unanswered")
-        return ParsedText(tuple(char_ends), tuple(answers), tuple(start is not None for start in starts), frozenset(problems))
+        found = tuple(start is not None for start in starts)
+        return ParsedText(tuple(char_ends), tuple(answers), found, frozenset(problems), tuple(answer_starts))
 
     def write(self, answers: Sequence[str]) -> str:
         """A response with these answers [J], in the form that the steps are read from."""
@@ -223,12 +227,13 @@ class StepSchema:
         headers = [_Header(*m.span(), j) for j, header in enumerate(self._headers) for m in header.finditer(text)]
         return sorted(headers, key=lambda h: (h.start, h.step))
 
-    def _read_answer(self, j: int, body: str) -> str | None:
+    def _read_answer(self, j: int, body: str) -> tuple[str | None, int]:
+        """(answer of step j in the text after its header, the character of `body` at which it begins)."""
         spec, pattern = self.specs[j], self._answers[j]
         if pattern is None:
-            return spec.canonical(body)
-        answers = [spec.canonical(m.group(1)) for m in pattern.finditer(body) if m.group(1)]
-        return next((answer for answer in reversed(answers) if answer is not None), None)
+            return spec.canonical(body), 0
+        answers = [(spec.canonical(m.group(1)), m.start(1)) for m in pattern.finditer(body) if m.group(1)]
+        return next((answer for answer in reversed(answers) if answer[0] is not None), (None, 0))
 
 
 def without_stops(tokenizer: Any, response_ids: Sequence[int], stop_ids: Collection[int]) -> Sequence[int]:

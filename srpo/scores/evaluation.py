@@ -18,8 +18,9 @@ from srpo.core.errors import UserError
 from srpo.core.steps import StepSchema
 from srpo.data.examples import Example
 from srpo.scores.bootstrap import cluster_sums, percentile_interval, resampled_sums
-from srpo.scores.tally import CONSISTENCY, Layout, confusion_of, consistency_counts, scores, tally
+from srpo.scores.tally import CONSISTENCY, Layout, confusion_of, consistency_counts, scores, tally, verdict_scores
 
+COLLAPSED = 0.95  # share of one grade among the verdicts from which `collapse` warns
 Results = Mapping[str, Any]  # a dict of `results_dict`; `results.json` holds one under before and one under after
 
 
@@ -37,6 +38,8 @@ def results_dict(
     accuracy of a step is None if no example has a reference for it), and
 
     - `confusion: [C][C + 1]`: true grade, predicted grade (the last column: no verdict);
+    - `majority: {grade, accuracy, macro_f1}`: the most common human grade, and the scores of always answering it; `top_verdict:
+      {grade, share}`: the most common verdict and its share of the responses that have one (None without any);
     - `consistency`: the four shares of `tally.CONSISTENCY` over the `num_examples` responses with a reference for a step before
       the verdict; all steps with a reference must be right. `num_fully_checked` of them have a reference for each of these steps.
       None if no response has any;
@@ -50,11 +53,15 @@ def results_dict(
         raise ValueError("rollouts and examples are of different pairs: give one rollout per example, in the same order")
     if not examples:
         raise UserError("there are no examples to evaluate: give at least one graded pair")
-    counts, at = tally(rollouts, examples, schema), Layout.of(schema)
-    queries = [example.query_id for example in examples]
-    results = {**_results(counts, at, queries, bootstrap), "by": {}, "untagged": {}}
+    counts = tally(rollouts, examples, schema)
+
+    def of(rows: Sequence[int]) -> dict[str, Any]:
+        queries = [examples[i].query_id for i in rows]
+        return _results(counts[list(rows)], Layout.of(schema), schema.grades.names, queries, bootstrap)
+
+    results = {**of(range(len(examples))), "by": {}, "untagged": {}}
     for tag, parts in parts_by(examples, by).items():
-        results["by"][tag] = {v: _results(counts[rows], at, [queries[i] for i in rows], bootstrap) for v, rows in parts.items()}
+        results["by"][tag] = {value: of(rows) for value, rows in parts.items()}
         results["untagged"][tag] = len(examples) - sum(map(len, parts.values()))
     return results
 
@@ -69,7 +76,9 @@ def parts_by(examples: Sequence[Example], by: Sequence[str]) -> dict[str, dict[s
     return parts
 
 
-def _results(counts: NDArray[np.int64], at: Layout, queries: Sequence[str], bootstrap: BootstrapConfig | None) -> dict[str, Any]:
+def _results(
+    counts: NDArray[np.int64], at: Layout, names: Sequence[str], queries: Sequence[str], bootstrap: BootstrapConfig | None
+) -> dict[str, Any]:
     total = counts.sum(0)
     point = {key: _known(value.tolist()) for key, value in scores(total, at).items()}
     num_checked, num_fully_checked = consistency_counts(total, at)
@@ -78,9 +87,38 @@ def _results(counts: NDArray[np.int64], at: Layout, queries: Sequence[str], boot
         **{key: point[key] for key in ("macro_f1", "accuracy", "good_f1", "class_f1", "step_accuracy", "parse_rate")},
         "num_examples": len(counts),
         "confusion": confusion_of(total, at).tolist(),
+        **_most_common(confusion_of(total, at), at, names),
         "consistency": {**shares, "num_examples": num_checked, "num_fully_checked": num_fully_checked} if num_checked else None,
         **({"confidence": _confidence(counts, at, queries, bootstrap)} if bootstrap and bootstrap.num_draws else {}),
     }
+
+
+def _most_common(confusion: NDArray[np.int64], at: Layout, names: Sequence[str]) -> dict[str, Any]:
+    """`majority` and `top_verdict` of `results_dict`; the better grade of two that are equally common."""
+    true, said = confusion.sum(1), confusion.sum(0)[:-1]
+    common, top = (len(names) - 1 - int(np.argmax(numbers[::-1])) for numbers in (true, said))
+    always = np.zeros_like(confusion)
+    always[:, common] = true
+    scored = verdict_scores(always, at.good)
+    return {
+        "majority": {"grade": names[common], **{key: float(scored[key]) for key in ("accuracy", "macro_f1")}},
+        "top_verdict": {"grade": names[top], "share": float(said[top] / said.sum())} if said.sum() else None,
+    }
+
+
+def collapse(results: Results) -> str:
+    """A sentence if nearly all verdicts are the same grade and the human grades are not; "" otherwise."""
+    top, confusion = results["top_verdict"], np.asarray(results["confusion"])
+    if top is None or top["share"] < COLLAPSED:
+        return ""
+    column = int(confusion.sum(0)[:-1].argmax())
+    true_share = confusion[column].sum() / confusion.sum()
+    if true_share > COLLAPSED - 0.1:
+        return ""
+    return (
+        f"{100 * top['share']:.0f} % of the verdicts are {top['grade']}, the grade of {100 * true_share:.0f} % of the pairs: the "
+        "policy no longer tells grades apart. Balance the demonstrations and sampler.balance by grade, or lower optimizer.lr"
+    )
 
 
 def _known(value: Any) -> Any:

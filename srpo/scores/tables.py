@@ -6,7 +6,7 @@ from collections.abc import Sequence
 
 from srpo.core.steps import StepSchema
 from srpo.core.tables import percent, text_table
-from srpo.scores.evaluation import Results, consistency_rows, score_rows
+from srpo.scores.evaluation import SCORE_NAMES, Results, consistency_rows, score_rows
 
 
 def before_after_table(before: Results, after: Results, schema: StepSchema) -> str:
@@ -21,7 +21,7 @@ def before_after_table(before: Results, after: Results, schema: StepSchema) -> s
         for _, (first, last) in rows
     ]
     rows = [(*row, change) for row, change in zip(cells, changes, strict=True)]
-    notes = [f"percent, {after['num_examples']:,} held-out pairs{_interval_note(after)}"]
+    notes = [f"percent, {after['num_examples']:,} held-out pairs{_interval_note(after)}", *_majority_notes(after)]
     return text_table(("", "before", "after", "change"), _parted(rows, schema), notes)
 
 
@@ -36,11 +36,25 @@ def results_table(results: Results, schema: StepSchema) -> str:
         columns |= {f"{tag} {value}" if value in columns else value: part for value, part in parts.items()}
     parted = _parted(_cells(schema, *columns.values()), schema)
     counts = ("pairs", *(f"{part['num_examples']:,}" for part in columns.values()))
-    notes = [f"percent{_interval_note(results)}"]
+    notes = [f"percent{_interval_note(results)}", *_majority_notes(results)]
     notes += [f"{number:,} pairs have no tag {tag}" for tag, number in results.get("untagged", {}).items() if number]
     if checked := results.get("consistency"):
         notes.append(f"consistency: over the {checked['num_examples']:,} pairs whose steps before the verdict can be checked")
     return text_table(("", *columns), [*parted, [counts]], notes)
+
+
+def _majority_notes(results: Results) -> list[str]:
+    """The scores of always answering the most common grade, the share of the most common verdict, and the scores of ranking."""
+    majority, top, ranking = results["majority"], results["top_verdict"], results.get("ranking")
+    always = ", ".join(f"{name} {percent(majority[key])}" for key, name in SCORE_NAMES.items() if key in majority)
+    notes = [f"always answering {majority['grade']}: {always}"]
+    if top is not None:
+        notes[0] += f"; the most common verdict is {top['grade']}, {percent(top['share'])} of them"
+    if ranking:
+        shown = {"NDCG by expected grade": "ndcg_expected", "by the best grade": "ndcg_best", "AUC of the best grade": "auc_best"}
+        scores = ", ".join(f"{name} {percent(ranking[key])}" for name, key in shown.items())
+        notes.append(f"ranking by probabilities: {scores} ({ranking['num_ranked_queries']:,} queries)")
+    return notes
 
 
 def _cells(schema: StepSchema, *results: Results) -> list[tuple[str, ...]]:

@@ -17,7 +17,7 @@ from srpo.data.tokenizer import encode_prompts
 from srpo.policy.parallel import Parallel
 from srpo.rollout.engine import Engine, SamplingParams
 from srpo.rollout.rollouts import to_rollouts
-from srpo.scores.evaluation import results_dict
+from srpo.scores.evaluation import collapse, results_dict
 from srpo.scores.tally import true_grades
 
 
@@ -58,4 +58,7 @@ def evaluate_policy(
     if parallel is not None and world_size > 1:
         rollouts = {i: rollout for share in parallel.all_gather_object(rollouts) for i, rollout in share.items()}
     ordered = [rollouts[i] for i in range(len(examples))]
-    return results_dict(ordered, examples, schema, by=by, bootstrap=bootstrap), ordered
+    results = results_dict(ordered, examples, schema, by=by, bootstrap=bootstrap)
+    if rank == 0 and (warning := collapse(results)):
+        print(f"{description}: {warning}", flush=True)
+    return results, ordered

@@ -38,6 +38,7 @@ class EvaluateConfig:
     max_new_tokens: Count = 0  # longest response, in tokens; 0: rollout.max_new_tokens of the run's settings
     engine: Literal["local", "vllm"] = "local"  # what decodes the checkpoint: this process, or vLLM in its own process
     vllm: VllmConfig = field(default_factory=lambda: VllmConfig(gpu_memory_frac=0.85))
+    ranking: bool = True  # with a checkpoint: also rank the items of each query by the probabilities of the grades
     by: tuple[str, ...] = ("query_type",)  # tags of the examples: repeat all scores for each value of each tag
     bootstrap: BootstrapConfig = field(default_factory=BootstrapConfig)
 
