@@ -22,29 +22,18 @@ from typing import Any
 
 import torch
 
-from srpo.core.config.train import (
-    Config,
-    DataConfig,
-    LossConfig,
-    OptimizerConfig,
-    PolicyConfig,
-    RewardConfig,
-    RolloutConfig,
-    SamplerConfig,
-    TrainConfig,
-)
 from srpo.core.digests import digest_of_data
 from srpo.core.files import read_result, write_result, write_whole
 from srpo.core.metrics import read_metrics
 from srpo.core.run_dir import claim_run_dir
 from srpo.core.run_lock import locks_run_dir
-from srpo.core.step_presets import PAPER, StepsConfig
+from srpo.core.step_presets import PAPER
 from srpo.core.steps import StepSchema
 from srpo.data.examples import Example
 from srpo.data.prompts import PromptForm
 from srpo.data.readers import load_examples
 from srpo.data.tokenizer import load_tokenizer
-from srpo.experiments.start import PROMPT, make_base, make_data, sft_config, stage
+from srpo.experiments.start import PROMPT, make_base, make_data, sft_config, stage, train_config
 from srpo.policy.model import load_policy
 from srpo.policy.parallel import Parallel, distributed
 from srpo.rollout.local import LocalEngine
@@ -86,34 +75,6 @@ def demo(cfg: DemoConfig, parallel: Parallel) -> dict[str, Any]:
     print(before_after_table(before, after, schema))
     print(f"{minutes:.1f} minutes. Everything is in {run_dir}: policy/, plots/, results.json, metrics.jsonl")
     return results
-
-
-def train_config(cfg: DemoConfig, policy: Path) -> Config:
-    """Settings of Algorithm 1 on hybrid step rewards, or on real pairs with the reward of the verdict alone.
-
-    Real pairs have neither labels for S1 to S4 nor a simulated annotator.
-    """
-    run_dir = Path(cfg.run_dir)
-    return Config(
-        run_dir=str(run_dir),
-        seed=cfg.seed,
-        num_steps=cfg.rl_steps,
-        steps=StepsConfig(sources="labels" if cfg.data else "preset"),
-        data=DataConfig(
-            train=str(run_dir / "data" / "train.jsonl"),
-            eval=str(run_dir / "data" / "eval.jsonl"),
-            prompt=PROMPT,
-            adversarial_frac=cfg.adversarial_frac,
-        ),
-        policy=PolicyConfig(path=str(policy)),
-        rollout=RolloutConfig(num_prompts=cfg.num_prompts, group_size=cfg.group_size, max_new_tokens=cfg.max_new_tokens),
-        reward=RewardConfig(judge="none" if cfg.data else "oracle", judge_error_rate=cfg.judge_error_rate),
-        advantage=cfg.advantage,
-        loss=LossConfig(kl_coef=cfg.kl_coef),
-        optimizer=OptimizerConfig(lr=cfg.rl_lr, warmup_steps=3, schedule="linear", min_lr_frac=0.1),
-        sampler=SamplerConfig(),
-        train=TrainConfig(micro_batch_tokens=4096, checkpoint_every=15, eval_every=cfg.eval_every, eval_examples=256),
-    )
 
 
 def evaluated(cfg: DemoConfig, policy: Path, path: Path, title: str, schema: StepSchema) -> dict[str, Any]:

@@ -30,6 +30,7 @@ from srpo.core.batch import Batch, Rollout, pack, write_rollouts
 from srpo.core.metrics import evaluation_metrics
 from srpo.core.progress import Progress
 from srpo.core.run_lock import locks_run_dir
+from srpo.experiments.first_run import WORLD, first_run
 from srpo.policy.model import save_policy
 from srpo.policy.parallel import Parallel, distributed
 from srpo.rewards.audit import audit
@@ -165,7 +166,12 @@ def evaluate_now(run: Run, version: int) -> dict[str, float]:
     return evaluation_metrics(results, run.schema.names)
 
 
-main = distributed(train)
+def begin(cfg: Config, parallel: Parallel) -> Path:
+    """`train`; without any setting on the built-in world (`srpo.experiments.first_run`). Collective."""
+    return train(first_run(WORLD, parallel) if cfg == Config() else cfg, parallel)
+
+
+main = distributed(begin)
 
 if __name__ == "__main__":
     run_program(main, Config)

@@ -32,8 +32,8 @@ ROOMS = {
 }
 ROOMS |= dict.fromkeys(("judge_training", "selection", "experiments"), 7)
 PROGRAMS = 8
-# Their stages are runs of other programs; the lab is where srpo.reproduce trains the rows of its tables.
-RUNS_PROGRAMS = ("srpo.demo", "srpo.train_judge", "srpo.experiments.lab")
+# Their stages are runs of other programs: of srpo.reproduce in the lab, of srpo.train without settings in the first run.
+RUNS_PROGRAMS = ("srpo.demo", "srpo.start", "srpo.train_judge", "srpo.experiments.lab", "srpo.experiments.first_run")
 
 TRACKERS = ("srpo/core/metrics.py",)
 FENCES = {

@@ -1,4 +1,4 @@
-"""The first stages of `srpo.demo` and `srpo.reproduce`: data, tokenizer and untrained policy, settings of the SFT warm start.
+"""The stages of `srpo.demo`, `srpo.reproduce` and a first `srpo.train`: data, tokenizer and untrained policy, settings.
 
 The data are those of the catalogue world, or judged pairs.
 """
@@ -12,11 +12,21 @@ from pathlib import Path
 
 from srpo.core.config.demo import DemoConfig
 from srpo.core.config.sft import SftConfig
-from srpo.core.config.train import OptimizerConfig, PolicyConfig
+from srpo.core.config.train import (
+    Config,
+    DataConfig,
+    LossConfig,
+    OptimizerConfig,
+    PolicyConfig,
+    RewardConfig,
+    RolloutConfig,
+    SamplerConfig,
+    TrainConfig,
+)
 from srpo.core.files import check_whole, whole_folder
 from srpo.core.grades import Grades
 from srpo.core.progress import Progress
-from srpo.core.step_presets import PAPER
+from srpo.core.step_presets import PAPER, StepsConfig
 from srpo.data.adversarial import with_attacks
 from srpo.data.pairs import read_pairs, write_pairs
 from srpo.data.prompts import build_prompt
@@ -106,4 +116,32 @@ def sft_config(cfg: DemoConfig) -> SftConfig:
         checkpoint_every=200,
         policy=PolicyConfig(path=str(run_dir / "base")),
         optimizer=OptimizerConfig(lr=cfg.sft_lr, warmup_steps=30, schedule="linear", min_lr_frac=0.1),
+    )
+
+
+def train_config(cfg: DemoConfig, policy: Path) -> Config:
+    """Settings of Algorithm 1 on hybrid step rewards, or on real pairs with the reward of the verdict alone.
+
+    Real pairs have neither labels for S1 to S4 nor a simulated annotator.
+    """
+    run_dir = Path(cfg.run_dir)
+    return Config(
+        run_dir=str(run_dir),
+        seed=cfg.seed,
+        num_steps=cfg.rl_steps,
+        steps=StepsConfig(sources="labels" if cfg.data else "preset"),
+        data=DataConfig(
+            train=str(run_dir / "data" / "train.jsonl"),
+            eval=str(run_dir / "data" / "eval.jsonl"),
+            prompt=PROMPT,
+            adversarial_frac=cfg.adversarial_frac,
+        ),
+        policy=PolicyConfig(path=str(policy)),
+        rollout=RolloutConfig(num_prompts=cfg.num_prompts, group_size=cfg.group_size, max_new_tokens=cfg.max_new_tokens),
+        reward=RewardConfig(judge="none" if cfg.data else "oracle", judge_error_rate=cfg.judge_error_rate),
+        advantage=cfg.advantage,
+        loss=LossConfig(kl_coef=cfg.kl_coef),
+        optimizer=OptimizerConfig(lr=cfg.rl_lr, warmup_steps=3, schedule="linear", min_lr_frac=0.1),
+        sampler=SamplerConfig(),
+        train=TrainConfig(micro_batch_tokens=4096, checkpoint_every=15, eval_every=cfg.eval_every, eval_examples=256),
     )
