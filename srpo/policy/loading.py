@@ -93,3 +93,10 @@ def _parameters_on_meta() -> Iterator[None]:
         yield
     finally:
         handle.remove()
+
+
+def model_size(path: str | Path) -> tuple[str, int]:
+    """(class, number of parameters) of the model in a folder, from its config.json alone. UserError as `load_policy`."""
+    check_folder(path)
+    model = _without_weights(path, experts="loop", attention="torch")
+    return type(model).__name__, sum(parameter.numel() for parameter in model.parameters())

@@ -45,6 +45,8 @@ def results_table(results: Results, schema: StepSchema) -> str:
 
 def _majority_notes(results: Results) -> list[str]:
     """The scores of always answering the most common grade, the share of the most common verdict, and the scores of ranking."""
+    if "majority" not in results:  # results of an earlier version
+        return []
     majority, top, ranking = results["majority"], results["top_verdict"], results.get("ranking")
     always = ", ".join(f"{name} {percent(majority[key])}" for key, name in SCORE_NAMES.items() if key in majority)
     notes = [f"always answering {majority['grade']}: {always}"]

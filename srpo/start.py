@@ -1,0 +1,326 @@
+"""From judged pairs and a pretrained model to a better judge, in one command: `python -m srpo.start DATA --model DIR`.
+
+It looks at the data, scores the model as it is, makes demonstrations (by the model itself where its responses are right, else from
+templates), trains with SFT and SRPO, keeps the best checkpoint, and reports on held-out queries beside the majority's answer. Each
+stage leaves its result in the run folder, so the same command continues a stopped one. `--check` only looks.
+"""
+
+from __future__ import annotations
+
+from srpo.core.config.start import StartConfig
+from srpo.core.errors import UserError
+from srpo.core.settings import check_command_line, check_one_process, run_program
+
+if __name__ == "__main__":
+    check_command_line(StartConfig)  # -h and mistakes answer before torch is imported
+
+import json
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from srpo.core.config.evaluation import BootstrapConfig
+from srpo.core.config.sft import SftConfig
+from srpo.core.config.train import (
+    Config,
+    DataConfig,
+    LossConfig,
+    OptimizerConfig,
+    RolloutConfig,
+    SamplerConfig,
+    TrainConfig,
+)
+from srpo.core.digests import digest_of_data
+from srpo.core.files import read_result, write_result, write_whole
+from srpo.core.metrics import read_metrics
+from srpo.core.progress import Progress
+from srpo.core.run_dir import claim_run_dir
+from srpo.core.run_lock import locks_run_dir
+from srpo.core.tables import percent, text_table
+from srpo.data.balance import balanced
+from srpo.data.checkpoint_tokens import stop_ids
+from srpo.data.examples import Example
+from srpo.data.pairs import write_pairs
+from srpo.data.prompts import PromptForm, build_prompt
+from srpo.data.readers import load_examples, split_by_query, write_examples
+from srpo.data.silver import Lexicon, silver_response
+from srpo.data.survey import survey
+from srpo.data.tokenizer import encode_prompts, load_tokenizer
+from srpo.experiments.start import stage
+from srpo.policy.grade_probs import grade_probs
+from srpo.policy.loading import model_size
+from srpo.policy.model import Policy, load_policy
+from srpo.policy.parallel import Parallel, distributed, unwrap
+from srpo.rollout.engine import SamplingParams
+from srpo.rollout.local import LocalEngine
+from srpo.rollout.rollouts import to_rollouts
+from srpo.scores.plots import write_plots
+from srpo.scores.ranking import ranking_scores
+from srpo.scores.tables import before_after_table
+from srpo.scores.tally import true_grades
+from srpo.sft import sft
+from srpo.train import train
+from srpo.training.evaluation import evaluate_policy
+from srpo.training.inputs import model_inputs
+
+SMALL = 1_000_000_000  # parameters below which a model stands the larger learning rates
+NAMES = {"before": "the model as it is", "sft": "after SFT", "after": "after SRPO"}
+
+
+@locks_run_dir
+def start(cfg: StartConfig, parallel: Parallel) -> dict[str, Any]:
+    """Run the stages that are not done yet. Returns the contents of `results.json`."""
+    run_dir = Path(cfg.run_dir)
+    train_pairs, eval_pairs = look(cfg)
+    inputs = {"the data": (cfg.data, digest_of_data(cfg.data))} | model_inputs({"the model": cfg.model})
+    claim_run_dir(run_dir / "start", cfg, parallel.is_main, ("check",), inputs, ("data", "model", "guidelines"))
+
+    def make(out: Path) -> None:
+        write_examples(out / "train.jsonl", train_pairs)
+        write_examples(out / "eval.jsonl", eval_pairs)
+
+    stage(run_dir / "data", "splitting the data by query", make)
+    results = {"before": scored(cfg, cfg.model, "before")}
+    own = results["before"]["parse_rate"] >= cfg.min_parse_rate and cfg.num_own > 0
+    stage(run_dir / "demonstrations", "making demonstrations", lambda out: demonstrate(cfg, train_pairs, own, out))
+    policy = sft(sft_config(cfg), parallel)
+    results["sft"] = scored(cfg, policy, "sft")
+    train(train_config(cfg, policy), parallel)
+    results["after"] = scored(cfg, run_dir / "rl" / "policy", "after")
+    return report(cfg, results)
+
+
+def look(cfg: StartConfig) -> tuple[list[Example], list[Example]]:
+    """(training pairs, held-out pairs), after saying what was found in data and model. Raises UserError for what cannot work."""
+    if not cfg.data or not cfg.model:
+        raise UserError("give judged pairs and a model: python -m srpo.start pairs.csv --model DIR")
+    schema, form = cfg.schema, form_of(cfg)
+    examples = [
+        replace(e, fields={k: v for k, v in e.fields.items() if k not in cfg.drop_fields})
+        for e in load_examples(cfg.data, schema)
+    ]
+    tokenizer = load_tokenizer(cfg.model, cfg.policy.bos, cfg.policy.chat)
+    print(f"{cfg.data}:")
+    found = survey(examples, cfg.grades, schema.names, encode_prompts(tokenizer, examples, form))
+    print("\n".join(f"  {line}" for line in found.lines()))
+    train_pairs, eval_pairs = split_by_query(examples, cfg.eval_frac, cfg.seed)
+    true_grades(eval_pairs, cfg.grades)
+    graded = [example for example in train_pairs if example.grade is not None]
+    if not graded:
+        raise UserError(f"{cfg.data}: no pair outside the held-out queries has a grade: name the column of the grades")
+    print(f"  {len(train_pairs):,} pairs to train on, {len(eval_pairs):,} of other queries held out (--eval-frac, --seed)")
+    return graded, eval_pairs
+
+
+def plan(cfg: StartConfig) -> list[str]:
+    """What would be done, one line per stage."""
+    name, size = model_size(cfg.model)
+    shown = cfg.num_eval or "all"
+    return [
+        f"model: {name} of {size / 1e6:,.0f} M parameters in {cfg.policy.dtype}",
+        f"1. score the model as it is on {shown} held-out pairs",
+        f"2. make {cfg.num_demonstrations:,} demonstrations, balanced over the grades: its own responses that are right if at least "
+        f"{percent(cfg.min_parse_rate)} % of them parse, else templates",
+        f"3. SFT: {cfg.sft_steps} steps of {cfg.sft_batch} responses, learning rate {sft_lr(cfg, size):g}",
+        f"4. SRPO: {cfg.rl_steps} steps of {cfg.num_prompts} prompts x {cfg.group_size} responses, learning rate "
+        f"{rl_lr(cfg, size):g}",
+        f"5. score it again, and report in {cfg.run_dir}/report.md",
+    ]
+
+
+def form_of(cfg: StartConfig) -> PromptForm:
+    """The form of the prompts."""
+    return PromptForm.of(DataConfig(prompt=cfg.prompt, guidelines=cfg.guidelines), cfg.schema)
+
+
+def sft_lr(cfg: StartConfig, size: int) -> float:
+    """Peak learning rate of SFT for a model of `size` parameters."""
+    return cfg.sft_lr or (1e-4 if size < SMALL else 1e-5)
+
+
+def rl_lr(cfg: StartConfig, size: int) -> float:
+    """Peak learning rate of SRPO for a model of `size` parameters."""
+    return cfg.rl_lr or (1e-5 if size < SMALL else 1e-6)
+
+
+# ---- the stages ----------------------------------------------------------------------------------------------------------------
+
+
+def scored(cfg: StartConfig, policy: str | Path, name: str) -> dict[str, Any]:
+    """Results of a policy on the held-out pairs, with `ranking`: read from NAME.json in the run folder, or computed."""
+    path = Path(cfg.run_dir) / f"{name}.json"
+    if not path.is_file():
+        schema = cfg.schema
+        examples = load_examples(Path(cfg.run_dir) / "data" / "eval.jsonl", schema, cfg.num_eval)
+        tokenizer = load_tokenizer(policy, cfg.policy.bos, cfg.policy.chat)
+        engine = open_engine(cfg, policy)
+        results, rollouts = evaluate_policy(
+            engine,
+            tokenizer,
+            schema,
+            examples,
+            form=form_of(cfg),
+            max_new_tokens=cfg.max_new_tokens,
+            batch_size=64,
+            description=NAMES[name],
+            by=(),
+            bootstrap=BootstrapConfig(),
+        )
+        probs = grade_probs(Policy(unwrap(engine.model)), tokenizer, rollouts, schema, cfg.micro_batch_tokens)
+        write_result(path, results | {"ranking": ranking_scores(probs, examples, cfg.grades)})
+    return read_result(path)
+
+
+def open_engine(cfg: StartConfig, policy: str | Path) -> LocalEngine:
+    """An engine in this process with the weights of a checkpoint."""
+    model = load_policy(policy, experts=cfg.policy.experts, dtype=getattr(torch, cfg.policy.dtype))
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    return LocalEngine(model, device=device, max_context=cfg.policy.max_context)
+
+
+def demonstrate(cfg: StartConfig, pairs: Sequence[Example], own: bool, out: Path) -> None:
+    """Write sft.jsonl, a demonstration for each of `num_demonstrations` pairs balanced over the grades, and counts.json.
+
+    own: ask the model first; of its responses to a pair the shortest that parses and has the human grade is taken.
+    """
+    schema, form = cfg.schema, form_of(cfg)
+    lexicon = Lexicon.from_examples(pairs)
+    chosen = balanced(pairs, cfg.grades, cfg.num_demonstrations, cfg.seed)
+    texts = own_responses(cfg, chosen) if own else {}
+    write_pairs(
+        out / "sft.jsonl",
+        (
+            (build_prompt(example, form), texts.get(example.example_id) or silver_response(example, lexicon, schema))
+            for example in chosen
+        ),
+    )
+    num_own = sum(example.example_id in texts for example in chosen)
+    counts = {"num_demonstrations": len(chosen), "num_own": num_own}
+    write_whole(out / "counts.json", json.dumps(counts) + "\n")
+    print(f"{len(chosen):,} demonstrations: {num_own:,} by the model itself, the others from templates", flush=True)
+
+
+def own_responses(cfg: StartConfig, pairs: Sequence[Example]) -> dict[str, str]:
+    """{example_id: text of the shortest right response} among `num_own` that the model samples to each pair."""
+    schema, form, engine = cfg.schema, form_of(cfg), open_engine(cfg, cfg.model)
+    tokenizer: Any = load_tokenizer(cfg.model, cfg.policy.bos, cfg.policy.chat)
+    params = SamplingParams(cfg.max_new_tokens, group_size=cfg.num_own, stop_ids=stop_ids(tokenizer))
+    unique = list({example.example_id: example for example in pairs}.values())
+    found: dict[str, str] = {}
+    with Progress("the model's own demonstrations", len(unique)) as bar:
+        for first in range(0, len(unique), 16):
+            chunk = unique[first : first + 16]
+            prompts = encode_prompts(tokenizer, chunk, form)
+            samples = engine.generate(prompts, params, seed=cfg.seed, numbers=range(first, first + len(chunk)))
+            for rollout in to_rollouts(chunk, samples, prompts, schema, tokenizer, 0):
+                example = chunk[rollout.group]
+                right = rollout.finish == "stop" and rollout.answers[-1] == example.grade and None not in rollout.answers
+                if right and len(rollout.text) < len(found.get(example.example_id, rollout.text + " ")):
+                    found[example.example_id] = rollout.text
+            bar.advance(len(chunk))
+    return found
+
+
+def sft_config(cfg: StartConfig) -> SftConfig:
+    """Settings of SFT on the demonstrations."""
+    run_dir = Path(cfg.run_dir)
+    return SftConfig(
+        run_dir=str(run_dir / "sft"),
+        seed=cfg.seed,
+        data=str(run_dir / "demonstrations" / "sft.jsonl"),
+        num_steps=cfg.sft_steps,
+        batch_size=cfg.sft_batch,
+        micro_batch_tokens=cfg.micro_batch_tokens,
+        checkpoint_every=100,
+        steps=cfg.steps,
+        grades=cfg.grades,
+        verdict_weight=cfg.verdict_weight,
+        policy=replace(cfg.policy, path=cfg.model),
+        optimizer=OptimizerConfig(lr=sft_lr(cfg, model_size(cfg.model)[1]), warmup_steps=10, schedule="linear"),
+    )
+
+
+def train_config(cfg: StartConfig, policy: Path) -> Config:
+    """Settings of Algorithm 1 on the labels of the data, balanced over the grades."""
+    run_dir = Path(cfg.run_dir)
+    return Config(
+        run_dir=str(run_dir / "rl"),
+        seed=cfg.seed,
+        num_steps=cfg.rl_steps,
+        steps=cfg.steps,
+        grades=cfg.grades,
+        data=DataConfig(
+            train=str(run_dir / "data" / "train.jsonl"),
+            eval=str(run_dir / "data" / "eval.jsonl"),
+            prompt=cfg.prompt,
+            guidelines=cfg.guidelines,
+        ),
+        policy=replace(cfg.policy, path=str(policy)),
+        rollout=RolloutConfig(num_prompts=cfg.num_prompts, group_size=cfg.group_size, max_new_tokens=cfg.max_new_tokens),
+        loss=LossConfig(kl_coef=cfg.kl_coef),
+        optimizer=OptimizerConfig(lr=rl_lr(cfg, model_size(cfg.model)[1]), warmup_steps=3, schedule="linear"),
+        sampler=SamplerConfig(balance=("grade",)),
+        train=TrainConfig(
+            micro_batch_tokens=cfg.micro_batch_tokens,
+            checkpoint_every=20,
+            eval_every=cfg.eval_every,
+            eval_examples=cfg.eval_examples,
+        ),
+    )
+
+
+def report(cfg: StartConfig, results: dict[str, dict[str, Any]]) -> dict[str, Any]:
+    """Write report.md, results.json and plots/, and print the table. Returns the contents of results.json."""
+    run_dir, schema = Path(cfg.run_dir), cfg.schema
+    table = start_table(results)
+    print(table)
+    parts = [f"# A judge from {Path(cfg.data).name}", "```", table, "```", "## All scores, after SFT and after SRPO", "```"]
+    parts += [before_after_table(results["sft"], results["after"], schema), "```"]
+    write_whole(run_dir / "report.md", "\n".join(parts) + "\n")
+    summary = {"before": results["sft"], "after": results["after"], "as_it_is": results["before"], "seed": cfg.seed}
+    write_whole(run_dir / "results.json", json.dumps(summary, indent=1) + "\n")
+    write_plots(run_dir / "plots", read_metrics(run_dir / "rl" / "metrics.jsonl"), schema, summary, run_dir.name)
+    print(f"The judge is {run_dir / 'rl' / 'policy'}; the report is {run_dir / 'report.md'}")
+    return summary
+
+
+def start_table(results: dict[str, dict[str, Any]]) -> str:
+    """Accuracy, macro F1 and ranking of the majority's answer and of the model before, between and after the stages."""
+    last = results["after"]
+    majority = last["majority"]
+    rows = [(f"always {majority['grade']}", percent(majority["accuracy"]), percent(majority["macro_f1"]), "-", "50.0", "-")]
+    for key, name in NAMES.items():
+        scores, known = results[key], results[key]["confidence"]
+        cells = (percent(scores[score], known[score]) for score in ("accuracy", "macro_f1"))
+        ranking = scores["ranking"]
+        rows.append(
+            (
+                name,
+                *cells,
+                percent(ranking["ndcg_expected"]),
+                percent(ranking["auc_best"]),
+                percent(scores["parse_rate"]),
+            )
+        )
+    header = ("", "accuracy", "macro F1", "NDCG", "AUC of the best grade", "responses that parse")
+    known = last["confidence"]
+    note = f"percent, {last['num_examples']:,} held-out pairs of {known['num_queries']:,} queries; in brackets 95 % intervals over queries"
+    return text_table(header, [rows], [note])
+
+
+def main(cfg: StartConfig) -> None:
+    """Look, or run all stages in this process."""
+    check_one_process("srpo.start", "it runs in one process (srpo.train takes several)")
+    if cfg.check:
+        look(cfg)
+        print("\n".join(plan(cfg)))
+    else:
+        distributed(start)(cfg)
+
+
+if __name__ == "__main__":
+    torch.set_num_threads(min(torch.get_num_threads(), 8))
+    run_program(main, StartConfig)
