@@ -122,7 +122,8 @@ def main() -> None:
     rows = []
     for name, run in runs.items():
         held_out = load_examples(Path(run) / "data" / "eval.jsonl", PAPER)
-        irrelevant, relevant = ([e for e in held_out if e.grade in grades][: args.num_pairs] for grades in ((1, 2), (4,)))
+        sides = ("L1", "L2"), ("L4",)
+        irrelevant, relevant = ([e for e in held_out if e.grade in side][: args.num_pairs] for side in sides)
         rows += measure(Path(run) / "policy", irrelevant, relevant, name)
     if args.json:
         machine = {"processor": platform.processor() or platform.machine(), "system": platform.system()}
