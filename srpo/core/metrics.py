@@ -106,7 +106,7 @@ METRICS: dict[str, str] = {
 CLOCK_AREAS = ("time", "service")  # depend on the clock or the process's cache: a resumed run has other numbers
 FILES = ("metrics.jsonl", "timing.jsonl", "rollouts.jsonl")  # truncated together when a run resumes
 
-_PLACEHOLDERS = {"step": "[a-z][a-z0-9_]*", "class": "[1-9][0-9]?", "phase": "[a-z_]+"}
+_PLACEHOLDERS = {"step": "[a-z][a-z0-9_]*", "class": "(?:[1-9]|10)", "phase": "[a-z_]+"}
 _PATTERNS = [
     re.compile("".join(_PLACEHOLDERS[p[1:-1]] if p.startswith("{") else re.escape(p) for p in re.split(r"(\{\w+\})", key)))
     for key in METRICS

@@ -55,7 +55,9 @@ def test_unknown_values_are_left_out_and_nonfinite_ones_are_null(tmp_path: Path)
     assert lines(tmp_path / "metrics.jsonl") == [{"step": 1, "train/grad_norm": None, "train/loss": None}]
 
 
-@pytest.mark.parametrize("key", ["reward/totl", "reward/step/", "reward/step/a/b", "eval/class_f1/5", "total", "policy/kl/S 1"])
+@pytest.mark.parametrize(
+    "key", ["reward/totl", "reward/step/", "reward/step/a/b", "eval/class_f1/0", "eval/class_f1/11", "total", "policy/kl/S 1"]
+)
 def test_undeclared_key_is_refused_and_nothing_is_written(tmp_path: Path, key: str):
     with MetricsLogger(tmp_path) as logger, pytest.raises(ValueError, match="METRICS"):
         logger.log(1, {"train/loss": 1.0, key: 1.0})
@@ -64,7 +66,8 @@ def test_undeclared_key_is_refused_and_nothing_is_written(tmp_path: Path, key: s
 
 def test_every_declared_key_is_accepted_with_its_parts_filled_in():
     for key in METRICS:
-        check_key(key.format_map({"step": "query_intent", "class": "4", "phase": "rollout"}))
+        for number in range(1, 11):
+            check_key(key.format_map({"step": "query_intent", "class": str(number), "phase": "rollout"}))
 
 
 def test_steps_are_logged_once_and_in_order(tmp_path: Path):
