@@ -35,16 +35,20 @@ class Grades:
         names = self.names
         if not 2 <= len(names) <= 10:
             raise UserError(f"grades.names has {len(names)} names: give 2 to 10, from the worst to the best")
-        if bad := [name for name in names if not re.fullmatch(r"\w(?:[^\n;,\"{}]*\w)?", name)]:
+        if bad := [name for name in names if not re.fullmatch(r"\w(?:[^\n\r;,\"{}*\\]*\w)?", name)]:
             raise UserError(
                 f"grades.names has {bad[0]!r}: a name is on one line, begins and ends with a letter or digit, and has none of "
-                ', ; " { }'
+                ', ; " { } * \\'
             )
-        if len({*map(fold, names)}) < len(names):
+        if len({*map(_key, names)}) < len(names):
             raise UserError(f"grades.names is {', '.join(names)}: the names must differ by more than case and spaces")
         for key, named in (("good", self.good), ("labels", tuple(self.labels.values()))):
             if unknown := [name for name in named if name not in names]:
                 raise UserError(f"grades.{key} has {unknown[0]!r}: name some of {', '.join(names)}")
+        meant = {_key(name): name for name in names}
+        for label, name in self.labels.items():
+            if meant.setdefault(_key(label), name) != name:
+                raise UserError(f"grades.labels says that {label!r} is {name}, but it is {meant[_key(label)]}: keep one of them")
         if set(self.good) == set(names):
             raise UserError("grades.good has all grades: leave out those that are not good")
         if self.gains and (len(self.gains) != len(names) or list(self.gains) != sorted(self.gains)):
@@ -75,9 +79,9 @@ class Grades:
         text = spelled(value)
         if text is None:
             return None
-        for label, name in self.labels.items():
-            if fold(label) == fold(text):
-                return name
+        meant = {_key(label): name for label, name in self.labels.items()} | {_key(name): name for name in self.names}
+        if name := meant.get(_key(text)):
+            return name
         index = self.index(text)
         if index is None and not any(map(_is_number, self.names)):
             number = re.fullmatch(r"[1-9]\d?", text)
@@ -115,5 +119,10 @@ def spelled(value: Any) -> str | None:
     return None
 
 
+def _key(text: str) -> str:
+    """The text as spellings are compared."""
+    return fold(spelled(text) or "")
+
+
 def _is_number(name: str) -> bool:
-    return name.isdigit()
+    return re.fullmatch(r"\d+(?:\.\d+)?", name) is not None
