@@ -219,6 +219,8 @@ def _replace(config: Any, table: Mapping[str, Any], where: str, prefix: str, kno
             near = _nearest(key, known)
             raise UserError(f"{where}: unknown key {key!r}" + (f"; the nearest is {near!r}" if near else ""))
         old = getattr(config, name)
+        if isinstance(value, list) and (instead := getattr(type(old), "NO_ARRAY", "")):
+            raise UserError(f"{where}: [[{key}]] is no array of tables any more: {instead}")
         if is_dataclass(old) and isinstance(value, dict):
             changes[name] = _replace(old, value, where, key + ".", known)
         else:

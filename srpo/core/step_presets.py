@@ -13,7 +13,7 @@ from __future__ import annotations
 import difflib
 import re
 from dataclasses import dataclass, field, fields, replace
-from typing import Literal
+from typing import Any, Literal
 
 from srpo.core.errors import UserError
 from srpo.core.grades import PAPER_GRADES, Grades
@@ -53,7 +53,6 @@ _ANALYZE = r"(?:(?:analy[sz]e|identify|interpret|understand)[^\S\n]+(?:the[^\S\n
 _PAPER_VERDICT = (
     r"\b(L[1-4]\b|[1-4](?=[ \t]*[-\u2010-\u2015][ \t]*(?:irrelevant|(?:partial[ \t]+)?mismatch|related|excellent)\b))"
 )
-_STRING = r'\A\s*"((?:[^"\\]|\\.)*)"'  # a value in JSON
 
 PAPER_STEPS: tuple[StepSpec, ...] = (
     StepSpec(
@@ -91,6 +90,7 @@ PAPER_STEPS: tuple[StepSpec, ...] = (
     ),
 )
 PAPER = StepSchema(PAPER_STEPS)
+_LABELS = ("gold", "skip")  # a label if the pair has one, else nobody
 
 
 @dataclass(frozen=True)
@@ -98,7 +98,7 @@ class StepChange:
     """Settings of one step in place of those of the preset; unset ones stay."""
 
     header: str | None = None  # regex of the step's header; a new step's default: its name in words at the start of a line
-    answer: str | None = None  # regex with one group, the last match is the answer; a new step's default: its options
+    answer: str | None = None  # regex with one group, the last match is the answer; default with `options`: any of them
     options: tuple[str, ...] | None = None  # allowed answers; empty: free text
     sources: tuple[str, ...] | None = None  # gold | judge | rule | skip: the first that can grade the step does
     reward: NonNegative | None = None  # reward of a correct step
@@ -116,12 +116,14 @@ class StepsConfig:
     # Steps to start from: the paper's five, the verdict alone, or none (own: every step is a table [steps.NAME])
     preset: Literal["paper", "verdict", "own"] = "paper"
     form: Literal["text", "json"] = "text"  # a response is one "1. Name: answer" line per step, or a JSON object of the steps
-    # Who grades the steps: sources of the preset, or labels: a label where the pair has one, else nobody
+    # Who grades the steps: sources of the preset, or labels: a label if the pair has one, else nobody; [steps.NAME] comes first
     sources: Literal["preset", "labels"] = "preset"
     # Changes by the name of the step, [steps.NAME] in TOML; a new name adds a step, before the verdict of a preset
     named: dict[str, StepChange] = field(default_factory=dict)
 
     REST = "named"  # the field that holds the tables of other names
+    # Said of [[steps]], the array of tables of older files
+    NO_ARRAY = 'write preset = "own" under [steps], and each step as a table [steps.NAME] without the key name'
 
     @classmethod
     def of(cls, specs: tuple[StepSpec, ...]) -> StepsConfig:
@@ -133,7 +135,7 @@ class StepsConfig:
         """The schema of these settings; the last step answers with a grade. UserError for settings that cannot work."""
         specs = {"paper": PAPER_STEPS, "verdict": PAPER_STEPS[-1:], "own": ()}[self.preset]
         if self.sources == "labels":
-            specs = tuple(replace(spec, sources=("gold", "skip")) for spec in specs)
+            specs = tuple(replace(spec, sources=_LABELS) for spec in specs)
         if specs and grades.names != PAPER_GRADES:
             specs = (*specs[:-1], replace(specs[-1], options=grades.names, answer=_verdict(grades)))
         if self.form == "json":
@@ -143,7 +145,8 @@ class StepsConfig:
             if name not in by_name and self.preset != "own" and (near := difflib.get_close_matches(name, by_name, n=1)):
                 raise UserError(f"steps.{name} is no step of the preset {self.preset!r}: the nearest is {near[0]!r}")
             if name in by_name:
-                by_name[name] = replace(by_name[name], **change.changes())
+                answer = {} if change.options is None else {"answer": _answer(change.options, grades)}
+                by_name[name] = replace(by_name[name], **{**answer, **change.changes()})
             else:
                 is_verdict = self.preset == "own" and name == list(self.named)[-1]
                 by_name[name] = self._new(name, change, grades if is_verdict else None)
@@ -164,12 +167,21 @@ class StepsConfig:
         """A step that the preset does not have. `grades`: of the last step, which answers with one unless it has options."""
         given = change.changes()
         options = change.options if change.options is not None else grades.names if grades else ()
-        answer = _verdict(grades) if grades and options == grades.names else rf"({_any_of(options)})" if options else ""
         header = _header(r"[^\S\n]+".join(map(re.escape, name.split("_"))))
-        spec = StepSpec(**{"name": name, "header": header, "answer": answer, **given, "options": options})
+        defaults: dict[str, Any] = {"header": header, "answer": _answer(options, grades)}
+        if self.sources == "labels":
+            defaults["sources"] = _LABELS
+        spec = StepSpec(**{"name": name, **defaults, **given, "options": options})
         if self.form == "json":
-            spec = replace(_in_json(spec), **{key: value for key, value in given.items() if key in ("header", "answer")})
+            spec = _in_json(spec) if change.header is None else spec
         return spec
+
+
+def _answer(options: tuple[str, ...], grades: Grades | None) -> str:
+    """Regex of the answer of a step with these options."""
+    if grades and options == grades.names:
+        return _verdict(grades)
+    return f"({_any_of(options)})" if options else ""
 
 
 def _verdict(grades: Grades) -> str:
@@ -178,4 +190,4 @@ def _verdict(grades: Grades) -> str:
 
 def _in_json(spec: StepSpec) -> StepSpec:
     """The step as a key of a JSON object."""
-    return replace(spec, header=rf'(?<!\\)"{spec.name}"\s*:', answer=spec.answer or _STRING)
+    return replace(spec, header=rf'(?<!\\)"{spec.name}"\s*:')

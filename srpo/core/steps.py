@@ -25,6 +25,7 @@ from srpo.core.token_spans import Decoder, decode_with_ends
 
 SOURCES = ("gold", "judge", "rule", "skip")
 REGEX_FLAGS = re.MULTILINE | re.IGNORECASE
+_JSON_STRING = re.compile(r'\s*"((?:[^"\\]|\\.)*+)"', re.DOTALL)
 _EDGE = {True: r"(?<!\d)", False: r"(?<!\w)"}  # before a text that begins with a digit, or not
 
 
@@ -46,7 +47,8 @@ class StepSpec:
 
     name: str  # lower-case letters, digits and _; part of metric keys
     header: str  # regex of the step's header; multi-line, case-insensitive
-    answer: str = ""  # regex with one group, searched in the step's text, the last match counts; empty: the whole text
+    # Regex with one group, searched in the step's text (in JSON: in its value), the last match counts; empty: the whole text
+    answer: str = ""
     options: tuple[str, ...] = ()  # allowed answers; empty: free text
     sources: tuple[str, ...] = ("judge",)  # gold | judge | rule | skip: the first that can grade the step does
     reward: NonNegative = 0.2  # reward of a correct step (Appendix B)
@@ -230,10 +232,24 @@ class StepSchema:
     def _read_answer(self, j: int, body: str) -> tuple[str | None, int]:
         """(answer of step j in the text after its header, the character of `body` at which it begins)."""
         spec, pattern = self.specs[j], self._answers[j]
+        if self.form == "json":
+            value = _JSON_STRING.match(body)
+            if value is None and pattern is None:
+                return None
+            body = body if value is None else _unescaped(value[1])
         if pattern is None:
             return spec.canonical(body), 0
         answers = [(spec.canonical(m.group(1)), m.start(1)) for m in pattern.finditer(body) if m.group(1)]
         return next((answer for answer in reversed(answers) if answer[0] is not None), (None, 0))
+
+
+def _unescaped(text: str) -> str:
+    """The text that stands between the quotes of a JSON string; as it is, if its escapes are none of JSON."""
+    try:
+        value = json.loads(f'"{text}"', strict=False)
+    except ValueError:
+        return text
+    return value.encode("utf-8", "replace").decode()  # half of a surrogate pair cannot be written to a file
 
 
 def without_stops(tokenizer: Any, response_ids: Sequence[int], stop_ids: Collection[int]) -> Sequence[int]:
