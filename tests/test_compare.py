@@ -19,7 +19,6 @@ from srpo.data.examples import Example
 from srpo.data.readers import write_examples
 from srpo.scores.evaluation import results_dict
 from srpo.scores.paired import compare_systems
-from srpo.scores.tally import predicted_grade
 
 SCHEMA = PAPER
 DRAWS = ["--bootstrap.num-draws", "50"]
@@ -87,7 +86,7 @@ def test_one_of_several_processes_is_refused(tmp_path: Path, two: dict[str, Any]
 
 
 def test_verdicts_alone_are_compared_with_the_verdicts_of_responses(tmp_path: Path, two: dict[str, Any]):
-    rows = [{"example_id": r.example_id, "prediction": predicted_grade(r)} for r in two["rollouts"][1]]
+    rows = [{"example_id": r.example_id, "prediction": r.answers[-1]} for r in two["rollouts"][1]]
     alone = run(tmp_path, "--a", two["a"], "--b", written(tmp_path / "p.jsonl", *rows), "--data", two["data"])["offline"]
     full = run(tmp_path, "--a", two["a"], "--b", two["b"], "--data", two["data"])["offline"]
     for key in ("macro_f1", "accuracy", "good_f1", "class_f1"):

@@ -15,6 +15,7 @@ from srpo.core.batch import read_rollouts
 from srpo.core.config.demo import DemoConfig
 from srpo.core.config.train import Config
 from srpo.core.settings import apply_toml
+from srpo.core.step_presets import PAPER
 from srpo.data.examples import Example
 from srpo.data.pairs import read_pairs
 from srpo.data.prompts import build_prompt
@@ -82,8 +83,8 @@ def test_its_training_stage_is_a_run_like_any_other(done: Path) -> None:
 
 def test_held_out_queries_are_never_shown(done: Path) -> None:
     shown = {prompt.split("\n")[0].removeprefix("Query: ") for prompt, _ in read_pairs(done / "data" / "sft.jsonl")}
-    trained = {e.query for e in load_examples(done / "data" / "train.jsonl", 5)}
-    held_out = {e.query for name in ("eval", "eval_balanced") for e in load_examples(done / "data" / f"{name}.jsonl", 5)}
+    trained = {e.query for e in load_examples(done / "data" / "train.jsonl", PAPER)}
+    held_out = {e.query for name in ("eval", "eval_balanced") for e in load_examples(done / "data" / f"{name}.jsonl", PAPER)}
     assert len(shown) > 50 and len(held_out) > 5
     assert not held_out & (shown | trained)
 
@@ -156,7 +157,7 @@ def test_the_demo_on_judged_pairs(tmp_path: Path) -> None:
     cfg = settings(tmp_path / "run", data=str(judged_pairs(tmp_path / "pairs.jsonl")), sft_steps=2, rl_steps=1)
     results = demo(cfg, small.ONE)
     data = tmp_path / "run" / "data"
-    train, held_out = (load_examples(data / name, 5) for name in ("train.jsonl", "eval.jsonl"))
+    train, held_out = (load_examples(data / name, PAPER) for name in ("train.jsonl", "eval.jsonl"))
     assert not {e.query for e in train} & {e.query for e in held_out}
     assert len(train) + len(held_out) == 160 and len(train) > len(held_out) > 8
     assert [prompt for prompt, _ in read_pairs(data / "sft.jsonl")] == [build_prompt(e, srpo.demo.PROMPT) for e in train]

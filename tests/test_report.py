@@ -11,8 +11,9 @@ from judged_pairs import verdict_results
 from srpo.core.config.evaluation import ReportConfig
 from srpo.core.config.train import Config
 from srpo.core.errors import UserError
+from srpo.core.grades import PAPER_GRADES
 from srpo.core.settings import dump_toml
-from srpo.core.step_presets import PAPER
+from srpo.core.step_presets import PAPER, StepsConfig
 from srpo.core.steps import StepSpec
 from srpo.report import main, write_report
 from srpo.scores.tables import before_after_table, results_table
@@ -109,8 +110,8 @@ def test_tables_with_intervals_stay_within_130_columns(num_values: int):
 def test_report_of_a_run_folder_follows_its_own_steps(tmp_path: Path):
     run_dir = tmp_path / "run"
     run_dir.mkdir()
-    steps = (StepSpec("colour", "colour:"), StepSpec("verdict", "verdict:", sources=("gold",), reward=1.0))
-    (run_dir / "config.toml").write_text(dump_toml(replace(Config(), steps=steps)))
+    steps = (StepSpec("colour", "colour:"), StepSpec("verdict", "verdict:", options=PAPER_GRADES, sources=("gold",), reward=1.0))
+    (run_dir / "config.toml").write_text(dump_toml(replace(Config(), steps=StepsConfig.of(steps))))
     (run_dir / "metrics.jsonl").write_text('{"step": 1, "reward/step/colour": 0.1, "policy/entropy": 0.5}\n{"step": 2, "rew')
     table, files = write_report(run_dir)
     assert table == ""

@@ -36,6 +36,7 @@ from srpo.core.config.selection import Criteria, SelectConfig
 from srpo.core.config.train import Config, DataConfig, LossConfig, StageConfig
 from srpo.core.run_dir import claim_run_dir
 from srpo.core.settings import load
+from srpo.core.step_presets import PAPER
 from srpo.data.curriculum import SOLVE_RATE
 from srpo.data.examples import Example
 from srpo.data.prompts import PromptForm
@@ -87,7 +88,7 @@ def test_records_say_what_the_group_did(never_killed: SelectConfig) -> None:
         assert record.step_rewards == pytest.approx(rewards.mean(0))
         assert record.num_reward_patterns == len(np.unique(rewards, axis=0))
         assert record.num_different == len({r.text for r in group}) and record.num_responses == 6
-        assert record.tags == {"query_type": shard[i].tags["query_type"], "grade": f"L{shard[i].grade}"}
+        assert record.tags == {"query_type": shard[i].tags["query_type"], "grade": shard[i].grade}
         verdicts = np.array([r.verdicts for r in group], dtype=float)
         assert record.judge_scores == pytest.approx(verdicts.mean(0)) and record.judge_score == pytest.approx(verdicts.mean())
         verdict, steps = rewards[:, 4] > 0, (rewards[:, :4] > 0).all(1)
@@ -210,12 +211,12 @@ def test_one_rank_goes_on_where_three_were_killed(never_killed: SelectConfig, tm
 def test_a_second_selection_samples_nothing(never_killed: SelectConfig, tmp_path: Path) -> None:
     """5.5 on existing records: half of what rejection sampling leaves, by three readings of "valuable"."""
     half: dict[str, set[str]] = {}
-    everything = {e.example_id for e in load_examples(out_dir(never_killed) / "selected.parquet", 5)}
+    everything = {e.example_id for e in load_examples(out_dir(never_killed) / "selected.parquet", PAPER)}
     for score_by in ("best", "uncertain", "disagree"):
         cfg = replace(never_killed, out=str(tmp_path / score_by), format="jsonl", select=Criteria(score=score_by, keep_frac=0.5))
         report = run(cfg, ONE, parts_with(Scripted(dies_after=0)))
         assert report is not None
-        half[score_by] = {e.example_id for e in load_examples(tmp_path / score_by / "selected.jsonl", 5)}
+        half[score_by] = {e.example_id for e in load_examples(tmp_path / score_by / "selected.jsonl", PAPER)}
         assert half[score_by] < everything and len(half[score_by]) == report["num_selected"] == (len(everything) + 1) // 2
         assert report["reasons"]["not_chosen_by_score"] == len(everything) - len(half[score_by])
         assert json.loads((tmp_path / score_by / "selection.json").read_text()) == report
@@ -230,7 +231,11 @@ def test_the_report_counts_everything(never_killed: SelectConfig, tmp_path: Path
     criteria = Criteria(balance=("query_type", "grade"), num_examples=8, short="take_all")
     report = choose(replace(never_killed, out=str(tmp_path / "out"), select=criteria))
     assert sum(report["reasons"].values()) == report["num_examples"] == NUM
-    assert report["reasons"]["selected"] == report["num_selected"] == len(load_examples(tmp_path / "out" / "selected.parquet", 5))
+    assert (
+        report["reasons"]["selected"]
+        == report["num_selected"]
+        == len(load_examples(tmp_path / "out" / "selected.parquet", PAPER))
+    )
     # odd examples have grades 2 and 4: four of the eight combinations do not occur
     assert {name: row["before"] for name, row in report["strata"].items() if row["before"]} == {
         "even/L1": 11,
@@ -251,7 +256,7 @@ def test_examples_that_nothing_can_grade_are_counted_and_not_sampled(tmp_path: P
     cfg, engine = config(tmp_path, tmp_path / "some.jsonl"), Scripted()
     report = run(cfg, ONE, parts_with(engine))
     assert report is not None and report["reasons"]["ungradable"] == 5 and engine.sampled.total() == NUM - 5
-    assert not {e.example_id for e in load_examples(out_dir(cfg) / "selected.parquet", 5)} & {f"e{i}" for i in range(5)}
+    assert not {e.example_id for e in load_examples(out_dir(cfg) / "selected.parquet", PAPER)} & {f"e{i}" for i in range(5)}
 
 
 def test_a_run_that_is_stopped_before_a_shard_that_nothing_can_grade_goes_on(tmp_path: Path) -> None:
@@ -276,7 +281,7 @@ def test_an_output_of_this_program_is_data_for_training(world: Any, tmp_path: Pa
     selected = out_dir(cfg) / "selected.parquet"
     chosen = {e.example_id: e for e in world.examples()}
     rates = {record.example_id: record.solve_rate for n in range(4) for record in read_shard(records_dir(cfg), n)}
-    for pair in load_examples(selected, 5):
+    for pair in load_examples(selected, PAPER):
         assert float(pair.tags[SOLVE_RATE]) == pytest.approx(rates[pair.example_id], rel=1e-3)
         tags = {tag: value for tag, value in pair.tags.items() if tag != SOLVE_RATE}
         assert chosen[pair.example_id] == replace(pair, tags=tags)

@@ -379,7 +379,7 @@ def test_a_loss_that_is_not_finite_stops_with_a_dump_that_reproduces_it(
             state["batches"],
             state["info"]["objective"],
             small.ONE,
-            step_names=[spec.name for spec in cfg.steps],
+            step_names=cfg.schema.names,
             grad_clip=1.0,
             dump=tmp_path / "again.pt",
             reference=reference,

@@ -19,11 +19,12 @@ from srpo.core.config.train import OptimizerConfig, RolloutConfig
 from srpo.core.errors import UserError
 from srpo.core.metrics import read_metrics
 from srpo.core.step_presets import PAPER, PAPER_STEPS
+from srpo.core.steps import StepSchema
 from srpo.data.examples import Example
 from srpo.data.pairs import read_pairs
 from srpo.data.readers import load_examples
 from srpo.data.tokenizer import load_tokenizer
-from srpo.judge_training.hard_cases import PROMPT_FIELD
+from srpo.judge_training.hard_cases import PROMPT_FIELD, verdict_steps
 from srpo.judge_training.human_queue import read_queue
 from srpo.judge_training.judgments import Judgment, hold_out, read_judgments, simulate_judgments
 from srpo.policy.model import load_policy, make_tiny
@@ -184,7 +185,7 @@ def test_a_judge_is_trained_twice_and_measured(judged: tuple[JudgeConfig, dict[s
     assert verified.keys() == queue.keys() and None not in verified.values()
     assert report["verified"]["num_verified"] == len(queue)
     assert report["verified"]["num_corrected"] == sum(verified[k] != queue[k].labels for k in queue) > 0  # the annotator errs
-    cases = {e.example_id: e for e in load_examples(run_dir / "grpo_cases.jsonl", 5)}
+    cases = {e.example_id: e for e in load_examples(run_dir / "grpo_cases.jsonl", StepSchema(verdict_steps(SCHEMA)))}
     for case_id, human in verified.items():
         assert human is not None
         assert cases[case_id].gold == tuple("Correct" if v else "Incorrect" for v in human)
@@ -256,7 +257,7 @@ def test_humans_verify_between_the_stages(
     cfg = replace(cfg, stage="grpo", verified=str(verified))
     report = train_judge(cfg, small.ONE)
     assert report["verified"]["num_dropped"] == len(rows) - 6 and "steps" in report["grpo"]
-    cases = load_examples(run_dir / "grpo_cases.jsonl", 5)
+    cases = load_examples(run_dir / "grpo_cases.jsonl", StepSchema(verdict_steps(SCHEMA)))
     assert {case.gold for case in cases} == {("Incorrect", None, "Correct", None, None)} and len(cases) == 6
 
     (run_dir / "grpo.json").unlink()  # the stage is not done, and verdicts change

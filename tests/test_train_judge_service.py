@@ -16,7 +16,6 @@ from judge_server import Answer, Asked, chat, free_port, serving
 import srpo.train
 from srpo.core.batch import read_rollouts
 from srpo.core.metrics import read_metrics
-from srpo.core.steps import StepSchema
 from srpo.data.readers import write_examples
 from srpo.rewards.build import build_judge, judge_metrics
 from srpo.rewards.verdicts import render_verdicts
@@ -152,7 +151,7 @@ def test_what_the_judge_did_is_counted_and_the_key_is_in_no_file(
         written = [path for path in (tmp_path / "run").rglob("*") if path.is_file()]
         assert len(written) > 5 and not any(b"sk-73" in path.read_bytes() for path in written)
 
-        judge = build_judge(cfg, StepSchema(cfg.steps), small.ONE)
+        judge = build_judge(cfg, cfg.schema, small.ONE)
         assert judge is not None
         sampled = [r for _, r in read_rollouts(tmp_path / "run" / "rollouts.jsonl")][:12]
         examples = {example.example_id: example for example in world.examples()}

@@ -140,21 +140,25 @@ def test_another_number_of_steps_comes_from_toml_alone(tmp_path: Path) -> None:
     path = tmp_path / "two.toml"
     path.write_text(
         """
-        [[steps]]
-        name = "evidence"
+        [steps]
+        preset = "own"
+
+        [steps.evidence]
         header = "^evidence:"
         reward = 0.5
 
-        [[steps]]
-        name = "verdict"
+        [steps.verdict]
         header = "^verdict:"
         answer = '\\b(yes|no)\\b'
-        options = ["yes", "no"]
+        options = ["no", "yes"]
         sources = ["gold"]
         reward = 1
+
+        [grades]
+        names = ["no", "yes"]
         """,
         encoding="utf-8",
     )
-    first, last = load(Config, ["@", str(path)]).steps
+    first, last = load(Config, ["@", str(path)]).schema.specs
     assert first == StepSpec("evidence", "^evidence:", reward=0.5)
-    assert (last.options, last.sources, last.reward) == (("yes", "no"), ("gold",), 1.0)
+    assert (last.options, last.sources, last.reward) == (("no", "yes"), ("gold",), 1.0)

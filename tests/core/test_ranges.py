@@ -14,7 +14,7 @@ from srpo.core.config.train import Config, StageConfig
 from srpo.core.errors import UserError
 from srpo.core.ranges import BelowOne, Count, Finite, Fraction, OpenFraction, Positive, Range, check_ranges, numbers
 from srpo.core.settings import apply_table, load
-from srpo.core.steps import StepSpec
+from srpo.core.step_presets import StepChange, StepsConfig
 from srpo.training.checks import check_settings
 
 CLASSES = {module: getattr(importlib.import_module(module), name) for module, name in programs().items()}
@@ -34,9 +34,9 @@ def test_every_number_of_a_program_has_a_range_that_holds_its_default(module: st
 
 def test_so_has_every_number_in_an_array_of_tables() -> None:
     stage = StageConfig("a", solve_rate=(0.1, 0.2), difficulty_low=0.1, difficulty_high=0.9)
-    config = Config(steps=(StepSpec("a", "A", missing_verdict=0.5),), curriculum=(stage,))
+    config = Config(steps=StepsConfig("own", named={"a": StepChange(reward=0.1, missing_verdict=0.5)}), curriculum=(stage,))
     bounds = bounds_of(config)
-    assert [key for key in bounds if key.startswith("steps")] == ["steps[0].reward", "steps[0].missing_verdict"]
+    assert [key for key in bounds if key.startswith("steps")] == ["steps.a.reward", "steps.a.missing_verdict"]
     assert {"curriculum[0].solve_rate[1]", "curriculum[0].difficulty_low", "curriculum[0].patience"} <= bounds.keys()
     assert None not in bounds.values()
 

@@ -11,6 +11,7 @@ from srpo.core.config.train import Config, LossConfig, OptimizerConfig
 from srpo.core.errors import UserError
 from srpo.core.run_dir import check_unchanged, claim_run_dir, record_changes
 from srpo.core.settings import apply_toml
+from srpo.core.step_presets import StepsConfig
 
 
 def test_claim_leaves_the_resolved_settings(tmp_path: Path) -> None:
@@ -34,8 +35,8 @@ def test_other_settings_are_refused_by_name_and_change_nothing(tmp_path: Path, i
     before = (tmp_path / "config.toml").read_bytes()
     with pytest.raises(ValueError, match=r"loss\.kl_coef = 0\.001, this one has 0\.5: give another run_dir, or remove"):
         claim_run_dir(tmp_path, Config(loss=LossConfig(kl_coef=0.5)), is_main)
-    with pytest.raises(ValueError, match=r"steps = .*give another run_dir"):
-        claim_run_dir(tmp_path, Config(steps=Config().steps[:4]), is_main)
+    with pytest.raises(ValueError, match=r"steps\.preset = 'paper', this one has 'verdict': give another run_dir"):
+        claim_run_dir(tmp_path, Config(steps=StepsConfig("verdict")), is_main)
     assert (tmp_path / "config.toml").read_bytes() == before
 
 

@@ -4,9 +4,7 @@ from __future__ import annotations
 
 from dataclasses import replace
 
-import pytest
-
-from srpo.core.errors import UserError
+from srpo.core.grades import PAPER_GRADES, Grades
 from srpo.core.step_presets import PAPER, PAPER_STEPS
 from srpo.core.steps import StepSchema
 from srpo.data.adversarial import with_attacks
@@ -21,7 +19,7 @@ PAIRS = list(World(0).examples("train", 2000))
 
 def test_the_same_share_of_every_grade_is_attacked_and_nothing_else_changes() -> None:
     attacked = with_attacks(PAIRS, 0.3, 0, SCHEMA)
-    for grade in (1, 2, 3, 4):
+    for grade in PAPER_GRADES:
         attacks = [e.attack for e in attacked if e.grade == grade]
         assert len(attacks) > 200 and 0.2 < sum(map(bool, attacks)) / len(attacks) < 0.4
     assert [replace(e, attack="") for e in attacked] == PAIRS
@@ -41,11 +39,12 @@ def test_the_draw_is_a_function_of_seed_and_pair() -> None:
 
 def test_the_best_verdict_is_the_highest_grade_whatever_the_order_of_the_options() -> None:
     *others, last = PAPER_STEPS
-    reversed_ = StepSchema((*others, replace(last, options=("L4", "L3", "L2", "L1"))))
+    reversed_ = StepSchema((*others, replace(last, options=PAPER_GRADES[::-1])), Grades())
     assert [e.attack for e in with_attacks(PAIRS, 0.3, 0, reversed_)] == [e.attack for e in with_attacks(PAIRS, 0.3, 0, SCHEMA)]
     named = StepSchema((*others, replace(last, options=("no", "yes"), answer="(no|yes)")))
-    with pytest.raises(UserError, match="needs verdicts L1 to L4, and the last step has the options no, yes"):
-        with_attacks(PAIRS, 0.3, 0, named)
+    pairs = [replace(e, gold=(*e.gold[:-1], "yes" if e.grade == "L4" else "no")) for e in PAIRS]
+    claims = [e.attack for e in with_attacks(pairs, 0.3, 0, named) if e.attack]
+    assert len(claims) > 400 and all("yes" in claim and "L4" not in claim for claim in claims)
 
 
 def test_only_the_policy_reads_the_attack() -> None:

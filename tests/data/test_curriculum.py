@@ -118,7 +118,7 @@ def test_each_stage_is_even_over_its_own_tags() -> None:
         if step < 3:
             assert Counter(e.tags["query_type"] for e in batch) == {"p": 4, "q": 4, "r": 4}
         else:
-            assert Counter(e.grade for e in batch) == {1: 3, 2: 3, 3: 3, 4: 3}
+            assert Counter(e.grade for e in batch) == {"L1": 3, "L2": 3, "L3": 3, "L4": 3}
         assert both.metrics()["sampler/stage"] == 1 + (step >= 3)
         assert both.end_step({}) == (step == 2)
 

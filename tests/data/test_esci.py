@@ -13,6 +13,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
+from srpo.core.step_presets import PAPER
 from srpo.data.esci import TEXT_CHARS
 from srpo.data.examples import Example
 from srpo.data.readers import load_examples, read_examples
@@ -57,7 +58,7 @@ def release(folder: Path, examples: list[dict], products: list[dict], row_group_
 
 def test_the_join_of_examples_and_products(tmp_path):
     path = release(tmp_path, [example_row(i) for i in range(12)], [product_row(i) for i in random.Random(0).sample(range(9), 9)])
-    examples = load_examples(path, 5)
+    examples = load_examples(path, PAPER)
     assert [e.example_id for e in examples] == [str(i) for i in range(12)]
     assert examples[6] == Example(
         example_id="6",
@@ -69,10 +70,10 @@ def test_the_join_of_examples_and_products(tmp_path):
         truth=(None,) * 5,
         tags={"locale": "us", "split": "train", "grade": "L2"},
     )
-    assert [e.grade for e in examples[:4]] == [4, 3, 2, 1]
+    assert [e.grade for e in examples[:4]] == ["L4", "L3", "L2", "L1"]
     file = path / "shopping_queries_dataset_examples.parquet"
-    assert load_examples(file, 5) == examples
-    assert load_examples(file, 5, limit=2) == examples[:2]
+    assert load_examples(file, PAPER) == examples
+    assert load_examples(file, PAPER, limit=2) == examples[:2]
 
 
 def test_options_behind_the_path(tmp_path):
@@ -84,14 +85,14 @@ def test_options_behind_the_path(tmp_path):
     path = release(tmp_path, examples, products)
 
     def ids(options: str) -> list[int]:
-        return [int(e.example_id) for e in load_examples(f"{path}{options}", 5)]
+        return [int(e.example_id) for e in load_examples(f"{path}{options}", PAPER)]
 
     assert ids("") == ids("?locale=us") == list(range(12))
     assert ids("?locale=all") == list(range(16))
     assert ids("?version=small") == [1, 3, 5, 7, 9, 11]
     assert ids("?split=test") == [8, 9, 10, 11]
     assert ids("?locale=es&version=small&split=test") == [13, 15]
-    spanish = load_examples(f"{path}?locale=es", 5)[0]
+    spanish = load_examples(f"{path}?locale=es", PAPER)[0]
     assert (spanish.title, spanish.query) == ("producto 2", "consulta 12")
     with pytest.raises(ValueError, match="has no examples"):
         ids("?locale=jp")
@@ -113,7 +114,7 @@ def test_holes_in_the_product_table(tmp_path):
         product_row(3, product_bullet_point="word " * 500, product_title="two\nlines"),
         product_row(4, product_title=None, product_bullet_point=None, product_description=None),
     ]
-    examples = load_examples(release(tmp_path, [example_row(i) for i in range(5)], products), 5)
+    examples = load_examples(release(tmp_path, [example_row(i) for i in range(5)], products), PAPER)
     assert examples[0].fields["text"] == "description 0 & more"
     assert examples[1].fields == {}
     assert examples[2].title == "first 2 | second"
@@ -126,30 +127,30 @@ def test_query_sources_are_read_where_they_are(tmp_path):
     path = release(tmp_path, [example_row(i) for i in range(8)], [product_row(i) for i in range(5)])
     sources = path / "shopping_queries_dataset_sources.csv"
     sources.write_text("query_id,source\n0,behavioral\n1,negations\n")
-    assert [e.tags["query_source"] for e in load_examples(path, 5)] == ["behavioral"] * 4 + ["negations"] * 4
+    assert [e.tags["query_source"] for e in load_examples(path, PAPER)] == ["behavioral"] * 4 + ["negations"] * 4
     sources.write_text("query_id,source\n0 behavioral\n")
     with pytest.raises(ValueError, match=r"sources\.csv, line 2: .*the columns query_id and source"):
-        load_examples(path, 5)
+        load_examples(path, PAPER)
 
 
 def test_what_is_wrong_with_a_release_is_said(tmp_path):
     examples, products = [example_row(i) for i in range(8)], [product_row(i) for i in range(5)]
     path = release(tmp_path / "a", examples, products[:3])
     with pytest.raises(ValueError, match=r"examples\.parquet, row 4: product P3 \(us\) is not in .*products\.parquet"):
-        load_examples(path, 5)
+        load_examples(path, PAPER)
     (path / "shopping_queries_dataset_products.parquet").unlink()
     with pytest.raises(ValueError, match=r"no shopping_queries_dataset_products\*\.parquet: put the products file"):
-        load_examples(path, 5)
+        load_examples(path, PAPER)
     for row in products:
         del row["product_color"]
     with pytest.raises(ValueError, match="has no column 'product_color'"):
-        load_examples(release(tmp_path / "b", examples, products), 5)
+        load_examples(release(tmp_path / "b", examples, products), PAPER)
     with pytest.raises(ValueError, match="row 6: 'label' is \"X\""):
         load_examples(
-            release(tmp_path / "c", [*examples[:5], example_row(5, esci_label="X")], [product_row(i) for i in range(5)]), 5
+            release(tmp_path / "c", [*examples[:5], example_row(5, esci_label="X")], [product_row(i) for i in range(5)]), PAPER
         )
     with pytest.raises(ValueError, match="row 9: example_id '2' occurs a second time"):
-        load_examples(release(tmp_path / "d", [*examples, example_row(2)], [product_row(i) for i in range(5)]), 5)
+        load_examples(release(tmp_path / "d", [*examples, example_row(2)], [product_row(i) for i in range(5)]), PAPER)
 
 
 def test_only_the_products_of_the_chosen_examples_are_kept(tmp_path):
@@ -158,7 +159,7 @@ def test_only_the_products_of_the_chosen_examples_are_kept(tmp_path):
     examples = [example_row(i, product_id=f"P{i}", split="test" if i % 1000 == 7 else "train") for i in range(num)]
     products = [product_row(i) for i in range(num) if i % 1000 == 7 and i != 37_007]
     path = release(tmp_path, examples, products, row_group_size=1000)
-    stream = read_examples(f"{path}?split=test", 5)
+    stream = read_examples(f"{path}?split=test", PAPER)
     chosen = [next(stream) for _ in range(37)]
     assert [e.title for e in chosen] == [f"product {i}" for i in range(7, 37_000, 1000)]
     with pytest.raises(ValueError, match="row 37008: product P37007"):
@@ -176,8 +177,8 @@ def test_the_dump_is_told_apart_by_its_columns(tmp_path):
     """The dump's grade is 3 to 0 and ours 4 to 1: the label decides."""
     path = tmp_path / "pairs.jsonl.gz"
     path.write_bytes(gzip.compress("".join(json.dumps(dump_row(i)) + "\n" for i in range(4)).encode()))
-    examples = load_examples(tmp_path, 5)
-    assert [e.grade for e in examples] == [4, 3, 2, 1]
+    examples = load_examples(tmp_path, PAPER)
+    assert [e.grade for e in examples] == ["L4", "L3", "L2", "L1"]
     assert examples[1] == Example(
         example_id="7-B1",
         query_id="7",
@@ -207,12 +208,12 @@ def test_bad_dump_rows(tmp_path, changes, message):
     path = tmp_path / "pairs.jsonl"
     path.write_text(json.dumps(dump_row(0, **changes)) + "\n")
     with pytest.raises(ValueError, match=message):
-        load_examples(path, 5)
+        load_examples(path, PAPER)
 
 
 @pytest.mark.skipif(not DUMP.is_dir(), reason=f"no ESCI dump at {DUMP}; set SRPO_SHARED_DATA to the folder that has esci_us")
 def test_the_real_dump():
-    examples = load_examples(DUMP, 5)
+    examples = load_examples(DUMP, PAPER)
     assert len(examples) == 4965
     assert Counter(e.gold[-1] for e in examples) == {"L4": 2504, "L3": 1480, "L2": 251, "L1": 730}
     assert len({e.query_id for e in examples}) == 112
@@ -223,11 +224,11 @@ def test_the_real_dump():
 def test_a_product_that_is_there_twice(tmp_path):
     examples, products = [example_row(i) for i in range(8)], [product_row(i) for i in range(5)]
     path = release(tmp_path, examples, [*products, products[2]])
-    assert len(load_examples(path, 5)) == 8  # the same texts: one product
+    assert len(load_examples(path, PAPER)) == 8  # the same texts: one product
     second = path / "shopping_queries_dataset_products_2.parquet"
     pq.write_table(pa.Table.from_pylist([product_row(3, product_title="another")]), second)
     with pytest.raises(ValueError, match=r"products_2\.parquet, row 1: product P3 \(us\) is there a second time"):
-        load_examples(path, 5)
+        load_examples(path, PAPER)
 
 
 def test_titles_lose_their_markup_and_nothing_else(tmp_path):
@@ -240,7 +241,7 @@ def test_titles_lose_their_markup_and_nothing_else(tmp_path):
     ]
     path = release(tmp_path, [example_row(i) for i in range(5)], [product_row(i, product_title=t) for i, t in enumerate(titles)])
     wanted = ["Monitor <27 inch, 5&gt3", "x y & z", "size <M or >L", "bold <3 hearts>", "pen&notebook set"]
-    assert [e.title for e in load_examples(path, 5)] == wanted
+    assert [e.title for e in load_examples(path, PAPER)] == wanted
 
 
 def test_sources_are_read_by_their_header(tmp_path):
@@ -252,7 +253,7 @@ def test_sources_are_read_by_their_header(tmp_path):
         "\ufeffsource,query_id\nbehavioral,0\nnegations,1\n",
     ):
         sources.write_text(text, encoding="utf-8")
-        assert [e.tags["query_source"] for e in load_examples(path, 5)] == ["behavioral"] * 4 + ["negations"] * 4
+        assert [e.tags["query_source"] for e in load_examples(path, PAPER)] == ["behavioral"] * 4 + ["negations"] * 4
     for text, message in (
         ("0,behavioral\n1,negations\n", r"sources\.csv, line 1: the header is '0,behavioral'"),
         ("query_id,source\n0,a\n0,b\n", r"sources\.csv, line 3: query 0 has a second source"),
@@ -266,33 +267,33 @@ def test_sources_are_read_by_their_header(tmp_path):
     ):
         sources.write_text(text, encoding="utf-8")
         with pytest.raises(ValueError, match=message):
-            load_examples(path, 5)
+            load_examples(path, PAPER)
 
 
 @pytest.mark.parametrize("text", ["query_id,source\n0.0,a\n1.0,b\n", ' query_id , source\n 0 , a\n\n"1", "b"\n'])
 def test_sources_whose_ids_are_spelled_otherwise(tmp_path, text):
     path = release(tmp_path, [example_row(i) for i in range(8)], [product_row(i) for i in range(5)])
     (path / "shopping_queries_dataset_sources.CSV").write_text(text)
-    assert [e.tags["query_source"] for e in load_examples(path, 5)] == ["a"] * 4 + ["b"] * 4
+    assert [e.tags["query_source"] for e in load_examples(path, PAPER)] == ["a"] * 4 + ["b"] * 4
     with pytest.raises(ValueError, match="has no examples"):
-        load_examples(f"{path}?locale=jp", 5)
+        load_examples(f"{path}?locale=jp", PAPER)
 
 
 def test_a_sources_file_that_is_not_read_is_refused(tmp_path):
     path = release(tmp_path, [example_row(i) for i in range(8)], [product_row(i) for i in range(5)])
     (path / "shopping_queries_dataset_sources.csv.gz").write_bytes(gzip.compress(b"query_id,source\n0,a\n1,b\n"))
     with pytest.raises(ValueError, match=r"sources\.csv\.gz: not a \.csv file, so it is not read: unpack it"):
-        load_examples(path, 5)
+        load_examples(path, PAPER)
 
 
 def test_a_pair_without_a_label_is_refused(tmp_path):
     path = release(tmp_path, [example_row(0), example_row(1, esci_label=None)], [product_row(i) for i in range(5)])
     with pytest.raises(ValueError, match=r"examples\.parquet, row 2: esci_label is null: fetch the release again"):
-        load_examples(path, 5)
+        load_examples(path, PAPER)
 
 
 def test_a_number_of_the_dump_is_a_text(tmp_path):
     path = tmp_path / "pairs.jsonl"
     path.write_text(json.dumps(dump_row(0, brand=0, color=None, category="", query_source=7, grade=3.0)) + "\n")
-    (example,) = load_examples(path, 5)
+    (example,) = load_examples(path, PAPER)
     assert (example.fields, example.tags) == ({"brand": "0", "text": "text"}, {"query_source": "7", "grade": "L4"})

@@ -33,8 +33,6 @@ from srpo.scores.pages import read_judgments as read_page_judgments
 from srpo.scores.pages import read_pages, read_verdicts
 from srpo.scores.responses import read_predictions
 
-SCHEMA = PAPER
-OPTIONS = SCHEMA.options
 GOLD = (None, None, "related", "conflict", "L1")
 EXAMPLES = [
     Example(
@@ -71,23 +69,26 @@ DUMP = {"query_id": 1, "query": "boots", "product_id": "B0", "title": "Boots", "
 PAGE = {"query_id": "q", "item_ids": ["a", "b"], "rating": "good", "tags": {"query_type": "plain"}}
 # Name of the file -> (bytes of a valid one, its reader)
 READERS: dict[str, tuple[Callable[[Path], bytes], Callable[[Path], Any]]] = {
-    "pairs.jsonl": (lambda f: example_bytes(f, "x.jsonl"), lambda p: load_examples(p, 5, options=OPTIONS)),
-    "pairs.jsonl.gz": (lambda f: example_bytes(f, "x.jsonl.gz"), lambda p: load_examples(p, 5, options=OPTIONS)),
-    "pairs.parquet": (lambda f: example_bytes(f, "x.parquet"), lambda p: load_examples(p, 5, options=OPTIONS)),
-    "dump.jsonl": (lambda _: lines(DUMP, {**DUMP, "product_id": 7}), lambda p: load_examples(p, 5)),
+    "pairs.jsonl": (lambda f: example_bytes(f, "x.jsonl"), lambda p: load_examples(p, PAPER)),
+    "pairs.jsonl.gz": (lambda f: example_bytes(f, "x.jsonl.gz"), lambda p: load_examples(p, PAPER)),
+    "pairs.parquet": (lambda f: example_bytes(f, "x.parquet"), lambda p: load_examples(p, PAPER)),
+    "dump.jsonl": (lambda _: lines(DUMP, {**DUMP, "product_id": 7}), lambda p: load_examples(p, PAPER)),
     "sft.jsonl": (lambda _: lines({"prompt": "a\n", "response": "b"}), lambda p: consume(read_pairs(p))),
     "dpo.jsonl": (lambda _: lines({"prompt": "a", "chosen": "b", "rejected": "c"}), lambda p: consume(read_preferences(p))),
     "judged.jsonl": (
         lambda _: lines({"example_id": "1", "response": "x", "verdicts": [True, None], "reasons": ["a", None]}),
         lambda p: consume(read_judgments(p, 2)),
     ),
-    "judge_queue.jsonl": (lambda _: queue_lines([CASE], {"1": EXAMPLES[0]}, SCHEMA).encode(), lambda p: read_queue(p, SCHEMA)),
+    "judge_queue.jsonl": (lambda _: queue_lines([CASE], {"1": EXAMPLES[0]}, PAPER).encode(), lambda p: read_queue(p, PAPER)),
     "predictions.jsonl": (
         lambda _: lines({"example_id": "1", "prediction": 1, "answers": ["a", None, "match", "unclear", "L1"]}),
-        lambda p: read_predictions(p, SCHEMA),
+        lambda p: read_predictions(p, PAPER),
     ),
     "pages.jsonl": (lambda _: lines({**PAGE, "system": "A"}, {**PAGE, "system": "B"}), lambda p: read_pages(p, "A", "B")),
-    "grades.jsonl": (lambda _: lines({"query_id": 1, "item_id": "a", "grade": 4}), read_page_judgments),
+    "grades.jsonl": (
+        lambda _: lines({"query_id": 1, "item_id": "a", "grade": 4}),
+        lambda p: read_page_judgments(p, PAPER.grades),
+    ),
     "verdicts.jsonl": (
         lambda _: lines({"query_id": "q", "verdict": "good", "assessor": "x"}),
         lambda p: read_verdicts(p, ["q"]),
@@ -230,7 +231,7 @@ def test_parquet_columns_of_any_type(name: str, folder: Path, data: st.DataObjec
     pq.write_table(table(name, odd), release / name)
     path = release / name if name == "pairs.parquet" else release
     try:
-        load_examples(path, 5)
+        load_examples(path, PAPER)
     except UserError as error:
         assert "\n" not in str(error) and path.name in str(error)
 

@@ -15,6 +15,8 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
+from srpo.core.step_presets import PAPER
+from srpo.core.steps import StepSchema, StepSpec
 from srpo.data.examples import Example
 from srpo.data.readers import load_examples, read_examples, split_by_query, write_examples
 
@@ -34,6 +36,9 @@ def row(i: int, **changes) -> dict:
 def write_lines(path: Path, rows: list) -> Path:
     path.write_text("".join((r if isinstance(r, str) else json.dumps(r)) + "\n" for r in rows), encoding="utf-8")
     return path
+
+
+FREE = StepSchema([StepSpec(f"s{j}", f"s{j}:") for j in range(4)])  # any text is a label
 
 
 def random_example(rng: random.Random, i: int) -> Example:
@@ -58,10 +63,10 @@ def test_what_is_written_is_read(tmp_path, suffix, seed):
     examples = [random_example(rng, i) for i in range(rng.randint(1, 60))]
     path = tmp_path / f"data.{suffix}"
     assert write_examples(path, iter(examples)) == len(examples)
-    back = load_examples(path, 4)
+    back = load_examples(path, FREE)
     assert back == examples
     assert [list(e.fields) for e in back] == [list(e.fields) for e in examples]
-    assert load_examples(path, 4, limit=1) == examples[:1]
+    assert load_examples(path, FREE, limit=1) == examples[:1]
 
 
 @pytest.mark.parametrize("suffix", SUFFIXES)
@@ -97,7 +102,7 @@ def test_shards_are_read_in_the_order_of_their_names(tmp_path):
         expected += shard
     (tmp_path / "README.md").write_text("not data")
     (tmp_path / ".hidden.jsonl").write_text("not data")
-    assert list(read_examples(tmp_path, 4)) == expected
+    assert list(read_examples(tmp_path, FREE)) == expected
 
 
 def test_parquet_columns_of_other_writers(tmp_path):
@@ -115,9 +120,9 @@ def test_parquet_columns_of_other_writers(tmp_path):
         {"example_id": 2, "query_id": 5, "query": "a", "title": "u", "fields": None, "label": None, "grade": 2},
     ]
     pq.write_table(pa.Table.from_pylist(rows), tmp_path / "data.parquet")
-    first, second = load_examples(tmp_path / "data.parquet", 5)
-    assert (first.example_id, first.query_id, first.fields, first.grade) == ("1", "5", {"brand": "Acme"}, 4)
-    assert (second.fields, second.grade) == ({}, 2)
+    first, second = load_examples(tmp_path / "data.parquet", PAPER)
+    assert (first.example_id, first.query_id, first.fields, first.grade) == ("1", "5", {"brand": "Acme"}, "L4")
+    assert (second.fields, second.grade) == ({}, "L2")
 
 
 @pytest.mark.parametrize("suffix", SUFFIXES)
@@ -132,8 +137,8 @@ def test_a_bad_row_stops_the_stream_at_its_line(tmp_path, suffix):
     else:
         path.write_bytes(gzip.compress("".join(json.dumps(r) + "\n" for r in rows).encode()))
     with pytest.raises(ValueError, match=rf"data\.{suffix}, (line|row) 4: 'title' is missing"):
-        load_examples(path, 5)
-    assert [e.example_id for e in itertools.islice(read_examples(path, 5), 3)] == ["e0", "e1", "e2"]
+        load_examples(path, PAPER)
+    assert [e.example_id for e in itertools.islice(read_examples(path, PAPER), 3)] == ["e0", "e1", "e2"]
 
 
 @pytest.mark.parametrize(
@@ -152,15 +157,15 @@ def test_a_bad_row_stops_the_stream_at_its_line(tmp_path, suffix):
 def test_bad_lines(tmp_path, line, message):
     path = write_lines(tmp_path / "data.jsonl", [row(0), "", line, row(3)])
     with pytest.raises(ValueError, match=message):
-        load_examples(path, 5)
+        load_examples(path, PAPER)
 
 
 def test_duplicates_are_found_across_shards_or_let_pass(tmp_path):
     for name in ("a", "b"):
         write_lines(tmp_path / f"{name}.jsonl", [row(0)])
     with pytest.raises(ValueError, match=r"b\.jsonl, line 1: example_id 'e0' occurs a second time"):
-        load_examples(tmp_path, 5)
-    assert len(list(read_examples(tmp_path, 5, check_duplicates=False))) == 2
+        load_examples(tmp_path, PAPER)
+    assert len(list(read_examples(tmp_path, PAPER, check_duplicates=False))) == 2
 
 
 def test_files_that_are_not_what_they_seem(tmp_path):
@@ -178,7 +183,7 @@ def test_files_that_are_not_what_they_seem(tmp_path):
         "empty.parquet": "not a readable Parquet file",
     }.items():
         with pytest.raises(ValueError, match=message):
-            load_examples(tmp_path / name, 5)
+            load_examples(tmp_path / name, PAPER)
 
 
 def test_a_parquet_file_damaged_inside(tmp_path):
@@ -188,25 +193,23 @@ def test_a_parquet_file_damaged_inside(tmp_path):
     data[4:2000] = bytes(1996)
     path.write_bytes(data)
     with pytest.raises(ValueError, match=r"data\.parquet: not a readable Parquet file"):
-        load_examples(path, 4)
+        load_examples(path, FREE)
 
 
 def test_paths_with_nothing_to_read(tmp_path):
     for suffix in ("csv", "jsonl.bz2"):
         (tmp_path / f"data.{suffix}").write_text("x")
         with pytest.raises(ValueError, match="nothing to read"):
-            read_examples(tmp_path / f"data.{suffix}", 5)
+            read_examples(tmp_path / f"data.{suffix}", PAPER)
     with pytest.raises(ValueError, match="nothing to read"):
-        read_examples(tmp_path, 5)
+        read_examples(tmp_path, PAPER)
     with pytest.raises(ValueError, match="no such file or folder"):
-        read_examples(tmp_path / "missing.jsonl", 5)
+        read_examples(tmp_path / "missing.jsonl", PAPER)
     (tmp_path / "empty.jsonl").write_text("\n \n")
     with pytest.raises(ValueError, match="has no examples"):
-        load_examples(tmp_path / "empty.jsonl", 5)
+        load_examples(tmp_path / "empty.jsonl", PAPER)
     with pytest.raises(ValueError, match=r"not an official ESCI release: remove \?locale="):
-        read_examples(f"{tmp_path}/empty.jsonl?split=train", 5)
-    with pytest.raises(ValueError, match="one entry per step"):
-        read_examples(tmp_path / "empty.jsonl", 5, options=((), ()))
+        read_examples(f"{tmp_path}/empty.jsonl?split=train", PAPER)
 
 
 @pytest.mark.parametrize("suffix", SUFFIXES)
@@ -215,7 +218,7 @@ def test_streaming_holds_no_data(tmp_path, suffix):
     path = tmp_path / f"data.{suffix}"
     write_examples(path, (Example(f"{i}", "q", "query", "t" * 4000, {}, (None,), (None,)) for i in range(4000)))
     tracemalloc.start()
-    assert sum(1 for _ in read_examples(path, 1)) == 4000
+    assert sum(1 for _ in read_examples(path, StepSchema([StepSpec("s", "s:")]))) == 4000
     peak = tracemalloc.get_traced_memory()[1]
     tracemalloc.stop()
     assert peak < 8e6
@@ -278,4 +281,4 @@ def test_what_parquet_can_hold_and_a_row_cannot_is_said_with_file_and_row(tmp_pa
     ):
         pq.write_table(table, path)
         with pytest.raises(ValueError, match=message):
-            load_examples(path, 5)
+            load_examples(path, PAPER)

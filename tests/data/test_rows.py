@@ -4,15 +4,23 @@ from __future__ import annotations
 
 import pytest
 
+from srpo.core.grades import Grades
+from srpo.core.step_presets import PAPER
+from srpo.core.steps import StepSchema, StepSpec
 from srpo.data.examples import Example
 from srpo.data.rows import example_from_row, row_from_example
 
 ROW = {"example_id": "1", "query_id": "q", "query": "red shoes", "title": "Sneaker"}
-OPTIONS = ((), (), ("match", "related", "mismatch"), ("match", "unclear", "conflict"), ("L1", "L2", "L3", "L4"))
+
+
+def verdicts(*names: str, steps: int = 1) -> StepSchema:
+    """Steps of free text, then a verdict with these options, from the worst to the best."""
+    free = [StepSpec(f"s{j}", f"s{j}:") for j in range(1, steps)]
+    return StepSchema([*free, StepSpec("verdict", "verdict:", options=names)], Grades(names))
 
 
 def read(**changes) -> Example:
-    return example_from_row({**ROW, **changes}, "data.jsonl, line 7", 5)
+    return example_from_row({**ROW, **changes}, "data.jsonl, line 7", PAPER)
 
 
 def test_the_least_row():
@@ -27,10 +35,10 @@ def test_a_full_row_goes_both_ways():
         "truth": ["shoes; color red", "sneaker", "match", "unclear", "L3"],
         "tags": {"domain": "shoes"},
     }
-    example = example_from_row(row, "here", 5)
-    assert list(example.fields) == ["brand", "color"] and example.grade == 3
+    example = example_from_row(row, "here", PAPER)
+    assert list(example.fields) == ["brand", "color"] and example.grade == "L3"
     assert row_from_example(example) == row
-    assert example_from_row(row_from_example(example), "here", 5) == example
+    assert example_from_row(row_from_example(example), "here", PAPER) == example
 
 
 @pytest.mark.parametrize(
@@ -55,13 +63,13 @@ def test_integer_ids_and_nulls():
 
 def test_labels_take_the_spelling_of_the_options():
     row = {**ROW, "gold": [None, "Any Text", "Related", "UNCLEAR", "l2"]}
-    assert example_from_row(row, "here", 5, OPTIONS).gold == (None, "Any Text", "related", "unclear", "L2")
+    assert example_from_row(row, "here", PAPER).gold == (None, "Any Text", "related", "unclear", "L2")
     with pytest.raises(ValueError, match=r"here: entry 3 of 'gold' is 'relatd': step 3 allows match, related, mismatch"):
-        example_from_row({**ROW, "gold": [None, None, "relatd", None, None]}, "here", 5, OPTIONS)
+        example_from_row({**ROW, "gold": [None, None, "relatd", None, None]}, "here", PAPER)
 
 
 def test_other_schemas_have_other_verdicts():
-    assert example_from_row({**ROW, "gold": ["x", "yes"]}, "here", 2).gold == ("x", "yes")
+    assert example_from_row({**ROW, "gold": ["x", "Yes"]}, "here", verdicts("no", "yes", steps=2)).gold == ("x", "yes")
 
 
 @pytest.mark.parametrize("key", ROW)
@@ -70,7 +78,7 @@ def test_a_missing_key_is_named(key):
     with pytest.raises(
         ValueError, match=rf"data.jsonl, line 7: '{key}' is missing: a row needs example_id, query_id, query, title"
     ):
-        example_from_row(row, "data.jsonl, line 7", 5)
+        example_from_row(row, "data.jsonl, line 7", PAPER)
 
 
 @pytest.mark.parametrize(
@@ -90,12 +98,13 @@ def test_a_missing_key_is_named(key):
         ({"gold": "L3"}, "'gold' is \"L3\": write a list of 5"),
         ({"truth": [None] * 6}, "'truth' has 6 entries: write a list of 5"),
         ({"gold": [None, None, 3, None, None]}, "entry 3 of 'gold' is 3: write a non-empty string or null"),
-        ({"gold": [None] * 4 + ["L5"]}, "the verdict of 'gold' is 'L5': write L1, L2, L3, L4"),
-        ({"gold": [None] * 4 + ["l3"]}, "the verdict of 'gold' is 'l3'"),
-        ({"grade": 0}, "'grade' is 0: write 1, 2, 3 or 4"),
-        ({"grade": "3"}, "'grade' is \"3\""),
+        ({"gold": [None] * 4 + ["L5"]}, "entry 5 of 'gold' is 'L5': step 5 allows L1, L2, L3, L4"),
+        ({"gold": [None] * 4 + ["excellent"]}, "entry 5 of 'gold' is 'excellent': step 5 allows L1, L2, L3, L4"),
+        ({"grade": 0}, "'grade' is 0: the grades are L1, L2, L3, L4; give other spellings in grades.labels"),
+        ({"grade": "5"}, "'grade' is \"5\": the grades are"),
         ({"grade": True}, "'grade' is true"),
-        ({"label": "X"}, "'label' is \"X\": write one of E, S, C, I"),
+        ({"label": "X"}, "'label' is \"X\": the grades are L1, L2, L3, L4; give other spellings in grades.labels"),
+        ({"label": "L33"}, "'label' is \"L33\": .*; the nearest is 'l3'"),
         ({"label": ["E"]}, "'label' is"),
         ({"grade": 4, "label": "S"}, "grade 4 and label S disagree"),
         ({"grade": 4, "gold": [None] * 4 + ["L1"]}, "last entry of gold is 'L1' but grade or label is L4"),
@@ -108,43 +117,41 @@ def test_what_a_bad_row_is_told(changes, message):
 
 def test_a_tag_may_not_name_another_grade():
     for tag, changes in (
-        *((tag, {"grade": 4}) for tag in ("L1", "1.0", "I", "i", "l 3")),
+        *((tag, {"grade": 4}) for tag in ("L1", "1.0", "I", "i", " l3 ")),
         ("1", {"label": "E"}),
         ("l2", {"gold": [None] * 4 + ["L4"]}),
     ):
-        with pytest.raises(ValueError, match=f"line 7: the tag grade is '{tag}' but the last entry of gold 'L4'"):
+        with pytest.raises(ValueError, match=f"line 7: the tag grade is '{tag.strip()}' but the last entry of gold 'L4'"):
             read(tags={"grade": tag}, **changes)
-    with pytest.raises(ValueError, match="the tag grade is 'No'"):
-        example_from_row({**ROW, "gold": ["yes"], "tags": {"grade": "No"}}, "here", 1, [("yes", "no")])
+    with pytest.raises(ValueError, match="the tag grade is 'No' but the last entry of gold 'yes'"):
+        example_from_row({**ROW, "gold": ["yes"], "tags": {"grade": "No"}}, "here", verdicts("no", "yes"))
 
 
 def test_a_tag_grade_is_spelled_as_the_answer_it_names():
     for tag in ("4", "L4", "l4", " L4 ", "4.0", "E", ""):
         assert read(tags={"grade": tag}, grade=4).tags == {"grade": "L4"}
     assert read(tags={"grade": "3"}).tags == {"grade": "L3"} and read(tags={"grade": " "}).tags == {}
-    yes_no = [("yes", "no")]
-    assert example_from_row({**ROW, "gold": ["no"], "tags": {"grade": "NO"}}, "here", 1, yes_no).tags == {"grade": "no"}
-    assert example_from_row({**ROW, "gold": ["free"], "tags": {"grade": "Free"}}, "here", 1).tags == {"grade": "free"}
-    assert example_from_row({**ROW, "tags": {"grade": "E"}}, "here", 1, [("E", "S")]).tags == {"grade": "E"}
+    no_yes = verdicts("no", "yes")
+    assert example_from_row({**ROW, "gold": ["no"], "tags": {"grade": "NO"}}, "here", no_yes).tags == {"grade": "no"}
+    assert example_from_row({**ROW, "gold": ["no"], "tags": {"grade": "1"}}, "here", no_yes).tags == {"grade": "no"}
+    assert example_from_row({**ROW, "tags": {"grade": "E"}}, "here", verdicts("S", "E")).tags == {"grade": "E"}
 
 
 def test_a_tag_grade_that_names_no_grade_is_refused():
     for changes in ({"grade": 4}, {"gold": [None] * 4 + ["L4"]}, {}):
-        for tag in ("irrelevant", "5", "L0", "4.5", "bad"):
-            with pytest.raises(ValueError, match=rf"line 7: the tag grade is '{tag}', which is none of L1, .*or rename the tag"):
+        for tag in ("irrelevant", "5", "L0", "4.5", "bad", "l 3"):
+            with pytest.raises(ValueError, match=rf"line 7: the tag grade is '{tag}': the grades are L1, .*or rename the tag"):
                 read(tags={"grade": tag}, **changes)
-    with pytest.raises(ValueError, match="the tag grade is 'bad', which is none of yes, no, L1"):
-        example_from_row({**ROW, "tags": {"grade": "bad"}}, "here", 1, [("yes", "no")])
-    with pytest.raises(ValueError, match="the tag grade is '4' but the last entry of gold 'no': keep one of them"):
-        example_from_row({**ROW, "gold": ["no"], "tags": {"grade": "4"}}, "here", 1, [("yes", "no")])
-
-
-def test_a_grade_may_stay_a_tag_where_the_last_step_answers_another_question():
-    assert example_from_row({**ROW, "tags": {"grade": "4"}}, "here", 1, [("yes", "no")]).tags == {"grade": "L4"}
+    with pytest.raises(ValueError, match=r"the tag grade is 'bad': the grades are no, yes; .*or rename the tag"):
+        example_from_row({**ROW, "tags": {"grade": "bad"}}, "here", verdicts("no", "yes"))
+    with pytest.raises(ValueError, match="the tag grade is '2' but the last entry of gold 'no': keep one of them"):
+        example_from_row({**ROW, "gold": ["no"], "tags": {"grade": "2"}}, "here", verdicts("no", "yes"))
+    with pytest.raises(ValueError, match="the tag grade is '4': the grades are no, yes"):  # a grade of another scale
+        example_from_row({**ROW, "gold": ["no"], "tags": {"grade": "4"}}, "here", verdicts("no", "yes"))
 
 
 def test_a_grade_from_a_column_with_missing_values_is_taken_exactly():
-    assert read(grade=4.0).grade == 4
+    assert read(grade=4.0).grade == "L4"
     for grade in (3.5, float("nan"), 5.0, True):
-        with pytest.raises(ValueError, match=r"line 7: 'grade' is .*: write 1, 2, 3 or 4"):
+        with pytest.raises(ValueError, match=r"line 7: 'grade' is .*: the grades are L1, L2, L3, L4"):
             read(grade=grade)

@@ -109,7 +109,7 @@ def test_a_small_stratum_gives_what_it_has():
 
 def test_balance_by_grade_needs_no_tag_and_other_tags_do():
     batch = sampler(make(40), balance=["grade"]).next(8)
-    assert Counter(example.grade for example in batch) == {1: 2, 2: 2, 3: 2, 4: 2}
+    assert Counter(example.grade for example in batch) == {"L1": 2, "L2": 2, "L3": 2, "L4": 2}
     with pytest.raises(ValueError, match=r"sampler.balance: example e0 has no tag 'domain' \(its tags: grade, kind\)"):
         sampler(make(40), balance=["domain"])
 

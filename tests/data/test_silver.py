@@ -179,7 +179,7 @@ def test_any_text_gives_a_coherent_short_response(seed):
 
 @pytest.mark.skipif(not DUMP.is_dir(), reason=f"no ESCI dump at {DUMP}; set SRPO_SHARED_DATA to the folder that has esci_us")
 def test_silver_of_the_real_dump():
-    examples = load_examples(DUMP, 5)
+    examples = load_examples(DUMP, PAPER)
     lexicon = Lexicon.from_examples(split_by_query(examples, 0.2, 0)[0])
     assert {"black", "white", "red"} <= lexicon.colors and "leather" not in lexicon.colors
     responses = [coherent(example, lexicon) for example in examples]

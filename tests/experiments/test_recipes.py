@@ -29,7 +29,7 @@ def test_rows_differ_in_what_they_are_about_and_in_nothing_else() -> None:
     assert settings("srpo") == COMMON
     assert settings("grpo") == replace(COMMON, advantage=replace(COMMON.advantage, method="grpo"))
     judged = settings("srpo_judged")
-    assert [spec.sources for spec in judged.steps] == [("judge",)] * 4 + [("gold",)]
+    assert [spec.sources for spec in judged.schema.specs] == [("judge",)] * 4 + [("gold",)]
     assert replace(judged, steps=COMMON.steps, train=COMMON.train) == COMMON
     assert judged.train == replace(COMMON.train, eval_every=0)  # no plot shows its curve
     assert settings("grpo_random_half").num_steps == COMMON.num_steps // 2

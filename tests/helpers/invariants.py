@@ -10,7 +10,9 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
+from srpo.core.config.train import Config
 from srpo.core.metrics import CLOCK_AREAS, check_key, read_metrics
+from srpo.core.settings import apply_table
 
 _FRACTION = re.compile(r".*(_frac|_rate|accuracy|_f1|group_score)(/\w+)?")
 _OF_STEPS = ("reward/step/", "rollout/response_length/")  # the parts add up to the whole
@@ -92,11 +94,13 @@ def _training_problems(values: Mapping[str, float], config: Mapping[str, Any]) -
 def _evaluation_problems(values: Mapping[str, float], config: Mapping[str, Any]) -> Iterator[str]:
     if "eval/accuracy" not in values:
         return
-    last = config["steps"][-1]["name"]
+    tables = {key: config[key] for key in ("steps", "grades") if key in config}
+    schema = apply_table(Config(), tables, "config.toml").schema
+    last, num = schema.names[-1], len(schema.grades.names)
     if not math.isclose(values[f"eval/step_accuracy/{last}"], values["eval/accuracy"]):
         yield f"eval/accuracy is {values['eval/accuracy']}, that of the step {last} {values[f'eval/step_accuracy/{last}']}"
-    classes = [values[f"eval/class_f1/{grade}"] for grade in (1, 2, 3, 4)]
-    if not math.isclose(sum(classes) / 4, values["eval/macro_f1"], abs_tol=1e-12):
+    classes = [values[f"eval/class_f1/{grade}"] for grade in range(1, num + 1)]
+    if not math.isclose(sum(classes) / num, values["eval/macro_f1"], abs_tol=1e-12):
         yield "eval/macro_f1 is not the mean of eval/class_f1/*"
 
 

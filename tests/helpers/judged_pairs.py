@@ -9,9 +9,10 @@ from typing import Any
 from sklearn.metrics import f1_score
 
 from srpo.core.batch import Rollout
+from srpo.core.grades import Grades
 from srpo.data.examples import Example
 from srpo.scores.evaluation import results_dict
-from srpo.scores.responses import VERDICT_ONLY, from_predictions
+from srpo.scores.responses import from_predictions, verdict_only
 
 SHARES = (
     "verdict_right_steps_right",
@@ -51,7 +52,7 @@ def verdict_results(true: Sequence[int], predicted: Sequence[int | None]) -> dic
     """`results_dict` of verdicts alone: true grades and predicted grades 1..4, None for a response without a verdict."""
     examples = [Example(f"e{i}", f"q{i}", "", "", gold=(f"L{grade}",)) for i, grade in enumerate(true)]
     predictions = {f"e{i}": (None if grade is None else f"L{grade}",) for i, grade in enumerate(predicted)}
-    responses = from_predictions(predictions, examples, VERDICT_ONLY)
+    responses = from_predictions(predictions, examples, verdict_only(Grades()))
     return results_dict(responses.rollouts, responses.examples, responses.schema)
 
 

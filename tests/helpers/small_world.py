@@ -21,6 +21,7 @@ from srpo.core.config.demo import TeacherBias, TinyConfig
 from srpo.core.config.sft import SftConfig
 from srpo.core.config.train import Config, DataConfig, OptimizerConfig, PolicyConfig, RewardConfig, RolloutConfig, TrainConfig
 from srpo.core.settings import dump_toml, run_program
+from srpo.core.step_presets import PAPER
 from srpo.data.examples import Example
 from srpo.data.pairs import write_pairs
 from srpo.data.prompts import build_prompt
@@ -91,12 +92,16 @@ class SmallWorld:
 
     def examples(self) -> list[Example]:
         """The training examples."""
-        return load_examples(self.train, 5)
+        return load_examples(self.train, PAPER)
 
 
 def changed(settings: Any, changes: dict[str, Any]) -> Any:
     """A copy of the dataclass with fields replaced; a dict replaces fields of a section."""
-    sections = {k: changed(getattr(settings, k), v) for k, v in changes.items() if dataclasses.is_dataclass(getattr(settings, k))}
+    sections = {
+        k: changed(getattr(settings, k), v)
+        for k, v in changes.items()
+        if isinstance(v, dict) and dataclasses.is_dataclass(getattr(settings, k))
+    }
     return dataclasses.replace(settings, **{**changes, **sections})
 
 

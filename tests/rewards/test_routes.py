@@ -11,7 +11,6 @@ from srpo.core.config.demo import DemoConfig
 from srpo.core.config.train import Config
 from srpo.core.settings import load
 from srpo.core.step_presets import PAPER_STEPS
-from srpo.core.steps import StepSchema
 from srpo.data.examples import Example
 from srpo.demo import train_config
 from srpo.rewards.hybrid import score
@@ -21,10 +20,10 @@ CONFIGS = Path(__file__).resolve().parents[2] / "configs"
 
 def test_the_two_settings_differ_in_who_grades_s3_and_s4() -> None:
     hybrid, judge_only = (load(Config, ["@", str(CONFIGS / f"{name}.toml")]) for name in ("hybrid", "reward_model_only"))
-    assert hybrid.steps == PAPER_STEPS
-    assert [spec.sources for spec in hybrid.steps] == [("judge",)] * 2 + [("gold", "judge")] * 2 + [("gold",)]
-    assert [spec.sources for spec in judge_only.steps] == [("judge",)] * 4 + [("gold",)]
-    pairs = zip(judge_only.steps, PAPER_STEPS, strict=True)
+    assert hybrid.schema.specs == PAPER_STEPS
+    assert [spec.sources for spec in hybrid.schema.specs] == [("judge",)] * 2 + [("gold", "judge")] * 2 + [("gold",)]
+    assert [spec.sources for spec in judge_only.schema.specs] == [("judge",)] * 4 + [("gold",)]
+    pairs = zip(judge_only.schema.specs, PAPER_STEPS, strict=True)
     assert [replace(ours, sources=theirs.sources) for ours, theirs in pairs] == list(PAPER_STEPS)
     assert replace(judge_only, steps=hybrid.steps, run_dir=hybrid.run_dir) == hybrid
 
@@ -33,7 +32,7 @@ def test_pairs_with_a_grade_alone_are_rewarded_by_it_as_in_demo_esci() -> None:
     cfg = load(Config, ["@", str(CONFIGS / "verdict_only.toml")])
     esci = train_config(DemoConfig(data="pairs.jsonl"), Path("policy"))
     assert cfg.steps == esci.steps and cfg.reward.judge == esci.reward.judge == "none"
-    schema = StepSchema(cfg.steps)
+    schema = cfg.schema
     answers = ("shoes", "boots", "match", "match")
     graded = Example("e", "q", "query", "title", gold=(None, None, None, None, "L2"), truth=(None,) * 5)
     labelled = replace(graded, gold=(None, None, None, "conflict", "L2"))

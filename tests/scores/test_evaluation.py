@@ -16,7 +16,7 @@ from srpo.core.step_presets import PAPER
 from srpo.data.examples import Example
 from srpo.scores.evaluation import consistency_rows, results_dict, score_rows
 from srpo.scores.paired import compare_systems
-from srpo.scores.tally import parses, predicted_grade
+from srpo.scores.tally import parses
 
 SCHEMA = PAPER
 RIGHT = ("shoes/boots; color not red", "shoes/boots; color blue", "match", "match", "L4")
@@ -65,9 +65,12 @@ def test_good_f1_forgives_confusion_of_classes_3_and_4():
 
 
 def test_predicted_grade_and_parse():
-    assert predicted_grade(rollout(0, *RIGHT)) == 4
+    def predicted(last: str | None) -> list[int]:
+        return results_dict([rollout(0, *RIGHT[:4], last)], [example(0)], SCHEMA)["confusion"][3]
+
+    assert predicted("L4") == [0, 0, 0, 1, 0]
     for last in (None, "L5", "4", "excellent"):
-        assert predicted_grade(rollout(0, *RIGHT[:4], last)) is None
+        assert predicted(last) == [0, 0, 0, 0, 1]
     assert parses(rollout(0, *RIGHT))
     assert not parses(rollout(0, None, *RIGHT[1:]))
 

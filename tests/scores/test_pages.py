@@ -7,6 +7,7 @@ from typing import Any
 import pytest
 
 from srpo.core.config.evaluation import PagesConfig
+from srpo.core.grades import Grades
 from srpo.core.ranges import check_ranges
 from srpo.data.examples import Example
 from srpo.scores.pages import Page, Pages, judged_examples, read_judgments, read_pages, read_verdicts, shown_grades
@@ -66,7 +67,7 @@ def test_bad_lists_name_file_and_line(tmp_path: Path, row: Any, message: str):
     ("row", "message"),
     [
         ({"query_id": "q", "item_id": "i", "grade": 5}, "grade is 5"),
-        ({"query_id": "q", "item_id": "i", "grade": "L3"}, "grade is 'L3'"),
+        ({"query_id": "q", "item_id": "i", "grade": "L0"}, "grade is 'L0': the grades are L1, L2, L3, L4; give other"),
         ({"query_id": "q", "item_id": "i", "grade": True}, "grade is True"),
         ({"query_id": "q", "item_id": "i", "grade": 2.5}, "grade is 2.5"),
         ({"query_id": "q", "item_id": "h", "grade": 1}, "a second grade of item 'h' for query 'q'"),
@@ -75,9 +76,10 @@ def test_bad_lists_name_file_and_line(tmp_path: Path, row: Any, message: str):
 )
 def test_judgments_are_read_strictly(tmp_path: Path, row: Any, message: str):
     path = written(tmp_path / "j.jsonl", {"query_id": "q", "item_id": "h", "grade": 3.0})
-    assert read_judgments(path) == {("q", "h"): 3}
+    assert read_judgments(path, Grades()) == {("q", "h"): 3}
+    assert read_judgments(written(path, {"query_id": "q", "item_id": "h", "grade": "l3"}), Grades()) == {("q", "h"): 3}
     with pytest.raises(ValueError, match=f"line 2: {message}"):
-        read_judgments(written(path, {"query_id": "q", "item_id": "h", "grade": 3}, row))
+        read_judgments(written(path, {"query_id": "q", "item_id": "h", "grade": 3}, row), Grades())
 
 
 def test_verdicts_of_assessors(tmp_path: Path):
@@ -110,7 +112,7 @@ def test_shown_items_need_a_class_or_are_counted():
 
 def test_grades_of_examples_are_judgments():
     examples = [Example("e1", "q1", "", "", gold=("L3",)), Example("e2", "q1", "", "", gold=(None,))]
-    assert judged_examples(examples) == {("q1", "e1"): 3}
+    assert judged_examples(examples, Grades()) == {("q1", "e1"): 3}
 
 
 @pytest.mark.parametrize(

@@ -11,6 +11,7 @@ import pytest
 from judged_pairs import verdict_results
 from matplotlib.figure import Figure
 
+from srpo.core.grades import PAPER_GRADES
 from srpo.core.step_presets import PAPER, PAPER_STEPS
 from srpo.scores.plots import draw_before_after, draw_confusion, draw_macro_f1, draw_rewards, series, smooth, spread, write_plots
 
@@ -95,7 +96,7 @@ def test_before_after_tells_the_change_in_points_and_leaves_unknown_scores_out()
 
 def test_confusion_shows_counts_and_shares_of_the_row():
     figure = Figure()
-    draw_confusion(figure.add_subplot(), verdict_results([1, 1, 1, 2], [1, 1, None, 2]), "", show_unparsed=True)
+    draw_confusion(figure.add_subplot(), verdict_results([1, 1, 1, 2], [1, 1, None, 2]), PAPER_GRADES, "", show_unparsed=True)
     shown = texts(figure)
     assert shown[:4] == ["67 %", "2", "0 %", "0"]
     assert shown[8:10] == ["33 %", "1"]

@@ -13,7 +13,6 @@ from srpo.core.steps import StepSchema
 from srpo.data.examples import Example
 from srpo.scores.evaluation import results_dict
 from srpo.scores.responses import (
-    VERDICT_ONLY,
     from_file,
     from_predictions,
     from_rollouts,
@@ -62,7 +61,7 @@ def test_predictions_are_scored_as_verdicts_alone(tmp_path: Path):
 def test_predictions_with_answers_are_scored_step_by_step(tmp_path: Path):
     rows = predictions()
     for row in rows:
-        row["answers"] = ["shoes", "boots", "Related", None, None if row["prediction"] is None else f"l{row['prediction']}"]
+        row["answers"] = ["shoes", "boots", "Related", None, row["prediction"] and row["prediction"].lower()]
     responses = from_predictions(read_predictions(written(tmp_path / "p.jsonl", *rows), SCHEMA), EXAMPLES, SCHEMA)
     results = results_dict(responses.rollouts, responses.examples, responses.schema)
     assert results["step_accuracy"] == [1.0, 0.0, 1.0, 0.0, 0.9]
@@ -77,8 +76,8 @@ def test_predictions_with_answers_are_scored_step_by_step(tmp_path: Path):
         ({"example_id": "e1"}, "line 2.*prediction"),
         ([1], "line 2"),
         ({"example_id": "e1", "prediction": 5}, "line 2.*prediction is 5"),
-        ({"example_id": "e1", "prediction": "L4"}, "line 2.*give 1, 2, 3, 4"),
-        ({"example_id": "e1", "prediction": True}, "line 2.*give 1, 2, 3, 4"),
+        ({"example_id": "e1", "prediction": "L5"}, "line 2.*the grades are L1, L2, L3, L4; .*, or null for none"),
+        ({"example_id": "e1", "prediction": True}, "line 2.*the grades are L1, L2, L3, L4"),
         ({"example_id": None, "prediction": 1}, "line 2.*example_id is None"),
         ({"example_id": "e0", "prediction": 2}, "line 2.*second prediction of 'e0'"),
         ({"example_id": "e1", "prediction": 2, "answers": [*ANSWERS, "L2"]}, "line 2.*some have none"),
@@ -94,16 +93,16 @@ def test_bad_prediction_lines_name_file_and_line(tmp_path: Path, row: Any, messa
 
 
 def test_a_prediction_from_a_column_with_missing_values_is_taken_exactly(tmp_path: Path):
-    rows = [{"example_id": "e0", "prediction": 3.0}, {"example_id": "e1", "prediction": None}]
-    assert read_predictions(written(tmp_path / "p.jsonl", *rows)) == {"e0": ("L3",), "e1": (None,)}
+    rows: list[dict[str, Any]] = [{"example_id": "e0", "prediction": 3.0}, {"example_id": "e1", "prediction": None}]
+    assert read_predictions(written(tmp_path / "p.jsonl", *rows), SCHEMA) == {"e0": ("L3",), "e1": (None,)}
     for bad in (2.5, 0.0, 5.0):
-        with pytest.raises(ValueError, match=rf"line 2: prediction is {bad}: give 1, 2, 3, 4"):
-            read_predictions(written(tmp_path / "p.jsonl", rows[0], {"example_id": "e1", "prediction": bad}))
+        with pytest.raises(ValueError, match=rf"line 2: prediction is {bad}: the grades are L1, L2, L3, L4"):
+            read_predictions(written(tmp_path / "p.jsonl", rows[0], {"example_id": "e1", "prediction": bad}), SCHEMA)
 
 
 def test_a_file_without_predictions_is_refused(tmp_path: Path):
     with pytest.raises(ValueError, match="is empty: give at least one prediction"):
-        read_predictions(written(tmp_path / "p.jsonl"))
+        read_predictions(written(tmp_path / "p.jsonl"), SCHEMA)
 
 
 def test_predictions_are_of_the_examples_and_all_of_them(tmp_path: Path):
@@ -132,7 +131,7 @@ def test_a_file_or_folder_gives_one_response_to_each_example(tmp_path: Path):
         responses = from_file(source, EXAMPLES, SCHEMA)
         assert (responses.rollouts, responses.examples, responses.schema) == (ROLLOUTS, EXAMPLES, SCHEMA)
     responses = from_file(written(tmp_path / "p.jsonl", *predictions()), EXAMPLES, SCHEMA)
-    assert responses.schema is VERDICT_ONLY
+    assert (responses.schema.num_steps, responses.schema.grades) == (1, SCHEMA.grades)
     alone = verdicts_alone(from_file(tmp_path, EXAMPLES, SCHEMA))
     assert [r.answers for r in alone.rollouts] == [r.answers for r in responses.rollouts]
     assert alone.examples == responses.examples

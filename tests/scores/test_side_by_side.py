@@ -8,9 +8,11 @@ import numpy as np
 import pytest
 
 from srpo.core.config.evaluation import BootstrapConfig, PagesConfig
+from srpo.core.grades import Grades
 from srpo.scores.pages import Page, Pages
 from srpo.scores.side_by_side import good_frac, rating_of, side_by_side, verdict_of
 
+PAPER = Grades()
 NO_DRAWS = BootstrapConfig(num_draws=0)
 
 
@@ -26,7 +28,7 @@ def pages_of(a: dict[str, list[int]], b: dict[str, list[int]], ratings: str = ""
 
 def compared(a: Any, b: Any, verdicts: Any = None, ratings: str = "", **changes: Any) -> dict[str, Any]:
     settings = PagesConfig(**{"top_n": 4, **changes})
-    return side_by_side(pages_of(a, b, ratings), a, b, verdicts, settings, {}, bootstrap=NO_DRAWS)
+    return side_by_side(pages_of(a, b, ratings), a, b, verdicts, settings, {}, scale=PAPER, bootstrap=NO_DRAWS)
 
 
 A = {"q1": [4, 3, 1, 1], "q2": [4, 4, 4, 3], "q3": [1, 1], "q4": [2, 2, 2, 4]}
@@ -67,7 +69,7 @@ def test_ratings_and_verdicts_of_people_are_taken():
 
 
 def test_rules_at_their_bounds():
-    assert [rating_of([4] * n + [1] * (10 - n), (0.8, 0.6, 0.3)) for n in (8, 7, 6, 5, 3, 2)] == [
+    assert [rating_of([4] * n + [1] * (10 - n), (0.8, 0.6, 0.3), PAPER) for n in (8, 7, 6, 5, 3, 2)] == [
         "good",
         "mid",
         "mid",
@@ -75,7 +77,7 @@ def test_rules_at_their_bounds():
         "poor",
         "bad",
     ]
-    assert good_frac([1, 2, 3, 4]) == 0.5
+    assert good_frac([1, 2, 3, 4], PAPER) == 0.5
     assert verdict_of([3, 3, 4], [4, 3, 3], 0.0) == "same"
     assert verdict_of([1], [4, 1, 1], 0.0) == "good"
     assert verdict_of([4], [4, 1, 1], 0.0) == "bad"
@@ -89,7 +91,7 @@ def test_intervals_equal_resampled_queries(seed: int):
     verdicts = {q: [rng.choice(["good", "same", "bad"]) for _ in range(rng.randint(1, 3))] for q in queries if rng.random() < 0.5}
     tags = {q: {"query_type": rng.choice("xy")} for q in queries if rng.random() < 0.8}
     settings = BootstrapConfig(num_draws=40, level=0.9, seed=seed)
-    results = side_by_side(pages_of(a, b), a, b, verdicts, PagesConfig(), tags, bootstrap=settings)
+    results = side_by_side(pages_of(a, b), a, b, verdicts, PagesConfig(), tags, scale=PAPER, bootstrap=settings)
     json.dumps(results, allow_nan=False)
     values = results["by"].get("query_type", {})
     parts = {"": queries} | {value: [q for q in queries if tags.get(q) == {"query_type": value}] for value in values}
@@ -101,7 +103,7 @@ def test_intervals_equal_resampled_queries(seed: int):
         items, nets = [], []
         for draw in draws:
             drawn = [chosen[i] for i in draw]
-            items.append(sum(good_frac(b[q]) - good_frac(a[q]) for q in drawn) / len(drawn))
+            items.append(sum(good_frac(b[q], PAPER) - good_frac(a[q], PAPER) for q in drawn) / len(drawn))
             votes = [v for q in drawn for v in verdicts.get(q, [])]
             nets += [(votes.count("good") - votes.count("bad")) / len(votes)] if votes else []
         expected = np.quantile(items, [0.05, 0.95]) if items else None

@@ -22,7 +22,9 @@ from torch import nn
 
 from srpo.core.batch import IGNORE, Batch, pack
 from srpo.core.config.train import Config
-from srpo.core.steps import StepSchema, StepSpec
+from srpo.core.grades import Grades
+from srpo.core.step_presets import StepsConfig
+from srpo.core.steps import StepSpec
 from srpo.data.examples import Example
 from srpo.policy.parallel import Parallel
 from srpo.rewards.hybrid import score
@@ -132,7 +134,7 @@ def draw_settings(rng: random.Random) -> Config:
     }  # fmt: skip
     if changes["rollout"]["ratio"] == "filtered" and 0 < top_k < V:
         changes["rollout"]["support"] = one(("recompute", "replay"))
-    cfg = small.changed(Config(steps=steps), changes)
+    cfg = small.changed(Config(steps=StepsConfig.of(steps), grades=Grades(steps[-1].options)), changes)
     check_settings(cfg)
     return cfg
 
@@ -187,8 +189,8 @@ def check_chain(seed: int, dump: Path) -> int:
     """Draw a case, compare everything; return the number of updates compared."""
     rng, gen = random.Random(seed), np.random.default_rng(seed)
     cfg = draw_settings(rng)
-    schema, method = StepSchema(cfg.steps), cfg.advantage.method
-    sources, maxima = [s.sources for s in cfg.steps], [s.reward for s in cfg.steps]
+    schema, method = cfg.schema, cfg.advantage.method
+    sources, maxima = [s.sources for s in schema.specs], [s.reward for s in schema.specs]
     golds = [
         (None, rng.choice(("x", "y", "z", None)) if sources[1][0] == "gold" else None, rng.choice(("p", "q")))
         for _ in range(cfg.rollout.num_prompts)
@@ -216,7 +218,7 @@ def check_chain(seed: int, dump: Path) -> int:
     rollouts = score(rollouts, [examples[r.group] for r in rollouts], schema, Judge(), cfg.reward.missing_verdict)
     for r, ours in zip(right, rollouts, strict=True):
         oracle.read_steps(r)
-        missing = [cfg.reward.missing_verdict if s.missing_verdict is None else s.missing_verdict for s in cfg.steps]
+        missing = [cfg.reward.missing_verdict if s.missing_verdict is None else s.missing_verdict for s in schema.specs]
         oracle.earn(r, sources, maxima, missing)
         assert (list(ours.step_ends), list(ours.answers)) == (r.ends, r.answers), r
         assert (list(ours.step_rewards or ()), list(ours.reward_sources or ())) == (pytest.approx(r.rewards), r.sources), r

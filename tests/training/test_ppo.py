@@ -15,8 +15,10 @@ import srpo.training.ppo
 import srpo.training.run
 from srpo.core.config.demo import TinyConfig
 from srpo.core.config.train import Config
+from srpo.core.grades import Grades
 from srpo.core.metrics import check_key
 from srpo.core.settings import apply_toml
+from srpo.core.step_presets import StepsConfig
 from srpo.core.steps import StepSpec
 from srpo.data.readers import write_examples
 from srpo.data.tokenizer import load_tokenizer
@@ -150,10 +152,11 @@ def toy(world: Any, folder: Path, **changes: Any) -> Config:
     make_tiny(tokenizer, TinyConfig(**{**vars(small.TINY), "initializer_range": 0.2}), 5).save_pretrained(folder / "base")
     tokenizer.save_pretrained(folder / "base")
     unlabelled = (None, None)
-    write_examples(folder / "pairs.jsonl", (replace(e, gold=unlabelled, truth=unlabelled) for e in world.examples()))
+    write_examples(folder / "pairs.jsonl", (replace(e, gold=unlabelled, truth=unlabelled, tags={}) for e in world.examples()))
     cfg = world.config(
         folder / "run",
-        steps=STEPS,
+        steps=StepsConfig.of(STEPS),
+        grades=Grades(STEPS[-1].options),
         num_steps=24,
         data={"train": str(folder / "pairs.jsonl")},
         policy={"path": str(folder / "base")},

@@ -16,6 +16,8 @@ import torch
 from srpo.core.batch import read_rollouts
 from srpo.core.config.demo import TinyConfig
 from srpo.core.config.train import Config, VllmConfig
+from srpo.core.grades import Grades
+from srpo.core.step_presets import StepsConfig
 from srpo.core.steps import StepSpec
 from srpo.data.readers import write_examples
 from srpo.data.tokenizer import load_tokenizer
@@ -103,10 +105,11 @@ def test_the_support_is_the_trainer_s(engine: VllmEngine, checkpoint: Path) -> N
 
 def settings(world: Any, checkpoint: Path, folder: Path, **changes: Any) -> Config:
     unlabelled = (None, None)
-    write_examples(folder / "pairs.jsonl", (replace(e, gold=unlabelled, truth=unlabelled) for e in world.examples()))
+    write_examples(folder / "pairs.jsonl", (replace(e, gold=unlabelled, truth=unlabelled, tags={}) for e in world.examples()))
     common: dict[str, Any] = {
         "num_steps": 4,
-        "steps": STEPS,
+        "steps": StepsConfig.of(STEPS),
+        "grades": Grades(STEPS[-1].options),
         "data": {"train": str(folder / "pairs.jsonl")},
         "policy": {"path": str(checkpoint)},
         "reward": {"judge": "none"},
