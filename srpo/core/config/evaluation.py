@@ -30,7 +30,7 @@ class EvaluateConfig:
     # Instead of a checkpoint: JSON Lines of example_id, prediction (a grade or null) and, optionally, answers [J]
     predictions: str = ""
     data: str = ""  # graded examples (docs/data.md); empty: data.eval of the run's settings
-    # TOML file with steps, data.prompt and rollout.max_new_tokens; empty: config.toml of the run that the checkpoint is from
+    # TOML file with steps, grades, data.prompt and rollout.max_new_tokens; empty: config.toml of the checkpoint's run
     config: str = ""
     out: str = ""  # folder for the results; empty: `evaluation` next to the checkpoint or file
     limit: Count = 0  # number of examples to evaluate, from the start; 0: all
@@ -71,7 +71,7 @@ class CompareConfig:
     data: str = ""  # graded examples (docs/data.md); each needs exactly one response of each system
     name_a: str = "A"  # name of the baseline in tables and in pages.file
     name_b: str = "B"  # name of the system under test in tables and in pages.file
-    config: str = ""  # TOML file with the steps; empty: config.toml of the run that b lies in
+    config: str = ""  # TOML file with steps and grades; empty: config.toml of the run that b lies in
     out: str = ""  # file for the results; empty: comparison.json next to b, or next to pages.file
     by: tuple[str, ...] = ("query_type",)  # tags of examples and queries: repeat the comparison for each value of each tag
     bootstrap: BootstrapConfig = field(default_factory=BootstrapConfig)
