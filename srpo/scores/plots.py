@@ -22,6 +22,7 @@ Metrics = Sequence[Mapping[str, float | None]]  # lines of metrics.jsonl
 _PAPER_NAMES = {"L1": "L1 Irrelevant", "L2": "L2 Mismatch", "L3": "L3 Related", "L4": "L4 Excellent"}
 # Distinguishable with every kind of colour vision.
 COLORS = ("#0072B2", "#E69F00", "#009E73", "#CC79A7", "#D55E00", "#56B4E9", "#666666")
+_LONG = 36  # letters of equally wide labels that fit below a confusion matrix
 INK, FAINT, BEFORE, AFTER = "#222222", "#8a8a8a", "#9aa5b1", "#0072B2"
 STYLE: dict[Any, Any] = {
     "font.size": 9.5,
@@ -143,7 +144,11 @@ def draw_confusion(axes: Axes, results: Results, grades: Sequence[str], title: s
         middle: dict[str, Any] = {"ha": "center", "va": "center", "color": color}
         axes.text(j, i - 0.08, f"{100 * shares[i, j]:.0f} %", weight="bold" if i == j else "normal", **middle)
         axes.text(j, i + 0.24, f"{count:,}", size=7.5, alpha=0.75, **middle)
-    axes.set_xticks(range(counts.shape[1]), [*grades, "none"][: counts.shape[1]])
+    axes.set_xticks(range(counts.shape[1]), verdicts := [*grades, "none"][: counts.shape[1]])
+    if max(map(len, verdicts)) * len(verdicts) > _LONG:
+        axes.tick_params(axis="x", labelrotation=30)
+        for label in axes.get_xticklabels():
+            label.set(horizontalalignment="right", rotation_mode="anchor")
     axes.set_yticks(range(len(grades)), [_PAPER_NAMES.get(name, name) for name in grades])
     axes.set_xlabel("verdict")
     axes.set_ylabel("human grade")

@@ -116,7 +116,7 @@ def from_rollouts(rollouts: Iterable[Rollout], examples: Sequence[Example], sche
     """Responses made of rollouts, in the order of the file; several rollouts of one pair all count.
 
     Rollouts of other pairs are left out and counted. Raises UserError if an example has no rollout, or a rollout another number
-    of steps than `schema`.
+    of steps than `schema`, or a verdict that is no grade of it.
     """
     by_id = {example.example_id: example for example in examples}
     kept, num_others = [], 0
@@ -127,6 +127,11 @@ def from_rollouts(rollouts: Iterable[Rollout], examples: Sequence[Example], sche
             raise UserError(
                 f"the rollout of {rollout.example_id} has {len(rollout.answers)} steps, the settings have {schema.num_steps}: "
                 "set --config to the TOML that it was sampled with"
+            )
+        elif (verdict := rollout.answers[-1]) is not None and schema.grades.index(verdict) is None:
+            raise UserError(
+                f"the rollout of {rollout.example_id} has the verdict {verdict!r}, the settings have the grades "
+                f"{', '.join(schema.grades.names)}: set --config to the TOML that it was sampled with"
             )
         else:
             kept.append(rollout)

@@ -13,7 +13,8 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from srpo.core.step_presets import PAPER
+from srpo.core.grades import Grades
+from srpo.core.step_presets import PAPER, StepsConfig
 from srpo.data.esci import TEXT_CHARS
 from srpo.data.examples import Example
 from srpo.data.readers import load_examples, read_examples
@@ -74,6 +75,17 @@ def test_the_join_of_examples_and_products(tmp_path):
     file = path / "shopping_queries_dataset_examples.parquet"
     assert load_examples(file, PAPER) == examples
     assert load_examples(file, PAPER, limit=2) == examples[:2]
+
+
+def test_esci_on_a_scale_of_two_grades_needs_labels(tmp_path):
+    path = release(tmp_path / "release", [example_row(i) for i in range(4)], [product_row(i) for i in range(5)])
+    (tmp_path / "dump.jsonl").write_text("".join(json.dumps(dump_row(i)) + "\n" for i in range(4)))
+    labelled = Grades(("no", "yes"), labels={"E": "yes", "S": "yes", "C": "no", "I": "no"})
+    for source in (path, tmp_path / "dump.jsonl"):
+        examples = load_examples(source, StepsConfig().schema(labelled))
+        assert [e.grade for e in examples] == [e.tags["grade"] for e in examples] == ["yes", "yes", "no", "no"]
+        with pytest.raises(ValueError, match=r"label' is .E.: the grades are no, yes; .*give other spellings in grades\.labels"):
+            load_examples(source, StepsConfig().schema(Grades(("no", "yes"))))
 
 
 def test_options_behind_the_path(tmp_path):

@@ -8,7 +8,8 @@ from typing import Any
 import pytest
 
 from srpo.core.batch import Rollout, write_rollouts
-from srpo.core.step_presets import PAPER, PAPER_STEPS
+from srpo.core.grades import Grades
+from srpo.core.step_presets import PAPER, PAPER_STEPS, StepsConfig
 from srpo.core.steps import StepSchema
 from srpo.data.examples import Example
 from srpo.scores.evaluation import results_dict
@@ -119,6 +120,8 @@ def test_every_example_needs_a_rollout_and_others_are_counted():
         from_rollouts(ROLLOUTS[:9], EXAMPLES, SCHEMA)
     with pytest.raises(ValueError, match="has 5 steps, the settings have 1"):
         from_rollouts(ROLLOUTS, EXAMPLES, StepSchema(PAPER_STEPS[-1:]))
+    with pytest.raises(ValueError, match="e1 has the verdict 'L2', the settings have the grades no, yes: set --config"):
+        from_rollouts(ROLLOUTS, EXAMPLES, StepsConfig().schema(Grades(("no", "yes"))))
     responses = from_rollouts([*ROLLOUTS, ROLLOUTS[0]], EXAMPLES[:2], SCHEMA)
     assert [rollout.example_id for rollout in responses.rollouts] == ["e0", "e1", "e0"]
     assert [example.example_id for example in responses.examples] == ["e0", "e1", "e0"]

@@ -86,6 +86,7 @@ def test_tables_and_plots_name_every_grade(num: int) -> None:
     draw_confusion(axes, after, grades.names, "", show_unparsed=True)
     assert [label.get_text() for label in axes.get_yticklabels()] == list(grades.names)
     assert [label.get_text() for label in axes.get_xticklabels()] == [*grades.names, "none"]
+    assert {label.get_rotation() for label in axes.get_xticklabels()} == {0.0 if num < 5 else 30.0}  # side by side, or tilted
 
 
 def test_a_comparison_counts_right_verdicts_of_another_scale() -> None:
