@@ -27,7 +27,8 @@ class Grades:
 
     names: tuple[str, ...] = PAPER_GRADES  # grades from the worst to the best: the answers of the last step, such as no and yes
     good: tuple[str, ...] = ()  # grades that count as good in Good F1 and the goodrates; empty: the upper half
-    # Other spellings in the data and the grade of each, such as "0" = "Irrelevant"; names, and numbers from 1, need none
+    # Other spellings in the data and the grade of each, such as "0" = "Irrelevant"; names need none, nor do class
+    # numbers from 1, which hold as long as no name or label is a number
     labels: Texts = field(default_factory=dict)
     gains: tuple[Finite, ...] = ()  # gain of each grade in NDCG, from the worst; empty: 0, 1, 2, ...
 
@@ -72,7 +73,7 @@ class Grades:
 
     def read(self, value: Any) -> str | None:
         """The grade that a value of the data means, None for any other value: its name, a spelling of `labels`, else its class
-        number (unless a name is a number itself); on four grades E, S, C and I, too.
+        number (unless a name or a label is a number itself); on four grades without labels E, S, C and I, too.
 
         2.0 is 2, as in a column of pandas with nulls, and true and false are texts.
         """
@@ -83,7 +84,7 @@ class Grades:
         if name := meant.get(_key(text)):
             return name
         index = self.index(text)
-        if index is None and not any(map(_is_number, self.names)):
+        if index is None and not any(map(_is_number, (*self.names, *self.labels))):
             number = re.fullmatch(r"[1-9]\d?", text)
             index = int(number[0]) - 1 if number else None
             if len(self.names) == 4 and index is None and not self.labels:
@@ -125,4 +126,4 @@ def _key(text: str) -> str:
 
 
 def _is_number(name: str) -> bool:
-    return re.fullmatch(r"\d+(?:\.\d+)?", name) is not None
+    return re.fullmatch(r"-?\d+(?:\.\d+)?", name.strip()) is not None

@@ -36,8 +36,8 @@ def test_any_other_value_is_no_grade(value: Any) -> None:
 def test_labels_are_other_spellings() -> None:
     for grade, values in {"no": (0, 0.0, "0", "0.0", False, "False", "NO"), "yes": (1, 1.0, "1", True, "TRUE", " yes")}.items():
         assert [NO_YES.read(value) for value in values] == [grade] * len(values)
-    assert NO_YES.read(2) == "yes"  # a number without a label is still a class number
-    assert NO_YES.read(3) is NO_YES.read("E") is None
+    assert NO_YES.read(2) is NO_YES.read("E") is None
+    assert Grades(("no", "yes"), labels={"true": "yes"}).read(2) == "yes"
     assert Grades(("a", "b"), labels={"Not  At All": "a", "1.0": "b"}).read("not at all") == "a"
     assert Grades(("a", "b"), labels={"1.0": "b"}).read(1) == "b"  # label and value lose their ".0" alike
 
@@ -52,7 +52,8 @@ def test_names_that_are_numbers_are_no_class_numbers() -> None:
     assert [halves.read(value) for value in (0, 0.5, 1, 1.0, "1", "0.50", 2, 3)] == ["0.0", "0.5", "1.0", "1.0", "1.0"] + [
         None
     ] * 3
-    assert Grades(("bad", "3")).read(1) is None  # one name is a number: class numbers would be ambiguous
+    for scale in (Grades(("bad", "3")), Grades(labels={"0": "L1"}), Grades(labels={"-1": "L1"}), Grades(labels={"2.5": "L1"})):
+        assert scale.read(1) is None  # one name or label is a number: a class number could be meant otherwise
 
 
 def test_esci_labels_name_the_grades_of_any_scale_of_four() -> None:
