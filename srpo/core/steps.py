@@ -232,15 +232,20 @@ class StepSchema:
     def _read_answer(self, j: int, body: str) -> tuple[str | None, int]:
         """(answer of step j in the text after its header, the character of `body` at which it begins)."""
         spec, pattern = self.specs[j], self._answers[j]
+        value = None
         if self.form == "json":
             value = _JSON_STRING.match(body)
             if value is None and pattern is None:
-                return None
+                return None, 0
             body = body if value is None else _unescaped(value[1])
         if pattern is None:
             return spec.canonical(body), 0
-        answers = [(spec.canonical(m.group(1)), m.start(1)) for m in pattern.finditer(body) if m.group(1)]
-        return next((answer for answer in reversed(answers) if answer[0] is not None), (None, 0))
+        answers = [(spec.canonical(m.group(1)), m) for m in pattern.finditer(body) if m.group(1)]
+        answer, match = next((found for found in reversed(answers) if found[0] is not None), (None, None))
+        start = 0 if match is None else match.start(1)
+        if match is not None and value is not None:  # among the characters as they are written, before escapes are decoded
+            start = value.start(1) + (start if value[1] == body else max(0, value[1].rfind(match[1])))
+        return answer, start
 
 
 def _unescaped(text: str) -> str:

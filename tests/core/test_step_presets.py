@@ -252,3 +252,14 @@ def test_json_is_written_as_json() -> None:
     text = schema_of("paper", "json", Grades()).write(answers)
     assert list(json.loads(text).items()) == list(zip(PAPER.names, answers, strict=True)) and "\u00e4" in text
     assert PAPER.write(answers[1:] + answers[:1]).startswith("1. Query intent: b\n2. Item: match\n")
+
+
+def test_the_place_of_an_answer_is_where_it_is_written() -> None:
+    for form in ("text", "json"):
+        schema = StepsConfig(form=form).schema(Grades(("no", "maybe", "yes")))
+        text = schema.write(["a", 'an "item"', 'no "mismatch" -> match', "-> unclear", "maybe"])
+        parsed = schema.parse_text(text)
+        for j, word in ((2, "match"), (3, "unclear"), (4, "maybe")):
+            start = parsed.answer_starts[j]
+            assert start is not None and text[start:].startswith(word) and parsed.answers[j] == word
+        assert schema.parse_text("nothing").answer_starts == (None,) * 5

@@ -15,7 +15,7 @@ from srpo.core.config.selection import SelectConfig
 from srpo.core.config.train import DataConfig, RewardConfig, RolloutConfig
 from srpo.core.step_presets import PAPER
 from srpo.data.examples import Example
-from srpo.data.prompts import build_prompt
+from srpo.data.prompts import PromptForm, build_prompt
 from srpo.data.readers import write_examples
 from srpo.data.tokenizer import encode, train_tokenizer
 from srpo.policy.parallel import Parallel
@@ -128,7 +128,7 @@ def config(folder: Path, data: Path | None = None, **changes: Any) -> SelectConf
 def parts_with(engine: Any) -> Callable[..., Parts]:
     judge = OracleJudge(0.1, 0, SCHEMA)
     params = SamplingParams(max_new_tokens=80, group_size=6)
-    return lambda *_: Parts(TOKENIZER, engine, judge, params, 400)
+    return lambda *_: Parts(TOKENIZER, PromptForm(TEMPLATE), engine, judge, params, 400)
 
 
 def contents(folder: Path) -> dict[str, bytes]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+from collections.abc import Sequence
 
 import pytest
 from sklearn.metrics import accuracy_score, f1_score
@@ -17,7 +18,7 @@ from srpo.scores.evaluation import collapse, results_dict
 from srpo.scores.tables import results_table
 
 
-def results(schema: StepSchema, true: list[str], said: list[str | None]) -> dict:
+def results(schema: StepSchema, true: Sequence[str], said: Sequence[str | None]) -> dict:
     examples = [Example(str(i), f"q{i % 5}", "query", "title", gold=(grade,)) for i, grade in enumerate(true)]
     rollouts = [Rollout.from_answers(str(i), (verdict,)) for i, verdict in enumerate(said)]
     return results_dict(rollouts, examples, schema)
@@ -33,7 +34,7 @@ def test_the_majority_is_scored_as_a_system_that_always_answers_it(num_grades: i
     most = max(true.count(name) for name in grades.names)
     majority = [name for name in grades.names if true.count(name) == most][-1]
     always = [majority] * 200
-    f1 = f1_score(true, always, labels=list(grades.names), average="macro", zero_division=0)
+    f1 = f1_score(true, always, labels=list(grades.names), average="macro", zero_division=0)  # type: ignore[arg-type]
     assert found["majority"]["grade"] == majority
     assert found["majority"]["accuracy"] == pytest.approx(accuracy_score(true, always), abs=1e-12)
     assert found["majority"]["macro_f1"] == pytest.approx(f1, abs=1e-12)
