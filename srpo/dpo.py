@@ -42,10 +42,11 @@ from srpo.data.tokenizer import encode, encode_prompt, load_tokenizer
 from srpo.policy.loading import load_to_shard
 from srpo.policy.model import Policy, check_head, save_policy
 from srpo.policy.parallel import Parallel, distributed
+from srpo.training.changes import SUPERVISED
 from srpo.training.checks import check_device
 from srpo.training.inputs import model_inputs
 from srpo.training.outputs import Hidden, Logits, of_outputs
-from srpo.training.supervised import MAY_CHANGE, PATHS, batch_indices, fit
+from srpo.training.supervised import batch_indices, fit
 from srpo.training.update import level
 
 REFERENCE_BATCH = 256  # pairs that the reference scores between two updates of the progress bar
@@ -207,7 +208,7 @@ def dpo(cfg: DpoConfig, parallel: Parallel) -> Path:
     _check_pairs(cfg, pairs, policy.max_context, loaded.config.vocab_size)
     policy = parallel.shard(policy, dtype=cfg.policy.dtype)
     inputs = parallel.on_main(lambda: _inputs(cfg, pairs))
-    claim_run_dir(run_dir, cfg, main, MAY_CHANGE, inputs, PATHS)
+    claim_run_dir(run_dir, cfg, main, SUPERVISED.allowed, inputs, SUPERVISED.contents)
     if main:
         write_whole(run_dir / "pairs.json", json.dumps(counts, indent=1) + "\n")
         print(f"{counts['num_pairs']} pairs; counts are in {run_dir / 'pairs.json'}", flush=True)

@@ -31,7 +31,6 @@ from srpo.core.metrics import evaluation_metrics
 from srpo.core.progress import Progress
 from srpo.core.run_lock import locks_run_dir
 from srpo.experiments.first_run import WORLD, first_run
-from srpo.policy.model import save_policy
 from srpo.policy.parallel import Parallel, distributed
 from srpo.rewards.audit import audit
 from srpo.rewards.build import judge_metrics
@@ -40,7 +39,7 @@ from srpo.training.credit import Credit, assign_credit, rollout_metrics
 from srpo.training.evaluation import evaluate_policy
 from srpo.training.optim import learning_rate, set_learning_rate
 from srpo.training.prefetch import Prefetch
-from srpo.training.run import Clock, Run
+from srpo.training.run import Clock, Run, State
 from srpo.training.update import update, with_logprobs
 
 
@@ -54,6 +53,8 @@ def train(cfg: Config, parallel: Parallel) -> Path:
     bar = Progress("SRPO", cfg.num_steps, start=state.step, enabled=parallel.is_main)
     with bar, Prefetch(sampler, lambda *work: sample(run, *work)) as prefetch:
         for step in range(state.step, cfg.num_steps):  # Algorithm 1
+            if state.best is not None and state.best.ends(cfg.train):
+                break
             clock = Clock()
             prefetched = prefetch.take()  # off_policy_steps 1: sampled during the last update
             clock.lap("rollout")
@@ -83,6 +84,8 @@ def train(cfg: Config, parallel: Parallel) -> Path:
             if run.eval_examples and evaluation_due(cfg, step + 1):
                 prefetch.wait()
                 metrics |= evaluate_now(run, step + 1)
+                state = state.evaluated(metrics, cfg.train.best)
+                metrics |= state.best.metrics() if state.best is not None else {}
                 clock.lap("eval")
             if logger is not None:
                 if cfg.train.log_rollouts:
@@ -91,12 +94,14 @@ def train(cfg: Config, parallel: Parallel) -> Path:
             if sampler.end_step(metrics):  # 4.2.2
                 prefetch.drop()  # it was drawn from the stage that has ended
                 bar.print(f"optimizer step {step + 1}: stage {sampler.stage.name!r} begins")
-            if (step + 1) % cfg.train.checkpoint_every == 0 or step + 1 == cfg.num_steps:
+            if checkpoint_due(cfg, state):
                 run.save(state, prefetch.sampler_state(), logger)
             for alarm in audited.news:
                 bar.print(f"optimizer step {step + 1}: {alarm}")
             bar.advance(1, reward=metrics["reward/total"])
-    save_policy(run.policy, run.tokenizer, run.run_dir / "policy")
+    if parallel.is_main and (text := ended_early(cfg, state)):
+        print(text, flush=True)
+    run.save_policies(state)
     parallel.barrier()  # no rank returns while another still gathers or writes
     if logger is not None:
         logger.close()
@@ -148,6 +153,22 @@ def policy_update(run: Run, batches: Sequence[Batch], step: int) -> dict[str, fl
 def evaluation_due(cfg: Config, step: int) -> bool:
     """Whether the policy is evaluated after this many optimizer steps: every `train.eval_every`, and at the end."""
     return step == cfg.num_steps or (cfg.train.eval_every > 0 and step % cfg.train.eval_every == 0)
+
+
+def checkpoint_due(cfg: Config, state: State) -> bool:
+    """Whether a checkpoint is written after this optimizer step: every `train.checkpoint_every`, at the end, for a new best."""
+    best = state.best is not None and (state.best.step == state.step or state.best.ends(cfg.train))
+    return state.step % cfg.train.checkpoint_every == 0 or state.step == cfg.num_steps or best
+
+
+def ended_early(cfg: Config, state: State) -> str:
+    """A sentence if the run has ended before num_steps; "" if not."""
+    if state.best is None or state.step == cfg.num_steps:
+        return ""
+    return (
+        f"ended after optimizer step {state.step} of {cfg.num_steps}: {cfg.train.best} has not risen in {state.best.num_stalled} "
+        f"evaluations (train.patience is {cfg.train.patience}; a larger one, or 0, goes on)"
+    )
 
 
 def evaluate_now(run: Run, version: int) -> dict[str, float]:

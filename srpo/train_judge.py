@@ -46,6 +46,7 @@ from srpo.rewards.judge import GenerativeJudge, OracleJudge
 from srpo.rewards.verdicts import judge_prompt, render_verdicts
 from srpo.sft import sft
 from srpo.train import train
+from srpo.training.changes import SUPERVISED, TRAIN
 
 # Settings that may change between stages; they are not part of the run folder's identity.
 LATER = ("stage", "verified", "unverified", "simulate_human", "human_error_rate", "mine", "grpo")
@@ -61,7 +62,8 @@ def train_judge(cfg: JudgeConfig, parallel: Parallel) -> dict[str, Any]:
     work = prepare(cfg, parallel)
     claimed = replace(cfg, **{key: getattr(JudgeConfig(), key) for key in LATER})
     inputs = parallel.on_main(lambda: judge_inputs(work))
-    claim_run_dir(work.run_dir, claimed, parallel.is_main, inputs=inputs)
+    free = [f"sft.{key}" for key in SUPERVISED.free]
+    claim_run_dir(work.run_dir, claimed, parallel.is_main, free, inputs)
     parallel.barrier()
     stages = ("sft", "mine", "grpo") if cfg.stage == "all" else (cfg.stage,)
     if "sft" in stages:
@@ -180,7 +182,7 @@ def run_grpo(work: Work) -> None:
         seed=cfg.sft.seed,
     )
     if done:
-        claim_run_dir(run_dir / "grpo", settings, work.parallel.is_main)
+        claim_run_dir(run_dir / "grpo", settings, work.parallel.is_main, TRAIN.free)
     else:
         _evaluate(work, "grpo", train(settings, work.parallel))
 

@@ -16,7 +16,8 @@ from torch.distributed.checkpoint.format_utils import dcp_to_torch_save
 import srpo.train
 import srpo.training.collect
 from srpo.core.config.train import Config, StageConfig
-from srpo.policy.checkpoint import COMPLETE, latest_checkpoint
+from srpo.core.digests import COMPLETE
+from srpo.policy.checkpoint_folders import latest_checkpoint
 from srpo.train import train
 from srpo.training.run import Run
 
@@ -154,7 +155,7 @@ def test_killed_often(world: Any, tmp_path: Path, num_ranks: int) -> None:
 
 PHASES = ["generate", "score_rollouts", "refill_step", "assign_credit", "pack_own", "policy_update"]
 PHASES += ["evaluate_now", "write_rollouts"]
-AT_THE_END = ["save", "save_policy"]
+AT_THE_END = ["save", "save_policies"]
 
 
 def test_stopped_before_every_phase_it_ends_the_same(
@@ -193,7 +194,7 @@ def test_a_half_written_checkpoint_is_never_chosen(
         raise KeyboardInterrupt
 
     with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
-        patch.setattr(srpo.train, "save_policy", stopping)
+        patch.setattr(Run, "save_policies", stopping)
         train(cfg, small.ONE)
     root = tmp_path / "run" / "checkpoints"
     newest = latest_checkpoint(root)

@@ -11,7 +11,7 @@ import math
 import os
 import re
 import uuid
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from importlib import import_module
 from pathlib import Path
 from types import ModuleType, TracebackType
@@ -93,6 +93,9 @@ METRICS: dict[str, str] = {
     "eval/step_accuracy/{step}": "fraction of correct answers to the reasoning step, over examples with a label for it",
     "eval/parse_rate": "fraction of evaluated responses with an answer to every step",
     "eval/num_examples": "number of evaluated pairs",
+    "best/step": "optimizer step of the best evaluation so far by train.best; of equal values the earliest",
+    "best/value": "value of train.best at best/step",
+    "best/num_stalled": "number of evaluations since best/step; the run ends at train.patience",
     "service/num_calls": "number of texts requested from the generative judge, over all ranks; no cached or repeated ones",
     "service/num_retries": "number of repeated attempts at calls of the judge's server, over all ranks",
     "service/num_failed": "number of calls of the judge's server without a result: missing verdicts (reward.judge_fallback)",
@@ -103,6 +106,9 @@ METRICS: dict[str, str] = {
     "time/{phase}_s": "wall-clock seconds of the phase (step: the whole optimizer step)",
     "time/rollout_tokens_per_s": "sampled tokens per second of the rollout phase",
 }
+# Metrics that train.best may name: the larger, the better.
+SCORES = ("eval/macro_f1", "eval/accuracy", "eval/good_f1", "eval/parse_rate", "eval/class_f1/{class}")
+SCORES += ("eval/step_accuracy/{step}",)
 CLOCK_AREAS = ("time", "service")  # depend on the clock or the process's cache: a resumed run has other numbers
 FILES = ("metrics.jsonl", "timing.jsonl", "rollouts.jsonl")  # truncated together when a run resumes
 
@@ -120,6 +126,14 @@ def check_key(key: str) -> None:
         raise ValueError(
             f"metric {key!r} is not declared: add it with one line of description to METRICS in srpo/core/metrics.py"
         )
+
+
+def filled(key: str, step_names: Sequence[str], num_grades: int) -> list[str]:
+    """The metrics that a key of METRICS stands for: one per reasoning step or grade if it has that placeholder, else itself."""
+    for mark, values in (("{step}", step_names), ("{class}", [str(number) for number in range(1, num_grades + 1)])):
+        if mark in key:
+            return [key.replace(mark, value) for value in values]
+    return [key]
 
 
 def evaluation_metrics(results: Mapping[str, Any], step_names: tuple[str, ...]) -> dict[str, float]:

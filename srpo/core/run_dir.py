@@ -19,7 +19,8 @@ from srpo.core.settings import apply_toml, dump_toml, toml_table
 
 INPUTS = "inputs.json"
 # Names in a folder without config.toml that a run would replace, or that make it the folder of a checkpoint.
-_TAKEN = ("checkpoints", "metrics.jsonl", "timing.jsonl", "rollouts.jsonl", CHANGES, "policy", "config.json", COMPLETE)
+_TAKEN = ("checkpoints", "metrics.jsonl", "timing.jsonl", "rollouts.jsonl", CHANGES, "policy", "policy-best")
+_TAKEN += ("config.json", COMPLETE)
 # Everything that a run reads: {"the reference": (path, digest of the contents)}.
 Inputs = Mapping[str, tuple[str, str]]
 
@@ -44,7 +45,7 @@ def claim_run_dir(
     if path.is_file():
         recorded = _recorded(run_dir / INPUTS) if inputs is not None else None
         free = {"run_dir", *may_change, *(paths if recorded is not None else ())}
-        theirs, ours = _settings_of(path, cfg), _leaves(tomllib.loads(dump_toml(cfg)))
+        theirs, ours = first_settings(run_dir, cfg), settings_by_key(cfg)
         for key in sorted(ours.keys() | theirs.keys()):
             if key not in free and ours.get(key) != theirs.get(key):
                 raise UserError(
@@ -67,13 +68,16 @@ def claim_run_dir(
         write_whole(path, dump_toml(cfg))
 
 
-def _settings_of(path: Path, cfg: Any) -> dict[str, Any]:
-    """The settings in a `config.toml` by dotted key, with the defaults of `cfg` for those that it lacks."""
-    theirs = _leaves(_table(path))
-    ours, defaults = _leaves(tomllib.loads(dump_toml(cfg))), {}
-    if _has_defaults(cfg):
-        defaults = _leaves(tomllib.loads(dump_toml(type(cfg)())))
-    return {key: defaults[key] for key in ours.keys() & defaults.keys()} | theirs
+def settings_by_key(cfg: Any) -> dict[str, Any]:
+    """Settings by dotted key, as values of TOML; an array of tables (`steps`) is one value."""
+    return _by_key(tomllib.loads(dump_toml(cfg)))
+
+
+def first_settings(run_dir: Path, cfg: Any) -> dict[str, Any]:
+    """`settings_by_key` of the folder's `config.toml`, with the defaults of `cfg` for those that it lacks."""
+    ours = settings_by_key(cfg)
+    defaults = settings_by_key(type(cfg)()) if _has_defaults(cfg) else {}
+    return {key: defaults[key] for key in ours.keys() & defaults.keys()} | _by_key(_table(run_dir / "config.toml"))
 
 
 def _table(path: Path) -> dict[str, Any]:
@@ -119,14 +123,14 @@ def check_unchanged(run_dir: Path, inputs: Inputs) -> None:
     _check_inputs(run_dir, {name: recorded[name] for name in names}, {name: inputs[name] for name in names})
 
 
-def record_changes(run_dir: Path, cfg: Any, keys: Collection[str], step: int) -> list[str]:
+def record_changes(run_dir: Path, cfg: Any, keys: Mapping[str, str] | Collection[str], step: int) -> list[str]:
     """Settings that differ from those with which the run was last continued, as lines of text; rank 0 calls it at each start.
 
-    They are appended to `changes.jsonl` with the optimizer step after which they hold. Entries after `step`, of which nothing is
-    left in the run, are dropped.
+    keys: the settings to compare; of a mapping, with the remark that each line ends with. They are appended to `changes.jsonl`
+    with the optimizer step after which they hold. Entries after `step`, of which nothing is left in the run, are dropped.
     """
     path = run_dir / CHANGES
-    ours, now = _leaves(tomllib.loads(dump_toml(cfg))), _settings_of(run_dir / "config.toml", cfg)
+    ours, now = settings_by_key(cfg), first_settings(run_dir, cfg)
     lines = []
     if path.is_file():
         try:
@@ -139,7 +143,11 @@ def record_changes(run_dir: Path, cfg: Any, keys: Collection[str], step: int) ->
     fresh = [{"after_step": step, "setting": key, "from": a, "to": b} for key, (a, b) in changed.items()]
     if fresh or (path.is_file() and len(lines) < len(known)):
         write_whole(path, "".join(json.dumps(line) + "\n" for line in [*lines, *fresh]))
-    return [f"{key}: {a} until optimizer step {step}, {b} from then on (recorded in {path})" for key, (a, b) in changed.items()]
+    remarks = keys if isinstance(keys, Mapping) else {}
+    return [
+        f"{key}: {a} until optimizer step {step}, {b} from then on (recorded in {path}){remarks.get(key, '')}"
+        for key, (a, b) in changed.items()
+    ]
 
 
 def check_out(out: Path, files: Iterable[str], sources: Iterable[str | Path]) -> None:
@@ -156,6 +164,14 @@ def check_out(out: Path, files: Iterable[str], sources: Iterable[str | Path]) ->
 
 def _has_defaults(cfg: Any) -> bool:
     return all(field.default is not MISSING or field.default_factory is not MISSING for field in fields(cfg))
+
+
+def _by_key(table: dict[str, Any]) -> dict[str, Any]:
+    """The values of a table by dotted key, without the length of the last curriculum stage: it ends with the run."""
+    flat = _leaves(table)
+    if stages := flat.get("curriculum"):
+        flat["curriculum"] = [*stages[:-1], {key: value for key, value in stages[-1].items() if key != "num_steps"}]
+    return flat
 
 
 def _leaves(table: dict[str, Any], prefix: str = "") -> dict[str, Any]:

@@ -14,7 +14,7 @@ from typing import Any, TypedDict
 
 from srpo.core.config.train import Config, SamplerConfig, StageConfig
 from srpo.core.errors import UserError
-from srpo.core.metrics import METRICS
+from srpo.core.metrics import METRICS, filled
 from srpo.data.examples import Example
 from srpo.data.sampler import PromptSampler, SamplerState
 from srpo.data.solve_rates import SolveRates, SolveRateState
@@ -105,9 +105,7 @@ def _known_metrics(cfg: Config) -> list[str]:
     keys: list[str] = []
     for key, text in METRICS.items():
         if key.partition("/")[0] in _AREAS and not text.startswith(("SFT", "DPO")):
-            fillings = {"{step}": cfg.schema.names, "{class}": [str(i + 1) for i in range(len(cfg.grades.names))]}
-            mark = next((mark for mark in fillings if mark in key), None)
-            keys += [key.replace(mark, value) for value in fillings[mark]] if mark else [key]
+            keys += filled(key, cfg.schema.names, len(cfg.grades.names))
     return [key for key in keys if cfg.loss.kl_coef or not key.startswith("policy/kl")]
 
 

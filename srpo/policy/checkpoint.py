@@ -1,7 +1,6 @@
 """Training state on disk: folders `step_000123/` of torch.distributed.checkpoint files, renamed to that name when complete.
 
-A folder counts as a checkpoint only under its final name and with its COMPLETE file, which is written last. So a run that is
-killed while saving resumes from the previous checkpoint. COMPLETE has the digest of every file, and all are checked before one is
+`srpo.policy.checkpoint_folders` finds and removes them. COMPLETE has the digest of every file, and all are checked before one is
 read. Policy and optimizer state are stored under transformers' parameter names, independently of the number of ranks; `extra`
 (generators, sampler, counters) is stored per rank. Nothing is unpickled that could run code: torch's index of a checkpoint is a
 pickle, which may only name the types that such an index consists of.
@@ -13,10 +12,9 @@ import contextlib
 import io
 import os
 import pickle
-import re
 import shutil
 import warnings
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -33,9 +31,9 @@ from srpo.core.digests import COMPLETE, damage, digests_of, read_mark, write_mar
 from srpo.core.errors import UserError, naming
 from srpo.core.files import binary_file, fsync
 from srpo.core.logs import Written
+from srpo.policy.checkpoint_folders import keep_newest, remove_checkpoint, way_on
 from srpo.policy.parallel import Parallel, to_local, unwrap
 
-_NAME = re.compile(r"step_(\d{6,})")
 _MARK = ("step", "world_size", "logs")  # values of COMPLETE
 # The names that torch's index of a checkpoint may use. BytesStorageMetadata is none of them: torch unpickles such entries.
 _INDEX = {
@@ -57,8 +55,11 @@ def save_checkpoint(
     parallel: Parallel,
     keep: int = 2,
     logs: Mapping[str, Written] | None = None,
+    protected: Collection[int] = (),
 ) -> Path:
     """Write `root/step_<step>`, remove all but the newest `keep` complete checkpoints and return the new folder. Collective.
+
+    protected: optimizer steps whose checkpoints stay, however old.
 
     extra: this rank's own state: plain Python values (numbers, strings, lists, tuples, dicts) and tensors. Any other type raises
     UserError, so that the error comes at saving and not at resume. `load_checkpoint` restores every bit.
@@ -79,21 +80,11 @@ def save_checkpoint(
             fsync(aside / name)
         files = {name: digest for part in parallel.all_gather_object(digests_of(aside, own)) for name, digest in part.items()}
         mark = {"step": step, "world_size": parallel.world_size, "logs": dict(logs or {}), "files": files}
-        parallel.on_main(lambda: _finish(root, final, aside, mark, keep))
+        parallel.on_main(lambda: _finish(root, final, aside, mark, keep, protected))
     except OSError:
         shutil.rmtree(aside, ignore_errors=True)  # a full disk: make room
         raise
     return final
-
-
-def sweep(root: Path, keep: int) -> None:
-    """Remove what a run that was killed, or met a full disk, has left: checkpoints before the newest `keep` complete ones, whole
-    or not, and temporary folders. A run may have nothing to save any more when it goes on."""
-    complete = sorted(_complete(root))[-keep:]
-    for path in root.glob("step_*"):
-        match = _NAME.fullmatch(path.name)
-        if ".tmp-" in path.name or (match and complete and int(match[1]) < complete[0][0]):
-            _remove(path)
 
 
 def _make_room(root: Path, aside: Path) -> None:
@@ -118,16 +109,15 @@ def _is_own(name: str, rank: int) -> bool:
     return name.startswith(f"__{rank}_") or name == f"rank_{rank}.pt" or (rank == 0 and name == ".metadata")
 
 
-def _finish(root: Path, final: Path, aside: Path, mark: dict[str, Any], keep: int) -> None:
+def _finish(root: Path, final: Path, aside: Path, mark: dict[str, Any], keep: int, protected: Collection[int]) -> None:
     write_mark(aside, mark)
     for path in (aside / COMPLETE, aside):
         fsync(path)
     if final.exists():
-        _remove(final)
+        remove_checkpoint(final)
     aside.rename(final)
     fsync(root)
-    for _, old in sorted(_complete(root))[:-keep]:
-        _remove(old)
+    keep_newest(root, keep, protected)
 
 
 def _check_finite(policy: nn.Module, step: int, parallel: Parallel) -> None:
@@ -141,11 +131,6 @@ def _check_finite(policy: nn.Module, step: int, parallel: Parallel) -> None:
             )
 
 
-def latest_checkpoint(root: str | Path) -> Path | None:
-    """The complete checkpoint of the highest step in `root`; None if there is none."""
-    return max(_complete(Path(root)), default=(0, None))[1]
-
-
 def load_checkpoint(
     path: str | Path, policy: nn.Module, optimizer: Optimizer, parallel: Parallel, of: Path | None = None
 ) -> dict[str, Any]:
@@ -156,9 +141,7 @@ def load_checkpoint(
     if it holds another model (named is the first parameter that differs), or was written by another number of ranks.
     """
     path = Path(path)
-    if not (path / COMPLETE).is_file():
-        raise UserError(f"{path} is not a complete checkpoint (no {COMPLETE} file): {_way_on(of or path)}")
-    mark = _checked_mark(path, parallel, of or path)
+    mark = _checked_mark(path, parallel, way_on(of or path))
     world_size = mark["world_size"]
     if world_size != parallel.world_size:
         raise UserError(
@@ -170,8 +153,7 @@ def load_checkpoint(
     _check_same_model(path, state, stored)
     plain = _load_plain(_rank_file(path, parallel.rank))
     state |= _empty_optimizer_state(policy, optimizer, stored)
-    with _one_process_is_fine(), _torch_os_errors(path):
-        dcp.load(state, storage_reader=reader, no_dist=not dist.is_initialized())
+    _read(path, state, reader)
     parameters = dict(unwrap(policy).named_parameters())
     optimizer.state.clear()
     for key, value in state.items():
@@ -183,34 +165,47 @@ def load_checkpoint(
     return plain["extra"]
 
 
+def load_parameters(path: Path, policy: nn.Module, parallel: Parallel, remedy: str) -> None:
+    """Load the policy of a checkpoint in place, without its optimizer, whatever number of ranks wrote it. Collective.
+
+    Raises UserError, which ends in `remedy`, as `load_checkpoint` does.
+    """
+    _checked_mark(path, parallel, remedy)
+    reader, state = _Reader(path), _policy_state(policy)
+    _check_same_model(path, state, reader.read_metadata().state_dict_metadata)
+    _read(path, state, reader)
+
+
 def checkpoint_logs(path: Path) -> dict[str, Written]:
     """Sizes and digests of the run's logs when the checkpoint was saved."""
     return read_mark(path, _MARK)["logs"]
 
 
-def _checked_mark(path: Path, parallel: Parallel, of: Path) -> dict[str, Any]:
-    """The values of COMPLETE, after all files were compared with their digests, which the ranks share. Collective."""
+def _read(path: Path, state: dict[str, Any], reader: _Reader) -> None:
+    """Read the tensors of `state` in place. Collective."""
+    with _one_process_is_fine(), _torch_os_errors(path):
+        dcp.load(state, storage_reader=reader, no_dist=not dist.is_initialized())
+
+
+def _checked_mark(path: Path, parallel: Parallel, remedy: str) -> dict[str, Any]:
+    """The values of COMPLETE, after all files were compared with their digests, which the ranks share. Collective.
+
+    Raises UserError, which ends in `remedy`.
+    """
+    if not (path / COMPLETE).is_file():
+        raise UserError(f"{path} is not a complete checkpoint (no {COMPLETE} file): {remedy}")
     try:
         mark = read_mark(path, _MARK)
     except UserError:
-        raise UserError(f"{path / COMPLETE} is damaged, or of an earlier version of srpo: {_way_on(of)}") from None
+        raise UserError(f"{path / COMPLETE} is damaged, or of an earlier version of srpo: {remedy}") from None
     if path.name != f"step_{mark['step']:06d}":
         raise UserError(f"{path} holds the checkpoint of step {mark['step']}: rename it")
     names = sorted(name for name in mark["files"] if (path / name).is_file())
     own = names[parallel.rank :: parallel.world_size]
     found = {name: digest for part in parallel.all_gather_object(digests_of(path, own)) for name, digest in part.items()}
     if problem := damage(mark["files"], found):
-        raise UserError(f"{path / problem}: {_way_on(of)}")
+        raise UserError(f"{path / problem}: {remedy}")
     return mark
-
-
-def _way_on(path: Path) -> str:
-    """Advice: the run of a checkpoint that cannot be loaded goes on from an older one."""
-    match = _NAME.fullmatch(path.name)
-    older = max((each for each in _complete(path.parent) if match and each[0] < int(match[1])), default=None)
-    if older is None:
-        return f"restore it, or remove {path.parent.parent} to start over, because there is no older checkpoint"
-    return f"restore it, or remove {path}, and the run goes on from {older[1]}"
 
 
 class _Files(FileSystem):
@@ -311,13 +306,6 @@ def _check_same_model(path: Path, state: dict[str, Any], stored: dict[str, Any])
             )
 
 
-def _complete(root: Path) -> list[tuple[int, Path]]:
-    if not root.is_dir():
-        return []
-    named = ((_NAME.fullmatch(path.name), path) for path in root.iterdir())
-    return [(int(match[1]), path) for match, path in named if match and (path / COMPLETE).is_file()]
-
-
 def _rank_file(path: Path, rank: int) -> Path:
     return path / f"rank_{rank}.pt"
 
@@ -339,10 +327,3 @@ def _load_plain(path: Path) -> dict[str, Any]:
     except (pickle.UnpicklingError, RuntimeError) as error:
         reason = str(error).partition("\n")[0]
         raise UserError(f"{path} holds more than plain values and tensors ({reason}): do not trust this folder") from error
-
-
-def _remove(path: Path) -> None:
-    """Delete a checkpoint: rename it first, so that a half-deleted folder is never taken for a complete checkpoint."""
-    aside = path.with_name(f"{path.name}.tmp-{os.getpid()}-old")
-    path.rename(aside)
-    shutil.rmtree(aside)

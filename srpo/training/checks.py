@@ -21,6 +21,7 @@ from srpo.rewards.judge import Judge, OracleJudge
 from srpo.rewards.judge_service import check_service
 from srpo.rollout.engine import SamplingParams, check_prompts
 from srpo.scores.tally import true_grades
+from srpo.training.best import check_best
 from srpo.training.stream import quota
 
 
@@ -58,6 +59,7 @@ def check_settings(cfg: Config, world_size: int = 1) -> None:
     if not cfg.data.train and not (cfg.curriculum and all(stage.data for stage in cfg.curriculum)):
         raise UserError("data.train is not set: name a file of judged pairs (docs/data.md)")
     check_judge(cfg)
+    check_best(cfg)
 
 
 def check_device(policy: PolicyConfig, parallel: Parallel) -> None:

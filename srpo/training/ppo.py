@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -78,14 +78,15 @@ class Ppo:
     def _root(self) -> Path:
         return Path(self.cfg.run_dir) / "critic"
 
-    def save(self, step: int, parallel: Parallel) -> None:
+    def save(self, step: int, parallel: Parallel, protected: Collection[int] = ()) -> None:
         """Write the critic's checkpoint of this step. Collective.
 
         Call before saving the policy, so that no policy checkpoint lacks its critic. One more checkpoint is kept
         than of the policy: after a kill between the two saves, the critic of the last complete policy checkpoint still exists.
+        protected: as in `save_checkpoint`.
         """
         keep = self.cfg.train.keep_checkpoints + 1
-        save_checkpoint(self._root, step, self.critic, self.optimizer, {}, parallel, keep)
+        save_checkpoint(self._root, step, self.critic, self.optimizer, {}, parallel, keep, protected=protected)
 
     def load(self, step: int, parallel: Parallel, checkpoint: Path) -> None:
         """Load the critic that belongs to the policy's checkpoint of this step. Collective."""

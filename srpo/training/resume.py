@@ -4,14 +4,25 @@ from __future__ import annotations
 
 from collections.abc import Collection
 from pathlib import Path
+from typing import Protocol
 
 from srpo.core.errors import UserError
 from srpo.core.files import check_whole
 from srpo.core.logs import check_logs, check_start
 from srpo.core.metrics import FILES
-from srpo.core.run_dir import record_changes
-from srpo.core.run_lock import RunConfig
-from srpo.policy.checkpoint import checkpoint_logs, latest_checkpoint, sweep
+from srpo.core.run_dir import first_settings, record_changes, settings_by_key
+from srpo.policy.checkpoint import checkpoint_logs
+from srpo.policy.checkpoint_folders import latest_checkpoint, sweep
+from srpo.training.changes import Changes, remarks
+
+
+class StoppedRun(Protocol):
+    """Settings of a run that goes on."""
+
+    @property
+    def run_dir(self) -> str: ...
+    @property
+    def num_steps(self) -> int: ...
 
 
 def check_impl(before: str | None, now: str, remedy: str = "") -> None:
@@ -38,19 +49,23 @@ def finished_policy(run_dir: Path) -> Path:
 
 
 def check_resume(
-    cfg: RunConfig, checkpoint: Path | None, step: int, checkpoint_every: int, recorded: Collection[str], keep: int = 1
+    cfg: StoppedRun, checkpoint: Path | None, step: int, changes: Changes, keep: int = 1, protected: Collection[int] = ()
 ) -> None:
     """Compare the logs of the run folder with its checkpoint of this step (None: it has none, 0), and record changed settings.
 
-    Prints what is dropped from the logs, and the settings among `recorded` that hold from now on. Rank 0 calls it, before the
-    logs are opened. Raises UserError if a log is not as it was written, or if no checkpoint is left of those that there were.
+    Prints what is dropped from the logs, and the settings among `changes.recorded` that hold from now on. Rank 0 calls it, before
+    the logs are opened. keep, protected: checkpoints that stay (`sweep`). Raises UserError if a log is not as it was written, if
+    no checkpoint is left of those that there were, and if `num_steps` is less than what is done.
     """
     run_dir = Path(cfg.run_dir)
+    if cfg.num_steps < step:
+        raise UserError(f"num_steps is {cfg.num_steps}, and {run_dir} has done {step} optimizer steps: set it to {step} or more")
     if checkpoint is not None:
         check_logs(run_dir, step, checkpoint_logs(checkpoint))
-    if checkpoint is not None:
-        sweep(run_dir / "critic", keep + 1)
-        sweep(run_dir / "checkpoints", keep)
-    lines = [check_start(run_dir, FILES, step, checkpoint_every), *record_changes(run_dir, cfg, recorded, step)]
+        sweep(run_dir / "critic", keep + 1, protected)
+        sweep(run_dir / "checkpoints", keep, protected)
+    every = max(settings[changes.cadence] for settings in (first_settings(run_dir, cfg), settings_by_key(cfg)))
+    recorded = remarks(cfg, changes.recorded)
+    lines = [check_start(run_dir, FILES, step, every), *record_changes(run_dir, cfg, recorded, step)]
     for line in filter(None, lines):
         print(line, flush=True)

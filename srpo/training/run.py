@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import time
-from dataclasses import asdict, dataclass
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +13,7 @@ import torch
 
 from srpo.core.config.train import Config, SamplerConfig
 from srpo.core.errors import UserError
-from srpo.core.metrics import MetricsLogger
+from srpo.core.metrics import MetricsLogger, read_metrics
 from srpo.core.run_dir import claim_run_dir
 from srpo.core.steps import StepSchema
 from srpo.data.adversarial import with_attacks
@@ -22,16 +23,19 @@ from srpo.data.examples import Example
 from srpo.data.prompts import PromptForm
 from srpo.data.readers import load_examples
 from srpo.data.tokenizer import encode_prompts, load_tokenizer
-from srpo.policy.checkpoint import latest_checkpoint, load_checkpoint, save_checkpoint
+from srpo.policy.checkpoint import load_checkpoint, load_parameters, save_checkpoint
+from srpo.policy.checkpoint_folders import checkpoints, latest_checkpoint
 from srpo.policy.forward import context_of
 from srpo.policy.loading import load_to_shard
-from srpo.policy.model import Policy, check_head
+from srpo.policy.model import Policy, check_head, save_policy
 from srpo.policy.parallel import Parallel
 from srpo.policy.routing import Routers
 from srpo.rewards.build import build_judge
 from srpo.rewards.judge import GenerativeJudge, Judge
 from srpo.rollout.build import open_engine, sampling_params
 from srpo.rollout.engine import Engine, SamplingParams
+from srpo.training.best import Best, best_of, check_best_has_values, evaluated
+from srpo.training.changes import TRAIN
 from srpo.training.checks import (
     check_device,
     check_examples,
@@ -43,18 +47,12 @@ from srpo.training.checks import (
     seen_in_training,
 )
 from srpo.training.credit import Credit
-from srpo.training.inputs import PATHS, run_inputs
+from srpo.training.inputs import run_inputs
 from srpo.training.optim import make_optimizer
 from srpo.training.ppo import Ppo
 from srpo.training.resume import check_impl, check_resume
 from srpo.training.update import Objective
 
-# Judge-server settings may change on resume; they are not part of a run's identity.
-MAY_CHANGE = frozenset(
-    f"reward.judge_{name}" for name in ("url", "timeout_s", "concurrency", "retries", "backoff_s", "fallback", "cache")
-) | {"loss.impl"}
-# They may change, too, but change the result: `changes.jsonl` says from which optimizer step on.
-RECORDED = ("optimizer.lr", "critic.optimizer.lr")
 MAX_EMPTY_STEPS = 10  # optimizer steps in a row without a group in the difficulty window after which the run stops
 
 
@@ -125,6 +123,7 @@ class Run:
             check_prompt_lengths(prompts, some, params, context, cfg.train.micro_batch_tokens)
         judge = build_judge(cfg, schema, parallel)
         check_examples(examples, eval_examples, schema, judge, cfg)
+        check_best_has_values(cfg, eval_examples)
         if parallel.is_main and (note := seen_in_training(examples, eval_examples)):
             print(f"data.eval: {note}", flush=True)
         sampler = Curriculum(stages, cfg.seed)
@@ -138,7 +137,7 @@ class Run:
             reference = parallel.shard(Policy(frozen.requires_grad_(False)), dtype=cfg.policy.dtype)
         ppo = Ppo.from_config(cfg, parallel)
         inputs = parallel.on_main(lambda: run_inputs(cfg, stages, eval_examples))
-        claim_run_dir(Path(cfg.run_dir), cfg, parallel.is_main, MAY_CHANGE.union(RECORDED), inputs, PATHS)
+        claim_run_dir(Path(cfg.run_dir), cfg, parallel.is_main, TRAIN.allowed, inputs, TRAIN.contents)
         return cls(
             cfg=cfg,
             parallel=parallel,
@@ -174,11 +173,25 @@ class Run:
             before, now = extra.pop("impl", None), self.loss_impl
             if self.cfg.loss.impl == "auto":  # a named kernel is the user's choice
                 check_impl(before, now, f", or set loss.impl to {now!r} to go on with other roundings")
-            state = State(**extra)
-        every, recorded = self.cfg.train.checkpoint_every, RECORDED if self.ppo is not None else RECORDED[:1]
-        keep = self.cfg.train.keep_checkpoints
-        self.parallel.on_main(lambda: check_resume(self.cfg, checkpoint, state.step, every, recorded, keep))
-        return state
+            best = extra.pop("best", None)  # absent in checkpoints from before train.best
+            state = State(**extra, best=None if best is None else Best(**best))
+        best = self.parallel.on_main(lambda: self._best(state))
+        changes = TRAIN if self.ppo is not None else replace(TRAIN, recorded=TRAIN.recorded[:2])
+        keep, protected = self.cfg.train.keep_checkpoints, _steps(best)
+        self.parallel.on_main(lambda: check_resume(self.cfg, checkpoint, state.step, changes, keep, protected))
+        return replace(state, best=best)
+
+    def _best(self, state: State) -> Best | None:
+        """The best evaluation of the run that goes on; for a `train.best` that is new, from the logs. Rank 0 calls it."""
+        name, log = self.cfg.train.best, self.run_dir / "metrics.jsonl"
+        if not name or (state.best is not None and state.best.metric == name):
+            return state.best if name else None
+        rows = [row for row in read_metrics(log) if row["step"] <= state.step] if log.is_file() else []
+        best = best_of(rows, name, checkpoints(self.run_dir / "checkpoints"))
+        if any("eval/num_examples" in row for row in rows):
+            found = "has no checkpoint" if best is None else f"with a checkpoint is that of step {best.step}"
+            print(f"train.best is {name!r} from now on; the best evaluation so far {found}", flush=True)
+        return best
 
     def save(self, state: State, sampler_state: dict[str, Any], logger: MetricsLogger | None) -> None:
         """Write a checkpoint for `resume`, after the metrics up to this step are on the disk. Collective.
@@ -187,12 +200,32 @@ class Run:
         """
         logs = None if logger is None else logger.sync()
         if self.ppo is not None:
-            self.ppo.save(state.step, self.parallel)
+            self.ppo.save(state.step, self.parallel, _steps(state.best))
         folder, keep = self.run_dir / "checkpoints", self.cfg.train.keep_checkpoints
         extra = state.to_dict(sampler_state) | {"impl": self.loss_impl}
-        save_checkpoint(folder, state.step, self.policy, self.optimizer, extra, self.parallel, keep, logs)
+        save_checkpoint(
+            folder, state.step, self.policy, self.optimizer, extra, self.parallel, keep, logs, protected=_steps(state.best)
+        )
         if isinstance(self.judge, GenerativeJudge):
             self.judge.cache.clear()  # as after a resume: which questions are computed together decides their last bits
+
+    def save_policies(self, state: State) -> None:
+        """Write `policy`, the last one, and, with `train.best`, `policy-best`, whose parameters the policy has then. Collective.
+
+        Prints which step is the best. Raises UserError if its checkpoint is damaged or missing.
+        """
+        save_policy(self.policy, self.tokenizer, self.run_dir / "policy")
+        name, best, folder = self.cfg.train.best, state.best, self.run_dir / "policy-best"
+        if best is None:
+            text = f"no evaluation by {name} has a checkpoint, so {folder} is not written" if name else ""
+        else:
+            if best.step != state.step:
+                path = self.run_dir / "checkpoints" / f"step_{best.step:06d}"
+                load_parameters(path, self.policy, self.parallel, 'restore it, or set train.best to "" to end without it')
+            save_policy(self.policy, self.tokenizer, folder)
+            text = f"best {name}: {best.value:.4f} at optimizer step {best.step}, in {folder}"
+        if self.parallel.is_main and text:
+            print(text, flush=True)
 
     def open_logger(self, step: int) -> MetricsLogger | None:
         """Rank 0's log of a run that continues from `step`, truncated to it; None on other ranks."""
@@ -218,6 +251,7 @@ class State:
     step: int = 0  # optimizer steps done
     empty_steps: int = 0  # number of last steps in a row without a group in the difficulty window
     audit: dict[str, Any] | None = None  # error rates of the judge so far (`srpo.rewards.audit`)
+    best: Best | None = None  # by train.best; None without it, and before the first evaluation
 
     def after(self, credit: Credit, window: SamplerConfig, audit: dict[str, Any] | None = None) -> State:
         """The state after one more step. Raises UserError if the last MAX_EMPTY_STEPS steps had no group in the window."""
@@ -229,11 +263,21 @@ class State:
                 f"{empty} steps; the last scores run from {scores[0]:.3f} to {scores[-1]:.3f}. Widen sampler.difficulty_low and "
                 "difficulty_high, or start from a policy that is neither always wrong nor always right"
             )
-        return State(self.step + 1, empty, audit)
+        return State(self.step + 1, empty, audit, self.best)
+
+    def evaluated(self, metrics: Mapping[str, float], name: str) -> State:
+        """The state after an evaluation at this step, whose score `name` (train.best) is in `metrics`."""
+        return replace(self, best=evaluated(self.best, name, self.step, metrics[name])) if name else self
 
     def to_dict(self, sampler: dict[str, Any]) -> dict[str, Any]:
         """Plain values for this rank's checkpoint, with the state of the sampler."""
-        return {**vars(self), "sampler": sampler, "torch_rng": torch.get_rng_state()}
+        best = None if self.best is None else vars(self.best)
+        return {**vars(self), "best": best, "sampler": sampler, "torch_rng": torch.get_rng_state()}
+
+
+def _steps(best: Best | None) -> tuple[int, ...]:
+    """The optimizer steps whose checkpoints are kept beyond `train.keep_checkpoints`."""
+    return () if best is None else (best.step,)
 
 
 def derive_seed(*parts: int) -> int:

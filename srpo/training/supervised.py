@@ -16,16 +16,15 @@ from srpo.core.config.train import OptimizerConfig, PolicyConfig
 from srpo.core.metrics import MetricsLogger
 from srpo.core.progress import Progress
 from srpo.core.run_dir import Inputs, claim_run_dir
-from srpo.policy.checkpoint import latest_checkpoint, load_checkpoint, save_checkpoint
+from srpo.policy.checkpoint import load_checkpoint, save_checkpoint
+from srpo.policy.checkpoint_folders import latest_checkpoint
 from srpo.policy.parallel import Parallel
+from srpo.training.changes import SUPERVISED
 from srpo.training.checks import loss_impl
 from srpo.training.optim import learning_rate, make_optimizer, set_learning_rate
 from srpo.training.resume import check_impl, check_resume
 from srpo.training.update import optimizer_step
 
-MAY_CHANGE = ("optimizer.lr",)  # on resume; `changes.jsonl` says from which optimizer step on
-# Settings that name an input. They may change on resume if the contents do not.
-PATHS = ("data", "pairs", "rollouts", "policy.path", "policy.reference")
 Metrics = dict[str, float]
 
 
@@ -65,14 +64,14 @@ def fit(
     Raises UserError if the run folder was started with other inputs or settings (`claim_run_dir`). Collective.
     """
     run_dir, main = Path(cfg.run_dir), parallel.is_main
-    claim_run_dir(run_dir, cfg, main, MAY_CHANGE, inputs, PATHS)
+    claim_run_dir(run_dir, cfg, main, SUPERVISED.allowed, inputs, SUPERVISED.contents)
     optimizer, done = make_optimizer(model.parameters(), cfg.optimizer), 0
     impl = loss_impl("auto", parallel.device, getattr(torch, cfg.policy.dtype))
     if (checkpoint := latest_checkpoint(run_dir / "checkpoints")) is not None:
         extra = load_checkpoint(checkpoint, model, optimizer, parallel)
         check_impl(extra.get("impl"), impl)
         done = extra["step"]
-    parallel.on_main(lambda: check_resume(cfg, checkpoint, done, cfg.checkpoint_every, MAY_CHANGE))
+    parallel.on_main(lambda: check_resume(cfg, checkpoint, done, SUPERVISED))
     logger = MetricsLogger(run_dir, resume_step=done or None) if main else None
     sums: list[torch.Tensor] = []
 

@@ -15,7 +15,8 @@ from transformers import PreTrainedTokenizerFast
 
 from srpo.core.batch import Batch, Rollout, pack
 from srpo.core.config.demo import TinyConfig
-from srpo.policy.checkpoint import latest_checkpoint, load_checkpoint, save_checkpoint
+from srpo.policy.checkpoint import load_checkpoint, save_checkpoint
+from srpo.policy.checkpoint_folders import latest_checkpoint
 from srpo.policy.model import Policy, make_tiny, save_policy
 from srpo.policy.parallel import Parallel, clip_grad_norm, iter_full_params, to_local
 from srpo.training.update import NonFiniteError, Objective, update, with_logprobs

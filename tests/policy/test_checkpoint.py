@@ -12,7 +12,9 @@ import pytest
 import torch
 from torch.distributed.checkpoint.api import CheckpointException
 
-from srpo.policy.checkpoint import COMPLETE, latest_checkpoint, load_checkpoint, save_checkpoint, sweep
+from srpo.core.digests import COMPLETE
+from srpo.policy.checkpoint import load_checkpoint, save_checkpoint
+from srpo.policy.checkpoint_folders import latest_checkpoint, sweep
 from srpo.policy.model import Policy
 
 

@@ -15,7 +15,8 @@ import torch
 
 from srpo.core.digests import COMPLETE, digest_of_file, read_mark, write_mark
 from srpo.core.errors import UserError
-from srpo.policy.checkpoint import latest_checkpoint, load_checkpoint, save_checkpoint
+from srpo.policy.checkpoint import load_checkpoint, save_checkpoint
+from srpo.policy.checkpoint_folders import latest_checkpoint
 from srpo.policy.model import Policy
 
 

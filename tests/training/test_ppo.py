@@ -22,7 +22,7 @@ from srpo.core.step_presets import StepsConfig
 from srpo.core.steps import StepSpec
 from srpo.data.readers import write_examples
 from srpo.data.tokenizer import load_tokenizer
-from srpo.policy.checkpoint import latest_checkpoint
+from srpo.policy.checkpoint_folders import latest_checkpoint
 from srpo.policy.model import make_tiny
 from srpo.train import train
 
@@ -110,7 +110,7 @@ def test_stopped_anywhere_ppo_ends_the_same(
 ) -> None:
     stopped = five_steps(world, tmp_path / "stopped")
     name = "save_checkpoint" if where == "policy checkpoint" else where  # run.py's call, for the policy: the critic is saved
-    module = srpo.training.run if where == "policy checkpoint" else srpo.train
+    module = srpo.train if where == "assign_credit" else srpo.training.run
     original, calls = getattr(module, name), []
 
     def killed(*args: Any, **kwargs: Any) -> Any:

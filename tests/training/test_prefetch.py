@@ -18,7 +18,7 @@ import srpo.training.collect
 from srpo.core.batch import Rollout, read_rollouts
 from srpo.core.config.train import Config, StageConfig
 from srpo.data.curriculum import Curriculum
-from srpo.policy.checkpoint import latest_checkpoint
+from srpo.policy.checkpoint_folders import latest_checkpoint
 from srpo.rollout.local import LocalEngine
 from srpo.train import train
 

@@ -250,9 +250,12 @@ def _names(value: tuple[str, ...] | str) -> tuple[str, ...]:
 class TrainConfig:
     micro_batch_tokens: Size = 16384  # most tokens in one forward and backward pass; lower it if memory runs out
     checkpoint_every: Size = 50  # optimizer steps between checkpoints; the last step always writes one
-    keep_checkpoints: Size = 2  # number of newest checkpoints that are kept
+    keep_checkpoints: Size = 2  # number of newest checkpoints that are kept, besides the best one's
     eval_every: Count = 0  # optimizer steps between evaluations on data.eval; 0: only after the last step
     eval_examples: Count = 512  # number of examples of data.eval that are evaluated, from its start; 0: all
+    # Score whose best evaluation is kept, as run_dir/policy-best: eval/macro_f1, eval/accuracy, ...; empty: only the last policy
+    best: str = ""
+    patience: Count = 0  # the run ends after this many evaluations in a row without a rise of `best`; 0: at num_steps
     log_rollouts: bool = True  # write every response to run_dir/rollouts.jsonl
     tensorboard: bool = False  # also log metrics to run_dir/tensorboard
     wandb: bool = False  # also log metrics to Weights & Biases, project srpo
