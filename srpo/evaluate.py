@@ -32,6 +32,7 @@ from srpo.data.examples import Example
 from srpo.data.prompts import PromptForm
 from srpo.data.readers import load_examples
 from srpo.data.tokenizer import encode_prompts, load_tokenizer
+from srpo.policy.checkpoint_folders import checkpoints, step_of
 from srpo.policy.folder import check_stored
 from srpo.policy.grade_probs import grade_probs
 from srpo.policy.model import Policy, load_policy
@@ -62,6 +63,8 @@ def evaluate(config: EvaluateConfig, parallel: Parallel) -> None:
     source = Path(sources[0])
     if not source.exists():
         raise UserError(f"no such file or folder: {source}")
+    if config.checkpoint:
+        check_is_model(source)
     run = run_settings(source, config.config, say=parallel.is_main)
     schema = run.schema
     data = config.data or run.data.eval
@@ -94,6 +97,18 @@ def evaluate(config: EvaluateConfig, parallel: Parallel) -> None:
     if parallel.is_main:
         print(results_table(results, schema))
         print(f"written to {write_evaluation(out, results, rollouts, examples)}")
+
+
+def check_is_model(folder: Path) -> None:
+    """Raise UserError for a folder with the training state of a run, or with a run, in place of a model."""
+    root = next(root for root in (folder, folder.parent, folder / "checkpoints") if root.name == "checkpoints")
+    steps = checkpoints(root)
+    if steps and not (folder / "config.json").exists():
+        step = step_of(folder) or max(steps)
+        raise UserError(
+            f"{folder} holds the training state of a run and no model: write one with `python -m srpo.export {root.parent} "
+            f"--step {step}`, and give {root.parent / 'export' / f'step_{step:06d}'}"
+        )
 
 
 def decode(

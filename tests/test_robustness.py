@@ -39,7 +39,7 @@ def check(found: list[dict[str, Any]], least: int) -> None:
 
 @needs_compiler
 def test_a_sample_of_faults(world: Any, tmp_path: Path) -> None:
-    programs = ["train", random.choice(["ppo", "sft", "dpo", "select", "evaluate"])]
+    programs = ["train", random.choice(["ppo", "sft", "dpo", "export", "select", "evaluate"])]
     jobs = [{"program": program, "faults": 1, "damage": 1} for program in programs]
     check(fault_lab.launch(world.folder, tmp_path, jobs, 30), 2)
 

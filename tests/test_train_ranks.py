@@ -15,7 +15,9 @@ from torch.distributed.checkpoint.format_utils import dcp_to_torch_save
 from transformers import AutoModelForCausalLM
 
 from srpo.core.batch import Rollout, read_rollouts
+from srpo.core.config.export import ExportConfig
 from srpo.core.config.train import Config
+from srpo.export import export
 from srpo.train import pack_own, policy_update, train
 from srpo.training.credit import assign_credit, rollout_metrics
 from srpo.training.run import Run
@@ -27,7 +29,7 @@ CHANGES = {
     "advantage": {"normalize": "group_step"},
     "sampler": {"refill": 2, "difficulty_low": 0.15},
     "optimizer": {"grad_clip": 0.0},
-    "train": {"checkpoint_every": 1, "eval_every": 2},
+    "train": {"checkpoint_every": 1, "eval_every": 1},
 }
 
 
@@ -36,13 +38,15 @@ def two_ranks(world: Any, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The run folder of two steps under torchrun with two processes."""
     folder = tmp_path_factory.mktemp("two_ranks")
     cfg = world.config(folder / "run", data={"eval": str(world.eval)}, **CHANGES)
+    cfg = small.changed(cfg, {"train": {"best": "eval/macro_f1"}})
     small.Program("srpo.train", cfg, folder, num_ranks=2).finish()
     return folder / "run"
 
 
 def test_two_ranks_leave_one_run(world: Any, two_ranks: Path) -> None:
     files = {path.name for path in two_ranks.iterdir()}
-    assert files == {"config.toml", "inputs.json", "metrics.jsonl", "timing.jsonl", "rollouts.jsonl", "policy", "checkpoints"}
+    logs = {"metrics.jsonl", "timing.jsonl", "rollouts.jsonl"}
+    assert files == {"config.toml", "inputs.json", *logs, "policy", "policy-best", "checkpoints"}
     lines = small.metrics_of(two_ranks)
     assert [line["step"] for line in lines] == [1, 2]
     for line in lines:
@@ -58,6 +62,12 @@ def test_two_ranks_leave_one_run(world: Any, two_ranks: Path) -> None:
     policy = AutoModelForCausalLM.from_pretrained(two_ranks / "policy", attn_implementation="sdpa")
     before = small.parameters_of(world.policy)
     assert {name for name, p in policy.named_parameters() if not torch.equal(p, before[name])} == before.keys()
+
+
+def test_one_process_exports_what_two_ranks_have_saved(two_ranks: Path, tmp_path: Path) -> None:
+    for step, name in (("last", "policy"), ("best", "policy-best")):
+        out = export(ExportConfig(run_dir=str(two_ranks), step=step, out=str(tmp_path / name)))
+        assert (out / "model.safetensors").read_bytes() == (two_ranks / name / "model.safetensors").read_bytes()
 
 
 def test_two_ranks_sample_what_one_samples(world: Any, two_ranks: Path, tmp_path: Path) -> None:

@@ -6,7 +6,7 @@ import io
 import json
 import os
 import shutil
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -66,6 +66,13 @@ def write_whole(path: Path, text: str) -> None:
     """Write a text file through `whole_file`, in UTF-8."""
     with whole_file(path) as part:
         part.write_text(text, encoding="utf-8")
+
+
+def write_texts(folder: Path, files: Mapping[str, str]) -> None:
+    """Write text files, {name: text}, into a folder that is not seen yet."""
+    for name, text in files.items():
+        with naming(folder / name):
+            (folder / name).write_text(text, encoding="utf-8")
 
 
 @contextmanager

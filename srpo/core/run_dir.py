@@ -9,13 +9,13 @@ from dataclasses import MISSING, fields
 from pathlib import Path
 from typing import Any
 
-from srpo.core.config.train import Config
+from srpo.core.config.train import Config, PolicyConfig
 from srpo.core.digests import COMPLETE
 from srpo.core.errors import UserError, naming
 from srpo.core.files import write_whole
 from srpo.core.jsonl import json_file, json_lines
 from srpo.core.logs import CHANGES
-from srpo.core.settings import apply_toml, dump_toml, toml_table
+from srpo.core.settings import apply_table, apply_toml, dump_toml, toml_table
 
 INPUTS = "inputs.json"
 # Names in a folder without config.toml that a run would replace, or that make it the folder of a checkpoint.
@@ -179,6 +179,17 @@ def _leaves(table: dict[str, Any], prefix: str = "") -> dict[str, Any]:
     for key, value in table.items():
         flat |= _leaves(value, f"{prefix}{key}.") if isinstance(value, dict) else {prefix + key: value}
     return flat
+
+
+def policy_settings(run_dir: Path) -> PolicyConfig:
+    """The settings `policy.*` of a run of srpo.train, srpo.sft or srpo.dpo. Raises UserError if the folder is none."""
+    path = run_dir / "config.toml"
+    table = _table(path).get("policy") if path.is_file() else None
+    if not isinstance(table, dict) or not table.get("path"):
+        raise UserError(
+            f"{run_dir} is not the folder of a run of srpo.train, srpo.sft or srpo.dpo, whose config.toml names policy.path"
+        )
+    return apply_table(PolicyConfig(), table, f"{path}, [policy]")
 
 
 def run_settings(source: Path, config: str, say: bool = True) -> Config:

@@ -176,6 +176,26 @@ def load_parameters(path: Path, policy: nn.Module, parallel: Parallel, remedy: s
     _read(path, state, reader)
 
 
+def parameter_names(path: Path, remedy: str) -> set[str]:
+    """Names of the policy's parameters in a checkpoint. Raises UserError, which ends in `remedy`, if its index is damaged."""
+    _check_file(path, ".metadata", remedy)
+    keys = _Reader(path).read_metadata().state_dict_metadata
+    return {key.removeprefix("policy/") for key in keys if key.startswith("policy/")}
+
+
+def stored_extra(path: Path, remedy: str) -> dict[str, Any]:
+    """The `extra` that rank 0 has saved. Raises UserError, which ends in `remedy`, if its file is damaged."""
+    file = _rank_file(path, 0)
+    _check_file(path, file.name, remedy)
+    return _load_plain(file)["extra"]
+
+
+def _check_file(path: Path, name: str, remedy: str) -> None:
+    written = read_mark(path, _MARK)["files"].get(name, "")
+    if problem := damage({name: written}, digests_of(path, [name] if (path / name).is_file() else [])):
+        raise UserError(f"{path / problem}: {remedy}")
+
+
 def checkpoint_logs(path: Path) -> dict[str, Written]:
     """Sizes and digests of the run's logs when the checkpoint was saved."""
     return read_mark(path, _MARK)["logs"]

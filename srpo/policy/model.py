@@ -5,7 +5,7 @@ Letters: T packed rows, R rows that have a label, H hidden, V vocabulary.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +17,7 @@ from transformers.utils import logging
 from srpo.core.batch import IGNORE, Batch
 from srpo.core.config.demo import TinyConfig
 from srpo.core.errors import UserError
-from srpo.core.files import whole_folder
+from srpo.core.files import whole_folder, write_texts
 from srpo.policy.attention import ATTENTION, registered_attention
 from srpo.policy.experts import registered_name
 from srpo.policy.folder import read_config, read_model
@@ -143,10 +143,13 @@ class Policy(nn.Module):
         return torch.zeros(2, dtype=torch.float64) if flips is None else flips
 
 
-def save_policy(model: nn.Module, tokenizer: PreTrainedTokenizerBase, path: str | Path) -> None:
+def save_policy(
+    model: nn.Module, tokenizer: PreTrainedTokenizerBase, path: str | Path, files: Mapping[str, str] | None = None
+) -> None:
     """Write a folder that `AutoModelForCausalLM` and `AutoTokenizer` load; sharded parameters are gathered.
 
-    It appears, or replaces another one, when it is whole, with the digests of its files in COMPLETE.
+    It appears, or replaces another one, when it is whole, with the digests of its files in COMPLETE. files: further ones, {name:
+    text}.
     Collective: every rank must call it; rank 0 writes.
     """
     main = current_rank() == 0
@@ -155,3 +158,4 @@ def save_policy(model: nn.Module, tokenizer: PreTrainedTokenizerBase, path: str 
         with whole_folder(Path(path)) as folder:
             unwrap(model).save_pretrained(folder, state_dict=state)
             tokenizer.save_pretrained(folder)
+            write_texts(folder, files or {})

@@ -9,7 +9,7 @@ Letters: N sequences, J reasoning steps, T packed rows, H hidden.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import torch
@@ -20,13 +20,13 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from srpo.core.batch import Batch, Rollout, pack
 from srpo.core.errors import UserError, naming
-from srpo.core.files import whole_folder
+from srpo.core.files import whole_folder, write_texts
 from srpo.policy.forward import context_of, hidden_states, make_deterministic
 from srpo.policy.model import load_policy
 from srpo.policy.parallel import current_rank, iter_full_params, unwrap
 
 HEAD_FILE = "scalar_head.safetensors"
-_HEAD = "scalar_head"  # name of the layer in the model, so that checkpoints and sharding see it
+SCALAR_HEAD = "scalar_head"  # name of the layer in the model, so that checkpoints and sharding see it
 
 
 class ScalarModel(nn.Module):
@@ -35,11 +35,11 @@ class ScalarModel(nn.Module):
     def __init__(self, model: PreTrainedModel, *, activation_checkpointing: bool = False) -> None:
         super().__init__()
         self.model = model
-        if not hasattr(model, _HEAD):  # zeros, so that an untrained model gives every step the probability 0.5
+        if not hasattr(model, SCALAR_HEAD):  # zeros, so that an untrained model gives every step the probability 0.5
             head = nn.Linear(int(model.config.hidden_size), 1, device=model.device)
             nn.init.zeros_(head.weight)
             nn.init.zeros_(head.bias)
-            model.add_module(_HEAD, head)
+            model.add_module(SCALAR_HEAD, head)
         make_deterministic(model, activation_checkpointing=activation_checkpointing)
 
     @property
@@ -55,7 +55,7 @@ class ScalarModel(nn.Module):
         starts, lengths = batch.cu_seqlens[:-1, None].long(), batch.cu_seqlens.diff()[:, None]
         rows = starts + torch.minimum(batch.step_ends, lengths - 1)  # the minimum matters for an empty batch only
         hidden = hidden_states(self.model, batch)[rows]
-        return getattr(self.model, _HEAD)(hidden).squeeze(-1).float()
+        return getattr(self.model, SCALAR_HEAD)(hidden).squeeze(-1).float()
 
 
 def scored_batches(
@@ -94,7 +94,7 @@ def load_scalar(path: str | Path, *, experts: str = "grouped_mm") -> ScalarModel
         raise UserError(
             f"no {HEAD_FILE} in {path}: name a folder of `srpo.train_judge --kind scalar`, or set reward.judge to 'generative'"
         )
-    head: nn.Module = getattr(model.model, _HEAD)
+    head: nn.Module = getattr(model.model, SCALAR_HEAD)
     try:
         with naming(file):
             tensors = load_file(file)
@@ -122,14 +122,20 @@ def _misfit(file: Path, reason: str) -> UserError:
     return UserError(f"{file} does not fit the model in its folder ({reason}): train the judge again")
 
 
-def save_scalar(model: nn.Module, tokenizer: PreTrainedTokenizerBase, path: str | Path) -> None:
-    """Write a Hugging Face folder with the backbone, and the head in a file of its own. Collective: every rank must call it."""
+def save_scalar(
+    model: nn.Module, tokenizer: PreTrainedTokenizerBase, path: str | Path, files: Mapping[str, str] | None = None
+) -> None:
+    """Write a Hugging Face folder with the backbone, and the head in a file of its own. Collective: every rank must call it.
+
+    files: as in `save_policy`.
+    """
     main = current_rank() == 0
     state = {name: tensor.cpu().clone() for name, tensor in iter_full_params(model) if main}
     if main:
-        prefix = f"{_HEAD}."
+        prefix = f"{SCALAR_HEAD}."
         head = {name.removeprefix(prefix): state.pop(name) for name in [name for name in state if name.startswith(prefix)]}
         with whole_folder(Path(path)) as folder:
             unwrap(model).save_pretrained(folder, state_dict=state)
             save_file(head, folder / HEAD_FILE)
             tokenizer.save_pretrained(folder)
+            write_texts(folder, files or {})

@@ -59,7 +59,10 @@ def check_resume(
     """
     run_dir = Path(cfg.run_dir)
     if cfg.num_steps < step:
-        raise UserError(f"num_steps is {cfg.num_steps}, and {run_dir} has done {step} optimizer steps: set it to {step} or more")
+        raise UserError(
+            f"num_steps is {cfg.num_steps}, and {run_dir} has done {step} optimizer steps: set it to {step} or more, or write an "
+            "earlier checkpoint as a model (python -m srpo.export)"
+        )
     if checkpoint is not None:
         check_logs(run_dir, step, checkpoint_logs(checkpoint))
         sweep(run_dir / "critic", keep + 1, protected)

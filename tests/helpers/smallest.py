@@ -13,6 +13,7 @@ import small_world as small
 from srpo.core.config.demo import DemoConfig
 from srpo.core.config.dpo import DpoConfig
 from srpo.core.config.evaluation import BootstrapConfig, EvaluateConfig
+from srpo.core.config.export import ExportConfig
 from srpo.core.config.judge import JudgeConfig, JudgeGrpoConfig, MineConfig
 from srpo.core.config.reproduce import ReproduceConfig, Scale
 from srpo.core.config.selection import Criteria, SelectConfig
@@ -22,7 +23,7 @@ from srpo.experiments import lab as stages
 
 RUN = Path("run")  # the run folder, below the folder of each case
 MODULES = {"ppo": "train", "scalar": "train_judge"}
-PROGRAMS = ("train", "ppo", "sft", "dpo", "select", "evaluate", "train_judge", "scalar", "demo", "reproduce")
+PROGRAMS = ("train", "ppo", "sft", "dpo", "export", "select", "evaluate", "train_judge", "scalar", "demo", "reproduce")
 
 
 def _train(world: small.SmallWorld) -> Any:
@@ -32,7 +33,7 @@ def _train(world: small.SmallWorld) -> Any:
         data={"eval": str(world.eval)},
         rollout={"num_prompts": 2, "group_size": 4, "max_new_tokens": 64},  # some responses are whole and earn a reward
         sampler={"difficulty_low": -1.0, "difficulty_high": 2.0},
-        train={"checkpoint_every": 1, "eval_examples": 2},
+        train={"checkpoint_every": 1, "keep_checkpoints": 1, "eval_examples": 2, "eval_every": 1, "best": "eval/parse_rate"},
     )
 
 
@@ -71,6 +72,8 @@ def settings_of(program: str, world: small.SmallWorld) -> Any:
             checkpoint_every=1,
             policy=policy,
         )
+    if program == "export":
+        return ExportConfig(run_dir=str(world.folder / "faults" / "run"), out=str(RUN / "model"))
     if program == "select":
         criteria = Criteria(difficulty_low=-1.0, difficulty_high=2.0, uniform="keep")
         fields = vars(small.changed(train, {"data": {"train": str(world.eval), "eval": ""}}))
@@ -95,14 +98,14 @@ def settings_of(program: str, world: small.SmallWorld) -> Any:
 
 
 def make_inputs(world: small.SmallWorld) -> None:
-    """Files that some programs read: sampled responses and preferences, in `faults` beside the data of the world."""
+    """Inputs of some programs: sampled responses, preferences, a run with checkpoints, in `faults` beside the world's data."""
     folder = world.folder / "faults"
     if folder.is_dir():
         return
     aside = folder.with_name("faults.part")
     shutil.rmtree(aside, ignore_errors=True)
     aside.mkdir()
-    cfg = small.changed(_train(world), {"run_dir": str(aside / "run"), "data": {"eval": ""}, "num_steps": 2})
+    cfg = small.changed(_train(world), {"run_dir": str(aside / "run"), "data": {"eval": ""}, "train": {"best": ""}})
     cfg = small.changed(cfg, {"rollout": {"num_prompts": 4}})
     import srpo.train
 
