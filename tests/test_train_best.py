@@ -67,7 +67,7 @@ def stopped_at(monkeypatch: pytest.MonkeyPatch, place: Any, name: str, call: int
 def test_killed_anywhere_it_keeps_the_same_best(
     world: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, scores: list[float], capsys: pytest.CaptureFixture[str]
 ) -> None:
-    scores += [random.choice([0.2, 0.3, 0.4]) for _ in range(6)]
+    scores += [random.choice([0.2, 0.3, 0.4]) for _ in range(5)] + [0.2]  # the last one is never the best
     best = scores.index(max(scores)) + 1
     train(config(world, tmp_path / "whole"), small.ONE)
     assert f"best {NAME}: {max(scores):.4f} at optimizer step {best}, in " in capsys.readouterr().out
@@ -78,7 +78,7 @@ def test_killed_anywhere_it_keeps_the_same_best(
 
     train(config(world, tmp_path / "short", num_steps=best, train={"best": ""}), small.ONE)
     parameters = [small.parameters_of(tmp_path / name) for name in ("whole/policy-best", "short/policy", "whole/policy")]
-    assert small.same_bits(*parameters[:2]) and small.same_bits(*parameters[1:]) == (best == 6)
+    assert small.same_bits(*parameters[:2]) and not small.same_bits(*parameters[1:])
 
     killed = config(world, tmp_path / "killed")
     moments: list[tuple[Any, str]] = [(srpo.train, "evaluate_now"), (Run, "save"), (srpo.training.run, "save_policy")]

@@ -54,7 +54,7 @@ _TRAIN = (
     "train.keep_checkpoints",
     # The evaluations that are logged stay. eval_examples and data.eval are fixed, because train.best, train.patience and the
     # stages of a curriculum compare evaluations with each other.
-    "train.eval_every",
+    "train.eval_every",  # a stage that waits for an eval/* metric may then end at another step: the future alone
     "train.best",  # a new score begins with the logged evaluations whose checkpoints are there
     "train.patience",
     "train.log_rollouts",
@@ -100,5 +100,5 @@ def remarks(cfg: Any, recorded: Collection[str]) -> Mapping[str, str]:
     if "critic.optimizer.lr" in recorded:
         parts["critic.optimizer"] = cfg.critic.optimizer
     falling = [f"{name}.schedule is {part.schedule!r}" for name, part in parts.items() if part.schedule != "constant"]
-    past = f"; {' and '.join(falling)}: the steps before had the learning rates of the other length" if falling else ""
+    past = f"; {' and '.join(falling)}: the steps so far had the learning rates of the old length" if falling else ""
     return dict.fromkeys(recorded, "") | {"num_steps": past}
