@@ -73,7 +73,7 @@ def check_best(cfg: Config) -> None:
 
 def check_best_has_values(cfg: Config, examples: Sequence[Example]) -> None:
     """Raise UserError if `train.best` is the accuracy of a reasoning step to which no evaluated example has a right answer."""
-    for j, spec in enumerate(cfg.steps):
+    for j, spec in enumerate(cfg.schema.specs):
         if cfg.train.best == f"eval/step_accuracy/{spec.name}" and all(reference(example, j) is None for example in examples):
             raise UserError(
                 f"train.best is {cfg.train.best!r}, but no evaluated example of {cfg.data.eval} has a right answer to that step: "

@@ -41,11 +41,12 @@ def test_patience_counts_evaluations() -> None:
 
 
 def test_every_evaluation_metric_is_a_score_or_a_count() -> None:
-    """A metric whose smaller values are better must not be in SCORES."""
-    assert {key for key in METRICS if key.startswith("eval/")} - set(SCORES) == {"eval/num_examples"}
+    """A metric whose smaller values are better, or that says nothing of the policy, must not be in SCORES."""
+    others = {"eval/num_examples", "eval/majority_accuracy", "eval/top_verdict_frac"}
+    assert {key for key in METRICS if key.startswith("eval/")} - set(SCORES) == others
     assert set(SCORES) < METRICS.keys()
-    assert filled("eval/class_f1/{class}", ["a"]) == [f"eval/class_f1/{grade}" for grade in "1234"]
-    assert filled("eval/step_accuracy/{step}", ["a", "b"]) == ["eval/step_accuracy/a", "eval/step_accuracy/b"]
+    assert filled("eval/class_f1/{class}", ["a"], 4) == [f"eval/class_f1/{grade}" for grade in "1234"]
+    assert filled("eval/step_accuracy/{step}", ["a", "b"], 4) == ["eval/step_accuracy/a", "eval/step_accuracy/b"]
 
 
 def with_train(**train: object) -> Config:
