@@ -39,12 +39,13 @@ from srpo.data.preferences import Preference, pairs_from_rollouts, read_preferen
 from srpo.data.prompts import wrapped
 from srpo.data.readers import load_examples
 from srpo.data.tokenizer import encode, encode_prompt, load_tokenizer
+from srpo.policy.adapters import add_adapter
 from srpo.policy.loading import load_to_shard
 from srpo.policy.model import Policy, check_head, save_policy
 from srpo.policy.parallel import Parallel, distributed
 from srpo.training.changes import SUPERVISED
 from srpo.training.checks import check_device
-from srpo.training.inputs import model_inputs
+from srpo.training.inputs import model_inputs, starting_policy
 from srpo.training.outputs import Hidden, Logits, of_outputs
 from srpo.training.supervised import batch_indices, fit
 from srpo.training.update import level
@@ -204,7 +205,7 @@ def dpo(cfg: DpoConfig, parallel: Parallel) -> Path:
     pairs, counts = load_preferences(cfg, tokenizer)
     loaded = load_to_shard(cfg.policy.path, parallel, cfg.policy)
     check_head(loaded, cfg.inputs)
-    policy = Policy(loaded, activation_checkpointing=cfg.policy.activation_checkpointing)
+    policy = Policy(add_adapter(loaded, cfg.policy, cfg.seed), activation_checkpointing=cfg.policy.activation_checkpointing)
     _check_pairs(cfg, pairs, policy.max_context, loaded.config.vocab_size)
     policy = parallel.shard(policy, dtype=cfg.policy.dtype)
     inputs = parallel.on_main(lambda: _inputs(cfg, pairs))
@@ -288,7 +289,7 @@ def _stored_reference(path: Path, key: str) -> torch.Tensor:
 
 
 def _inputs(cfg: DpoConfig, pairs: Sequence[Preference]) -> Inputs:
-    models = {"the starting policy": cfg.policy.path, "the reference": cfg.policy.reference or cfg.policy.path}
+    models = starting_policy(cfg.policy) | {"the reference": cfg.policy.reference or cfg.policy.path}
     return model_inputs(models) | {"the file of pairs": (cfg.pairs or cfg.rollouts, digest_of(pairs))}
 
 

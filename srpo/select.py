@@ -57,7 +57,7 @@ from srpo.training.run import derive_seed
 
 # Settings that only matter with updates or a loss; srpo.select ignores them and says so.
 _OF_TRAINING = ("overlap", "oversample", "cut_tail", "off_policy_steps", "support", "routing")  # of rollout
-_OF_UPDATES = ("reference", "attention", "activation_checkpointing")  # of policy
+_OF_UPDATES = ("reference", "attention", "activation_checkpointing", "lora")  # of policy
 _POLL_S = 0.5  # seconds between two looks of rank 0 at the shards that other ranks have finished
 
 

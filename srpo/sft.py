@@ -31,11 +31,12 @@ from srpo.data.encoding import num_with_controls
 from srpo.data.pairs import read_pairs
 from srpo.data.prompts import wrapped
 from srpo.data.tokenizer import encode, encode_prompt, load_tokenizer
+from srpo.policy.adapters import add_adapter
 from srpo.policy.loading import load_to_shard
 from srpo.policy.model import Policy, check_head, save_policy
 from srpo.policy.parallel import Parallel, distributed
 from srpo.training.checks import check_device
-from srpo.training.inputs import model_inputs
+from srpo.training.inputs import model_inputs, starting_policy
 from srpo.training.outputs import Hidden, Logits, of_outputs
 from srpo.training.supervised import batch_indices, fit
 
@@ -112,13 +113,11 @@ def sft(cfg: SftConfig, parallel: Parallel) -> Path:
     tokenizer = load_tokenizer(cfg.policy.path, cfg.policy.bos, cfg.policy.chat)
     model = load_to_shard(cfg.policy.path, parallel, cfg.policy)
     check_head(model, cfg.inputs)
-    policy = Policy(model, activation_checkpointing=cfg.policy.activation_checkpointing)
+    policy = Policy(add_adapter(model, cfg.policy, cfg.seed), activation_checkpointing=cfg.policy.activation_checkpointing)
     pairs = tokenized_pairs(cfg, tokenizer, policy.max_context, parallel.is_main)
     policy = parallel.shard(policy, dtype=cfg.policy.dtype)
     inputs = parallel.on_main(
-        lambda: (
-            model_inputs({"the starting policy": cfg.policy.path}) | {"the training data": (cfg.data, digest_of_data(cfg.data))}
-        )
+        lambda: model_inputs(starting_policy(cfg.policy)) | {"the training data": (cfg.data, digest_of_data(cfg.data))}
     )
 
     def batches_of(step: int) -> list[Batch]:

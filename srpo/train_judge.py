@@ -172,11 +172,15 @@ def run_grpo(work: Work) -> None:
             write_result(run_dir / "verified.json", numbers)
             print(", ".join(f"{count} {name.removeprefix('num_').replace('_', ' ')}" for name, count in numbers.items()))
     work.parallel.barrier()
+    policy = replace(cfg.sft.policy, path=str(run_dir / "sft" / "policy"), reference="")
+    if cfg.sft.policy.lora.on:  # one adapter of the first stage's base, which goes on training
+        lora = replace(cfg.sft.policy.lora, start=str(run_dir / "sft" / "adapter"), targets=())
+        policy = replace(cfg.sft.policy, reference="", lora=lora)
     settings = grpo_config(
         cfg.grpo,
         run_dir=run_dir / "grpo",
         data=data,
-        policy=replace(cfg.sft.policy, path=str(run_dir / "sft" / "policy"), reference=""),
+        policy=policy,
         schema=schema,
         max_new_tokens=cfg.max_new_tokens,
         seed=cfg.sft.seed,

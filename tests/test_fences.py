@@ -42,6 +42,7 @@ FENCES = {
     "megablocks": ("srpo/policy/experts.py",),
     "grouped_gemm": ("srpo/policy/experts.py",),
     "flash_attn": ("srpo/policy/varlen_kernels.py",),
+    "peft": ("srpo/policy/",),
     "transformers": ("srpo/policy/", "srpo/data/tokenizer.py"),
     "tensorboard": TRACKERS,
     "torch.utils.tensorboard": TRACKERS,

@@ -10,8 +10,6 @@ from typing import Any
 
 import pytest
 import small_world as small
-import torch
-from torch.distributed.checkpoint.format_utils import dcp_to_torch_save
 
 import srpo.train
 import srpo.training.collect
@@ -40,22 +38,8 @@ def settings(world: Any, run_dir: Path) -> Config:
     return world.config(run_dir, data={"eval": str(world.eval)}, **CHANGES)
 
 
-def outcome(run_dir: Path, scratch: Path) -> dict[str, Any]:
-    """All results of a finished run that must depend neither on kills nor on the clock."""
-    result: dict[str, Any] = {name: (run_dir / name).read_bytes() for name in ("metrics.jsonl", "rollouts.jsonl")}
-    result |= {path.name: path.read_bytes() for path in (run_dir / "policy").iterdir()}
-    checkpoint = latest_checkpoint(run_dir / "checkpoints")
-    assert checkpoint is not None
-    for rank_file in sorted(checkpoint.glob("rank_*.pt")):
-        result[rank_file.name] = repr(torch.load(rank_file, weights_only=True))
-    dcp_to_torch_save(checkpoint, scratch)
-    flat = torch.load(scratch, weights_only=True)
-    assert any(name.endswith("exp_avg") for name in flat)
-    return result | {name: tensor.numpy().tobytes() for name, tensor in flat.items()}
-
-
 def differences(run_dir: Path, uninterrupted: dict[str, Any], tmp_path: Path) -> list[str]:
-    got = outcome(run_dir, tmp_path / "flat.pt")
+    got = small.outcome(run_dir, tmp_path / "flat.pt")
     return sorted(name for name in got.keys() | uninterrupted.keys() if got.get(name) != uninterrupted.get(name))
 
 
@@ -67,7 +51,7 @@ def uninterrupted(world: Any, tmp_path_factory: pytest.TempPathFactory) -> dict[
     lines = small.metrics_of(folder / "run")
     assert [line["sampler/stage"] for line in lines] == [1] * 5 + [2] * 3 + [3] * 2
     assert any(line["rollout/num_refill_rounds"] for line in lines)
-    return outcome(folder / "run", folder / "flat.pt")
+    return small.outcome(folder / "run", folder / "flat.pt")
 
 
 def num_lines(run_dir: Path) -> int:
@@ -150,7 +134,7 @@ def test_killed_often(world: Any, tmp_path: Path, num_ranks: int) -> None:
     seed = random.randrange(10**6)
     assert start_and_kill(killed, tmp_path / "log", seed, num_ranks, extra_kills=4) >= 3
     small.Program("srpo.train", killed, tmp_path / "log", num_ranks).finish()
-    assert differences(tmp_path / "killed", outcome(tmp_path / "uninterrupted", tmp_path / "flat.pt"), tmp_path) == []
+    assert differences(tmp_path / "killed", small.outcome(tmp_path / "uninterrupted", tmp_path / "flat.pt"), tmp_path) == []
 
 
 PHASES = ["generate", "score_rollouts", "refill_step", "assign_credit", "pack_own", "policy_update"]

@@ -17,7 +17,7 @@ pytest.importorskip("pyright", reason="needs pyright: `make types` installs it")
 
 ROOT = Path(__file__).resolve().parents[1]
 TYPINGS = ROOT / "typings"
-OPTIONAL = ("triton", "vllm", "megablocks", "grouped_gemm", "flash_attn", "peft", "trl", "datasets")
+OPTIONAL = ("triton", "vllm", "megablocks", "grouped_gemm", "flash_attn", "trl", "datasets")
 OPTIONAL += ("tensorboard", "torch.utils.tensorboard", "wandb", "trackio")
 STUB = "from typing import Any\n\ndef __getattr__(name: str) -> Any: ...\n"
 

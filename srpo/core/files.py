@@ -145,3 +145,13 @@ def fsync(path: Path) -> None:
             os.fsync(descriptor)
     finally:
         os.close(descriptor)
+
+
+def check_not_adapter(path: str | Path) -> None:
+    """Raise UserError for the folder of a low-rank adapter in peft's format, which is no model by itself."""
+    folder = Path(path)
+    if (folder / "adapter_config.json").is_file() and not (folder / "config.json").is_file():
+        raise UserError(
+            f"{str(path)!r} holds an adapter and no model: give its base as policy.path and this folder as policy.lora.start, "
+            "or the folder policy beside it, if srpo wrote it, which has both in one"
+        )

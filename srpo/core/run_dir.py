@@ -19,7 +19,7 @@ from srpo.core.settings import apply_table, apply_toml, dump_toml, toml_table
 
 INPUTS = "inputs.json"
 # Names in a folder without config.toml that a run would replace, or that make it the folder of a checkpoint.
-_TAKEN = ("checkpoints", "metrics.jsonl", "timing.jsonl", "rollouts.jsonl", CHANGES, "policy", "policy-best")
+_TAKEN = ("checkpoints", "metrics.jsonl", "timing.jsonl", "rollouts.jsonl", CHANGES, "policy", "policy-best", "adapter")
 _TAKEN += ("config.json", COMPLETE)
 # Everything that a run reads: {"the reference": (path, digest of the contents)}.
 Inputs = Mapping[str, tuple[str, str]]

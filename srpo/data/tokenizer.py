@@ -12,6 +12,7 @@ from transformers import AutoTokenizer, PreTrainedTokenizerBase, PreTrainedToken
 
 from srpo.core.config.chat import ChatConfig
 from srpo.core.errors import UserError
+from srpo.core.files import check_not_adapter
 from srpo.data.chat import frame_of, framed, set_chat
 from srpo.data.checkpoint_tokens import check_rows
 from srpo.data.encoding import BOS_KEY, Part, encode_parts, set_bos, with_bos
@@ -50,6 +51,7 @@ def load_tokenizer(path: str | Path, bos: str = "tokenizer", chat: ChatConfig | 
     UserError if the folder has none, if its files cannot be read, if it has no end-of-text token, or if it has more ids than the
     model in the folder.
     """
+    check_not_adapter(path)
     if not any((Path(path) / name).is_file() for name in ("tokenizer.json", "tokenizer_config.json")):
         raise UserError(
             f"no tokenizer in {str(path)!r}: policy.path must be a folder of a Hugging Face checkpoint with its tokenizer"

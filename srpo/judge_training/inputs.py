@@ -23,7 +23,7 @@ from srpo.judge_training.human_queue import read_queue
 from srpo.judge_training.judgments import Judgment, hold_out, read_judgments, simulate_judgments
 from srpo.policy.parallel import Parallel
 from srpo.scores.responses import load_rollouts
-from srpo.training.inputs import model_inputs
+from srpo.training.inputs import model_inputs, starting_policy
 
 QUEUE = "judge_queue.jsonl"
 
@@ -74,7 +74,7 @@ def judge_inputs(work: Work) -> Inputs:
     data["the file of judgments"] = (cfg.judgments or cfg.rollouts, digest_of([*work.shown, *work.held_out]))
     if cfg.guidelines:
         data["the guidelines"] = (cfg.guidelines, digest_of([work.guidelines]))
-    return model_inputs({"the starting policy": cfg.sft.policy.path}) | data
+    return model_inputs(starting_policy(cfg.sft.policy)) | data
 
 
 def simulates(cfg: JudgeConfig) -> bool:

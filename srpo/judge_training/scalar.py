@@ -16,12 +16,13 @@ from srpo.core.steps import StepSchema
 from srpo.data.examples import Example
 from srpo.data.tokenizer import load_tokenizer
 from srpo.judge_training.judgments import Judgment
+from srpo.policy.adapters import add_adapter
 from srpo.policy.loading import load_to_shard
 from srpo.policy.parallel import Parallel
 from srpo.policy.scalar import ScalarModel, save_scalar, scalar_loss, scored_batches
 from srpo.rewards.scalar import ScalarCase, is_there, scalar_case
 from srpo.training.checks import check_device
-from srpo.training.inputs import model_inputs
+from srpo.training.inputs import model_inputs, starting_policy
 from srpo.training.supervised import batch_indices, fit
 
 
@@ -46,7 +47,7 @@ def train_scalar(
     check_device(cfg.policy, parallel)
     tokenizer: Any = load_tokenizer(cfg.policy.path, cfg.policy.bos, cfg.policy.chat)
     model = ScalarModel(
-        load_to_shard(cfg.policy.path, parallel, cfg.policy),
+        add_adapter(load_to_shard(cfg.policy.path, parallel, cfg.policy), cfg.policy, cfg.seed),
         activation_checkpointing=cfg.policy.activation_checkpointing,
     )
     cases = [scalar_case(examples[j.example_id], j.response, tokenizer, schema) for j in judgments]
@@ -61,7 +62,7 @@ def train_scalar(
     model = parallel.shard(model, dtype=cfg.policy.dtype)
     inputs = parallel.on_main(
         lambda: (
-            model_inputs({"the starting policy": cfg.policy.path})
+            model_inputs(starting_policy(cfg.policy))
             | {"the file of judgments": (cfg.run_dir, digest_of((cases, targets.tolist())))}
         )
     )

@@ -1,9 +1,10 @@
 """Training state on disk: folders `step_000123/` of torch.distributed.checkpoint files, renamed to that name when complete.
 
 `srpo.policy.checkpoint_folders` finds and removes them. COMPLETE has the digest of every file, and all are checked before one is
-read. Policy and optimizer state are stored under transformers' parameter names, independently of the number of ranks; `extra`
-(generators, sampler, counters) is stored per rank. Nothing is unpickled that could run code: torch's index of a checkpoint is a
-pickle, which may only name the types that such an index consists of.
+read. Policy and optimizer state are stored under transformers' parameter names, independently of the number of ranks; frozen
+parameters are not stored, they are those of the starting checkpoint. `extra` (generators, sampler, counters) is stored per rank.
+Nothing is unpickled that could run code: torch's index of a checkpoint is a pickle, which may only name the types that such an
+index consists of.
 """
 
 from __future__ import annotations
@@ -121,7 +122,7 @@ def _finish(root: Path, final: Path, aside: Path, mark: dict[str, Any], keep: in
 
 
 def _check_finite(policy: nn.Module, step: int, parallel: Parallel) -> None:
-    names, parameters = zip(*policy.named_parameters(), strict=True)
+    names, parameters = zip(*((name, p) for name, p in policy.named_parameters() if p.requires_grad), strict=True)
     counts = torch.stack([(~to_local(parameter.detach()).isfinite()).sum() for parameter in parameters])
     for name, count in zip(names, parallel.all_reduce_sum(counts).tolist(), strict=True):
         if count:
@@ -283,8 +284,12 @@ def _one_process_is_fine() -> Iterator[None]:
 
 
 def _policy_state(policy: nn.Module) -> dict[str, Any]:
-    """Parameters and persistent buffers under transformers' names, sharing memory with the policy."""
-    return {f"policy/{name}": value for name, value in unwrap(policy).state_dict().items()}
+    """Parameters and persistent buffers under transformers' names, sharing memory with the policy; only the parameters that train
+    if some do not."""
+    model = unwrap(policy)
+    trained = {name for name, parameter in model.named_parameters() if parameter.requires_grad}
+    frozen = any(not parameter.requires_grad for parameter in model.parameters())
+    return {f"policy/{name}": value for name, value in model.state_dict().items() if name in trained or not frozen}
 
 
 def _optimizer_state(policy: nn.Module, optimizer: Optimizer) -> dict[str, Any]:

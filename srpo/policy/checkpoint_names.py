@@ -15,18 +15,20 @@ from torch import nn
 from transformers import PreTrainedModel
 from transformers.core_model_loading import revert_weight_conversion
 
-from srpo.policy.parallel import iter_full_params, unwrap
+from srpo.policy.adapters import iter_merged_params
+from srpo.policy.parallel import unwrap
 
 
 @torch.no_grad()
 def iter_checkpoint_params(policy: nn.Module) -> Iterator[tuple[str, torch.Tensor]]:
-    """(checkpoint name, whole tensor) of every parameter, one parameter gathered at a time; tied parameters once.
+    """(checkpoint name, whole tensor) of every parameter, one parameter gathered at a time; tied parameters once. An adapter is
+    added to the weights.
 
     Collective for a sharded model: every rank must iterate to the end. Tensors may share memory with the parameters: copy a
     tensor that must outlive the next update.
     """
     model = unwrap(policy)
-    for name, tensor in iter_full_params(policy):
+    for name, tensor in iter_merged_params(policy):
         yield from revert_weight_conversion(model, {name: tensor}).items()
 
 
@@ -54,7 +56,7 @@ def iter_checkpoint_blocks(policy: nn.Module, layouts: Layouts) -> Iterator[Bloc
     the actual conversion, so no order of experts, or of gate and up projections, is assumed.
     """
     model = unwrap(policy)
-    for name, tensor in iter_full_params(policy):
+    for name, tensor in iter_merged_params(policy):
         if name not in layouts:
             layouts[name] = _layout(model, name, tensor)
         parts = layouts[name]

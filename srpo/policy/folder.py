@@ -18,6 +18,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig, Pre
 from transformers.utils import logging
 
 from srpo.core.errors import UserError, naming
+from srpo.core.files import check_not_adapter
 from srpo.core.jsonl import json_file
 from srpo.policy.stored_names import check_uses, unfit_names
 
@@ -38,6 +39,7 @@ _LIBRARY_ERRORS += (SafetensorError, StrictDataclassError)
 
 def check_folder(path: str | Path) -> None:
     """Raise UserError if the folder has no config.json."""
+    check_not_adapter(path)
     if not (Path(path) / "config.json").is_file():
         raise UserError(f"no model in {str(path)!r}: policy.path must be a folder with config.json and safetensors files")
 

@@ -5,7 +5,8 @@ Letters: T packed rows, R rows that have a label, H hidden, V vocabulary.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -18,11 +19,12 @@ from srpo.core.batch import IGNORE, Batch
 from srpo.core.config.demo import TinyConfig
 from srpo.core.errors import UserError
 from srpo.core.files import whole_folder, write_texts
+from srpo.policy.adapters import as_started, has_adapter, iter_merged_params, save_adapter
 from srpo.policy.attention import ATTENTION, registered_attention
 from srpo.policy.experts import registered_name
 from srpo.policy.folder import read_config, read_model
 from srpo.policy.forward import context_of, for_head, hidden_states, make_deterministic
-from srpo.policy.parallel import current_rank, iter_full_params, unwrap
+from srpo.policy.parallel import current_rank, unwrap
 from srpo.policy.probe import check_family, logit_operations
 from srpo.policy.routing import Routers
 
@@ -105,6 +107,7 @@ def check_head(model: PreTrainedModel, inputs: str) -> None:
 class Policy(nn.Module):
     """A causal LM whose forward takes a `Batch`: embedding, layers and head run in one forward, under the hooks of FSDP2.
 
+    model: with or without an adapter (`srpo.policy.adapters`).
     replay_routing: route tokens to `batch.routed_experts` if the batch has them; without it they are ignored. Raises UserError
     if it is set for a model without experts.
     """
@@ -114,6 +117,8 @@ class Policy(nn.Module):
         self.model = model
         self.routers = Routers(model).open() if replay_routing else None
         self._flips: torch.Tensor | None = None
+        self._started = False  # within `as_started`
+        self._asking = False  # while `through` runs
         make_deterministic(model, activation_checkpointing=activation_checkpointing)
 
     @property
@@ -129,12 +134,30 @@ class Policy(nn.Module):
         It returns a tensor or a tuple of tensors, where FSDP2 finds them; gradient flows from these to both arguments.
         """
         routing = None
-        if self.routers is not None and batch.routed_experts is not None:
+        if self.routers is not None and batch.routed_experts is not None and not self._started:
             routing = self.routers.replay(batch.routed_experts)
         hidden = for_head(self.model.config, hidden_states(self.model, batch, routing)[batch.labels != IGNORE])
         if routing is not None and routing.flips is not None:
             self._flips = routing.flips if self._flips is None else self._flips + routing.flips
-        return self.model.lm_head(hidden) if through is None else through(hidden, self.model.lm_head.weight)
+        if through is None:
+            return self.model.lm_head(hidden)
+        before, self._asking = self._asking, True
+        try:
+            return through(hidden, self.model.lm_head.weight)
+        finally:
+            self._asking = before
+
+    @contextmanager
+    def as_started(self) -> Iterator[None]:
+        """Within it the policy computes as the run started (without its adapter, or with that of `policy.lora.start`), and routes
+        by itself."""
+        assert has_adapter(self), "all weights train: the start is another model"
+        self._started = True
+        try:
+            with as_started(self):
+                yield
+        finally:
+            self._started = False
 
     def take_flips(self) -> torch.Tensor:
         """[2] float64, over all forwards since the last call: the number of (token, layer) pairs whose router would have chosen
@@ -143,17 +166,36 @@ class Policy(nn.Module):
         return torch.zeros(2, dtype=torch.float64) if flips is None else flips
 
 
+class Start:
+    """The reference of Eq. 6 that needs no second model: a policy with an adapter, as the run started. Called like the policy,
+    also inside its forward (by `through`)."""
+
+    def __init__(self, policy: Policy) -> None:
+        self._policy = policy
+
+    @torch.no_grad()
+    def __call__(self, batch: Batch, *, through: Callable[[torch.Tensor, torch.Tensor], Any] | None = None) -> Any:
+        policy = self._policy
+        # FSDP2's hooks around a forward inside a forward would free the head's weight, which the outer one still needs.
+        forward = policy.forward if policy._asking else policy
+        with policy.as_started():
+            return forward(batch, through=through)
+
+
 def save_policy(
     model: nn.Module, tokenizer: PreTrainedTokenizerBase, path: str | Path, files: Mapping[str, str] | None = None
 ) -> None:
-    """Write a folder that `AutoModelForCausalLM` and `AutoTokenizer` load; sharded parameters are gathered.
+    """Write a folder that `AutoModelForCausalLM` and `AutoTokenizer` load; sharded parameters are gathered, an adapter is merged
+    into the weights. The adapter itself goes into the folder `adapter` beside it, in peft's format.
 
-    It appears, or replaces another one, when it is whole, with the digests of its files in COMPLETE. files: further ones, {name:
-    text}.
+    The folder appears, or replaces another one, when it is whole, with the digests of its files in COMPLETE. files: further ones,
+    {name: text}.
     Collective: every rank must call it; rank 0 writes.
     """
     main = current_rank() == 0
-    state = {name: tensor.cpu().clone() for name, tensor in iter_full_params(model) if main}
+    if has_adapter(model):
+        save_adapter(model, Path(path).with_name("adapter"))
+    state = {name: tensor.cpu().clone() for name, tensor in iter_merged_params(model) if main}
     if main:
         with whole_folder(Path(path)) as folder:
             unwrap(model).save_pretrained(folder, state_dict=state)

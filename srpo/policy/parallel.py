@@ -183,7 +183,13 @@ def iter_full_params(model: nn.Module) -> Iterator[tuple[str, torch.Tensor]]:
     memory: copy a tensor that must outlive the next update.
     """
     for name, parameter in unwrap(model).named_parameters():
-        yield name, parameter.full_tensor() if isinstance(parameter, DTensor) else parameter.detach()
+        yield name, whole(parameter)
+
+
+def whole(parameter: torch.Tensor) -> torch.Tensor:
+    """A parameter without gradient, gathered if it is sharded; collective then."""
+    parameter = parameter.detach()
+    return parameter.full_tensor() if isinstance(parameter, DTensor) else parameter
 
 
 def to_local(tensor: torch.Tensor) -> torch.Tensor:

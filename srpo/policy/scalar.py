@@ -21,9 +21,10 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from srpo.core.batch import Batch, Rollout, pack
 from srpo.core.errors import UserError, naming
 from srpo.core.files import whole_folder, write_texts
+from srpo.policy.adapters import iter_merged_params
 from srpo.policy.forward import context_of, hidden_states, make_deterministic
 from srpo.policy.model import load_policy
-from srpo.policy.parallel import current_rank, iter_full_params, unwrap
+from srpo.policy.parallel import current_rank, unwrap
 
 HEAD_FILE = "scalar_head.safetensors"
 SCALAR_HEAD = "scalar_head"  # name of the layer in the model, so that checkpoints and sharding see it
@@ -130,7 +131,7 @@ def save_scalar(
     files: as in `save_policy`.
     """
     main = current_rank() == 0
-    state = {name: tensor.cpu().clone() for name, tensor in iter_full_params(model) if main}
+    state = {name: tensor.cpu().clone() for name, tensor in iter_merged_params(model) if main}
     if main:
         prefix = f"{SCALAR_HEAD}."
         head = {name.removeprefix(prefix): state.pop(name) for name in [name for name in state if name.startswith(prefix)]}

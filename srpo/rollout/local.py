@@ -13,9 +13,9 @@ from torch import nn
 from torch.distributed.tensor import DTensor
 
 from srpo.core.errors import UserError
+from srpo.policy.adapters import has_adapter, iter_merged_params
 from srpo.policy.decode import Decoder, KeyValues
 from srpo.policy.model import unwrap
-from srpo.policy.parallel import iter_full_params
 from srpo.policy.probe import check_family
 from srpo.policy.routing import Routing
 from srpo.rollout.engine import Groups, Sample, SamplingParams, check_prompts, in_order
@@ -48,6 +48,7 @@ class LocalEngine:
                 "the local engine cannot copy a sharded model: create it before the policy is sharded, then call sync_weights"
             )
         check_family(unwrap(model).config, engine=True)
+        assert not has_adapter(model), "an engine has merged weights: create it before the adapter, then call sync_weights"
         # Each parameter is copied straight to its final dtype and device. Buffers keep their precision: rotary frequencies do
         # not survive bfloat16.
         copied = {id(param): _copy(param, device, dtype) for param in model.parameters()}
@@ -187,7 +188,7 @@ class LocalEngine:
         own = dict(self.model.named_parameters())
         sums: dict[str, int] = {}
         with torch.no_grad():
-            for name, tensor in iter_full_params(policy):
+            for name, tensor in iter_merged_params(policy):
                 if name not in own or own[name].shape != tensor.shape:
                     shape = tuple(own[name].shape) if name in own else "no such parameter"
                     raise UserError(

@@ -89,7 +89,7 @@ TRAIN = Changes(
 SUPERVISED = Changes(
     free=frozenset(("run_dir", *_COMPUTING, "inputs", "micro_batch_tokens", "checkpoint_every")),
     recorded=("num_steps", "optimizer.lr"),
-    contents=("data", "pairs", "rollouts", "policy.path", "policy.reference"),
+    contents=("data", "pairs", "rollouts", "policy.path", "policy.reference", "policy.lora.start"),
     cadence="checkpoint_every",
 )
 

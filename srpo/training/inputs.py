@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from srpo.core.config.train import Config, RewardConfig
+from srpo.core.config.train import Config, PolicyConfig, RewardConfig
 from srpo.core.digests import digest_of, digest_of_model
 from srpo.core.run_dir import Inputs
 from srpo.data.curriculum import Stage
@@ -18,6 +18,7 @@ PATHS = (
     "data.guidelines",
     "policy.path",
     "policy.reference",
+    "policy.lora.start",
     "reward.judge_path",
     "reward.judge_guidelines",
     "critic.path",
@@ -29,7 +30,7 @@ def run_inputs(cfg: Config, stages: Sequence[Stage], eval_examples: Sequence[Exa
 
     A judge behind a URL has no contents to look at.
     """
-    models = {"the starting policy": cfg.policy.path}
+    models = starting_policy(cfg.policy)
     if cfg.loss.kl_coef:
         models["the reference"] = cfg.policy.reference or cfg.policy.path
     models |= judge_model(cfg.reward)
@@ -45,6 +46,11 @@ def run_inputs(cfg: Config, stages: Sequence[Stage], eval_examples: Sequence[Exa
         if path:
             data[f"the text of {setting}"] = (path, digest_of([read_guidelines(path, setting)]))
     return model_inputs(models) | data
+
+
+def starting_policy(policy: PolicyConfig) -> dict[str, str]:
+    """{"the starting policy": its folder}, and that of the adapter that it starts with."""
+    return {"the starting policy": policy.path} | ({"the starting adapter": policy.lora.start} if policy.lora.start else {})
 
 
 def judge_model(reward: RewardConfig) -> dict[str, str]:

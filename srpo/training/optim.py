@@ -11,8 +11,9 @@ from srpo.core.config.train import OptimizerConfig
 
 
 def make_optimizer(parameters: Iterable[torch.nn.Parameter], cfg: OptimizerConfig) -> torch.optim.AdamW:
-    """AdamW over all parameters, which FSDP2 may have sharded."""
-    return torch.optim.AdamW(parameters, lr=cfg.lr, betas=cfg.betas, weight_decay=cfg.weight_decay)
+    """AdamW over the parameters that train, which FSDP2 may have sharded; an adapter's base is frozen."""
+    trained = [parameter for parameter in parameters if parameter.requires_grad]
+    return torch.optim.AdamW(trained, lr=cfg.lr, betas=cfg.betas, weight_decay=cfg.weight_decay)
 
 
 def learning_rate(cfg: OptimizerConfig, step: int, num_steps: int) -> float:

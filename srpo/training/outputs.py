@@ -23,6 +23,7 @@ from srpo_kernels.linear_chunks import default_rows
 from torch import nn
 
 from srpo.core.batch import Batch
+from srpo.policy.model import Start
 
 X = TypeVar("X")
 
@@ -96,7 +97,7 @@ class Hidden:
         return Hidden(self.hidden, self.weight.clone())
 
 
-def of_outputs(model: nn.Module, batch: Batch, inputs: Literal["logits", "hidden"], ask: Callable[[Any], X]) -> X:
+def of_outputs(model: nn.Module | Start, batch: Batch, inputs: Literal["logits", "hidden"], ask: Callable[[Any], X]) -> X:
     """The result of `ask` on the model's `Logits` or `Hidden`. With inputs "hidden", `ask` runs inside `Policy.forward` (as its
     `through`), while FSDP has the head's weight gathered."""
     if inputs == "logits":

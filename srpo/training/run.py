@@ -23,11 +23,12 @@ from srpo.data.examples import Example
 from srpo.data.prompts import PromptForm
 from srpo.data.readers import load_examples
 from srpo.data.tokenizer import encode_prompts, load_tokenizer
+from srpo.policy.adapters import add_adapter
 from srpo.policy.checkpoint import load_checkpoint, load_parameters, save_checkpoint
 from srpo.policy.checkpoint_folders import checkpoints, latest_checkpoint
 from srpo.policy.forward import context_of
 from srpo.policy.loading import load_to_shard
-from srpo.policy.model import Policy, check_head, save_policy
+from srpo.policy.model import Policy, Start, check_head, save_policy
 from srpo.policy.parallel import Parallel
 from srpo.policy.routing import Routers
 from srpo.rewards.build import build_judge
@@ -66,7 +67,7 @@ class Run:
     tokenizer: Any
     form: PromptForm  # of the policy's prompts
     policy: Policy
-    reference: Policy | None  # pi_ref of Eq. 6; None if loss.kl_coef is 0
+    reference: Policy | Start | None  # pi_ref of Eq. 6; None if loss.kl_coef is 0
     optimizer: torch.optim.Optimizer
     engine: Engine
     params: SamplingParams  # the behaviour policy's
@@ -127,10 +128,13 @@ class Run:
         if parallel.is_main and (note := seen_in_training(examples, eval_examples)):
             print(f"data.eval: {note}", flush=True)
         sampler = Curriculum(stages, cfg.seed)
+        model = add_adapter(model, cfg.policy, cfg.seed)  # after the engine, which copies the model without it
         policy = Policy(model, activation_checkpointing=cfg.policy.activation_checkpointing, replay_routing=replay)
         policy = parallel.shard(policy, dtype=cfg.policy.dtype)  # before the next load: rank 0 holds one whole model
         reference = None
-        if cfg.loss.kl_coef:
+        if cfg.loss.kl_coef and cfg.policy.lora.on and not cfg.policy.reference:
+            reference = Start(policy)
+        elif cfg.loss.kl_coef:
             frozen = load_to_shard(cfg.policy.reference or cfg.policy.path, parallel, cfg.policy)
             check_head(frozen, cfg.loss.inputs)
             check_reference(cfg, model.config.vocab_size, frozen.config.vocab_size)

@@ -21,11 +21,13 @@ from srpo.core.batch import IGNORE, Batch
 from srpo.core.config.train import LossConfig, RolloutConfig
 from srpo.core.errors import UserError
 from srpo.core.files import binary_file, whole_file
-from srpo.policy.model import Policy
+from srpo.policy.model import Policy, Start
 from srpo.policy.parallel import Parallel, clip_grad_norm, to_local
 from srpo.training.mismatch import Mismatch, importance_weights
 from srpo.training.outputs import Hidden, Logits, of_outputs
 from srpo.training.token_advantages import TokenBatch, loss_tables
+
+Reference = nn.Module | Start  # pi_ref of Eq. 6: a model, or the policy with its adapter as the run started
 
 
 class NonFiniteError(UserError):
@@ -107,7 +109,7 @@ def _empty_batch(num_steps: int) -> Batch:
 
 @torch.no_grad()
 def with_logprobs(
-    batches: Sequence[Batch], policy: nn.Module, reference: nn.Module | None, objective: Objective, parallel: Parallel
+    batches: Sequence[Batch], policy: nn.Module, reference: Reference | None, objective: Objective, parallel: Parallel
 ) -> list[Batch]:
     """The batches on the device, with the tensors that stay fixed over `objective.num_updates` updates.
 
@@ -156,7 +158,7 @@ def _logprobs(
     )
 
 
-def _reference_logprobs(reference: nn.Module, batch: Batch, kept_ids: torch.Tensor | None, objective: Objective) -> torch.Tensor:
+def _reference_logprobs(reference: Reference, batch: Batch, kept_ids: torch.Tensor | None, objective: Objective) -> torch.Tensor:
     """The reference model's log-probabilities on the policy's support, [R] fp32."""
     rows = batch.rows()[1]
     return of_outputs(reference, batch, objective.inputs, lambda out: _logprobs(out, rows, objective, kept_ids=kept_ids))
@@ -284,7 +286,7 @@ def update(
     step_names: Sequence[str],
     grad_clip: float,
     dump: Path,
-    reference: nn.Module | None = None,
+    reference: Reference | None = None,
     info: dict[str, Any] | None = None,
 ) -> dict[str, float]:
     """One optimizer step on Eq. 6 (Algorithm 1 line 16); returns the `train/*`, `policy/*` and mismatch metrics (`rollout/*`).

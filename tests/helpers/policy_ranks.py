@@ -8,7 +8,7 @@ from pathlib import Path
 
 from srpo.policy.parallel import init_parallel
 
-LABS = ("policy_lab", "ppo_lab", "loading_lab")
+LABS = ("policy_lab", "ppo_lab", "loading_lab", "adapter_lab")
 
 
 def main(out: Path) -> None:

@@ -16,6 +16,7 @@ from typing import Any
 import pytest
 import torch
 from invariants import check_run
+from torch.distributed.checkpoint.format_utils import dcp_to_torch_save
 
 from srpo.core.config.demo import TeacherBias, TinyConfig
 from srpo.core.config.sft import SftConfig
@@ -30,6 +31,7 @@ from srpo.data.teacher import teach
 from srpo.data.tokenizer import train_tokenizer
 from srpo.data.world import World
 from srpo.experiments.start import PHRASES, PROMPT, strip
+from srpo.policy.checkpoint import latest_checkpoint
 from srpo.policy.model import load_policy, make_tiny
 from srpo.policy.parallel import Parallel
 from srpo.sft import sft
@@ -113,6 +115,20 @@ def metrics_of(run_dir: Path) -> list[dict[str, float]]:
 def parameters_of(policy: Path) -> dict[str, torch.Tensor]:
     """The parameters of a saved policy."""
     return dict(load_policy(policy).named_parameters())
+
+
+def outcome(run_dir: Path, scratch: Path) -> dict[str, Any]:
+    """All results of a finished run of srpo.train that must depend neither on kills nor on the clock."""
+    result: dict[str, Any] = {name: (run_dir / name).read_bytes() for name in ("metrics.jsonl", "rollouts.jsonl")}
+    result |= {path.name: path.read_bytes() for path in (run_dir / "policy").iterdir()}
+    checkpoint = latest_checkpoint(run_dir / "checkpoints")
+    assert checkpoint is not None
+    for rank_file in sorted(checkpoint.glob("rank_*.pt")):
+        result[rank_file.name] = repr(torch.load(rank_file, weights_only=True))
+    dcp_to_torch_save(checkpoint, scratch)
+    flat = torch.load(scratch, weights_only=True)
+    assert any(name.endswith("exp_avg") for name in flat)
+    return result | {name: tensor.numpy().tobytes() for name, tensor in flat.items()}
 
 
 def same_bits(a: dict[str, torch.Tensor], b: dict[str, torch.Tensor]) -> bool:

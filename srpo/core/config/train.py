@@ -43,9 +43,27 @@ class DataConfig:
 
 
 @dataclass(frozen=True)
+class LoraConfig:
+    """A low-rank adapter (LoRA, by peft) that trains in place of the weights, which stay frozen (docs/adapters.md)."""
+
+    rank: Count = 0  # rank of the adapter, such as 16; 0: train all weights, or, with `start`, the rank of that adapter
+    alpha: NonNegative = 0.0  # the adapter's product counts alpha / rank times; 0: alpha is twice the rank, or that of `start`
+    # Names of the layers that get an adapter, such as q_proj; empty: all linear layers of attention and MLP, or, in models
+    # whose experts are stacked in one parameter, attention and experts (without routers and dense MLPs)
+    targets: tuple[str, ...] = ()
+    start: str = ""  # folder of an adapter in peft's format that training goes on with, and that is the reference
+
+    @property
+    def on(self) -> bool:
+        """Whether an adapter trains."""
+        return bool(self.rank or self.start)
+
+
+@dataclass(frozen=True)
 class PolicyConfig:
     path: str = ""  # folder of the Hugging Face checkpoint, with its tokenizer, that training starts from
-    reference: str = ""  # checkpoint of pi_ref of Eq. 6; empty: the starting policy. Not loaded if loss.kl_coef is 0
+    # Checkpoint of pi_ref of Eq. 6; empty: the starting policy (with lora, no second model). Not loaded if loss.kl_coef is 0
+    reference: str = ""
     # Implementation of the experts' products: torch's grouped_mm, a Python loop (the reference), or MegaBlocks
     experts: Literal["grouped_mm", "loop", "megablocks"] = "grouped_mm"
     # Attention kernel in training: torch's own on a GPU in bfloat16 (padded sequences elsewhere), or a FlashAttention package
@@ -57,6 +75,7 @@ class PolicyConfig:
     # Begin prompts with the BOS token: as the tokenizer does by itself, always or never. Saved with the tokenizer of a checkpoint
     bos: Literal["tokenizer", "add", "none"] = "tokenizer"
     chat: ChatConfig = field(default_factory=ChatConfig)
+    lora: LoraConfig = field(default_factory=LoraConfig)
 
 
 @dataclass(frozen=True)

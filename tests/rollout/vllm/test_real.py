@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import itertools
 import os
 import signal
@@ -17,7 +18,8 @@ import torch
 from torch import nn
 
 from srpo.core.batch import IGNORE, Batch
-from srpo.core.config.train import VllmConfig
+from srpo.core.config.train import LoraConfig, PolicyConfig, VllmConfig
+from srpo.policy.adapters import add_adapter
 from srpo.policy.model import Policy, load_policy
 from srpo.rollout.engine import Sample, SamplingParams
 from srpo.rollout.vllm.engine import VllmEngine
@@ -153,6 +155,23 @@ def test_sampler_and_trainer_agree_over_successive_syncs(pair):
         worst = max(worst, largest_difference(engine, policy, seed=version))
     assert worst < BOUND, worst
     assert engine.stats()["num_restarts"] == 0
+
+
+def test_an_adapter_samples_as_it_trains(pair):
+    """The sync sends merged weights; its proof compares their sums. Afterwards the base alone is back."""
+    engine, policy = pair
+    randomize(policy, 31)
+    model = add_adapter(copy.deepcopy(policy.model), PolicyConfig(path="base", lora=LoraConfig(rank=4)), 0)
+    adapted = Policy(model)
+    for version in range(2):
+        for name, parameter in model.named_parameters():
+            if "lora_B" in name:
+                torch.nn.init.normal_(parameter, std=0.1)
+        engine.sync_weights(adapted, version)
+        assert largest_difference(engine, adapted, seed=version) < BOUND
+    assert difference(policy, engine.generate(PROMPTS, PARAMS, 1), PARAMS) > 0.01
+    engine.sync_weights(policy, 2)
+    assert largest_difference(engine, policy) < BOUND
 
 
 WAYS: list[dict[str, Any]] = [
