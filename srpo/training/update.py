@@ -228,14 +228,14 @@ def _write_dump(
         "grad_norm": result.grad_norm,
         "losses": [float(loss) for loss in losses],
         "batches": [vars(batch.to(torch.device("cpu"))) for batch in batches],
-        "parameters": {name: to_local(p.detach()).cpu() for name, p in policy.named_parameters()},
+        "parameters": {name: to_local(p.detach()).cpu() for name, p in policy.named_parameters() if p.requires_grad},
     }
     with whole_file(path) as part, binary_file(part) as file:
         torch.save(state, file)
 
 
 def read_dump(path: Path) -> dict[str, Any]:
-    """A dump of `optimizer_step`: info, loss, grad_norm, micro-batches with their losses, this rank's parameters by name.
+    """A dump of `optimizer_step`: info, loss, grad_norm, micro-batches with their losses, this rank's trained parameters by name.
 
     `info["objective"]` of an `update` is its `Objective`.
     """

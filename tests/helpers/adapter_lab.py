@@ -122,6 +122,15 @@ def main(out: Path, parallel: Parallel) -> None:
     same = lab.same_bits(lab.train_state(policy, optimizer), lab.train_state(other, other_optimizer))
     saved["continued_bits"] = parallel.all_gather_object(same)
     save_adapter(policy, out / "adapter")
+    parallel.barrier()
+    with nullcontext() if parallel.is_main else _parameters_on_meta():
+        model = experts(1)
+    start = settings(out / "no base", rank=0, start=str(out / "adapter"))
+    again = parallel.shard(Policy(add_adapter(model, start, 0)))  # rank 1 has no values before it is sharded
+    (batch,) = lab.batches(3)
+    with torch.no_grad():
+        same = [torch.equal(each(batch), policy(batch)) for each in (again, Start(again))]
+    saved["started_bits"] = parallel.all_gather_object(same)
     saved["merged"] = {name: tensor.clone() for name, tensor in iter_merged_params(policy)}
     if parallel.is_main:
         torch.save(saved, out / "tensors.pt")

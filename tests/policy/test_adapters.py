@@ -131,7 +131,7 @@ def test_two_ranks_are_one(name: str, ranks: Path, tmp_path: Path) -> None:
 def test_two_ranks_resume_and_write_one_adapter(ranks: Path) -> None:
     folder = ranks / "adapter_lab"
     results = torch.load(folder / "tensors.pt")
-    assert results["continued_bits"] == [True, True]
+    assert results["continued_bits"] == [True, True] and results["started_bits"] == [[True, True]] * 2
     cfg = adapter_lab.settings(folder / "no base on this disk", rank=0, start=str(folder / "adapter"))
     model = add_adapter(adapter_lab.experts(1), cfg, 0)
     assert lab.same_bits({name: t.clone() for name, t in iter_merged_params(model)}, results["merged"])
