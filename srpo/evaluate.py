@@ -20,6 +20,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch import nn
 
 from srpo.core.batch import Rollout, write_rollouts
 from srpo.core.config.train import Config
@@ -36,7 +37,7 @@ from srpo.policy.checkpoint_folders import checkpoints, step_of
 from srpo.policy.folder import check_stored
 from srpo.policy.grade_probs import grade_probs
 from srpo.policy.model import Policy, load_policy
-from srpo.policy.parallel import Parallel, distributed, unwrap
+from srpo.policy.parallel import Parallel, distributed
 from srpo.rollout.build import open_vllm
 from srpo.rollout.engine import Engine, SamplingParams, check_prompts
 from srpo.rollout.local import LocalEngine
@@ -136,10 +137,11 @@ def decode(
         by=config.by,
         bootstrap=config.bootstrap,
     )
-    if config.ranking:
-        model = engine.model if isinstance(engine, LocalEngine) else load_policy(config.checkpoint, experts=run.policy.experts)
-        evaluation[0]["ranking"] = ranking(Policy(unwrap(model)), tokenizer, schema, examples, evaluation[1], parallel)
     engine.close()  # not after an error: a shared engine would wait for all ranks
+    if config.ranking:
+        model = load_policy(config.checkpoint, experts=run.policy.experts, dtype=getattr(torch, run.policy.dtype))
+        policy = Policy(nn.Module.to(model, parallel.device))
+        evaluation[0]["ranking"] = ranking(policy, tokenizer, schema, examples, evaluation[1], parallel)
     return evaluation
 
 

@@ -14,20 +14,23 @@ if __name__ == "__main__":
     check_command_line(ExportConfig)  # -h and mistakes answer before torch is imported
 
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import torch
 
+from srpo.core.config.train import PolicyConfig
 from srpo.core.run_dir import check_unchanged, policy_settings
 from srpo.core.run_lock import hold
 from srpo.data.tokenizer import load_tokenizer
+from srpo.policy.adapters import adapter_folder, add_adapter, has_adapter, merged_into, save_adapter
 from srpo.policy.checkpoint import load_parameters, parameter_names, stored_extra
 from srpo.policy.checkpoint_folders import checkpoints
 from srpo.policy.model import Policy, load_policy, save_policy
 from srpo.policy.parallel import Parallel
 from srpo.policy.scalar import SCALAR_HEAD, ScalarModel, save_scalar
-from srpo.training.inputs import model_inputs
+from srpo.training.inputs import model_inputs, starting_policy
 
 EXPORT = "export.json"  # in an exported folder: its run, step and dtype
 OTHER_STEP = "restore it, or give another --step"  # what to do about a damaged checkpoint
@@ -42,31 +45,38 @@ def export(config: ExportConfig) -> Path:
         raise UserError(f"no such folder: {run_dir}")
     checkpoint = chosen_checkpoint(run_dir, config.step)
     settings = policy_settings(run_dir)
-    start = Path(config.policy or settings.path)
+    settings = replace(settings, path=config.policy or settings.path)
+    start = Path(settings.path)
     if not start.is_dir():
         raise UserError(f"{start}, the checkpoint that {run_dir} started from, is not there: say where it is with --policy DIR")
-    check_unchanged(run_dir, model_inputs({"the starting policy": str(start)}))
+    check_unchanged(run_dir, model_inputs(starting_policy(settings)))
     out = Path(config.out) if config.out else run_dir / "export" / checkpoint.name
     check_target(out, run_dir)
-    tokenizer = load_tokenizer(start, settings.bos)
-    model = restored(checkpoint, start).to(getattr(torch, config.dtype))
+    tokenizer = load_tokenizer(start, settings.bos, settings.chat)
+    model = restored(checkpoint, settings)
+    adapter = model if has_adapter(model) else None
+    if adapter is not None and isinstance(model, Policy):  # merged in fp32, whatever the export's dtype
+        model = Policy(merged_into(model, load_policy(start)))
+    model = model.to(getattr(torch, config.dtype))
     about = {"run": str(run_dir), "checkpoint": checkpoint.name, "dtype": config.dtype}
     out.parent.mkdir(parents=True, exist_ok=True)
     with hold(out.parent):
         save = save_scalar if isinstance(model, ScalarModel) else save_policy
+        if adapter is not None and isinstance(model, Policy):
+            save_adapter(adapter, adapter_folder(out))
         save(model, tokenizer, out, {EXPORT: json.dumps(about, indent=1) + "\n"})
     print(f"{checkpoint.name} of {run_dir} is written to {out} ({config.dtype})")
     return out
 
 
-def restored(checkpoint: Path, start: Path) -> Policy | ScalarModel:
-    """The model of a checkpoint, on the CPU in fp32; `start` is the model that its run started from."""
-    model: Any = load_policy(start)
+def restored(checkpoint: Path, policy: PolicyConfig) -> Policy | ScalarModel:
+    """The model of a checkpoint, on the CPU in fp32, with its adapter if it has one; `policy` are the settings of its run."""
+    model: Any = add_adapter(load_policy(policy.path), policy, seed=0)
     scalar = any(name.startswith(f"{SCALAR_HEAD}.") for name in parameter_names(checkpoint, OTHER_STEP))
-    policy = ScalarModel(model) if scalar else Policy(model)
+    found = ScalarModel(model) if scalar else Policy(model)
     one = Parallel(0, 1, 0, torch.device("cpu"))
-    load_parameters(checkpoint, policy, one, OTHER_STEP)
-    return policy
+    load_parameters(checkpoint, found, one, OTHER_STEP)
+    return found
 
 
 def chosen_checkpoint(run_dir: Path, step: str) -> Path:

@@ -21,6 +21,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch import nn
 
 from srpo.core.config.evaluation import BootstrapConfig
 from srpo.core.config.sft import SftConfig
@@ -53,7 +54,7 @@ from srpo.experiments.start import stage
 from srpo.policy.grade_probs import grade_probs
 from srpo.policy.loading import model_size
 from srpo.policy.model import Policy, load_policy
-from srpo.policy.parallel import Parallel, distributed, unwrap
+from srpo.policy.parallel import Parallel, distributed
 from srpo.rollout.engine import SamplingParams
 from srpo.rollout.local import LocalEngine
 from srpo.rollout.rollouts import to_rollouts
@@ -169,16 +170,26 @@ def scored(cfg: StartConfig, policy: str | Path, name: str) -> dict[str, Any]:
             by=(),
             bootstrap=BootstrapConfig(),
         )
-        probs = grade_probs(Policy(unwrap(engine.model)), tokenizer, rollouts, schema, cfg.micro_batch_tokens)
+        engine.close()
+        model = nn.Module.to(open_model(cfg, policy), device())
+        probs = grade_probs(Policy(model), tokenizer, rollouts, schema, cfg.micro_batch_tokens)
         write_result(path, results | {"ranking": ranking_scores(probs, examples, cfg.grades)})
     return read_result(path)
 
 
 def open_engine(cfg: StartConfig, policy: str | Path) -> LocalEngine:
     """An engine in this process with the weights of a checkpoint."""
-    model = load_policy(policy, experts=cfg.policy.experts, dtype=getattr(torch, cfg.policy.dtype))
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    return LocalEngine(model, device=device, max_context=cfg.policy.max_context)
+    return LocalEngine(open_model(cfg, policy), device=device(), max_context=cfg.policy.max_context)
+
+
+def open_model(cfg: StartConfig, policy: str | Path) -> Any:
+    """The model of a checkpoint in the dtype of the settings."""
+    return load_policy(policy, experts=cfg.policy.experts, dtype=getattr(torch, cfg.policy.dtype))
+
+
+def device() -> torch.device:
+    """The GPU if there is one."""
+    return torch.device("cuda" if torch.cuda.is_available() else "cpu")
 
 
 def demonstrate(cfg: StartConfig, pairs: Sequence[Example], own: bool, out: Path) -> None:

@@ -22,7 +22,7 @@ import srpo.evaluate
 import srpo.export
 from srpo.core.config.evaluation import BootstrapConfig, EvaluateConfig
 from srpo.core.config.export import ExportConfig
-from srpo.core.config.train import Config
+from srpo.core.config.train import Config, PolicyConfig
 from srpo.core.digests import digest_of_model
 from srpo.core.errors import UserError
 from srpo.dpo import dpo
@@ -69,7 +69,7 @@ def test_an_export_has_the_scores_that_were_logged_at_its_step(run: Config, step
         found[name] for name in ("macro_f1", "accuracy", "good_f1", "parse_rate", "num_examples")
     ]
     assert [logged[f"eval/class_f1/{grade}"] for grade in range(1, 5)] == found["class_f1"]
-    assert [logged[f"eval/step_accuracy/{spec.name}"] for spec in run.steps] == found["step_accuracy"]
+    assert [logged[f"eval/step_accuracy/{spec.name}"] for spec in run.schema.specs] == found["step_accuracy"]
 
 
 def test_last_and_best_are_the_policies_of_the_run(run: Config, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -175,7 +175,7 @@ def test_a_checkpoint_of_several_ranks_is_read_by_one(two_ranks: Path, tmp_path:
     lab.tiny(99).save_pretrained(tmp_path / "start")
     dcp_to_torch_save(checkpoint, tmp_path / "flat.pt")
     flat = torch.load(tmp_path / "flat.pt", weights_only=True)
-    found = dict(restored(checkpoint, tmp_path / "start").model.named_parameters())
+    found = dict(restored(checkpoint, PolicyConfig(path=str(tmp_path / "start"))).model.named_parameters())
     assert {f"policy/{name}" for name in found} == {name for name in flat if name.startswith("policy/")}
     assert all(torch.equal(tensor, flat[f"policy/{name}"]) for name, tensor in found.items())
 

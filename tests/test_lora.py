@@ -14,12 +14,14 @@ import torch
 
 import srpo.train
 from srpo.core.config.dpo import DpoConfig
+from srpo.core.config.export import ExportConfig
 from srpo.core.config.judge import JudgeConfig, JudgeGrpoConfig, MineConfig
 from srpo.core.config.train import LoraConfig, LossConfig, OptimizerConfig, PolicyConfig, RolloutConfig, SamplerConfig
 from srpo.core.digests import digest_of_model
 from srpo.data.pairs import read_pairs
 from srpo.data.tokenizer import load_tokenizer
 from srpo.dpo import dpo
+from srpo.export import export
 from srpo.policy.adapters import add_adapter, iter_merged_params
 from srpo.policy.model import load_policy, make_tiny
 from srpo.policy.scalar import load_scalar
@@ -52,6 +54,22 @@ def test_srpo_trains_an_adapter(world: Any, tmp_path: Path) -> None:
     assert all(abs(line["rollout/mismatch_kl"]) < 1e-6 and line["rollout/mismatch_max"] < 1e-4 for line in (first, second))
     check_outputs(tmp_path / "run", world.policy)
     assert digest_of_model(world.policy) == before
+
+
+def test_the_best_adapter_is_kept_beside_the_last_and_any_step_is_exported(world: Any, tmp_path: Path) -> None:
+    best = {"eval_every": 1, "checkpoint_every": 1, "best": "eval/parse_rate", "eval_examples": 4, "keep_checkpoints": 9}
+    changes: dict[str, Any] = {"train": best, "data": {"eval": str(world.eval)}, "optimizer": {"lr": 1e-2}}
+    train(world.config(tmp_path / "run", num_steps=3, policy=LORA, **changes), small.ONE)
+    step = int(max(small.metrics_of(tmp_path / "run"), key=lambda line: (line["eval/parse_rate"], -line["step"]))["step"])
+    kept = small.parameters_of(tmp_path / "run" / "policy-best")
+    assert small.same_bits(kept, merged(world.policy, tmp_path / "run" / "adapter-best"))
+    check_outputs(tmp_path / "run", world.policy)
+    out = export(ExportConfig(run_dir=str(tmp_path / "run"), step=str(step), out=str(tmp_path / "out")))
+    assert small.same_bits(small.parameters_of(out), kept)
+    assert small.same_bits(kept, merged(world.policy, tmp_path / "out-adapter"))
+    rounded = export(ExportConfig(run_dir=str(tmp_path / "run"), step=str(step), out=str(tmp_path / "bf16"), dtype="bfloat16"))
+    once = {name: tensor.bfloat16().float() for name, tensor in kept.items()}  # merged in fp32, then rounded
+    assert small.same_bits(small.parameters_of(rounded), once)
 
 
 @pytest.mark.parametrize("inputs", ["logits", "hidden"])

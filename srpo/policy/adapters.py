@@ -123,6 +123,22 @@ def iter_merged_params(policy: nn.Module) -> Iterator[tuple[str, torch.Tensor]]:
         yield name, tensor
 
 
+@torch.no_grad()
+def merged_into(policy: nn.Module, plain: PreTrainedModel) -> PreTrainedModel:
+    """`plain`, the base of a policy with an adapter, with the merged weights."""
+    parameters = dict(plain.named_parameters())
+    for name, tensor in iter_merged_params(policy):
+        parameters[name].copy_(tensor)
+    return plain
+
+
+def adapter_folder(policy: str | Path) -> Path:
+    """Folder of the adapter that a policy's folder has merged: `adapter` beside `policy`, `adapter-best` beside `policy-best`."""
+    path = Path(policy)
+    name = path.name.replace("policy", "adapter", 1) if path.name.startswith("policy") else f"{path.name}-adapter"
+    return path.with_name(name)
+
+
 def save_adapter(policy: nn.Module, path: Path) -> None:
     """Write the adapter into the folder `path`, in peft's format. It appears when it is whole. Collective: rank 0 writes."""
     main = current_rank() == 0

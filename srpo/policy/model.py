@@ -19,7 +19,7 @@ from srpo.core.batch import IGNORE, Batch
 from srpo.core.config.demo import TinyConfig
 from srpo.core.errors import UserError
 from srpo.core.files import whole_folder, write_texts
-from srpo.policy.adapters import as_started, has_adapter, iter_merged_params, save_adapter
+from srpo.policy.adapters import adapter_folder, as_started, has_adapter, iter_merged_params, save_adapter
 from srpo.policy.attention import ATTENTION, registered_attention
 from srpo.policy.experts import registered_name
 from srpo.policy.folder import read_config, read_model
@@ -186,7 +186,7 @@ def save_policy(
     model: nn.Module, tokenizer: PreTrainedTokenizerBase, path: str | Path, files: Mapping[str, str] | None = None
 ) -> None:
     """Write a folder that `AutoModelForCausalLM` and `AutoTokenizer` load; sharded parameters are gathered, an adapter is merged
-    into the weights. The adapter itself goes into the folder `adapter` beside it, in peft's format.
+    into the weights. The adapter itself goes into `adapter_folder`, in peft's format.
 
     The folder appears, or replaces another one, when it is whole, with the digests of its files in COMPLETE. files: further ones,
     {name: text}.
@@ -194,7 +194,7 @@ def save_policy(
     """
     main = current_rank() == 0
     if has_adapter(model):
-        save_adapter(model, Path(path).with_name("adapter"))
+        save_adapter(model, adapter_folder(path))
     state = {name: tensor.cpu().clone() for name, tensor in iter_merged_params(model) if main}
     if main:
         with whole_folder(Path(path)) as folder:

@@ -16,7 +16,8 @@ from srpo.core.batch import Batch
 from srpo.core.config.train import LoraConfig, PolicyConfig
 from srpo.policy.adapters import add_adapter, iter_merged_params, save_adapter
 from srpo.policy.attention import ATTENTION
-from srpo.policy.checkpoint import latest_checkpoint, load_checkpoint, save_checkpoint
+from srpo.policy.checkpoint import load_checkpoint, save_checkpoint
+from srpo.policy.checkpoint_folders import latest_checkpoint
 from srpo.policy.loading import _parameters_on_meta
 from srpo.policy.model import Policy, Start
 from srpo.policy.parallel import Parallel

@@ -31,7 +31,7 @@ from srpo.data.teacher import teach
 from srpo.data.tokenizer import train_tokenizer
 from srpo.data.world import World
 from srpo.experiments.start import PHRASES, PROMPT, strip
-from srpo.policy.checkpoint import latest_checkpoint
+from srpo.policy.checkpoint_folders import latest_checkpoint
 from srpo.policy.model import load_policy, make_tiny
 from srpo.policy.parallel import Parallel
 from srpo.sft import sft

@@ -19,10 +19,16 @@ from srpo.training.changes import SUPERVISED, TRAIN, Changes, remarks
 
 # They decide what the run is; the others are in srpo/training/changes.py.
 _OPTIMIZER = ["betas", "weight_decay", "grad_clip", "warmup_steps", "schedule", "min_lr_frac"]
+_STEPS, _GRADES = ["preset", "form", "sources"], ["names", "good", "gains"]
+_CHAT, _LORA = ["template", "system", "options.enable_thinking"], ["rank", "alpha", "targets"]
 _FIXED = {
-    "": ["seed", "steps", "curriculum"],
+    "": ["seed", "curriculum"],
+    "steps": _STEPS,
+    "grades": _GRADES,
     "data": ["prompt", "adversarial_frac"],
     "policy": ["dtype", "bos"],
+    "policy.chat": _CHAT,
+    "policy.lora": _LORA,
     "rollout": [
         "engine",
         "num_prompts",
@@ -45,6 +51,7 @@ _FIXED = {
         "judge_model",
         "judge_api",
         "judge_error_rate",
+        *(f"judge_chat.{name}" for name in _CHAT),
         "scalar",
         "missing_verdict",
         "audit_warmup",
@@ -73,7 +80,9 @@ _FIXED = {
 }
 FIXED = [f"{section}.{name}".lstrip(".") for section, names in _FIXED.items() for name in names]
 FIXED_SFT = ["seed", "prompt", "batch_size", "policy.dtype", "policy.bos", *(f"optimizer.{name}" for name in _OPTIMIZER)]
-FIXED_DPO = [*FIXED_SFT, "steps", "beta", "label_smoothing"]
+FIXED_SFT += [*(f"policy.chat.{name}" for name in _CHAT), *(f"policy.lora.{name}" for name in _LORA)]
+FIXED_DPO = [*FIXED_SFT, "beta", "label_smoothing"]
+FIXED_DPO += [*(f"steps.{name}" for name in _STEPS), *(f"grades.{name}" for name in _GRADES)]
 FIXED_DPO += [f"rules.{name}" for name in ("prefer", "margin", "per_example", "balance", "seed")]
 PROGRAMS = [(Config, TRAIN, FIXED), (SftConfig, SUPERVISED, FIXED_SFT), (DpoConfig, SUPERVISED, FIXED_DPO)]
 
