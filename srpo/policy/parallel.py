@@ -21,6 +21,7 @@ from torch.distributed.tensor import DTensor
 from transformers import PreTrainedModel
 
 from srpo.core.errors import UserError
+from srpo.policy.bf16_copies import compute_in_bf16
 
 X = TypeVar("X")
 Module = TypeVar("Module", bound=nn.Module)
@@ -45,12 +46,19 @@ class Parallel:
         """The policy on this process's device, its parameters sharded over all ranks (FSDP2), one unit per decoder layer.
 
         Master weights keep their dtype; with `bfloat16` forward and backward run in bf16 and gradients are reduced in fp32.
-        In a run of one process in fp32 the policy is not wrapped. In a larger run all shards come from rank 0's weights, and the
-        policies of the other ranks may be on the meta device (`srpo.policy.loading`): such a rank holds its shards and at most
-        one whole parameter at a time. Collective.
+        In a run of one process in fp32 the policy is not wrapped, and in bf16 on a CPU it is not sharded (`bf16_copies`). In a
+        larger run all shards come from rank 0's weights, and the policies of the other ranks may be on the meta device
+        (`srpo.policy.loading`): such a rank holds its shards and at most one whole parameter at a time. Collective.
         """
-        if self.world_size == 1 and dtype == "float32":
-            return policy.to(self.device)
+        if self.world_size > 1 or (dtype != "float32" and self.device.type != "cpu"):
+            return self.fully_shard(policy, dtype)
+        policy = policy.to(self.device)
+        if dtype == "bfloat16":
+            compute_in_bf16(policy, decoder_layers(policy))
+        return policy
+
+    def fully_shard(self, policy: Module, dtype: str) -> Module:
+        """`shard` by FSDP2, whatever the number of processes."""
         if not dist.is_initialized():  # mixed precision needs FSDP, even for one process
             dist.init_process_group(_backend(self.device), store=dist.HashStore(), rank=0, world_size=1)
         full_params = {name: p.detach() for name, p in policy.named_parameters()} if self.is_main and self.world_size > 1 else {}

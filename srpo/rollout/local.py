@@ -14,6 +14,7 @@ from torch.distributed.tensor import DTensor
 
 from srpo.core.errors import UserError
 from srpo.policy.adapters import has_adapter, iter_merged_params
+from srpo.policy.bf16_copies import has_bf16_copies
 from srpo.policy.decode import Decoder, KeyValues
 from srpo.policy.model import unwrap
 from srpo.policy.probe import check_family
@@ -43,7 +44,7 @@ class LocalEngine:
         max_context: int = 0,
         max_rows: int = 256,
     ) -> None:
-        if any(isinstance(param, DTensor) for param in model.parameters()):
+        if has_bf16_copies(model) or any(isinstance(param, DTensor) for param in model.parameters()):
             raise UserError(
                 "the local engine cannot copy a sharded model: create it before the policy is sharded, then call sync_weights"
             )

@@ -183,14 +183,15 @@ def test_sync_copies_every_parameter():
     assert engine.generate(prompts, params, seed=0) == LocalEngine(policy).generate(prompts, params, seed=0) != before
 
 
-def test_sync_from_a_sharded_policy():
+@pytest.mark.parametrize("fsdp", [True, False])
+def test_sync_from_a_sharded_policy(fsdp: bool):
     parallel = Parallel(rank=0, world_size=1, local_rank=0, device=torch.device("cpu"))
     engine = LocalEngine(tiny())
     policy = Policy(tiny(seed=12, attn_implementation="srpo_varlen"))
     whole = {name: param.detach().clone() for name, param in iter_full_params(policy)}
     try:
-        policy = parallel.shard(policy, dtype="bfloat16")  # wrapped by FSDP2 also in one process
-        assert any(isinstance(param, DTensor) for param in policy.parameters())
+        policy = (parallel.fully_shard if fsdp else parallel.shard)(policy, dtype="bfloat16")
+        assert any(isinstance(param, DTensor) for param in policy.parameters()) == fsdp
         engine.sync_weights(policy, version=1)
         with pytest.raises(ValueError, match="before the policy is sharded"):
             LocalEngine(policy)
