@@ -57,6 +57,15 @@ def test_bfloat16_keeps_fp32_gradients_near_those_of_fp32(two_ranks: Path, one_b
     assert 1e-4 < (together - want).norm() / want.norm() < 0.15
 
 
+def test_bfloat16_of_one_process_is_that_of_two_ranks(two_ranks: Path, tmp_path: Path) -> None:
+    """One process has no FSDP2 (`srpo.policy.bf16_copies`). Micro-batches are the same, so only sums in fp32 round otherwise."""
+    two, _ = torch.load(two_ranks / "tensors.pt")["updates"]["bfloat16"]
+    one, _ = lab.gradients(lab.batches(7, 23), lab.one_process(), tmp_path / "dump.pt", dtype="bfloat16")
+    assert one.keys() == two.keys() and all(grad.dtype == torch.float32 for grad in one.values())
+    ours, theirs = (torch.cat([grads[name].flatten() for name in sorted(one)]) for grads in (one, two))
+    assert (ours - theirs).norm() < 1e-6 * theirs.norm()
+
+
 def test_sharded_policy_is_saved_whole(two_ranks: Path) -> None:
     parameters = torch.load(two_ranks / "tensors.pt")["parameters"]
     loaded = AutoModelForCausalLM.from_pretrained(two_ranks / "hf")
