@@ -7,6 +7,7 @@ import math
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from functools import cached_property
 from typing import Any
 
 from srpo.core.errors import UserError
@@ -68,8 +69,21 @@ class Grades:
 
     def index(self, name: str | None) -> int | None:
         """Index, from 0, of a grade by its name, in any case and spacing; None for any other text."""
-        folded = None if name is None else fold(name).strip(" .")
-        return next((i for i, known in enumerate(self.names) if fold(known) == folded), None)
+        return None if name is None else self._indices.get(fold(name).strip(" ."))
+
+    @cached_property
+    def _indices(self) -> dict[str, int]:
+        return {fold(name): i for i, name in enumerate(self.names)}
+
+    @cached_property
+    def _spellings(self) -> dict[str, str]:
+        """The grade of each spelling that `read` knows, by `_key`."""
+        known: dict[str, str] = {}
+        if not any(map(_is_number, (*self.names, *self.labels))):
+            known |= {str(number): name for number, name in enumerate(self.names, 1)}
+            if len(self.names) == 4 and not self.labels:
+                known |= {_key(letter): self.names[number - 1] for letter, number in _ESCI.items()}
+        return known | {_key(label): name for label, name in self.labels.items()} | {_key(name): name for name in self.names}
 
     def read(self, value: Any) -> str | None:
         """The grade that a value of the data means, None for any other value: its name, a spelling of `labels`, else its class
@@ -80,16 +94,10 @@ class Grades:
         text = spelled(value)
         if text is None:
             return None
-        meant = {_key(label): name for label, name in self.labels.items()} | {_key(name): name for name in self.names}
-        if name := meant.get(_key(text)):
-            return name
+        if named := self._spellings.get(_key(text)):
+            return named
         index = self.index(text)
-        if index is None and not any(map(_is_number, (*self.names, *self.labels))):
-            number = re.fullmatch(r"[1-9]\d?", text)
-            index = int(number[0]) - 1 if number else None
-            if len(self.names) == 4 and index is None and not self.labels:
-                index = _ESCI.get(text.upper(), 0) - 1
-        return self.names[index] if index is not None and 0 <= index < len(self.names) else None
+        return None if index is None else self.names[index]
 
     def expected(self, shown: Any) -> str:
         """The end of a message on a value that `read` does not know: the grades, and the nearest spelling."""
@@ -116,7 +124,7 @@ def spelled(value: Any) -> str | None:
         return None if not math.isfinite(value) else str(int(value)) if value == int(value) else str(value)
     if isinstance(value, (int, str)):
         text = str(value).strip()
-        return re.sub(r"(?<=\d)\.0+$", "", text) or None
+        return re.sub(r"(?<=\d)\.0+$", "", text) if text.endswith("0") else text or None
     return None
 
 

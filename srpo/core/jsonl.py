@@ -24,6 +24,14 @@ def json_lines(path: str | Path, want: str, *, finite: bool = True) -> Iterator[
     for a gzip file that is not whole.
     """
     path = Path(path)
+    for number, line in numbered_lines(path):
+        if line.strip():
+            where = f"{path}, line {number}"
+            yield where, json_object(line, where, want, finite=finite)
+
+
+def numbered_lines(path: Path) -> Iterator[tuple[int, bytes]]:
+    """(number from 1, line) of each line of a file, which may be gzipped (.gz). UserError for a gzip file that is not whole."""
     with ExitStack() as stack:
         lines: Any = stack.enter_context(path.open("rb"))
         if path.name.endswith(".gz"):
@@ -31,9 +39,7 @@ def json_lines(path: str | Path, want: str, *, finite: bool = True) -> Iterator[
         number = 0
         try:
             for number, line in enumerate(lines, 1):
-                if line.strip():
-                    where = f"{path}, line {number}"
-                    yield where, json_object(line, where, want, finite=finite)
+                yield number, line
         except (EOFError, gzip.BadGzipFile, zlib.error) as error:
             raise UserError(
                 f"{path}, after line {number}: not a complete gzip file ({error}): write or fetch it again"

@@ -6,7 +6,7 @@ Both are read into dicts that `srpo.data.rows` validates and turns into examples
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable, Iterator
+from collections.abc import Collection, Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -106,7 +106,7 @@ def official_rows(path: Path, options: EsciOptions) -> Iterator[tuple[str, dict[
             )
 
 
-def is_dump_row(row: dict[str, Any]) -> bool:
+def is_dump_row(row: Collection[str]) -> bool:
     """Whether a row comes from the joined dump (`query_id, query, product_id, title, ..., label`), not from our schema."""
     return "product_id" in row and "example_id" not in row
 
@@ -118,7 +118,10 @@ def from_dump(row: dict[str, Any], where: str) -> dict[str, Any]:
         if row.get(name) is None:
             raise UserError(f"{where}: {name!r} is missing: a row of the ESCI dump has {', '.join(_DUMP_REQUIRED)}")
     if unknown := row.keys() - {*_DUMP_REQUIRED, *_DUMP_FIELDS, "grade", "query_source"}:
-        raise UserError(f"{where}: the ESCI dump has no column {min(unknown)!r}: remove it, or use the schema of docs/data.md")
+        raise UserError(
+            f"{where}: the ESCI dump has no column {min(unknown)!r}: remove it; for another table with a product_id use the "
+            "setting columns (docs/data.md)"
+        )
     grade, label = row.get("grade"), str(row["label"])
     if grade is not None and type(grade) not in (int, float):
         raise UserError(f"{where}: grade is {json.dumps(grade, default=str)[:80]}: write 3, 2, 1 or 0, as the ESCI dump does")

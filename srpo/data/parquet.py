@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -16,18 +17,26 @@ from srpo.core.errors import UserError
 _UNREADABLE = (pa.ArrowException, KeyError, ValueError, OverflowError)
 
 
-def parquet_rows(file: Path) -> Iterator[tuple[str, dict[str, Any]]]:
-    """("file, row N", row) of each row. Parquet has every column in every row: a null is left out, as if the row had no such key.
+def column_names(file: Path) -> list[str]:
+    """The names of the columns of a file. UserError as in `parquet_rows`."""
+    with _readable(file) as parquet:
+        return parquet.schema_arrow.names
+
+
+def parquet_rows(file: Path, columns: Sequence[str] = ()) -> Iterator[tuple[str, dict[str, Any]]]:
+    """("file, row N", row) of each row, of the named columns or all. Parquet has every column in every row: a null is left out,
+    as if the row had no such key.
 
     UserError for a file that is not readable, a column or a field of one that is there twice, and a bad value, such as NaN.
     """
     first = 1
-    for batch in record_batches(file, 1024):
+    for batch in record_batches(file, 1024, columns):
         numbers = range(first, first + batch.num_rows)
+        may_be_nan = [field.name for field in batch.schema if field.type not in (pa.string(), pa.large_string(), pa.int64())]
         for number, row in zip(numbers, plain_rows(batch, file, numbers), strict=True):
             where = f"{file}, row {number}"
-            for name, value in row.items():
-                _refuse_nan(value, name, where)
+            for name in may_be_nan:
+                _refuse_nan(row[name], name, where)
             yield where, {name: value for name, value in row.items() if value is not None}
         first += batch.num_rows
 
@@ -43,14 +52,21 @@ def _refuse_nan(value: object, name: str, where: str) -> None:
 def record_batches(file: Path, size: int, columns: Sequence[str] = ()) -> Iterator[pa.RecordBatch]:
     """Record batches of at most `size` rows of the named columns, of all by default. UserError as in `parquet_rows`, and for a
     file that lacks a column."""
+    with _readable(file) as parquet:
+        names = parquet.schema_arrow.names
+        if missing := [name for name in columns if name not in names]:
+            raise UserError(f"{file} has no column {missing[0]!r}: it needs {', '.join(columns)}")
+        # With threads and without a small buffer a row group of a million rows is held as a whole
+        yield from parquet.iter_batches(batch_size=size, columns=list(columns) or None, use_threads=False)
+
+
+@contextmanager
+def _readable(file: Path) -> Iterator[pq.ParquetFile]:
     try:
-        with pq.ParquetFile(file) as parquet:
-            names = parquet.schema_arrow.names
+        with pq.ParquetFile(file, buffer_size=1 << 16, pre_buffer=False) as parquet:
             if twice := _twice(parquet.schema_arrow):
                 raise UserError(f"{file} has the column {twice!r} twice: keep one of them")
-            if missing := [name for name in columns if name not in names]:
-                raise UserError(f"{file} has no column {missing[0]!r}: it needs {', '.join(columns)}")
-            yield from parquet.iter_batches(batch_size=size, columns=list(columns) or None)
+            yield parquet
     except (pa.ArrowException, OSError, UnicodeDecodeError) as error:
         raise UserError(f"{file}: not a readable Parquet file ({_line(error)}): write or fetch it again") from error
 

@@ -1,4 +1,4 @@
-"""Files of judged pairs: read as a stream of `Example`, written, and split by query. The schema is in docs/data.md.
+"""Files of judged pairs: read as a stream of `Example`, and written. The schema and the formats are in docs/data.md.
 
 Reading is strict: a row that violates the schema raises UserError with its file, its line and the fix, because silently dropping
 a grade or ignoring a column costs more than a run that does not start.
@@ -9,7 +9,7 @@ from __future__ import annotations
 import gzip
 import hashlib
 import json
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import ExitStack
 from itertools import islice
 from pathlib import Path
@@ -23,40 +23,70 @@ from srpo.core.errors import UserError
 from srpo.core.files import whole_file
 from srpo.core.jsonl import json_lines
 from srpo.core.steps import StepSchema
-from srpo.data import esci
+from srpo.data import delimited, esci, wands
+from srpo.data.columns import Columns
 from srpo.data.examples import Example
-from srpo.data.parquet import parquet_rows
-from srpo.data.rows import REQUIRED, example_from_row, row_from_example
+from srpo.data.parquet import column_names, parquet_rows
+from srpo.data.rows import example_from_row, row_from_example
+from srpo.data.splits import QuerySplit, split_by_query
 
-SUFFIXES = (".jsonl", ".jsonl.gz", ".parquet")
+SUFFIXES = (".jsonl", ".jsonl.gz", ".parquet")  # of the files that are written
+_READ = (*delimited.SUFFIXES, *SUFFIXES)
+_TEXTS = pa.map_(pa.string(), pa.string())
 _PARQUET_SCHEMA = pa.schema(
     [
-        *((name, pa.string()) for name in REQUIRED),
-        ("fields", pa.map_(pa.string(), pa.string())),
+        *((name, pa.string()) for name in ("example_id", "query_id", "query", "title")),
+        ("fields", _TEXTS),
         ("gold", pa.list_(pa.string())),
         ("truth", pa.list_(pa.string())),
-        ("tags", pa.map_(pa.string(), pa.string())),
+        ("tags", _TEXTS),
     ]
 )
 _ROWS_PER_GROUP = 4096
-_WANT = f"one JSON object per line, with {', '.join(REQUIRED)}"
+_WANT = "one JSON object per line, with query and title"
+_SPLIT_SEED = 0  # of data.eval_frac: no setting, so that every run holds out the same queries
+_Rows = Iterator[tuple[str, dict[str, Any]]]
 
 
-def read_examples(path: str | Path, schema: StepSchema, *, check_duplicates: bool = True) -> Iterator[Example]:
-    """Stream the examples of a file, a folder of shards (in the order of their names) or an ESCI release, in stored order.
+def read_examples(
+    path: str | Path,
+    schema: StepSchema,
+    *,
+    columns: Mapping[str, str] | None = None,
+    eval_frac: float = 0.0,
+    held_out: bool = False,
+    check_duplicates: bool = True,
+) -> Iterator[Example]:
+    """Stream the examples of a file, a folder of shards (in the order of their names), an ESCI release or WANDS, in stored order.
 
-    `schema` has the steps that `gold` and `truth` have entries of, with the possible answers, and the grades.
+    `schema` has the steps that `gold` and `truth` have entries of, with the possible answers, and the grades. `columns` maps keys
+    of the schema to columns of the files (`srpo.data.columns`). `eval_frac` above 0 leaves out the queries that data.eval_frac
+    holds out, or with `held_out` all others; the path is then read twice.
     Memory does not grow with the data, except for an 8-byte hash of each example_id to detect duplicates (about 70 MB per
-    million; none with `check_duplicates=False`), and for the products of an official ESCI release.
+    million; none with `check_duplicates=False`), and for the products of ESCI and WANDS.
     Raises UserError at once for a path with nothing to read; while streaming, for the first bad row, a duplicate example_id, or
     a path without examples.
     """
-    return _examples(_rows(path), str(path), schema, check_duplicates)
+    known = Columns(columns or {}, schema)
+    stream = _examples(_rows(path, schema, known), path, schema, known, check_duplicates)
+    if not eval_frac:
+        return stream
+    split = QuerySplit(read_examples(path, schema, columns=columns, check_duplicates=False), eval_frac, _SPLIT_SEED)
+    return (example for example in stream if split.holds_out(example) == held_out)
 
 
-def load_examples(path: str | Path, schema: StepSchema, limit: int = 0) -> list[Example]:
+def load_examples(
+    path: str | Path, schema: StepSchema, limit: int = 0, columns: Mapping[str, str] | None = None
+) -> list[Example]:
     """All examples of a path, or the first `limit`, as a list. Other arguments and errors as in `read_examples`."""
-    return list(islice(read_examples(path, schema), limit or None))
+    return list(islice(read_examples(path, schema, columns=columns), limit or None))
+
+
+def load_parts(
+    path: str | Path, schema: StepSchema, eval_frac: float, columns: Mapping[str, str] | None = None
+) -> tuple[list[Example], list[Example]]:
+    """(examples to train on, held-out examples) of a path, as `read_examples` streams them."""
+    return split_by_query(read_examples(path, schema, columns=columns), eval_frac, _SPLIT_SEED)
 
 
 def write_examples(path: str | Path, examples: Iterable[Example]) -> int:
@@ -65,7 +95,7 @@ def write_examples(path: str | Path, examples: Iterable[Example]) -> int:
     The same examples give the same bytes. UserError for another suffix or if there are no examples.
     """
     path = Path(path)
-    suffix = _suffix(path)
+    suffix = _suffix(path, SUFFIXES)
     if not suffix:
         raise UserError(f"cannot write {path}: the name has to end in {', '.join(SUFFIXES)}")
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -78,89 +108,75 @@ def write_examples(path: str | Path, examples: Iterable[Example]) -> int:
     return num_written
 
 
-def split_by_query(examples: Iterable[Example], eval_frac: float, seed: int) -> tuple[list[Example], list[Example]]:
-    """(train, eval): about `eval_frac` of the queries are held out, and no query occurs in both parts.
-
-    A hash of (seed, query text) decides, so adding data moves no old query. Pairs that share a query_id or a query text (up to
-    case and spaces) are always in the same part, in any order of the examples. Both parts keep that order. UserError if a part
-    would be empty.
-    """
-    examples = list(examples)
-    if not 0.0 < eval_frac < 1.0:
-        raise ValueError(f"eval_frac is {eval_frac}: give a fraction between 0 and 1")
-    parent: dict[tuple[str, str], tuple[str, str]] = {}  # union-find over ("1", query text) and ("2", query_id)
-
-    def find(node: tuple[str, str]) -> tuple[str, str]:
-        while (above := parent.setdefault(node, node)) != node:
-            parent[node] = parent[above]
-            node = parent[node]
-        return node
-
-    for example in examples:
-        # the smaller node becomes the root: always a query text, and the same one for any order of the examples
-        low, high = sorted((find(("1", _normalized(example.query))), find(("2", example.query_id))))
-        parent[high] = low
-    held_out = {
-        root: int.from_bytes(_digest(f"{seed}|{root[1]}"), "big") < eval_frac * 2**64
-        for root in {find(("2", example.query_id)) for example in examples}
-    }
-    train, evaluation = [], []
-    for example in examples:
-        (evaluation if held_out[find(("2", example.query_id))] else train).append(example)
-    if not train or not evaluation:
-        raise UserError(
-            f"eval_frac {eval_frac} with seed {seed} puts {len(train)} examples in train and {len(evaluation)} in eval "
-            f"({len(held_out)} queries): give more queries, another eval_frac or another seed"
-        )
-    return train, evaluation
+def _suffix(path: Path, known: tuple[str, ...] = _READ) -> str:
+    return next((suffix for suffix in known if path.name.endswith(suffix)), "")
 
 
-def _normalized(query: str) -> str:
-    return " ".join(query.casefold().split())
-
-
-def _digest(text: str) -> bytes:
-    return hashlib.blake2b(text.encode(), digest_size=8).digest()
-
-
-def _suffix(path: Path) -> str:
-    return next((suffix for suffix in SUFFIXES if path.name.endswith(suffix)), "")
-
-
-def _examples(
-    rows: Iterator[tuple[str, dict[str, Any]]], path: str, schema: StepSchema, check_duplicates: bool
-) -> Iterator[Example]:
+def _examples(rows: _Rows, path: str | Path, schema: StepSchema, columns: Columns, check_duplicates: bool) -> Iterator[Example]:
     seen: set[int] = set()
-    example = None
+    first: bool | None = None  # whether the first row has an example_id
     for where, row in rows:
         example = example_from_row(row, where, schema)
+        has_id = "example_id" in row
+        if first is None:
+            first = has_id
+        elif has_id != first:
+            verb = "has" if has_id else "lacks"
+            raise UserError(f"{where}: this row {verb} an example_id, unlike the rows before it: give all rows one, or none")
         if check_duplicates:
-            key = int.from_bytes(_digest(example.example_id), "big")
+            key = int.from_bytes(hashlib.blake2b(example.example_id.encode(), digest_size=8).digest(), "big")
             if key in seen:
-                raise UserError(f"{where}: example_id {example.example_id!r} occurs a second time: give every pair its own")
+                raise UserError(_second_time(path, schema, columns, example, where, has_id))
             seen.add(key)
         yield example
-    if example is None:
+    if first is None:
         raise UserError(f"{path} has no examples: give a file that is not empty, or options after the path that match some rows")
+    columns.check_seen(str(path))
 
 
-def _rows(path: str | Path) -> Iterator[tuple[str, dict[str, Any]]]:
+def _second_time(path: str | Path, schema: StepSchema, columns: Columns, example: Example, where: str, has_id: bool) -> str:
+    """The message for an example_id that an earlier row has: it is searched for from the start, so that no rows are held."""
+    again = ((first, example_from_row(row, first, schema)) for first, row in _rows(path, schema, columns))
+    first, earlier = next(both for both in again if both[1].example_id == example.example_id)
+    if has_id:
+        return f"{where}: example_id {example.example_id!r} occurs a second time, after {first}: give every pair its own"
+    pair = f"{where}: the same query and item as in {first}"
+    if earlier.grade != example.grade:
+        return f"{pair}, with the grade {example.grade or 'none'} instead of {earlier.grade or 'none'}: keep one of the rows"
+    if (earlier.gold, earlier.truth, earlier.tags) != (example.gold, example.truth, example.tags):
+        return f"{pair}, with other labels or tags: keep one of the rows"
+    return f"{pair}: remove one of the rows, or tell the items apart by item_id or a further field (docs/data.md)"
+
+
+def _rows(path: str | Path, schema: StepSchema, columns: Columns) -> _Rows:
     """("file, line N", row of the schema) of each row of a path. UserError at once if there is nothing to read."""
     path, esci_options = _split_options(path)
     if not path.exists():
         raise UserError(f"no such file or folder: {path}: check data.train and data.eval")
+    released = "an official ESCI release" if esci.is_official(path) else "WANDS" if wands.is_wands(path) else ""
+    if released and columns.mapping:
+        raise UserError(f"{path} is {released}, whose columns are known: remove the setting columns")
     if esci.is_official(path):
         return esci.official_rows(path, esci_options or esci.EsciOptions())
     if esci_options is not None:
         raise UserError(f"{path} is not an official ESCI release: remove ?locale=, version= and split= from the path")
+    if released:
+        return wands.wands_rows(path, schema.grades)
     files = (
         sorted(p for p in path.iterdir() if _suffix(p) and p.is_file() and not p.name.startswith("."))
         if path.is_dir()
         else [path]
     )
+    if path.suffix.lower() in (".xlsx", ".xls", ".ods"):
+        raise UserError(f"{path} is a spreadsheet: save it as CSV UTF-8")
     if not files or not _suffix(files[0]):
-        raise UserError(f"nothing to read in {path}: expected {', '.join(SUFFIXES)} or an official ESCI release (docs/data.md)")
-    return (row for file in files for row in _file_rows(file))
+        raise UserError(
+            f"nothing to read in {path}: expected {', '.join(_READ)}, an official ESCI release or WANDS (docs/data.md)"
+        )
+    tables = [file for file in files if _suffix(file, delimited.SUFFIXES)]
+    if others := [file for file in files if file not in tables] if tables else []:
+        raise UserError(f"{path} has {tables[0].name} and {others[0].name}: keep files of one kind in a folder of shards")
+    return (row for file in files for row in _file_rows(file, columns))
 
 
 def _split_options(path: str | Path) -> tuple[Path, esci.EsciOptions | None]:
@@ -180,10 +196,23 @@ def _split_options(path: str | Path) -> tuple[Path, esci.EsciOptions | None]:
     return Path(bare), esci.EsciOptions(**chosen)
 
 
-def _file_rows(file: Path) -> Iterator[tuple[str, dict[str, Any]]]:
-    raw = parquet_rows(file) if _suffix(file) == ".parquet" else json_lines(file, _WANT)
-    for where, row in raw:
-        yield where, esci.from_dump(row, where) if esci.is_dump_row(row) else row
+def _file_rows(file: Path, columns: Columns) -> _Rows:
+    if _suffix(file, delimited.SUFFIXES):
+        table = delimited.Table(file)
+        columns.table(table.names, table.where)
+        return ((where, columns.row(row, where)) for where, row in table.rows())
+    if _suffix(file) != ".parquet":
+        return (_from_object(row, where, columns) for where, row in json_lines(file, _WANT))
+    names = column_names(file)
+    if not columns.mapping and esci.is_dump_row(names):
+        return ((where, esci.from_dump(row, where)) for where, row in parquet_rows(file))
+    return ((where, columns.row(row, where)) for where, row in parquet_rows(file, columns.table(names, str(file))))
+
+
+def _from_object(row: dict[str, Any], where: str, columns: Columns) -> tuple[str, dict[str, Any]]:
+    if not columns.mapping and esci.is_dump_row(row):
+        return where, esci.from_dump(row, where)
+    return where, columns.row(row, where)
 
 
 def _write_jsonl(path: Path, examples: Iterable[Example], compress: bool) -> int:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import difflib
+import hashlib
 import json
 from typing import Any
 
@@ -10,10 +10,8 @@ from srpo.core.errors import UserError
 from srpo.core.grades import Grades
 from srpo.core.steps import StepSchema
 from srpo.core.text import fold
+from srpo.data.columns import KEYS, NEEDED, unknown_key
 from srpo.data.examples import Example
-
-REQUIRED = ("example_id", "query_id", "query", "title")
-_KEYS = (*REQUIRED, "fields", "gold", "truth", "tags", "grade", "label")
 
 
 def example_from_row(row: dict[str, Any], where: str, schema: StepSchema) -> Example:
@@ -23,16 +21,15 @@ def example_from_row(row: dict[str, Any], where: str, schema: StepSchema) -> Exa
     with options take their spelling, any other label is an error. A row with `grade` or `label`, in any spelling that
     `schema.grades` reads, gets the tag "grade"; a tag "grade" of the row itself is spelled as the grade that it names. UserError
     for a missing or unknown key, a wrong type, a wrong number of steps, a value that names no grade, or a grade, label, gold
-    verdict and tag that disagree.
+    verdict and tag that disagree. Missing ids are made from the row's contents: the same row has the same ids in any file and
+    at any place in it.
     """
-    for key in REQUIRED:
+    for key in NEEDED:
         if key not in row:
-            raise UserError(f"{where}: {key!r} is missing: a row needs {', '.join(REQUIRED)} (docs/data.md)")
+            raise UserError(f"{where}: {key!r} is missing: a row needs {' and '.join(NEEDED)} (docs/data.md)")
     for key in row:
-        if key not in _KEYS:
-            near = difflib.get_close_matches(key, _KEYS, n=1)
-            fix = f"did you mean {near[0]!r}?" if near else "product fields go into 'fields', strata into 'tags'"
-            raise UserError(f"{where}: unknown key {key!r}: {fix}")
+        if key not in KEYS:
+            raise UserError(f"{where}: {unknown_key(key)}")
     gold = _answers(row, "gold", where, schema)
     tags = _strings(row, "tags", where)
     verdict = _verdict(row, where, schema.grades)
@@ -44,12 +41,14 @@ def example_from_row(row: dict[str, Any], where: str, schema: StepSchema) -> Exa
         tags["grade"] = _grade_tag(tag, gold[-1], schema.grades, where)
     elif verdict is not None:
         tags["grade"] = verdict
+    query, title, fields = _text(row, "query", where), _text(row, "title", where), _strings(row, "fields", where)
+    query_id = _identifier(row, "query_id", where) if "query_id" in row else _made_id(fold(query))
     return Example(
-        example_id=_identifier(row, "example_id", where),
-        query_id=_identifier(row, "query_id", where),
-        query=_text(row, "query", where),
-        title=_text(row, "title", where),
-        fields=_strings(row, "fields", where),
+        example_id=_example_id(row, where, query_id, query, title, fields),
+        query_id=query_id,
+        query=query,
+        title=title,
+        fields=fields,
         gold=gold,
         truth=_answers(row, "truth", where, schema),
         tags=tags,
@@ -61,6 +60,22 @@ def row_from_example(example: Example) -> dict[str, Any]:
     row = {name: list(value) if isinstance(value, tuple) else value for name, value in vars(example).items()}
     del row["attack"]  # no part of the data
     return row
+
+
+def _example_id(row: dict[str, Any], where: str, query_id: str, query: str, title: str, fields: dict[str, str]) -> str:
+    """The row's own id; else QUERYID-ITEMID with an item_id; else a hash of query, title and fields."""
+    if "example_id" in row:
+        if "item_id" in row:
+            raise UserError(f"{where}: example_id and item_id are both given: keep one, because item_id makes an example_id")
+        return _identifier(row, "example_id", where)
+    if "item_id" in row:
+        return f"{query_id}-{_identifier(row, 'item_id', where)}"
+    return _made_id(json.dumps([query_id, fold(query), title, *sorted(fields.items())]))
+
+
+def _made_id(text: str) -> str:
+    """The same id for the same text, everywhere."""
+    return hashlib.blake2b(text.encode(errors="surrogatepass"), digest_size=8).hexdigest()
 
 
 def _shown(value: object) -> str:
@@ -130,6 +145,8 @@ def _verdict(row: dict[str, Any], where: str, grades: Grades) -> str | None:
     for key in ("grade", "label"):
         if (value := row.get(key)) is not None:
             grade = grades.read(value)
+            if grade is None and isinstance(value, str) and not value.strip():
+                raise UserError(f"{where}: {key!r} is empty: give the pair a grade, or remove the row")
             if grade is None:
                 raise UserError(f"{where}: {key!r} is {_shown(value)}: {grades.expected(value)}")
             named[key] = grade
