@@ -65,9 +65,10 @@ def main(config: CompareConfig) -> None:
     examples: list[Example] = []
     results: dict[str, Any] = {"names": {"a": config.name_a, "b": config.name_b}}
     tables: list[str] = []
-    schema = run_settings(source, config.config, say=bool(config.data)).schema
+    run = run_settings(source, config.config, say=bool(config.data))
+    schema = run.schema
     if config.data:
-        examples = load_examples(config.data, schema)
+        examples = load_examples(config.data, schema, columns=config.columns or run.data.columns)
         if config.a:
             check_tags((example.tags for example in examples), config.by)
             true_grades(examples, schema.grades)

@@ -73,7 +73,8 @@ def load_preferences(cfg: DpoConfig, tokenizer: Any) -> tuple[list[Preference], 
         return pairs, {"num_pairs": len(pairs)} | special
     labels = None
     if cfg.data:
-        labels = {e.example_id: e.gold[-1] if e.gold else None for e in load_examples(cfg.data, cfg.schema)}
+        examples = load_examples(cfg.data, cfg.schema, columns=cfg.columns)
+        labels = {e.example_id: e.gold[-1] if e.gold else None for e in examples}
     rollouts = [rollout for _, rollout in read_rollouts(Path(cfg.rollouts))]
     if not rollouts:
         raise UserError(f"{cfg.rollouts} has no rollouts: set train.log_rollouts in the run that writes it")
@@ -101,6 +102,8 @@ def _check_settings(cfg: DpoConfig) -> None:
     if cfg.pairs and (cfg.data or cfg.rules.balance):
         key, off = ("data", '""') if cfg.data else ("rules.balance", "false")
         raise UserError(f"{key} is set, but only applies to pairs that are made from rollouts: set {key} to {off}")
+    if cfg.columns and not cfg.data:
+        raise UserError("columns is set, but data is not, whose columns they are: set data, or leave columns out")
 
 
 def _check_pairs(cfg: DpoConfig, pairs: Sequence[Preference], max_context: int, vocab_size: int) -> None:

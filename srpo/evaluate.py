@@ -31,7 +31,7 @@ from srpo.core.run_lock import hold
 from srpo.core.steps import StepSchema
 from srpo.data.examples import Example
 from srpo.data.prompts import PromptForm
-from srpo.data.readers import load_examples
+from srpo.data.readers import load_examples, load_parts
 from srpo.data.tokenizer import encode_prompts, load_tokenizer
 from srpo.policy.checkpoint_folders import checkpoints, step_of
 from srpo.policy.folder import check_stored
@@ -68,12 +68,17 @@ def evaluate(config: EvaluateConfig, parallel: Parallel) -> None:
         check_is_model(source)
     run = run_settings(source, config.config, say=parallel.is_main)
     schema = run.schema
-    data = config.data or run.data.eval
+    data, columns = config.data or run.data.eval, config.columns or run.data.columns
+    held_out = run.data.eval_frac if not data else 0.0  # of the run's data.train
+    data = data or (run.data.train if held_out else "")
     if not data:
         raise UserError("no data: give graded examples with --data FILE")
     # Load every example for predictions: one for an unknown id is an error, one for an example beyond --limit is not.
     limit = 0 if config.predictions else config.limit
-    examples = load_examples(data, schema, limit)
+    if held_out:
+        examples = load_parts(data, schema, held_out, columns)[1][: limit or None]
+    else:
+        examples = load_examples(data, schema, limit, columns)
     check_tags((example.tags for example in examples), config.by)
     true_grades(examples[: config.limit or None], schema.grades)
     out = Path(config.out) if config.out else source.resolve().parent / "evaluation"

@@ -272,7 +272,8 @@ def sample_shard(
 def choose(cfg: SelectConfig) -> dict[str, Any]:
     """Select from the records, write examples and `selection.json`, and print a table. Returns the contents of `selection.json`.
 
-    The examples get a tag `solve_rate`, by which stages of a curriculum can filter them.
+    The examples get a tag `solve_rate`, by which stages of a curriculum can filter them. Those that data.eval_frac holds out are
+    written, too, beside the records: training on the selected file can evaluate on them.
     """
     folder, out = records_dir(cfg), out_dir(cfg)
     scores = collect_scores(_records(folder), cfg.select.balance, cfg.seed)
@@ -281,6 +282,8 @@ def choose(cfg: SelectConfig) -> dict[str, Any]:
     path = out / f"selected.{cfg.format}"
     rows = zip(_examples(cfg), selection.keep.tolist(), rates(scores, cfg.select).tolist(), strict=True)
     write_examples(path, (_with_rate(example, rate) for example, keep, rate in rows if keep))
+    if cfg.data.eval_frac:
+        write_examples(folder / f"held_out.{cfg.format}", _examples(cfg, held_out=True))  # not beside the selected examples
     report = report_of(scores, selection, cfg.select, _records(folder), str(path))
     write_whole(out / "selection.json", report_json(report))
     print(report_text(report), flush=True)
@@ -320,8 +323,11 @@ def _claim(folder: Path, settings: Any, name: str, is_main: bool, inputs: Inputs
         raise UserError(str(error).replace("give another run_dir", f"give another {name}")) from error
 
 
-def _examples(cfg: SelectConfig, check_duplicates: bool = False) -> Iterator[Example]:
-    return read_examples(cfg.data.train, cfg.schema, check_duplicates=check_duplicates)
+def _examples(cfg: SelectConfig, check_duplicates: bool = False, held_out: bool = False) -> Iterator[Example]:
+    """Examples to choose from, data.train without the part that data.eval_frac holds out; or that part."""
+    data = cfg.data
+    options = {"columns": data.columns, "eval_frac": data.eval_frac, "held_out": held_out}
+    return read_examples(data.train, cfg.schema, check_duplicates=check_duplicates, **options)
 
 
 def _records(folder: Path) -> Iterator[Record]:

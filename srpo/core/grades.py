@@ -94,7 +94,7 @@ class Grades:
         text = spelled(value)
         if text is None:
             return None
-        if named := self._spellings.get(_key(text)):
+        if named := self._spellings.get(fold(text)):
             return named
         index = self.index(text)
         return None if index is None else self.names[index]

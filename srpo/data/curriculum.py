@@ -96,8 +96,8 @@ def _check_metric(stage: StageConfig, cfg: Config, where: str) -> None:
         near = difflib.get_close_matches(stage.metric, known, n=1)
         hint = f"; the nearest is {near[0]!r}" if near else ""
         raise UserError(f"{where}: the run logs no metric {stage.metric!r} at its steps{hint}: take one of docs/metrics.md")
-    if stage.metric.startswith("eval/") and not (cfg.data.eval and cfg.train.eval_every):
-        raise UserError(f"{where} waits for {stage.metric}: set data.eval and train.eval_every")
+    if stage.metric.startswith("eval/") and not ((cfg.data.eval or cfg.data.eval_frac) and cfg.train.eval_every):
+        raise UserError(f"{where} waits for {stage.metric}: set data.eval and train.eval_every, or data.eval_frac for data.eval")
 
 
 def _known_metrics(cfg: Config) -> list[str]:

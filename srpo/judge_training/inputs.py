@@ -112,7 +112,7 @@ def prepare(cfg: JudgeConfig, parallel: Parallel) -> Work:
             )
     if cfg.verified:
         read_queue(cfg.verified, schema)
-    examples = {e.example_id: e for e in load_examples(cfg.data, schema)}
+    examples = {e.example_id: e for e in load_examples(cfg.data, schema, columns=cfg.columns)}
     if cfg.judgments:
         judgments = list(read_judgments(cfg.judgments, schema.num_steps))
     else:

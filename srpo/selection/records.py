@@ -44,6 +44,8 @@ class RecordSettings:
     seed: int
     shard_examples: int
     data: str
+    columns: dict[str, str]
+    eval_frac: float
     prompt: str
     guidelines: str
     chat: ChatConfig
@@ -74,6 +76,8 @@ class RecordSettings:
             seed=cfg.seed,
             shard_examples=shard_examples,
             data=cfg.data.train,
+            columns=cfg.data.columns,
+            eval_frac=cfg.data.eval_frac,
             prompt=cfg.data.prompt,
             guidelines=read_guidelines(cfg.data.guidelines, "data.guidelines"),
             chat=cfg.policy.chat,

@@ -58,8 +58,23 @@ def check_settings(cfg: Config, world_size: int = 1) -> None:
         )
     if not cfg.data.train and not (cfg.curriculum and all(stage.data for stage in cfg.curriculum)):
         raise UserError("data.train is not set: name a file of judged pairs (docs/data.md)")
+    if cfg.data.eval_frac:
+        _check_held_out(cfg)
     check_judge(cfg)
     check_best(cfg)
+
+
+def _check_held_out(cfg: Config) -> None:
+    frac = f"data.eval_frac is {cfg.data.eval_frac}"
+    if cfg.data.eval:
+        raise UserError(
+            f"{frac} and data.eval {cfg.data.eval!r}: set one of them, for pairs held out of data.train or a file of them"
+        )
+    if named := [stage.name for stage in cfg.curriculum if stage.data]:
+        raise UserError(
+            f"{frac}, but curriculum stage {named[0]!r} has data of its own, which may hold the same queries: put held-out pairs "
+            "into a file, data.eval"
+        )
 
 
 def check_device(policy: PolicyConfig, parallel: Parallel) -> None:

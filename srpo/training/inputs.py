@@ -40,8 +40,8 @@ def run_inputs(cfg: Config, stages: Sequence[Stage], eval_examples: Sequence[Exa
     for stage in stages:
         name = f"the data of curriculum stage {stage.name!r}" if stage.name else "the training data"
         data[name] = (stage.ends.data or cfg.data.train, digest_of(stage.examples))
-    if cfg.data.eval:
-        data["the evaluation data"] = (cfg.data.eval, digest_of(eval_examples))
+    if cfg.data.eval or cfg.data.eval_frac:
+        data["the evaluation data"] = (cfg.data.eval or cfg.data.train, digest_of(eval_examples))
     for setting, path in (("data.guidelines", cfg.data.guidelines), ("reward.judge_guidelines", cfg.reward.judge_guidelines)):
         if path:
             data[f"the text of {setting}"] = (path, digest_of([read_guidelines(path, setting)]))

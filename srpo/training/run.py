@@ -21,7 +21,7 @@ from srpo.data.checkpoint_tokens import check_rows
 from srpo.data.curriculum import Curriculum, all_examples, load_stages
 from srpo.data.examples import Example
 from srpo.data.prompts import PromptForm
-from srpo.data.readers import load_examples
+from srpo.data.readers import load_examples, load_parts
 from srpo.data.tokenizer import encode_prompts, load_tokenizer
 from srpo.policy.adapters import add_adapter
 from srpo.policy.checkpoint import load_checkpoint, load_parameters, save_checkpoint
@@ -95,16 +95,21 @@ class Run:
         """
         check_settings(cfg, parallel.world_size)
         check_device(cfg.policy, parallel)
-        schema, form = cfg.schema, PromptForm.of(cfg.data, cfg.schema)
+        schema, form, limit = cfg.schema, PromptForm.of(cfg.data, cfg.schema), cfg.train.eval_examples
+        held_out: list[Example] = []
 
         def read(path: str) -> list[Example]:
-            examples = load_examples(path, schema)
+            if cfg.data.eval_frac:
+                examples, held_out[:] = load_parts(path, schema, cfg.data.eval_frac, cfg.data.columns)
+            else:
+                examples = load_examples(path, schema, columns=cfg.data.columns)
             return with_attacks(examples, cfg.data.adversarial_frac, cfg.seed, schema)
 
         stages = load_stages(cfg, read)
         examples = all_examples(stages)
-        limit = cfg.train.eval_examples
-        eval_examples = load_examples(cfg.data.eval, schema, limit) if cfg.data.eval else []
+        if cfg.data.eval:
+            held_out = load_examples(cfg.data.eval, schema, limit, cfg.data.columns)
+        eval_examples = held_out[: limit or None]
         tokenizer = load_tokenizer(cfg.policy.path, cfg.policy.bos, cfg.policy.chat)
         for other in (cfg.policy.reference, cfg.critic.path):
             if other:

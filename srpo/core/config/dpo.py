@@ -7,6 +7,7 @@ from typing import Annotated, Literal
 
 from srpo.core.config.train import OptimizerConfig, PolicyConfig
 from srpo.core.grades import Grades
+from srpo.core.mappings import Texts
 from srpo.core.ranges import Count, NonNegative, Positive, Range, Seed, Size
 from srpo.core.step_presets import StepsConfig
 from srpo.core.steps import StepSchema
@@ -35,6 +36,7 @@ class DpoConfig:
     rollouts: str = ""  # instead of pairs: a rollouts.jsonl that was sampled with the same tokenizer
     # With rollouts: graded examples, whose labels decide which verdict is right; empty: the rewards in the rollouts decide
     data: str = ""
+    columns: Texts = field(default_factory=dict)  # columns of the files of data, by the key that each fills, as data.columns
     rules: PairRules = field(default_factory=PairRules)
     steps: StepsConfig = field(default_factory=StepsConfig)
     grades: Grades = field(default_factory=Grades)

@@ -9,6 +9,7 @@ from tyro.conf import Positional
 
 from srpo.core.config.train import VllmConfig
 from srpo.core.errors import UserError
+from srpo.core.mappings import Texts
 from srpo.core.ranges import Count, Fraction, NonNegative, OpenFraction, Seed, Size
 
 
@@ -29,7 +30,9 @@ class EvaluateConfig:
     rollouts: str = ""  # instead of a checkpoint: a rollouts.jsonl to score
     # Instead of a checkpoint: JSON Lines of example_id, prediction (a grade or null) and, optionally, answers [J]
     predictions: str = ""
-    data: str = ""  # graded examples (docs/data.md); empty: data.eval of the run's settings
+    data: str = ""  # graded examples (docs/data.md); empty: data.eval, or the part held out by data.eval_frac, of the run
+    # Columns of the files of data, by the key that each fills; empty: data.columns of the run's settings
+    columns: Texts = field(default_factory=dict)
     # TOML file with steps, grades, data.prompt and rollout.max_new_tokens; empty: config.toml of the checkpoint's run
     config: str = ""
     out: str = ""  # folder for the results; empty: `evaluation` next to the checkpoint or file
@@ -69,6 +72,8 @@ class CompareConfig:
     a: str = ""  # the baseline: a rollouts.jsonl, predictions (JSON Lines), or the folder of an evaluation
     b: str = ""  # the system under test, in the same formats
     data: str = ""  # graded examples (docs/data.md); each needs exactly one response of each system
+    # Columns of the files of data, by the key that each fills; empty: data.columns of the run's settings
+    columns: Texts = field(default_factory=dict)
     name_a: str = "A"  # name of the baseline in tables and in pages.file
     name_b: str = "B"  # name of the system under test in tables and in pages.file
     config: str = ""  # TOML file with steps and grades; empty: config.toml of the run that b lies in

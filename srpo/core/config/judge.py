@@ -8,6 +8,7 @@ from typing import Annotated, Literal
 from srpo.core.config.sft import SftConfig
 from srpo.core.config.train import LossConfig, OptimizerConfig, RolloutConfig, SamplerConfig, TrainConfig
 from srpo.core.grades import Grades
+from srpo.core.mappings import Texts
 from srpo.core.ranges import LARGEST_INT, Count, Finite, Fraction, Range, Size
 from srpo.core.step_presets import StepsConfig
 from srpo.core.steps import StepSchema
@@ -48,6 +49,7 @@ class JudgeConfig:
     kind: Literal["generative", "scalar"] = "generative"  # a judge that writes verdicts, or a probability per step (Appendix A)
     stage: Literal["all", "sft", "mine", "grpo"] = "all"  # stage to run; all: every stage whose result does not exist yet
     data: str = ""  # examples that the judgments refer to
+    columns: Texts = field(default_factory=dict)  # columns of the files of data, by the key that each fills, as data.columns
     judgments: str = ""  # JSON Lines of human judgments (docs/programs/train_judge.md)
     # Instead of judgments: a rollouts.jsonl that a simulated annotator judges; its examples need `truth`, as the world's have
     rollouts: str = ""

@@ -12,6 +12,7 @@ from typing import Annotated, Literal
 
 from srpo.core.config.chat import ChatConfig
 from srpo.core.grades import Grades
+from srpo.core.mappings import Texts
 from srpo.core.ranges import (
     BelowOne,
     Count,
@@ -32,7 +33,7 @@ from srpo.core.steps import StepSchema
 
 @dataclass(frozen=True)
 class DataConfig:
-    train: str = ""  # training examples: JSON Lines, Parquet, a folder of them, or the official ESCI release (docs/data.md)
+    train: str = ""  # training examples: CSV, TSV, JSON Lines, Parquet, a folder of one, ESCI or WANDS (docs/data.md)
     eval: str = ""  # held-out examples in the same formats; empty: no evaluation during training
     # Template of the prompt. Replaced are {query}, {item} (title and all fields, one per line), {title}, the name of any field,
     # {instructions} (they name the steps and the grades) and {guidelines}
@@ -40,6 +41,10 @@ class DataConfig:
     guidelines: str = ""  # text file with the annotation guidelines, for {guidelines}; without it they follow the instructions
     # Share of the training pairs whose title ends, in the policy's prompt, in a fake verdict or a fake response of the best grade
     adversarial_frac: Fraction = 0.0
+    # Columns of the files, by the key that each fills: query=q title=name label=judgement fields.brand=Brand. fields=* shows the
+    # model all further columns, ignore=* leaves them out; a column named like a key needs no entry
+    columns: Texts = field(default_factory=dict)
+    eval_frac: BelowOne = 0.0  # share of the queries of train that is held out as eval, the same in every run; 0: none
 
 
 @dataclass(frozen=True)
