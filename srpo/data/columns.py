@@ -37,6 +37,10 @@ class Columns:
             raise UserError(f"columns has {self._rest[0]}=* and {self._rest[1]}=*: keep one of them")
         self._keys = {key: column for key, column in self.mapping.items() if key not in self._rest}
         for key, column in self._keys.items():
+            if key == "ignore":
+                raise UserError(
+                    f"columns has ignore={column}: write ignore=*, which leaves out all columns that no other key names"
+                )
             if not self._is_key(key):
                 raise UserError(self._unknown_key(key))
             if column == ALL or not column:
@@ -57,7 +61,7 @@ class Columns:
                     f"columns are {', '.join(names)[:200]})"
                 )
         plan = self._plan(tuple(names), where)
-        return list(names) if plan is None else [column.name for column in plan]
+        return list(names) if plan is None else list(dict.fromkeys(column.name for column in plan))
 
     def row(self, row: dict[str, Any], where: str) -> dict[str, Any]:
         """A row of a file as a row of the schema; an empty text is no entry of fields, tags, gold and truth.

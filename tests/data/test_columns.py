@@ -115,6 +115,14 @@ def test_further_columns_are_fields_or_left_out_as_the_setting_says(tmp_path: Pa
     assert hidden.fields == {"maker": "Acme"}
 
 
+@pytest.mark.parametrize("suffix", FORMATS)
+def test_a_column_may_fill_two_keys(tmp_path: Path, suffix: str) -> None:
+    path = write_table(tmp_path / f"pairs.{suffix}", ("q", "title", "brand"), [["shoes", "Runner", "Acme"]])
+    columns = {"query": "q", "fields.brand": "brand", "tags.brand": "brand", "truth.query_intent": "q"}
+    (example,) = load_examples(path, PAPER, columns=columns)
+    assert (example.fields, example.tags, example.truth[0]) == ({"brand": "Acme"}, {"brand": "Acme"}, "shoes")
+
+
 def test_numbers_of_typed_formats_are_the_texts_that_csv_has(tmp_path: Path) -> None:
     rows = [
         {"query": "q", "title": "t", "size": 7, "price": 9.5, "stock": 12.0, "new": True, "rating": None, "points": 2},
@@ -215,6 +223,7 @@ def test_real_pairs_as_a_table_of_any_names(tmp_path: Path) -> None:
         ({"gold.verdit": "q"}, r"no step is named 'verdit': the nearest is 'verdict'"),
         ({"truth.brand": "q"}, r"no step is named 'brand': the steps are query_intent"),
         ({"fields.": "q"}, r"columns has the key 'fields\.'"),
+        ({"ignore": "label"}, r"columns has ignore=label: write ignore=\*"),
         ({"title": "*"}, r"columns has title=\*: name a column of the file"),
         ({"title": ""}, r"columns has title=: name a column"),
         ({"fields": "*", "ignore": "*"}, r"columns has fields=\* and ignore=\*: keep one"),
