@@ -171,7 +171,7 @@ def test_the_demo_on_judged_pairs(tmp_path: Path) -> None:
     ("change", "message"),
     [
         (lambda row: row.pop("title") and None, "line 3: 'title' is missing"),
-        (lambda row: {**row, "gold": None}, "a silver response needs five steps and a verdict"),
+        (lambda row: {**row, "gold": None}, "a silver response needs one of L1, L2, L3, L4"),
         (lambda row: {**row, "gold": None, "query_id": "held out", "query": "held out"}, "has no grade"),
     ],
 )

@@ -1,8 +1,8 @@
-"""Silver five-step responses for real data, which has only grades: the SFT warm start learns the response format from them.
+"""Silver responses for real data, which has only grades: demonstrations for the SFT warm start, with their evidence written out.
 
-Silver is weak. Steps 1 and 2 come from the words of the query and of the product fields, matched against the brands and colors
-seen in the data. Steps 3 and 4 are the row of the rule table (`srpo.data.world.GRADE_TABLE`) that leads to the human grade and is
-nearest to the lexical evidence. The chain therefore always agrees with its verdict, and may contradict the words.
+Steps 1 to 4 are read off the words of the pair and never chosen from the grade: the brand, color, material and audience that
+query and item name, the place of each word of the query in the listing, and how many are found. The verdict is the human grade.
+So a model learns to look evidence up and to weigh it. If words mislead, steps and verdict do not fit together.
 
 Paper: 5.1.4 takes its SFT data from the chains of a large model; silver responses need no such model.
 """
@@ -11,13 +11,14 @@ from __future__ import annotations
 
 import re
 from collections import Counter
-from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, field
+from collections.abc import Iterable
+from dataclasses import dataclass
+from functools import lru_cache
 
 from srpo.core.errors import UserError
+from srpo.core.steps import StepSchema
 from srpo.data.examples import Example
-from srpo.data.teacher import format_response
-from srpo.data.world import GRADE_TABLE, Constraint, Facts, attribute_relation, check
+from srpo.data.world import Constraint, Facts, attribute_relation, check
 
 _MATERIALS = frozenset(
     [
@@ -56,7 +57,6 @@ _AUDIENCES = {  # word -> audience
     **dict.fromkeys(("men", "mens", "men's", "man", "mans"), "men"),
     **dict.fromkeys(("kids", "kid", "children", "boys", "girls", "boy", "girl", "toddler", "baby"), "kids"),
 }
-BEST = "L4"
 _NEGATIONS = frozenset(("without", "not", "no", "non"))
 _STOP = frozenset(
     ["a", "an", "and", "by", "for", "from", "in", "is", "of", "on", "or", "set", "that", "the", "to", "w", "with", "your"]
@@ -64,65 +64,117 @@ _STOP = frozenset(
 _MAX_QUERY_WORDS, _MAX_TITLE_WORDS, _MAX_LEAF_WORDS = 10, 5, 4
 _MAX_WORD_CHARS = 24
 _MAX_CONSTRAINTS = 3
-_SPREAD = (
-    {"match": 0, "related": 1, "mismatch": 2},
-    {"match": 0, "unclear": 1, "conflict": 2},
-)  # positions of the answers of S3 and of S4; their difference is the distance between two answers
-_PREFERENCE = ("unclear", "match", "conflict")  # order of S4 answers among equally near rows of the table
+_MAX_ASKED = 6
+_KNOWN = {  # steps before the verdict, and their answers; empty: free text
+    "query_intent": (),
+    "item": (),
+    "category_match": ("match", "related", "mismatch"),
+    "attribute_match": ("match", "unclear", "conflict"),
+}
 
 
 @dataclass(frozen=True)
 class Lexicon:
-    """Brands, colors, and the category of each query, as found in the data."""
+    """Brands and colors, as found in the data."""
 
     brands: frozenset[str] = frozenset()  # lower case, words joined by one space
     colors: frozenset[str] = frozenset()  # single lower-case words
-    categories: Mapping[str, str] = field(default_factory=dict)  # query_id -> most common leaf category of its L4 items
 
     @staticmethod
     def from_examples(examples: Iterable[Example]) -> Lexicon:
-        """The lexicon of a training set, in one pass. Pass no held-out examples: `categories` reads their grades.
+        """The lexicon of a training set, in one pass. It reads no grades.
 
         A color is a word of at least three letters that occurs in at least three color fields and in at most twice as many
         titles ("black" is one, "leather" from "black leather" is not). A brand occurs in at least two brand fields and in at
         most five times as many titles ("blue" is not one).
         """
         in_title, in_color, brands = Counter[str](), Counter[str](), Counter[str]()
-        leaves: dict[str, Counter[str]] = {}
         for example in examples:
             in_title.update(set(_words(example.title)))
             in_color.update(set(_words(example.fields.get("color", ""))))
             brands[" ".join(_words(example.fields.get("brand", "")))] += 1
-            if example.grade == BEST and (leaf := _leaf(example)):
-                leaves.setdefault(example.query_id, Counter())[leaf] += 1
         colors = frozenset(w for w, n in in_color.items() if n >= 3 and len(w) >= 3 and w.isalpha() and 2 * n >= in_title[w])
         return Lexicon(
             brands=frozenset(b for b, n in brands.items() if b and n >= 2 and 5 * n >= in_title[b] and b not in colors),
             colors=colors,
-            categories={query_id: min(c, key=lambda leaf: (-c[leaf], leaf)) for query_id, c in leaves.items()},
         )
 
 
-def silver_response(example: Example, lexicon: Lexicon) -> str:
-    """The silver response to a graded pair, in the format that `PAPER_STEPS` parses: a pure function of its arguments.
+def silver_response(example: Example, lexicon: Lexicon, schema: StepSchema) -> str:
+    """The silver response to a graded pair, as `schema` writes it: a pure function of its arguments.
 
-    About 30 words, rarely more than 45, in lower case except for the verdict. UserError if the pair has no grade or not five
-    steps.
+    The last step is the grade. About 30 words, rarely more than 45, in lower case except for names of steps and grade. UserError
+    for a pair without a grade, and for a schema with steps or answers of its own.
     """
-    grade = example.gold[-1] if example.gold else None
-    if grade is None or len(example.gold) != 5 or grade not in GRADE_TABLE.values():
+    _check(schema)
+    if example.grade not in schema.grades.names:
         raise UserError(
-            f"{example.example_id} has gold {example.gold}: a silver response needs five steps and a verdict L1 to L4"
+            f"{example.example_id} has the grade {example.grade}: a silver response needs one of {', '.join(schema.grades.names)}"
         )
-    query, core = _read_query(example.query, lexicon)
+    answers = _read(example, lexicon)
+    return schema.write([*(" -> ".join(filter(None, answers[name])) for name in schema.names[:-1]), example.grade])
+
+
+def silver_gold(example: Example, lexicon: Lexicon, schema: StepSchema) -> tuple[str | None, ...]:
+    """`example.gold` [J] with the readings of its silver response as labels of the category and attribute match.
+
+    They are silver: what the words say, not what a person has judged. A label that the pair has stays. With them a reward for
+    reading the evidence is possible. UserError as in `silver_response`, but the pair needs no grade.
+    """
+    _check(schema)
+    answers = _read(example, lexicon)
+    silver = [answers[name][1] or None for name in schema.names[:-1]]
+    gold = example.gold or (None,) * schema.num_steps
+    return tuple(own or label for own, label in zip(gold, [*silver, None], strict=True))
+
+
+@lru_cache(maxsize=8)
+def _check(schema: StepSchema) -> None:
+    """Raise UserError for a schema that has other steps than silver responses, or that cannot read them."""
+    own = "write demonstrations of your own, as prompt and response, for srpo.sft"
+    written, expected = [], []
+    for spec in schema.specs[:-1]:
+        options = _KNOWN.get(spec.name)
+        if options is None:
+            raise UserError(f"silver responses have the steps {', '.join(_KNOWN)} and not {spec.name!r}: {own}")
+        if options != spec.options:
+            raise UserError(f"silver responses answer step {spec.name!r} with {', '.join(options) or 'free text'}: {own}")
+        written.append(f"red title; 1 of 1 -> {options[-1]}" if options else "shoe; color red")
+        expected.append(options[-1] if options else written[-1])
+    worst = schema.grades.names[0]
+    read = schema.parse_text(schema.write([*written, worst])).answers
+    wrong = [
+        (got is not None, name) for name, got, want in zip(schema.names, read, [*expected, worst], strict=True) if got != want
+    ]
+    if wrong:  # the text of a step that is not found is part of the step before it
+        raise UserError(f"step {min(wrong)[1]!r} has a header or an answer that silver responses do not have: {own}")
+
+
+def _read(example: Example, lexicon: Lexicon) -> dict[str, tuple[str, str]]:
+    """The answer of each step before the verdict as (evidence, label); without a label for free text."""
+    query, asked = _read_query(example.query, lexicon)
     item = _read_item(example, query, lexicon)
     checks = [check(constraint, item) for constraint in query.constraints]
-    category, relation = _chain(grade, _category_evidence(example, core, lexicon), checks)
-    details = [f"{c.kind} {outcome}" for c, outcome in zip(query.constraints, checks, strict=True) if _fits(outcome, relation)]
-    needed = {"match": "ok", "unclear": "unknown", "conflict": "conflict"}[relation]
-    if not any(detail.endswith(needed) for detail in details):
-        details.append(f"details {needed}")
-    return format_response(str(query), str(item), category, f"{', '.join(details)} -> {relation}", grade)
+    details = ", ".join(f"{c.kind} {outcome}" for c, outcome in zip(query.constraints, checks, strict=True))
+    return {
+        "query_intent": (str(query), ""),
+        "item": (str(item), ""),
+        "category_match": _found(asked, example),
+        "attribute_match": (details or "nothing asked", attribute_relation(checks)),
+    }
+
+
+def _found(asked: list[str], example: Example) -> tuple[str, str]:
+    """S3: the place of each word in the listing, the number found, and match (all), related (some) or mismatch (none)."""
+    title = {_stem(word) for word in _words(example.title)}
+    fields = {_stem(word) for value in example.fields.values() for word in _words(value)}
+    places = ["title" if _stem(word) in title else "fields" if _stem(word) in fields else "no" for word in asked]
+    if not asked:
+        return "nothing asked", "match"
+    num_found = len(asked) - places.count("no")
+    shown = ", ".join(f"{word} {place}" for word, place in zip(asked, places, strict=True))
+    label = "match" if num_found == len(asked) else "related" if num_found else "mismatch"
+    return f"{shown}; {num_found} of {len(asked)}", label
 
 
 def _words(text: str) -> list[str]:
@@ -151,12 +203,13 @@ def _brand_span(words: list[str], lexicon: Lexicon) -> tuple[int, int]:
 
 
 def _read_query(text: str, lexicon: Lexicon) -> tuple[Facts, list[str]]:
-    """(S1: category and constraints of the query, words of the query that name the category)."""
+    """(S1: category and constraints of the query, its content words without what it excludes)."""
     words = _words(text)[:_MAX_QUERY_WORDS]
     start, end = _brand_span(words, lexicon)
     constraints = [Constraint("brand", " ".join(words[start:end]))] if end else []
     rest = words[:start] + words[end:]
     core: list[str] = []
+    excluded: set[str] = set(_NEGATIONS)
     negated = False
     for i, word in enumerate(rest):
         if word in _NEGATIONS and i + 1 < len(rest):
@@ -165,9 +218,11 @@ def _read_query(text: str, lexicon: Lexicon) -> tuple[Facts, list[str]]:
             continue
         elif word in lexicon.colors:
             constraints.append(Constraint("color", word, negated))
+            excluded |= {word} if negated else set()
             negated = False
         elif negated:
             constraints.append(Constraint("feature", word, negated=True))
+            excluded.add(word)
             negated = False
         elif word in _MATERIALS:
             constraints.append(Constraint("material", word))
@@ -178,7 +233,8 @@ def _read_query(text: str, lexicon: Lexicon) -> tuple[Facts, list[str]]:
     constraints = list(dict.fromkeys(constraints))[:_MAX_CONSTRAINTS]
     content = [word for word in core if word not in _STOP]
     category = " ".join(content) if constraints and content else f"looking for {' '.join(words)}"
-    return Facts(category, tuple(constraints)), content
+    asked = {_stem(word): word for word in words if word not in _STOP and word not in excluded}
+    return Facts(category, tuple(constraints)), list(asked.values())[:_MAX_ASKED]
 
 
 def _read_item(example: Example, query: Facts, lexicon: Lexicon) -> Facts:
@@ -215,35 +271,3 @@ def _as_in_query(shown: Constraint, query: Facts) -> Constraint:
         if constraint.kind == shown.kind == "brand" and f" {constraint.value} " in f" {shown.value} ":
             return constraint
     return shown
-
-
-def _category_evidence(example: Example, core: list[str], lexicon: Lexicon) -> str:
-    """S3 from lexical evidence.
-
-    match: the item has the most common leaf category of the query's L4 items, or at least half of the `core` words of the query;
-    related: at least one of them; mismatch: none.
-    """
-    leaf = _leaf(example)
-    if leaf and lexicon.categories.get(example.query_id) == leaf:
-        return "match"
-    known = {_stem(word) for word in _words(f"{example.title} {example.fields.get('category', '')}")}
-    num_found = sum(_stem(word) in known for word in core)
-    return "match" if core and 2 * num_found >= len(core) else "related" if num_found else "mismatch"
-
-
-def _chain(grade: str, category: str, checks: list[str]) -> tuple[str, str]:
-    """(S3, S4): the row of the rule table with this grade that is nearest to the evidence. Without checks S4 has no evidence."""
-    relation = attribute_relation(checks) if checks else None
-
-    def distance(row: tuple[str, str]) -> tuple[int, int]:
-        off = abs(_SPREAD[0][row[0]] - _SPREAD[0][category])
-        if relation is not None:
-            off += abs(_SPREAD[1][row[1]] - _SPREAD[1][relation])
-        return off, _PREFERENCE.index(row[1])
-
-    return min((row for row, result in GRADE_TABLE.items() if result == grade), key=distance)
-
-
-def _fits(outcome: str, relation: str) -> bool:
-    """Whether the outcome of one check is consistent with the chosen S4 answer."""
-    return outcome == "ok" or (outcome == "unknown" and relation != "match") or (outcome == "conflict" and relation == "conflict")

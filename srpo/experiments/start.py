@@ -69,7 +69,7 @@ def make_data(cfg: DemoConfig, out: Path) -> None:
         lexicon = Lexicon.from_examples(train_pairs)
         write_examples(out / "train.jsonl", train_pairs)
         write_examples(out / "eval.jsonl", eval_pairs)
-        pairs, num_pairs, teacher = iter(train_pairs), len(train_pairs), partial(silver_response, lexicon=lexicon)
+        pairs, num_pairs, teacher = iter(train_pairs), len(train_pairs), partial(silver_response, lexicon=lexicon, schema=PAPER)
     else:
         world = World(cfg.seed)
         write_examples(out / "train.jsonl", world.examples("train", cfg.num_train, start=cfg.num_demonstrations))
