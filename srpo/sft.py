@@ -18,15 +18,16 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from srpo_kernels import LossOptions
+from srpo_kernels import LossOptions, step_of_row
 
-from srpo.algorithm.losses import sft_weights
+from srpo.algorithm.losses import last_step_factors, sft_weights
 from srpo.core.batch import Batch, Rollout, pack
 from srpo.core.digests import digest_of_data
 from srpo.core.progress import Progress
 from srpo.core.run_lock import locks_run_dir
+from srpo.core.steps import parse_response
 from srpo.data.chat import end_id
-from srpo.data.checkpoint_tokens import without_end
+from srpo.data.checkpoint_tokens import stop_ids, without_end
 from srpo.data.encoding import num_with_controls
 from srpo.data.pairs import read_pairs
 from srpo.data.prompts import wrapped
@@ -43,15 +44,20 @@ from srpo.training.supervised import batch_indices, fit
 Pair = tuple[tuple[int, ...], tuple[int, ...]]  # token ids of a prompt and of its response, end of text included
 
 
-def pack_pairs(pairs: Sequence[Pair], parallel: Parallel, max_tokens: int) -> list[Batch]:
-    """This rank's share of a step's pairs as micro-batches. The weights add up to 1 over all ranks.
+def pack_pairs(
+    pairs: Sequence[Pair], parallel: Parallel, max_tokens: int, num_last: Sequence[int] = (), verdict_weight: float = 1.0
+) -> list[Batch]:
+    """This rank's share of a step's pairs as micro-batches. The weights times the step advantages add up to 1 over all ranks.
 
-    A demonstration is packed as a `Rollout` with a single reasoning step.
+    A demonstration is packed as a `Rollout` with a single reasoning step of advantage 1; with `num_last`, the tokens of each
+    response's last step, as one with two steps, whose advantages are `last_step_factors`.
     """
-    weights = sft_weights([len(response) for _, response in pairs])
+    lengths = [len(response) for _, response in pairs]
+    factors = last_step_factors(lengths, num_last, verdict_weight) if num_last else torch.ones(len(pairs), 1)
     indices = range(parallel.rank, len(pairs), parallel.world_size)
-    rollouts = [Rollout.from_tokens(*pairs[i]) for i in indices]
-    return pack(rollouts, torch.zeros(len(rollouts), 1), weights[list(indices)], max_tokens)
+    ends = [(lengths[i] - num_last[i], lengths[i]) if num_last else None for i in indices]
+    rollouts = [Rollout.from_tokens(*pairs[i], step_ends) for i, step_ends in zip(indices, ends, strict=True)]
+    return pack(rollouts, factors[list(indices)], sft_weights(lengths)[list(indices)], max_tokens)
 
 
 def tokenized_pairs(cfg: SftConfig, tokenizer: Any, max_context: int, show: bool) -> list[Pair]:
@@ -78,6 +84,24 @@ def tokenized_pairs(cfg: SftConfig, tokenizer: Any, max_context: int, show: bool
     return pairs
 
 
+def verdict_lengths(cfg: SftConfig, tokenizer: Any, pairs: Sequence[Pair], show: bool) -> list[int]:
+    """Number of tokens of each response's last step, the end of text included; 0 for a response that lacks the answer of a step.
+
+    Empty if `verdict_weight` is 1: the steps are then not looked for.
+    """
+    if cfg.verdict_weight == 1:
+        return []
+    schema, stops, lengths = cfg.schema, stop_ids(tokenizer), []
+    for _, response in pairs:
+        parsed = parse_response(schema, tokenizer, response, stops)
+        start = (0, *parsed.step_ends)[-2]
+        lengths.append(0 if None in parsed.answers else len(response) - start)
+    if show and (num := lengths.count(0)):
+        missing = f"lack the answer of a step ({', '.join(schema.names)})"
+        print(f"{num:,} of {len(pairs):,} responses of {cfg.data} {missing}: all of their tokens weigh the same")
+    return lengths
+
+
 def _check_settings(cfg: SftConfig) -> None:
     check_ranges(cfg)
     if not cfg.data:
@@ -85,20 +109,22 @@ def _check_settings(cfg: SftConfig) -> None:
 
 
 def sft_loss(outputs: Logits | Hidden, rows: Batch) -> torch.Tensor:
-    """-sum of weight * logprob over the rows of `Batch.rows()`; differentiable with respect to the model's outputs.
+    """-sum of weight * step advantage * logprob over the rows of `Batch.rows()`; differentiable with respect to the outputs.
 
-    Its gradient is that of the policy loss at ratio 1 and advantage 1, so the loss kernel computes it in one pass over the
-    logits, which it may overwrite.
+    Its gradient is that of the policy loss at ratio 1, so the loss kernel computes it in one pass over the logits, which it may
+    overwrite.
     """
     out = outputs.loss(
         rows.labels,
-        torch.ones_like(rows.step_advantages),
+        rows.step_advantages,
         rows.step_ends,
         rows.cu_seqlens,
         rows.weights,
         options=LossOptions(clip_eps_low=0.0, clip_eps_high=0.0, kl_coef=0.0, kl_estimator="k3", temperature=1.0),
     )
-    return out.loss + (-(rows.weights * out.logprobs).sum() - out.loss).detach()
+    index = torch.arange(len(rows.labels), device=rows.labels.device)
+    weights = rows.weights * rows.step_advantages[step_of_row(rows.cu_seqlens, rows.step_ends, index)]
+    return out.loss + (-(weights * out.logprobs).sum() - out.loss).detach()
 
 
 @locks_run_dir
@@ -115,14 +141,16 @@ def sft(cfg: SftConfig, parallel: Parallel) -> Path:
     check_head(model, cfg.inputs)
     policy = Policy(add_adapter(model, cfg.policy, cfg.seed), activation_checkpointing=cfg.policy.activation_checkpointing)
     pairs = tokenized_pairs(cfg, tokenizer, policy.max_context, parallel.is_main)
+    num_last = verdict_lengths(cfg, tokenizer, pairs, parallel.is_main)
     policy = parallel.shard(policy, dtype=cfg.policy.dtype)
     inputs = parallel.on_main(
         lambda: model_inputs(starting_policy(cfg.policy)) | {"the training data": (cfg.data, digest_of_data(cfg.data))}
     )
 
     def batches_of(step: int) -> list[Batch]:
-        chosen = [pairs[i] for i in batch_indices(len(pairs), cfg.batch_size, step, cfg.seed)]
-        return pack_pairs(chosen, parallel, cfg.micro_batch_tokens)
+        chosen = batch_indices(len(pairs), cfg.batch_size, step, cfg.seed)
+        last = [num_last[i] for i in chosen] if num_last else ()
+        return pack_pairs([pairs[i] for i in chosen], parallel, cfg.micro_batch_tokens, last, cfg.verdict_weight)
 
     def loss_of(batch: Batch) -> tuple[torch.Tensor, torch.Tensor]:
         _, rows = batch.rows()

@@ -1,5 +1,7 @@
 from __future__ import annotations
 
+import dataclasses
+import random
 import re
 from collections import Counter
 from pathlib import Path
@@ -12,12 +14,14 @@ from transformers import AutoModelForCausalLM
 
 import srpo.sft
 import srpo.training.supervised
+from srpo.algorithm.losses import last_step_factors
 from srpo.core.batch import IGNORE
 from srpo.core.metrics import check_key
 from srpo.data.pairs import read_pairs, write_pairs
 from srpo.data.tokenizer import encode, load_tokenizer
 from srpo.policy.parallel import Parallel
-from srpo.sft import pack_pairs, sft, tokenized_pairs
+from srpo.sft import pack_pairs, sft, sft_loss, tokenized_pairs, verdict_lengths
+from srpo.training.outputs import Logits
 from srpo.training.supervised import batch_indices
 
 
@@ -77,6 +81,115 @@ def test_shares_of_the_ranks_add_up_to_one_mean(world_size: int) -> None:
     weights = torch.cat([batch.weights[batch.labels != IGNORE] for batch in batches])
     assert weights.tolist() == pytest.approx([1 / 16] * 16)
     assert sum(int((batch.labels == IGNORE).sum()) for batch in batches) == sum(len(prompt) - 1 for prompt, _ in pairs)
+
+
+def drawn_pairs(num: int) -> tuple[list[Any], list[int]]:
+    """Random pairs of tokens below 50, and the number of tokens of each response's last step: some, all or (unknown) none."""
+    lengths = [(random.randint(1, 6), random.randint(1, 9)) for _ in range(num)]
+    pairs = [tuple(tuple(random.choices(range(50), k=n)) for n in both) for both in lengths]
+    return pairs, [random.choice((0, response, random.randint(1, response))) for _, response in lengths]
+
+
+def eager_loss(table: torch.Tensor, pairs: list[Any], num_last: list[int], weight: float) -> torch.Tensor:
+    """The weighted loss of a model whose logits after a token are a row of the table, token by token."""
+    total, count = torch.zeros((), dtype=torch.float64), sum(len(response) for _, response in pairs)
+    for (prompt, response), last in zip(pairs, num_last, strict=True):
+        size = len(response)
+        raw = [weight if k >= size - last else 1.0 for k in range(size)] if 0 < last < size else [1.0] * size
+        tokens = (*prompt, *response)[len(prompt) - 1 :]
+        for k in range(size):
+            total = total - raw[k] * size / sum(raw) / count * table[tokens[k]].log_softmax(-1)[tokens[k + 1]]
+    return total
+
+
+@pytest.mark.parametrize("weight", [0.0, 0.3, 1.0, 7.0])
+@pytest.mark.parametrize(("world_size", "max_tokens"), [(1, 10_000), (1, 16), (2, 16), (2, 40)])
+def test_the_weighted_loss_on_any_number_of_ranks(weight: float, world_size: int, max_tokens: int) -> None:
+    pairs, num_last = drawn_pairs(12)
+    table = torch.randn(50, 50, requires_grad=True)
+    total = torch.zeros(())
+    for rank in range(world_size):
+        for batch in pack_pairs(pairs, Parallel(rank, world_size, rank, torch.device("cpu")), max_tokens, num_last, weight):
+            _, rows = batch.rows()
+            loss = sft_loss(Logits(table[rows.input_ids]), rows)
+            loss.backward()
+            total = total + loss.detach()
+    grad, exact = table.grad, table.detach().double().requires_grad_()
+    want = eager_loss(exact, pairs, num_last, weight)
+    want.backward()
+    assert grad is not None and exact.grad is not None
+    assert float(total) == pytest.approx(float(want.detach()), rel=1e-5)
+    assert torch.allclose(grad.double(), exact.grad, rtol=1e-4, atol=1e-6)
+
+
+def test_a_weight_of_one_is_the_plain_loss_to_the_bit() -> None:
+    pairs, num_last = drawn_pairs(20)
+    table = torch.randn(50, 50)
+    results = []
+    for last in ((), num_last):
+        leaf = table.clone().requires_grad_()
+        (batch,) = pack_pairs(pairs, small.ONE, 10_000, last, 1.0)
+        _, rows = batch.rows()
+        loss = sft_loss(Logits(leaf[rows.input_ids]), rows)
+        loss.backward()
+        assert leaf.grad is not None
+        results.append((loss.detach(), leaf.grad))
+    assert torch.equal(results[0][0], results[1][0]) and torch.equal(results[0][1], results[1][1])
+
+
+def test_a_response_keeps_its_weight() -> None:
+    lengths = [random.randint(1, 60) for _ in range(200)]
+    last = [random.randint(0, length) for length in lengths]
+    weight = random.uniform(0, 20)
+    factors = last_step_factors(lengths, last, weight).double()
+    counts = torch.tensor([[n - k, k] for n, k in zip(lengths, last, strict=True)]).double()
+    assert torch.allclose((factors * counts).sum(1), torch.tensor(lengths).double(), rtol=1e-5)
+    split = torch.tensor([0 < k < n for n, k in zip(lengths, last, strict=True)])
+    assert torch.allclose(factors[split, 1], weight * factors[split, 0], rtol=1e-5) and bool((factors[~split] == 1).all())
+
+
+def test_responses_without_their_steps_are_counted(world: Any, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    texts = [*list(read_pairs(world.pairs))[:3], ("a", "1. Query intent: b"), ("a", "c")]
+    write_pairs(tmp_path / "p.jsonl", texts)
+    tokenizer = load_tokenizer(world.base)
+    cfg = world.sft_config(tmp_path / "run", data=str(tmp_path / "p.jsonl"), verdict_weight=3.0)
+    pairs = tokenized_pairs(cfg, tokenizer, 500, show=False)
+    lengths = verdict_lengths(cfg, tokenizer, pairs, show=True)
+    assert lengths[3:] == [0, 0] and all(0 < n < len(response) for n, (_, response) in zip(lengths[:3], pairs, strict=False))
+    for (_, response), num, (_, text) in zip(pairs[:3], lengths, texts, strict=False):
+        assert text.endswith(str(tokenizer.decode(list(response[-num:-1])))) and "L" in tokenizer.decode(list(response[-num:]))
+    assert "2 of 5 responses of" in capsys.readouterr().out
+    assert verdict_lengths(dataclasses.replace(cfg, verdict_weight=1.0), tokenizer, pairs, show=True) == []
+    assert not capsys.readouterr().out
+
+
+def test_the_program_reports_the_weighted_loss(world: Any, tmp_path: Path) -> None:
+    """One step on the verdict alone, against the model's own probability of the tokens of the last step."""
+    cfg = world.sft_config(tmp_path, num_steps=1, batch_size=4, micro_batch_tokens=200, verdict_weight=1e9)
+    sft(cfg, small.ONE)
+    tokenizer = load_tokenizer(world.base)
+    pairs = tokenized_pairs(cfg, tokenizer, 500, show=False)
+    chosen = batch_indices(len(pairs), 4, 0, cfg.seed)
+    num_last = verdict_lengths(cfg, tokenizer, [pairs[i] for i in chosen], show=False)
+    model = AutoModelForCausalLM.from_pretrained(world.base, attn_implementation="sdpa")
+    total, count = 0.0, sum(len(pairs[i][1]) for i in chosen)
+    for index, num in zip(chosen, num_last, strict=True):
+        prompt, response = pairs[index]
+        with torch.no_grad():
+            logprobs = model(torch.tensor([[*prompt, *response]])).logits[0, -1 - num : -1].log_softmax(-1)
+        total -= float(logprobs.gather(1, torch.tensor(response[-num:])[:, None]).sum()) * len(response) / num
+    (line,) = small.metrics_of(tmp_path)
+    assert line["train/loss"] == pytest.approx(total / count, rel=1e-4)
+
+
+@pytest.mark.slow
+def test_two_processes_learn_the_same_with_a_weight(world: Any, tmp_path: Path) -> None:
+    settings = {"num_steps": 3, "batch_size": 8, "micro_batch_tokens": 300, "verdict_weight": 5.0}
+    for ranks in (1, 2):
+        cfg = world.sft_config(tmp_path / str(ranks), **settings)
+        small.Program("srpo.sft", cfg, tmp_path / f"log{ranks}", num_ranks=ranks).finish()
+    one, two = ([line["train/loss"] for line in small.metrics_of(tmp_path / name)] for name in "12")
+    assert one == pytest.approx(two, rel=1e-5)
 
 
 @pytest.mark.parametrize("inputs", ["logits", "hidden"])
@@ -188,6 +301,7 @@ def test_other_pairs_cannot_continue_a_run(world: Any, tmp_path: Path) -> None:
         ({"micro_batch_tokens": 40}, r"pair \d+ has \d+ tokens, more than micro_batch_tokens = 40: raise"),
         ({"policy": {"path": "nowhere"}}, "no tokenizer in 'nowhere': policy.path"),
         ({"data": "nowhere.jsonl"}, "nowhere.jsonl"),
+        ({"verdict_weight": -1.0}, "verdict_weight is -1.0: set it to 0 or more"),
     ],
 )
 def test_what_cannot_work_is_one_line_and_leaves_no_run(

@@ -334,6 +334,7 @@ def test_a_judge_without_room_for_prompts_is_refused(world: Any) -> None:
         ({"mine": MineConfig(num_votes=1)}, "mine.num_votes is 1: set it to 2 or more"),
         ({"mine": MineConfig(num_responses=-1)}, "mine.num_responses is -1: set it to 0 or more"),
         ({"kind": "scalar", "sft": SftConfig(inputs="hidden")}, "sft.inputs is 'hidden' and kind scalar"),
+        ({"sft": SftConfig(verdict_weight=4)}, r"sft.verdict_weight is set: .* leave it out"),
         ({"mine": MineConfig(solve_low=0.9, solve_high=0.1)}, "mine.solve_low is 0.9 and mine.solve_high 0.1: set"),
     ],
 )

@@ -69,6 +69,20 @@ def sft_weights(
     return sequence_weights(response_lengths, range(len(response_lengths)), denominator=denominator)
 
 
+def last_step_factors(response_lengths: ArrayLike, num_last: ArrayLike, weight: float) -> torch.Tensor:
+    """Factors [N, 2] on the weights of the tokens before the last step of a response, and of those in it: 1 to `weight`, scaled
+    so that the weights of the response keep their sum.
+
+    response_lengths, num_last [N]: tokens of the response and of its last step. If one of the two parts is empty, both factors
+    are 1.
+    """
+    lengths = torch.as_tensor(response_lengths, dtype=torch.float64)
+    last = torch.as_tensor(num_last, dtype=torch.float64)
+    scale = lengths / (lengths - last + weight * last)
+    both = ((last > 0) & (last < lengths))[:, None]
+    return torch.where(both, torch.stack([scale, weight * scale], 1), 1.0).float()
+
+
 class DpoLoss(NamedTuple):
     """Result of `dpo_loss`."""
 

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from srpo.core.config.judge import JudgeConfig
+from srpo.core.config.sft import SftConfig
 from srpo.core.digests import digest_of
 from srpo.core.errors import UserError
 from srpo.core.files import write_result, write_whole
@@ -99,6 +100,9 @@ def prepare(cfg: JudgeConfig, parallel: Parallel) -> Work:
             f"sft.inputs is {cfg.sft.inputs!r} and kind scalar: a scalar judge has no loss over the vocabulary, set sft.inputs "
             "to 'logits'"
         )
+    for key in ("verdict_weight", "steps", "grades"):
+        if getattr(cfg.sft, key) != getattr(SftConfig(), key):
+            raise UserError(f"sft.{key} is set: a judge's verdicts have no steps to weigh; leave it out (its steps are steps.*)")
     if not cfg.mine.solve_low < cfg.mine.solve_high:
         raise UserError(
             f"mine.solve_low is {cfg.mine.solve_low} and mine.solve_high {cfg.mine.solve_high}: set solve_low below solve_high"
