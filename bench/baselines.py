@@ -17,18 +17,17 @@ sys.path.insert(0, str(Path(__file__).parent))  # the default, but not under PYT
 
 from revision import commit
 
-from srpo.core.steps import PAPER_STEPS
+from srpo.core.step_presets import PAPER
 from srpo.data.readers import load_examples, split_by_query
 from srpo.scores.baselines import KINDS, class_scores, judge
 
 HELD_OUT = 0.2  # of the queries
-CLASSES = PAPER_STEPS[-1].options
+CLASSES = PAPER.grades.names
 
 
 def measure(path: Path, seed: int) -> dict[str, Any]:
     """Scores of every baseline on one split of a file."""
-    options = [spec.options for spec in PAPER_STEPS]
-    train, held_out = split_by_query(load_examples(path, len(options), options=options), HELD_OUT, seed)
+    train, held_out = split_by_query(load_examples(path, PAPER), HELD_OUT, seed)
     result: dict[str, Any] = {"train": len(train), "held_out": len(held_out)}
     for kind in KINDS:
         for balanced in (False, True) if kind != "majority" else (False,):

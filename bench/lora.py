@@ -24,9 +24,10 @@ from revision import commit
 
 from srpo.core.config.demo import DemoConfig
 from srpo.core.config.train import LoraConfig
-from srpo.core.steps import PAPER_STEPS, StepSchema
-from srpo.demo import demo, evaluated, train_config
-from srpo.policy.checkpoint import latest_checkpoint
+from srpo.core.step_presets import PAPER
+from srpo.demo import demo, evaluated
+from srpo.experiments.start import train_config
+from srpo.policy.checkpoint_folders import latest_checkpoint
 from srpo.policy.parallel import init_parallel
 from srpo.train import train
 
@@ -54,7 +55,7 @@ def arms(cfg: DemoConfig, lora: LoraConfig, lr: float) -> dict[str, Any]:
         optimizer=replace(full.optimizer, lr=lr),
     )
     policy = train(adapter, parallel)
-    after = evaluated(cfg, policy, run_dir / "after_lora.json", "evaluation of the adapter", StepSchema(PAPER_STEPS))
+    after = evaluated(cfg, policy, run_dir / "after_lora.json", "evaluation of the adapter", PAPER)
     found = {"before": results["before"], "full": results["after"], "lora": after}
     row: dict[str, Any] = {name: {key: scores[key] for key in SCORES} for name, scores in found.items()}
     row["checkpoint_bytes"] = {"full": checkpoint_bytes(run_dir), "lora": checkpoint_bytes(run_dir / "lora")}

@@ -20,7 +20,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import nn
 
 from srpo.core.batch import Rollout, write_rollouts
 from srpo.core.config.train import Config
@@ -145,7 +144,7 @@ def decode(
     engine.close()  # not after an error: a shared engine would wait for all ranks
     if config.ranking:
         model = load_policy(config.checkpoint, experts=run.policy.experts, dtype=getattr(torch, run.policy.dtype))
-        policy = Policy(nn.Module.to(model, parallel.device))
+        policy = Policy(model).to(parallel.device)
         evaluation[0]["ranking"] = ranking(policy, tokenizer, schema, examples, evaluation[1], parallel)
     return evaluation
 

@@ -1,14 +1,15 @@
 """From judged pairs and a pretrained model to a better judge, in one command: `python -m srpo.start DATA --model DIR`.
 
-It looks at the data, scores the model as it is, makes demonstrations (by the model itself where its responses are right, else from
-templates), trains with SFT and SRPO, keeps the best checkpoint, and reports on held-out queries beside the majority's answer. Each
-stage leaves its result in the run folder, so the same command continues a stopped one. `--check` only looks.
+It looks at the data, scores the model as it is, makes demonstrations (by the model itself if its responses are right, else from
+templates), trains with SFT and SRPO, keeps the best policy, and reports on held-out queries beside the majority's answer and a
+regression on words. Each stage leaves its result in the run folder, so the same command continues a stopped one. `--check` only
+looks.
 """
 
 from __future__ import annotations
 
 from srpo.core.config.start import StartConfig
-from srpo.core.errors import UserError
+from srpo.core.errors import MissingPackage, UserError
 from srpo.core.settings import check_command_line, check_one_process, run_program
 
 if __name__ == "__main__":
@@ -21,7 +22,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import nn
 
 from srpo.core.config.evaluation import BootstrapConfig
 from srpo.core.config.sft import SftConfig
@@ -58,8 +58,11 @@ from srpo.policy.parallel import Parallel, distributed
 from srpo.rollout.engine import SamplingParams
 from srpo.rollout.local import LocalEngine
 from srpo.rollout.rollouts import to_rollouts
+from srpo.scores.baselines import judge
+from srpo.scores.evaluation import results_dict
 from srpo.scores.plots import write_plots
 from srpo.scores.ranking import ranking_scores
+from srpo.scores.responses import from_predictions, verdict_only
 from srpo.scores.tables import before_after_table
 from srpo.scores.tally import true_grades
 from srpo.sft import sft
@@ -68,7 +71,7 @@ from srpo.training.evaluation import evaluate_policy
 from srpo.training.inputs import model_inputs
 
 SMALL = 1_000_000_000  # parameters below which a model stands the larger learning rates
-NAMES = {"before": "the model as it is", "sft": "after SFT", "after": "after SRPO"}
+NAMES = {"words": "regression on words", "before": "the model as it is", "sft": "after SFT", "after": "after SRPO"}
 
 
 @locks_run_dir
@@ -90,7 +93,7 @@ def start(cfg: StartConfig, parallel: Parallel) -> dict[str, Any]:
     policy = sft(sft_config(cfg), parallel)
     results["sft"] = scored(cfg, policy, "sft")
     train(train_config(cfg, policy), parallel)
-    results["after"] = scored(cfg, run_dir / "rl" / "policy", "after")
+    results["after"] = scored(cfg, run_dir / "rl" / "policy-best", "after")
     return report(cfg, results)
 
 
@@ -98,10 +101,12 @@ def look(cfg: StartConfig) -> tuple[list[Example], list[Example]]:
     """(training pairs, held-out pairs), after saying what was found in data and model. Raises UserError for what cannot work."""
     if not cfg.data or not cfg.model:
         raise UserError("give judged pairs and a model: python -m srpo.start pairs.csv --model DIR")
+    if cfg.policy.path:
+        raise UserError(f"policy.path is {cfg.policy.path}: name the model by --model alone")
     schema, form = cfg.schema, form_of(cfg)
     examples = [
         replace(e, fields={k: v for k, v in e.fields.items() if k not in cfg.drop_fields})
-        for e in load_examples(cfg.data, schema)
+        for e in load_examples(cfg.data, schema, columns=cfg.columns)
     ]
     tokenizer = load_tokenizer(cfg.model, cfg.policy.bos, cfg.policy.chat)
     print(f"{cfg.data}:")
@@ -123,8 +128,8 @@ def plan(cfg: StartConfig) -> list[str]:
     return [
         f"model: {name} of {size / 1e6:,.0f} M parameters in {cfg.policy.dtype}",
         f"1. score the model as it is on {shown} held-out pairs",
-        f"2. make {cfg.num_demonstrations:,} demonstrations, balanced over the grades: its own responses that are right if at least "
-        f"{percent(cfg.min_parse_rate)} % of them parse, else templates",
+        f"2. make up to {cfg.num_demonstrations:,} demonstrations, balanced over the grades: its own right responses if "
+        f"at least {percent(cfg.min_parse_rate)} % of them parse, else templates",
         f"3. SFT: {cfg.sft_steps} steps of {cfg.sft_batch} responses, learning rate {sft_lr(cfg, size):g}",
         f"4. SRPO: {cfg.rl_steps} steps of {cfg.num_prompts} prompts x {cfg.group_size} responses, learning rate "
         f"{rl_lr(cfg, size):g}",
@@ -171,8 +176,8 @@ def scored(cfg: StartConfig, policy: str | Path, name: str) -> dict[str, Any]:
             bootstrap=BootstrapConfig(),
         )
         engine.close()
-        model = nn.Module.to(open_model(cfg, policy), device())
-        probs = grade_probs(Policy(model), tokenizer, rollouts, schema, cfg.micro_batch_tokens)
+        model = Policy(open_model(cfg, policy)).to(device())
+        probs = grade_probs(model, tokenizer, rollouts, schema, cfg.micro_batch_tokens)
         write_result(path, results | {"ranking": ranking_scores(probs, examples, cfg.grades)})
     return read_result(path)
 
@@ -199,7 +204,7 @@ def demonstrate(cfg: StartConfig, pairs: Sequence[Example], own: bool, out: Path
     """
     schema, form = cfg.schema, form_of(cfg)
     lexicon = Lexicon.from_examples(pairs)
-    chosen = balanced(pairs, cfg.grades, cfg.num_demonstrations, cfg.seed)
+    chosen = balanced(pairs, cfg.grades, cfg.seed)[: cfg.num_demonstrations]
     texts = own_responses(cfg, chosen) if own else {}
     write_pairs(
         out / "sft.jsonl",
@@ -279,6 +284,7 @@ def train_config(cfg: StartConfig, policy: Path) -> Config:
             checkpoint_every=20,
             eval_every=cfg.eval_every,
             eval_examples=cfg.eval_examples,
+            best="eval/macro_f1",
         ),
     )
 
@@ -286,40 +292,51 @@ def train_config(cfg: StartConfig, policy: Path) -> Config:
 def report(cfg: StartConfig, results: dict[str, dict[str, Any]]) -> dict[str, Any]:
     """Write report.md, results.json and plots/, and print the table. Returns the contents of results.json."""
     run_dir, schema = Path(cfg.run_dir), cfg.schema
+    if found := words(cfg):
+        results = results | {"words": found}
     table = start_table(results)
     print(table)
     parts = [f"# A judge from {Path(cfg.data).name}", "```", table, "```", "## All scores, after SFT and after SRPO", "```"]
     parts += [before_after_table(results["sft"], results["after"], schema), "```"]
     write_whole(run_dir / "report.md", "\n".join(parts) + "\n")
-    summary = {"before": results["sft"], "after": results["after"], "as_it_is": results["before"], "seed": cfg.seed}
+    summary = {"before": results["sft"], "after": results["after"], "as_it_is": results["before"], "words": results.get("words")}
     write_whole(run_dir / "results.json", json.dumps(summary, indent=1) + "\n")
     write_plots(run_dir / "plots", read_metrics(run_dir / "rl" / "metrics.jsonl"), schema, summary, run_dir.name)
-    print(f"The judge is {run_dir / 'rl' / 'policy'}; the report is {run_dir / 'report.md'}")
+    print(f"The judge is {run_dir / 'rl' / 'policy-best'}; the report is {run_dir / 'report.md'}")
     return summary
 
 
+def words(cfg: StartConfig) -> dict[str, Any] | None:
+    """Results of a logistic regression on words, fitted on all training pairs with every grade weighing the same.
+
+    None, after a line that says so, if scikit-learn is not installed.
+    """
+    data, schema = Path(cfg.run_dir) / "data", cfg.schema
+    pairs, held_out = load_examples(data / "train.jsonl", schema), load_examples(data / "eval.jsonl", schema, cfg.num_eval)
+    try:
+        judged = judge("words+overlap", pairs, held_out, cfg.grades.names, balanced=True)
+    except MissingPackage as error:
+        print(f"the report has no regression on words beside the model: {error}", flush=True)
+        return None
+    answers = {example.example_id: (verdict,) for example, verdict in zip(held_out, judged.verdicts, strict=True)}
+    said = from_predictions(answers, held_out, verdict_only(cfg.grades))
+    results = results_dict(said.rollouts, said.examples, said.schema, by=(), bootstrap=BootstrapConfig())
+    return results | {"ranking": ranking_scores(judged.probs.tolist(), held_out, cfg.grades)}
+
+
 def start_table(results: dict[str, dict[str, Any]]) -> str:
-    """Accuracy, macro F1 and ranking of the majority's answer and of the model before, between and after the stages."""
+    """Accuracy, macro F1 and ranking of the majority's answer, of a regression on words, and of the model at each stage."""
     last = results["after"]
-    majority = last["majority"]
+    majority, known = last["majority"], last["confidence"]
     rows = [(f"always {majority['grade']}", percent(majority["accuracy"]), percent(majority["macro_f1"]), "-", "50.0", "-")]
     for key, name in NAMES.items():
-        scores, known = results[key], results[key]["confidence"]
-        cells = (percent(scores[score], known[score]) for score in ("accuracy", "macro_f1"))
-        ranking = scores["ranking"]
-        rows.append(
-            (
-                name,
-                *cells,
-                percent(ranking["ndcg_expected"]),
-                percent(ranking["auc_best"]),
-                percent(scores["parse_rate"]),
-            )
-        )
+        if scores := results.get(key):
+            accuracy, macro_f1 = (percent(scores[score], scores["confidence"][score]) for score in ("accuracy", "macro_f1"))
+            ndcg, auc = (percent(scores["ranking"][score]) for score in ("ndcg_expected", "auc_best"))
+            rows.append((name, accuracy, macro_f1, ndcg, auc, percent(scores["parse_rate"])))
     header = ("", "accuracy", "macro F1", "NDCG", "AUC of the best grade", "responses that parse")
-    known = last["confidence"]
-    note = f"percent, {last['num_examples']:,} held-out pairs of {known['num_queries']:,} queries; in brackets 95 % intervals over queries"
-    return text_table(header, [rows], [note])
+    pairs = f"{last['num_examples']:,} held-out pairs of {known['num_queries']:,} queries"
+    return text_table(header, [rows], [f"percent, {pairs}; in brackets 95 % intervals over queries"])
 
 
 def main(cfg: StartConfig) -> None:

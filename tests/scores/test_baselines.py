@@ -15,7 +15,7 @@ from sklearn.feature_extraction.text import TfidfVectorizer
 from sklearn.metrics import accuracy_score, f1_score
 
 from srpo.core.errors import MissingPackage, UserError
-from srpo.core.steps import PAPER_STEPS
+from srpo.core.step_presets import PAPER
 from srpo.data.examples import Example
 from srpo.data.readers import load_examples, split_by_query
 from srpo.scores import baselines
@@ -124,10 +124,9 @@ def test_numbers_on_judged_pairs(name: str, published: dict[Any, tuple[float, fl
     path = SHARED / name / "pairs.jsonl.gz"
     if not path.is_file():
         pytest.skip(f"needs the judged pairs {name}")
-    options = [spec.options for spec in PAPER_STEPS]
-    train, held_out = split_by_query(load_examples(path, len(options), options=options), 0.2, 0)
+    train, held_out = split_by_query(load_examples(path, PAPER), 0.2, 0)
     for kind, (accuracy, macro_f1) in published.items():
-        scores = class_scores(held_out, judge(kind, train, held_out, PAPER_STEPS[-1].options).verdicts, GRADES)
+        scores = class_scores(held_out, judge(kind, train, held_out, PAPER.grades.names).verdicts, GRADES)
         assert 100 * scores["accuracy"] == pytest.approx(accuracy, abs=0.6), kind
         assert 100 * scores["macro_f1"] == pytest.approx(macro_f1, abs=0.8), kind
-    assert baselines.class_indices(held_out, GRADES) == [e.grade - 1 for e in held_out if e.grade]
+    assert baselines.class_indices(held_out, GRADES) == [PAPER.grades.index(e.grade) for e in held_out]

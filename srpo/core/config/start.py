@@ -8,6 +8,7 @@ from tyro.conf import Positional
 
 from srpo.core.config.train import DataConfig, PolicyConfig
 from srpo.core.grades import Grades
+from srpo.core.mappings import Texts
 from srpo.core.ranges import Count, Fraction, NonNegative, OpenFraction, Seed, Size
 from srpo.core.step_presets import StepsConfig
 from srpo.core.steps import StepSchema
@@ -22,6 +23,8 @@ class StartConfig:
     run_dir: str = "runs/start"  # folder for everything that the stages write
     check: bool = False  # only look at data and model and say what would be done
     seed: Seed = 0  # seed of the split and of all random draws
+    # Columns of data by the key that each fills, as data.columns of srpo.train: query=q title=name label=judgement
+    columns: Texts = field(default_factory=dict)
     grades: Grades = field(default_factory=Grades)
     steps: StepsConfig = field(default_factory=lambda: StepsConfig(sources="labels"))
     prompt: str = DataConfig().prompt  # template of the prompt, as data.prompt of srpo.train

@@ -1,0 +1,146 @@
+"""`srpo.start`: from a table of pairs and a model to a judge and a report; resumed after any kill with the same files."""
+
+from __future__ import annotations
+
+import csv
+import json
+import random
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import small_world as small
+
+import srpo.start
+from srpo.core.config.start import StartConfig
+from srpo.core.config.train import PolicyConfig
+from srpo.core.errors import UserError
+from srpo.core.grades import Grades
+from srpo.data.pairs import read_pairs
+from srpo.data.world import World
+from srpo.experiments.start import PROMPT
+from srpo.start import main
+
+WORDS = {"L1": "Irrelevant", "L2": "Partial", "L3": "Partial", "L4": "Exact"}
+
+
+@pytest.fixture
+def settings(world: Any, tmp_path: Path) -> StartConfig:
+    """A table with columns and grades of its own, and the small world's policy, which knows the steps."""
+    with (tmp_path / "pairs.csv").open("w", newline="") as file:
+        table = csv.writer(file)
+        table.writerow(["q", "name", "judgement", "brand"])
+        for pair in World(random.randrange(1000)).examples("balanced", 160):
+            table.writerow([pair.query, pair.title, WORDS[pair.grade or ""], pair.fields.get("brand", "")])
+    return StartConfig(
+        data=str(tmp_path / "pairs.csv"),
+        model=str(world.policy),
+        run_dir=str(tmp_path / "run"),
+        columns={"query": "q", "title": "name", "grade": "judgement", "fields.brand": "brand"},
+        grades=Grades(("Irrelevant", "Partial", "Exact")),
+        prompt=PROMPT,
+        num_eval=10,
+        num_demonstrations=24,
+        num_own=2,
+        max_new_tokens=96,
+        sft_steps=3,
+        sft_batch=4,
+        sft_lr=1e-3,
+        rl_steps=2,
+        num_prompts=2,
+        group_size=3,
+        eval_every=1,
+        eval_examples=4,
+    )
+
+
+def files_of(folder: Path) -> dict[str, bytes]:
+    """All files that do not tell the time."""
+    names = (path for path in sorted(folder.rglob("*")) if path.is_file())
+    return {str(p.relative_to(folder)): p.read_bytes() for p in names if p.suffix not in (".lock",) and "timing" not in p.name}
+
+
+def test_from_a_table_to_a_report(settings: StartConfig, capsys: pytest.CaptureFixture[str]) -> None:
+    main(settings)
+    said = capsys.readouterr().out
+    assert "160 pairs of " in said and "grades from the worst: Irrelevant " in said and "product fields" in said
+    run_dir = Path(settings.run_dir)
+    report = (run_dir / "report.md").read_text()
+    for row in ("always ", "regression on words", "the model as it is", "after SFT", "after SRPO", "Class Partial F1"):
+        assert row in report
+    results = json.loads((run_dir / "results.json").read_text())
+    assert results["after"]["num_examples"] == 10 and len(results["after"]["class_f1"]) == 3
+    assert {"ndcg_expected", "auc_best"} <= results["words"]["ranking"].keys()
+    held = {line["query"] for line in map(json.loads, (run_dir / "data" / "eval.jsonl").read_text().splitlines())}
+    trained = {line["query"] for line in map(json.loads, (run_dir / "data" / "train.jsonl").read_text().splitlines())}
+    assert held and trained and not held & trained
+    texts = list(read_pairs(run_dir / "demonstrations" / "sft.jsonl"))
+    assert 0 < len(texts) <= 24 and all(settings.schema.parse_text(text).answers[-1] for _, text in texts)
+    assert (run_dir / "rl" / "policy-best" / "model.safetensors").is_file()
+    before = files_of(run_dir)
+    main(settings)  # everything is done: nothing changes
+    assert {name: data for name, data in files_of(run_dir).items() if "plots" not in name} == {
+        name: data for name, data in before.items() if "plots" not in name
+    }
+
+
+def test_killed_anywhere_it_ends_with_the_same_files(settings: StartConfig, monkeypatch: pytest.MonkeyPatch) -> None:
+    main(settings)
+    want = files_of(Path(settings.run_dir))
+    names = ("look", "scored", "demonstrate", "sft", "train", "report", "write_pairs", "evaluate_policy", "silver_response")
+    again = replace(settings, run_dir=settings.run_dir + "-again")
+    for _ in range(4):
+        name, after = random.choice(names), random.randint(0, 2)
+        with monkeypatch.context() as patch:
+            patch.setattr(srpo.start, name, killed(getattr(srpo.start, name), after))
+            try:
+                main(again)
+            except KeyboardInterrupt:
+                continue
+    main(again)
+    found = files_of(Path(again.run_dir))
+    assert found.keys() == want.keys()
+    same = {n for n in want if want[n].replace(b"run/", b"run-again/") == found[n].replace(b"run/", b"run-again/")}
+    others = (".toml", ".png", ".metadata", "COMPLETE", "inputs.json")  # with paths of the folder, or random names of files
+    assert want.keys() - same <= {name for name in want if name.endswith(others)}
+
+
+def killed(work: Any, after: int) -> Any:
+    """The function, which dies when it is called for the time after `after`, before or after its work."""
+    calls = [0]
+    late = random.random() < 0.5
+
+    def dies(*args: Any, **options: Any) -> Any:
+        calls[0] += 1
+        if calls[0] > after and not late:
+            raise KeyboardInterrupt
+        result = work(*args, **options)
+        if calls[0] > after:
+            raise KeyboardInterrupt
+        return result
+
+    return dies
+
+
+def test_check_only_looks(settings: StartConfig, capsys: pytest.CaptureFixture[str]) -> None:
+    main(replace(settings, check=True))
+    said = capsys.readouterr().out
+    assert "model: Qwen3MoeForCausalLM of " in said and "SRPO: 2 steps of 2 prompts x 3 responses, learning rate 1e-05" in said
+    assert not Path(settings.run_dir).exists()
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"data": ""}, "give judged pairs and a model: python -m srpo.start pairs.csv --model DIR"),
+        ({"model": "no/such"}, "no tokenizer in 'no/such'"),
+        ({"grades": Grades(("no", "yes"))}, "the grades are no, yes"),
+        ({"columns": {"query": "q", "title": "nme"}}, "nme"),
+        ({"policy": PolicyConfig(path="x")}, "policy.path is x: name the model by --model alone"),
+    ],
+)
+def test_what_cannot_work_is_one_line(settings: StartConfig, changes: dict[str, Any], message: str) -> None:
+    with pytest.raises(UserError, match=message):
+        main(replace(settings, **changes))
+    assert not Path(settings.run_dir).exists()
