@@ -28,13 +28,14 @@ from srpo.core.config.sft import SftConfig
 from srpo.core.config.train import (
     Config,
     DataConfig,
+    LoraConfig,
     LossConfig,
     OptimizerConfig,
     RolloutConfig,
     SamplerConfig,
     TrainConfig,
 )
-from srpo.core.digests import digest_of_data
+from srpo.core.digests import digest_of, digest_of_data
 from srpo.core.files import read_result, write_result, write_whole
 from srpo.core.metrics import read_metrics
 from srpo.core.progress import Progress
@@ -46,8 +47,9 @@ from srpo.data.checkpoint_tokens import stop_ids
 from srpo.data.examples import Example
 from srpo.data.pairs import write_pairs
 from srpo.data.prompts import PromptForm, build_prompt
-from srpo.data.readers import load_examples, split_by_query, write_examples
+from srpo.data.readers import load_examples, write_examples
 from srpo.data.silver import Lexicon, silver_response
+from srpo.data.splits import in_random_order, split_by_query
 from srpo.data.survey import survey
 from srpo.data.tokenizer import encode_prompts, load_tokenizer
 from srpo.experiments.start import stage
@@ -68,7 +70,7 @@ from srpo.scores.tally import true_grades
 from srpo.sft import sft
 from srpo.train import train
 from srpo.training.evaluation import evaluate_policy
-from srpo.training.inputs import model_inputs
+from srpo.training.inputs import model_inputs, starting_policy
 
 SMALL = 1_000_000_000  # parameters below which a model stands the larger learning rates
 NAMES = {"words": "regression on words", "before": "the model as it is", "sft": "after SFT", "after": "after SRPO"}
@@ -78,12 +80,17 @@ NAMES = {"words": "regression on words", "before": "the model as it is", "sft": 
 def start(cfg: StartConfig, parallel: Parallel) -> dict[str, Any]:
     """Run the stages that are not done yet. Returns the contents of `results.json`."""
     run_dir = Path(cfg.run_dir)
-    train_pairs, eval_pairs = look(cfg)
-    inputs = {"the data": (cfg.data, digest_of_data(cfg.data))} | model_inputs({"the model": cfg.model})
-    claim_run_dir(run_dir / "start", cfg, parallel.is_main, ("check",), inputs, ("data", "model", "guidelines"))
+    train_pairs, dev_pairs, eval_pairs = look(cfg)
+    guidelines = digest_of([form_of(cfg).guidelines])
+    inputs = {"the data": (cfg.data, digest_of_data(cfg.data)), "the guidelines": (cfg.guidelines, guidelines)}
+    inputs |= model_inputs(starting_policy(replace(cfg.policy, path=cfg.model)))
+    claim_run_dir(
+        run_dir / "start", cfg, parallel.is_main, ("check",), inputs, ("data", "model", "guidelines", "policy.lora.start")
+    )
 
     def make(out: Path) -> None:
         write_examples(out / "train.jsonl", train_pairs)
+        write_examples(out / "dev.jsonl", dev_pairs)
         write_examples(out / "eval.jsonl", eval_pairs)
 
     stage(run_dir / "data", "splitting the data by query", make)
@@ -97,8 +104,9 @@ def start(cfg: StartConfig, parallel: Parallel) -> dict[str, Any]:
     return report(cfg, results)
 
 
-def look(cfg: StartConfig) -> tuple[list[Example], list[Example]]:
-    """(training pairs, held-out pairs), after saying what was found in data and model. Raises UserError for what cannot work."""
+def look(cfg: StartConfig) -> tuple[list[Example], list[Example], list[Example]]:
+    """(pairs to train on, pairs that choose the best policy, pairs of the final scores), each of other queries, after saying what
+    was found in data and model. Raises UserError for what cannot work."""
     if not cfg.data or not cfg.model:
         raise UserError("give judged pairs and a model: python -m srpo.start pairs.csv --model DIR")
     if cfg.policy.path:
@@ -112,13 +120,18 @@ def look(cfg: StartConfig) -> tuple[list[Example], list[Example]]:
     print(f"{cfg.data}:")
     found = survey(examples, cfg.grades, schema.names, encode_prompts(tokenizer, examples, form))
     print("\n".join(f"  {line}" for line in found.lines()))
-    train_pairs, eval_pairs = split_by_query(examples, cfg.eval_frac, cfg.seed)
-    true_grades(eval_pairs, cfg.grades)
-    graded = [example for example in train_pairs if example.grade is not None]
+    graded = [example for example in examples if example.grade is not None]
     if not graded:
-        raise UserError(f"{cfg.data}: no pair outside the held-out queries has a grade: name the column of the grades")
-    print(f"  {len(train_pairs):,} pairs to train on, {len(eval_pairs):,} of other queries held out (--eval-frac, --seed)")
-    return graded, eval_pairs
+        raise UserError(f"{cfg.data}: no pair has a grade: name the column of the grades, --columns grade=NAME")
+    true_grades(graded, cfg.grades)
+    silver_response(graded[0], Lexicon(), schema)  # UserError for steps that no template has
+    others, eval_pairs = split_by_query(graded, cfg.eval_frac, cfg.seed)
+    train_pairs, dev_pairs = split_by_query(others, cfg.dev_frac, cfg.seed + 1)
+    print(
+        f"  split by query: {len(train_pairs):,} pairs to train on, {len(dev_pairs):,} to choose the best policy, "
+        f"{len(eval_pairs):,} for the scores of the report (--dev-frac, --eval-frac, --seed)"
+    )
+    return train_pairs, in_random_order(dev_pairs, cfg.seed), in_random_order(eval_pairs, cfg.seed)
 
 
 def plan(cfg: StartConfig) -> list[str]:
@@ -260,8 +273,10 @@ def sft_config(cfg: StartConfig) -> SftConfig:
 
 
 def train_config(cfg: StartConfig, policy: Path) -> Config:
-    """Settings of Algorithm 1 on the labels of the data, balanced over the grades."""
+    """Settings of Algorithm 1 on the labels of the data, balanced over the grades. An adapter goes on from that of SFT."""
     run_dir = Path(cfg.run_dir)
+    lora = LoraConfig(start=str(run_dir / "sft" / "adapter"))
+    model = replace(cfg.policy, path=cfg.model, lora=lora) if cfg.policy.lora.on else replace(cfg.policy, path=str(policy))
     return Config(
         run_dir=str(run_dir / "rl"),
         seed=cfg.seed,
@@ -270,11 +285,11 @@ def train_config(cfg: StartConfig, policy: Path) -> Config:
         grades=cfg.grades,
         data=DataConfig(
             train=str(run_dir / "data" / "train.jsonl"),
-            eval=str(run_dir / "data" / "eval.jsonl"),
+            eval=str(run_dir / "data" / "dev.jsonl"),
             prompt=cfg.prompt,
             guidelines=cfg.guidelines,
         ),
-        policy=replace(cfg.policy, path=str(policy)),
+        policy=model,
         rollout=RolloutConfig(num_prompts=cfg.num_prompts, group_size=cfg.group_size, max_new_tokens=cfg.max_new_tokens),
         loss=LossConfig(kl_coef=cfg.kl_coef),
         optimizer=OptimizerConfig(lr=rl_lr(cfg, model_size(cfg.model)[1]), warmup_steps=3, schedule="linear"),

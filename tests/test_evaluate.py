@@ -174,7 +174,8 @@ def test_program_decodes_a_checkpoint_with_the_settings_of_its_run(tmp_path: Pat
     for source in ("--rollouts", "--predictions"):  # the written files can be scored again, with the same results
         file = out / f"{source[2:]}.jsonl"
         main(load(EvaluateConfig, [source, str(file), "--data", data.eval, *few, "--out", str(tmp_path / source)]))
-        assert json.loads((tmp_path / source / "results.json").read_text()) == results
+        again = json.loads((tmp_path / source / "results.json").read_text())
+        assert again == {key: value for key, value in results.items() if key != "ranking"}  # which needs the checkpoint
     argv = ["--rollouts", str(out / "rollouts.jsonl"), "--data", data.eval, "--limit", "2", "--out", str(tmp_path / "two")]
     main(load(EvaluateConfig, argv))
     assert "left out 4 rollouts of pairs that are not evaluated" in capsys.readouterr().out

@@ -42,6 +42,7 @@ from srpo.data.examples import Example
 from srpo.data.prompts import PromptForm
 from srpo.data.readers import load_examples, write_examples
 from srpo.data.tokenizer import encode_prompts
+from srpo.experiments.start import PROMPT
 from srpo.rewards.hybrid import score
 from srpo.rewards.judge import OracleJudge, Verdicts
 from srpo.rollout.engine import Sample, SamplingParams
@@ -275,7 +276,7 @@ def test_an_output_of_this_program_is_data_for_training(world: Any, tmp_path: Pa
     (tmp_path / "shards").mkdir()
     write_examples(tmp_path / "shards" / "a.jsonl", world.examples()[:20])
     write_examples(tmp_path / "shards" / "b.parquet", world.examples()[20:32])
-    cfg = SelectConfig(**{**vars(base), "data": DataConfig(train=str(tmp_path / "shards"))}, shard_examples=10)
+    cfg = SelectConfig(**{**vars(base), "data": DataConfig(train=str(tmp_path / "shards"), prompt=PROMPT)}, shard_examples=10)
     report = run(cfg, small.ONE)
     assert report is not None and report["num_examples"] == 32 and report["num_selected"] >= 2
     selected = out_dir(cfg) / "selected.parquet"
@@ -287,7 +288,7 @@ def test_an_output_of_this_program_is_data_for_training(world: Any, tmp_path: Pa
         assert chosen[pair.example_id] == replace(pair, tags=tags)
     known = [rate for rate in rates.values() if rate is not None]
     stage = StageConfig("all of it", solve_rate=(min(known), max(known)))
-    train(replace(base, data=DataConfig(train=str(selected)), curriculum=(stage,)), small.ONE)
+    train(replace(base, data=DataConfig(train=str(selected), prompt=PROMPT), curriculum=(stage,)), small.ONE)
     assert len(small.metrics_of(tmp_path / "run")) == 1
 
 

@@ -148,10 +148,10 @@ def test_hosts_that_do_not_share_the_folder_are_found_out(tmp_path: Path) -> Non
 
 
 def test_a_folder_of_no_known_type_and_an_empty_file(tmp_path: Path) -> None:
-    (tmp_path / "csv").mkdir()
-    (tmp_path / "csv" / "pairs.csv").write_text("query,title\n")
-    with pytest.raises(ValueError, match=r"nothing to read in .*csv: expected \.jsonl, \.jsonl\.gz, \.parquet"):
-        run(config(tmp_path, tmp_path / "csv"), ONE, parts_with(Scripted()))
+    (tmp_path / "txt").mkdir()
+    (tmp_path / "txt" / "pairs.txt").write_text("query,title\n")
+    with pytest.raises(ValueError, match=r"nothing to read in .*txt: expected \.csv"):
+        run(config(tmp_path, tmp_path / "txt"), ONE, parts_with(Scripted()))
     (tmp_path / "empty.jsonl").write_text("")
     with pytest.raises(ValueError, match="has no examples"):
         run(config(tmp_path, tmp_path / "empty.jsonl"), ONE, parts_with(Scripted()))

@@ -33,11 +33,11 @@ _MODEL = (
 _RL = (
     "--policy.path demo/sft/policy --data.train demo/data/train.jsonl --num-steps 2 --seed 1 --rollout.num-prompts 8 "
     "--rollout.group-size 4 --rollout.max-new-tokens 80 --rollout.top-k 4 --train.micro-batch-tokens 2048 --reward.judge oracle "
-    "--optimizer.lr 1e-4"
+    "--optimizer.lr 1e-4 --data.prompt 'Query: {{query}}\nItem: {{item}}\n'"
 )
 _JUDGE = (
     "srpo.train_judge --data demo/data/train.jsonl --rollouts demo/rollouts.jsonl --held-out 8 --sft.batch-size 8 "
-    "--sft.policy.path demo/sft/policy"
+    "--sft.policy.path demo/sft/policy --sft.optimizer.lr 2e-3"
 )
 # Name -> command; {configs} is the folder of the checkout. Each runs in the same folder, in this order: `demo` makes the data and
 # the checkpoint that all others start from.
@@ -46,7 +46,7 @@ SCENARIOS = {
     f"{_MODEL.format('model.')} --sft-steps 150 --sft-batch 16 --sft-lr 1e-2 --rl-steps 3 --num-prompts 8 --group-size 4 "
     "--eval-every 2",
     "sft": "srpo.sft --data demo/data/sft.jsonl --policy.path demo/base --run-dir sft --num-steps 5 --batch-size 16 "
-    "--inputs hidden",
+    "--inputs hidden --optimizer.lr 2e-3",
     "grpo": f"srpo.train @ {{configs}}/baselines/grpo.toml {_RL} --run-dir grpo",
     "ppo": f"srpo.train @ {{configs}}/baselines/ppo.toml {_RL} --run-dir ppo",
     "gspo": f"srpo.train @ {{configs}}/baselines/gspo.toml {_RL} --run-dir gspo --loss.num-updates 2",

@@ -16,7 +16,7 @@ from srpo.core.ranges import Finite
 from srpo.core.text import fold
 
 PAPER_GRADES = ("L1", "L2", "L3", "L4")  # 1 Irrelevant, 2 Mismatch, 3 Related, 4 Excellent (5.1.2)
-_ESCI = {"E": 4, "S": 3, "C": 2, "I": 1}  # the labels of ESCI (exact, substitute, complement, irrelevant) on four grades
+_ESCI = {"E": 4, "S": 3, "C": 2, "I": 1}  # the labels of ESCI (exact, substitute, complement, irrelevant)
 
 
 @dataclass(frozen=True)
@@ -81,13 +81,13 @@ class Grades:
         known: dict[str, str] = {}
         if not any(map(_is_number, (*self.names, *self.labels))):
             known |= {str(number): name for number, name in enumerate(self.names, 1)}
-            if len(self.names) == 4 and not self.labels:
+            if self.names == PAPER_GRADES and not self.labels:
                 known |= {_key(letter): self.names[number - 1] for letter, number in _ESCI.items()}
         return known | {_key(label): name for label, name in self.labels.items()} | {_key(name): name for name in self.names}
 
     def read(self, value: Any) -> str | None:
         """The grade that a value of the data means, None for any other value: its name, a spelling of `labels`, else its class
-        number (unless a name or a label is a number itself); on four grades without labels E, S, C and I, too.
+        number (unless a name or a label is a number itself); on the paper's grades without labels E, S, C and I, too.
 
         2.0 is 2, as in a column of pandas with nulls, and true and false are texts.
         """

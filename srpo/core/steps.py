@@ -115,7 +115,7 @@ class ParsedText:
     answers: tuple[str | None, ...]  # [J] None if the step is missing or its answer cannot be read
     found: tuple[bool, ...]  # [J] whether the text has the step's header
     problems: frozenset[str]  # missing | unanswered | duplicate | out_of_order
-    answer_starts: tuple[int | None, ...]  # [J] character at which each answer begins; None without an answer
+    answer_spans: tuple[tuple[int, int] | None, ...]  # [J] characters of each answer as it is written; None without an answer
 
 
 @dataclass(frozen=True)
@@ -198,7 +198,7 @@ class StepSchema:
         char_ends.reverse()
 
         answers: list[str | None] = [None] * self.num_steps
-        answer_starts: list[int | None] = [None] * self.num_steps
+        spans: list[tuple[int, int] | None] = [None] * self.num_steps
         problems = set()
         for i, header in enumerate(headers):
             j, own = header.step, adopted.get(header.step)
@@ -209,14 +209,14 @@ class StepSchema:
                 problems.add("duplicate")
             if answers[j] is None and header.start < char_ends[j]:
                 limit = headers[i + 1].start if i + 1 < len(headers) else len(text)
-                answers[j], start = self._read_answer(j, text[header.end : limit])
-                answer_starts[j] = None if answers[j] is None else header.end + start
+                answers[j], (start, end) = self._read_answer(j, text[header.end : limit])
+                spans[j] = None if answers[j] is None else (header.end + start, header.end + end)
         if len(adopted) < self.num_steps:
             problems.add("missing")
         if any(answers[j] is None for j in adopted):
             problems.add("unanswered")
         found = tuple(start is not None for start in starts)
-        return ParsedText(tuple(char_ends), tuple(answers), found, frozenset(problems), tuple(answer_starts))
+        return ParsedText(tuple(char_ends), tuple(answers), found, frozenset(problems), tuple(spans))
 
     def write(self, answers: Sequence[str]) -> str:
         """A response with these answers [J], in the form that the steps are read from."""
@@ -229,23 +229,25 @@ class StepSchema:
         headers = [_Header(*m.span(), j) for j, header in enumerate(self._headers) for m in header.finditer(text)]
         return sorted(headers, key=lambda h: (h.start, h.step))
 
-    def _read_answer(self, j: int, body: str) -> tuple[str | None, int]:
-        """(answer of step j in the text after its header, the character of `body` at which it begins)."""
+    def _read_answer(self, j: int, body: str) -> tuple[str | None, tuple[int, int]]:
+        """(answer of step j in the text after its header, the characters of `body` that it is read from)."""
         spec, pattern = self.specs[j], self._answers[j]
-        value = None
+        value, whole = None, (0, len(body))
         if self.form == "json":
             value = _JSON_STRING.match(body)
             if value is None and pattern is None:
-                return None, 0
+                return None, whole
             body = body if value is None else _unescaped(value[1])
         if pattern is None:
-            return spec.canonical(body), 0
+            return spec.canonical(body), whole
         answers = [(spec.canonical(m.group(1)), m) for m in pattern.finditer(body) if m.group(1)]
         answer, match = next((found for found in reversed(answers) if found[0] is not None), (None, None))
-        start = 0 if match is None else match.start(1)
-        if match is not None and value is not None:  # among the characters as they are written, before escapes are decoded
+        if match is None:
+            return None, whole
+        start = match.start(1)
+        if value is not None:  # among the characters as they are written, before escapes are decoded
             start = value.start(1) + (start if value[1] == body else max(0, value[1].rfind(match[1])))
-        return answer, start
+        return answer, (start, start + len(match[1]))
 
 
 def _unescaped(text: str) -> str:

@@ -6,7 +6,7 @@ import random
 from collections.abc import Sequence
 from dataclasses import replace
 
-from srpo.core.steps import StepSchema, in_words
+from srpo.core.steps import StepSchema
 from srpo.data.examples import Example
 
 _NAMES = ("Relevance", "Verdict", "Grade", "Rating", "Label", "Judgment")
@@ -40,11 +40,12 @@ def _claim(rng: random.Random, example: Example, models: Sequence[Example], best
     if kind == 0:
         return f" {rng.choice(_NAMES)}: {best}"
     if kind == 1:
-        return f" {schema.num_steps}. {in_words(schema.names[-1])}: {best}"
+        last = schema.write([best] * schema.num_steps).splitlines()[-1]  # of text the line of the verdict, of JSON the whole
+        return f" {last}"
     if kind == 2:
         return f" - {rng.choice(_PRAISE)}, {best}"
     answers = _answers(example, rng.choice(models) if models and rng.random() < 0.5 else None, schema, best)
-    return "".join(f" {j}. {in_words(spec.name)}: {a}" for j, (spec, a) in enumerate(zip(schema.specs, answers, strict=True), 1))
+    return " " + " ".join(schema.write(answers).splitlines())
 
 
 def _answers(example: Example, model: Example | None, schema: StepSchema, best: str) -> list[str]:

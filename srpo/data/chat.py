@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from datetime import date
 from typing import Any
 from weakref import WeakKeyDictionary
@@ -52,8 +52,8 @@ _FRAMES: WeakKeyDictionary[Any, tuple[Any, Frame | None]] = WeakKeyDictionary()
 def set_chat(tokenizer: Any, chat: ChatConfig, name: str) -> None:
     """Apply `policy.chat`, which is kept in the tokenizer and saved with it; says once whether a template that is there is used.
 
-    With the default settings a checkpoint keeps the ones that it was trained with. `name` is the tokenizer's folder. Raises
-    UserError for a template that is asked for and missing, or cannot be used.
+    A trained checkpoint keeps the settings that it was trained with; each that differs from its default replaces one. `name` is
+    the tokenizer's folder. Raises UserError for a template that is asked for and missing, or cannot be used.
     """
     template, known = tokenizer.chat_template, tokenizer.init_kwargs.get(CHAT_KEY)
     if chat.template == "on" and not template:
@@ -62,6 +62,10 @@ def set_chat(tokenizer: Any, chat: ChatConfig, name: str) -> None:
             "chat_template.jinja to the folder, or set policy.chat.template to 'auto'"
         )
     if (known is None and template) or chat != ChatConfig():
+        if known is not None and chat.template != "off":  # a setting with its default value keeps the checkpoint's
+            default = ChatConfig()
+            kept = {"template": "on" if known["used"] else "off", "system": known["system"], "options": known["options"]}
+            chat = replace(chat, **{key: kept[key] for key in kept if getattr(chat, key) == getattr(default, key)})
         used = bool(template) and chat.template != "off"
         if chat.system and not used:
             raise UserError(
@@ -90,10 +94,10 @@ def frame_of(tokenizer: Any) -> Frame | None:
     return known[1]
 
 
-def end_id(tokenizer: Any) -> int:
+def end_id(tokenizer: Any) -> Any:
     """The token that ends a response: the one that the chat template writes after an answer, else the end of text."""
     frame = frame_of(tokenizer)
-    return tokenizer.eos_token_id if frame is None or frame.end_id is None else frame.end_id
+    return getattr(tokenizer, "eos_token_id", None) if frame is None or frame.end_id is None else frame.end_id
 
 
 def framed(tokenizer: Any, parts: Sequence[Part]) -> list[Part]:

@@ -62,5 +62,13 @@ def split_by_query(examples: Iterable[Example], eval_frac: float, seed: int) -> 
     return train, evaluation
 
 
+def in_random_order(examples: Iterable[Example], seed: int = 0) -> list[Example]:
+    """The examples query by query, in an order of the queries that a hash of (seed, query text) decides.
+
+    The first N are then a sample of whole queries, whatever the order of the file.
+    """
+    return sorted(examples, key=lambda example: (_hash(f"{seed}|order|{fold(example.query)}"), fold(example.query)))
+
+
 def _hash(text: str) -> int:
     return int.from_bytes(hashlib.blake2b(text.encode(), digest_size=8).digest(), "big")

@@ -103,6 +103,10 @@ def prepare(cfg: JudgeConfig, parallel: Parallel) -> Work:
     for key in ("verdict_weight", "steps", "grades"):
         if getattr(cfg.sft, key) != getattr(SftConfig(), key):
             raise UserError(f"sft.{key} is set: a judge's verdicts have no steps to weigh; leave it out (its steps are steps.*)")
+    if cfg.sft.prompt != SftConfig().prompt:
+        raise UserError(
+            "sft.prompt is set, but a judge is asked without it: put the text into the file of guidelines, or use sft.policy.chat"
+        )
     if not cfg.mine.solve_low < cfg.mine.solve_high:
         raise UserError(
             f"mine.solve_low is {cfg.mine.solve_low} and mine.solve_high {cfg.mine.solve_high}: set solve_low below solve_high"

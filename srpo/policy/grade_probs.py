@@ -1,8 +1,8 @@
 """Probabilities of the grades: how sure the policy is of its verdict, for ranking and for metrics of ranking.
 
-After the text of a response up to its verdict, the names of the grades are the branches of a tree of tokens. At each fork the
-policy's distribution, restricted to the branches, is read off one forward; a grade's probability is the product along its branch.
-Most scales have a single fork, so a response costs one forward of its prompt and text.
+A response with each grade in place of its verdict is a branch of a tree of tokens. At each fork the policy's distribution,
+restricted to the branches, is read off one forward; a grade's probability is the product along its branch, up to where no other
+grade is left. Most scales have a single fork, so a response costs one forward of its prompt and text.
 
 Letters: N responses, C grades.
 """
@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from itertools import zip_longest
 from typing import Any
 
 import torch
@@ -50,23 +51,22 @@ def grade_probs(
 
 
 def grade_branches(tokenizer: Any, rollout: Rollout, schema: StepSchema) -> tuple[Ids, list[Ids]] | None:
-    """(response tokens before the verdict, the tokens [C] of each grade in its place) of a response; None without a verdict.
+    """(tokens before the first that depends on the grade, the tokens [C] that follow with each grade) of a response; None
+    without a verdict.
 
-    A token that straddles the beginning of the verdict belongs to the grades. Each grade ends with the token that follows the
-    verdict in the response, or the end of the response, so that "Exact" is not a part of "Exactly".
+    Each branch is the response with that grade in place of its verdict, to the end of its text and with `end_id`, so that
+    "Exact" is no part of "Exactly". The text is encoded as a response of SFT is; that of the response's own grade is the response
+    itself, unless it was sampled in other tokens.
     """
     own = without_stops(tokenizer, rollout.response_ids, stop_ids(tokenizer))
-    text, ends = decode_with_ends(tokenizer, own)
+    text, _ = decode_with_ends(tokenizer, own)
     parsed = schema.parse_text(text)
-    start = parsed.answer_starts[-1]
-    if start is None or parsed.answers[-1] not in schema.grades.names:
+    span = parsed.answer_spans[-1]
+    if span is None or parsed.answers[-1] not in schema.grades.names:
         return None
-    first = next(k for k, end in enumerate(ends) if end > start)
-    lead = text[ends[first - 1] if first else 0 : start]
-    grades = [encode(tokenizer, lead + name) for name in schema.grades.names]
-    if any(a != b and b[: len(a)] == a for a in grades for b in grades):  # one name is the beginning of another
-        grades = [(*ids, end_id(tokenizer)) for ids in grades]
-    return tuple(own[:first]), grades
+    wholes = [(*encode(tokenizer, text[: span[0]] + name + text[span[1] :]), end_id(tokenizer)) for name in schema.grades.names]
+    common = next(k for k, tokens in enumerate(zip_longest(*wholes)) if len({*tokens}) > 1)
+    return wholes[0][:common], [whole[common:] for whole in wholes]
 
 
 def _forks(prefix: Ids, grades: Sequence[Ids]) -> list[tuple[Ids, Ids]]:

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 
 from srpo.core.steps import StepSchema
 from srpo.core.tables import percent, text_table
-from srpo.scores.evaluation import SCORE_NAMES, Results, consistency_rows, score_rows
+from srpo.scores.evaluation import Results, consistency_rows, score_rows
 
 
 def before_after_table(before: Results, after: Results, schema: StepSchema) -> str:
@@ -21,7 +21,7 @@ def before_after_table(before: Results, after: Results, schema: StepSchema) -> s
         for _, (first, last) in rows
     ]
     rows = [(*row, change) for row, change in zip(cells, changes, strict=True)]
-    notes = [f"percent, {after['num_examples']:,} held-out pairs{_interval_note(after)}", *_majority_notes(after)]
+    notes = [*_majority_notes(after), f"percent, {after['num_examples']:,} held-out pairs{_interval_note(after)}"]
     return text_table(("", "before", "after", "change"), _parted(rows, schema), notes)
 
 
@@ -48,7 +48,7 @@ def _majority_notes(results: Results) -> list[str]:
     if "majority" not in results:  # results of an earlier version
         return []
     majority, top, ranking = results["majority"], results["top_verdict"], results.get("ranking")
-    always = ", ".join(f"{name} {percent(majority[key])}" for key, name in SCORE_NAMES.items() if key in majority)
+    always = f"accuracy {percent(majority['accuracy'])}, macro F1 {percent(majority['macro_f1'])}"
     notes = [f"always answering {majority['grade']}: {always}"]
     if top is not None:
         notes[0] += f"; the most common verdict is {top['grade']}, {percent(top['share'])} of them"

@@ -62,8 +62,11 @@ def check_best(cfg: Config) -> None:
         near = difflib.get_close_matches(name, known, n=1, cutoff=0.3)
         hint = f"; the nearest is {near[0]!r}" if near else ""
         raise UserError(f"train.best is {name!r}, which is no score of an evaluation{hint}: take one of {', '.join(known)}")
-    if not cfg.data.eval:
-        raise UserError(f"train.best is {name!r} and data.eval is not set: name a file of held-out pairs, or remove train.best")
+    if not (cfg.data.eval or cfg.data.eval_frac):
+        raise UserError(
+            f"train.best is {name!r}, and neither data.eval nor data.eval_frac is set: name a file of held-out pairs or a share "
+            "of the queries, or remove train.best"
+        )
     if patience and not cfg.train.eval_every:
         raise UserError(
             f"train.patience is {patience} and train.eval_every 0, so that only the last step is evaluated: set train.eval_every "
@@ -76,6 +79,6 @@ def check_best_has_values(cfg: Config, examples: Sequence[Example]) -> None:
     for j, spec in enumerate(cfg.schema.specs):
         if cfg.train.best == f"eval/step_accuracy/{spec.name}" and all(reference(example, j) is None for example in examples):
             raise UserError(
-                f"train.best is {cfg.train.best!r}, but no evaluated example of {cfg.data.eval} has a right answer to that step: "
+                f"train.best is {cfg.train.best!r}, but no evaluated example has a right answer to that step: "
                 "name another score, or add labels"
             )

@@ -22,6 +22,7 @@ from srpo.data.curriculum import Curriculum, all_examples, load_stages
 from srpo.data.examples import Example
 from srpo.data.prompts import PromptForm
 from srpo.data.readers import load_examples, load_parts
+from srpo.data.splits import in_random_order
 from srpo.data.tokenizer import encode_prompts, load_tokenizer
 from srpo.policy.adapters import add_adapter
 from srpo.policy.checkpoint import load_checkpoint, load_parameters, save_checkpoint
@@ -109,7 +110,7 @@ class Run:
         examples = all_examples(stages)
         if cfg.data.eval:
             held_out = load_examples(cfg.data.eval, schema, limit, cfg.data.columns)
-        eval_examples = held_out[: limit or None]
+        eval_examples = (held_out if cfg.data.eval else in_random_order(held_out))[: limit or None]
         tokenizer = load_tokenizer(cfg.policy.path, cfg.policy.bos, cfg.policy.chat)
         for other in (cfg.policy.reference, cfg.critic.path):
             if other:
@@ -131,7 +132,7 @@ class Run:
         check_examples(examples, eval_examples, schema, judge, cfg)
         check_best_has_values(cfg, eval_examples)
         if parallel.is_main and (note := seen_in_training(examples, eval_examples)):
-            print(f"data.eval: {note}", flush=True)
+            print(f"{'data.eval' if cfg.data.eval else 'data.eval_frac'}: {note}", flush=True)
         sampler = Curriculum(stages, cfg.seed)
         model = add_adapter(model, cfg.policy, cfg.seed)  # after the engine, which copies the model without it
         policy = Policy(model, activation_checkpointing=cfg.policy.activation_checkpointing, replay_routing=replay)

@@ -56,10 +56,11 @@ def test_names_that_are_numbers_are_no_class_numbers() -> None:
         assert scale.read(1) is None  # one name or label is a number: a class number could be meant otherwise
 
 
-def test_esci_labels_name_the_grades_of_any_scale_of_four() -> None:
-    for names in (PAPER_GRADES, ("bad", "poor", "fair", "great")):
-        assert [Grades(names).read(value) for value in "ICSE"] == [Grades(names).read(value) for value in "icse"] == list(names)
-        assert Grades(names).read("X") is Grades(names).read("ES") is None
+def test_esci_labels_name_the_paper_s_grades_alone() -> None:
+    assert [Grades().read(value) for value in "ICSE"] == [Grades().read(value) for value in "icse"] == list(PAPER_GRADES)
+    assert Grades().read("X") is Grades().read("ES") is None
+    assert not any(Grades(("D", "C", "B", "A")).read(value) for value in "ESI")  # E is no grade of a scale that ends at D
+    assert not any(Grades(("bad", "poor", "fair", "great")).read(value) for value in "ESCI")
     assert Grades(("S", "C", "I", "E")).read("S") == "S"  # a name comes first
     assert THREE.read("E") is Grades(PAPER_GRADES, labels={"best": "L4"}).read("E") is None
 

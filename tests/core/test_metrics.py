@@ -131,7 +131,7 @@ def test_read_metrics_leaves_out_a_half_written_line(tmp_path: Path):
 
 def test_evaluation_metrics_are_declared_and_skip_unknown_steps():
     results = {"macro_f1": 0.1, "accuracy": 0.2, "good_f1": 0.3, "parse_rate": 1.0, "num_examples": 9}
-    results |= {"class_f1": [0.0, 0.1, 0.2, 0.3]}
+    results |= {"class_f1": [0.0, 0.1, 0.2, 0.3], "majority": {"accuracy": 0.4}, "top_verdict": {"share": 0.6}}
     metrics = evaluation_metrics({**results, "step_accuracy": [0.5, None]}, ("item", "verdict"))
     for key in metrics:
         check_key(key)

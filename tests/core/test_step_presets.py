@@ -260,6 +260,6 @@ def test_the_place_of_an_answer_is_where_it_is_written() -> None:
         text = schema.write(["a", 'an "item"', 'no "mismatch" -> match', "-> unclear", "maybe"])
         parsed = schema.parse_text(text)
         for j, word in ((2, "match"), (3, "unclear"), (4, "maybe")):
-            start = parsed.answer_starts[j]
-            assert start is not None and text[start:].startswith(word) and parsed.answers[j] == word
-        assert schema.parse_text("nothing").answer_starts == (None,) * 5
+            span = parsed.answer_spans[j]
+            assert span is not None and text[slice(*span)] == word == parsed.answers[j]
+        assert schema.parse_text("nothing").answer_spans == (None,) * 5

@@ -197,7 +197,7 @@ def test_a_parquet_file_damaged_inside(tmp_path):
 
 
 def test_paths_with_nothing_to_read(tmp_path):
-    for suffix in ("csv", "jsonl.bz2"):
+    for suffix in ("txt", "jsonl.bz2"):
         (tmp_path / f"data.{suffix}").write_text("x")
         with pytest.raises(ValueError, match="nothing to read"):
             read_examples(tmp_path / f"data.{suffix}", PAPER)

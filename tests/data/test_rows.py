@@ -72,12 +72,10 @@ def test_other_schemas_have_other_verdicts():
     assert example_from_row({**ROW, "gold": ["x", "Yes"]}, "here", verdicts("no", "yes", steps=2)).gold == ("x", "yes")
 
 
-@pytest.mark.parametrize("key", ROW)
+@pytest.mark.parametrize("key", ["query", "title"])
 def test_a_missing_key_is_named(key):
     row = {name: value for name, value in ROW.items() if name != key}
-    with pytest.raises(
-        ValueError, match=rf"data.jsonl, line 7: '{key}' is missing: a row needs example_id, query_id, query, title"
-    ):
+    with pytest.raises(ValueError, match=rf"data.jsonl, line 7: '{key}' is missing: a row needs query and title"):
         example_from_row(row, "data.jsonl, line 7", PAPER)
 
 

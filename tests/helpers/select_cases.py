@@ -128,7 +128,12 @@ def config(folder: Path, data: Path | None = None, **changes: Any) -> SelectConf
 def parts_with(engine: Any) -> Callable[..., Parts]:
     judge = OracleJudge(0.1, 0, SCHEMA)
     params = SamplingParams(max_new_tokens=80, group_size=6)
-    return lambda *_: Parts(TOKENIZER, PromptForm(TEMPLATE), engine, judge, params, 400)
+
+    def parts(cfg: SelectConfig | None = None, *_: Any) -> Parts:
+        form = PromptForm(TEMPLATE) if cfg is None else PromptForm.of(cfg.data, cfg.schema)
+        return Parts(TOKENIZER, form, engine, judge, params, 400)
+
+    return parts
 
 
 def contents(folder: Path) -> dict[str, bytes]:

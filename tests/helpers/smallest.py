@@ -17,13 +17,15 @@ from srpo.core.config.export import ExportConfig
 from srpo.core.config.judge import JudgeConfig, JudgeGrpoConfig, MineConfig
 from srpo.core.config.reproduce import ReproduceConfig, Scale
 from srpo.core.config.selection import Criteria, SelectConfig
+from srpo.core.config.start import StartConfig
 from srpo.core.config.train import OptimizerConfig, PolicyConfig, RolloutConfig
 from srpo.data.pairs import read_pairs
 from srpo.experiments import lab as stages
+from srpo.experiments.start import PROMPT
 
 RUN = Path("run")  # the run folder, below the folder of each case
 MODULES = {"ppo": "train", "scalar": "train_judge"}
-PROGRAMS = ("train", "ppo", "sft", "dpo", "export", "select", "evaluate", "train_judge", "scalar", "demo", "reproduce")
+PROGRAMS = ("train", "ppo", "sft", "dpo", "export", "select", "evaluate", "train_judge", "scalar", "start", "demo", "reproduce")
 
 
 def _train(world: small.SmallWorld) -> Any:
@@ -86,6 +88,10 @@ def settings_of(program: str, world: small.SmallWorld) -> Any:
         return _judge(world)
     if program == "scalar":
         return replace(_judge(world), kind="scalar")
+    if program == "start":
+        rl: dict[str, Any] = {"rl_steps": 1, "num_prompts": 2, "group_size": 2, "eval_every": 1, "eval_examples": 2}
+        sizes: dict[str, Any] = {"num_eval": 4, "num_demonstrations": 6, "num_own": 2, "max_new_tokens": 32, "sft_steps": 2}
+        return StartConfig(str(world.train), str(world.policy), str(RUN), prompt=PROMPT, sft_batch=2, **rl, **sizes)
     if program == "demo":
         sizes: dict[str, Any] = {"num_demonstrations": 40, "num_train": 16, "num_eval": 4, "model": small.TINY}
         rl: dict[str, Any] = {"rl_steps": 1, "num_prompts": 2, "group_size": 2, "max_new_tokens": 16}

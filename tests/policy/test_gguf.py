@@ -15,8 +15,8 @@ from transformers import AutoModelForCausalLM
 
 from srpo.core.errors import MissingPackage, UserError
 from srpo.data.checkpoint_tokens import stop_ids
-from srpo.data.encoding import Part
-from srpo.data.tokenizer import encode_prompt, load_tokenizer
+from srpo.data.encoding import Part, encode_parts
+from srpo.data.tokenizer import load_tokenizer
 from srpo.policy import gguf as module
 from srpo.policy.folder import check_folder
 from srpo.policy.gguf import Source, convert, find_source
@@ -53,7 +53,7 @@ def test_the_folder_is_the_model_in_the_file(tmp_path: Path, architecture: str, 
     assert any(len(token) > 1 for token in tokenizer.convert_ids_to_tokens(tokenizer.encode("1999"))) == (pre == "gpt-2")
     assert stop_ids(tokenizer) == (0, 2) and tokenizer.model_max_length == 512
     text = tokenizer.apply_chat_template([{"role": "user", "content": "usb"}], tokenize=False)
-    prompt = encode_prompt(tokenizer, [Part(str(text), is_data=False)])
+    prompt = encode_parts(tokenizer, [Part(str(text), is_data=False)])
     assert prompt[0] == 1 and prompt[-1] == 2
 
     params = SamplingParams(5, greedy=True, top_k=0, temperature=1.0, group_size=1, ignore_eos=True)
@@ -182,5 +182,5 @@ def test_smollm2_answers(tmp_path: Path) -> None:
     question = [{"role": "user", "content": "What is the capital of France?"}]
     prompt = str(tokenizer.apply_chat_template(question, tokenize=False, add_generation_prompt=True))
     params = SamplingParams(16, greedy=True, top_k=0, temperature=1.0, group_size=1, stop_ids=stop_ids(tokenizer))
-    (sample,) = LocalEngine(model).generate([encode_prompt(tokenizer, [Part(prompt, is_data=False)])], params, seed=0)
+    (sample,) = LocalEngine(model).generate([encode_parts(tokenizer, [Part(prompt, is_data=False)])], params, seed=0)
     assert "Paris" in str(tokenizer.decode(list(sample.response_ids))) and sample.response_ids[-1] == 2

@@ -52,7 +52,9 @@ def test_they_are_products_of_restricted_distributions(names: tuple[str, ...], f
     assert probs[-1] is None
     for rollout, row in zip(rollouts[:-1], probs[:-1], strict=True):
         prefix, branches = grade_branches(tokenizer, rollout, schema) or ((), [])
-        assert rollout.response_ids[: len(prefix)] == prefix and len({*branches}) == len(names)
+        own = schema.grades.names.index(schema.parse_text(rollout.text).answers[-1] or "")
+        assert (*prefix, *branches[own]) == rollout.response_ids  # its own branch is the response itself, to its end
+        assert len({*branches}) == len(names)
         expected = []
         for branch in branches:
             total = 0.0

@@ -190,7 +190,7 @@ def test_results_dict_has_the_promised_keys_and_a_part_for_each_value_of_a_tag()
     rollouts = [rollout(i, *RIGHT[:4], f"L{1 + i % 4}" if i < 6 else None) for i in range(8)]
     results = results_dict(rollouts, examples, SCHEMA)
     promised = {"macro_f1", "accuracy", "good_f1", "class_f1", "step_accuracy", "parse_rate", "num_examples"}
-    promised |= {"confusion", "consistency"}
+    promised |= {"confusion", "consistency", "majority", "top_verdict"}
     assert set(results) == promised | {"by", "untagged"}  # no intervals where none are asked for
     assert (results["accuracy"], results["parse_rate"], results["num_examples"]) == (0.75, 0.75, 8)
     parts = results["by"]["query_type"]

@@ -56,5 +56,5 @@ def test_a_collapse_is_told_from_data_of_one_grade() -> None:
     assert not collapse(results(schema, ["yes"] * 90 + ["no"] * 10, ["yes"] * 100))
     unread = results(schema, mixed, [None] * 100)
     assert unread["top_verdict"] is None and not collapse(unread)
-    assert "always answering yes: Accuracy 60.0, Macro F1 25.0" in results_table(unread, schema)
+    assert "always answering yes: accuracy 60.0, macro F1 25.0" in results_table(unread, schema)
     assert "eval/top_verdict_frac" not in evaluation_metrics(unread, schema.names)

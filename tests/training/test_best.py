@@ -68,7 +68,7 @@ def test_scores_are_taken(name: str) -> None:
         (with_train(best="reward/total"), "which is no score"),
         (with_train(patience=3), "train.patience is 3 and train.best is not set"),
         (with_train(best=NAME, patience=3), "train.patience is 3 and train.eval_every 0"),
-        (small.changed(with_train(best=NAME), {"data": {"eval": ""}}), "data.eval is not set"),
+        (small.changed(with_train(best=NAME), {"data": {"eval": ""}}), "neither data.eval nor data.eval_frac is set"),
     ],
 )
 def test_others_are_refused_with_the_fix(cfg: Config, message: str) -> None:
@@ -81,5 +81,5 @@ def test_the_accuracy_of_a_step_without_labels_is_refused() -> None:
     examples = [Example(example_id="1", query_id="q", query="a", title="b", gold=gold)]
     check_best_has_values(with_train(best="eval/step_accuracy/query_intent"), examples)
     check_best_has_values(with_train(best=NAME), examples)
-    with pytest.raises(UserError, match=r"no evaluated example of eval\.jsonl has a right answer to that step"):
+    with pytest.raises(UserError, match=r"no evaluated example has a right answer to that step"):
         check_best_has_values(with_train(best="eval/step_accuracy/item"), examples)

@@ -25,7 +25,7 @@ _FIXED = {
     "": ["seed", "curriculum"],
     "steps": _STEPS,
     "grades": _GRADES,
-    "data": ["prompt", "adversarial_frac"],
+    "data": ["prompt", "adversarial_frac", "eval_frac"],
     "policy": ["dtype", "bos"],
     "policy.chat": _CHAT,
     "policy.lora": _LORA,
@@ -81,8 +81,9 @@ _FIXED = {
 FIXED = [f"{section}.{name}".lstrip(".") for section, names in _FIXED.items() for name in names]
 FIXED_SFT = ["seed", "prompt", "batch_size", "policy.dtype", "policy.bos", *(f"optimizer.{name}" for name in _OPTIMIZER)]
 FIXED_SFT += [*(f"policy.chat.{name}" for name in _CHAT), *(f"policy.lora.{name}" for name in _LORA)]
+FIXED_SFT += [*(f"steps.{name}" for name in _STEPS), *(f"grades.{name}" for name in _GRADES)]
 FIXED_DPO = [*FIXED_SFT, "beta", "label_smoothing"]
-FIXED_DPO += [*(f"steps.{name}" for name in _STEPS), *(f"grades.{name}" for name in _GRADES)]
+FIXED_SFT += ["verdict_weight"]
 FIXED_DPO += [f"rules.{name}" for name in ("prefer", "margin", "per_example", "balance", "seed")]
 PROGRAMS = [(Config, TRAIN, FIXED), (SftConfig, SUPERVISED, FIXED_SFT), (DpoConfig, SUPERVISED, FIXED_DPO)]
 

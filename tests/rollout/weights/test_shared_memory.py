@@ -214,7 +214,7 @@ def test_a_parameter_that_is_more_than_cut_up_is_converted_every_time(monkeypatc
         ((_, tensor),) = named.items()
         return {f"model.layers.0.{e}.{n}": tensor[e, i::2] for e in range(2) for i, n in enumerate(("gate", "up"))}
 
-    monkeypatch.setattr(module, "iter_full_params", lambda policy: [("model.layers.0.gate_up", weight)])
+    monkeypatch.setattr(module, "iter_merged_params", lambda policy: [("model.layers.0.gate_up", weight)])
     monkeypatch.setattr(module, "unwrap", lambda policy: policy)
     monkeypatch.setattr(module, "revert_weight_conversion", convert)
     layouts: Layouts = {}
