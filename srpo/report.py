@@ -33,7 +33,8 @@ def write_report(run_dir: Path) -> tuple[str, list[Path]]:
     """
     for name in ("config.toml", "metrics.jsonl"):
         if not (run_dir / name).is_file():
-            raise UserError(f"no {name} in {run_dir}: give the run_dir of a run of srpo.train")
+            stage = "; here rl" if (run_dir / "rl" / name).is_file() else ""
+            raise UserError(f"no {name} in {run_dir}: give the run_dir of a run of srpo.train{stage}")
     schema = apply_toml(Config(), run_dir / "config.toml").schema
     results: Mapping[str, Results] = {}
     if (run_dir / "results.json").is_file():

@@ -9,14 +9,15 @@ looks.
 from __future__ import annotations
 
 from srpo.core.config.start import StartConfig
-from srpo.core.errors import MissingPackage, UserError
+from srpo.core.errors import UserError
 from srpo.core.settings import check_command_line, check_one_process, run_program
 
 if __name__ == "__main__":
     check_command_line(StartConfig)  # -h and mistakes answer before torch is imported
 
 import json
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -39,9 +40,10 @@ from srpo.core.digests import digest_of, digest_of_data
 from srpo.core.files import read_result, write_result, write_whole
 from srpo.core.metrics import read_metrics
 from srpo.core.progress import Progress
+from srpo.core.ranges import LARGEST_INT
 from srpo.core.run_dir import claim_run_dir
 from srpo.core.run_lock import locks_run_dir
-from srpo.core.tables import percent, text_table
+from srpo.core.tables import percent
 from srpo.data.balance import balanced
 from srpo.data.checkpoint_tokens import stop_ids
 from srpo.data.examples import Example
@@ -51,8 +53,10 @@ from srpo.data.readers import load_examples, write_examples
 from srpo.data.silver import Lexicon, silver_response
 from srpo.data.splits import in_random_order, split_by_query
 from srpo.data.survey import survey
-from srpo.data.tokenizer import encode_prompts, load_tokenizer
+from srpo.data.tokenizer import encode, encode_prompts, load_tokenizer
 from srpo.experiments.start import stage
+from srpo.policy.folder import read_config
+from srpo.policy.forward import context_of
 from srpo.policy.grade_probs import grade_probs
 from srpo.policy.loading import model_size
 from srpo.policy.model import Policy, load_policy
@@ -60,20 +64,27 @@ from srpo.policy.parallel import Parallel, distributed
 from srpo.rollout.engine import SamplingParams
 from srpo.rollout.local import LocalEngine
 from srpo.rollout.rollouts import to_rollouts
-from srpo.scores.baselines import judge
-from srpo.scores.evaluation import results_dict
 from srpo.scores.plots import write_plots
 from srpo.scores.ranking import ranking_scores
-from srpo.scores.responses import from_predictions, verdict_only
+from srpo.scores.stages import NAMES, stages_table, words
 from srpo.scores.tables import before_after_table
 from srpo.scores.tally import true_grades
 from srpo.sft import sft
 from srpo.train import train
+from srpo.training.checks import check_prompt_lengths
 from srpo.training.evaluation import evaluate_policy
 from srpo.training.inputs import model_inputs, starting_policy
 
+_NAMES = {  # settings of the stages and of this program
+    "policy.path": "--model",
+    "data.prompt": "--prompt",
+    "data.guidelines": "--guidelines",
+    "data.columns": "--columns",
+    "rollout.max_new_tokens": "--max-new-tokens",
+    "train.micro_batch_tokens": "--micro-batch-tokens",
+    "check data.train and data.eval": "check the path",
+}
 SMALL = 1_000_000_000  # parameters below which a model stands the larger learning rates
-NAMES = {"words": "regression on words", "before": "the model as it is", "sft": "after SFT", "after": "after SRPO"}
 
 
 @locks_run_dir
@@ -84,9 +95,8 @@ def start(cfg: StartConfig, parallel: Parallel) -> dict[str, Any]:
     guidelines = digest_of([form_of(cfg).guidelines])
     inputs = {"the data": (cfg.data, digest_of_data(cfg.data)), "the guidelines": (cfg.guidelines, guidelines)}
     inputs |= model_inputs(starting_policy(replace(cfg.policy, path=cfg.model)))
-    claim_run_dir(
-        run_dir / "start", cfg, parallel.is_main, ("check",), inputs, ("data", "model", "guidelines", "policy.lora.start")
-    )
+    free, paths = ("check", "micro_batch_tokens"), ("data", "model", "guidelines", "policy.lora.start")
+    claim_run_dir(run_dir / "start", cfg, parallel.is_main, free, inputs, paths)
 
     def make(out: Path) -> None:
         write_examples(out / "train.jsonl", train_pairs)
@@ -99,6 +109,8 @@ def start(cfg: StartConfig, parallel: Parallel) -> dict[str, Any]:
     stage(run_dir / "demonstrations", "making demonstrations", lambda out: demonstrate(cfg, train_pairs, own, out))
     policy = sft(sft_config(cfg), parallel)
     results["sft"] = scored(cfg, policy, "sft")
+    if not results["sft"]["parse_rate"]:
+        raise UserError("no response parses after SFT, so nothing earns a reward: raise sft_steps or sft_lr, in another run_dir")
     train(train_config(cfg, policy), parallel)
     results["after"] = scored(cfg, run_dir / "rl" / "policy-best", "after")
     return report(cfg, results)
@@ -110,7 +122,7 @@ def look(cfg: StartConfig) -> tuple[list[Example], list[Example], list[Example]]
     if not cfg.data or not cfg.model:
         raise UserError("give judged pairs and a model: python -m srpo.start pairs.csv --model DIR")
     if cfg.policy.path:
-        raise UserError(f"policy.path is {cfg.policy.path}: name the model by --model alone")
+        raise UserError("the setting path of [policy] is set: name the model by --model alone")
     schema, form = cfg.schema, form_of(cfg)
     examples = [
         replace(e, fields={k: v for k, v in e.fields.items() if k not in cfg.drop_fields})
@@ -118,13 +130,18 @@ def look(cfg: StartConfig) -> tuple[list[Example], list[Example], list[Example]]
     ]
     tokenizer = load_tokenizer(cfg.model, cfg.policy.bos, cfg.policy.chat)
     print(f"{cfg.data}:")
-    found = survey(examples, cfg.grades, schema.names, encode_prompts(tokenizer, examples, form))
-    print("\n".join(f"  {line}" for line in found.lines()))
+    prompts = encode_prompts(tokenizer, examples, form)
+    print("\n".join(f"  {line}" for line in survey(examples, cfg.grades, schema.names, prompts).lines()))
+    context = min(cfg.policy.max_context or LARGEST_INT, context_of(read_config(cfg.model)))
+    check_prompt_lengths(prompts, examples, SamplingParams(cfg.max_new_tokens), context, cfg.micro_batch_tokens)
     graded = [example for example in examples if example.grade is not None]
     if not graded:
         raise UserError(f"{cfg.data}: no pair has a grade: name the column of the grades, --columns grade=NAME")
     true_grades(graded, cfg.grades)
-    silver_response(graded[0], Lexicon(), schema)  # UserError for steps that no template has
+    lexicon = Lexicon.from_examples(graded)
+    longest = max(len(encode(tokenizer, silver_response(example, lexicon, schema))) + 1 for example in graded)
+    if longest > cfg.max_new_tokens:
+        raise UserError(f"demonstrations have up to {longest} tokens and max_new_tokens is {cfg.max_new_tokens}: raise it")
     others, eval_pairs = split_by_query(graded, cfg.eval_frac, cfg.seed)
     train_pairs, dev_pairs = split_by_query(others, cfg.dev_frac, cfg.seed + 1)
     print(
@@ -134,14 +151,15 @@ def look(cfg: StartConfig) -> tuple[list[Example], list[Example], list[Example]]
     return train_pairs, in_random_order(dev_pairs, cfg.seed), in_random_order(eval_pairs, cfg.seed)
 
 
-def plan(cfg: StartConfig) -> list[str]:
-    """What would be done, one line per stage."""
+def plan(cfg: StartConfig, train_pairs: Sequence[Example], _: Sequence[Example], eval_pairs: Sequence[Example]) -> list[str]:
+    """What would be done with the parts of the data, one line per stage."""
     name, size = model_size(cfg.model)
-    shown = cfg.num_eval or "all"
+    shown = min(cfg.num_eval or len(eval_pairs), len(eval_pairs))
+    num = min(cfg.num_demonstrations, len(balanced(train_pairs, cfg.grades, cfg.seed)))
     return [
-        f"model: {name} of {size / 1e6:,.0f} M parameters in {cfg.policy.dtype}",
+        f"model: {name} of {size / 1e6:,.3g} M parameters in {cfg.policy.dtype}",
         f"1. score the model as it is on {shown} held-out pairs",
-        f"2. make up to {cfg.num_demonstrations:,} demonstrations, balanced over the grades: its own right responses if "
+        f"2. make {num:,} demonstrations, balanced over the grades: its own right responses if "
         f"at least {percent(cfg.min_parse_rate)} % of them parse, else templates",
         f"3. SFT: {cfg.sft_steps} steps of {cfg.sft_batch} responses, learning rate {sft_lr(cfg, size):g}",
         f"4. SRPO: {cfg.rl_steps} steps of {cfg.num_prompts} prompts x {cfg.group_size} responses, learning rate "
@@ -307,9 +325,11 @@ def train_config(cfg: StartConfig, policy: Path) -> Config:
 def report(cfg: StartConfig, results: dict[str, dict[str, Any]]) -> dict[str, Any]:
     """Write report.md, results.json and plots/, and print the table. Returns the contents of results.json."""
     run_dir, schema = Path(cfg.run_dir), cfg.schema
-    if found := words(cfg):
+    data = run_dir / "data"
+    pairs, held_out = load_examples(data / "train.jsonl", schema), load_examples(data / "eval.jsonl", schema, cfg.num_eval)
+    if found := words(pairs, held_out, cfg.grades):
         results = results | {"words": found}
-    table = start_table(results)
+    table = stages_table(results)
     print(table)
     parts = [f"# A judge from {Path(cfg.data).name}", "```", table, "```", "## All scores, after SFT and after SRPO", "```"]
     parts += [before_after_table(results["sft"], results["after"], schema), "```"]
@@ -321,47 +341,27 @@ def report(cfg: StartConfig, results: dict[str, dict[str, Any]]) -> dict[str, An
     return summary
 
 
-def words(cfg: StartConfig) -> dict[str, Any] | None:
-    """Results of a logistic regression on words, fitted on all training pairs with every grade weighing the same.
-
-    None, after a line that says so, if scikit-learn is not installed.
-    """
-    data, schema = Path(cfg.run_dir) / "data", cfg.schema
-    pairs, held_out = load_examples(data / "train.jsonl", schema), load_examples(data / "eval.jsonl", schema, cfg.num_eval)
-    try:
-        judged = judge("words+overlap", pairs, held_out, cfg.grades.names, balanced=True)
-    except MissingPackage as error:
-        print(f"the report has no regression on words beside the model: {error}", flush=True)
-        return None
-    answers = {example.example_id: (verdict,) for example, verdict in zip(held_out, judged.verdicts, strict=True)}
-    said = from_predictions(answers, held_out, verdict_only(cfg.grades))
-    results = results_dict(said.rollouts, said.examples, said.schema, by=(), bootstrap=BootstrapConfig())
-    return results | {"ranking": ranking_scores(judged.probs.tolist(), held_out, cfg.grades)}
-
-
-def start_table(results: dict[str, dict[str, Any]]) -> str:
-    """Accuracy, macro F1 and ranking of the majority's answer, of a regression on words, and of the model at each stage."""
-    last = results["after"]
-    majority, known = last["majority"], last["confidence"]
-    rows = [(f"always {majority['grade']}", percent(majority["accuracy"]), percent(majority["macro_f1"]), "-", "50.0", "-")]
-    for key, name in NAMES.items():
-        if scores := results.get(key):
-            accuracy, macro_f1 = (percent(scores[score], scores["confidence"][score]) for score in ("accuracy", "macro_f1"))
-            ndcg, auc = (percent(scores["ranking"][score]) for score in ("ndcg_expected", "auc_best"))
-            rows.append((name, accuracy, macro_f1, ndcg, auc, percent(scores["parse_rate"])))
-    header = ("", "accuracy", "macro F1", "NDCG", "AUC of the best grade", "responses that parse")
-    pairs = f"{last['num_examples']:,} held-out pairs of {known['num_queries']:,} queries"
-    return text_table(header, [rows], [f"percent, {pairs}; in brackets 95 % intervals over queries"])
-
-
 def main(cfg: StartConfig) -> None:
     """Look, or run all stages in this process."""
     check_one_process("srpo.start", "it runs in one process (srpo.train takes several)")
     if cfg.check:
-        look(cfg)
-        print("\n".join(plan(cfg)))
+        with _own_names():
+            print("\n".join(plan(cfg, *look(cfg))))
     else:
-        distributed(start)(cfg)
+        with _own_names():
+            distributed(start)(cfg)
+
+
+@contextmanager
+def _own_names() -> Iterator[None]:
+    """Errors of the stages with the names that this program's settings have."""
+    try:
+        yield
+    except UserError as error:
+        message = str(error)
+        for theirs, ours in _NAMES.items():
+            message = message.replace(theirs, ours)
+        raise type(error)(message) from error
 
 
 if __name__ == "__main__":

@@ -43,7 +43,7 @@ def settings(world: Any, tmp_path: Path) -> StartConfig:
         num_eval=10,
         num_demonstrations=24,
         num_own=2,
-        max_new_tokens=96,
+        max_new_tokens=150,
         sft_steps=3,
         sft_batch=4,
         sft_lr=1e-3,
@@ -137,7 +137,7 @@ def test_check_only_looks(settings: StartConfig, capsys: pytest.CaptureFixture[s
         ({"model": "no/such"}, "no tokenizer in 'no/such'"),
         ({"grades": Grades(("no", "yes"))}, "the grades are no, yes"),
         ({"columns": {"query": "q", "title": "nme"}}, "nme"),
-        ({"policy": PolicyConfig(path="x")}, "policy.path is x: name the model by --model alone"),
+        ({"policy": PolicyConfig(path="x")}, "the setting path of .policy. is set: name the model by --model alone"),
     ],
 )
 def test_what_cannot_work_is_one_line(settings: StartConfig, changes: dict[str, Any], message: str) -> None:

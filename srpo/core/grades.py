@@ -102,9 +102,15 @@ class Grades:
     def expected(self, shown: Any) -> str:
         """The end of a message on a value that `read` does not know: the grades, and the nearest spelling."""
         text = spelled(shown) or ""
-        near = difflib.get_close_matches(text.lower(), [*map(str.lower, (*self.names, *self.labels))], n=1)
+        known = [*map(str.lower, (*self.names, *self.labels))]
+        near = [] if text.isdigit() else difflib.get_close_matches(text.lower(), known, n=1)
         nearest = f"; the nearest is {near[0]!r}" if near else ""
-        return f"the grades are {', '.join((*self.names, *self.labels))}{nearest}; give other spellings in grades.labels"
+        example = f"--grades.labels {text or 'VALUE'}={self.names[0]}"
+        if re.fullmatch(r"\d+", text):
+            first = " ".join(f"{i}={name}" for i, name in enumerate(self.names))
+            example = f"--grades.labels {first}; without it numbers count from 1, and not at all if a name or label is one"
+        labels = f", also spelled {', '.join(self.labels)}" if self.labels else ""
+        return f"the grades are {', '.join(self.names)}{labels}{nearest}; give other spellings in grades.labels ({example})"
 
     def title(self, index: int) -> str:
         """The grade in a table: its class number on the paper's scale, else its name."""

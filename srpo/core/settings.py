@@ -181,6 +181,9 @@ def _keys(cls: type) -> list[str]:
 
 def _nearest(key: str, known: Sequence[str]) -> str | None:
     """The known dotted key closest to `key`: similar as a whole, similar in the last part, or faintly similar as a whole."""
+    last = key.lstrip("-").rpartition(".")[2]
+    if same := [name for name in known if name.lstrip("-").rpartition(".")[2] == last]:
+        return min(same, key=len)
     matches = difflib.get_close_matches(key, known, n=1, cutoff=0.75)
     if matches:
         return matches[0]
@@ -190,6 +193,8 @@ def _nearest(key: str, known: Sequence[str]) -> str | None:
 
 
 def _unknown_argument(token: str, known: Sequence[str]) -> str:
+    if token.endswith(".toml"):
+        return f"unexpected argument {token!r}: write `@ {token}`, before all flags"
     if not token.startswith("-"):
         return f"unexpected argument {token!r}: flags begin with -- (-h lists all)"
     near = _nearest("--" + token.lstrip("-").partition("=")[0].replace("_", "-"), known)

@@ -52,6 +52,8 @@ def load_tokenizer(path: str | Path, bos: str = "tokenizer", chat: ChatConfig | 
     model in the folder.
     """
     check_not_adapter(path)
+    if not str(path):
+        raise UserError("policy.path is not set: name the folder of a Hugging Face checkpoint with its tokenizer")
     if not any((Path(path) / name).is_file() for name in ("tokenizer.json", "tokenizer_config.json")):
         raise UserError(
             f"no tokenizer in {str(path)!r}: policy.path must be a folder of a Hugging Face checkpoint with its tokenizer"

@@ -18,8 +18,8 @@ WORLD = DemoConfig(run_dir="runs/world", num_demonstrations=20_000, num_train=40
 SAYS = """\
 No settings are given, so this trains a tiny policy on the built-in catalogue world, in {run_dir}: demonstrations and a warm start
 (some minutes on a CPU), then {num_steps} optimizer steps of SRPO. The same command again continues it.
-Your own data and model:  python -m srpo.train --data.train FILE --policy.path DIR    (settings: -h; one command from a CSV to a
-judge: python -m srpo.start)"""
+Your own data and model, from a table to a judge:  python -m srpo.start FILE --model DIR
+SRPO alone:  python -m srpo.train @ configs/verdict_only.toml --data.train FILE --policy.path DIR    (-h lists the settings)"""
 
 
 @locks_run_dir

@@ -22,6 +22,7 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from srpo.core.config.train import LoraConfig, PolicyConfig
+from srpo.core.digests import digest_of_model
 from srpo.core.errors import UserError, naming
 from srpo.core.files import whole_folder
 from srpo.core.jsonl import json_file
@@ -273,6 +274,10 @@ def _check_base(file: Path, named: Any, path: str) -> None:
                 f"{file} is an adapter of {named}, whose {key} is {other.get(key)!r}, and that of {path} is {mine.get(key)!r}: "
                 "set policy.path to the base of the adapter"
             )
+    if theirs.resolve() != ours.resolve() and digest_of_model(theirs.parent) != digest_of_model(ours.parent):
+        raise UserError(
+            f"{file} is an adapter of {named}, and {path} has other weights: set policy.path to the base of the adapter"
+        )
 
 
 @torch.no_grad()

@@ -76,7 +76,7 @@ def _sources(spec: StepSpec, label: str | None, judge: Judge | None, example_id:
         raise UserError(
             f"nothing can grade step {spec.name!r} of {example_id}: its sources are {list(spec.sources)}, there is "
             f"{'no' if label is None else 'a'} gold label and {'no' if judge is None else 'a'} judge; "
-            "set reward.judge, or end the step's sources with 'skip'"
+            "set reward.judge, or steps.sources to 'labels' (a step without a label then earns nothing)"
         )
     return able
 

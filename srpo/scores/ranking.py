@@ -27,11 +27,14 @@ def ranking_scores(probs: Probs, examples: Sequence[Example], grades: Grades) ->
     - `ndcg_expected`, `ndcg_best`: mean NDCG (gains `grades.gain`) of the queries whose items differ in their gains, ranked by
       the expected class and by the probability of the best grade; None without such a query;
     - `auc_best`, `auc_good`: probability that a pair of the best grade (of a good grade) has a higher probability of it than
-      another pair, ties counted half; None if all pairs are, or none is;
+      another pair, ties counted half; None if all pairs are, or none is; all None if no pair has probabilities;
     - `num_ranked_queries`, `num_unread`: numbers of these queries, and of pairs without probabilities.
     """
     true = np.array(true_grades(examples, grades))
     known = np.array([row is not None for row in probs])
+    if not known.any():
+        nothing = dict.fromkeys(("ndcg_expected", "ndcg_best", "auc_best", "auc_good"))
+        return {**nothing, "num_ranked_queries": 0, "num_unread": len(examples)}
     table = np.array([[0.0] * len(grades.names) if row is None else row for row in probs], dtype=np.float64)
     expected = np.where(known, table @ np.arange(len(grades.names)), -1.0)
     best = np.where(known, table[:, -1], -1.0)

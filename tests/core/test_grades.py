@@ -135,9 +135,13 @@ def test_options_of_a_step_are_a_scale() -> None:
 
 def test_what_a_message_says_of_an_unknown_value() -> None:
     assert NO_YES.expected("yess") == (
-        "the grades are no, yes, 0, 1, true, false; the nearest is 'yes'; give other spellings in grades.labels"
+        "the grades are no, yes, also spelled 0, 1, true, false; the nearest is 'yes'; give other spellings in grades.labels "
+        "(--grades.labels yess=no)"
     )
-    assert THREE.expected([3]) == "the grades are bad, so so, good; give other spellings in grades.labels"
+    listed = "the grades are bad, so so, good; give other spellings in grades.labels"
+    assert THREE.expected([3]) == f"{listed} (--grades.labels VALUE=bad)"
+    from_0 = "--grades.labels 0=bad 1=so so 2=good"
+    assert THREE.expected(0) == f"{listed} ({from_0}; without it numbers count from 1, and not at all if a name or label is one)"
 
 
 def test_titles_are_class_numbers_on_the_papers_scale_alone() -> None:

@@ -26,7 +26,7 @@ def test_no_settings_train_a_tiny_policy_on_the_built_in_world(
     srpo.train.main(Config())
     said = capsys.readouterr().out
     assert "No settings are given, so this trains a tiny policy on the built-in catalogue world" in said
-    assert "python -m srpo.train --data.train FILE --policy.path DIR" in said
+    assert "python -m srpo.train @ configs/verdict_only.toml --data.train FILE --policy.path DIR" in said
     assert [line["step"] for line in small.metrics_of(tmp_path / "world")] == [1, 2]
     written = {path.relative_to(tmp_path): path.read_bytes() for path in (tmp_path / "world").rglob("*.safetensors")}
     shutil.rmtree(tmp_path / "world" / "policy")
