@@ -38,15 +38,15 @@ def settings(world: Any, tmp_path: Path) -> StartConfig:
         model=str(world.policy),
         run_dir=str(tmp_path / "run"),
         columns={"query": "q", "title": "name", "grade": "judgement", "fields.brand": "brand"},
-        grades=Grades(("Irrelevant", "Partial", "Exact")),
+        grades=Grades(labels={"Irrelevant": "L1", "Partial": "L3", "Exact": "L4"}),  # the model's own names
         prompt=PROMPT,
-        num_eval=10,
+        num_eval=20,
         num_demonstrations=24,
         num_own=2,
         max_new_tokens=150,
         sft_steps=3,
         sft_batch=4,
-        sft_lr=1e-3,
+        sft_lr=1e-4,
         rl_steps=2,
         num_prompts=2,
         group_size=3,
@@ -64,13 +64,13 @@ def files_of(folder: Path) -> dict[str, bytes]:
 def test_from_a_table_to_a_report(settings: StartConfig, capsys: pytest.CaptureFixture[str]) -> None:
     main(settings)
     said = capsys.readouterr().out
-    assert "pairs of " in said and "grades from the worst: Irrelevant " in said and "product fields" in said
+    assert "pairs of " in said and "grades from the worst: L1 " in said and "product fields" in said
     run_dir = Path(settings.run_dir)
     report = (run_dir / "report.md").read_text()
-    for row in ("always ", "regression on words", "the model as it is", "after SFT", "after SRPO", "Class Partial F1"):
+    for row in ("always ", "regression on words", "the model as it is", "after SFT", "after SRPO", "Class 3 F1"):
         assert row in report
     results = json.loads((run_dir / "results.json").read_text())
-    assert results["after"]["num_examples"] == 10 and len(results["after"]["class_f1"]) == 3
+    assert results["after"]["num_examples"] == 20 and len(results["after"]["class_f1"]) == 4
     assert {"ndcg_expected", "auc_best"} <= results["words"]["ranking"].keys()
     held = {line["query"] for line in map(json.loads, (run_dir / "data" / "eval.jsonl").read_text().splitlines())}
     trained = {line["query"] for line in map(json.loads, (run_dir / "data" / "train.jsonl").read_text().splitlines())}
