@@ -25,6 +25,9 @@ from typing import Any
 
 import pyarrow as pa
 import pyarrow.parquet as pq
+
+sys.path.insert(0, str(Path(__file__).parent))  # the default, but not under PYTHONSAFEPATH
+
 from revision import commit
 
 from srpo.core.step_presets import PAPER

@@ -20,6 +20,8 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
+sys.path.insert(0, str(Path(__file__).parent))  # the default, but not under PYTHONSAFEPATH
+
 from revision import commit
 
 from srpo.core.config.demo import DemoConfig

@@ -259,7 +259,8 @@ def test_of_several_ranks_the_first_one_writes_what_one_process_does(
 ):
     checkpoint, data = checkpoint_of(tmp_path)
     monkeypatch.setattr("srpo.evaluate.open_engine", lambda *_: Scripted())
-    cfg = EvaluateConfig(checkpoint=str(checkpoint), data=str(data), bootstrap=BootstrapConfig(num_draws=20))
+    # These ranks are threads, and transformers loads a model safely in one thread of a process alone: no ranking.
+    cfg = EvaluateConfig(checkpoint=str(checkpoint), data=str(data), bootstrap=BootstrapConfig(num_draws=20), ranking=False)
     main(replace(cfg, out=str(tmp_path / "one")))
     one = printed(capsys)
     Ranks(3).run(lambda parallel: evaluate(replace(cfg, out=str(tmp_path / str(parallel.rank))), parallel))
