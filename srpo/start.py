@@ -152,7 +152,7 @@ def look(cfg: StartConfig) -> tuple[list[Example], list[Example], list[Example]]
 
 
 def plan(cfg: StartConfig, train_pairs: Sequence[Example], _: Sequence[Example], eval_pairs: Sequence[Example]) -> list[str]:
-    """What would be done with the parts of the data, one line per stage."""
+    """The stages that would run on the parts of the data, one line per stage."""
     name, size = model_size(cfg.model)
     shown = min(cfg.num_eval or len(eval_pairs), len(eval_pairs))
     num = min(cfg.num_demonstrations, len(balanced(train_pairs, cfg.grades, cfg.seed)))

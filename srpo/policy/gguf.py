@@ -57,7 +57,7 @@ _SPLITS: dict[str, Any] = {
     "llama-bpe": pre_tokenizers.Split(Regex(_QWEN2.replace(r"\p{N}|", r"\p{N}{1,3}|")), behavior="isolated"),
 }
 _OWN_RUNS = ("gpt-2", "smollm")  # those that split into GPT-2's runs
-# What the library reports of a file that ends early, or whose bytes are not what they should be.
+# Errors of the library for a file that ends early, or whose bytes are not what they should be.
 _READ_ERRORS = (ValueError, LookupError, OverflowError)
 
 

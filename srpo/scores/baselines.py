@@ -20,6 +20,7 @@ from numpy.typing import NDArray
 
 from srpo.core.errors import MissingPackage, UserError
 from srpo.data.examples import Example
+from srpo.scores.tally import verdict_scores
 
 Kind = Literal["majority", "words", "overlap", "words+overlap"]
 KINDS: tuple[Kind, ...] = ("majority", "words", "overlap", "words+overlap")
@@ -81,12 +82,9 @@ def class_scores(examples: Sequence[Example], verdicts: Sequence[str | None], cl
     confusion = np.zeros((len(classes), len(classes) + 1), dtype=np.int64)
     for true, verdict in zip(class_indices(examples, classes), verdicts, strict=True):
         confusion[true, len(classes) if verdict is None else place.get(verdict, len(classes))] += 1
-    hits, counted = np.diagonal(confusion), confusion.sum(1) + confusion[:, :-1].sum(0)
-    class_f1 = 2 * hits / np.maximum(counted, 1)
+    scores = verdict_scores(confusion, good=(len(classes) - 1,))
     return {
-        "macro_f1": float(class_f1.mean()),
-        "accuracy": float(hits.sum() / max(len(examples), 1)),
-        "class_f1": class_f1.tolist(),
+        **{key: scores[key].tolist() for key in ("macro_f1", "accuracy", "class_f1")},
         "num_examples": len(examples),
         "confusion": confusion.tolist(),
     }

@@ -45,7 +45,7 @@ _TRAIN = (
     # The judge's server. The judge itself (judge_model, judge_engine, judge_max_context) is fixed.
     *(f"reward.judge_{name}" for name in ("url", "timeout_s", "concurrency", "retries", "backoff_s", "fallback")),
     "reward.judge_cache",
-    # Alarms: a run that the audit has stopped can go on. What its averages consist of (audit_warmup, audit_decay) is fixed.
+    # Alarms: a run that the audit has stopped can go on. The settings of its averages (audit_warmup, audit_decay) are fixed.
     *(f"reward.audit{name}" for name in ("", "_missing", "_bound", "_min")),
     "loss.impl",  # a kernel that is named; if "auto" would take another one, `check_impl` says so
     "loss.inputs",
@@ -85,7 +85,7 @@ TRAIN = Changes(
     contents=PATHS,
     cadence="train.checkpoint_every",
 )
-# Of srpo.sft, srpo.dpo and the scalar reward model.
+# The kinds for srpo.sft, srpo.dpo and the scalar reward model.
 SUPERVISED = Changes(
     free=frozenset(("run_dir", *_COMPUTING, "inputs", "micro_batch_tokens", "checkpoint_every")),
     recorded=("num_steps", "optimizer.lr"),

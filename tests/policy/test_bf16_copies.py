@@ -26,7 +26,7 @@ def policy_of(seed: int = 1, *, tied: bool = False, fsdp: bool = False, **option
 
 
 def gradients(batches: list[Any], dump: Path, *, fsdp: bool, frozen: str = "", **options: bool) -> dict[str, torch.Tensor]:
-    """Of one update with a reference; parameters with `frozen` in their name have none."""
+    """Results of one update with a reference; parameters with `frozen` in their name have none."""
     policy = Policy(lab.tiny(1, tied=options.pop("tied", False)), **options)
     for name, param in policy.named_parameters():
         param.requires_grad_(not frozen or frozen not in name)
