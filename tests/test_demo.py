@@ -11,17 +11,13 @@ import small_world as small
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import srpo.demo
-from srpo.core.batch import read_rollouts
 from srpo.core.config.demo import DemoConfig
 from srpo.core.config.train import Config
 from srpo.core.settings import apply_toml
 from srpo.core.step_presets import PAPER
-from srpo.data.examples import Example
 from srpo.data.pairs import read_pairs
-from srpo.data.prompts import build_prompt
-from srpo.data.readers import load_examples, write_examples
+from srpo.data.readers import load_examples
 from srpo.data.tokenizer import load_tokenizer
-from srpo.data.world import World
 from srpo.demo import demo, train_config
 from srpo.experiments.start import PHRASES, stage, strip
 
@@ -139,49 +135,3 @@ def test_a_stage_appears_when_it_is_whole_and_is_made_once(tmp_path: Path) -> No
     stage(tmp_path / "x" / "data", "making", make)
     stage(tmp_path / "x" / "data", "making", make)
     assert len(calls) == 2 and [path.name for path in (tmp_path / "x").iterdir()] == ["data"]
-
-
-def judged_pairs(path: Path) -> Path:
-    """Pairs like those of a real team: a grade, product fields, and no labels for the other steps."""
-
-    def graded(example: Example) -> Example:
-        fields = {**example.fields, "text": "very long " * 200}
-        return replace(example, fields=fields, gold=(None, None, None, None, example.gold[4]), truth=(None,) * 5)
-
-    write_examples(path, (graded(e) for e in World(0).examples("train", 160)))
-    return path
-
-
-def test_the_demo_on_judged_pairs(tmp_path: Path) -> None:
-    """SFT on silver responses, a reward for the verdict alone, and held-out queries."""
-    cfg = settings(tmp_path / "run", data=str(judged_pairs(tmp_path / "pairs.jsonl")), sft_steps=2, rl_steps=1)
-    results = demo(cfg, small.ONE)
-    data = tmp_path / "run" / "data"
-    train, held_out = (load_examples(data / name, PAPER) for name in ("train.jsonl", "eval.jsonl"))
-    assert not {e.query for e in train} & {e.query for e in held_out}
-    assert len(train) + len(held_out) == 160 and len(train) > len(held_out) > 8
-    assert [prompt for prompt, _ in read_pairs(data / "sft.jsonl")] == [build_prompt(e, srpo.demo.PROMPT) for e in train]
-    assert all("text" not in e.fields and "brand" in e.fields for e in train)
-    assert results["after"]["step_accuracy"][:4] == [None] * 4 and results["after"]["step_accuracy"][4] is not None
-    sources = {r.reward_sources for _, r in read_rollouts(tmp_path / "run" / "rollouts.jsonl")}
-    assert sources <= {("skip",) * 4 + (last,) for last in ("gold", "missing")}
-
-
-@pytest.mark.parametrize(
-    ("change", "message"),
-    [
-        (lambda row: row.pop("title") and None, "line 3: 'title' is missing"),
-        (lambda row: {**row, "gold": None}, "a silver response needs one of L1, L2, L3, L4"),
-        (lambda row: {**row, "gold": None, "query_id": "held out", "query": "held out"}, "has no grade"),
-    ],
-)
-def test_bad_pairs_stop_it_and_leave_the_folder_free(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str], change: Any, message: str
-) -> None:
-    pairs = judged_pairs(tmp_path / "pairs.jsonl")
-    broken = small.rewrite_line(pairs, tmp_path / "broken.jsonl", 3, change)
-    eval_frac = 0.95 if message == "has no grade" else 0.05
-    cfg = settings(tmp_path / "run", data=str(broken), eval_frac=eval_frac, sft_steps=1, rl_steps=1)
-    assert message in small.complaint(srpo.demo.main, cfg, tmp_path, capsys)
-    assert not (tmp_path / "run" / "data").exists()
-    assert not (tmp_path / "run" / "demo").exists()

@@ -1,13 +1,8 @@
-"""The stages of `srpo.demo`, `srpo.reproduce` and a first `srpo.train`: data, tokenizer and untrained policy, settings.
-
-The data are those of the catalogue world, or judged pairs.
-"""
+"""The stages of `srpo.demo`, `srpo.reproduce` and a first `srpo.train`: data of the world, tokenizer, new policy, settings."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from dataclasses import replace
-from functools import partial
 from pathlib import Path
 
 from srpo.core.config.demo import DemoConfig
@@ -24,19 +19,16 @@ from srpo.core.config.train import (
     TrainConfig,
 )
 from srpo.core.files import check_whole, whole_folder
-from srpo.core.grades import Grades
 from srpo.core.progress import Progress
-from srpo.core.step_presets import PAPER, StepsConfig
+from srpo.core.step_presets import PAPER
 from srpo.data.adversarial import with_attacks
 from srpo.data.pairs import read_pairs, write_pairs
 from srpo.data.prompts import build_prompt
-from srpo.data.readers import read_examples, split_by_query, write_examples
-from srpo.data.silver import Lexicon, silver_response
+from srpo.data.readers import write_examples
 from srpo.data.teacher import teach
 from srpo.data.tokenizer import train_tokenizer
 from srpo.data.world import World
 from srpo.policy.model import make_tiny
-from srpo.scores.tally import true_grades
 
 PROMPT = "Query: {query}\nItem: {item}\n"  # a tiny model learns the steps from demonstrations
 # Fixed texts of prompts and responses; each becomes one token.
@@ -61,29 +53,18 @@ def stage(out: Path, title: str, make: Callable[[Path], None]) -> None:
 
 def make_data(cfg: DemoConfig, out: Path) -> None:
     """Write pairs for training and evaluation (train.jsonl, eval.jsonl) and demonstrations (sft.jsonl) into `out`."""
-    if cfg.data:
-        read = read_examples(cfg.data, PAPER)
-        examples = [replace(e, fields={k: v for k, v in e.fields.items() if k not in cfg.drop_fields}) for e in read]
-        train_pairs, eval_pairs = split_by_query(examples, cfg.eval_frac, cfg.seed)
-        true_grades(eval_pairs, Grades())  # raises for an ungraded pair here, not after the warm start
-        lexicon = Lexicon.from_examples(train_pairs)
-        write_examples(out / "train.jsonl", train_pairs)
-        write_examples(out / "eval.jsonl", eval_pairs)
-        pairs, num_pairs, teacher = iter(train_pairs), len(train_pairs), partial(silver_response, lexicon=lexicon, schema=PAPER)
-    else:
-        world = World(cfg.seed)
-        write_examples(out / "train.jsonl", world.examples("train", cfg.num_train, start=cfg.num_demonstrations))
-        write_examples(out / "eval.jsonl", world.examples("wild", cfg.num_eval))
-        write_examples(out / "eval_balanced.jsonl", world.examples("balanced", cfg.num_eval))
-        pairs, num_pairs = world.examples("train", cfg.num_demonstrations), cfg.num_demonstrations
-        teacher = partial(teach, bias=cfg.bias, seed=cfg.seed)
+    world = World(cfg.seed)
+    write_examples(out / "train.jsonl", world.examples("train", cfg.num_train, start=cfg.num_demonstrations))
+    write_examples(out / "eval.jsonl", world.examples("wild", cfg.num_eval))
+    write_examples(out / "eval_balanced.jsonl", world.examples("balanced", cfg.num_eval))
+    pairs = world.examples("train", cfg.num_demonstrations)
     if cfg.adversarial_frac:
         pairs = iter(with_attacks(list(pairs), cfg.adversarial_frac, cfg.seed, PAPER))
-    with Progress("demonstrations", num_pairs) as bar:
+    with Progress("demonstrations", cfg.num_demonstrations) as bar:
 
         def demonstrations() -> Iterator[tuple[str, str]]:
             for example in pairs:
-                yield build_prompt(example, PROMPT, attacked=True), teacher(example)
+                yield build_prompt(example, PROMPT, attacked=True), teach(example, cfg.bias, cfg.seed)
                 bar.advance()
 
         write_pairs(out / "sft.jsonl", demonstrations())
@@ -120,16 +101,12 @@ def sft_config(cfg: DemoConfig) -> SftConfig:
 
 
 def train_config(cfg: DemoConfig, policy: Path) -> Config:
-    """Settings of Algorithm 1 on hybrid step rewards, or on real pairs with the reward of the verdict alone.
-
-    Real pairs have neither labels for S1 to S4 nor a simulated annotator.
-    """
+    """Settings of Algorithm 1 on hybrid step rewards."""
     run_dir = Path(cfg.run_dir)
     return Config(
         run_dir=str(run_dir),
         seed=cfg.seed,
         num_steps=cfg.rl_steps,
-        steps=StepsConfig(sources="labels" if cfg.data else "preset"),
         data=DataConfig(
             train=str(run_dir / "data" / "train.jsonl"),
             eval=str(run_dir / "data" / "eval.jsonl"),
@@ -138,7 +115,7 @@ def train_config(cfg: DemoConfig, policy: Path) -> Config:
         ),
         policy=PolicyConfig(path=str(policy)),
         rollout=RolloutConfig(num_prompts=cfg.num_prompts, group_size=cfg.group_size, max_new_tokens=cfg.max_new_tokens),
-        reward=RewardConfig(judge="none" if cfg.data else "oracle", judge_error_rate=cfg.judge_error_rate),
+        reward=RewardConfig(judge="oracle", judge_error_rate=cfg.judge_error_rate),
         advantage=cfg.advantage,
         loss=LossConfig(kl_coef=cfg.kl_coef),
         optimizer=OptimizerConfig(lr=cfg.rl_lr, warmup_steps=3, schedule="linear", min_lr_frac=0.1),

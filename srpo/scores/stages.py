@@ -10,7 +10,7 @@ from srpo.core.errors import MissingPackage
 from srpo.core.grades import Grades
 from srpo.core.tables import percent, text_table
 from srpo.data.examples import Example
-from srpo.scores.baselines import judge
+from srpo.scores.baselines import Judged, judge
 from srpo.scores.evaluation import results_dict
 from srpo.scores.ranking import ranking_scores
 from srpo.scores.responses import from_predictions, verdict_only
@@ -28,6 +28,11 @@ def words(pairs: Sequence[Example], held_out: Sequence[Example], grades: Grades)
     except MissingPackage as error:
         print(f"the report has no regression on words beside the model: {error}", flush=True)
         return None
+    return scores_of_verdicts(judged, held_out, grades)
+
+
+def scores_of_verdicts(judged: Judged, held_out: Sequence[Example], grades: Grades) -> dict[str, Any]:
+    """Results, with `ranking`, of a baseline's verdicts on the held-out pairs."""
     answers = {example.example_id: (verdict,) for example, verdict in zip(held_out, judged.verdicts, strict=True)}
     said = from_predictions(answers, held_out, verdict_only(grades))
     results = results_dict(said.rollouts, said.examples, said.schema, by=(), bootstrap=BootstrapConfig())

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 
 from srpo.core.config.train import AdvantageConfig
-from srpo.core.ranges import Count, Fraction, NonNegative, OpenFraction, Positive, Seed, Size
+from srpo.core.ranges import Count, Fraction, NonNegative, Positive, Seed, Size
 
 
 @dataclass(frozen=True)
@@ -46,11 +46,8 @@ class DemoConfig:
 
     run_dir: str = "runs/demo"  # folder for everything that the demo writes
     seed: Seed = 0  # seed of the world, the model and all random draws
-    data: str = ""  # judged pairs (docs/data.md); empty: the catalogue world
-    eval_frac: OpenFraction = 0.2  # share of the queries of data that is held out
-    drop_fields: tuple[str, ...] = ("text",)  # product fields of data that are too long for a tiny model's prompt
-    num_demonstrations: Size = 60_000  # pairs of the catalogue world that the teacher answers, for SFT
-    num_train: Size = 8_000  # further pairs of the catalogue world, for reinforcement learning
+    num_demonstrations: Size = 60_000  # pairs that the teacher answers, for SFT
+    num_train: Size = 8_000  # further pairs, for reinforcement learning
     num_eval: Size = 4096  # held-out pairs that are judged before and after
     vocab_size: Size = 1536  # size of the tokenizer that is trained on the demonstrations
     model: TinyConfig = field(default_factory=TinyConfig)

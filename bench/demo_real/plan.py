@@ -1,0 +1,107 @@
+"""The stages of `make demo-real`, in chains: the stages of a chain build on one another, chains are independent."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, fields, replace
+from pathlib import Path
+from typing import Any, Literal
+
+Kind = Literal["as_it_is", "data", "sft", "grpo", "srpo"]
+
+
+@dataclass(frozen=True)
+class Sizes:
+    """How much is trained and scored."""
+
+    splits: int = 4  # seeds 0, 1, ... of the split by query
+    shares: tuple[float, ...] = (0.25, 0.5)  # further points of the learning curve, as shares of the training queries
+    curve_splits: int = 2  # splits that the learning curve is drawn from
+    lora_splits: int = 1  # splits on which an adapter is trained, too
+    num_eval: int = 400  # held-out pairs that are scored, spread over the queries; 0: all
+    num_as_it_is: int = 100  # of them for the model as it is, whose responses are long
+    max_new_tokens: int = 128  # longest response
+    sft_steps: int = 90
+    sft_batch: int = 16
+    sft_lr: float = 1e-4
+    lora_lr: float = 1e-3
+    rl_steps: int = 10
+    num_prompts: int = 8
+    group_size: int = 8
+    rl_lr: float = 2e-5
+    lora_rank: int = 16
+    num_world: int = 0  # pairs of the catalogue world that are added to the training pairs, with the labels of their steps
+
+
+TINY = replace(
+    Sizes(), splits=2, shares=(0.5,), curve_splits=1, num_eval=12, num_as_it_is=4, sft_steps=2, sft_batch=4, rl_steps=1,
+    num_prompts=2, group_size=3, lora_rank=4, max_new_tokens=64,
+)  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Part:
+    """A split of a file of judged pairs, and the form of its training."""
+
+    data: str  # file of judged pairs
+    seed: int
+    share: float = 1.0  # of the training queries
+    adapter: bool = False  # train an adapter in place of all weights
+
+    @property
+    def name(self) -> str:
+        """Folder of its results."""
+        ends = [f"-{self.share:g}"] if self.share < 1 else []
+        return "".join([name_of(self.data), f"-{self.seed}", *ends, *(["-lora"] if self.adapter else [])])
+
+
+@dataclass(frozen=True)
+class Stage:
+    """One stage of a part."""
+
+    part: Part
+    kind: Kind
+
+    def cost(self, sizes: Sizes) -> int:
+        """Its work, in training tokens of about one response, for the time that is left."""
+        scored = (sizes.num_eval or 800) * 3 // 4
+        if self.kind == "data":
+            return 1
+        if self.kind == "as_it_is":
+            return 2 * sizes.num_as_it_is
+        if self.kind == "sft":
+            return sizes.sft_steps * sizes.sft_batch + scored
+        return 2 * sizes.rl_steps * sizes.num_prompts * sizes.group_size + scored
+
+
+def name_of(data: str) -> str:
+    """Short name of a file of pairs: its own, or that of its folder if it is called pairs."""
+    path = Path(data)
+    stem = path.name.split(".")[0]
+    return path.resolve().parent.name if stem == "pairs" else stem
+
+
+def chains(files: Sequence[str], sizes: Sizes) -> list[list[Stage]]:
+    """All chains: for each file and split SFT, GRPO and SRPO, in the order of the splits; then the adapters and the curve."""
+    found: list[list[Stage]] = []
+
+    def add(part: Part, *kinds: Kind) -> None:
+        found.append([Stage(part, kind) for kind in kinds])
+
+    for seed in range(sizes.splits):
+        for data in files:
+            as_it_is: tuple[Kind, ...] = () if seed else ("as_it_is",)
+            add(Part(data, seed), "data", *as_it_is, "sft", "grpo", "srpo")
+    for seed in range(sizes.lora_splits):
+        for data in files:
+            add(Part(data, seed, adapter=True), "data", "sft", "srpo")
+    for share in sizes.shares:
+        for seed in range(sizes.curve_splits):
+            for data in files:
+                add(Part(data, seed, share), "data", "sft")
+    return found
+
+
+def options(sizes: Sizes) -> list[tuple[str, Any]]:
+    """(name, default) of each size that the command line may change."""
+    return [(field.name, getattr(sizes, field.name)) for field in fields(sizes) if field.name != "shares"]
