@@ -24,6 +24,7 @@ from typing import Annotated, Any, Literal, NoReturn, TypeVar, Union, get_args, 
 import tyro
 from tyro.constructors import ConstructorRegistry, StructConstructorSpec, StructTypeInfo
 
+from srpo.core.arguments import KINDS, describe, nearest, nearest_option, refused_in_one_line, unknown_argument
 from srpo.core.errors import UserError, explain_os_error
 from srpo.core.interrupts import end_at_signals, ended_by_signals
 from srpo.core.ranges import check_ranges, field_types
@@ -31,16 +32,15 @@ from srpo.core.ranges import check_ranges, field_types
 T = TypeVar("T")
 
 DEBUG = "SRPO_DEBUG"  # environment variable: 1 shows the traceback of a user error
-_KINDS = {str: "a string", bool: "true or false", int: "an integer", float: "a number", dict: "a table", list: "a list"}
 _POSITIONAL = get_args(tyro.conf.Positional[int])[1]
 
 
 def load(cls: type[T], argv: Sequence[str] | None = None, prog: str | None = None) -> T:
     """An instance of the dataclass `cls` from `[@ file.toml]... [--flag value]...` (`sys.argv[1:]` if `argv` is None).
 
-    Raises UserError in one line for a missing or malformed file, an unknown key or flag (with the nearest known one) and a value
-    of the wrong type or out of its range (with file and key). tyro itself exits with code 2 for a malformed flag value, and with
-    code 0 for `-h`.
+    Raises UserError in one line for a missing or malformed file, an unknown key or flag (with the nearest known one), a missing
+    value and one of the wrong type or out of its range (with file and key, or the flag). `-h` prints the help and exits with
+    code 0.
     """
     argv = list(sys.argv[1:] if argv is None else argv)
     if strange := [arg for arg in argv if not arg.isascii() and arg != arg.encode("utf-8", "replace").decode()]:
@@ -55,11 +55,12 @@ def load(cls: type[T], argv: Sequence[str] | None = None, prog: str | None = Non
         raise UserError("`@ file.toml` comes after a flag: put files first, then flags")
     registry = ConstructorRegistry()
     registry.struct_rule(_no_flags_for_tables)
-    with registry:
+    hints = {_flag(key, hint): hint for key, hint, _ in _leaves(cls()) if not _tables(hint)}
+    with registry, refused_in_one_line(argv, hints):
         named = (tyro.conf.PositionalMetavarFromFieldName,)
         config, unknown = tyro.cli(cls, args=argv, default=config, prog=prog, config=named, return_unknown_args=True)
     if unknown:
-        raise UserError(_unknown_argument(unknown[0], [flag for flag, _, _ in flags(cls)]))
+        raise UserError(unknown_argument(unknown[0], hints))
     check_ranges(config)
     getattr(config, "schema", None)  # steps and grades may come from several files: checked when all are read
     return config
@@ -98,7 +99,7 @@ def flags(cls: type) -> list[tuple[str, str, Any]]:
 
     A name is `--loss.kl-coef`, or `RUN-DIR` for a positional argument. A switch also has the form `--loss.no-x`.
     """
-    return [(_flag(key, hint), _describe(hint), default) for key, hint, default in _leaves(cls()) if not _tables(hint)]
+    return [(_flag(key, hint), describe(hint), default) for key, hint, default in _leaves(cls()) if not _tables(hint)]
 
 
 def dump_toml(config: Any) -> str:
@@ -179,28 +180,6 @@ def _keys(cls: type) -> list[str]:
     return list(dict.fromkeys([key.rpartition(".")[0] for key in keys if "." in key] + keys))
 
 
-def _nearest(key: str, known: Sequence[str]) -> str | None:
-    """The known dotted key closest to `key`: similar as a whole, similar in the last part, or faintly similar as a whole."""
-    last = key.lstrip("-").rpartition(".")[2]
-    if same := [name for name in known if name.lstrip("-").rpartition(".")[2] == last]:
-        return min(same, key=len)
-    matches = difflib.get_close_matches(key, known, n=1, cutoff=0.75)
-    if matches:
-        return matches[0]
-    lasts = {name.rpartition(".")[2]: name for name in reversed(known)}
-    near = difflib.get_close_matches(key.rpartition(".")[2], list(lasts), n=1, cutoff=0.75)
-    return lasts[near[0]] if near else next(iter(difflib.get_close_matches(key, known, n=1, cutoff=0.3)), None)
-
-
-def _unknown_argument(token: str, known: Sequence[str]) -> str:
-    if token.endswith(".toml"):
-        return f"unexpected argument {token!r}: write `@ {token}`, before all flags"
-    if not token.startswith("-"):
-        return f"unexpected argument {token!r}: flags begin with -- (-h lists all)"
-    near = _nearest("--" + token.lstrip("-").partition("=")[0].replace("_", "-"), known)
-    return f"unknown flag {token!r}" + (f"; the nearest is {near}" if near else "") + " (-h lists all)"
-
-
 def _no_flags_for_tables(info: StructTypeInfo) -> StructConstructorSpec | None:
     """tyro rule: an array of tables keeps its value and gets no flags."""
     return StructConstructorSpec(instantiate=lambda: info.default, fields=()) if _tables(info.type) else None
@@ -221,7 +200,7 @@ def _replace(config: Any, table: Mapping[str, Any], where: str, prefix: str, kno
             named[name] = _replace(named.get(name, cls()), value, where, key + ".", [key + "." + f for f in field_types(cls)])
             continue
         if name not in hints or name == rest:
-            near = _nearest(key, known)
+            near = nearest(key, known)
             raise UserError(f"{where}: unknown key {key!r}" + (f"; the nearest is {near!r}" if near else ""))
         old = getattr(config, name)
         if isinstance(value, list) and (instead := getattr(type(old), "NO_ARRAY", "")):
@@ -248,9 +227,7 @@ def _convert(value: Any, hint: Any, where: str, key: str) -> Any:
         return _convert(value, args[0], where, key)
     if origin is Literal:
         if not any(value == arg and type(value) is type(arg) for arg in args):
-            near = difflib.get_close_matches(value, [str(arg) for arg in args], n=1) if isinstance(value, str) else []
-            nearest = f"; the nearest is {near[0]!r}" if near else ""
-            raise UserError(f"{where}: {key} must be {_describe(hint)}, not {_show(value)}{nearest}")
+            raise UserError(f"{where}: {key} must be {describe(hint)}, not {_show(value)}{nearest_option(value, args)}")
         return value
     if origin in (Union, types.UnionType):
         fits = [arg for arg in args if _fits(value, arg, where, key)]
@@ -260,13 +237,14 @@ def _convert(value: Any, hint: Any, where: str, key: str) -> Any:
             return _wrong(value, hint, where, key)
         variable = origin is list or args[1:] == (Ellipsis,)
         if not variable and len(value) != len(args):
-            raise UserError(f"{where}: {key} must be {_describe(hint)}, not {len(value)} values")
+            raise UserError(f"{where}: {key} must be {describe(hint)}, not {len(value)} values")
         kinds = [args[0]] * len(value) if variable else args
         return origin(_convert(v, kind, where, f"{key}[{i}]") for i, (v, kind) in enumerate(zip(value, kinds, strict=True)))
     if origin is dict:
         if not isinstance(value, dict):
             return _wrong(value, hint, where, key)
-        return {k: _convert(v, args[1], where, f"{key}.{k}") for k, v in value.items()}
+        entries = _dotted(value, where, key) if args[1] is str else value
+        return {k: _convert(v, args[1], where, f"{key}.{k}") for k, v in entries.items()}
     if is_dataclass(hint) and isinstance(hint, type):
         return _convert_table(value, hint, where, key)
     if hint is float and type(value) is int:
@@ -278,6 +256,20 @@ def _convert(value: Any, hint: Any, where: str, key: str) -> Any:
     return value
 
 
+def _dotted(table: Mapping[str, Any], where: str, key: str) -> dict[str, Any]:
+    """A table of texts without tables in it: TOML reads the key `fields.brand` without quotes as a table `fields`."""
+    entries: dict[str, Any] = {}
+    for name, value in table.items():
+        pairs = [(name, value)]
+        if isinstance(value, dict):
+            pairs = [(f"{name}.{rest}", entry) for rest, entry in _dotted(value, where, f"{key}.{name}").items()]
+        for dotted, entry in pairs:
+            if dotted in entries:
+                raise UserError(f"{where}: {key}.{dotted} is given twice: keep one of them")
+            entries[dotted] = entry
+    return entries
+
+
 def _convert_table(value: Any, cls: type, where: str, key: str) -> Any:
     """One table of an array of tables as an instance of `cls`. Raises UserError if a field without a default is missing."""
     if not isinstance(value, dict):
@@ -285,7 +277,7 @@ def _convert_table(value: Any, cls: type, where: str, key: str) -> Any:
     hints = field_types(cls)
     for name in value:
         if name not in hints:
-            near = _nearest(name, list(hints))
+            near = nearest(name, list(hints))
             raise UserError(f"{where}: unknown key '{key}.{name}'" + (f"; the nearest is '{key}.{near}'" if near else ""))
     given = {name: _convert(v, hints[name], where, f"{key}.{name}") for name, v in value.items()}
     missing = [name for name in hints if name not in given and _required(cls, name)]
@@ -310,30 +302,12 @@ def _fits(value: Any, hint: Any, where: str, key: str) -> bool:
 
 
 def _wrong(value: Any, hint: Any, where: str, key: str) -> NoReturn:
-    raise UserError(f"{where}: {key} must be {_describe(hint)}, not {_show(value)}")
-
-
-def _describe(hint: Any) -> str:
-    """A type in words: "a number", "one of 'a', 'b'", "a list of 2 values (a number, a number)"."""
-    origin, args = get_origin(hint), get_args(hint)
-    if origin is Annotated:
-        return _describe(args[0])
-    if origin is Literal:
-        return "one of " + ", ".join(repr(arg) for arg in args)
-    if origin in (Union, types.UnionType):
-        return " or ".join(_describe(arg) for arg in args if arg is not type(None))
-    if origin is list or (origin is tuple and args[1:] == (Ellipsis,)):
-        return f"a list (each {_describe(args[0])})"
-    if origin is tuple:
-        return f"a list of {len(args)} values ({', '.join(map(_describe, args))})"
-    if is_dataclass(hint):
-        return "a table"
-    return _KINDS.get(hint if isinstance(hint, type) else origin, "a string")
+    raise UserError(f"{where}: {key} must be {describe(hint)}, not {_show(value)}")
 
 
 def _show(value: Any) -> str:
     """A TOML value in words: "the string 'x'"."""
-    kind = _KINDS.get(type(value), f"a {type(value).__name__}")
+    kind = KINDS.get(type(value), f"a {type(value).__name__}")
     if isinstance(value, (dict, list)):
         return kind
     return str(value).lower() if isinstance(value, bool) else f"the {kind.partition(' ')[2]} {value!r}"

@@ -36,11 +36,25 @@ def test_grades_on_the_command_line() -> None:
 
 
 @pytest.mark.parametrize("arguments", [["0no"], ["=no"], ["0=L1", "0=L2"], ["0=L1", "x"]])
-def test_a_missing_equals_sign_and_a_name_twice_are_refused(arguments: list[str], capsys: pytest.CaptureFixture[str]) -> None:
-    with pytest.raises(SystemExit) as stopped:
+def test_a_missing_equals_sign_and_a_name_twice_are_refused(arguments: list[str]) -> None:
+    with pytest.raises(UserError, match=r"^--grades\.labels: '.*': write NAME=VALUE, each name once$"):
         load(Config, ["--grades.labels", *arguments])
-    assert stopped.value.code == 2
-    assert "write NAME=VALUE, each name once" in " ".join(capsys.readouterr().err.replace("\u2502", " ").split())
+
+
+def test_a_dotted_key_without_quotes_is_the_same_key(tmp_path: Path) -> None:
+    path = tmp_path / "x.toml"
+    path.write_text('[data.columns]\nquery = "q"\nfields.brand = "Brand"\nfields.size.eu = "Size"\n[grades.labels]\n1.0 = "L4"\n')
+    cfg = load(Config, ["@", str(path)])
+    assert cfg.data.columns == {"query": "q", "fields.brand": "Brand", "fields.size.eu": "Size"}
+    assert cfg.grades.labels == {"1.0": "L4"}
+    for text, message in (
+        ('fields.brand = "a"\n"fields.brand" = "b"', "data.columns.fields.brand is given twice: keep one of them"),
+        ("fields.brand = 3", "data.columns.fields.brand must be a string, not the integer 3"),
+        ("fields = []", "data.columns.fields must be a string, not a list"),
+    ):
+        path.write_text(f"[data.columns]\n{text}\n")
+        with pytest.raises(UserError, match=f"x.toml: {message}$"):
+            load(Config, ["@", str(path)])
 
 
 def test_a_table_in_toml_goes_both_ways_and_is_checked(tmp_path: Path) -> None:
