@@ -1,7 +1,7 @@
 """Table and plots of a training run: `python -m srpo.report RUN_DIR`.
 
 Prints the scores before and after training and draws RUN_DIR/plots/*.png. Reads `metrics.jsonl`, `config.toml` and, if present,
-`results.json`. Works while training goes on.
+`results.json`; in a folder of srpo.start the first two of its stage `rl`. Works while training goes on.
 """
 
 from __future__ import annotations
@@ -29,18 +29,21 @@ from srpo.scores.tables import before_after_table
 def write_report(run_dir: Path) -> tuple[str, list[Path]]:
     """(table of the scores before and after training, "" without results; files of the plots that were drawn) of a run folder.
 
-    Raises UserError if the folder is not the run folder of srpo.train.
+    A folder of srpo.start has the run of its stage `rl`, and scores and plots of its own. Raises UserError for a folder without a
+    run of srpo.train.
     """
-    for name in ("config.toml", "metrics.jsonl"):
-        if not (run_dir / name).is_file():
-            stage = "; here rl" if (run_dir / "rl" / name).is_file() else ""
-            raise UserError(f"no {name} in {run_dir}: give the run_dir of a run of srpo.train{stage}")
-    schema = apply_toml(Config(), run_dir / "config.toml").schema
+    files_of_a_run = ("config.toml", "metrics.jsonl")
+    stage = run_dir / "rl"
+    run = run_dir if any((run_dir / name).is_file() for name in files_of_a_run) or not stage.is_dir() else stage
+    for name in files_of_a_run:
+        if not (run / name).is_file():
+            raise UserError(f"no {name} in {run}: give the run_dir of a run of srpo.train or srpo.start that has begun to train")
+    schema = apply_toml(Config(), run / "config.toml").schema
     results: Mapping[str, Results] = {}
     if (run_dir / "results.json").is_file():
         results = json_file(run_dir / "results.json")
         _check_results(run_dir / "results.json", results, schema)
-    files = write_plots(run_dir / "plots", read_metrics(run_dir / "metrics.jsonl"), schema, results, run_dir.resolve().name)
+    files = write_plots(run_dir / "plots", read_metrics(run / "metrics.jsonl"), schema, results, run_dir.resolve().name)
     before, after = results.get("before"), results.get("after")
     return before_after_table(before, after, schema) if before and after else "", files
 

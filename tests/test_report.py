@@ -123,6 +123,17 @@ def test_report_of_a_run_folder_follows_its_own_steps(tmp_path: Path):
     assert "S1 colour" in table
     assert run_dir / "plots" / "confusion.png" in files
     assert all(file.is_file() for file in files)
+    begun = tmp_path / "start"  # a folder of srpo.start: the run is its stage rl, scores and plots are its own
+    (begun / "rl").mkdir(parents=True)
+    with pytest.raises(
+        UserError, match=r"no config\.toml in .*rl: give the run_dir of a run of srpo\.train or srpo\.start that has"
+    ):
+        write_report(begun)
+    for name, folder in (("config.toml", begun / "rl"), ("metrics.jsonl", begun / "rl"), ("results.json", begun)):
+        (run_dir / name).rename(folder / name)
+    again, drawn = write_report(begun)
+    assert again == table
+    assert [file.relative_to(begun) for file in drawn] == [file.relative_to(run_dir) for file in files]
 
 
 @pytest.mark.parametrize("before", [{}, [], "x", 3, {"macro_f1": "x", "num_examples": 4}, {"macro_f1": 0.5}])

@@ -87,4 +87,4 @@ class CompareConfig:
 class ReportConfig:
     """`python -m srpo.report runs/demo`"""
 
-    run_dir: Positional[str] = ""  # run folder with metrics.jsonl and, optionally, results.json
+    run_dir: Positional[str] = ""  # run folder of srpo.train or srpo.start, with or without results.json
