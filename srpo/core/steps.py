@@ -26,6 +26,8 @@ from srpo.core.token_spans import Decoder, decode_with_ends
 SOURCES = ("gold", "judge", "rule", "skip")
 REGEX_FLAGS = re.MULTILINE | re.IGNORECASE
 _JSON_STRING = re.compile(r'\s*"((?:[^"\\]|\\.)*+)"', re.DOTALL)
+_SPACES = re.compile(r"(?:\\s|\[\^\\S\\n\])[*+]+| \*")  # of a header: any spaces
+_ESCAPED = re.compile(r"\\(\W)")
 _EDGE = {True: r"(?<!\d)", False: r"(?<!\w)"}  # before a text that begins with a digit, or not
 
 
@@ -219,11 +221,28 @@ class StepSchema:
         return ParsedText(tuple(char_ends), tuple(answers), found, frozenset(problems), tuple(spans))
 
     def write(self, answers: Sequence[str]) -> str:
-        """A response with these answers [J], in the form that the steps are read from."""
+        """A response with these answers [J], in the form that the steps are read from.
+
+        A step that has no text in `openings` is written as "1. Name: answer", which its header does not find.
+        """
         if self.form == "json":
             return json.dumps(dict(zip(self.names, answers, strict=True)), ensure_ascii=False)
-        lines = zip(map(in_words, self.names), answers, strict=True)
-        return "\n".join(f"{j}. {name}: {answer}" for j, (name, answer) in enumerate(lines, start=1))
+        openings = (text or _numbered(j, spec) for j, (spec, text) in enumerate(zip(self.specs, self.openings, strict=True)))
+        return "\n".join(opening + answer for opening, answer in zip(openings, answers, strict=True))
+
+    @cached_property
+    def openings(self) -> tuple[str | None, ...]:
+        """[J] text before the answer of each step, which its header matches: "1. Name: ", "Name: ", or the header's own words.
+
+        None for a header whose words cannot be read off its regular expression.
+        """
+        found: list[str | None] = []
+        for j, (spec, header) in enumerate(zip(self.specs, self._headers, strict=True)):
+            words = _ESCAPED.sub(r"\1", _SPACES.sub(" ", spec.header.removeprefix("^").removesuffix("$"))).strip()
+            texts = (_numbered(j, spec), f"{in_words(spec.name)}: ", f"{words} ", f"{words}\n")
+            matches = ((text, header.match(f"{text}x")) for text in texts)
+            found.append(next((text for text, match in matches if match and match.end() <= len(text)), None))
+        return tuple(found)
 
     def _find_headers(self, text: str) -> list[_Header]:
         headers = [_Header(*m.span(), j) for j, header in enumerate(self._headers) for m in header.finditer(text)]
@@ -298,6 +317,10 @@ def _longest_chain(headers: Sequence[_Header]) -> dict[int, _Header]:
             if chain[0].step not in best or rank(chain) <= rank(best[chain[0].step]):
                 best[chain[0].step] = chain
     return {header.step: header for header in min(best.values(), key=rank, default=())}
+
+
+def _numbered(j: int, spec: StepSpec) -> str:
+    return f"{j + 1}. {in_words(spec.name)}: "
 
 
 def in_words(name: str) -> str:

@@ -92,7 +92,7 @@ class PromptForm:
 
 
 def instructions(schema: StepSchema) -> str:
-    """The task in words: the steps of a response in their order, the allowed answers of each, and the grades."""
+    """The task in words: the steps of a response in their order, under headers that are parsed, their answers, and the grades."""
     lines = []
     for j, spec in enumerate(schema.specs):
         last = j + 1 == schema.num_steps
@@ -103,8 +103,13 @@ def instructions(schema: StepSchema) -> str:
     if schema.form == "json":
         keys = "\n".join(f'"{name}": {text}' for name, text in lines)
         return f"{task} Answer with one JSON object that has these keys, in this order:\n{keys}"
-    steps = "\n".join(f"{j}. {in_words(name)}: {text}" for j, (name, text) in enumerate(lines, start=1))
-    return f"{task} Answer in {'these steps' if len(lines) > 1 else 'this form'}, one line each:\n{steps}"
+    steps = []
+    for spec, opening, (_, text) in zip(schema.specs, schema.openings, lines, strict=True):
+        steps.append(
+            f"(a heading that matches the regular expression {spec.header}) {text}" if opening is None else opening + text
+        )
+    each = "each under its heading" if any("\n" in (opening or "\n") for opening in schema.openings) else "one line each"
+    return "\n".join([f"{task} Answer in {'these steps' if len(lines) > 1 else 'this form'}, {each}:", *steps])
 
 
 def read_guidelines(path: str, setting: str) -> str:

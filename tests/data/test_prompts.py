@@ -44,6 +44,32 @@ def test_instructions_follow_the_steps_and_grades_of_the_settings():
     assert keys[3] == '"category_match": match, related or mismatch'
 
 
+@pytest.mark.parametrize(
+    ("header", "line"),
+    [
+        (None, "1. Verdict: no or yes"),
+        (r"^urteil:", "urteil: no or yes"),
+        (r"verdict:", "Verdict: no or yes"),
+        (r"^\s*Final grade\s*=", "Final grade = no or yes"),
+        (r"^### Grade \(0-1\)$", "### Grade (0-1)\nno or yes"),
+        (r"^\[\[", "[[ no or yes"),
+    ],
+)
+def test_instructions_show_the_header_that_is_parsed(header: str | None, line: str):
+    named = {"verdict": StepChange(header=header)}
+    schema = StepsConfig(preset="verdict", named=named).schema(Grades(("no", "yes")))
+    each = "each under its heading" if "\n" in line else "one line each"
+    assert instructions(schema).endswith(f" Answer in this form, {each}:\n{line}, from the worst to the best")
+    parsed = schema.parse_text(schema.write(["yes"]))
+    assert (parsed.found, parsed.answers, parsed.problems) == ((True,), ("yes",), frozenset())
+
+
+def test_instructions_show_a_pattern_whose_words_are_unknown():
+    schema = StepsConfig(preset="verdict", named={"verdict": StepChange(header=r"^(?:a|b){2}:")}).schema(Grades(("no", "yes")))
+    line = r"(a heading that matches the regular expression ^(?:a|b){2}:) no or yes, from the worst to the best"
+    assert instructions(schema).endswith(f"each under its heading:\n{line}")
+
+
 def test_guidelines_have_their_place_or_follow_the_instructions(tmp_path: Path):
     file = tmp_path / "guide.txt"
     file.write_text("\ufeffA {knife} is no fork.\n<|end|>\n", encoding="utf-8")

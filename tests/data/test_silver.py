@@ -29,6 +29,9 @@ SCHEMAS = {
     "json, three grades": StepsConfig(form="json").schema(THREE),
     "verdict": StepsConfig(preset="verdict").schema(Grades(("no", "yes"))),
     "verdict, json": StepsConfig(preset="verdict", form="json").schema(THREE),
+    "header": StepsConfig(named={"item": StepChange(header="^## product ="), "verdict": StepChange(header="^Grade:")}).schema(
+        Grades()
+    ),
     "two steps": StepSchema([PAPER.specs[2], PAPER.specs[4]]),
 }
 
@@ -155,7 +158,7 @@ def test_a_pair_without_a_grade_has_no_silver(gold):
         ({"price": StepChange(options=("cheap", "dear"))}, "not 'price': write demonstrations of your own"),
         ({"category_match": StepChange(options=("yes", "no"))}, "answer step 'category_match' with match, related, mismatch"),
         ({"item": StepChange(options=("yes", "no"))}, "answer step 'item' with free text"),
-        ({"item": StepChange(header="^Product:")}, "step 'item' has a header or an answer that silver"),
+        ({"item": StepChange(header="^(?:a|b){2}:")}, "step 'item' has a header or an answer that silver"),
         ({"attribute_match": StepChange(answer=r"\[(match|unclear|conflict)\]")}, "step 'attribute_match' has a header or"),
     ],
 )
