@@ -43,6 +43,7 @@ _PARQUET_SCHEMA = pa.schema(
     ]
 )
 _ROWS_PER_GROUP = 4096
+_SHOWN = 5  # repeated rows that a message lists
 _WANT = "one JSON object per line, with query and title"
 _SPLIT_SEED = 0  # of data.eval_frac: no setting, so that every run holds out the same queries
 _Rows = Iterator[tuple[str, dict[str, Any]]]
@@ -124,7 +125,7 @@ def _examples(rows: _Rows, path: str | Path, schema: StepSchema, columns: Column
             verb = "has" if has_id else "lacks"
             raise UserError(f"{where}: this row {verb} an example_id, unlike the rows before it: give all rows one, or none")
         if check_duplicates:
-            key = int.from_bytes(hashlib.blake2b(example.example_id.encode(), digest_size=8).digest(), "big")
+            key = _key(example)
             if key in seen:
                 raise UserError(_second_time(path, schema, columns, example, where, has_id))
             seen.add(key)
@@ -135,9 +136,41 @@ def _examples(rows: _Rows, path: str | Path, schema: StepSchema, columns: Column
 
 
 def _second_time(path: str | Path, schema: StepSchema, columns: Columns, example: Example, where: str, has_id: bool) -> str:
-    """The message for an example_id that an earlier row has: it is searched for from the start, so that no rows are held."""
-    again = ((first, example_from_row(row, first, schema)) for first, row in _rows(path, schema, columns))
-    first, earlier = next(both for both in again if both[1].example_id == example.example_id)
+    """The message for the first row with an example_id of an earlier row, and how many more there are.
+
+    All rows are read again, so that none is held; a row that cannot be read ends the count.
+    """
+    earlier: tuple[str, Example] | None = None
+    seen: set[int] = set()
+    again: list[str] = []
+    least = ""
+    try:
+        for place, row in _rows(path, schema, columns):
+            other = example_from_row(row, place, schema)
+            if earlier is None and other.example_id == example.example_id:
+                earlier = place, other
+            if (key := _key(other)) in seen:
+                again.append(place)
+            seen.add(key)
+    except UserError:
+        least = "at least "
+    assert earlier and where in again, "the files were changed"
+    file, _, _ = where.rpartition(", ")
+    others = [place.removeprefix(f"{file}, ") for place in again if place != where]
+    more = ""
+    if others:
+        shown = ", ".join(others[:_SHOWN]) + (", ..." if len(others) > _SHOWN else "")
+        more = f"; {least}{len(others):,} more {'rows repeat' if len(others) > 1 else 'row repeats'} earlier ones: {shown}"
+    return _repeated(example, where, *earlier, has_id) + more
+
+
+def _key(example: Example) -> int:
+    """8 bytes of a hash of the example_id."""
+    return int.from_bytes(hashlib.blake2b(example.example_id.encode(), digest_size=8).digest(), "big")
+
+
+def _repeated(example: Example, where: str, first: str, earlier: Example, has_id: bool) -> str:
+    """The message for two rows with one example_id."""
     if has_id:
         return f"{where}: example_id {example.example_id!r} occurs a second time, after {first}: give every pair its own"
     pair = f"{where}: the same query and item as in {first}"

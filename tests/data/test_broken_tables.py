@@ -145,3 +145,32 @@ def test_rows_before_a_broken_one_are_streamed(tmp_path: Path) -> None:
     assert [next(stream).title, next(stream).title] == ["Runner", "Boot"]
     with pytest.raises(UserError, match="line 4: 2 values"):
         next(stream)
+
+
+@pytest.mark.parametrize(
+    ("rows", "shown"),
+    [
+        ([1, 2, 1, 3], ""),
+        ([1, 2, 1, 3, 2], "; 1 more row repeats earlier ones: line 6"),
+        ([1, 1, 1, 2, 2], "; 2 more rows repeat earlier ones: line 4, line 6"),
+        ([1] * 12, "; 10 more rows repeat earlier ones: line 4, line 5, line 6, line 7, line 8, ..."),
+        ([1, 1, 1, ""], "; at least 1 more row repeats earlier ones: line 4"),
+    ],
+)
+def test_repeated_rows_are_counted_in_one_line(tmp_path: Path, rows: list[int | str], shown: str) -> None:
+    (tmp_path / "pairs.csv").write_text("query,title\n" + "".join(f"shoes,{title}\n" for title in rows))
+    with pytest.raises(UserError) as caught:
+        load_examples(tmp_path / "pairs.csv", PAPER)
+    assert str(caught.value).endswith(f"further field (docs/data.md){shown}")
+    (tmp_path / "ids.csv").write_text("query,title,example_id\n" + "".join(f"shoes,{title},e{title}\n" for title in rows))
+    with pytest.raises(UserError) as caught:
+        load_examples(tmp_path / "ids.csv", PAPER)
+    assert str(caught.value).endswith(f"give every pair its own{shown}")
+
+
+def test_repeated_rows_in_shards_have_their_file(tmp_path: Path) -> None:
+    for name in ("a", "b", "c"):
+        (tmp_path / f"{name}.csv").write_text("query,title\nshoes,1\n")
+    with pytest.raises(UserError) as caught:
+        load_examples(tmp_path, PAPER)
+    assert str(caught.value).endswith(f"; 1 more row repeats earlier ones: {tmp_path / 'c.csv'}, line 2")
