@@ -129,7 +129,7 @@ def decode(
     max_new_tokens = config.max_new_tokens or run.rollout.max_new_tokens
     engine = open_engine(config, run, parallel)
     prompts = encode_prompts(tokenizer, examples, form)
-    check_prompts(prompts, SamplingParams(max_new_tokens), engine.max_context, [example.example_id for example in examples])
+    check_prompts(prompts, SamplingParams(max_new_tokens), engine.max_context, [example.shown for example in examples])
     evaluation = evaluate_policy(
         engine,
         tokenizer,

@@ -219,7 +219,7 @@ def survey(cfg: SelectConfig, schema: StepSchema, done: frozenset[int], parts: C
             continue
         missing.append(number)
         prompts = encode_prompts(parts().tokenizer, examples, parts().form)
-        check_prompts(prompts, parts().params, parts().max_context, [example.example_id for example in examples])
+        check_prompts(prompts, parts().params, parts().max_context, [example.shown for example in examples])
         gradable, problem = split_gradable(parts(), examples, cfg, schema)
         error_text, num_gradable = error_text or problem, num_gradable + len(gradable)
     if error_text and not num_gradable and not done:  # the missing shards of a resumed run may have no gradable example

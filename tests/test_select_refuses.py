@@ -100,7 +100,7 @@ def with_(**changes: Any) -> Change:
         (with_(select=Criteria(balance=("query_type",), quotas={"eve": 3})), "quotas names 'eve', .*; the nearest is 'even'"),
         (
             lambda cfg, _: replace(cfg, data=replace(cfg.data, prompt="{brand}")),
-            "has {brand}, but e0 has no such field",
+            "has {brand}, but example e0 has no such field",
         ),
         (lambda cfg, folder: replace(cfg, out=cfg.data.train), "out is .*data.jsonl, which is a file: name a folder"),
         (
@@ -128,7 +128,7 @@ def test_bad_settings_stop_before_anything_is_sampled_or_written(tmp_path: Path,
     ("change", "message"),
     [
         ({"max_context": 85}, "the prompt of example e0 has .* raise policy.max_context"),
-        ({"judge": None}, "nothing can grade step 'query_intent' of e0: .*set reward.judge"),
+        ({"judge": None}, "nothing can grade step 'query_intent' of example e0: .*set reward.judge"),
     ],
 )
 def test_what_the_policy_or_the_judge_cannot_do_stops_it_too(tmp_path: Path, change: dict[str, Any], message: str) -> None:

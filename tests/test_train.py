@@ -226,7 +226,7 @@ def refused(world: Any, folder: Path, capsys: pytest.CaptureFixture[str], **chan
         ({"data": {"train": "nowhere.jsonl"}}, "no such file or folder: nowhere.jsonl"),
         (
             {"data": {"prompt": "{query} by {maker}"}},
-            r"data.prompt has \{maker\}, but world-0-train-\d+ has no such field: use brand",
+            r"data.prompt has \{maker\}, but example world-0-train-\d+ has no such field: use brand",
         ),
         ({"policy": {"path": "nowhere"}}, "no tokenizer in 'nowhere': policy.path must be a folder"),
         ({"policy": {"max_context": 70}}, r"example world-0-train-\d+ has \d+ tokens, .* context of 70: lower rollout.max_new"),
@@ -238,7 +238,7 @@ def refused(world: Any, folder: Path, capsys: pytest.CaptureFixture[str], **chan
         ({"rollout": {"temperature": 0.0}}, "rollout.temperature is 0.0: set it to a number from 0.01 to 100"),
         ({"sampler": {"difficulty_low": 0.9, "difficulty_high": 0.1}}, "this window filters out everything"),
         ({"sampler": {"balance": "season"}}, r"sampler.balance: example world-0-train-\d+ has no tag 'season'"),
-        ({"reward": {"judge": "none"}}, "nothing can grade step 'query_intent' of world-0-train-.*set reward.judge"),
+        ({"reward": {"judge": "none"}}, "nothing can grade step 'query_intent' of example world-0-train-.*set reward.judge"),
         ({"reward": {"judge": "generative"}}, "reward.judge_path is not set: name the checkpoint that srpo.train_judge made"),
         ({"reward": {"judge": "generative", "judge_path": "nowhere"}}, "in 'nowhere'"),
         ({"reward": {"judge_error_rate": 1.5}}, "reward.judge_error_rate is 1.5: set it to a number from 0 to 1"),

@@ -24,9 +24,7 @@ def balanced(examples: Iterable[Example], grades: Grades, seed: int) -> list[Exa
     by_grade: dict[str, list[Example]] = {name: [] for name in grades.names}
     for example in examples:
         if example.grade not in by_grade:
-            raise UserError(
-                f"{example.example_id} has the grade {example.grade}: give pairs with one of {', '.join(grades.names)}"
-            )
+            raise UserError(f"{example.shown} has the grade {example.grade}: give pairs with one of {', '.join(grades.names)}")
         by_grade[example.grade].append(example)
     present = [pairs for pairs in by_grade.values() if pairs]
     most = RATIO * min(map(len, present), default=0)

@@ -185,7 +185,7 @@ def _solve_rate(example: Example, where: str) -> float:
         rate = math.nan
     if not 0 <= rate <= 1:
         raise UserError(
-            f"{where}: the tag {SOLVE_RATE} of example {example.example_id} is {text!r}, not a number from 0 to 1: "
+            f"{where}: the tag {SOLVE_RATE} of {example.shown} is {text!r}, not a number from 0 to 1: "
             "write the tag with srpo.select, or remove solve_rate from the stage"
         )
     return rate

@@ -25,6 +25,13 @@ class Example:
     tags: dict[str, str] = field(default_factory=dict)  # strata: query_type, domain, grade, difficulty, ...
     # Text after the title in the policy's prompt alone (data.adversarial_frac); no part of the data
     attack: str = field(default="", repr=False, compare=False)
+    # File and row of a pair whose ids are made of its contents, for messages; no part of the data
+    where: str = field(default="", repr=False, compare=False)
+
+    @property
+    def shown(self) -> str:
+        """The pair in a message: file and row if its id says nothing to the user, else the id."""
+        return f"the pair in {self.where}" if self.where else f"example {self.example_id}"
 
     @property
     def grade(self) -> str | None:

@@ -158,7 +158,7 @@ def prompt_parts(
             value = clean(known[name])
         else:
             names = ", ".join(sorted({*known, "item", *(texts or ())}))
-            raise UserError(f"data.prompt has {{{name}}}, but {example.example_id} has no such field: use {names}")
+            raise UserError(f"data.prompt has {{{name}}}, but {example.shown} has no such field: use {names}")
         parts.append(Part(value))
     return parts
 

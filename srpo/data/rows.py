@@ -52,13 +52,14 @@ def example_from_row(row: dict[str, Any], where: str, schema: StepSchema) -> Exa
         gold=gold,
         truth=_answers(row, "truth", where, schema),
         tags=tags,
+        where="" if "example_id" in row or row.keys() >= {"query_id", "item_id"} else where,
     )
 
 
 def row_from_example(example: Example) -> dict[str, Any]:
     """The inverse of `example_from_row`."""
     row = {name: list(value) if isinstance(value, tuple) else value for name, value in vars(example).items()}
-    del row["attack"]  # no part of the data
+    del row["attack"], row["where"]  # no part of the data
     return row
 
 

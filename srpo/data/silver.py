@@ -109,7 +109,7 @@ def silver_response(example: Example, lexicon: Lexicon, schema: StepSchema) -> s
     _check(schema)
     if example.grade not in schema.grades.names:
         raise UserError(
-            f"{example.example_id} has the grade {example.grade}: a silver response needs one of {', '.join(schema.grades.names)}"
+            f"{example.shown} has the grade {example.grade}: a silver response needs one of {', '.join(schema.grades.names)}"
         )
     answers = _read(example, lexicon)
     return schema.write([*(" -> ".join(filter(None, answers[name])) for name in schema.names[:-1]), example.grade])

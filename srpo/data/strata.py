@@ -16,7 +16,7 @@ def stratum(example: Example, names: Sequence[str]) -> tuple[str, ...]:
 
     Paper: 4.1.2 balances query types and relevance grades and does not say where a type comes from; here it is a tag of the data.
     """
-    return values_of(tags_with_grade(example), names, example.example_id)
+    return values_of(tags_with_grade(example), names, example.shown)
 
 
 def tags_with_grade(example: Example) -> dict[str, str]:
@@ -26,12 +26,12 @@ def tags_with_grade(example: Example) -> dict[str, str]:
     return {**example.tags, "grade": example.grade}
 
 
-def values_of(tags: Mapping[str, str], names: Sequence[str], example_id: str) -> tuple[str, ...]:
-    """`stratum` from the `tags_with_grade` of an example; `example_id` is for the error message."""
+def values_of(tags: Mapping[str, str], names: Sequence[str], shown: str) -> tuple[str, ...]:
+    """`stratum` from the `tags_with_grade` of an example; `shown`: the example in an error message."""
     for name in names:
         if not tags.get(name):
             raise UserError(
-                f"example {example_id} has no tag {name!r} (its tags: {', '.join(sorted(tags)) or 'none'}): "
+                f"{shown} has no tag {name!r} (its tags: {', '.join(sorted(tags)) or 'none'}): "
                 "name tags that all examples have, or add the missing one to the data (docs/data.md)"
             )
     return tuple(tags[name] for name in names)

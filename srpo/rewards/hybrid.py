@@ -44,8 +44,8 @@ def score(
         raise ValueError(f"reward.missing_verdict is {missing_verdict}: set it to a number from 0 to 1")
     golds = [_gold(rollout, example, schema) for rollout, example in zip(rollouts, examples, strict=True)]
     sources = [
-        [_sources(spec, label, judge, rollout.example_id) for spec, label in zip(schema.specs, gold, strict=True)]
-        for rollout, gold in zip(rollouts, golds, strict=True)
+        [_sources(spec, label, judge, example) for spec, label in zip(schema.specs, gold, strict=True)]
+        for example, gold in zip(examples, golds, strict=True)
     ]
     verdicts = _ask(judge, rollouts, examples, sources)
     scored = []
@@ -68,13 +68,13 @@ def _gold(rollout: Rollout, example: Example, schema: StepSchema) -> tuple[str |
     return gold
 
 
-def _sources(spec: StepSpec, label: str | None, judge: Judge | None, example_id: str) -> list[str]:
+def _sources(spec: StepSpec, label: str | None, judge: Judge | None, example: Example) -> list[str]:
     """Sources that can grade the step of this example, in order."""
     can = {"gold": label is not None, "judge": judge is not None, "rule": True, "skip": True}
     able = [source for source in spec.sources if can[source]]
     if not able:
         raise UserError(
-            f"nothing can grade step {spec.name!r} of {example_id}: its sources are {list(spec.sources)}, there is "
+            f"nothing can grade step {spec.name!r} of {example.shown}: its sources are {list(spec.sources)}, there is "
             f"{'no' if label is None else 'a'} gold label and {'no' if judge is None else 'a'} judge; "
             "set reward.judge, or steps.sources to 'labels' (a step without a label then earns nothing)"
         )

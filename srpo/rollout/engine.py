@@ -116,9 +116,9 @@ class Engine(Protocol):
 def check_prompts(
     prompts: Sequence[Sequence[int]], params: SamplingParams, max_context: int, names: Sequence[str] | None = None
 ) -> None:
-    """Raise UserError for an empty prompt or one that leaves no room for its response. `names`: example ids for the message."""
+    """Raise UserError for an empty prompt or one that leaves no room for its response. `names`: the examples in the message."""
     for i, prompt in enumerate(prompts):
-        name = f"the prompt of example {names[i]}" if names else f"prompt {i}"
+        name = f"the prompt of {names[i]}" if names else f"prompt {i}"
         if not prompt:
             raise UserError(f"{name} is empty: a prompt needs at least one token, see data.prompt")
         if len(prompt) + params.max_new_tokens > max_context:

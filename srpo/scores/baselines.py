@@ -70,7 +70,7 @@ def class_indices(examples: Sequence[Example], classes: Sequence[str]) -> list[i
     for example in examples:
         label = example.gold[-1] if example.gold else None
         if label not in place:
-            raise UserError(f"the verdict of pair {example.example_id} is {label!r}: set it to one of {', '.join(classes)}")
+            raise UserError(f"the verdict of {example.shown} is {label!r}: set it to one of {', '.join(classes)}")
         indices.append(place[label])
     return indices
 

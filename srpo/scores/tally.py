@@ -78,7 +78,7 @@ def true_grades(examples: Sequence[Example], grades: Grades) -> list[int]:
         index = grades.index(example.grade)
         if index is None:
             given = "no grade" if example.grade is None else f"the grade {example.grade!r}"
-            raise UserError(f"{example.example_id} has {given}: give every evaluated pair one of {', '.join(grades.names)}")
+            raise UserError(f"{example.shown} has {given}: give every evaluated pair one of {', '.join(grades.names)}")
         indices.append(index)
     return indices
 

@@ -74,7 +74,7 @@ def collect_scores(records: Iterable[Record], balance: Sequence[str], seed: int)
     draws: list[np.ndarray] = []
     pending: list[int] = []
     for record in records:
-        code = codes.setdefault(values_of(record.tags, balance, record.example_id), len(codes))
+        code = codes.setdefault(values_of(record.tags, balance, f"example {record.example_id}"), len(codes))
         rows.append((*_numbers(record), record.num_reward_patterns == 1, code))
         pending.append(_draw(seed, record.example_id))
         if len(rows) == 4096:  # as arrays: lists of Python numbers take ten times the memory

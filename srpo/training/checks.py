@@ -201,12 +201,12 @@ def check_prompt_lengths(
     prompts: Sequence[Sequence[int]], examples: Sequence[Example], params: SamplingParams, max_context: int, max_rows: int
 ) -> None:
     """Raise UserError for a prompt whose longest response exceeds the context (`max_context`) or a micro-batch (`max_rows`)."""
-    check_prompts(prompts, params, max_context, [example.example_id for example in examples])
+    check_prompts(prompts, params, max_context, [example.shown for example in examples])
     for prompt, example in zip(prompts, examples, strict=True):
         rows = len(prompt) + params.max_new_tokens - 1
         if rows > max_rows:
             raise UserError(
-                f"the prompt of example {example.example_id} has {len(prompt)} tokens, and with its longest response {rows} "
+                f"the prompt of {example.shown} has {len(prompt)} tokens, and with its longest response {rows} "
                 f"rows, more than train.micro_batch_tokens = {max_rows}: raise that, lower rollout.max_new_tokens or shorten "
                 "data.prompt"
             )
@@ -256,7 +256,7 @@ def _check_truths(examples: Sequence[Example], schema: StepSchema) -> None:
             others = {"skip", "rule"} | ({"gold"} if label is not None else set())
             if truth is None and others.isdisjoint(spec.sources):
                 raise UserError(
-                    f"reward.judge is oracle, which reads right answers from `truth`, but example {example.example_id} has no "
+                    f"reward.judge is oracle, which reads right answers from `truth`, but {example.shown} has no "
                     f"truth for step {spec.name!r}, so the step would earn nothing: add the truth, train a judge "
                     "(srpo.train_judge), or end the step's sources with 'skip'"
                 )

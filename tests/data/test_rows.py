@@ -2,13 +2,22 @@
 
 from __future__ import annotations
 
+import re
+
 import pytest
 
+from srpo.core.errors import UserError
 from srpo.core.grades import Grades
 from srpo.core.step_presets import PAPER
 from srpo.core.steps import StepSchema, StepSpec
+from srpo.data.balance import balanced
 from srpo.data.examples import Example
+from srpo.data.prompts import prompt_parts
 from srpo.data.rows import example_from_row, row_from_example
+from srpo.data.strata import stratum
+from srpo.rollout.engine import SamplingParams
+from srpo.scores.tally import true_grades
+from srpo.training.checks import check_prompt_lengths
 
 ROW = {"example_id": "1", "query_id": "q", "query": "red shoes", "title": "Sneaker"}
 
@@ -25,6 +34,33 @@ def read(**changes) -> Example:
 
 def test_the_least_row():
     assert read() == Example("1", "q", "red shoes", "Sneaker", {}, (None,) * 5, (None,) * 5, {})
+
+
+@pytest.mark.parametrize(
+    ("ids", "shown"),
+    [
+        ({"example_id": "1"}, "example 1"),
+        ({"query_id": "q", "item_id": 7}, "example q-7"),
+        ({"item_id": 7}, "the pair in data.jsonl, line 7"),
+        ({"query_id": "q"}, "the pair in data.jsonl, line 7"),
+        ({}, "the pair in data.jsonl, line 7"),
+    ],
+)
+def test_a_pair_with_a_made_id_is_shown_by_its_row(ids: dict[str, object], shown: str):
+    pair = example_from_row({"query": "red shoes", "title": "Sneaker", **ids}, "data.jsonl, line 7", PAPER)
+    assert pair.shown == shown
+    again = example_from_row(row_from_example(pair), "copy.jsonl, line 1", PAPER)
+    assert again == pair and repr(again) == repr(pair)  # the place is no part of the data
+    messages = {
+        f"{shown} has no grade": lambda: true_grades([pair], PAPER.grades),
+        f"the prompt of {shown} has 3 tokens": lambda: check_prompt_lengths([(1,) * 3], [pair], SamplingParams(5), 6, 9),
+        f"{shown} has no such field": lambda: prompt_parts(pair, "{size}"),
+        f"{shown} has no tag 'domain'": lambda: stratum(pair, ["domain"]),
+        f"{shown} has the grade None": lambda: balanced([pair], PAPER.grades, 0),
+    }
+    for message, check in messages.items():
+        with pytest.raises(UserError, match=re.escape(message)):
+            check()
 
 
 def test_a_full_row_goes_both_ways():

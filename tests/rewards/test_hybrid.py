@@ -178,9 +178,9 @@ def test_what_cannot_be_scored_is_refused() -> None:
         score(one, [make_example(("x",) * 4)], SCHEMA, Says())
     with pytest.raises(ValueError, match="5 gold labels and 2 answers for 5 steps"):
         score([make_rollout(("x", "y"))], example, SCHEMA, Says())
-    with pytest.raises(ValueError, match=r"nothing can grade step 'query_intent' of a.*no judge; set reward\.judge"):
+    with pytest.raises(ValueError, match=r"nothing can grade step 'query_intent' of example a.*no judge; set reward\.judge"):
         score(one, example, SCHEMA, None)
-    with pytest.raises(ValueError, match=r"nothing can grade step 'verdict' of a.*no gold label"):
+    with pytest.raises(ValueError, match=r"nothing can grade step 'verdict' of example a.*no gold label"):
         score(one, [make_example((None,) * 5)], SCHEMA, Says(*(True,) * 5))
     with pytest.raises(ValueError, match=r"reward\.missing_verdict is 2"):
         score(one, example, SCHEMA, Says(), 2.0)

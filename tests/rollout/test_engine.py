@@ -16,7 +16,7 @@ def test_params_name_the_setting_to_change(field, value):
 def test_check_prompts_names_the_example():
     params = SamplingParams(max_new_tokens=10)
     check_prompts([(1,) * 20], params, 30, ["a"])
-    with pytest.raises(ValueError, match=r"example b has 21 tokens.*context of 30.*policy\.max_context"):
+    with pytest.raises(ValueError, match=r"the prompt of b has 21 tokens.*context of 30.*policy\.max_context"):
         check_prompts([(1,), (1,) * 21], params, 30, ["a", "b"])
-    with pytest.raises(ValueError, match=r"example a is empty"):
+    with pytest.raises(ValueError, match=r"the prompt of a is empty"):
         check_prompts([()], params, 30, ["a"])

@@ -196,10 +196,10 @@ def test_a_filter_that_keeps_all_has_no_support_to_replay() -> None:
 
 
 def test_every_step_of_every_example_needs_a_grader() -> None:
-    with pytest.raises(ValueError, match=r"nothing can grade step 'query_intent' of e1: .*set reward\.judge"):
+    with pytest.raises(ValueError, match=r"nothing can grade step 'query_intent' of example e1: .*set reward\.judge"):
         check([LABELLED], judge=False)
     ungraded = replace(LABELLED, example_id="e7", gold=())
-    with pytest.raises(ValueError, match="nothing can grade step 'verdict' of e7"):
+    with pytest.raises(ValueError, match="nothing can grade step 'verdict' of example e7"):
         check([LABELLED, ungraded])
 
 
