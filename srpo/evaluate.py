@@ -31,7 +31,7 @@ from srpo.core.steps import StepSchema
 from srpo.data.examples import Example
 from srpo.data.prompts import PromptForm
 from srpo.data.readers import load_examples, load_parts
-from srpo.data.splits import in_random_order
+from srpo.data.splits import spread_over_queries
 from srpo.data.tokenizer import encode_prompts, load_tokenizer
 from srpo.policy.checkpoint_folders import checkpoints, step_of
 from srpo.policy.folder import check_stored
@@ -76,7 +76,7 @@ def evaluate(config: EvaluateConfig, parallel: Parallel) -> None:
     # Load every example for predictions: one for an unknown id is an error, one for an example beyond --limit is not.
     limit = 0 if config.predictions else config.limit
     if held_out:
-        examples = in_random_order(load_parts(data, schema, held_out, columns)[1])[: limit or None]
+        examples = spread_over_queries(load_parts(data, schema, held_out, columns)[1])[: limit or None]
     else:
         examples = load_examples(data, schema, limit, columns)
     check_tags((example.tags for example in examples), config.by)

@@ -53,7 +53,7 @@ from srpo.data.pairs import write_pairs
 from srpo.data.prompts import PromptForm, build_prompt
 from srpo.data.readers import load_examples, write_examples
 from srpo.data.silver import Lexicon, silver_gold, silver_response
-from srpo.data.splits import in_random_order, split_by_query
+from srpo.data.splits import split_by_query, spread_over_queries
 from srpo.data.survey import survey
 from srpo.data.tokenizer import encode, encode_prompts, load_tokenizer
 from srpo.experiments.start import stage
@@ -147,7 +147,7 @@ def look(cfg: StartConfig) -> tuple[list[Example], list[Example], list[Example]]
         f"  split by query: {len(train_pairs):,} pairs to train on, {len(dev_pairs):,} to choose the best policy, "
         f"{len(eval_pairs):,} for the scores of the report (--dev-frac, --eval-frac, --seed)"
     )
-    return train_pairs, in_random_order(dev_pairs, cfg.seed), in_random_order(eval_pairs, cfg.seed)
+    return train_pairs, spread_over_queries(dev_pairs, cfg.seed), spread_over_queries(eval_pairs, cfg.seed)
 
 
 def read_pairs_of(cfg: StartConfig) -> list[Example]:

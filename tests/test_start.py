@@ -73,7 +73,9 @@ def test_from_a_table_to_a_report(settings: StartConfig, capsys: pytest.CaptureF
     num_held_out = len((run_dir / "data" / "eval.jsonl").read_text().splitlines())  # a random share of random queries
     assert results["after"]["num_examples"] == min(20, num_held_out) and len(results["after"]["class_f1"]) == 4
     assert {"ndcg_expected", "auc_best"} <= results["words"]["ranking"].keys()
-    held = {line["query"] for line in map(json.loads, (run_dir / "data" / "eval.jsonl").read_text().splitlines())}
+    queries = [line["query"] for line in map(json.loads, (run_dir / "data" / "eval.jsonl").read_text().splitlines())]
+    held = set(queries)
+    assert len(set(queries[: len(held)])) == len(held)  # a limit takes a pair of each query first
     trained = {line["query"] for line in map(json.loads, (run_dir / "data" / "train.jsonl").read_text().splitlines())}
     assert held and trained and not held & trained
     texts = list(read_pairs(run_dir / "demonstrations" / "sft.jsonl"))

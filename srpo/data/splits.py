@@ -62,12 +62,20 @@ def split_by_query(examples: Iterable[Example], eval_frac: float, seed: int) -> 
     return train, evaluation
 
 
-def in_random_order(examples: Iterable[Example], seed: int = 0) -> list[Example]:
-    """The examples query by query, in an order of the queries that a hash of (seed, query text) decides.
+def spread_over_queries(examples: Iterable[Example], seed: int = 0) -> list[Example]:
+    """The examples in rounds of the queries: one pair of each query, then a second one of each query that has more, and so on.
 
-    The first N are then a sample of whole queries, whatever the order of the file.
+    A hash of (seed, query text) orders the queries, one of (seed, example_id) the pairs of a query, whatever the order of the
+    file. The first N are then a sample of as many queries as N allows.
     """
-    return sorted(examples, key=lambda example: (_hash(f"{seed}|order|{fold(example.query)}"), fold(example.query)))
+    pairs = sorted(examples, key=lambda example: (_hash(f"{seed}|pair|{example.example_id}"), example.example_id))
+    taken: dict[str, int] = {}
+    keyed: list[tuple[int, int, str, Example]] = []
+    for example in pairs:
+        query = fold(example.query)
+        keyed.append((taken.get(query, 0), _hash(f"{seed}|order|{query}"), query, example))
+        taken[query] = taken.get(query, 0) + 1
+    return [example for *_, example in sorted(keyed, key=lambda entry: entry[:3])]
 
 
 def _hash(text: str) -> int:

@@ -22,7 +22,7 @@ from srpo.data.curriculum import Curriculum, all_examples, load_stages
 from srpo.data.examples import Example
 from srpo.data.prompts import PromptForm
 from srpo.data.readers import load_examples, load_parts
-from srpo.data.splits import in_random_order
+from srpo.data.splits import spread_over_queries
 from srpo.data.tokenizer import encode_prompts, load_tokenizer
 from srpo.policy.adapters import add_adapter
 from srpo.policy.checkpoint import load_checkpoint, load_parameters, save_checkpoint
@@ -110,7 +110,7 @@ class Run:
         examples = all_examples(stages)
         if cfg.data.eval:
             held_out = load_examples(cfg.data.eval, schema, limit, cfg.data.columns)
-        eval_examples = (held_out if cfg.data.eval else in_random_order(held_out))[: limit or None]
+        eval_examples = (held_out if cfg.data.eval else spread_over_queries(held_out))[: limit or None]
         tokenizer = load_tokenizer(cfg.policy.path, cfg.policy.bos, cfg.policy.chat)
         for other in (cfg.policy.reference, cfg.critic.path):
             if other:

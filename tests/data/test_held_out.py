@@ -4,14 +4,16 @@ from __future__ import annotations
 
 import json
 import random
+from collections import Counter
 from pathlib import Path
 
 import pytest
 
 from srpo.core.errors import UserError
 from srpo.core.step_presets import PAPER
+from srpo.core.text import fold
 from srpo.data.readers import load_examples, load_parts, read_examples
-from srpo.data.splits import QuerySplit
+from srpo.data.splits import QuerySplit, spread_over_queries
 
 
 def write_pairs(path: Path, rows: list[dict]) -> Path:
@@ -52,6 +54,25 @@ def test_more_data_moves_no_query(tmp_path: Path) -> None:
     some = load_parts(write_pairs(tmp_path / "some.jsonl", rows[:600]), PAPER, 0.25)[1]
     every = load_parts(write_pairs(tmp_path / "all.jsonl", rows), PAPER, 0.25)[1]
     assert [e for e in every if int(e.title[1:]) < 600] == some and 80 < len(some) < 220
+
+
+@pytest.mark.parametrize("with_ids", [True, False])
+def test_a_limit_takes_as_many_queries_as_it_can(tmp_path: Path, with_ids: bool) -> None:
+    rng = random.Random()
+    examples = load_examples(write_pairs(tmp_path / "pairs.jsonl", random_rows(rng, with_ids)), PAPER)
+    sizes = Counter(fold(example.query) for example in examples)
+    order = spread_over_queries(examples, 3)
+    assert sorted(order, key=lambda e: e.example_id) == sorted(examples, key=lambda e: e.example_id)
+    for limit in range(len(order) + 1):
+        counts = Counter(fold(example.query) for example in order[:limit])
+        rounds = max(counts.values(), default=0)
+        assert all(counts[query] >= min(size, rounds - 1) for query, size in sizes.items())
+    assert spread_over_queries(rng.sample(examples, len(examples)), 3) == order
+    others = spread_over_queries(examples, 4)
+    queries = [[fold(e.query) for e in some[: len(sizes)]] for some in (order, others)]
+    assert sorted(queries[0]) == sorted(queries[1]) == sorted(sizes) and queries[0] != queries[1]
+    firsts = [{fold(e.query): e.title for e in some[: len(sizes)]} for some in (order, others)]
+    assert firsts[0] != firsts[1]  # the pairs of a query have a random order, too
 
 
 def test_a_split_keeps_queries_and_no_examples(tmp_path: Path) -> None:

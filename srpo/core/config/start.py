@@ -33,7 +33,7 @@ class StartConfig:
     policy: PolicyConfig = field(default_factory=PolicyConfig)
     eval_frac: OpenFraction = 0.2  # share of the queries that is held out
     dev_frac: OpenFraction = 0.1  # share of the other queries that chooses the best policy of SRPO
-    num_eval: Count = 400  # held-out pairs that are judged before and after training; 0: all
+    num_eval: Count = 400  # held-out pairs, spread over the queries, that are judged before and after training; 0: all
     num_demonstrations: Size = 1200  # responses that SFT learns from, balanced over the grades
     num_own: Count = 4  # responses that the model samples per pair for demonstrations of its own; 0: templates only
     min_parse_rate: Fraction = 0.1  # least share of its responses that parse for the model to be asked for demonstrations
@@ -48,7 +48,7 @@ class StartConfig:
     rl_lr: NonNegative = 0.0  # peak learning rate of SRPO; 0: by the size of the model
     kl_coef: NonNegative = 0.001  # weight of the KL divergence to the policy after SFT (beta)
     eval_every: Count = 10  # optimizer steps of SRPO between evaluations, of which the best checkpoint is kept
-    eval_examples: Count = 200  # pairs of these evaluations; 0: all of dev_frac
+    eval_examples: Count = 200  # pairs of these evaluations, spread over the queries; 0: all of dev_frac
     micro_batch_tokens: Size = 4096  # most tokens in one forward and backward pass; lower it if memory runs out
 
     @property

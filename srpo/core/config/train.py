@@ -276,7 +276,7 @@ class TrainConfig:
     checkpoint_every: Size = 50  # optimizer steps between checkpoints; the last step always writes one
     keep_checkpoints: Size = 2  # number of newest checkpoints that are kept, besides the best one's
     eval_every: Count = 0  # optimizer steps between evaluations on data.eval; 0: only after the last step
-    eval_examples: Count = 512  # number of examples of data.eval that are evaluated, from its start; 0: all
+    eval_examples: Count = 512  # evaluated examples: the first of data.eval, or of data.eval_frac spread over its queries; 0: all
     # Score whose best evaluation is kept, as run_dir/policy-best: eval/macro_f1, eval/accuracy, ...; empty: only the last policy
     best: str = ""
     patience: Count = 0  # the run ends after this many evaluations in a row without a rise of `best`; 0: at num_steps
