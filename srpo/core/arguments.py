@@ -92,10 +92,10 @@ def _check_switches(argv: Sequence[str], hints: Mapping[str, Any]) -> None:
 
 
 def _causes(error: BaseException) -> Iterator[BaseException]:
-    cause = error.__cause__ or error.__context__
-    if cause is not None:
+    """The errors during whose handling this one was raised, the last one first."""
+    while (cause := error.__context__) is not None:
         yield cause
-        yield from _causes(cause)
+        error = cause
 
 
 def _bad_value(argv: Sequence[str], hints: Mapping[str, Any], causes: Sequence[BaseException]) -> str | None:
