@@ -15,7 +15,7 @@ from srpo.core.files import read_result, write_result
 from srpo.core.step_presets import PAPER
 from srpo.data.readers import load_examples, write_examples
 from srpo.data.silver import Lexicon
-from srpo.data.splits import in_random_order, split_by_query
+from srpo.data.splits import split_by_query, spread_over_queries
 from srpo.data.tokenizer import load_tokenizer
 from srpo.data.world import World
 from srpo.experiments.start import stage as make_once
@@ -84,14 +84,14 @@ def split(part: Part, cfg: StartConfig, sizes: Sizes, out: Path) -> None:
     """Write pairs.jsonl, the pairs of the part's share of the training queries, train.jsonl, the same and those of the world, and
     eval.jsonl, the pairs of the held-out queries."""
     train_pairs, held_out = split_by_query([pair for pair in read_pairs_of(cfg) if pair.grade], HELD_OUT, part.seed)
-    queries = list(dict.fromkeys(pair.query_id for pair in in_random_order(train_pairs, part.seed)))
+    queries = list(dict.fromkeys(pair.query_id for pair in spread_over_queries(train_pairs, part.seed)))
     kept = set(queries[: math.ceil(part.share * len(queries))])
     chosen = [pair for pair in train_pairs if pair.query_id in kept]
     lexicon = Lexicon.from_examples(chosen)
     world = World(part.seed).examples("train", sizes.num_world) if sizes.num_world else ()
     write_examples(out / "pairs.jsonl", chosen)
     write_examples(out / "train.jsonl", [*labelled(chosen, lexicon, cfg.schema), *world])
-    write_examples(out / "eval.jsonl", labelled(in_random_order(held_out, part.seed), lexicon, cfg.schema))
+    write_examples(out / "eval.jsonl", labelled(spread_over_queries(held_out, part.seed), lexicon, cfg.schema))
 
 
 def baselines(cfg: StartConfig) -> None:
