@@ -26,7 +26,7 @@ from srpo.core.digests import digest_of_model
 from srpo.core.errors import UserError, naming
 from srpo.core.files import whole_folder
 from srpo.core.jsonl import json_file
-from srpo.policy.parallel import current_rank, decoder_layers, iter_full_params, unwrap, whole
+from srpo.policy.parallel import current_rank, decoder_layers, iter_full_params, named_stored, unwrap, whole
 
 NAME, START = "default", "start"  # peft's names of the adapter that trains, and of a frozen copy of the one that it started from
 CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
@@ -115,10 +115,10 @@ def iter_merged_params(policy: nn.Module) -> Iterator[tuple[str, torch.Tensor]]:
         return
     model = unwrap(policy)
     layers = _adapted(model)
-    for name, parameter in model.named_parameters():
+    for name, stored in named_stored(model):
         if ".lora_" in name:
             continue
-        name, tensor = _plain(name), whole(parameter)
+        name, tensor = _plain(name), whole(stored)
         if name in layers:
             tensor = tensor + _product(layers[name], tensor)
         yield name, tensor
@@ -127,9 +127,9 @@ def iter_merged_params(policy: nn.Module) -> Iterator[tuple[str, torch.Tensor]]:
 @torch.no_grad()
 def merged_into(policy: nn.Module, plain: PreTrainedModel) -> PreTrainedModel:
     """`plain`, the base of a policy with an adapter, with the merged weights."""
-    parameters = dict(plain.named_parameters())
+    own = dict(named_stored(plain))
     for name, tensor in iter_merged_params(policy):
-        parameters[name].copy_(tensor)
+        own[name].copy_(tensor)
     return plain
 
 

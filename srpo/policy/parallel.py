@@ -185,13 +185,21 @@ def current_rank() -> int:
 
 @torch.no_grad()
 def iter_full_params(model: nn.Module) -> Iterator[tuple[str, torch.Tensor]]:
-    """(transformers' parameter name, whole tensor) one at a time, the same on all ranks; tied parameters once.
+    """(transformers' name, whole tensor) of each of `named_stored`, one at a time, the same on all ranks.
 
     Collective for a sharded model: every rank must iterate to the end. The tensors of an unsharded model are the parameters' own
     memory: copy a tensor that must outlive the next update.
     """
-    for name, parameter in unwrap(model).named_parameters():
-        yield name, whole(parameter)
+    for name, tensor in named_stored(unwrap(model)):
+        yield name, whole(tensor)
+
+
+def named_stored(model: nn.Module) -> Iterator[tuple[str, torch.Tensor]]:
+    """(name, tensor) of everything that a checkpoint of the model holds: its parameters, tied ones once, and then its persistent
+    buffers, such as the biases by which the routers of DeepSeek-V3 and GLM-4.5 choose experts."""
+    yield from model.named_parameters()
+    stored = model.state_dict().keys()
+    yield from ((name, buffer) for name, buffer in model.named_buffers() if name in stored)
 
 
 def whole(parameter: torch.Tensor) -> torch.Tensor:

@@ -16,7 +16,7 @@ from srpo.core.errors import UserError
 from srpo.policy.adapters import has_adapter, iter_merged_params
 from srpo.policy.bf16_copies import has_bf16_copies
 from srpo.policy.decode import Decoder, KeyValues
-from srpo.policy.model import unwrap
+from srpo.policy.parallel import named_stored, unwrap
 from srpo.policy.probe import check_family
 from srpo.policy.routing import Routing
 from srpo.rollout.engine import Groups, Sample, SamplingParams, check_prompts, in_order
@@ -184,9 +184,9 @@ class LocalEngine:
         ]
 
     def sync_weights(self, policy: nn.Module, version: int) -> None:
-        """See `Engine.sync_weights`. Copies parameters by name and verifies each by checksum."""
+        """See `Engine.sync_weights`. Copies parameters and persistent buffers by name and verifies each by checksum."""
         start = time.perf_counter()
-        own = dict(self.model.named_parameters())
+        own = dict(named_stored(self.model))
         sums: dict[str, int] = {}
         with torch.no_grad():
             for name, tensor in iter_merged_params(policy):
@@ -291,5 +291,5 @@ def _copy(param: nn.Parameter, device: torch.device | None, dtype: torch.dtype |
 
 def _checksum(tensor: torch.Tensor) -> int:
     """Sum of the bit patterns, exact in any order of summation."""
-    integer = {4: torch.int32, 2: torch.int16}[tensor.element_size()]
+    integer = {8: torch.int64, 4: torch.int32, 2: torch.int16, 1: torch.uint8}[tensor.element_size()]
     return int(tensor.detach().contiguous().view(integer).sum(dtype=torch.int64))

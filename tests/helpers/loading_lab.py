@@ -14,7 +14,7 @@ import policy_lab as lab
 import torch
 import torch.distributed as dist
 from torch import nn
-from transformers import AutoModelForCausalLM, Glm4MoeConfig, Glm4MoeForCausalLM
+from transformers import AutoModelForCausalLM
 
 from srpo.policy.critic import Critic
 from srpo.policy.loading import load_to_shard
@@ -38,25 +38,7 @@ def write_checkpoints(folder: Path) -> None:
     make_tiny(lab.tokenizer(51), config, 3).save_pretrained(folder / "wrongly_tied")
     settings = json.loads((folder / "wrongly_tied" / "config.json").read_text()) | {"tie_word_embeddings": True}
     (folder / "wrongly_tied" / "config.json").write_text(json.dumps(settings))
-    with_bias = Glm4MoeForCausalLM(
-        Glm4MoeConfig(
-            vocab_size=51,
-            hidden_size=32,
-            intermediate_size=48,
-            moe_intermediate_size=24,
-            num_hidden_layers=2,
-            first_k_dense_replace=1,
-            num_attention_heads=4,
-            num_key_value_heads=2,
-            n_routed_experts=6,
-            num_experts_per_tok=2,
-            pad_token_id=0,
-        )
-    )
-    for name, buffer in with_bias.named_buffers():
-        if name.endswith("e_score_correction_bias"):  # a router's buffer that is stored in checkpoints
-            buffer.copy_(torch.rand(buffer.shape) + 1)
-    with_bias.save_pretrained(folder / "with_bias")
+    lab.biased(51).save_pretrained(folder / "with_bias")
 
 
 class Broadcasts:

@@ -11,7 +11,7 @@ from typing import Any, cast
 import torch
 from srpo_kernels import LossOptions
 from tokenizers import Tokenizer, models
-from transformers import PreTrainedTokenizerFast
+from transformers import Glm4MoeConfig, Glm4MoeForCausalLM, PreTrainedTokenizerFast
 
 from srpo.core.batch import Batch, Rollout, pack
 from srpo.core.config.demo import TinyConfig
@@ -63,6 +63,32 @@ def tiny(seed: int = 0, config: TinyConfig = CONFIG, *, tied: bool = False, **op
     if tied:  # head and embedding are one parameter
         model.lm_head.weight = model.model.embed_tokens.weight
     return model
+
+
+def biased(vocab_size: int = VOCAB) -> Glm4MoeForCausalLM:
+    """A model whose routers have a buffer that is stored in checkpoints, with values from 1 to 2."""
+    config = Glm4MoeConfig(
+        vocab_size=vocab_size,
+        hidden_size=32,
+        intermediate_size=48,
+        moe_intermediate_size=24,
+        num_hidden_layers=2,
+        first_k_dense_replace=1,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        n_routed_experts=6,
+        num_experts_per_tok=2,
+        pad_token_id=0,
+    )
+    model = Glm4MoeForCausalLM(config)
+    for buffer in biases(model).values():
+        buffer.copy_(torch.rand(buffer.shape) + 1)
+    return model
+
+
+def biases(model: torch.nn.Module) -> dict[str, torch.Tensor]:
+    """The buffers of the routers of a `biased` model."""
+    return {name: buffer for name, buffer in model.named_buffers() if name.endswith("e_score_correction_bias")}
 
 
 def one_process() -> Parallel:

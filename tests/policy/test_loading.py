@@ -12,6 +12,7 @@ import torch
 
 from srpo.policy.loading import _parameters_on_meta, load_to_shard
 from srpo.policy.model import load_policy
+from srpo.policy.parallel import named_stored
 from srpo.rollout.engine import SamplingParams
 from srpo.rollout.local import LocalEngine
 
@@ -34,9 +35,10 @@ def results(folder: Path) -> list[dict[str, Any]]:
 def test_every_rank_has_the_checkpoint(name: str, folder: Path, results: list[dict[str, Any]]) -> None:
     model = load_policy(folder / name)
     want, buffers = dict(model.named_parameters()), dict(model.named_buffers())
-    assert buffers.keys() >= {"model.rotary_emb.inv_freq"}
+    whole = dict(named_stored(model))
+    assert buffers.keys() >= {"model.rotary_emb.inv_freq"} and len(whole) == len(want) + (name == "with_bias")
     for rank, result in enumerate(results):
-        assert lab.same_bits(result[name]["whole"], want)
+        assert lab.same_bits(result[name]["whole"], whole)
         assert lab.same_bits(result[name]["buffers"], buffers)
         for key, part in result[name]["parts"].items():
             assert torch.equal(part, want[key].chunk(2)[rank])

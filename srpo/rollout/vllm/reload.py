@@ -59,6 +59,7 @@ class Reloader:
         self._repacked: set[int] = set()  # ids of the fused experts that vLLM's reload has repacked itself
         self._undo: list[Callable[[], None]] = []
         self._direct: DirectLoader | None = None  # used in place of vLLM's reload, if set
+        self._names: set[str] = set()  # of the checkpoint's tensors, since `prove`
 
     @contextmanager
     def _vllm_config(self) -> Iterator[None]:
@@ -154,7 +155,7 @@ class Reloader:
         return sums
 
     def parameter_sums(self) -> dict[str, int]:
-        """Bit sum of each parameter of vLLM's model. A kernel made from other values adds its sum, under the name plus STALE."""
+        """Bit sum of each of `_stored`. A kernel made from other values adds its sum, under the name plus STALE."""
         sums: dict[str, int] = {}
         discarded: dict[int, int] = {}  # id of a parameter -> sum of its discarded weight
         kept: dict[int, set[int]] = {}  # id of a parameter that still exists -> sums that its kernels were made from
@@ -163,7 +164,7 @@ class Reloader:
                 kept.setdefault(id(layer.weight), set()).add(held)
             else:
                 discarded[id(layer.weight)] = held
-        parameters = dict(self.model.named_parameters())
+        parameters = dict(self._stored())
         in_use = [parameter for parameter in parameters.values() if id(parameter) not in discarded]
         values = discarded | dict(zip(map(id, in_use), bit_sums(in_use), strict=True))
         for name, parameter in parameters.items():
@@ -174,15 +175,20 @@ class Reloader:
 
     def of_other_dtype(self, dtype: torch.dtype) -> list[str]:
         """Names of the floating-point parameters that this vLLM keeps in another dtype than `dtype`, each with its dtype."""
-        named = [(name, p.dtype) for name, p in self.model.named_parameters() if p.is_floating_point()]
+        named = [(name, p.dtype) for name, p in self._stored() if p.is_floating_point()]
         return [f"{name} ({str(own).removeprefix('torch.')})" for name, own in named if own != dtype]
 
     def places(self) -> dict[str, int | None]:
         """Place sum of each parameter, or of the discarded weight its kernel was made from. Only valid inside `prove` and right
         after it."""
         discarded = {id(layer.weight): held[1] for layer, held in self._kernels() if not layer.weight.numel()}
-        named = self.model.named_parameters()
+        named = self._stored()
         return {name: discarded[id(p)] if id(p) in discarded else place_sum(p) for name, p in named}
+
+    def _stored(self) -> Iterator[tuple[str, torch.Tensor]]:
+        """(name, tensor) of every parameter of vLLM's model, and of every buffer that the checkpoint has under the same name."""
+        yield from self.model.named_parameters()
+        yield from ((name, buffer) for name, buffer in self.model.named_buffers() if name in self._names)
 
     def _layout(self) -> dict[str, int | None]:
         """Place sum of every parameter that a kernel reads, and of the weight that every packed kernel was made from."""
@@ -231,10 +237,15 @@ class Reloader:
     def _load_again(self, checkpoint: Iterable[tuple[str, torch.Tensor]], before: dict[str, int | None]) -> list[str]:
         """Load the checkpoint; returns the sorted names of weights whose place sums differ from `before`."""
         self.begin()
-        self.load(checkpoint)
+        self.load(self._noted(checkpoint))
         self.finish()
         after = self._layout()
         return sorted(name for name in before.keys() | after.keys() if before.get(name) != after.get(name))
+
+    def _noted(self, checkpoint: Iterable[tuple[str, torch.Tensor]]) -> Iterator[tuple[str, torch.Tensor]]:
+        for name, tensor in checkpoint:
+            self._names.add(name)
+            yield name, tensor
 
     def _drop_unused_kernels(self) -> None:
         """Drop the packed kernels of embeddings that are not also a head: only a head computes that matrix product, and making

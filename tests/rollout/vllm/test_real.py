@@ -174,6 +174,33 @@ def test_an_adapter_samples_as_it_trains(pair):
     assert largest_difference(engine, policy) < BOUND
 
 
+def test_the_biases_of_routers_are_sent(tmp_path: Path):
+    """A buffer of transformers' model, and a parameter of vLLM's."""
+    from transformers import AutoModelForCausalLM, Glm4MoeConfig
+
+    def redraw(model: nn.Module) -> None:
+        for name, buffer in model.named_buffers():
+            if name.endswith("e_score_correction_bias"):
+                buffer.copy_(torch.rand(buffer.shape) + 0.5)
+
+    sizes = {"hidden_size": 64, "intermediate_size": 64, "moe_intermediate_size": 64, "head_dim": 32, "n_routed_experts": 8}
+    counts = {"num_hidden_layers": 2, "num_attention_heads": 4, "num_key_value_heads": 2, "num_experts_per_tok": 2}
+    ids = {"bos_token_id": 1, "eos_token_id": 2, "pad_token_id": 0}
+    more = {"vocab_size": VOCAB, "max_position_embeddings": 256, "initializer_range": 0.1, "first_k_dense_replace": 1}
+    model = AutoModelForCausalLM.from_config(Glm4MoeConfig(**sizes, **counts, **ids, **more))
+    redraw(model)
+    model.save_pretrained(tmp_path)
+    policy, engine = Policy(load_policy(tmp_path)), VllmEngine(tmp_path, config=CONFIG)
+    try:
+        assert largest_difference(engine, policy) < BOUND
+        randomize(policy, 1)
+        redraw(policy)
+        engine.sync_weights(policy, 1)
+        assert largest_difference(engine, policy) < BOUND
+    finally:
+        engine.close()
+
+
 WAYS: list[dict[str, Any]] = [
     {"greedy": True},
     {"greedy": True, "top_k": 0, "temperature": 1.0},

@@ -64,7 +64,8 @@ def test_an_engine_starts_and_takes_weights(version: str, vllm_of: Callable[[str
     assert facts["max_context"] == 77 and facts["kv_cache_bytes"] == 5_000_000 and facts["other_dtypes"] == []
     assert "ray" not in sys.modules  # other parts of vLLM ask for it, and would take an empty one for it
     llm: Any = backend._llm
-    new = {name: torch.randn_like(parameter) for name, parameter in llm.model.named_parameters()}
+    new = {name: torch.randn_like(tensor) for name, tensor in llm.stored.items()}
+    assert list(new) == ["lm_head.weight", "lm_head.bias", "lm_head.scale"]  # a buffer of the checkpoint is proved, too
     llm.model.log.clear()
     backend.begin_weights()
     backend.load_handles({"names": list(new), "ipc_handles": list(new.values())})
