@@ -75,7 +75,7 @@ def set_chat(tokenizer: Any, chat: ChatConfig, name: str) -> None:
         tokenizer.init_kwargs[CHAT_KEY] = {"used": used, "system": chat.system, "options": dict(chat.options)}
     if template:
         used = frame_of(tokenizer) is not None
-        _say(
+        say(
             f"prompts are the user's message in the chat template of {name} (policy.chat)"
             if used
             else f"the tokenizer in {name} has a chat template, which is not used (policy.chat.template)"
@@ -153,7 +153,7 @@ def _render(tokenizer: Any, system: str, message: str, options: dict[str, Any], 
         raise UserError(f"the tokenizer's chat template cannot be used ({reason}): {hint}") from error
 
 
-def _say(text: str) -> None:
+def say(text: str) -> None:
     """Print a line once per process, on the main rank."""
     if text not in _SAID and int(os.environ.get("RANK", "0")) == 0:
         print(text, flush=True)

@@ -42,11 +42,11 @@ def build_judge(cfg: Config, schema: StepSchema, parallel: Parallel) -> Judge | 
         return open_service_judge(schema, reward)
     if reward.judge == "generative" and reward.judge_engine == "vllm":
         parallel.on_main(lambda: check_stored(reward.judge_path))
-        tokenizer = load_tokenizer(reward.judge_path, chat=reward.judge_chat)
+        tokenizer = judge_tokenizer(reward)
         return open_vllm_judge(reward.judge_path, tokenizer, schema, reward, device=parallel.device, dtype=dtype)
     if reward.judge == "generative":
         model = nn.Module.to(load_policy(reward.judge_path, experts=cfg.policy.experts), parallel.device)
-        tokenizer, limit = load_tokenizer(reward.judge_path, chat=reward.judge_chat), reward.judge_max_new_tokens
+        tokenizer, limit = judge_tokenizer(reward), reward.judge_max_new_tokens
         return open_judge(
             model,
             tokenizer,
@@ -58,10 +58,17 @@ def build_judge(cfg: Config, schema: StepSchema, parallel: Parallel) -> Judge | 
         )
     if reward.judge == "scalar":
         model = load_scalar(reward.judge_path, experts=cfg.policy.experts).to(parallel.device)
-        return open_scalar_judge(
-            model, load_tokenizer(reward.judge_path, chat=reward.judge_chat), schema, graded=reward.scalar == "probability"
-        )
+        return open_scalar_judge(model, judge_tokenizer(reward), schema, graded=reward.scalar == "probability")
     return None
+
+
+def judge_tokenizer(cfg: RewardConfig) -> Any:
+    """The tokenizer in `reward.judge_path`, with `reward.judge_chat` applied. Raises UserError as `load_tokenizer` does."""
+    try:
+        return load_tokenizer(cfg.judge_path, chat=cfg.judge_chat)
+    except UserError as error:
+        message = str(error).replace("policy.chat.", "reward.judge_chat.").replace("policy.path", "reward.judge_path")
+        raise type(error)(message) from error
 
 
 def judge_metrics(judge: Judge | None, parallel: Parallel) -> dict[str, float]:
@@ -149,10 +156,11 @@ def _on_engine(
 def open_service_judge(schema: StepSchema, cfg: RewardConfig) -> GenerativeJudge:
     """The judge behind `reward.judge_url`. Its API key is the environment variable OPENAI_API_KEY, if that is set.
 
-    Asks the server for one token. Raises UserError for settings that cannot work and if the server does not answer (with
-    judge_fallback "missing" that is only a warning).
+    Its prompts are encoded here if `reward.judge_path` is set. Asks the server for one token. Raises UserError for settings that
+    cannot work and if the server does not answer (with judge_fallback "missing" that is only a warning).
     """
-    service = JudgeService(cfg, api_key=os.environ.get(KEY_VARIABLE, ""))
+    tokenizer = judge_tokenizer(cfg) if cfg.judge_path else None
+    service = JudgeService(cfg, tokenizer=tokenizer, api_key=os.environ.get(KEY_VARIABLE, ""))
     try:
         service.start()
     except BaseException:

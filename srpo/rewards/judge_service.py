@@ -14,11 +14,15 @@ from urllib.parse import urlsplit
 
 import httpx2
 
+from srpo.core.config.chat import ChatConfig
 from srpo.core.config.train import RewardConfig
 from srpo.core.errors import UserError
 from srpo.core.interrupts import at_interrupt
 from srpo.core.ranges import check_ranges
-from srpo.data.encoding import without_special_text
+from srpo.data.chat import say
+from srpo.data.checkpoint_tokens import stop_ids
+from srpo.data.encoding import Part, without_special_text
+from srpo.data.tokenizer import encode_prompt
 from srpo.rewards.http_reply import (
     MAX_REPLY_BYTES,
     NO_ADDRESS,
@@ -41,6 +45,7 @@ from srpo.rollout.engine import SamplingParams
 PATHS = {"chat": "/chat/completions", "completions": "/completions"}
 TRIED_AGAIN = (408, 409, 429)  # HTTP statuses that are retried, as are 5xx and a missing answer
 OF_THE_TEXT = (400, 413, 422)  # HTTP statuses that object to this prompt; the next prompt may pass
+VARIABLES = "chat_template_kwargs"  # field for the variables of a chat template, in the servers of vLLM and SGLang
 USE_FALLBACK = "set reward.judge_fallback = 'missing' to continue without its verdicts"
 
 
@@ -82,10 +87,12 @@ class JudgeService:
 
     A reply may hold any text of up to MAX_REPLY_BYTES: `parse_verdicts` is total. The key is sent in one header only, and removed
     from the server's messages before they are shown.
-    Raises UserError for an address, key or number that cannot work.
+    Prompts: the chat API puts them into the server's chat template, with `judge_chat`. The completions API gets token ids in the
+    frame of `tokenizer`, the judge's own, or without a tokenizer the plain text.
+    Raises UserError for an address, a key or settings that cannot work.
     """
 
-    def __init__(self, cfg: RewardConfig, *, api_key: str = "", seed: int | None = None) -> None:
+    def __init__(self, cfg: RewardConfig, *, tokenizer: Any = None, api_key: str = "", seed: int | None = None) -> None:
         check_service(cfg)
         self._cfg = cfg
         self._url = checked_url(cfg.judge_url)
@@ -97,6 +104,7 @@ class JudgeService:
             raise UserError(NO_ADDRESS)  # the client would call another host than the one that was checked
         self._key = checked_key(api_key)
         self._model = cfg.judge_model
+        self._tokenizer, self._encoding = tokenizer, threading.Lock()
         self._work = WorkCounts()
         self._random = random.Random(seed)  # own generator: pauses must not change the run's random numbers
         self._down_at = self._answered_at = float("-inf")
@@ -139,6 +147,11 @@ class JudgeService:
                 RuntimeWarning,
                 stacklevel=3,
             )
+        if self._cfg.judge_api == "completions" and self._tokenizer is None:
+            say(
+                f"the judge at {self._url} gets prompts without a chat template (reward.judge_api completions): if it was "
+                "trained with one, set reward.judge_path to its folder"
+            )
         if not self._model:
             self._model = self._only_model()
         try:
@@ -146,7 +159,9 @@ class JudgeService:
         except _TooLong:  # for a prompt of one word: the server works, and too long prompts of the run are counted
             pass
         except _Refused as refusal:
-            raise self._stopped(str(refusal), "check the reward.judge_* settings") from refusal
+            takes_none = bool(self._cfg.judge_chat.options) and VARIABLES in str(refusal)
+            hint = "leave reward.judge_chat.options empty for this server" if takes_none else "check the reward.judge_* settings"
+            raise self._stopped(str(refusal), hint) from refusal
         except _NoAnswer as failure:
             if self._cfg.judge_fallback == "stop":
                 raise self._failed(failure) from failure
@@ -180,14 +195,20 @@ class JudgeService:
         return [texts[i : i + params.group_size] for i in range(0, len(texts), params.group_size)]
 
     def _body(self, prompt: str, max_tokens: int, temperature: float, top_k: int, seed: int) -> bytes:
-        prompt = without_special_text(prompt)  # the server's tokenizer is not known, and it splits no special tokens
         body: dict[str, Any] = {"model": self._model, "max_tokens": max_tokens, "temperature": temperature, "seed": seed}
         if top_k and temperature:
             body["top_k"] = top_k
+        if self._tokenizer is not None:
+            with self._encoding:  # the judge's own threads call, too
+                ids = encode_prompt(self._tokenizer, [Part(prompt)])
+            body |= {"prompt": list(ids), "stop_token_ids": list(stop_ids(self._tokenizer))}
+            return json.dumps(body).encode("ascii")
+        prompt = without_special_text(prompt)  # the server's tokenizer is not known, and it splits no special tokens
         if self._cfg.judge_api == "chat":
-            system = self._cfg.judge_chat.system
+            system, options = self._cfg.judge_chat.system, self._cfg.judge_chat.options
             begin = [{"role": "system", "content": system}] if system else []
             body["messages"] = [*begin, {"role": "user", "content": prompt}]
+            body |= {VARIABLES: dict(options)} if options else {}
         else:
             body |= {"prompt": prompt, "add_special_tokens": True}  # a BOS if the tokenizer adds one, as srpo.train_judge does
         return json.dumps(body).encode("ascii")
@@ -330,9 +351,28 @@ class JudgeService:
 
 
 def check_service(cfg: RewardConfig) -> None:
-    """Raise UserError for an address or numbers that cannot work."""
+    """Raise UserError for an address or numbers that cannot work, and for a setting that the API of the server cannot follow."""
     checked_url(cfg.judge_url)
     check_ranges(cfg, prefix="reward.")
+    chat, default = cfg.judge_chat, ChatConfig()
+    if cfg.judge_api == "chat":
+        if chat.template == "off":
+            raise UserError(
+                "reward.judge_chat.template is off and reward.judge_api chat: a server puts every chat into its chat template, "
+                "set reward.judge_api to 'completions'"
+            )
+        if cfg.judge_path:
+            raise UserError(
+                "reward.judge_path is set and reward.judge_api chat: a chat becomes tokens on the server, set reward.judge_api "
+                "to 'completions', or remove reward.judge_path"
+            )
+    elif not cfg.judge_path:
+        given = {"template": chat.template == "on", "system": chat.system, "options": chat.options != default.options}
+        if named := [name for name, is_set in given.items() if is_set]:
+            raise UserError(
+                f"reward.judge_chat.{named[0]} is set, but reward.judge_api completions sends prompts without a chat template: "
+                "set reward.judge_path to the folder with the judge's tokenizer, or reward.judge_api to 'chat'"
+            )
 
 
 def _run(loop: asyncio.AbstractEventLoop, client: httpx2.AsyncClient) -> None:

@@ -50,6 +50,7 @@ class RecordSettings:
     guidelines: str
     chat: ChatConfig
     judge_guidelines: str
+    judge_chat: ChatConfig
     policy: str
     dtype: str
     max_context: int
@@ -82,6 +83,7 @@ class RecordSettings:
             guidelines=read_guidelines(cfg.data.guidelines, "data.guidelines"),
             chat=cfg.policy.chat,
             judge_guidelines=read_guidelines(cfg.reward.judge_guidelines, "reward.judge_guidelines"),
+            judge_chat=cfg.reward.judge_chat,
             policy=cfg.policy.path,
             dtype=cfg.policy.dtype,
             max_context=cfg.policy.max_context,

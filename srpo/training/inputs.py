@@ -28,7 +28,7 @@ PATHS = (
 def run_inputs(cfg: Config, stages: Sequence[Stage], eval_examples: Sequence[Example]) -> Inputs:
     """Data and models of a run of `srpo.train`. Raises UserError for a model folder that is damaged or missing.
 
-    A judge behind a URL has no contents to look at.
+    A judge behind a URL has no contents to look at, but for the tokenizer in `reward.judge_path`.
     """
     models = starting_policy(cfg.policy)
     if cfg.loss.kl_coef:
@@ -54,9 +54,9 @@ def starting_policy(policy: PolicyConfig) -> dict[str, str]:
 
 
 def judge_model(reward: RewardConfig) -> dict[str, str]:
-    """{"the judge": its folder} if the judge is a model on the disk."""
-    in_folder = reward.judge == "scalar" or (reward.judge == "generative" and reward.judge_engine != "url")
-    return {"the judge": reward.judge_path} if in_folder else {}
+    """{"the judge": its folder} if the judge is a model on the disk, or its tokenizer is."""
+    by_url = reward.judge == "generative" and reward.judge_engine == "url" and not reward.judge_path
+    return {"the judge": reward.judge_path} if reward.judge in ("generative", "scalar") and not by_url else {}
 
 
 def model_inputs(models: dict[str, str]) -> dict[str, tuple[str, str]]:

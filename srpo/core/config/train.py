@@ -132,7 +132,10 @@ class RolloutConfig:
 @dataclass(frozen=True)
 class RewardConfig:
     judge: Literal["none", "oracle", "generative", "scalar"] = "none"  # R_phi: grades the steps whose sources name "judge"
-    judge_path: str = ""  # checkpoint of a generative or scalar judge, as srpo.train_judge writes it
+    # Checkpoint of a generative or scalar judge, as srpo.train_judge writes it; for judge_engine url with judge_api completions
+    # the folder of its tokenizer, which then makes the token ids of its prompts; empty: the server's tokenizer does
+    judge_path: str = ""
+    # Chat template around the judge's prompts; a server gets `system` and `options` by judge_api chat, else needs judge_path
     judge_chat: ChatConfig = field(default_factory=ChatConfig)
     # Text file that the judge's prompt begins with; for a judge of srpo.train_judge the `guidelines` of its training
     judge_guidelines: str = ""
@@ -145,7 +148,7 @@ class RewardConfig:
     # OpenAI-compatible server for judge_engine url, such as http://host:8000/v1; the key is read from OPENAI_API_KEY
     judge_url: str = ""
     judge_model: str = ""  # name of the judge on that server; empty: the only model that the server has
-    judge_api: Literal["chat", "completions"] = "chat"  # use completions for a judge of srpo.train_judge: it has no chat template
+    judge_api: Literal["chat", "completions"] = "chat"  # completions for a judge of srpo.train_judge, with judge_path
     judge_timeout_s: Positive = 120.0  # seconds to wait for one complete answer of the server
     judge_concurrency: Size = 64  # largest number of calls that one rank has in flight
     judge_retries: Count = 5  # further attempts after a call has failed
