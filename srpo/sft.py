@@ -13,7 +13,7 @@ from srpo.core.settings import check_command_line, run_program
 if __name__ == "__main__":
     check_command_line(SftConfig)  # -h and mistakes answer before torch is imported
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -128,9 +128,10 @@ def sft_loss(outputs: Logits | Hidden, rows: Batch) -> torch.Tensor:
 
 
 @locks_run_dir
-def sft(cfg: SftConfig, parallel: Parallel) -> Path:
+def sft(cfg: SftConfig, parallel: Parallel, files: Mapping[str, str] | None = None) -> Path:
     """Train and return the folder of the resulting checkpoint, `run_dir/policy`. Collective.
 
+    files: further ones of that folder, {name: text}.
     A run that was killed continues from its last checkpoint when it is started again.
     """
     run_dir = Path(cfg.run_dir)
@@ -175,7 +176,7 @@ def sft(cfg: SftConfig, parallel: Parallel) -> Path:
         loss_of=loss_of,
         metrics_of=metrics_of,
     )
-    save_policy(policy, tokenizer, run_dir / "policy")
+    save_policy(policy, tokenizer, run_dir / "policy", files)
     parallel.barrier()  # no rank returns, or ends, while another still gathers or writes
     return run_dir / "policy"
 

@@ -20,7 +20,8 @@ from srpo.core.settings import check_command_line, run_program
 if __name__ == "__main__":
     check_command_line(Config)  # -h and mistakes answer before torch is imported
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -44,9 +45,12 @@ from srpo.training.update import update, with_logprobs
 
 
 @locks_run_dir
-def train(cfg: Config, parallel: Parallel) -> Path:
-    """Train as configured and return the folder of the resulting checkpoint, `run_dir/policy`. Collective."""
-    run = Run.build(cfg, parallel)
+def train(cfg: Config, parallel: Parallel, files: Mapping[str, str] | None = None) -> Path:
+    """Train as configured and return the folder of the resulting checkpoint, `run_dir/policy`. Collective.
+
+    files: further ones of that folder, {name: text}.
+    """
+    run = replace(Run.build(cfg, parallel), files=files or {})
     sampler, engine = run.sampler, run.engine
     state = run.resume()
     logger = run.open_logger(state.step)

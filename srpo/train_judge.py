@@ -42,6 +42,7 @@ from srpo.judge_training.judgments import as_rollout
 from srpo.judge_training.scalar import train_scalar
 from srpo.judge_training.stages import evaluate_judge, grpo_config, load_judge, vote_on
 from srpo.policy.parallel import Parallel, distributed
+from srpo.rewards.guidelines import judge_files
 from srpo.rewards.judge import GenerativeJudge, OracleJudge
 from srpo.rewards.verdicts import judge_prompt, render_verdicts
 from srpo.sft import sft
@@ -97,7 +98,7 @@ def run_sft(work: Work) -> None:
             )
             write_pairs(data, texts)
         work.parallel.barrier()
-        path = sft(replace(cfg, data=str(data)), work.parallel)
+        path = sft(replace(cfg, data=str(data)), work.parallel, judge_files(work.guidelines))
     assert path == folder / "policy"
     _evaluate(work, "sft", path)
 
@@ -188,7 +189,7 @@ def run_grpo(work: Work) -> None:
     if done:
         claim_run_dir(run_dir / "grpo", settings, work.parallel.is_main, TRAIN.free)
     else:
-        _evaluate(work, "grpo", train(settings, work.parallel))
+        _evaluate(work, "grpo", train(settings, work.parallel, judge_files(work.guidelines)))
 
 
 def _judge(work: Work, path: Path) -> Any:

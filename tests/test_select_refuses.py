@@ -12,6 +12,7 @@ import pytest
 import torch
 from select_cases import ONE, SCHEMA, Killed, Ranks, Scripted, config, contents, parts_with, results
 
+from srpo.core.config.chat import ChatConfig
 from srpo.core.config.selection import Criteria, SelectConfig
 from srpo.core.config.train import DataConfig, LossConfig, RewardConfig, RolloutConfig
 from srpo.core.errors import UserError
@@ -169,6 +170,9 @@ def test_folders_of_another_configuration_are_refused(never_killed: SelectConfig
     before = contents(records_dir(never_killed))
     with pytest.raises(ValueError, match=r"holds a run with group_size = 6, this one has 4: give another records_dir"):
         run(replace(never_killed, rollout=RolloutConfig(group_size=4, max_new_tokens=80)), ONE, parts_with(Scripted()))
+    other_chat = replace(never_killed.reward, judge_chat=ChatConfig(system="You judge."))
+    with pytest.raises(ValueError, match=r"holds a run with judge_chat\.system = '', this one has 'You judge\.': give another"):
+        run(replace(never_killed, reward=other_chat), ONE, parts_with(Scripted()))
     with pytest.raises(ValueError, match=r"selected holds a run with select.num_examples = 0, this one has 3: give another out"):
         run(replace(never_killed, select=Criteria(num_examples=3)), ONE, parts_with(Scripted()))
     assert contents(records_dir(never_killed)) == before

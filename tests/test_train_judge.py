@@ -28,7 +28,8 @@ from srpo.judge_training.hard_cases import PROMPT_FIELD, verdict_steps
 from srpo.judge_training.human_queue import read_queue
 from srpo.judge_training.judgments import Judgment, hold_out, read_judgments, simulate_judgments
 from srpo.policy.model import load_policy, make_tiny
-from srpo.rewards.build import open_judge
+from srpo.rewards.build import build_judge, open_judge
+from srpo.rewards.judge import GenerativeJudge
 from srpo.rewards.verdicts import judge_prompt, parse_verdicts
 from srpo.train import train
 from srpo.train_judge import train_judge
@@ -207,6 +208,21 @@ def test_the_judge_of_the_last_stage_is_the_judge(judged: tuple[JudgeConfig, dic
     assert any(r.verdicts and r.verdicts[2] is not None for r in rollouts)
     (line,) = small.metrics_of(tmp_path / "run")
     assert 0 <= line["judge/error_rate/category_match"] <= 1 and line["judge/num_audited/category_match"] > 0
+
+
+def test_a_judge_is_asked_with_the_guidelines_of_its_training(world: Any, base: Path, rollouts: Path, tmp_path: Path) -> None:
+    """In both stages, also where the folder is copied to."""
+    (tmp_path / "guidelines.txt").write_text("A knife is no fork.\n")
+    cfg = settings(world, base, tmp_path / "judge", rollouts, guidelines=str(tmp_path / "guidelines.txt"))
+    short = {"max_new_tokens": 8, "num_votes": 1, "sft": replace(cfg.sft, num_steps=1, batch_size=2)}
+    hard = MineConfig(num_responses=4, num_votes=2, num_cases=4, solve_low=-1.0, solve_high=2.0, balance=())
+    grpo = JudgeGrpoConfig(num_steps=1, rollout=RolloutConfig(num_prompts=2, group_size=2))
+    train_judge(replace(cfg, **short, mine=hard, grpo=grpo), small.ONE)
+    shutil.copytree(tmp_path / "judge" / "grpo" / "policy", tmp_path / "copy")
+    for path in (tmp_path / "judge" / "sft" / "policy", tmp_path / "judge" / "policy", tmp_path / "copy"):
+        reward = {"judge": "generative", "judge_path": str(path)}
+        judge = build_judge(world.config(tmp_path / "run", reward=reward), SCHEMA, small.ONE)
+        assert isinstance(judge, GenerativeJudge) and judge.guidelines == "A knife is no fork."
 
 
 def files_of(run_dir: Path) -> dict[Path, int]:

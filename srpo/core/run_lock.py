@@ -10,7 +10,7 @@ from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager, suppress
 from functools import wraps
 from pathlib import Path
-from typing import Any, Protocol, TypeVar
+from typing import Any, Concatenate, ParamSpec, Protocol, TypeVar
 
 from srpo.core.errors import UserError, naming
 
@@ -36,19 +36,20 @@ class RunConfig(Protocol):
 C = TypeVar("C", bound=RunConfig)
 P = TypeVar("P", bound=Ranks)
 R = TypeVar("R")
+More = ParamSpec("More")
 
 
 class FolderInUse(UserError):
     """Another process writes into the folder."""
 
 
-def locks_run_dir(work: Callable[[C, P], R]) -> Callable[[C, P], R]:
-    """`work(settings, ranks)` inside `run_lock(settings.run_dir)`."""
+def locks_run_dir(work: Callable[Concatenate[C, P, More], R]) -> Callable[Concatenate[C, P, More], R]:
+    """`work(settings, ranks, ...)` inside `run_lock(settings.run_dir)`."""
 
     @wraps(work)
-    def locked(cfg: C, parallel: P) -> R:
+    def locked(cfg: C, parallel: P, *args: More.args, **more: More.kwargs) -> R:
         with run_lock(Path(cfg.run_dir), parallel):
-            return work(cfg, parallel)
+            return work(cfg, parallel, *args, **more)
 
     return locked
 

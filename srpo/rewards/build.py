@@ -15,13 +15,13 @@ from srpo.core.config.train import Config, RewardConfig
 from srpo.core.errors import UserError
 from srpo.core.steps import StepSchema
 from srpo.data.checkpoint_tokens import stop_ids
-from srpo.data.prompts import read_guidelines
 from srpo.data.tokenizer import load_tokenizer
 from srpo.policy.folder import check_stored
 from srpo.policy.model import load_policy
 from srpo.policy.parallel import Parallel
 from srpo.policy.scalar import ScalarModel, load_scalar, probabilities, scored_batches
 from srpo.rewards.engine_writer import EngineWriter
+from srpo.rewards.guidelines import guidelines_of
 from srpo.rewards.judge import GenerativeJudge, Judge, OracleJudge, Writer
 from srpo.rewards.judge_service import JudgeService
 from srpo.rewards.scalar import ScalarCase, ScalarJudge
@@ -54,7 +54,7 @@ def build_judge(cfg: Config, schema: StepSchema, parallel: Parallel) -> Judge | 
             limit,
             max_context=reward.judge_max_context,
             cache=reward.judge_cache,
-            guidelines=_guidelines(reward),
+            guidelines=guidelines_of(reward),
         )
     if reward.judge == "scalar":
         model = load_scalar(reward.judge_path, experts=cfg.policy.experts).to(parallel.device)
@@ -121,7 +121,7 @@ def open_vllm_judge(
             limit,
             identity=f"vllm {path}",
             cache=cache,
-            guidelines=_guidelines(cfg),
+            guidelines=guidelines_of(cfg),
             close=engine.close,
         )
     except BaseException:
@@ -172,11 +172,7 @@ def open_service_judge(schema: StepSchema, cfg: RewardConfig) -> GenerativeJudge
 def service_judge(service: Writer, schema: StepSchema, cfg: RewardConfig) -> GenerativeJudge:
     """A judge whose verdicts a service writes greedily."""
     params, cache = _greedy(cfg.judge_max_new_tokens), VerdictCache(cfg.judge_cache)
-    return GenerativeJudge(service, schema, params, cache=cache, guidelines=_guidelines(cfg))
-
-
-def _guidelines(cfg: RewardConfig) -> str:
-    return read_guidelines(cfg.judge_guidelines, "reward.judge_guidelines")
+    return GenerativeJudge(service, schema, params, cache=cache, guidelines=guidelines_of(cfg))
 
 
 def _greedy(max_new_tokens: int, stops: tuple[int, ...] = ()) -> SamplingParams:

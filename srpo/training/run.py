@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -77,6 +77,7 @@ class Run:
     eval_examples: list[Example]
     objective: Objective
     ppo: Ppo | None  # the critic of advantage.method "ppo"
+    files: Mapping[str, str] = field(default_factory=dict)  # {name: text} of further files in the folders of its policies
 
     @property
     def loss_impl(self) -> str:
@@ -224,7 +225,7 @@ class Run:
 
         Prints which step is the best. Raises UserError if its checkpoint is damaged or missing.
         """
-        save_policy(self.policy, self.tokenizer, self.run_dir / "policy")
+        save_policy(self.policy, self.tokenizer, self.run_dir / "policy", self.files)
         name, best, folder = self.cfg.train.best, state.best, self.run_dir / "policy-best"
         if best is None:
             text = f"no evaluation by {name} has a checkpoint, so {folder} is not written" if name else ""
@@ -232,7 +233,7 @@ class Run:
             if best.step != state.step:
                 path = self.run_dir / "checkpoints" / f"step_{best.step:06d}"
                 load_parameters(path, self.policy, self.parallel, 'restore it, or set train.best to "" to end without it')
-            save_policy(self.policy, self.tokenizer, folder)
+            save_policy(self.policy, self.tokenizer, folder, self.files)
             text = f"best {name}: {best.value:.4f} at optimizer step {best.step}, in {folder}"
         if self.parallel.is_main and text:
             print(text, flush=True)

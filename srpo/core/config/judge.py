@@ -59,7 +59,7 @@ class JudgeConfig:
     unverified: Literal["drop", "use"] = "drop"  # cases that are not filled in: drop them, or use them with the labels they have
     simulate_human: bool = True  # with rollouts and without verified: the simulated annotator fills in the queue
     human_error_rate: Fraction = 0.0  # share of flipped verdicts in the queue that the simulated annotator fills in
-    guidelines: str = ""  # text file that the judge's prompts begin with; give it to training as reward.judge_guidelines, too
+    guidelines: str = ""  # text file that the judge's prompts begin with; kept with the judge, for training and selection
     max_new_tokens: Size = 256  # longest text of verdicts on one response, in tokens
     held_out: Size = 200  # number of judgments, from the end, that measure the judge and do not train it
     num_votes: Size = 8  # verdicts sampled on each held-out response; their share of "correct" is the judge's confidence

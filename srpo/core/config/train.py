@@ -137,7 +137,7 @@ class RewardConfig:
     judge_path: str = ""
     # Chat template around the judge's prompts; a server gets `system` and `options` by judge_api chat, else needs judge_path
     judge_chat: ChatConfig = field(default_factory=ChatConfig)
-    # Text file that the judge's prompt begins with; for a judge of srpo.train_judge the `guidelines` of its training
+    # Text file that the judge's prompt begins with; empty: for a judge of srpo.train_judge the `guidelines` of its training
     judge_guidelines: str = ""
     judge_max_new_tokens: Size = 256  # longest text of verdicts that a generative judge writes on one response, in tokens
     # Where a generative judge runs: in this process, in a vLLM process, or behind the URL of a server
