@@ -43,6 +43,8 @@ def main(config: CompareConfig) -> None:
         raise UserError("give two systems, --a X --b Y, or their ranked lists, --pages.file FILE, or both")
     if (pages.judgments or pages.verdicts) and not pages.file:
         raise UserError("pages.judgments or pages.verdicts is set without pages.file: give ranked lists with --pages.file FILE")
+    if config.limit and not config.a:
+        raise UserError(f"limit is {config.limit}, but only pairs are limited: give two systems, --a X --b Y, or no --limit")
     if config.a and not config.data:
         raise UserError("no data: give graded examples with --data FILE")
     if config.name_a == config.name_b:
@@ -70,9 +72,10 @@ def main(config: CompareConfig) -> None:
     if config.data:
         examples = load_examples(config.data, schema, columns=config.columns or run.data.columns)
         if config.a:
-            check_tags((example.tags for example in examples), config.by)
-            true_grades(examples, schema.grades)
-            a, b = (from_file(Path(file), examples, schema) for file in (config.a, config.b))
+            compared_examples = examples[: config.limit or None]
+            check_tags((example.tags for example in compared_examples), config.by)
+            true_grades(compared_examples, schema.grades)
+            a, b = (from_file(Path(file), examples, schema, config.limit) for file in (config.a, config.b))
             results["offline"], compared = offline(a, b, config)
             tables += [offline_table(results["offline"], config, compared), *parts_tables(results["offline"], config)]
     if pages.file:

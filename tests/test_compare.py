@@ -76,6 +76,22 @@ def test_program_compares_responses_to_the_same_pairs(tmp_path: Path, two: dict[
     assert max(map(len, shown.splitlines()[2:-1])) <= 130
 
 
+@pytest.mark.parametrize("kind", ["rollouts", "predictions"])
+def test_a_limit_holds_for_both_systems(tmp_path: Path, two: dict[str, Any], kind: str):
+    examples, (a, b) = two["examples"], two["rollouts"]
+    if kind == "predictions":
+        rows = [{"example_id": r.example_id, "prediction": r.answers[-1]} for r in b]
+        two["b"] = written(tmp_path / "predictions.jsonl", *rows)
+    results = run(tmp_path, "--a", two["a"], "--b", two["b"], "--data", two["data"], "--limit", "17")
+    options: dict[str, Any] = {"bootstrap": BootstrapConfig(num_draws=50)}
+    expected = compare_systems(a[:17], b[:17], examples[:17], SCHEMA, **options)
+    offline = results["offline"]
+    assert (offline["num_examples"], offline["a"]["num_examples"], offline["b"]["num_examples"]) == (17, 17, 17)
+    assert offline["mcnemar"] == json.loads(json.dumps(expected["mcnemar"]))
+    with pytest.raises(UserError, match="limit is 17, but only pairs are limited"):
+        run(tmp_path, "--pages.file", written(tmp_path / "pages.jsonl", {}), "--limit", "17")
+
+
 def test_one_of_several_processes_is_refused(tmp_path: Path, two: dict[str, Any], monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setenv("WORLD_SIZE", "3")
     with pytest.raises(ValueError, match=r"start srpo\.compare without torchrun: it only counts"):

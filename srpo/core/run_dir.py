@@ -196,16 +196,34 @@ def run_settings(source: Path, config: str, say: bool = True) -> Config:
     """The settings for evaluating `source`, a checkpoint or a file; prints where they come from if `say` is true.
 
     They come from the TOML file `config` if it is named, else from the training run whose folder contains `source` (up to three
-    folders deep), else they are the defaults.
+    folders deep). Only steps, grades and `policy.*` come from a run of `srpo.sft` or `srpo.dpo`, which has no others. The rest
+    are the defaults.
     """
     if config:
         return apply_toml(Config(), Path(config))
+    warm: tuple[Path, dict[str, Any]] | None = None  # the nearest run of srpo.sft or srpo.dpo
     for folder in source.resolve().parents[:4]:
         path = folder / "config.toml"
-        if path.is_file() and _table(path).keys() >= {"steps", "rollout"}:
+        table = _table(path) if path.is_file() else {}
+        if table.keys() >= {"steps", "rollout"}:
             if say:
                 print(f"steps, prompt and lengths are those of {path}")
             return apply_toml(Config(), path)
+        if warm is None and table.keys() >= {"steps", "grades", "policy"}:
+            warm = path, table
+    if warm is not None:
+        path, table = warm
+        around = "" if table.get("prompt", "{prompt}") == "{prompt}" else f" (with its prompt, {table['prompt']!r}, around them)"
+        if say:
+            print(
+                f"steps, grades and policy are those of {path}, prompt and lengths the defaults: if its pairs were made with "
+                f"others, give --config FILE with [data] prompt and guidelines{around}, [rollout] max_new_tokens, and the same "
+                "[steps], [grades] and [policy]"
+            )
+        return apply_table(Config(), {key: table[key] for key in ("steps", "grades", "policy")}, str(path))
     if say:
-        print(f"{source} is not in the folder of a training run: steps, prompt and lengths are the defaults")
+        print(
+            f"{source} is not in the folder of a training run: steps, prompt and lengths are the defaults; give others with "
+            "--config FILE: [steps], [grades], [data] prompt and guidelines, [rollout] max_new_tokens"
+        )
     return Config()

@@ -151,8 +151,9 @@ def load_rollouts(path: Path) -> list[Rollout]:
     return [rollout for _, rollout in read_rollouts(path)]
 
 
-def from_file(source: Path, examples: Sequence[Example], schema: StepSchema) -> Responses:
-    """One response to each example, in their order, from a rollouts.jsonl, predictions, or the folder of an evaluation.
+def from_file(source: Path, examples: Sequence[Example], schema: StepSchema, limit: int = 0) -> Responses:
+    """One response to each example, or to the first `limit`, in their order, from a rollouts.jsonl, predictions, or the folder of
+    an evaluation.
 
     Raises UserError for any other file, and if an example has no response or several.
     """
@@ -163,7 +164,8 @@ def from_file(source: Path, examples: Sequence[Example], schema: StepSchema) -> 
     with source.open("rb") as file:
         is_rollouts = b'"response_ids"' in file.readline()
     if not is_rollouts:
-        return from_predictions(read_predictions(source, schema), examples, schema)
+        return from_predictions(read_predictions(source, schema), examples, schema, limit)
+    examples = examples[: limit or None]
     responses = from_rollouts(load_rollouts(source), examples, schema)
     first: dict[str, Rollout] = {}
     for rollout in responses.rollouts:

@@ -3,14 +3,18 @@ from __future__ import annotations
 import shutil
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 
+from srpo.core.config.chat import ChatConfig
+from srpo.core.config.dpo import DpoConfig
 from srpo.core.config.sft import SftConfig
-from srpo.core.config.train import Config, LossConfig, OptimizerConfig
+from srpo.core.config.train import Config, DataConfig, LossConfig, OptimizerConfig, PolicyConfig
 from srpo.core.errors import UserError
-from srpo.core.run_dir import check_unchanged, claim_run_dir, record_changes
-from srpo.core.settings import apply_toml
+from srpo.core.grades import Grades
+from srpo.core.run_dir import check_unchanged, claim_run_dir, record_changes, run_settings
+from srpo.core.settings import apply_toml, dump_toml
 from srpo.core.step_presets import StepsConfig
 
 
@@ -151,3 +155,37 @@ def test_a_folder_of_another_program_is_refused(tmp_path: Path) -> None:
 def test_only_the_main_process_writes(tmp_path: Path) -> None:
     claim_run_dir(tmp_path / "run", Config(), is_main=False)
     assert not (tmp_path / "run").exists()
+
+
+def run_of(folder: Path, settings: Any) -> Path:
+    """A file in the folder of a run."""
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / "config.toml").write_text(dump_toml(settings))
+    return folder / "policy"
+
+
+@pytest.mark.parametrize("settings", [SftConfig, DpoConfig])
+def test_a_warm_start_is_evaluated_with_its_steps_and_grades(
+    settings: Any, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    grades, policy = Grades(("no", "maybe", "yes")), PolicyConfig(path="base", bos="none", chat=ChatConfig(system="You judge."))
+    steps, around = StepsConfig(preset="verdict"), "Pair: {prompt}\n"
+    made = run_of(tmp_path / "sft", settings(steps=steps, grades=grades, policy=policy, prompt=around))
+    assert run_settings(made, "") == Config(steps=steps, grades=grades, policy=policy)
+    line = capsys.readouterr().out
+    assert f"steps, grades and policy are those of {tmp_path / 'sft' / 'config.toml'}" in line and line.count("\n") == 1
+    assert "--config FILE with [data] prompt and guidelines (with its prompt, 'Pair: {prompt}\\n', around them)" in line
+    assert "[rollout] max_new_tokens" in line and "[steps], [grades] and [policy]" in line
+
+
+def test_the_run_around_a_warm_start_knows_more(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    run = Config(data=DataConfig(prompt="{query} {title}"))
+    run_of(tmp_path, run)
+    assert run_settings(run_of(tmp_path / "sft", SftConfig()), "") == run
+    assert capsys.readouterr().out == f"steps, prompt and lengths are those of {tmp_path / 'config.toml'}\n"
+
+
+def test_without_a_run_a_line_says_what_to_give(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert run_settings(tmp_path / "a" / "b" / "c" / "d" / "policy", "") == Config()
+    shown = capsys.readouterr().out
+    assert all(name in shown for name in ("--config FILE", "[steps]", "[grades]", "[data] prompt", "[rollout] max_new_tokens"))

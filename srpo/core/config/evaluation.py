@@ -77,6 +77,7 @@ class CompareConfig:
     name_a: str = "A"  # name of the baseline in tables and in pages.file
     name_b: str = "B"  # name of the system under test in tables and in pages.file
     config: str = ""  # TOML file with steps and grades; empty: config.toml of the run that b lies in
+    limit: Count = 0  # number of examples to evaluate, from the start; 0: all
     out: str = ""  # file for the results; empty: comparison.json next to b, or next to pages.file
     by: tuple[str, ...] = ("query_type",)  # tags of examples and queries: repeat the comparison for each value of each tag
     bootstrap: BootstrapConfig = field(default_factory=BootstrapConfig)
