@@ -36,6 +36,9 @@ def main() -> int:
     parser.add_argument("--minutes", type=float, default=20.0, help="time for all programs together, shared equally")
     parser.add_argument("--jobs", type=int, default=1, help="number of programs that are tried at once, a core each")
     parser.add_argument("--programs", nargs="*", choices=PROGRAMS, default=list(PROGRAMS))
+    parser.add_argument(
+        "--kills", type=int, default=0, help="only so many kills of each program, without other faults and damage"
+    )
     parser.add_argument("--out", type=Path, default=ROOT / "bench" / "results" / "robustness.json")
     args = parser.parse_args()
     began = time.monotonic()
@@ -45,7 +48,8 @@ def main() -> int:
         fault_lab.make_inputs(world)
 
         def tried(program: str) -> tuple[list[dict[str, Any]], int]:
-            job = {"program": program, "faults": 0, "damage": 0}
+            job: dict[str, Any] = {"program": program, "faults": 0, "damage": 0}
+            job |= {"faults": args.kills, "damage": -1, "kinds": ["kill"]} if args.kills else {}
             results = fault_lab.launch(world.folder, Path(folder) / program, [job], seconds)
             print(program, len(results), "cases,", sum(bool(r["problem"]) for r in results), "faults found", flush=True)
             return results, json.loads((Path(folder) / program / "operations.json").read_text())[program]

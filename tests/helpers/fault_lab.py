@@ -230,7 +230,8 @@ def _wait(pid: int) -> int:
 
 
 def results(world: small.SmallWorld, out: Path, jobs: list[dict[str, Any]], seconds: float) -> Iterator[dict[str, Any]]:
-    """Results of jobs {"program", "faults": number of n per kind (0: all), "damage": number per kind (0: all, -1: none)}."""
+    """Results of jobs {"program", "faults": number of n per kind (0: all), "damage": number per kind (0: all, -1: none)};
+    optional "kinds": those of `FAULTS` that are tried."""
     rng, until = random.Random(int(os.environ.get("SRPO_TEST_SEED", "0"))), time.monotonic() + seconds
     make_inputs(world)
     operations: dict[str, int] = {}
@@ -242,7 +243,7 @@ def results(world: small.SmallWorld, out: Path, jobs: list[dict[str, Any]], seco
         (out.parent / "operations.json").write_text(json.dumps(operations))
         cases: list[Callable[[], dict[str, Any]]] = []
         damaged: list[Callable[[], dict[str, Any]]] = []
-        for kind in FAULTS:
+        for kind in job.get("kinds", FAULTS):
             moments = range(1, (lab.num_reads if kind == "read" else count) + 1)
             chosen = rng.sample(moments, min(job["faults"] or len(moments), len(moments)))
             cases += [partial(lab.fault, kind, n) for n in chosen]

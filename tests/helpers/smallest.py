@@ -90,8 +90,19 @@ def settings_of(program: str, world: small.SmallWorld) -> Any:
         return replace(_judge(world), kind="scalar")
     if program == "start":
         rl: dict[str, Any] = {"rl_steps": 1, "num_prompts": 2, "group_size": 2, "eval_every": 1, "eval_examples": 2}
-        sizes: dict[str, Any] = {"num_eval": 4, "num_demonstrations": 6, "num_own": 2, "max_new_tokens": 32, "sft_steps": 2}
-        return StartConfig(str(world.train), str(world.policy), str(RUN), prompt=PROMPT, sft_batch=2, **rl, **sizes)
+        sizes: dict[str, Any] = {"num_eval": 4, "num_demonstrations": 6, "num_own": 2, "max_new_tokens": 128}
+        return StartConfig(
+            str(world.train),
+            str(world.policy),
+            str(RUN),
+            prompt=PROMPT,
+            sft_batch=2,
+            sft_steps=2,
+            eval_frac=0.3,
+            dev_frac=0.3,
+            **rl,
+            **sizes,
+        )
     if program == "demo":
         sizes: dict[str, Any] = {"num_demonstrations": 40, "num_train": 16, "num_eval": 4, "model": small.TINY}
         rl: dict[str, Any] = {"rl_steps": 1, "num_prompts": 2, "group_size": 2, "max_new_tokens": 16}
