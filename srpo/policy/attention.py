@@ -17,11 +17,13 @@ from torch import nn
 from transformers import AttentionInterface
 
 from srpo.core.errors import UserError
+from srpo.policy.plain_attention import plain_attention
 from srpo.policy.varlen_kernels import NAMES, WIDEST_OF_TORCH, Kernel, check_name, kernel_of
 
 # Transformers' names of `NAMES`. None contains "flash": transformers would take it for its own FlashAttention.
 _REGISTERED: dict[str, str] = dict(zip(NAMES, ("srpo_varlen", "srpo_fa2", "srpo_fa4"), strict=True))
 ATTENTION = _REGISTERED["torch"]
+LONGEST_PLAIN = 512  # rows; the probabilities of that many are a third of what a layer of a small model keeps for its backward
 # Arguments of attention that change its result, and that neither function of srpo computes.
 _UNSUPPORTED = {"s_aux": "attention sinks", "softcap": "a cap on attention scores", "position_bias": "a position bias"}
 
@@ -63,7 +65,8 @@ class PadLayout:
 
 
 def needs_padding(device: torch.device, dtype: torch.dtype) -> bool:
-    """True if no variable-length kernel supports the device and dtype (CPU; fp32 anywhere): attention then pads sequences."""
+    """True if no variable-length kernel supports the device and dtype (CPU; fp32 anywhere). Attention then pads sequences, or
+    takes them one by one (bf16 on a CPU)."""
     return device.type != "cuda" or dtype not in (torch.bfloat16, torch.float16)
 
 
@@ -79,6 +82,36 @@ def band(length: int, window: int, device: torch.device) -> torch.Tensor:
     rows = torch.arange(length, device=device)
     behind = rows[:, None] - rows
     return (behind >= 0) & (behind < window)
+
+
+def by_torch(
+    query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, scale: float | None, window: int | None
+) -> torch.Tensor:
+    """Causal attention of sequences of equal length, [N, heads, L, D]."""
+    mask = None if window is None else band(query.shape[2], window, query.device)
+    gqa = query.shape[1] != key.shape[1]
+    return F.scaled_dot_product_attention(query, key, value, mask, is_causal=mask is None, scale=scale, enable_gqa=gqa)
+
+
+def one_by_one(
+    query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, lengths: list[int], scale: float | None, window: int | None
+) -> torch.Tensor:
+    """Causal attention of each sequence by itself, [T, heads, D]: no row is padding, and no bit depends on a neighbour.
+
+    Up to LONGEST_PLAIN rows by `plain_attention`, beyond them by torch's kernel, which stores no matrix of scores.
+    """
+    factor = query.shape[2] ** -0.5 if scale is None else scale
+    size = min(max(lengths, default=0), LONGEST_PLAIN)
+    hidden = ~band(size, size if window is None else window, query.device)
+    bias = torch.zeros(size, size, dtype=torch.promote_types(query.dtype, torch.float32)).masked_fill_(hidden, -torch.inf)
+    out = []
+    for q, k, v in zip(*(x.split(lengths) for x in (query, key, value)), strict=True):
+        if len(q) <= LONGEST_PLAIN:
+            out.append(plain_attention(q, k, v, factor, bias[: len(q), : len(q)]))
+        else:
+            q, k, v = (x.transpose(0, 1)[None] for x in (q, k, v))
+            out.append(by_torch(q, k, v, factor, window)[0].transpose(0, 1))
+    return torch.cat(out)
 
 
 def varlen_attention(
@@ -101,7 +134,8 @@ def varlen_attention(
     query [1, heads, T, D]; key, value [1, kv_heads, T, D]; cu_seq_lens_q [N+1] int32; max_length_q is L.
     pad_layout: the layout of these sequences, for all layers; None: each layer that pads builds its own.
     sliding_window: a row attends to so many keys, itself included; None: to all before it.
-    kernel: computes everything; None: torch's kernel, or padding if that cannot take the device, dtype or width of heads.
+    kernel: computes everything; None: `one_by_one` in bf16 on a CPU, else torch's kernel, or padding if that cannot take the
+    device, dtype or width of heads.
     Dropout is never applied, so that log-probabilities are deterministic. Raises ValueError if `cu_seq_lens_q` or
     `max_length_q` is missing, if the batch dimension is not 1, and for an argument that is not computed.
     """
@@ -114,14 +148,13 @@ def varlen_attention(
     window = sliding_window if sliding_window is not None and sliding_window < max_length_q else None
     query, key, value = (x[0].transpose(0, 1) for x in (query, key, value))  # [T, heads, D]
     too_wide = max(query.shape[2], value.shape[2]) > WIDEST_OF_TORCH
+    if kernel is None and query.device.type == "cpu" and query.dtype == torch.bfloat16:
+        return one_by_one(query, key, value, cu_seq_lens_q.diff().tolist(), scaling, window)[None], None
     if kernel is None and (too_wide or needs_padding(query.device, query.dtype)):
         layout = pad_layout() if pad_layout else PadLayout.of(cu_seq_lens_q, max_length_q)
-        gqa = query.shape[1] != key.shape[1]
         query, key, value = (layout.pad(x) for x in (query, key, value))
         # Padding follows the last row of each sequence, so the causal mask alone hides it from every real row.
-        mask = None if window is None else band(max_length_q, window, query.device)
-        out = F.scaled_dot_product_attention(query, key, value, mask, is_causal=mask is None, scale=scaling, enable_gqa=gqa)
-        return layout.unpad(out)[None], None
+        return layout.unpad(by_torch(query, key, value, scaling, window))[None], None
     kernel = kernel or kernel_of("torch")
     scale = query.shape[2] ** -0.5 if scaling is None else scaling
     return kernel(query, key, value, cu_seq_lens_q, max_length_q, scale, window)[None], None

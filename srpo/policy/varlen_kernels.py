@@ -129,7 +129,7 @@ def check_name(name: str) -> None:
 def check_kernel(name: str, device: torch.device, dtype: torch.dtype) -> None:
     """Raise UserError if the kernel cannot run on this device or in this dtype, MissingPackage if it is not installed.
 
-    "torch" pads sequences on a CPU and in fp32 (`srpo.policy.attention.needs_padding`).
+    "torch" pads sequences in fp32, and on a CPU takes those in bf16 one by one (`srpo.policy.attention`).
     """
     check_name(name)
     if name == "torch" and (device.type != "cuda" or dtype not in (torch.bfloat16, torch.float16)):
