@@ -19,6 +19,8 @@ import platform
 import shlex
 import sys
 import threading
+import time
+from collections.abc import Mapping
 from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor
 from contextlib import redirect_stdout
 from dataclasses import asdict, replace
@@ -36,7 +38,7 @@ from srpo.core.files import write_whole
 from srpo.core.progress import Progress
 from srpo.core.run_dir import claim_run_dir
 
-BENCH = Path(__file__).resolve().parents[1]
+FREE = ("splits", "shares", "curve_splits", "lora_splits")  # sizes that say how many parts there are, not what a part is
 Job = tuple[Stage, Sizes, str, Path, dict[str, str]]
 
 
@@ -48,7 +50,15 @@ def work(job: Job) -> None:
     (runs / stage.part.name).mkdir(parents=True, exist_ok=True)
     with (runs / stage.part.name / "log.txt").open("a", encoding="utf-8", buffering=1) as log, redirect_stdout(log):
         print(f"\n== {stage.kind}", flush=True)
+        begun = time.monotonic()
         run_stage(*job)
+        note_seconds(runs / stage.part.name / "seconds.json", stage.kind, time.monotonic() - begun)
+
+
+def note_seconds(path: Path, kind: str, seconds: float) -> None:
+    """Add the seconds of a stage to the file; those of a stage that was done before are longer and stay."""
+    known = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
+    write_whole(path, json.dumps(known | {kind: max(known.get(kind, 0.0), round(seconds, 1))}) + "\n")
 
 
 def run_all(plan: list[list[Stage]], sizes: Sizes, model: str, runs: Path, columns: dict[str, str], jobs: int) -> None:
@@ -74,24 +84,48 @@ def run_all(plan: list[list[Stage]], sizes: Sizes, model: str, runs: Path, colum
             raise
 
 
-def report(files: list[str], sizes: Sizes, runs: Path, out: Path, picture: Path, examples: Path, about: dict[str, Any]) -> None:
+def earlier_parts(path: Path, sizes: Sizes, inputs: Mapping[str, tuple[str, str]], last: Mapping[str, str]) -> dict[str, Any]:
+    """{name: results} of the parts that an earlier JSON of the same sizes and pairs has up to their last stage, {name: stage}.
+
+    UserError for a JSON of others.
+    """
+    if not path.is_file():
+        raise UserError(f"{path} is missing: give a JSON of an earlier run as --json, or leave --continue-json out")
+    earlier = json.loads(path.read_text(encoding="utf-8"))
+    ours, theirs = (
+        {name: value for name, value in all_.items() if name not in FREE} for all_ in (asdict(sizes), earlier["sizes"])
+    )
+    if json.loads(json.dumps(ours)) != theirs or any(earlier["digests"].get(name) != inputs[name][1] for name in inputs):
+        raise UserError(f"{path} is of other sizes or other pairs: give another --json, or leave --continue-json out")
+    return {
+        name: results
+        for found in earlier["files"].values()
+        for name, results in found["parts"].items()
+        if last.get(name) in results
+    }
+
+
+def report(args: argparse.Namespace, earlier: Mapping[str, Any], about: dict[str, Any]) -> None:
     """Write the JSON, the plot and the example responses, and print the tables."""
+    files, sizes, runs = args.pairs, args.sizes, args.runs
     from demo_real.examples import write_examples_of
     from demo_real.report import curve, plot, summarize, table
     from demo_real.training import results_of
 
     parts = {stage.part for chain in chains(files, sizes) for stage in chain}
-    results: dict[Part, dict[str, Any]] = {part: results_of(part, runs) for part in parts}
+    results: dict[Part, dict[str, Any]] = {
+        part: earlier.get(part.name) or {**results_of(part, runs), "commit": about["commit"]} for part in parts
+    }
     found: dict[str, Any] = {}
     for data in files:
         name = name_of(data)
         of_file = {part.name: results[part] for part in sorted(parts, key=lambda part: part.name) if part.data == data}
         found[name] = {"summary": summarize(results, data), "curve": curve(results, data, sizes), "parts": of_file}
         print(table(found[name]["summary"], data), flush=True)
-    write_whole(out, json.dumps(about | {"sizes": asdict(sizes), "files": found}, indent=1) + "\n")
-    plot(picture, found)
-    write_examples_of(files, sizes, runs, examples)
-    print(f"written: {out}, {picture}, {examples}")
+    write_whole(args.json, json.dumps(about | {"sizes": asdict(sizes), "files": found}, indent=1) + "\n")
+    plot(args.plot, found)
+    write_examples_of(files, sizes, runs, args.examples)
+    print(f"written: {args.json}, {args.plot}, {args.examples}")
 
 
 def default_jobs() -> int:
@@ -112,32 +146,45 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--jobs", type=int, default=default_jobs(), help="splits that are trained at once (default %(default)s)")
     parser.add_argument("--tiny", action="store_true", help="sizes of a minute, whose scores mean nothing")
     parser.add_argument("--report", action="store_true", help="only write the report of what is there")
-    parser.add_argument("--json", type=Path, default=BENCH / "results" / "demo_real.json")
-    parser.add_argument("--plot", type=Path, default=BENCH.parent / "docs" / "demo_real.png")
-    parser.add_argument("--examples", type=Path, default=BENCH.parent / "docs" / "demo_real.md")
+    parser.add_argument("--json", type=Path, help="file of the results (default results.json in --runs)")
+    parser.add_argument("--continue-json", action="store_true", help="take the splits that are in the file of --json from there")
+    parser.add_argument("--plot", type=Path, help="picture of the results (default plot.png in --runs)")
+    parser.add_argument("--examples", type=Path, help="page of example responses (default examples.md in --runs)")
     for name, default in options(Sizes()):
         parser.add_argument("--" + name.replace("_", "-"), type=type(default), help=f"default {default}")
     args = parser.parse_args()
     changed = {name: value for name, _ in options(Sizes()) if (value := getattr(args, name)) is not None}
     args.sizes = replace(TINY if args.tiny else Sizes(), **changed)
+    args.json, args.plot = args.json or args.runs / "results.json", args.plot or args.runs / "plot.png"
+    args.examples = args.examples or args.runs / "examples.md"
     args.columns = dict(entry.split("=", 1) for entry in args.columns)
     return args
 
 
 def demo(args: argparse.Namespace) -> None:
     """Run what is not done yet, and write the report."""
+    inputs = {name_of(data): (data, digest_of_data(data)) for data in args.pairs}
+    plan = chains(args.pairs, args.sizes)
+    last = {chain[0].part.name: chain[-1].kind for chain in plan}
+    earlier = earlier_parts(args.json, args.sizes, inputs, last) if args.continue_json else {}
     if not args.report:
-        inputs = {name_of(data): (data, digest_of_data(data)) for data in args.pairs}
-        free = ("splits", "shares", "curve_splits", "lora_splits")
-        claim_run_dir(args.runs / "plan", args.sizes, True, free, inputs)
-        run_all(chains(args.pairs, args.sizes), args.sizes, args.model, args.runs, args.columns, args.jobs)
+        claim_run_dir(args.runs / "plan", args.sizes, True, FREE, inputs)
+        run_all(
+            [chain for chain in plan if chain[0].part.name not in earlier],
+            args.sizes,
+            args.model,
+            args.runs,
+            args.columns,
+            args.jobs,
+        )
     about = {
+        "digests": {name: digest for name, (_, digest) in inputs.items()},
         "command": shlex.join(["python", *sys.argv]),
         "commit": commit(),
         "machine": {"processor": processor(), "cores": os.cpu_count(), "jobs": args.jobs},
         "versions": {"python": platform.python_version(), **{name: version(name) for name in ("torch", "transformers", "srpo")}},
     }
-    report(args.pairs, args.sizes, args.runs, args.json, args.plot, args.examples, about)
+    report(args, earlier, about)
 
 
 def main() -> None:

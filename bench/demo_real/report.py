@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import statistics
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -44,7 +45,19 @@ def summarize(results: Mapping[Part, Mapping[str, Any]], data: str) -> dict[str,
         if best:
             gains = [100 * (found[arm]["macro_f1"] - found["baselines"][best]["macro_f1"]) for found in some]
             rows[arm]["gain"] = mean_interval(gains)
-    return {"rows": rows, "best_regression": best, "num_splits": len(whole)}
+    return {"rows": rows, "best_regression": best, "num_splits": len(whole), "adapter": adapters(results, data)}
+
+
+def adapters(results: Mapping[Part, Mapping[str, Any]], data: str) -> list[dict[str, Any]]:
+    """For each split with an adapter and each arm that both have: {seed, arm, adapter, all_weights}, macro F1 in percent."""
+    rows = []
+    for part, found in sorted(results.items(), key=lambda item: item[0].seed):
+        full = results.get(replace(part, adapter=False), {})
+        if part.adapter and part.data == data:
+            both = [arm for arm in ARMS if arm in found and arm in full]
+            scores = ({"adapter": 100 * found[arm]["macro_f1"], "all_weights": 100 * full[arm]["macro_f1"]} for arm in both)
+            rows += [{"seed": part.seed, "arm": arm, **score} for arm, score in zip(both, scores, strict=True)]
+    return rows
 
 
 def table(summary: Mapping[str, Any], data: str) -> str:
@@ -54,8 +67,11 @@ def table(summary: Mapping[str, Any], data: str) -> str:
         shown = {"majority": "always the most common grade"}.get(name, ARMS.get(name, f"regression on {name}"))
         rows.append((shown, *(cell(row[score]) for score in SCORES), cell(row["gain"], "+") if "gain" in row else "-"))
     header = (name_of(data), "accuracy", "macro F1", "more than the best regression")
-    about = f"percent; mean over {summary['num_splits']} splits by query, +- 95 % by Student's t; best regression: {best}"
-    return text_table(header, [rows], [about])
+    notes = [f"percent; mean over {summary['num_splits']} splits by query, +- 95 % by Student's t; best regression: {best}"]
+    for row in summary["adapter"]:
+        scores = f"macro F1 {row['adapter']:.1f} with an adapter, {row['all_weights']:.1f} with all weights"
+        notes.append(f"split {row['seed']}, {ARMS[row['arm']]}: {scores}")
+    return text_table(header, [rows], notes)
 
 
 def cell(value: Mapping[str, Any], sign: str = "") -> str:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import math
 from dataclasses import replace
 from pathlib import Path
@@ -125,6 +126,8 @@ def results_of(part: Part, runs: Path) -> dict[str, Any]:
     """All results of a part that there are, by the name of the stage."""
     names = ("baselines", "as_it_is", "sft", "grpo", "srpo")
     found: dict[str, Any] = {name: read_result(path) for name in names if (path := runs / part.name / f"{name}.json").is_file()}
+    if (seconds := runs / part.name / "seconds.json").is_file():
+        found["seconds"] = json.loads(seconds.read_text(encoding="utf-8"))
     if (pairs := runs / part.name / "data" / "pairs.jsonl").is_file():
         found["num_queries"] = len({pair.query_id for pair in load_examples(pairs, PAPER)})
     return found
