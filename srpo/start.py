@@ -101,7 +101,8 @@ def start(cfg: StartConfig, parallel: Parallel) -> dict[str, Any]:
     claim_run_dir(run_dir / "start", cfg, parallel.is_main, free, inputs, paths)
 
     def make(out: Path) -> None:
-        write_examples(out / "train.jsonl", train_pairs)
+        lexicon = Lexicon.from_examples(train_pairs)
+        write_examples(out / "train.jsonl", labelled(train_pairs, lexicon, cfg.schema) if cfg.read_labels else train_pairs)
         write_examples(out / "dev.jsonl", dev_pairs)
         write_examples(out / "eval.jsonl", eval_pairs)
 

@@ -17,6 +17,7 @@ from srpo.core.config.train import PolicyConfig
 from srpo.core.errors import UserError
 from srpo.core.grades import Grades
 from srpo.data.pairs import read_pairs
+from srpo.data.readers import load_examples
 from srpo.data.world import World
 from srpo.experiments.start import PROMPT
 from srpo.start import main
@@ -78,6 +79,8 @@ def test_from_a_table_to_a_report(settings: StartConfig, capsys: pytest.CaptureF
     assert len(set(queries[: len(held)])) == len(held)  # a limit takes a pair of each query first
     trained = {line["query"] for line in map(json.loads, (run_dir / "data" / "train.jsonl").read_text().splitlines())}
     assert held and trained and not held & trained
+    labels = [pair.gold for pair in load_examples(run_dir / "data" / "train.jsonl", settings.schema)]
+    assert all(gold[2] and gold[3] and gold[4] for gold in labels)  # category and attribute match are read off the pair
     texts = list(read_pairs(run_dir / "demonstrations" / "sft.jsonl"))
     assert 0 < len(texts) <= 24 and all(settings.schema.parse_text(text).answers[-1] for _, text in texts)
     assert (run_dir / "rl" / "policy-best" / "model.safetensors").is_file()
@@ -131,6 +134,18 @@ def test_check_only_looks(settings: StartConfig, capsys: pytest.CaptureFixture[s
     said = capsys.readouterr().out
     assert "model: Qwen3MoeForCausalLM of " in said and "SRPO: 2 steps of 2 prompts x 3 responses, learning rate 1e-05" in said
     assert not Path(settings.run_dir).exists()
+
+
+def test_without_read_labels_only_the_verdict_has_a_label(settings: StartConfig, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(srpo.start, "scored", stopped)
+    with pytest.raises(KeyboardInterrupt):
+        main(replace(settings, read_labels=False))
+    pairs = load_examples(Path(settings.run_dir) / "data" / "train.jsonl", settings.schema)
+    assert {tuple(label is None for label in pair.gold) for pair in pairs} == {(True,) * 4 + (False,)}
+
+
+def stopped(*_: Any) -> Any:
+    raise KeyboardInterrupt
 
 
 @pytest.mark.parametrize(

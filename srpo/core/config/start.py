@@ -38,6 +38,8 @@ class StartConfig:
     num_own: Count = 4  # responses that the model samples per pair for demonstrations of its own; 0: templates only
     min_parse_rate: Fraction = 0.1  # least share of its responses that parse for the model to be asked for demonstrations
     max_new_tokens: Size = 128  # longest response, in tokens
+    # SRPO also rewards category and attribute match, by labels that are read off the words of the pair as demonstrations are
+    read_labels: bool = True
     verdict_weight: NonNegative = 5.0  # weight of the verdict's tokens in SFT, relative to the other steps'
     sft_steps: Size = 150  # optimizer steps of SFT
     sft_batch: Size = 16  # responses per optimizer step of SFT
