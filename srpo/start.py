@@ -188,7 +188,7 @@ def form_of(cfg: StartConfig) -> PromptForm:
 
 def sft_lr(cfg: StartConfig, size: int) -> float:
     """Peak learning rate of SFT for a model of `size` parameters."""
-    return cfg.sft_lr or (1e-4 if size < SMALL else 1e-5)
+    return cfg.sft_lr or (3e-4 if size < SMALL else 1e-5)
 
 
 def rl_lr(cfg: StartConfig, size: int) -> float:

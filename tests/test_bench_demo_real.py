@@ -32,7 +32,7 @@ def test_every_chain_begins_with_its_data_and_no_folder_is_made_by_two(bench: An
     sizes = plan.Sizes()
     chains = plan.chains(["a/esci/pairs.jsonl.gz", "b/mine.csv"], sizes)
     names = [chain[0].part.name for chain in chains]
-    assert len(set(names)) == len(names) and {"esci-0", "mine-3", "esci-0-lora", "mine-1-0.25"} <= set(names)
+    assert len(set(names)) == len(names) and {"esci-0", "mine-3", "esci-0-lora", "mine-0-0.25"} <= set(names)
     assert all(chain[0].kind == "data" and len({stage.part for stage in chain}) == 1 for chain in chains)
     whole = [[stage.kind for stage in chain] for chain in chains if chain[0].part.share == 1 and not chain[0].part.adapter]
     assert whole.count(["data", "sft", "grpo", "srpo"]) == 6 and whole.count(["data", "as_it_is", "sft", "grpo", "srpo"]) == 2
@@ -86,7 +86,9 @@ def test_a_part_from_pairs_to_the_report(bench: Any, world: SmallWorld, tmp_path
     sizes = replace(plan.TINY, splits=1, num_eval=6, shares=(), curve_splits=1, lora_splits=0, num_world=4)
     (chain,) = plan.chains([str(pairs)], sizes)
     for stage in chain:
+        assert not stage.is_done(tmp_path / "runs")
         training.run_stage(stage, sizes, str(world.policy), tmp_path / "runs", {})
+        assert stage.is_done(tmp_path / "runs")
     folder = tmp_path / "runs" / "mine-0"
     files = {path: path.read_bytes() for path in folder.rglob("*.json*")}
     monkeypatch.setattr(training, "demonstrate", lambda *_: pytest.fail("demonstrations are made again"))

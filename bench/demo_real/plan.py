@@ -16,16 +16,16 @@ class Sizes:
 
     splits: int = 4  # seeds 0, 1, ... of the split by query
     shares: tuple[float, ...] = (0.25, 0.5)  # further points of the learning curve, as shares of the training queries
-    curve_splits: int = 2  # splits that the learning curve is drawn from
+    curve_splits: int = 1  # splits that the learning curve is drawn from
     lora_splits: int = 1  # splits on which an adapter is trained, too
     num_eval: int = 400  # held-out pairs that are scored, spread over the queries; 0: all
     num_as_it_is: int = 100  # of them for the model as it is, whose responses are long
     max_new_tokens: int = 128  # longest response
-    sft_steps: int = 90
-    sft_batch: int = 16
-    sft_lr: float = 1e-4
+    sft_steps: int = 360  # of all training queries; a share of the queries gets the same share of the steps
+    sft_batch: int = 8
+    sft_lr: float = 3e-4
     lora_lr: float = 1e-3
-    rl_steps: int = 10
+    rl_steps: int = 8
     num_prompts: int = 8
     group_size: int = 8
     rl_lr: float = 2e-5
@@ -35,7 +35,7 @@ class Sizes:
 
 TINY = replace(
     Sizes(), splits=2, shares=(0.5,), curve_splits=1, num_eval=12, num_as_it_is=4, sft_steps=2, sft_batch=4, rl_steps=1,
-    num_prompts=2, group_size=3, lora_rank=4, max_new_tokens=64,
+    num_prompts=2, group_size=3, lora_rank=4, max_new_tokens=48,
 )  # fmt: skip
 
 
@@ -54,6 +54,10 @@ class Part:
         ends = [f"-{self.share:g}"] if self.share < 1 else []
         return "".join([name_of(self.data), f"-{self.seed}", *ends, *(["-lora"] if self.adapter else [])])
 
+    def sft_steps(self, sizes: Sizes) -> int:
+        """Optimizer steps of SFT: as many passes over the pairs for every share of the queries."""
+        return max(1, round(self.share * sizes.sft_steps))
+
 
 @dataclass(frozen=True)
 class Stage:
@@ -70,8 +74,12 @@ class Stage:
         if self.kind == "as_it_is":
             return 2 * sizes.num_as_it_is
         if self.kind == "sft":
-            return sizes.sft_steps * sizes.sft_batch + scored
+            return self.part.sft_steps(sizes) * sizes.sft_batch + scored
         return 2 * sizes.rl_steps * sizes.num_prompts * sizes.group_size + scored
+
+    def is_done(self, runs: Path) -> bool:
+        """Whether its result is in the folder of its part."""
+        return (runs / self.part.name / f"{'baselines' if self.kind == 'data' else self.kind}.json").is_file()
 
 
 def name_of(data: str) -> str:

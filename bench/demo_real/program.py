@@ -21,7 +21,8 @@ import sys
 import threading
 import time
 from collections.abc import Mapping
-from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor
+from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor, as_completed
+from concurrent.futures.process import BrokenProcessPool
 from contextlib import redirect_stdout
 from dataclasses import asdict, replace
 from importlib.metadata import version
@@ -62,24 +63,35 @@ def note_seconds(path: Path, kind: str, seconds: float) -> None:
 
 
 def run_all(plan: list[list[Stage]], sizes: Sizes, model: str, runs: Path, columns: dict[str, str], jobs: int) -> None:
-    """Run all stages, `jobs` chains at once, each chain in a process."""
+    """Run the stages that are not done, `jobs` chains at once, each in a process. After an error no further stage begins."""
     os.environ["OMP_NUM_THREADS"] = str(max(1, (os.cpu_count() or 1) // jobs))  # of the processes that are started
-    lock, total = threading.Lock(), sum(stage.cost(sizes) for chain in plan for stage in chain)
+    lock, stop, total = threading.Lock(), threading.Event(), sum(stage.cost(sizes) for chain in plan for stage in chain)
+    left = [[stage for stage in chain if not stage.is_done(runs)] for chain in plan]
+    before = total - sum(stage.cost(sizes) for chain in left for stage in chain)
 
     def walk(chain: list[Stage], bar: Progress) -> None:
         with ProcessPoolExecutor(1, mp_context=multiprocessing.get_context("spawn")) as worker:
             for stage in chain:
-                worker.submit(work, (stage, sizes, model, runs, columns)).result()
+                if stop.is_set():
+                    return
+                try:
+                    worker.submit(work, (stage, sizes, model, runs, columns)).result()
+                except BrokenProcessPool as error:
+                    raise UserError(
+                        f"{stage.part.name}: the process of {stage.kind} was killed, as for want of memory: give --jobs 1, then "
+                        "the same command goes on"
+                    ) from error
                 with lock:
                     bar.advance(stage.cost(sizes))
                     print(f"{stage.part.name}: {stage.kind} done", flush=True)
 
-    with Progress("demo-real", total) as bar, ThreadPoolExecutor(jobs) as threads:
-        walks = [threads.submit(walk, chain, bar) for chain in plan]
+    with Progress("demo-real", total, start=before) as bar, ThreadPoolExecutor(jobs) as threads:
+        walks = [threads.submit(walk, chain, bar) for chain in left if chain]
         try:
-            for done in walks:
+            for done in as_completed(walks):
                 done.result()
         except BaseException:
+            stop.set()
             threads.shutdown(wait=False, cancel_futures=True)
             raise
 

@@ -51,7 +51,7 @@ def settings(part: Part, sizes: Sizes, model: str, runs: Path, columns: dict[str
         num_demonstrations=2**31,
         num_own=0,
         max_new_tokens=sizes.max_new_tokens,
-        sft_steps=sizes.sft_steps,
+        sft_steps=part.sft_steps(sizes),
         sft_batch=sizes.sft_batch,
         sft_lr=sizes.lora_lr if part.adapter else sizes.sft_lr,
         rl_steps=sizes.rl_steps,

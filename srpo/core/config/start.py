@@ -34,15 +34,15 @@ class StartConfig:
     eval_frac: OpenFraction = 0.2  # share of the queries that is held out
     dev_frac: OpenFraction = 0.1  # share of the other queries that chooses the best policy of SRPO
     num_eval: Count = 400  # held-out pairs, spread over the queries, that are judged before and after training; 0: all
-    num_demonstrations: Size = 1200  # responses that SFT learns from, balanced over the grades
+    num_demonstrations: Size = 4000  # responses that SFT learns from, balanced over the grades
     num_own: Count = 4  # responses that the model samples per pair for demonstrations of its own; 0: templates only
     min_parse_rate: Fraction = 0.1  # least share of its responses that parse for the model to be asked for demonstrations
     max_new_tokens: Size = 128  # longest response, in tokens
     # SRPO also rewards category and attribute match, by labels that are read off the words of the pair as demonstrations are
     read_labels: bool = True
-    verdict_weight: NonNegative = 5.0  # weight of the verdict's tokens in SFT, relative to the other steps'
-    sft_steps: Size = 150  # optimizer steps of SFT
-    sft_batch: Size = 16  # responses per optimizer step of SFT
+    verdict_weight: NonNegative = 20.0  # weight of the verdict's tokens in SFT, relative to the other steps'
+    sft_steps: Size = 400  # optimizer steps of SFT
+    sft_batch: Size = 8  # responses per optimizer step of SFT
     sft_lr: NonNegative = 0.0  # peak learning rate of SFT; 0: by the size of the model
     rl_steps: Size = 40  # optimizer steps of SRPO
     num_prompts: Size = 16  # prompts per optimizer step of SRPO
