@@ -17,7 +17,6 @@ from srpo.core.step_presets import PAPER
 from srpo.data.readers import load_examples, write_examples
 from srpo.data.silver import Lexicon
 from srpo.data.splits import split_by_query, spread_over_queries
-from srpo.data.tokenizer import load_tokenizer
 from srpo.data.world import World
 from srpo.experiments.start import stage as make_once
 from srpo.policy.parallel import init_parallel
@@ -27,8 +26,7 @@ from srpo.sft import sft
 from srpo.start import demonstrate, labelled, read_pairs_of, scored, sft_config, train_config
 from srpo.train import train
 
-SYSTEM = "Judge in five steps how relevant the item is to the search query."
-PROMPT = "Query: {query}\nItem: {item}"  # short, as the steps are learned from demonstrations
+PROMPT = "Query: {query}\nItem: {item}\n"  # no task and no chat template, a third of all tokens: demonstrations teach the steps
 HELD_OUT = 0.2  # of the queries
 
 
@@ -43,7 +41,7 @@ def settings(part: Part, sizes: Sizes, model: str, runs: Path, columns: dict[str
         prompt=PROMPT,
         policy=PolicyConfig(
             dtype="bfloat16",
-            chat=ChatConfig(system=SYSTEM if load_tokenizer(model).chat_template else ""),
+            chat=ChatConfig(template="off"),
             lora=LoraConfig(rank=sizes.lora_rank if part.adapter else 0),
         ),
         eval_frac=HELD_OUT,
