@@ -70,7 +70,7 @@ class Stage:
         """Its work, in training tokens of about one response, for the time that is left."""
         scored = (sizes.num_eval or 800) * 3 // 4
         if self.kind == "data":
-            return 1
+            return 50
         if self.kind == "as_it_is":
             return 2 * sizes.num_as_it_is
         if self.kind == "sft":

@@ -3,23 +3,21 @@
 from __future__ import annotations
 
 import hashlib
-import math
 from collections.abc import Iterable
 
 from srpo.core.errors import UserError
 from srpo.core.grades import Grades
 from srpo.data.examples import Example
 
-REPEATS = 5  # most times that a pair comes
+REPEATS = 12  # most times that a pair comes
 
 
 def balanced(examples: Iterable[Example], grades: Grades, seed: int) -> list[Example]:
     """All pairs of `examples`, those of rarer grades several times, in a random order.
 
-    With m pairs of the most frequent grade, a grade of n pairs comes sqrt(n m) times: half-way, in the logarithm, between its own
-    number and an equal one, which would show the few pairs of a rare grade so often that they are learned by heart. No pair comes
-    more than 5 times, or more than once more than another of its grade. A grade without pairs stays without. Draws and order are
-    a hash of (seed, example_id), so they do not depend on the order of `examples`.
+    Every grade comes as often as the most frequent one, but no pair more than 12 times, or more than once more than another of
+    its grade. A grade without pairs stays without. Draws and order are a hash of (seed, example_id), so they do not depend on the
+    order of `examples`.
     UserError for a pair whose grade is not one of `grades`, or that occurs twice.
     """
     by_grade: dict[str, dict[str, Example]] = {name: {} for name in grades.names}
@@ -34,7 +32,7 @@ def balanced(examples: Iterable[Example], grades: Grades, seed: int) -> list[Exa
     most = max(map(len, by_grade.values()))
     chosen: dict[tuple[bytes, str], Example] = {}
     for pairs in by_grade.values():
-        total = min(round(math.sqrt(len(pairs) * most)), REPEATS * len(pairs))
+        total = min(most, REPEATS * len(pairs))
         keys = [sorted((_digest(seed, copy, name), name) for name in pairs) for copy in range(REPEATS)]
         chosen |= {key: pairs[key[1]] for key in [key for copy in keys for key in copy][:total]}
     return [chosen[key] for key in sorted(chosen)]

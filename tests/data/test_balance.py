@@ -20,10 +20,10 @@ def pairs(**counts: int) -> list[Example]:
 @pytest.mark.parametrize(
     ("counts", "expected"),
     [
-        ({"L1": 1472, "L2": 105, "L3": 238, "L4": 1853}, {"L1": 1652, "L2": 441, "L3": 664, "L4": 1853}),
-        ({"L1": 730, "L2": 251, "L3": 1480, "L4": 2504}, {"L1": 1352, "L2": 793, "L3": 1925, "L4": 2504}),
-        ({"L1": 10, "L2": 30, "L4": 41}, {"L1": 20, "L2": 35, "L4": 41}),
-        ({"L1": 2, "L4": 1000}, {"L1": 10, "L4": 1000}),
+        ({"L1": 1472, "L2": 105, "L3": 238, "L4": 1853}, {"L1": 1853, "L2": 1260, "L3": 1853, "L4": 1853}),
+        ({"L1": 730, "L2": 251, "L3": 1480, "L4": 2504}, dict.fromkeys(("L1", "L2", "L3", "L4"), 2504)),
+        ({"L1": 10, "L2": 30, "L4": 41}, {"L1": 41, "L2": 41, "L4": 41}),
+        ({"L1": 2, "L4": 1000}, {"L1": 24, "L4": 1000}),
         ({"L3": 7}, {"L3": 7}),
         ({}, {}),
     ],
@@ -34,7 +34,7 @@ def test_how_many_pairs_of_each_grade(counts: dict[str, int], expected: dict[str
     times = Counter(example.example_id for example in chosen)
     for grade, num in counts.items():
         of_grade = [times[f"{grade}{i}"] for i in range(num)]
-        assert min(of_grade) >= 1 and max(of_grade) <= min(5, min(of_grade) + 1)  # no pair is lost for the copy of another
+        assert min(of_grade) >= 1 and max(of_grade) <= min(12, min(of_grade) + 1)  # no pair is lost for the copy of another
 
 
 def test_the_order_of_the_pairs_does_not_matter_and_the_seed_does() -> None:
@@ -51,7 +51,7 @@ def test_the_order_of_the_pairs_does_not_matter_and_the_seed_does() -> None:
 
 def test_another_scale_of_grades() -> None:
     chosen = balanced(pairs(no=3, yes=100), Grades(("no", "yes")), 1)
-    assert Counter(example.grade for example in chosen) == {"no": 15, "yes": 100}
+    assert Counter(example.grade for example in chosen) == {"no": 36, "yes": 100}
 
 
 @pytest.mark.parametrize(
