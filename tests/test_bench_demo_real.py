@@ -5,6 +5,9 @@ from __future__ import annotations
 import json
 import random
 import statistics
+import subprocess
+import sys
+import time
 from dataclasses import replace
 from importlib import import_module
 from pathlib import Path
@@ -75,6 +78,42 @@ def test_gains_are_over_the_best_regression_on_the_same_split(bench: Any) -> Non
     ]
     text = report.table(summary, "x.csv")
     assert "+20.0" in text and "best regression: words" in text
+
+
+PARENT = """
+import multiprocessing, sys, time
+from concurrent.futures import ProcessPoolExecutor
+from pathlib import Path
+sys.path.insert(0, sys.argv[1])
+from demo_real.program import end_with_parent
+import demo_real_worker
+if __name__ == "__main__":
+    with ProcessPoolExecutor(1, multiprocessing.get_context("spawn"), end_with_parent) as pool:
+        pool.submit(demo_real_worker.work, sys.argv[2]).result()
+"""
+WORKER = """
+import os, time
+from pathlib import Path
+def work(path):
+    Path(path + ".part").write_text(str(os.getpid()))
+    os.rename(path + ".part", path)
+    time.sleep(600)
+"""
+
+
+def test_a_stage_ends_with_the_program(tmp_path: Path) -> None:
+    """A killed program leaves no process behind that writes into its folders."""
+    (tmp_path / "parent.py").write_text(PARENT)
+    (tmp_path / "demo_real_worker.py").write_text(WORKER)
+    parent = subprocess.Popen([sys.executable, str(tmp_path / "parent.py"), str(BENCH), str(tmp_path / "pid")], cwd=tmp_path)
+    while not (tmp_path / "pid").is_file():
+        assert parent.poll() is None
+        time.sleep(0.05)
+    pid = int((tmp_path / "pid").read_text())
+    parent.kill()
+    parent.wait()
+    while Path(f"/proc/{pid}/status").is_file() and "zombie" not in Path(f"/proc/{pid}/status").read_text():
+        time.sleep(0.05)  # the test's time-out is the limit
 
 
 def test_a_part_from_pairs_to_the_report(bench: Any, world: SmallWorld, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

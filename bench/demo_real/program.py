@@ -56,6 +56,18 @@ def work(job: Job) -> None:
         note_seconds(runs / stage.part.name / "seconds.json", stage.kind, time.monotonic() - begun)
 
 
+def end_with_parent() -> None:
+    """End this process as soon as the one that started it has ended, however it did: its stage would hold the folder."""
+    parent = multiprocessing.parent_process()
+    assert parent is not None
+
+    def watch() -> None:
+        parent.join()
+        os._exit(1)
+
+    threading.Thread(target=watch, daemon=True).start()
+
+
 def note_seconds(path: Path, kind: str, seconds: float) -> None:
     """Add the seconds of a stage to the file; those of a stage that was done before are longer and stay."""
     known = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
@@ -70,7 +82,7 @@ def run_all(plan: list[list[Stage]], sizes: Sizes, model: str, runs: Path, colum
     before = total - sum(stage.cost(sizes) for chain in left for stage in chain)
 
     def walk(chain: list[Stage], bar: Progress) -> None:
-        with ProcessPoolExecutor(1, mp_context=multiprocessing.get_context("spawn")) as worker:
+        with ProcessPoolExecutor(1, multiprocessing.get_context("spawn"), end_with_parent) as worker:
             for stage in chain:
                 if stop.is_set():
                     return
