@@ -104,7 +104,7 @@ def test_what_cannot_be_fitted_is_an_error(monkeypatch: pytest.MonkeyPatch) -> N
     pairs = made_up(20, GRADES)
     with pytest.raises(UserError, match="no pairs to fit"):
         judge("majority", [], pairs, GRADES)
-    with pytest.raises(UserError, match=r"the verdict of pair q\|t is None: set it to one of L1, L2, L3, L4"):
+    with pytest.raises(UserError, match=r"the verdict of example q\|t is None: set it to one of L1, L2, L3, L4"):
         judge("majority", [pair("q", "t")], pairs, GRADES)
     monkeypatch.setitem(sys.modules, "sklearn.linear_model", None)
     with pytest.raises(MissingPackage, match=r"pip install 'scikit-learn>=1\.5'"):
