@@ -52,6 +52,7 @@ def settings(part: Part, sizes: Sizes, model: str, runs: Path, columns: dict[str
         sft_steps=part.sft_steps(sizes),
         sft_batch=sizes.sft_batch,
         sft_lr=sizes.lora_lr if part.adapter else sizes.sft_lr,
+        verdict_weight=sizes.verdict_weight,
         rl_steps=sizes.rl_steps,
         num_prompts=sizes.num_prompts,
         group_size=sizes.group_size,
