@@ -64,20 +64,24 @@ def test_gains_are_over_the_best_regression_on_the_same_split(bench: Any) -> Non
         plan.Part("x.csv", seed): {
             "baselines": {"majority": scores(0.9), "words": scores(0.3 + 0.1 * seed), "overlap": scores(0.2)},
             "sft": scores(0.4),
-            **({"srpo": scores(0.5)} if seed == 0 else {}),
+            "grpo": scores(0.4),
+            "srpo": scores(0.5),
+            **({"as_it_is": scores(0.1)} if seed == 0 else {}),
         }
         for seed in (0, 1)
     }
+    results[plan.Part("x.csv", 2)] = {"baselines": {"majority": scores(0.0)}, "sft": scores(0.0)}  # not done: left out
     results[plan.Part("x.csv", 0, adapter=True)] = {"sft": scores(0.35), "baselines": {}}
     summary = report.summarize(results, "x.csv")
     assert summary["best_regression"] == "words" and summary["num_splits"] == 2
     assert summary["rows"]["sft"]["gain"]["values"] == pytest.approx([10.0, 0.0])
-    assert summary["rows"]["srpo"]["gain"]["values"] == pytest.approx([20.0]) and "grpo" not in summary["rows"]
+    assert summary["rows"]["srpo"]["gain"]["values"] == pytest.approx([20.0, 10.0])
+    assert summary["rows"]["as_it_is"]["gain"]["values"] == pytest.approx([-20.0])
     assert [{**row, "adapter": round(row["adapter"])} for row in summary["adapter"]] == [
         {"seed": 0, "arm": "sft", "adapter": 35, "all_weights": pytest.approx(40.0)}
     ]
     text = report.table(summary, "x.csv")
-    assert "+20.0" in text and "best regression: words" in text
+    assert "-20.0" in text and "best regression: words" in text
 
 
 PARENT = """

@@ -16,7 +16,6 @@ import json
 import multiprocessing
 import os
 import platform
-import shlex
 import sys
 import threading
 import time
@@ -136,14 +135,14 @@ def report(args: argparse.Namespace, earlier: Mapping[str, Any], about: dict[str
     from demo_real.report import curve, plot, summarize, table
     from demo_real.training import results_of
 
-    parts = {stage.part for chain in chains(files, sizes) for stage in chain}
+    last = {chain[0].part: chain[-1].kind for chain in chains(files, sizes)}
     results: dict[Part, dict[str, Any]] = {
-        part: earlier.get(part.name) or {**results_of(part, runs), "commit": about["commit"]} for part in parts
+        part: earlier.get(part.name) or {**results_of(part, runs), "commit": about["commit"]} for part in last
     }
     found: dict[str, Any] = {}
     for data in files:
         name = name_of(data)
-        of_file = {part.name: results[part] for part in sorted(parts, key=lambda part: part.name) if part.data == data}
+        of_file = {part.name: results[part] for part, kind in last.items() if part.data == data and kind in results[part]}
         found[name] = {"summary": summarize(results, data), "curve": curve(results, data, sizes), "parts": of_file}
         print(table(found[name]["summary"], data), flush=True)
     write_whole(args.json, json.dumps(about | {"sizes": asdict(sizes), "files": found}, indent=1) + "\n")
@@ -203,7 +202,6 @@ def demo(args: argparse.Namespace) -> None:
         )
     about = {
         "digests": {name: digest for name, (_, digest) in inputs.items()},
-        "command": shlex.join(["python", *sys.argv]),
         "commit": commit(),
         "machine": {"processor": processor(), "cores": os.cpu_count(), "jobs": args.jobs},
         "versions": {"python": platform.python_version(), **{name: version(name) for name in ("torch", "transformers", "srpo")}},

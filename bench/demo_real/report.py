@@ -18,6 +18,7 @@ from srpo.core.tables import text_table
 from srpo.scores.plots import COLORS, FAINT, STYLE
 
 ARMS = {"as_it_is": "the model as it is", "sft": "after SFT", "grpo": "after GRPO", "srpo": "after SRPO"}
+TRAINED = {"sft", "grpo", "srpo"}
 SCORES = ("accuracy", "macro_f1")
 STUDENT = {2: 12.706, 3: 4.303, 4: 3.182, 5: 2.776, 6: 2.571, 7: 2.447, 8: 2.365, 9: 2.306, 10: 2.262}  # 97.5 %, by the number
 
@@ -29,9 +30,9 @@ def mean_interval(values: Sequence[float]) -> dict[str, Any]:
 
 
 def summarize(results: Mapping[Part, Mapping[str, Any]], data: str) -> dict[str, Any]:
-    """The summary of a file of pairs, in percent: `rows` {name: {score: mean_interval}} over the splits, the `best` regression by
-    macro F1, and for each arm `gain`, its macro F1 less that of the best regression on the same split."""
-    whole = [found for part, found in results.items() if part == Part(data, part.seed) and "baselines" in found]
+    """The summary of a file of pairs, in percent: `rows` {name: {score: mean_interval}} over the splits that have all of TRAINED,
+    the `best_regression` by macro F1, and for each arm `gain`, its macro F1 less that of this regression on the same split."""
+    whole = [found for part, found in results.items() if part == Part(data, part.seed) and found.keys() >= TRAINED]
     rows: dict[str, Any] = {}
     for name in whole[0]["baselines"] if whole else ():
         rows[name] = {score: mean_interval([100 * found["baselines"][name][score] for found in whole]) for score in SCORES}
