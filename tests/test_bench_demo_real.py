@@ -151,6 +151,8 @@ def test_a_part_from_pairs_to_the_report(bench: Any, world: SmallWorld, tmp_path
     assert [point["num_queries"] for point in curve] == [len({pair.query_id for pair in real})]
     report.plot(tmp_path / "plot.png", {"mine": {"summary": summary, "curve": curve}})
     assert (tmp_path / "plot.png").stat().st_size > 10_000
-    examples.write_examples_of([str(pairs)], sizes, tmp_path / "runs", tmp_path / "page.md")
+    assert not examples.write_examples_of([str(pairs)], sizes, tmp_path / "elsewhere", tmp_path / "page.md")
+    assert not (tmp_path / "page.md").exists()
+    assert examples.write_examples_of([str(pairs)], sizes, tmp_path / "runs", tmp_path / "page.md")
     page = (tmp_path / "page.md").read_text()
     assert page.count("People: L") == len(page.split("**")[1::2]) > 0

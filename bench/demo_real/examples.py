@@ -13,6 +13,7 @@ from srpo.core.step_presets import PAPER
 from srpo.data.examples import Example
 from srpo.data.readers import load_examples
 
+RESPONSES = "srpo.rollouts.jsonl"
 NUM = 20  # responses in all, as many hits as misses where there are
 
 
@@ -29,8 +30,11 @@ def chosen(pairs: Sequence[Example], responses: dict[str, dict[str, Any]], num: 
     return found
 
 
-def write_examples_of(files: Sequence[str], sizes: Sizes, runs: Path, out: Path) -> None:
-    """Write the Markdown page with the examples of all files."""
+def write_examples_of(files: Sequence[str], sizes: Sizes, runs: Path, out: Path) -> bool:
+    """Write the Markdown page with the examples of all files. Returns whether the responses to the first split of each are there;
+    if not, nothing is written."""
+    if not all((runs / Part(data, 0).name / RESPONSES).is_file() for data in files):
+        return False
     lines = ["# Example responses of `make demo-real`", ""]
     lines += [
         "Responses of the policy after SRPO to held-out pairs of the first split, as they came. For each file the first hits,"
@@ -38,9 +42,8 @@ def write_examples_of(files: Sequence[str], sizes: Sizes, runs: Path, out: Path)
     lines += ["then the first misses, in the random order of the held-out pairs, each of another query.", ""]
     for data in files:
         folder = runs / Part(data, 0).name
-        if not (path := folder / "srpo.rollouts.jsonl").is_file():
-            continue
-        responses = {row["example_id"]: row for row in map(json.loads, path.read_text(encoding="utf-8").splitlines())}
+        rows = map(json.loads, (folder / RESPONSES).read_text(encoding="utf-8").splitlines())
+        responses = {row["example_id"]: row for row in rows}
         pairs = load_examples(folder / "data" / "eval.jsonl", PAPER, sizes.num_eval)
         lines += [f"## {name_of(data)}", ""]
         for pair, response in chosen(pairs, responses, NUM // len(files)):
@@ -49,3 +52,4 @@ def write_examples_of(files: Sequence[str], sizes: Sizes, runs: Path, out: Path)
             lines += [f"**{pair.query}** / {pair.title}{fields}", "", "```", response["text"].strip(), "```"]
             lines += [f"People: {pair.grade}. {'Hit' if hit else 'Miss'}.", ""]
     write_whole(out, "\n".join(lines))
+    return True

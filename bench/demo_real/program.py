@@ -139,6 +139,8 @@ def report(args: argparse.Namespace, earlier: Mapping[str, Any], about: dict[str
     results: dict[Part, dict[str, Any]] = {
         part: earlier.get(part.name) or {**results_of(part, runs), "commit": about["commit"]} for part in last
     }
+    for path in (args.json, args.plot, args.examples):
+        path.parent.mkdir(parents=True, exist_ok=True)
     found: dict[str, Any] = {}
     for data in files:
         name = name_of(data)
@@ -147,8 +149,11 @@ def report(args: argparse.Namespace, earlier: Mapping[str, Any], about: dict[str
         print(table(found[name]["summary"], data), flush=True)
     write_whole(args.json, json.dumps(about | {"sizes": asdict(sizes), "files": found}, indent=1) + "\n")
     plot(args.plot, found)
-    write_examples_of(files, sizes, runs, args.examples)
-    print(f"written: {args.json}, {args.plot}, {args.examples}")
+    print(f"written: {args.json}, {args.plot}")
+    if write_examples_of(files, sizes, runs, args.examples):
+        print(f"written: {args.examples}")
+    else:
+        print(f"{args.examples} is not written: the responses to the first split are not in {runs}")
 
 
 def default_jobs() -> int:
