@@ -88,7 +88,7 @@ PARENT = """
 import multiprocessing, sys, time
 from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
-sys.path.insert(0, sys.argv[1])
+sys.path[:0] = [sys.argv[1], str(Path(__file__).parent)]  # the second is no default under PYTHONSAFEPATH
 from demo_real.program import end_with_parent
 import demo_real_worker
 if __name__ == "__main__":
