@@ -172,7 +172,7 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--columns", nargs="*", default=[], help="as data.columns of srpo.train: query=q title=name label=grade")
     parser.add_argument("--runs", type=Path, default=Path("runs/demo-real"), help="folder of the runs")
     parser.add_argument("--jobs", type=int, default=default_jobs(), help="splits that are trained at once (default %(default)s)")
-    parser.add_argument("--tiny", action="store_true", help="sizes of a minute, whose scores mean nothing")
+    parser.add_argument("--tiny", action="store_true", help="sizes of some minutes, whose scores mean nothing")
     parser.add_argument("--report", action="store_true", help="only write the report of what is there")
     parser.add_argument("--json", type=Path, help="file of the results (default results.json in --runs)")
     parser.add_argument("--continue-json", action="store_true", help="take the splits that are in the file of --json from there")
