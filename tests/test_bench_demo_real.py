@@ -84,6 +84,14 @@ def test_gains_are_over_the_best_regression_on_the_same_split(bench: Any) -> Non
     assert "-20.0" in text and "best regression: words" in text
 
 
+def test_two_files_of_one_name_are_refused(bench: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Their results would lie in one folder, and the second would be taken for the first."""
+    files = [str(tmp_path / folder / "mine.csv") for folder in ("a", "b")]
+    monkeypatch.setattr(sys, "argv", ["demo_real", "--model", "none", "--runs", str(tmp_path / "runs"), *files])
+    with pytest.raises(SystemExit, match="two files have the name mine"):
+        bench("demo_real.program").main()
+
+
 PARENT = """
 import multiprocessing, sys, time
 from concurrent.futures import ProcessPoolExecutor

@@ -32,7 +32,7 @@ from machine import processor
 from revision import commit
 
 from demo_real.plan import TINY, Part, Sizes, Stage, chains, name_of, options
-from srpo.core.digests import digest_of_data
+from srpo.core.digests import digest_of, digest_of_data
 from srpo.core.errors import UserError
 from srpo.core.files import write_whole
 from srpo.core.progress import Progress
@@ -157,8 +157,7 @@ def report(args: argparse.Namespace, earlier: Mapping[str, Any], about: dict[str
 
 
 def default_jobs() -> int:
-    """Splits that are trained at once: two, as each takes 4 GB of memory and is faster on one core than half as fast as on two;
-    one on a GPU."""
+    """Splits that are trained at once: two on a CPU, each on its share of the cores and in up to 7 GB of memory; one on a GPU."""
     import torch
 
     return 1 if torch.cuda.is_available() else min(2, os.cpu_count() or 1)
@@ -191,12 +190,21 @@ def arguments() -> argparse.Namespace:
 
 def demo(args: argparse.Namespace) -> None:
     """Run what is not done yet, and write the report."""
-    inputs = {name_of(data): (data, digest_of_data(data)) for data in args.pairs}
+    names = [name_of(data) for data in args.pairs]
+    if twice := sorted({name for name in names if names.count(name) > 1}):
+        raise UserError(f"two files have the name {twice[0]}, which their folders of results get: rename one of them")
+    inputs = {name: (data, digest_of_data(data)) for name, data in zip(names, args.pairs, strict=True)}
     plan = chains(args.pairs, args.sizes)
     last = {chain[0].part.name: chain[-1].kind for chain in plan}
     earlier = earlier_parts(args.json, args.sizes, inputs, last) if args.continue_json else {}
     if not args.report:
-        claim_run_dir(args.runs / "plan", args.sizes, True, FREE, inputs)
+        claim_run_dir(
+            args.runs / "plan",
+            args.sizes,
+            True,
+            FREE,
+            inputs | {"the columns": (str(args.columns), digest_of([str(args.columns)]))},
+        )
         run_all(
             [chain for chain in plan if chain[0].part.name not in earlier],
             args.sizes,
