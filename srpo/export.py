@@ -30,6 +30,7 @@ from srpo.policy.checkpoint_folders import checkpoints
 from srpo.policy.model import Policy, load_policy, save_policy
 from srpo.policy.parallel import Parallel
 from srpo.policy.scalar import SCALAR_HEAD, ScalarModel, save_scalar
+from srpo.rewards.guidelines import kept_files
 from srpo.training.inputs import model_inputs, starting_policy
 
 EXPORT = "export.json"  # in an exported folder: its run, step and dtype
@@ -64,7 +65,7 @@ def export(config: ExportConfig) -> Path:
         save = save_scalar if isinstance(model, ScalarModel) else save_policy
         if adapter is not None and isinstance(model, Policy):
             save_adapter(adapter, adapter_folder(out))
-        save(model, tokenizer, out, {EXPORT: json.dumps(about, indent=1) + "\n"})
+        save(model, tokenizer, out, {EXPORT: json.dumps(about, indent=1) + "\n", **kept_files(run_dir)})
     print(f"{checkpoint.name} of {run_dir} is written to {out} ({config.dtype})")
     return out
 

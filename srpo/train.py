@@ -20,6 +20,7 @@ from srpo.core.settings import check_command_line, run_program
 if __name__ == "__main__":
     check_command_line(Config)  # -h and mistakes answer before torch is imported
 
+import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -191,12 +192,8 @@ def evaluate_now(run: Run, version: int) -> dict[str, float]:
     return evaluation_metrics(results, run.schema.names)
 
 
-def begin(cfg: Config, parallel: Parallel) -> Path:
-    """`train`; without any setting on the built-in world (`srpo.experiments.first_run`). Collective."""
-    return train(first_run(WORLD, parallel) if cfg == Config() else cfg, parallel)
-
-
-main = distributed(begin)
+main = distributed(train)
+main_of_world = distributed(lambda _, parallel: train(first_run(WORLD, parallel), parallel))
 
 if __name__ == "__main__":
-    run_program(main, Config)
+    run_program(main if sys.argv[1:] else main_of_world, Config)  # without any argument on the built-in world

@@ -42,7 +42,7 @@ from srpo.judge_training.judgments import as_rollout
 from srpo.judge_training.scalar import train_scalar
 from srpo.judge_training.stages import evaluate_judge, grpo_config, load_judge, vote_on
 from srpo.policy.parallel import Parallel, distributed
-from srpo.rewards.guidelines import judge_files
+from srpo.rewards.guidelines import keep_guidelines
 from srpo.rewards.judge import GenerativeJudge, OracleJudge
 from srpo.rewards.verdicts import judge_prompt, render_verdicts
 from srpo.sft import sft
@@ -98,7 +98,7 @@ def run_sft(work: Work) -> None:
             )
             write_pairs(data, texts)
         work.parallel.barrier()
-        path = sft(replace(cfg, data=str(data)), work.parallel, judge_files(work.guidelines))
+        path = sft(replace(cfg, data=str(data)), work.parallel, _judge_files(work, folder))
     assert path == folder / "policy"
     _evaluate(work, "sft", path)
 
@@ -189,7 +189,11 @@ def run_grpo(work: Work) -> None:
     if done:
         claim_run_dir(run_dir / "grpo", settings, work.parallel.is_main, TRAIN.free)
     else:
-        _evaluate(work, "grpo", train(settings, work.parallel, judge_files(work.guidelines)))
+        _evaluate(work, "grpo", train(settings, work.parallel, _judge_files(work, run_dir / "grpo")))
+
+
+def _judge_files(work: Work, folder: Path) -> dict[str, str]:
+    return work.parallel.on_main(lambda: keep_guidelines(folder, work.guidelines))
 
 
 def _judge(work: Work, path: Path) -> Any:

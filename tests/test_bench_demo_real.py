@@ -92,6 +92,31 @@ def test_two_files_of_one_name_are_refused(bench: Any, tmp_path: Path, monkeypat
         bench("demo_real.program").main()
 
 
+def test_a_folder_is_of_one_model_and_one_set_of_columns(bench: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Both decide what the results say, and neither is part of the folders' names."""
+    program = bench("demo_real.program")
+    (tmp_path / "mine.csv").write_text("q,t,g\nmug,blue mug,4\n")
+    for name in "ab":
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "config.json").write_text(json.dumps({"model_type": name}))
+    ran: list[Any] = []
+    monkeypatch.setattr(program, "run_all", lambda *args: ran.append(args))
+    monkeypatch.setattr(program, "report", lambda *_: None)
+
+    def start(model: str, *columns: str) -> None:
+        command = ["--model", str(tmp_path / model), "--runs", str(tmp_path / "runs"), "--columns", *columns]
+        monkeypatch.setattr(sys, "argv", ["demo_real", str(tmp_path / "mine.csv"), *command])
+        program.main()
+
+    start("a", "query=q")
+    with pytest.raises(SystemExit, match="the columns"):
+        start("a", "query=q", "title=t")
+    with pytest.raises(SystemExit, match="the model"):
+        start("b", "query=q")
+    start("a", "query=q")
+    assert len(ran) == 2
+
+
 PARENT = """
 import multiprocessing, sys, time
 from concurrent.futures import ProcessPoolExecutor

@@ -30,6 +30,7 @@ from srpo.evaluate import evaluate
 from srpo.export import check_target, export, restored
 from srpo.policy.checkpoint_folders import latest_checkpoint
 from srpo.policy.scalar import HEAD_FILE, load_scalar
+from srpo.rewards.guidelines import GUIDELINES
 from srpo.sft import sft
 from srpo.train import train
 from srpo.train_judge import train_judge
@@ -184,13 +185,19 @@ def test_runs_of_sft_dpo_and_both_kinds_of_judge(world: Any, tmp_path: Path, mon
     smallest.make_inputs(world)
     monkeypatch.chdir(tmp_path)
     smaller = {"sft": sft, "dpo": dpo, "scalar": train_judge, "train_judge": train_judge}
+    Path("guidelines.txt").write_text("A knife is no fork.\n")
     for program, work in smaller.items():
-        work(replace(smallest.settings_of(program, world), run_dir=program), small.ONE)
+        asked = {"guidelines": "guidelines.txt"} if program == "train_judge" else {}
+        work(replace(smallest.settings_of(program, world), run_dir=program, **asked), small.ONE)
     for name in ("sft", "dpo", "scalar/sft", "train_judge/sft", "train_judge/grpo"):
         out = export(ExportConfig(run_dir=name, out=f"out/{name}"))
         assert tensors(out) == tensors(Path(name) / "policy"), name
     assert (Path("out/scalar/sft") / HEAD_FILE).read_bytes() == (Path("scalar/sft/policy") / HEAD_FILE).read_bytes()
     load_scalar("out/scalar/sft")
+    for stage in ("sft", "grpo"):  # a judge is asked as in its training wherever its folder came from
+        kept = [Path(folder) / GUIDELINES for folder in (f"out/train_judge/{stage}", f"train_judge/{stage}/policy")]
+        assert kept[0].read_bytes() == kept[1].read_bytes() and "A knife" in kept[0].read_text()
+    assert not (Path("out/sft") / GUIDELINES).exists()
     with pytest.raises(UserError, match="that has some; here grpo and sft"):
         export(ExportConfig(run_dir="train_judge"))
 

@@ -32,7 +32,7 @@ from machine import processor
 from revision import commit
 
 from demo_real.plan import TINY, Part, Sizes, Stage, chains, name_of, options
-from srpo.core.digests import digest_of, digest_of_data
+from srpo.core.digests import digest_of, digest_of_data, digest_of_model
 from srpo.core.errors import UserError
 from srpo.core.files import write_whole
 from srpo.core.progress import Progress
@@ -107,8 +107,11 @@ def run_all(plan: list[list[Stage]], sizes: Sizes, model: str, runs: Path, colum
             raise
 
 
-def earlier_parts(path: Path, sizes: Sizes, inputs: Mapping[str, tuple[str, str]], last: Mapping[str, str]) -> dict[str, Any]:
-    """{name: results} of the parts that an earlier JSON of the same sizes and pairs has up to their last stage, {name: stage}.
+def earlier_parts(
+    path: Path, sizes: Sizes, inputs: Mapping[str, tuple[str, str]], model: str, last: Mapping[str, str]
+) -> dict[str, Any]:
+    """{name: results} of the parts that an earlier JSON of the same sizes, pairs and model, by their digests, has up to their last
+    stage, {name: stage}.
 
     UserError for a JSON of others.
     """
@@ -118,8 +121,9 @@ def earlier_parts(path: Path, sizes: Sizes, inputs: Mapping[str, tuple[str, str]
     ours, theirs = (
         {name: value for name, value in all_.items() if name not in FREE} for all_ in (asdict(sizes), earlier["sizes"])
     )
-    if json.loads(json.dumps(ours)) != theirs or any(earlier["digests"].get(name) != inputs[name][1] for name in inputs):
-        raise UserError(f"{path} is of other sizes or other pairs: give another --json, or leave --continue-json out")
+    same_pairs = all(earlier["digests"].get(name) == digest for name, (_, digest) in inputs.items())
+    if json.loads(json.dumps(ours)) != theirs or not same_pairs or earlier.get("model") != model:
+        raise UserError(f"{path} is of other sizes, pairs or another model: give another --json, or leave --continue-json out")
     return {
         name: results
         for found in earlier["files"].values()
@@ -196,14 +200,15 @@ def demo(args: argparse.Namespace) -> None:
     inputs = {name: (data, digest_of_data(data)) for name, data in zip(names, args.pairs, strict=True)}
     plan = chains(args.pairs, args.sizes)
     last = {chain[0].part.name: chain[-1].kind for chain in plan}
-    earlier = earlier_parts(args.json, args.sizes, inputs, last) if args.continue_json else {}
+    model = digest_of_model(args.model)
+    earlier = earlier_parts(args.json, args.sizes, inputs, model, last) if args.continue_json else {}
     if not args.report:
         claim_run_dir(
             args.runs / "plan",
             args.sizes,
             True,
             FREE,
-            inputs | {"the columns": (str(args.columns), digest_of([str(args.columns)]))},
+            inputs | {"the columns": (str(args.columns), digest_of([str(args.columns)])), "the model": (args.model, model)},
         )
         run_all(
             [chain for chain in plan if chain[0].part.name not in earlier],
@@ -215,6 +220,7 @@ def demo(args: argparse.Namespace) -> None:
         )
     about = {
         "digests": {name: digest for name, (_, digest) in inputs.items()},
+        "model": model,
         "commit": commit(),
         "machine": {"processor": processor(), "cores": os.cpu_count(), "jobs": args.jobs},
         "versions": {"python": platform.python_version(), **{name: version(name) for name in ("torch", "transformers", "srpo")}},

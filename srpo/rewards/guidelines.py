@@ -7,6 +7,7 @@ from pathlib import Path
 
 from srpo.core.config.train import RewardConfig
 from srpo.core.errors import UserError
+from srpo.core.files import write_whole
 from srpo.core.jsonl import json_file
 from srpo.data.chat import say
 from srpo.data.prompts import read_guidelines
@@ -17,6 +18,22 @@ GUIDELINES = "guidelines.json"  # in the folder of a trained judge
 def judge_files(guidelines: str) -> dict[str, str]:
     """The file, {name: text}, that tells how a judge was asked in its training."""
     return {GUIDELINES: json.dumps({"guidelines": guidelines}, ensure_ascii=False, indent=1) + "\n"}
+
+
+def keep_guidelines(run_dir: Path, guidelines: str) -> dict[str, str]:
+    """`judge_files`, after writing them to the folder of a judge's training, from which `srpo.export` takes them."""
+    files = judge_files(guidelines)
+    for name, text in files.items():
+        run_dir.mkdir(parents=True, exist_ok=True)
+        if not (run_dir / name).is_file():
+            write_whole(run_dir / name, text)
+    return files
+
+
+def kept_files(run_dir: Path) -> dict[str, str]:
+    """What `keep_guidelines` has written there; nothing for a run that is not a judge's. Raises UserError for a damaged file."""
+    guidelines = trained_guidelines(str(run_dir))
+    return {} if guidelines is None else judge_files(guidelines)
 
 
 def trained_guidelines(folder: str) -> str | None:
