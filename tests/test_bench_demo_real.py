@@ -58,7 +58,7 @@ def test_gains_are_over_the_best_regression_on_the_same_split(bench: Any) -> Non
     plan, report = bench("demo_real.plan"), bench("demo_real.report")
 
     def scores(macro_f1: float) -> dict[str, float]:
-        return {"macro_f1": macro_f1, "accuracy": 0.5, "parse_rate": 1.0}
+        return {"macro_f1": macro_f1, "accuracy": 0.5, "parse_rate": 1.0, "step_accuracy": [None, None, macro_f1, 0.9, 0.5]}
 
     results = {
         plan.Part("x.csv", seed): {
@@ -77,6 +77,8 @@ def test_gains_are_over_the_best_regression_on_the_same_split(bench: Any) -> Non
     assert summary["rows"]["sft"]["gain"]["values"] == pytest.approx([10.0, 0.0])
     assert summary["rows"]["srpo"]["gain"]["values"] == pytest.approx([20.0, 10.0])
     assert summary["rows"]["as_it_is"]["gain"]["values"] == pytest.approx([-20.0])
+    assert summary["rows"]["srpo"]["over_sft"]["values"] == pytest.approx([10.0, 10.0])
+    assert summary["rows"]["srpo"]["S3"]["values"] == pytest.approx([50.0, 50.0]) and "S3" not in summary["rows"]["as_it_is"]
     assert [{**row, "adapter": round(row["adapter"])} for row in summary["adapter"]] == [
         {"seed": 0, "arm": "sft", "adapter": 35, "all_weights": pytest.approx(40.0)}
     ]

@@ -110,8 +110,8 @@ def run_all(plan: list[list[Stage]], sizes: Sizes, model: str, runs: Path, colum
 def earlier_parts(
     path: Path, sizes: Sizes, inputs: Mapping[str, tuple[str, str]], model: str, last: Mapping[str, str]
 ) -> dict[str, Any]:
-    """{name: results} of the parts that an earlier JSON of the same sizes, pairs and model, by their digests, has up to their last
-    stage, {name: stage}.
+    """{name: results} of the parts that an earlier JSON has up to their last stage, {name: stage}: one of the same sizes, and of
+    the same pairs and model by their digests.
 
     UserError for a JSON of others.
     """

@@ -20,6 +20,13 @@ from srpo.scores.plots import COLORS, FAINT, STYLE
 ARMS = {"as_it_is": "the model as it is", "sft": "after SFT", "grpo": "after GRPO", "srpo": "after SRPO"}
 TRAINED = {"sft", "grpo", "srpo"}
 SCORES = ("accuracy", "macro_f1")
+COLUMNS = {  # of the table: a key of `rows`, and how its sign is shown
+    "accuracy": ("accuracy", ""),
+    "macro F1": ("macro_f1", ""),
+    "over best regression": ("gain", "+"),
+    "over SFT": ("over_sft", "+"),
+    "S3 right": ("S3", ""),
+}
 STUDENT = {2: 12.706, 3: 4.303, 4: 3.182, 5: 2.776, 6: 2.571, 7: 2.447, 8: 2.365, 9: 2.306, 10: 2.262}  # 97.5 %, by the number
 
 
@@ -31,7 +38,10 @@ def mean_interval(values: Sequence[float]) -> dict[str, Any]:
 
 def summarize(results: Mapping[Part, Mapping[str, Any]], data: str) -> dict[str, Any]:
     """The summary of a file of pairs, in percent: `rows` {name: {score: mean_interval}} over the splits that have all of TRAINED,
-    the `best_regression` by macro F1, and for each arm `gain`, its macro F1 less that of this regression on the same split."""
+    the `best_regression` by macro F1, and for each arm `gain`, its macro F1 less that of this regression on the same split.
+
+    Also for what was trained: `over_sft`, its macro F1 less that after SFT, and `S3`, the share of category matches that it reads
+    off the pair as silver responses do."""
     whole = [found for part, found in results.items() if part == Part(data, part.seed) and found.keys() >= TRAINED]
     rows: dict[str, Any] = {}
     for name in whole[0]["baselines"] if whole else ():
@@ -46,6 +56,10 @@ def summarize(results: Mapping[Part, Mapping[str, Any]], data: str) -> dict[str,
         if best:
             gains = [100 * (found[arm]["macro_f1"] - found["baselines"][best]["macro_f1"]) for found in some]
             rows[arm]["gain"] = mean_interval(gains)
+        if arm in TRAINED - {"sft"}:
+            rows[arm]["over_sft"] = mean_interval([100 * (found[arm]["macro_f1"] - found["sft"]["macro_f1"]) for found in some])
+        if arm in TRAINED:
+            rows[arm]["S3"] = mean_interval([100 * found[arm]["step_accuracy"][2] for found in some])
     return {"rows": rows, "best_regression": best, "num_splits": len(whole), "adapter": adapters(results, data)}
 
 
@@ -66,17 +80,22 @@ def table(summary: Mapping[str, Any], data: str) -> str:
     best, rows = summary["best_regression"], []
     for name, row in summary["rows"].items():
         shown = {"majority": "always the most common grade"}.get(name, ARMS.get(name, f"regression on {name}"))
-        rows.append((shown, *(cell(row[score]) for score in SCORES), cell(row["gain"], "+") if "gain" in row else "-"))
-    header = (name_of(data), "accuracy", "macro F1", "more than the best regression")
-    notes = [f"percent; mean over {summary['num_splits']} splits by query, +- 95 % by Student's t; best regression: {best}"]
+        rows.append((shown, *(cell(row.get(key), sign) for key, sign in COLUMNS.values())))
+    num = summary["num_splits"]
+    of = f"mean over {num} splits by query, +- 95 % by Student's t" if num > 1 else "one split by query"
+    notes = [
+        f"percent, {of}; best regression: {best}; S3 right: category matches that are read off the pair as in the demonstrations"
+    ]
     for row in summary["adapter"]:
         scores = f"macro F1 {row['adapter']:.1f} with an adapter, {row['all_weights']:.1f} with all weights"
         notes.append(f"split {row['seed']}, {ARMS[row['arm']]}: {scores}")
-    return text_table(header, [rows], notes)
+    return text_table((name_of(data), *COLUMNS), [rows], notes)
 
 
-def cell(value: Mapping[str, Any], sign: str = "") -> str:
-    """A mean with its interval."""
+def cell(value: Mapping[str, Any] | None, sign: str = "") -> str:
+    """A mean with its interval; a dash for None."""
+    if value is None:
+        return "-"
     half = "" if value["half"] is None else f" +- {value['half']:.1f}"
     return f"{value['mean']:{sign}.1f}{half}"
 
