@@ -25,7 +25,7 @@ class Sizes:
     sft_batch: int = 8
     sft_lr: float = 3e-4
     lora_lr: float = 1e-3
-    verdict_weight: float = 20.0  # weight of the verdict's tokens in SFT, relative to the other steps'
+    verdict_weight: float = 5.0  # weight of the verdict's tokens in SFT, relative to the other steps'
     rl_steps: int = 8
     num_prompts: int = 8
     group_size: int = 8

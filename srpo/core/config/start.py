@@ -40,7 +40,7 @@ class StartConfig:
     max_new_tokens: Size = 128  # longest response, in tokens
     # SRPO also rewards category and attribute match, by labels that are read off the words of the pair as demonstrations are
     read_labels: bool = True
-    verdict_weight: NonNegative = 20.0  # weight of the verdict's tokens in SFT, relative to the other steps'
+    verdict_weight: NonNegative = 5.0  # weight of the verdict's tokens in SFT, relative to the other steps'
     sft_steps: Size = 400  # optimizer steps of SFT
     sft_batch: Size = 8  # responses per optimizer step of SFT
     sft_lr: NonNegative = 0.0  # peak learning rate of SFT; 0: by the size of the model
