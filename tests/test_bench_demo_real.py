@@ -57,7 +57,7 @@ def test_one_split_has_no_interval(bench: Any) -> None:
 def test_gains_are_over_the_best_regression_on_the_same_split(bench: Any) -> None:
     plan, report = bench("demo_real.plan"), bench("demo_real.report")
 
-    def scores(macro_f1: float) -> dict[str, float]:
+    def scores(macro_f1: float) -> dict[str, Any]:
         return {"macro_f1": macro_f1, "accuracy": 0.5, "parse_rate": 1.0, "step_accuracy": [None, None, macro_f1, 0.9, 0.5]}
 
     results = {
