@@ -35,9 +35,9 @@ def test_every_chain_begins_with_its_data_and_no_folder_is_made_by_two(bench: An
     sizes = plan.Sizes()
     chains = plan.chains(["a/esci/pairs.jsonl.gz", "b/mine.csv"], sizes)
     names = [chain[0].part.name for chain in chains]
-    assert len(set(names)) == len(names) and {"esci-0", "mine-3", "esci-0-lora", "mine-0-0.25"} <= set(names)
+    assert len(set(names)) == len(names) and {"esci-0", "mine-3", "esci-0-all", "mine-0-0.25"} <= set(names)
     assert all(chain[0].kind == "data" and len({stage.part for stage in chain}) == 1 for chain in chains)
-    whole = [[stage.kind for stage in chain] for chain in chains if chain[0].part.share == 1 and not chain[0].part.adapter]
+    whole = [[stage.kind for stage in chain] for chain in chains if chain[0].part.share == 1 and not chain[0].part.all_weights]
     assert whole.count(["data", "sft", "grpo", "srpo"]) == 6 and whole.count(["data", "as_it_is", "sft", "grpo", "srpo"]) == 2
     assert all(stage.cost(sizes) > 0 for chain in chains for stage in chain)
 
@@ -71,7 +71,8 @@ def test_gains_are_over_the_best_regression_on_the_same_split(bench: Any) -> Non
         for seed in (0, 1)
     }
     results[plan.Part("x.csv", 2)] = {"baselines": {"majority": scores(0.0)}, "sft": scores(0.0)}  # not done: left out
-    results[plan.Part("x.csv", 0, adapter=True)] = {"sft": scores(0.35), "baselines": {}}
+    results[plan.Part("x.csv", 0, all_weights=True)] = {"sft": scores(0.35), "baselines": {}, "as_it_is": scores(0.1)}
+    results[plan.Part("x.csv", 2, all_weights=True)] = {"sft": scores(0.25), "srpo": scores(0.3)}
     summary = report.summarize(results, "x.csv")
     assert summary["best_regression"] == "words" and summary["num_splits"] == 2
     assert summary["rows"]["sft"]["gain"]["values"] == pytest.approx([10.0, 0.0])
@@ -79,11 +80,11 @@ def test_gains_are_over_the_best_regression_on_the_same_split(bench: Any) -> Non
     assert summary["rows"]["as_it_is"]["gain"]["values"] == pytest.approx([-20.0])
     assert summary["rows"]["srpo"]["over_sft"]["values"] == pytest.approx([10.0, 10.0])
     assert summary["rows"]["srpo"]["S3"]["values"] == pytest.approx([50.0, 50.0]) and "S3" not in summary["rows"]["as_it_is"]
-    assert [{**row, "adapter": round(row["adapter"])} for row in summary["adapter"]] == [
-        {"seed": 0, "arm": "sft", "adapter": 35, "all_weights": pytest.approx(40.0)}
-    ]
+    shown = [(row["seed"], row["arm"], row["all_weights"], row["adapter"]) for row in summary["all_weights"]]
+    assert shown == [(0, "sft", pytest.approx(35), pytest.approx(40)), (2, "sft", 25, 0), (2, "srpo", 30, None)]
     text = report.table(summary, "x.csv")
     assert "-20.0" in text and "best regression: words" in text
+    assert "split 2, after SRPO: macro F1 30.0 with all weights" in text
 
 
 def test_two_files_of_one_name_are_refused(bench: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -161,7 +162,7 @@ def test_a_part_from_pairs_to_the_report(bench: Any, world: SmallWorld, tmp_path
     pairs = tmp_path / "mine.jsonl"
     graded = (replace(e, gold=(None,) * 4 + e.gold[4:], truth=(None,) * 5) for e in World(3).examples("balanced", 80))
     write_examples(pairs, graded)
-    sizes = replace(plan.TINY, splits=1, num_eval=6, shares=(), curve_splits=1, lora_splits=0, num_world=4)
+    sizes = replace(plan.TINY, splits=1, num_eval=6, shares=(), curve_splits=1, all_splits=0, num_world=4)
     (chain,) = plan.chains([str(pairs)], sizes)
     for stage in chain:
         assert not stage.is_done(tmp_path / "runs")

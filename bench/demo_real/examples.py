@@ -31,21 +31,25 @@ def chosen(pairs: Sequence[Example], responses: dict[str, dict[str, Any]], num: 
 
 
 def write_examples_of(files: Sequence[str], sizes: Sizes, runs: Path, out: Path) -> bool:
-    """Write the Markdown page with the examples of all files. Returns whether the responses to the first split of each are there;
-    if not, nothing is written."""
-    if not all((runs / Part(data, 0).name / RESPONSES).is_file() for data in files):
+    """Write the Markdown page with the examples of all files: of the adapter, or else of all weights.
+
+    Returns whether responses to the first split of each are there; if not, nothing is written.
+    """
+    parts = [[Part(data, 0, all_weights=all_weights) for all_weights in (False, True)] for data in files]
+    there = [[part for part in some if (runs / part.name / RESPONSES).is_file()] for some in parts]
+    if not all(there):
         return False
     lines = ["# Example responses of `make demo-real`", ""]
     lines += [
         "Responses of the policy after SRPO to held-out pairs of the first split, as they came. For each file the first hits,"
     ]
     lines += ["then the first misses, in the random order of the held-out pairs, each of another query.", ""]
-    for data in files:
-        folder = runs / Part(data, 0).name
+    for part, *_ in there:
+        folder = runs / part.name
         rows = map(json.loads, (folder / RESPONSES).read_text(encoding="utf-8").splitlines())
         responses = {row["example_id"]: row for row in rows}
         pairs = load_examples(folder / "data" / "eval.jsonl", PAPER, sizes.num_eval)
-        lines += [f"## {name_of(data)}", ""]
+        lines += [f"## {name_of(part.data)}{', all weights' if part.all_weights else ''}", ""]
         for pair, response in chosen(pairs, responses, NUM // len(files)):
             hit = response["answers"][-1] == pair.grade
             fields = "".join(f" | {name}: {value}" for name, value in pair.fields.items())

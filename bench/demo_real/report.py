@@ -60,18 +60,20 @@ def summarize(results: Mapping[Part, Mapping[str, Any]], data: str) -> dict[str,
             rows[arm]["over_sft"] = mean_interval([100 * (found[arm]["macro_f1"] - found["sft"]["macro_f1"]) for found in some])
         if arm in TRAINED:
             rows[arm]["S3"] = mean_interval([100 * found[arm]["step_accuracy"][2] for found in some])
-    return {"rows": rows, "best_regression": best, "num_splits": len(whole), "adapter": adapters(results, data)}
+    return {"rows": rows, "best_regression": best, "num_splits": len(whole), "all_weights": of_all_weights(results, data)}
 
 
-def adapters(results: Mapping[Part, Mapping[str, Any]], data: str) -> list[dict[str, Any]]:
-    """For each split with an adapter and each arm that both have: {seed, arm, adapter, all_weights}, macro F1 in percent."""
+def of_all_weights(results: Mapping[Part, Mapping[str, Any]], data: str) -> list[dict[str, Any]]:
+    """For each split and arm that trained all weights: {seed, arm, all_weights, adapter}, macro F1 in percent; adapter is None
+    where there is none."""
     rows = []
     for part, found in sorted(results.items(), key=lambda item: item[0].seed):
-        full = results.get(replace(part, adapter=False), {})
-        if part.adapter and part.data == data:
-            both = [arm for arm in ARMS if arm in found and arm in full]
-            scores = ({"adapter": 100 * found[arm]["macro_f1"], "all_weights": 100 * full[arm]["macro_f1"]} for arm in both)
-            rows += [{"seed": part.seed, "arm": arm, **score} for arm, score in zip(both, scores, strict=True)]
+        if not part.all_weights or part.data != data:
+            continue
+        other = results.get(replace(part, all_weights=False), {})
+        for arm in (name for name in ARMS if name in found and name in TRAINED):
+            adapter = 100 * other[arm]["macro_f1"] if arm in other else None
+            rows.append({"seed": part.seed, "arm": arm, "all_weights": 100 * found[arm]["macro_f1"], "adapter": adapter})
     return rows
 
 
@@ -86,9 +88,9 @@ def table(summary: Mapping[str, Any], data: str) -> str:
     notes = [
         f"percent, {of}; best regression: {best}; S3 right: category matches that are read off the pair as in the demonstrations"
     ]
-    for row in summary["adapter"]:
-        scores = f"macro F1 {row['adapter']:.1f} with an adapter, {row['all_weights']:.1f} with all weights"
-        notes.append(f"split {row['seed']}, {ARMS[row['arm']]}: {scores}")
+    for row in summary["all_weights"]:
+        beside = "" if row["adapter"] is None else f", {row['adapter']:.1f} with an adapter"
+        notes.append(f"split {row['seed']}, {ARMS[row['arm']]}: macro F1 {row['all_weights']:.1f} with all weights{beside}")
     return text_table((name_of(data), *COLUMNS), [rows], notes)
 
 

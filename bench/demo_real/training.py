@@ -32,6 +32,7 @@ HELD_OUT = 0.2  # of the queries
 
 def settings(part: Part, sizes: Sizes, model: str, runs: Path, columns: dict[str, str]) -> StartConfig:
     """The settings of `srpo.start` for a part."""
+    lr = sizes.all_lr if part.all_weights else sizes.sft_lr
     return StartConfig(
         data=part.data,
         model=model,
@@ -42,7 +43,7 @@ def settings(part: Part, sizes: Sizes, model: str, runs: Path, columns: dict[str
         policy=PolicyConfig(
             dtype="bfloat16",
             chat=ChatConfig(template="off"),
-            lora=LoraConfig(rank=sizes.lora_rank if part.adapter else 0),
+            lora=LoraConfig(rank=0 if part.all_weights else sizes.lora_rank),
         ),
         eval_frac=HELD_OUT,
         num_eval=sizes.num_eval,
@@ -51,12 +52,12 @@ def settings(part: Part, sizes: Sizes, model: str, runs: Path, columns: dict[str
         max_new_tokens=sizes.max_new_tokens,
         sft_steps=part.sft_steps(sizes),
         sft_batch=sizes.sft_batch,
-        sft_lr=sizes.lora_lr if part.adapter else sizes.sft_lr,
+        sft_lr=lr,
         verdict_weight=sizes.verdict_weight,
         rl_steps=sizes.rl_steps,
         num_prompts=sizes.num_prompts,
         group_size=sizes.group_size,
-        rl_lr=sizes.rl_lr * (sizes.lora_lr / sizes.sft_lr if part.adapter else 1.0),
+        rl_lr=sizes.rl_share * lr,
         eval_every=0,
         micro_batch_tokens=2048,
     )
