@@ -5,7 +5,6 @@ from __future__ import annotations
 import math
 import statistics
 from collections.abc import Mapping, Sequence
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +18,7 @@ from srpo.scores.plots import COLORS, FAINT, STYLE
 
 ARMS = {"as_it_is": "the model as it is", "sft": "after SFT", "grpo": "after GRPO", "srpo": "after SRPO"}
 TRAINED = {"sft", "grpo", "srpo"}
+ALL = ", all weights"
 SCORES = ("accuracy", "macro_f1")
 COLUMNS = {  # of the table: a key of `rows`, and how its sign is shown
     "accuracy": ("accuracy", ""),
@@ -37,60 +37,56 @@ def mean_interval(values: Sequence[float]) -> dict[str, Any]:
 
 
 def summarize(results: Mapping[Part, Mapping[str, Any]], data: str) -> dict[str, Any]:
-    """The summary of a file of pairs, in percent: `rows` {name: {score: mean_interval}} over the splits that have all of TRAINED,
-    the `best_regression` by macro F1, and for each arm `gain`, its macro F1 less that of this regression on the same split.
+    """The summary of a file of pairs, in percent: `rows` {name: {score: mean_interval}}, and the `best_regression` by macro F1.
 
-    Also for what was trained: `over_sft`, its macro F1 less that after SFT, and `S3`, the share of category matches that it reads
-    off the pair as silver responses do."""
-    whole = [found for part, found in results.items() if part == Part(data, part.seed) and found.keys() >= TRAINED]
+    Baselines and arms are of the splits that have an adapter up to SRPO, or, where there are none, all weights. Arms of all
+    weights have rows of their own, `ALL` at their end, over their splits. For each arm `gain` is its macro F1 less that of the
+    best regression on the same split; for what was trained also `over_sft`, its macro F1 less that after SFT, and `S3`, the share
+    of category matches that it reads off the pair as silver responses do.
+    """
+    whole: dict[str, list[Mapping[str, Any]]] = {"": [], ALL: []}
+    for part, found in results.items():
+        if part.data == data and part.share == 1 and found.keys() >= (TRAINED - {"grpo"} if part.all_weights else TRAINED):
+            whole[ALL if part.all_weights else ""].append(found)
+    splits = whole[""] or whole[ALL]
     rows: dict[str, Any] = {}
-    for name in whole[0]["baselines"] if whole else ():
-        rows[name] = {score: mean_interval([100 * found["baselines"][name][score] for found in whole]) for score in SCORES}
+    for name in splits[0]["baselines"] if splits else ():
+        rows[name] = {score: mean_interval([100 * found["baselines"][name][score] for found in splits]) for score in SCORES}
     regressions = {name: row for name, row in rows.items() if name != "majority"}
     best = max(regressions, key=lambda name: regressions[name]["macro_f1"]["mean"], default=None)
-    for arm in ARMS:
-        some = [found for found in whole if arm in found]
-        if not some:
+    arms = [("as_it_is", "", splits), *((arm, form, of) for form, of in whole.items() for arm in ARMS if arm in TRAINED)]
+    for arm, form, of in arms:
+        some = [found for found in of if arm in found]
+        if not some or best is None:
             continue
-        rows[arm] = {score: mean_interval([100 * found[arm][score] for found in some]) for score in (*SCORES, "parse_rate")}
-        if best:
-            gains = [100 * (found[arm]["macro_f1"] - found["baselines"][best]["macro_f1"]) for found in some]
-            rows[arm]["gain"] = mean_interval(gains)
+        row = {score: mean_interval([100 * found[arm][score] for found in some]) for score in (*SCORES, "parse_rate")}
+        row["gain"] = mean_interval([100 * (found[arm]["macro_f1"] - found["baselines"][best]["macro_f1"]) for found in some])
         if arm in TRAINED - {"sft"}:
-            rows[arm]["over_sft"] = mean_interval([100 * (found[arm]["macro_f1"] - found["sft"]["macro_f1"]) for found in some])
+            row["over_sft"] = mean_interval([100 * (found[arm]["macro_f1"] - found["sft"]["macro_f1"]) for found in some])
         if arm in TRAINED:
-            rows[arm]["S3"] = mean_interval([100 * found[arm]["step_accuracy"][2] for found in some])
-    return {"rows": rows, "best_regression": best, "num_splits": len(whole), "all_weights": of_all_weights(results, data)}
+            row["S3"] = mean_interval([100 * found[arm]["step_accuracy"][2] for found in some])
+        rows[arm + form] = row
+    return {"rows": rows, "best_regression": best, "num_splits": len(splits)}
 
 
-def of_all_weights(results: Mapping[Part, Mapping[str, Any]], data: str) -> list[dict[str, Any]]:
-    """For each split and arm that trained all weights: {seed, arm, all_weights, adapter}, macro F1 in percent; adapter is None
-    where there is none."""
-    rows = []
-    for part, found in sorted(results.items(), key=lambda item: item[0].seed):
-        if not part.all_weights or part.data != data:
-            continue
-        other = results.get(replace(part, all_weights=False), {})
-        for arm in (name for name in ARMS if name in found and name in TRAINED):
-            adapter = 100 * other[arm]["macro_f1"] if arm in other else None
-            rows.append({"seed": part.seed, "arm": arm, "all_weights": 100 * found[arm]["macro_f1"], "adapter": adapter})
-    return rows
+def label_of(name: str, row: Mapping[str, Any], num_splits: int) -> str:
+    """A row of the summary in words, with its number of splits where it is not that of the others."""
+    arm = name.removesuffix(ALL)
+    shown = {"majority": "most common grade"}.get(name, ARMS.get(arm, f"regression on {name}")) + (ALL if name != arm else "")
+    num = len(row["macro_f1"]["values"])
+    return shown if num == num_splits else f"{shown} ({num} split{'s' * (num > 1)})"
 
 
 def table(summary: Mapping[str, Any], data: str) -> str:
     """The summary as text."""
-    best, rows = summary["best_regression"], []
+    rows, num = [], summary["num_splits"]
     for name, row in summary["rows"].items():
-        shown = {"majority": "always the most common grade"}.get(name, ARMS.get(name, f"regression on {name}"))
-        rows.append((shown, *(cell(row.get(key), sign) for key, sign in COLUMNS.values())))
-    num = summary["num_splits"]
+        rows.append((label_of(name, row, num), *(cell(row.get(key), sign) for key, sign in COLUMNS.values())))
     of = f"mean over {num} splits by query, +- 95 % by Student's t" if num > 1 else "one split by query"
     notes = [
-        f"percent, {of}; best regression: {best}; S3 right: category matches that are read off the pair as in the demonstrations"
+        f"percent, {of}; best regression: {summary['best_regression']}",
+        "S3 right: category matches that are read off the pair as in the demonstrations",
     ]
-    for row in summary["all_weights"]:
-        beside = "" if row["adapter"] is None else f", {row['adapter']:.1f} with an adapter"
-        notes.append(f"split {row['seed']}, {ARMS[row['arm']]}: macro F1 {row['all_weights']:.1f} with all weights{beside}")
     return text_table((name_of(data), *COLUMNS), [rows], notes)
 
 
@@ -129,15 +125,19 @@ def plot(path: Path, files: Mapping[str, Any]) -> None:
         figure = Figure(figsize=(10, 3.2 * len(files)), layout="constrained")
         for axes, (name, found) in zip(figure.subplots(len(files), 2, squeeze=False), files.items(), strict=True):
             summary, points = found["summary"], found["curve"]
-            shown = {"majority": "most common grade", summary["best_regression"]: "best regression"} | ARMS
-            bars = [(label, summary["rows"][key]["macro_f1"]) for key, label in shown.items() if key in summary["rows"]]
+            best, num = summary["best_regression"], summary["num_splits"]
+            drawn = {name: row for name, row in summary["rows"].items() if name in ("majority", best) or "gain" in row}
+            bars = [
+                ("best regression" if name == best else label_of(name, row, num), row["macro_f1"]) for name, row in drawn.items()
+            ]
             for place, (label, value) in enumerate(reversed(bars)):
-                color = COLORS[0] if label == ARMS["srpo"] else FAINT
+                color = COLORS[0] if label.startswith(ARMS["srpo"]) else FAINT
                 axes[0].barh(place, value["mean"], color=color)
                 axes[0].plot(value["values"], [place] * len(value["values"]), "k.", markersize=4)
             axes[0].set_yticks(range(len(bars)), [label for label, _ in reversed(bars)])
             axes[0].set_xlabel("macro F1, percent; dots: splits")
             axes[0].set_title(name)
+            axes[1].set_visible(len(points) > 1)  # one point is no curve
             for key, label, color in zip(
                 ("sft", "regression", "majority"), ("after SFT", "regression", "most common grade"), COLORS, strict=False
             ):
