@@ -25,7 +25,7 @@ def keep_guidelines(run_dir: Path, guidelines: str) -> dict[str, str]:
     files = judge_files(guidelines)
     for name, text in files.items():
         run_dir.mkdir(parents=True, exist_ok=True)
-        if not (run_dir / name).is_file():
+        if not (run_dir / name).is_file() or (run_dir / name).read_text(encoding="utf-8") != text:
             write_whole(run_dir / name, text)
     return files
 
